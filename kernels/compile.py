@@ -1,0 +1,169 @@
+"""From a `Launch` to machine code for a named target, and what that code takes. No GPU, no driver, no torch."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tilewright.kernels.device import WARP_SIZE, Device
+from tilewright.kernels.kernel import Launch
+from tilewright.tuning_db import env
+from tilewright.tuning_db.errors import CompileError, UsageError
+from tilewright.tuning_db.record import Resources
+
+HIDDEN_POINTERS = 2
+"""Trailing parameters Triton adds to every entry point since 3.5: global scratch and profile scratch."""
+
+SYSTEM_SHARED_BYTES = 1024
+"""Shared memory the driver keeps of every block from sm_80 on; `cuobjdump` counts it from sm_90 on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """One compiled kernel."""
+
+    name: str  # of the entry point
+    arch: int
+    cubin: bytes
+    ptx: str
+    num_warps: int  # of a block, as compiled
+    shared_bytes: int  # dynamic shared memory to launch with
+    scratch_bytes: int  # global scratch per launch; 0 but for tensor descriptors made on the device
+    resources: Resources
+
+
+def triton_version() -> str:
+    """Version of the Triton that compiles here."""
+    return str(triton.__version__)
+
+
+@functools.cache
+def ptxas_version(arch: int) -> str:
+    """Version of the ptxas that assembles for an arch here, as in `12.8.93`.
+
+    Raises:
+        CompileError: Triton's ptxas can't be run.
+    """
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    try:
+        text = get_ptxas_version(arch)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        raise CompileError(f"Triton's ptxas can't be run: {error}") from error
+    match = re.search(r"V(\d+(?:\.\d+)+)", text)
+    return match.group(1) if match else text.strip().splitlines()[-1]
+
+
+def compile_launch(launch: Launch, arch: int) -> Binary:
+    """Machine code of a launch for sm_<arch>; from memory or Triton's on-disk cache where it is there already.
+
+    Raises:
+        CompileError: Triton or ptxas refused it; the message is the first line of their reason.
+        UsageError: this process interprets kernels, and a process does one or the other.
+    """
+    if env.interpreting():
+        raise UsageError(f"this process interprets kernels ({env.INTERPRET} is set) and can't compile: unset it")
+    key = (launch.specialization, arch)
+    binary = _binaries.get(key)
+    if binary is None:
+        binary = _binaries[key] = _compile(launch, arch)
+    return binary
+
+
+# A process keeps what it has compiled: a few hundred kB a kernel, a few dozen kernels in a program that runs a model.
+_binaries: dict[tuple[Any, ...], Binary] = {}
+
+
+def _compile(launch: Launch, arch: int) -> Binary:
+    signature = {argument.name: argument.type or "constexpr" for argument in launch.arguments}
+    constexprs: dict[str, Any] = {argument.name: None for argument in launch.arguments if argument.type is None}
+    constexprs.update(launch.constexprs)
+    signature.update(dict.fromkeys(dict(launch.constexprs), "constexpr"))
+    aligned = {argument.name for argument in launch.arguments if argument.aligned and argument.type is not None}
+    names = launch.fn.arg_names
+    # Without these, not one load is a cp.async.
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in sorted(aligned)}
+    source = ASTSource(launch.fn, {name: signature[name] for name in names}, constexprs, attributes)
+    # Its default flips in Triton 3.10.
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, WARP_SIZE), options=options)
+    except Exception as error:  # noqa: BLE001 - the compiler raises anything from MLIR's RuntimeError to KeyError
+        raise CompileError(f"{type(error).__name__}: {_first_line(error)}") from error
+    metadata = compiled.metadata
+    cubin = compiled.asm["cubin"]
+    return Binary(
+        name=metadata.name,
+        arch=arch,
+        cubin=cubin,
+        ptx=compiled.asm["ptx"],
+        num_warps=metadata.num_warps,
+        shared_bytes=metadata.shared,
+        scratch_bytes=metadata.global_scratch_size + getattr(metadata, "profile_scratch_size", 0),
+        resources=read_resources(cubin, metadata.shared),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    # Triton wraps the reason: "at 12:8: … error: …".
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reasons = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
+    return (reasons or lines or ["no reason given"])[-1 if not reasons else 0]
+
+
+def read_resources(cubin: bytes, dynamic_shared: int) -> Resources:
+    """Registers, spills, stack and shared memory of a cubin with one kernel, by Triton's own `cuobjdump`.
+
+    A stack frame holds spills and whatever else lives in local memory; only where there is one is the machine code
+    read, to count what its spill instructions (STL) store.
+
+    Raises:
+        CompileError: `cuobjdump` failed.
+    """
+    usage = _cuobjdump(cubin, "--dump-resource-usage")
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if match is None:
+        raise CompileError(f"cuobjdump reports no resources: {usage.strip()[:200]!r}")
+    registers, stack, shared, local = map(int, match.groups())
+    spilled = _spilled_bytes(_cuobjdump(cubin, "--dump-sass")) if stack or local else 0
+    # From sm_90 on the static figure is what the driver keeps, which is no part of a block's limit.
+    static = shared if shared != SYSTEM_SHARED_BYTES else 0
+    return Resources(registers, min(spilled, stack + local) if stack + local else 0, stack + local, static + dynamic_shared)
+
+
+def _spilled_bytes(sass: str) -> int:
+    """Bytes per thread that STL instructions store to local memory."""
+    widths = {"64": 8, "128": 16, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
+    return sum(widths.get((width or "").lstrip("."), 4) for width in re.findall(r"\bSTL(\.\w+)?", sass))
+
+
+def _cuobjdump(cubin: bytes, *options: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        try:
+            done = subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True, timeout=60)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise CompileError(f"cuobjdump can't read the compiled kernel: {error}") from error
+    return done.stdout
+
+
+def over_limits(resources: Resources, device: Device, num_warps: int) -> str | None:
+    """None, or which limit of the device the compiled kernel breaks, with the values. A spill is one."""
+    if resources.shared_bytes > device.shared_per_block:
+        return f"{resources.shared_bytes} B of shared memory are over the {device.shared_per_block} B of {device.board}"
+    if resources.spill_bytes:
+        return f"{resources.spill_bytes} B a thread spill to local memory"
+    if resources.registers * num_warps * WARP_SIZE > device.registers_per_sm:
+        return f"{resources.registers} registers × {num_warps} warps are over the {device.registers_per_sm} of an SM"
+    return None

@@ -1,0 +1,82 @@
+"""Canonical data-type names and what each is called elsewhere.
+
+The names are `fp16 bf16 fp32 int8 fp8e4m3 fp8e5m2 int4`, in problems, records, suites and error messages alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """One element type."""
+
+    name: str
+    bits: int
+    triton: str  # in a Triton signature
+    numpy: npt.DTypeLike | None  # None where NumPy (with ml_dtypes) has no array of it: int4 travels packed in int8
+    min_arch: int  # oldest arch whose compiled kernels can hold it in registers
+    unit: str  # which rate of `Device.tensor_tflops` a dot of it runs at
+
+    @property
+    def bytes(self) -> float:
+        """Bytes per element; 0.5 for int4."""
+        return self.bits / 8
+
+
+DTYPES: dict[str, DType] = {
+    dtype.name: dtype
+    for dtype in (
+        DType("fp16", 16, "fp16", np.float16, 75, "fp16"),
+        DType("bf16", 16, "bf16", ml_dtypes.bfloat16, 80, "bf16"),
+        DType("fp32", 32, "fp32", np.float32, 75, "tf32"),
+        DType("int8", 8, "i8", np.int8, 80, "int8"),
+        # e4m3 fails to compile below sm_89 even for stores; e5m2 compiles there, upcast to fp16.
+        DType("fp8e4m3", 8, "fp8e4nv", ml_dtypes.float8_e4m3fn, 89, "fp8"),
+        DType("fp8e5m2", 8, "fp8e5", ml_dtypes.float8_e5m2, 80, "fp8"),
+        DType("int4", 4, "i8", None, 80, "int8"),
+    )
+}
+
+# What array libraries print for a dtype (NumPy, CuPy, torch after "torch.", JAX), to the canonical name.
+_ARRAY_NAMES = {
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "int8": "int8",
+    "float8_e4m3fn": "fp8e4m3",
+    "float8_e5m2": "fp8e5m2",
+}
+
+
+def dtype(name: str) -> DType:
+    """The data type of a canonical name.
+
+    Raises:
+        ProblemError: no data type has that name.
+    """
+    try:
+        return DTYPES[name]
+    except KeyError:
+        raise ProblemError(f"unknown dtype {name!r}; the names are {', '.join(DTYPES)}") from None
+
+
+def dtype_name(array_dtype: Any) -> str:
+    """The canonical name of an array's `dtype` attribute, of NumPy, CuPy, torch or JAX.
+
+    Raises:
+        UnsupportedError: kernels have no such data type.
+    """
+    text = str(array_dtype).removeprefix("torch.")
+    try:
+        return _ARRAY_NAMES[text]
+    except KeyError:
+        raise UnsupportedError(f"arrays of dtype {text} are not supported; use one of {', '.join(_ARRAY_NAMES)}") from None

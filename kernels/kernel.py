@@ -1,0 +1,93 @@
+"""`Kernel`: one object per op, and `Launch`: one prepared launch of its device code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Generic, NamedTuple
+
+import numpy as np
+
+from tilewright.kernels.device import Device
+from tilewright.kernels.source import source_hash
+from tilewright.kernels.space import C, P, Space
+from tilewright.kernels.work import Work
+from tilewright.tuning_db.record import Resources
+
+
+class Argument(NamedTuple):
+    """One run-time parameter of a jit function."""
+
+    name: str
+    type: str | None  # in Triton's spelling: "*fp16", "i32", "i64"; None when absent, which removes it from the PTX
+    value: int | None = None  # of a scalar
+    aligned: bool = False  # pointer: to 16 bytes; scalar: divisible by 16
+
+    @property
+    def is_pointer(self) -> bool:
+        """Whether an array is passed here."""
+        return self.type is not None and self.type.startswith("*")
+
+
+class Scratch(NamedTuple):
+    """Memory that the launcher lends a launch: kept per stream, never shared between streams."""
+
+    name: str
+    numpy: str  # NumPy dtype name
+    elements: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one jit function: everything it is compiled for, its grid and its scalars.
+
+    Arguments keep the jit function's order: input pointers, sizes, output pointers, then constexprs.
+    """
+
+    fn: Any
+    grid: tuple[int, int, int]
+    arguments: tuple[Argument, ...]
+    constexprs: tuple[tuple[str, Any], ...]
+    num_warps: int
+    num_stages: int
+    # Scratch memory must be all zero at the first launch, and every launch leaves its counters at zero.
+    scratch: tuple[Scratch, ...] = ()
+
+    @cached_property
+    def specialization(self) -> tuple[Any, ...]:
+        """What the compiled code depends on, besides the target: launches that agree here share one binary."""
+        arguments = tuple((argument.name, argument.type, argument.aligned) for argument in self.arguments)
+        return (source_hash(self.fn), arguments, self.constexprs, self.num_warps, self.num_stages)
+
+
+class Tolerance(NamedTuple):
+    """How far a result may be from the reference: |result - reference| <= absolute + relative * |reference|."""
+
+    relative: float
+    absolute: float
+
+
+@dataclass(frozen=True)
+class Kernel(Generic[P, C]):
+    """An op: its problems, its configurations, its device code, and what to hold it against."""
+
+    name: str
+    problem: type[P]
+    space: Space[P, C]
+    jit_functions: tuple[Any, ...]
+    default: Callable[[P, Device], C]  # legal for every problem, free of spills, never the slowest
+    launches: Callable[[P, C], tuple[Launch, ...]]  # in order; arrays are bound by argument name
+    reference: Callable[[P, Mapping[str, np.ndarray[Any, Any]]], np.ndarray[Any, Any]]  # in float64
+    tolerance: Callable[[P], Tolerance]
+    estimate: Callable[[P, C, Device], Resources]  # before anything is compiled
+    work: Callable[[P, C], Work]  # what `prediction` needs to know
+    distance: Callable[[P, P], float | None]  # between problems whose best configurations compare; None: they don't
+    supported: Callable[[P, Device], str | None]  # None, or why this device can't run it at all
+    output: str = "out"
+    examples: tuple[P, ...] = field(default=())
+
+    @cached_property
+    def source_hash(self) -> str:
+        """Of the device code: every jit function of the op and every device function these call."""
+        return source_hash(*self.jit_functions)

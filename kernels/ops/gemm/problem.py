@@ -1,0 +1,221 @@
+"""The fused GEMM as mathematics: what is computed, on which arrays, and how near a result must be.
+
+    out = activation(alpha · A·B + bias + residual)
+
+A is (batch, M, K), B is (batch, K, N), bias (N,), residual and out (batch, M, N); sums are taken in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tilewright.kernels.device import Device
+from tilewright.kernels.dtypes import DTYPES, dtype
+from tilewright.kernels.epilogue import ACTIVATIONS, activation_name
+from tilewright.kernels.kernel import Tolerance
+from tilewright.kernels.problem import Problem
+from tilewright.tuning_db.errors import ProblemError
+
+INPUT_DTYPES = ("fp16", "bf16", "fp32", "fp8e4m3", "fp8e5m2")
+OUTPUT_DTYPES = ("fp16", "bf16", "fp32", "fp8e4m3", "fp8e5m2")
+LAYOUTS = ("row", "col")
+ALPHA = 0.5
+"""The alpha that `inputs` draws for problems that have one; a power of two, so that it adds no rounding of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class GemmProblem(Problem):
+    """One fused GEMM.
+
+    Left out, `out_dtype` is the input's (bf16 for fp8), and `precision` is `ieee` for fp32 and nothing for the rest.
+    `bias` and `residual` are the dtype of that array, or None for none.
+    """
+
+    op: ClassVar[str] = "gemm"
+
+    M: int
+    N: int
+    K: int
+    dtype: str = "fp16"
+    out_dtype: str | None = None
+    batch: int = 1
+    a_layout: str = "row"
+    b_layout: str = "row"
+    a_broadcast: bool = False  # one A for the whole batch
+    b_broadcast: bool = False
+    bias: str | None = None
+    residual: str | None = None
+    residual_broadcast: bool = False
+    activation: str = "none"
+    alpha: bool = False  # whether a factor other than 1 is applied
+    precision: str | None = None  # of fp32 operands: "ieee" or "tf32"
+    strided: bool = False  # rows further apart than they are long: strides travel as arguments
+    aligned: bool = True  # every pointer to 16 bytes, every stride argument a multiple of 16 elements
+
+    def __post_init__(self) -> None:
+        for name in ("M", "N", "K", "batch"):
+            size = getattr(self, name)
+            if not 0 < size < 2**31:
+                raise ProblemError(f"{name}={size} must be from 1 to {2**31 - 1}")
+        # Frozen: the canonical spelling is set once, here.
+        put = object.__setattr__
+        put(self, "activation", activation_name(self.activation))
+        if self.dtype not in INPUT_DTYPES:
+            known = "" if self.dtype in DTYPES else "unknown "
+            raise ProblemError(f"{known}dtype={self.dtype!r}: gemm takes {', '.join(INPUT_DTYPES)}")
+        if self.out_dtype is None:
+            put(self, "out_dtype", "bf16" if self.dtype.startswith("fp8") else self.dtype)
+        for name, array_dtype in (("out_dtype", self.out_dtype), ("bias", self.bias), ("residual", self.residual)):
+            if array_dtype is not None and array_dtype not in OUTPUT_DTYPES:
+                raise ProblemError(f"{name}={array_dtype!r}: gemm takes {', '.join(OUTPUT_DTYPES)}")
+        for name in ("a_layout", "b_layout"):
+            if getattr(self, name) not in LAYOUTS:
+                raise ProblemError(f"{name}={getattr(self, name)!r} must be row or col")
+        if self.dtype == "fp32":
+            put(self, "precision", self.precision or "ieee")
+            if self.precision not in ("ieee", "tf32"):
+                raise ProblemError(f"precision={self.precision!r} must be ieee or tf32")
+        elif self.precision is not None:
+            raise ProblemError(f"precision={self.precision!r} is for dtype=fp32; {self.dtype} has only one")
+        for name in ("a_broadcast", "b_broadcast"):
+            if getattr(self, name) and self.batch == 1:
+                raise ProblemError(f"{name} needs batch > 1")
+        if self.residual_broadcast and (self.residual is None or self.batch == 1):
+            raise ProblemError("residual_broadcast needs a residual and batch > 1")
+
+    @property
+    def unit(self) -> str:
+        """`fp32` for IEEE arithmetic, which the tensor cores don't have; else the dtype's own."""
+        return "fp32" if self.precision == "ieee" else dtype(self.dtype).unit
+
+    @property
+    def output_dtype(self) -> str:
+        """`out_dtype`, which is never None once the problem is made."""
+        assert self.out_dtype is not None
+        return self.out_dtype
+
+    def flops(self) -> int:
+        """2·batch·M·N·K; the epilogue's operations are not counted, as is customary."""
+        return 2 * self.batch * self.M * self.N * self.K
+
+    def bytes_moved(self) -> int:
+        """Each operand read once, the output written once."""
+        operand = dtype(self.dtype).bytes
+        total = self.M * self.K * operand * (1 if self.a_broadcast else self.batch)
+        total += self.K * self.N * operand * (1 if self.b_broadcast else self.batch)
+        total += self.batch * self.M * self.N * dtype(self.output_dtype).bytes
+        if self.bias is not None:
+            total += self.N * dtype(self.bias).bytes
+        if self.residual is not None:
+            total += self.M * self.N * dtype(self.residual).bytes * (1 if self.residual_broadcast else self.batch)
+        return int(total)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every array of the problem, by argument name, a broadcast one with a batch of 1."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "a": (1 if self.a_broadcast else self.batch, self.M, self.K),
+            "b": (1 if self.b_broadcast else self.batch, self.K, self.N),
+        }
+        if self.bias is not None:
+            shapes["bias"] = (self.N,)
+        if self.residual is not None:
+            shapes["residual"] = (1 if self.residual_broadcast else self.batch, self.M, self.N)
+        return shapes
+
+    def inputs(self, seed: int) -> dict[str, np.ndarray[Any, Any]]:
+        """Standard normal values, A scaled by 1/√K so that results stay near 1 whatever K is."""
+        random = np.random.default_rng(seed)
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
+        for name, shape in self.shapes().items():
+            values = random.standard_normal(shape, dtype=np.float32)
+            if name == "a":
+                values /= math.sqrt(self.K)
+            kind = {"bias": self.bias, "residual": self.residual}.get(name) or self.dtype
+            column_major = {"a": self.a_layout, "b": self.b_layout}.get(name) == "col"
+            arrays[name] = self._laid_out(values, kind, column_major, padded=name != "bias")
+        if self.alpha:
+            arrays["alpha"] = np.full(1, ALPHA, np.float32)
+        return arrays
+
+    def _laid_out(
+        self, values: np.ndarray[Any, Any], kind: str, column_major: bool, padded: bool
+    ) -> np.ndarray[Any, Any]:
+        """`values` in the problem's dtype, layout, padding and alignment; padding is NaN, so that a read of it shows."""
+        numpy_dtype = np.dtype(dtype(kind).numpy)
+        stored = values.swapaxes(-1, -2) if column_major else values
+        pitch = stored.shape[-1]
+        if self.strided and padded:
+            pitch = -(-pitch // 16) * 16 + (16 if self.aligned else 1)
+        # One element off a 16-byte boundary is unaligned for every dtype.
+        offset = 0 if self.aligned else 1
+        buffer = np.full(math.prod(stored.shape[:-1]) * pitch + offset + 64, np.nan, np.float32).astype(numpy_dtype)
+        start = (-buffer.ctypes.data % 64) // numpy_dtype.itemsize + offset
+        size = math.prod(stored.shape[:-1]) * pitch
+        array = buffer[start : start + size].reshape(*stored.shape[:-1], pitch)[..., : stored.shape[-1]]
+        array[...] = stored.astype(numpy_dtype)
+        return array.swapaxes(-1, -2) if column_major else array
+
+
+def reference(problem: GemmProblem, arrays: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """`out` in float64, from the very values the kernel is given."""
+    wide = {name: array.astype(np.float64) for name, array in arrays.items()}
+    x = wide["a"] @ wide["b"]
+    if "alpha" in wide:
+        x = x * wide["alpha"]
+    if "bias" in wide:
+        x = x + wide["bias"]
+    if "residual" in wide:
+        x = x + wide["residual"]
+    return np.asarray(ACTIVATIONS[problem.activation](x))
+
+
+# Unit roundoff: half the distance from 1 to the next number.
+_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "fp8e4m3": 2.0**-4, "fp8e5m2": 2.0**-3}
+_TF32_ROUNDOFF = 2.0**-11
+
+
+def tolerance(problem: GemmProblem) -> Tolerance:
+    """Relative: two roundings to the output's dtype. Absolute: the sum's own error.
+
+    Each of K products of size about 1/√K carries a relative error u (the fp32 sum's 2^-24; tf32 rounds both operands,
+    2·2^-11), and independent errors grow with √K: u·√K·(1/√K)·c. An fp32 sum taken in order also rounds each partial
+    result of size up to 1, which adds √K·2^-24. Below that, a result under the output's smallest normal number loses
+    digits: its smallest subnormal is added. c = 8 covers the largest of 10^6 results (about 5 standard deviations).
+    """
+    product = 2 * _TF32_ROUNDOFF if problem.precision == "tf32" else 2.0**-24
+    absolute = 8 * (product + math.sqrt(problem.K) * 2.0**-24)
+    absolute += {"fp16": 2.0**-24, "fp8e4m3": 2.0**-9, "fp8e5m2": 2.0**-16}.get(problem.output_dtype, 0.0)
+    return Tolerance(relative=2 * _ROUNDOFF[problem.output_dtype], absolute=absolute)
+
+
+def supported(problem: GemmProblem, device: Device) -> str | None:
+    """None, or why no configuration of this problem can run on the device."""
+    used = {problem.dtype, problem.output_dtype, problem.bias, problem.residual} - {None}
+    for name in sorted(str(name) for name in used):
+        oldest = dtype(name).min_arch
+        if device.arch < oldest:
+            return f"{name} needs sm_{oldest} or newer, and {device.board} is {device.sm}"
+    if problem.precision == "tf32" and not device.tensor_tflops.get("tf32"):
+        return f"precision=tf32 needs sm_80 or newer, and {device.board} is {device.sm}; use precision=ieee"
+    return None
+
+
+def distance(problem: GemmProblem, other: GemmProblem) -> float | None:
+    """How far apart the shapes of two problems are, if nothing but the shape differs; else None.
+
+    The sum of |log2| ratios of M, N, K and batch: 1 is one of them doubled. Beyond 4 they are strangers. A problem
+    whose alignment differs compiles to other code and is no neighbour.
+    """
+    mine, theirs = problem.to_dict(), other.to_dict()
+    shape = ("M", "N", "K", "batch")
+    if any(mine[name] != theirs[name] for name in mine if name not in shape):
+        return None
+    if any((mine[name] % 16 == 0) != (theirs[name] % 16 == 0) for name in ("N", "K")):
+        return None
+    total = sum(abs(math.log2(mine[name] / theirs[name])) for name in shape)
+    return total if total <= 4 else None

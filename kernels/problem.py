@@ -1,0 +1,154 @@
+"""`Problem` and `Config`: what is to be computed, and how a kernel is asked to compute it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from tilewright.tuning_db.errors import ProblemError
+from tilewright.tuning_db.record import canonical_json
+
+
+class _Value:
+    """A frozen dataclass of plain values with one canonical JSON text. Base of `Problem` and `Config`."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, in order of declaration."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def to_json(self) -> str:
+        """Canonical JSON: equal values give equal texts, in every process."""
+        return canonical_json(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The value with these fields; fields with a default may be left out.
+
+        Raises:
+            ProblemError: a field is unknown, missing or of the wrong type.
+        """
+        kinds = _field_types(cls)
+        for name in values:
+            if name not in kinds:
+                near = difflib.get_close_matches(name, kinds, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ProblemError(f"{cls.__name__} has no field {name!r}{hint} (fields: {', '.join(kinds)})")
+        missing = [
+            field.name
+            for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+            if field.default is dataclasses.MISSING and field.name not in values
+        ]
+        if missing:
+            raise ProblemError(f"{cls.__name__} is missing {', '.join(missing)}")
+        for name, value in values.items():
+            # bool is an int to Python, and never a size here.
+            if not isinstance(value, kinds[name]) or (isinstance(value, bool) and bool not in kinds[name]):
+                wanted = " or ".join(kind.__name__ for kind in kinds[name])
+                raise ProblemError(f"{name}={value!r} must be {wanted}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The value of a text made by `to_json`.
+
+        Raises:
+            ProblemError: not such a text.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ProblemError(f"{cls.__name__} expects a JSON object: {error}") from None
+        if not isinstance(values, dict):
+            raise ProblemError(f"{cls.__name__} expects a JSON object, got {text!r}")
+        return cls.from_dict(values)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The value written as a person types it: `"M=4096,N=4096,K=4096,dtype=fp16"`.
+
+        Raises:
+            ProblemError: malformed text, or as `from_dict`.
+        """
+        kinds = _field_types(cls)
+        values: dict[str, Any] = {}
+        for part in text.split(","):
+            name, equals, word = (piece.strip() for piece in part.partition("="))
+            if not (name and equals and word):
+                raise ProblemError(f"{part.strip()!r} in {text!r} is not NAME=VALUE")
+            if name in values:
+                raise ProblemError(f"{name} is given twice in {text!r}")
+            values[name] = _convert(name, word, kinds.get(name, (str,)))
+        return cls.from_dict(values)
+
+
+class Config(_Value):
+    """The choices of one kernel: tiles, warps, stages, variants. Subclasses are frozen dataclasses."""
+
+    __slots__ = ()
+
+
+class Problem(_Value, ABC):
+    """Every shape, dtype, layout and flag that an op's speed depends on. Subclasses are frozen dataclasses.
+
+    A subclass checks itself when it is made and raises `ProblemError` for what can't be computed, with the values.
+    """
+
+    __slots__ = ()
+    op: ClassVar[str]
+
+    @abstractmethod
+    def inputs(self, seed: int) -> dict[str, np.ndarray[Any, Any]]:
+        """Random inputs by argument name, equal for equal seeds, in the problem's dtypes and layouts."""
+
+    @abstractmethod
+    def flops(self) -> int:
+        """Floating-point (or integer) operations the result needs, a multiply-add counted as two."""
+
+    @abstractmethod
+    def bytes_moved(self) -> int:
+        """Bytes of device memory at the least: each input read once, each output written once."""
+
+    @property
+    @abstractmethod
+    def unit(self) -> str:
+        """Which rate of the device the arithmetic runs at: a key of `Device.tensor_tflops`, or `fp32`."""
+
+    def __str__(self) -> str:
+        """The text that `parse` reads, without the fields at their defaults."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        shown = {field.name: getattr(self, field.name) for field in fields if getattr(self, field.name) != field.default}
+        return ",".join(f"{name}={str(value).lower() if value is True else value}" for name, value in shown.items())
+
+
+@cache
+def _field_types(cls: type) -> dict[str, tuple[type, ...]]:
+    hints = typing.get_type_hints(cls)
+    kinds: dict[str, tuple[type, ...]] = {}
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        kinds[field.name] = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return kinds
+
+
+def _convert(name: str, word: str, kinds: tuple[type, ...]) -> Any:
+    if bool in kinds and word.lower() in {"true", "false", "yes", "no", "1", "0"}:
+        return word.lower() in {"true", "yes", "1"}
+    if type(None) in kinds and word.lower() == "none":
+        return None
+    if int in kinds:
+        try:
+            return int(word)
+        except ValueError:
+            raise ProblemError(f"{name}={word!r} must be an integer") from None
+    return word

@@ -1,0 +1,26 @@
+"""The kernels there are."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.tuning_db.errors import UnknownKernelError
+
+KERNELS: tuple[Kernel[Any, Any], ...] = (GEMM,)
+
+
+def find_kernel(name: str) -> Kernel[Any, Any]:
+    """The kernel of an op's name.
+
+    Raises:
+        UnknownKernelError: there is none; the message names the nearest.
+    """
+    by_name = {kernel.name: kernel for kernel in KERNELS}
+    if name in by_name:
+        return by_name[name]
+    near = difflib.get_close_matches(name, by_name, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UnknownKernelError(f"unknown kernel {name!r}{hint} (kernels: {', '.join(by_name)})")

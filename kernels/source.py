@@ -1,0 +1,67 @@
+"""The hash of device code: of a kernel's syntax tree and of every device function and global constant it uses.
+
+Comments, docstrings, formatting and line numbers don't change it; anything that can change the compiled code does.
+It comes from the source text alone, so that it is the same whether this process compiles kernels or interprets them.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import triton.language as tl
+
+
+@cache
+def source_hash(*functions: Any) -> str:
+    """SHA-256, in hexadecimal, of the device code of jit functions, in the order given."""
+    digest = hashlib.sha256()
+    seen: set[int] = set()
+    for function in functions:
+        for part in _parts(function, seen):
+            digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _parts(function: Any, seen: set[int]) -> Iterator[str]:
+    python = function.fn  # both JITFunction and InterpretedFunction keep the plain function here
+    if id(python) in seen:
+        return
+    seen.add(id(python))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(python))).body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    tree.decorator_list = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    yield ast.dump(tree, annotate_fields=False, include_attributes=False)
+    # Names in the order of first use; attributes (module.function) are followed one level, as kernels write them.
+    scope = dict(python.__globals__)
+    scope.update(inspect.getclosurevars(python).nonlocals)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in scope:
+            yield from _used(node.id, scope[node.id], seen)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owner = scope.get(node.value.id)
+            if inspect.ismodule(owner) and owner.__name__.startswith("tilewright."):
+                yield from _used(f"{node.value.id}.{node.attr}", getattr(owner, node.attr, None), seen)
+
+
+def _used(name: str, value: Any, seen: set[int]) -> Iterator[str]:
+    if _is_device_function(value):
+        yield from _parts(value, seen)
+    elif isinstance(value, tl.constexpr):
+        yield f"{name}={value.value!r}"
+    elif isinstance(value, int | float | str | bool | tuple):
+        yield f"{name}={value!r}"
+
+
+def _is_device_function(value: Any) -> bool:
+    # Triton's own library functions change with its version, which is part of every key already.
+    python = getattr(value, "fn", None)
+    return callable(python) and inspect.isfunction(python) and not python.__module__.startswith("triton.")

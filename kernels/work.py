@@ -1,0 +1,59 @@
+"""`Work`: what an op tells the prediction model about one configuration of one problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """What one row (or column) of output tiles reads of one operand, and how often it is read again.
+
+    A block in tile row i reads panel i of operand A; blocks that run at the same time and share a row share the read
+    through L2.
+    """
+
+    bytes: float  # of device memory behind one panel, for one batch index and one K split, in bounds
+    shared_by_batches: bool = False  # the operand is broadcast over the batch
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A launch as a grid of output tiles, each a loop of dot products. Bytes and operations are those of one block.
+
+    The grid is `batch` × `splits` × `tiles_m` × `tiles_n` blocks, walked in groups of `group_m` tile rows.
+    """
+
+    # grid
+    tiles_m: int
+    tiles_n: int
+    splits: int
+    batch: int
+    group_m: int
+    # one block's main loop
+    iterations: int
+    tile_m: int
+    tile_n: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+    unit: str  # rate of the dot products: a key of `Device.tensor_tflops`, or "fp32"
+    operand_bytes: float  # bytes of one element of the dot's operands, in shared memory
+    load_bytes: float  # read per iteration, in bounds, both operands
+    vector_bytes: int  # widest load that alignment allows: 16 lets cp.async copy it; under 4, loads pass through registers
+    # device memory
+    panel_a: Panel
+    panel_b: Panel
+    epilogue_bytes: float  # read and written by one tile's epilogue
+    workspace_bytes: float  # of one block's partial result, written and read again; 0 without split-K
+    launches: int = 1
+
+    @property
+    def tiles(self) -> int:
+        """Output tiles of the launch."""
+        return self.tiles_m * self.tiles_n * self.batch
+
+    @property
+    def blocks(self) -> int:
+        """Thread blocks of the launch."""
+        return self.tiles * self.splits

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tilewright.tuning_db import Key, Provenance, Record, Status, Times, canonical_json
+
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+KEYS = st.builds(Key, TEXT, TEXT, TEXT, TEXT, st.integers(0, 200), TEXT, TEXT, TEXT)
+
+
+@given(KEYS, KEYS)
+def test_digests_are_equal_exactly_when_keys_are(one: Key, other: Key) -> None:
+    assert one.digest() == replace(one).digest()
+    assert (one.digest() == other.digest()) == (one == other)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Key)])
+def test_every_field_changes_the_digest(key: Key, name: str) -> None:
+    changed = replace(key, **{name: 87 if name == "arch" else getattr(key, name) + "x"})
+    assert changed.digest() != key.digest()
+
+
+def test_text_that_moves_between_fields_changes_the_digest(key: Key) -> None:
+    one = replace(key, triton="3.9", ptxas="13.0")
+    assert one.digest() != replace(key, triton="3.91", ptxas="3.0").digest()
+
+
+def test_digest_is_stable(key: Key) -> None:
+    # Written into files that outlive this version: a change here orphans every record.
+    assert key.digest() == "DIGEST"
+
+
+@given(st.dictionaries(st.text(max_size=5), st.integers() | st.booleans() | st.text(max_size=5) | st.none()))
+def test_canonical_json_is_one_text_for_equal_mappings(value: dict[str, object]) -> None:
+    backwards = dict(reversed(value.items()))
+    assert canonical_json(value) == canonical_json(backwards)
+
+
+def test_canonical_json_has_no_blanks_and_sorted_keys() -> None:
+    assert canonical_json({"b": 1, "a": [True, "x"]}) == '{"a":[true,"x"],"b":1}'
+
+
+def test_canonical_json_refuses_nan() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json({"a": math.nan})
+
+
+@pytest.mark.parametrize(("status", "times"), [(Status.OK, None), (Status.TIMEOUT, Times.single(1.0))])
+def test_times_are_there_exactly_when_the_status_is_ok(key: Key, status: Status, times: Times | None) -> None:
+    with pytest.raises(ValueError, match="exactly when its status is ok"):
+        Record(key, "{}", status, Provenance.MEASURED, times)
+
+
+@pytest.mark.parametrize("provenance", [Provenance.TRANSFERRED, Provenance.DEFAULT])
+def test_a_record_is_measured_or_predicted(key: Key, provenance: Provenance) -> None:
+    with pytest.raises(ValueError, match="measured or predicted when it is made"):
+        Record(key, "{}", Status.OK, provenance, Times.single(1.0))
+
+
+def test_times_of_one_number_have_no_spread() -> None:
+    assert Times.single(2.5) == Times(median_us=2.5, p10_us=2.5, p90_us=2.5, samples=1)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tilewright.tuning_db import DatabaseSchemaError, Key, Provenance, TuningDB, lookup, schema
+from tilewright.tuning_db.rows import environment_to_row, record_to_row
+
+
+@pytest.fixture
+def raw(db: TuningDB) -> Iterator[sqlite3.Connection]:
+    """The file as any SQLite tool sees it."""
+    with closing(sqlite3.connect(db.path)) as connection:
+        yield connection
+
+
+def columns(connection: sqlite3.Connection, table: str) -> set[str]:
+    return {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+
+
+def test_a_fresh_file_names_every_step(raw: sqlite3.Connection) -> None:
+    rows = raw.execute("SELECT migration_set, name FROM _sqlite_migrations ORDER BY id").fetchall()
+    assert rows == [("tilewright", step.__name__) for step in schema.STEPS]
+
+
+def test_columns_are_the_fields_that_are_written(raw: sqlite3.Connection, make_record, environment) -> None:
+    assert columns(raw, "records") == {"id", *record_to_row(make_record(), 1, "")}
+    assert columns(raw, "runs") == {"id", *environment_to_row(environment, "")}
+    assert columns(raw, "best") == columns(raw, "records")
+
+
+def test_one_outcome_per_key_config_and_provenance(raw: sqlite3.Connection, db: TuningDB, run_id, make_record) -> None:
+    db.add(make_record(), run_id)
+    with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
+        raw.execute(
+            "INSERT INTO records SELECT max(id) + 1, "
+            + ", ".join(name for name in (row[1] for row in raw.execute("PRAGMA table_info(records)")) if name != "id")
+            + " FROM records"
+        )
+
+
+def test_applying_again_changes_nothing(raw: sqlite3.Connection) -> None:
+    raw.isolation_level = None
+    before = list(raw.iterdump())
+    schema.migrate(raw)
+    assert list(raw.iterdump()) == before
+
+
+def test_a_step_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def s0002_breaks(db) -> None:
+        db.table("halfway").create({"id": int}, pk="id")
+        raise RuntimeError("broken step")
+
+    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, s0002_breaks))
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        with pytest.raises(RuntimeError, match="broken step"):
+            schema.migrate(connection)
+        assert not connection.in_transaction
+        assert connection.execute("SELECT name FROM sqlite_master").fetchall() == []
+
+
+def test_an_older_file_is_brought_up_to_date(tmp_path: Path, monkeypatch, environment, make_record, key: Key) -> None:
+    with TuningDB.open(key.device, tmp_path) as db:
+        db.add(make_record(), db.start_run(environment))
+
+    def s0002_adds_a_note(db) -> None:
+        db.table("runs").add_column("note", str)
+
+    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, s0002_adds_a_note))
+    with pytest.raises(DatabaseSchemaError, match="older Tilewright"):
+        TuningDB.open(key.device, tmp_path, read_only=True)
+    with TuningDB.open(key.device, tmp_path) as db:
+        assert len(db.records(key)) == 1
+        with closing(sqlite3.connect(db.path)) as connection:
+            assert "note" in columns(connection, "runs")
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_newer_file_is_refused_untouched(tmp_path: Path, read_only: bool) -> None:
+    with TuningDB.open("a10-72", tmp_path) as db:
+        path = db.path
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("INSERT INTO _sqlite_migrations VALUES (99, 'tilewright', 's0099_future', 'some day')")
+    before = path.read_bytes()
+    with pytest.raises(DatabaseSchemaError) as caught:
+        TuningDB.open("a10-72", tmp_path, read_only=read_only)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "s0099_future" in message
+    assert "upgrade tilewright" in message
+    assert "--db" in message
+    assert "\n" not in message
+    assert path.read_bytes() == before
+
+
+def test_a_database_of_something_else_is_refused_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "a10-72.sqlite"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE recipes (name TEXT)")
+    before = path.read_bytes()
+    with pytest.raises(DatabaseSchemaError, match="not Tilewright's"):
+        TuningDB.open("a10-72", tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_the_view_has_one_row_per_key(raw: sqlite3.Connection, db: TuningDB, run_id: int, make_record) -> None:
+    db.add_many(
+        [
+            make_record("a", 5.0),
+            make_record("b", 3.0),
+            make_record("c", 1.0, spills=8),
+            make_record("d", 0.5, provenance=Provenance.PREDICTED),
+            make_record("e", 9.0, op="conv"),
+        ],
+        run_id,
+    )
+    assert raw.execute("SELECT op, config, median_us FROM best ORDER BY op").fetchall() == [
+        ("conv", "e", 9.0),
+        ("gemm", "b", 3.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("query", "parameters", "index"),
+    [
+        (lookup._BEST_FIRST, 2, "best_first"),
+        (lookup._GROUPS, 3, "measured_problems"),
+        (lookup._PROBLEMS, 4, "measured_problems"),
+        (lookup._REFUTED, 2, "one_outcome"),
+    ],
+)
+def test_lookups_use_their_index(raw: sqlite3.Connection, query: str, parameters: int, index: str) -> None:
+    plan = [row[3] for row in raw.execute(f"EXPLAIN QUERY PLAN {query}", ["x"] * parameters)]
+    assert any(index in line for line in plan), plan
+    assert not any(line.startswith("SCAN records") for line in plan), plan

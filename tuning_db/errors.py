@@ -1,0 +1,87 @@
+"""Every error Tilewright raises on purpose. This is the lowest floor of the package, so the whole tree stands here.
+
+    TilewrightError
+    ├── UsageError (also ValueError)        the caller's mistake: the command line exits 2
+    │   ├── UnknownDeviceError              no board, arch or live GPU of that name
+    │   ├── UnknownKernelError              no kernel or suite of that name
+    │   ├── ProblemError                    malformed, missing or impossible problem; shapes that don't match
+    │   ├── UnsupportedError                right in itself, but not on this device or not (yet) in this kernel
+    │   └── IllegalConfigError              the configuration breaks a limit; the search skips this and nothing else
+    ├── DatabaseError                       the tuning database
+    │   ├── DatabaseCorruptError            not a database, or damaged; the next opening for writing sets it aside
+    │   ├── DatabaseSchemaError             written by a newer Tilewright
+    │   └── DatabaseAccessError             the file or folder can't be read or written
+    ├── MissingDependencyError (also ImportError)   an optional package or a GPU is needed and absent
+    └── RunError                            the run itself failed: the command line exits 1
+        ├── CompileError                    Triton or ptxas refused the kernel
+        ├── LaunchError                     the driver refused the kernel
+        └── WorkerError                     a worker process could not be started or kept alive
+
+Messages carry the values and what to do about them, in one line.
+"""
+
+from __future__ import annotations
+
+
+class TilewrightError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class UsageError(TilewrightError, ValueError):
+    """The caller's mistake: fix the call and try again."""
+
+
+class UnknownDeviceError(UsageError):
+    """No board, architecture or live GPU has that name."""
+
+
+class UnknownKernelError(UsageError):
+    """No kernel or suite has that name."""
+
+
+class ProblemError(UsageError):
+    """A problem that is malformed, incomplete or impossible, or arrays that don't form one."""
+
+
+class UnsupportedError(UsageError):
+    """Right in itself, but this device or this kernel can't do it."""
+
+
+class IllegalConfigError(UsageError):
+    """The configuration breaks a limit of the problem or the device; the message names it."""
+
+
+class DatabaseError(TilewrightError):
+    """The tuning database can't be used."""
+
+
+class DatabaseCorruptError(DatabaseError):
+    """The file is damaged or no database. Opening it for writing sets it aside, under a name that is reported."""
+
+
+class DatabaseSchemaError(DatabaseError):
+    """The file was written by a newer Tilewright than this one, or by something else."""
+
+
+class DatabaseAccessError(DatabaseError):
+    """The file or its folder can't be read or written."""
+
+
+class MissingDependencyError(TilewrightError, ImportError):
+    """An optional package, or the GPU itself, is needed and absent."""
+
+
+class RunError(TilewrightError):
+    """The run failed through no mistake in how it was called."""
+
+
+class CompileError(RunError):
+    """Triton or ptxas refused the kernel."""
+
+
+class LaunchError(RunError):
+    """The driver refused the kernel."""
+
+
+class WorkerError(RunError):
+    """A worker process could not be started or kept alive."""

@@ -1,0 +1,338 @@
+"""One database file: its name, how it is opened and made, and what its errors mean.
+
+How a file comes into being. It is made complete under another name (WAL, schema), closed, and renamed into place, all
+under a file lock. So whoever sees the file sees a whole one, and opening an existing file takes no lock. Without this,
+processes that meet at a fresh file fail with "database is locked": the switch to WAL ignores the busy timeout.
+
+Nothing here opens the database but SQLite itself, not even to look at the header: closing any descriptor of a file
+drops all POSIX locks the process holds on it, those of its other connections included
+(https://www.sqlite.org/howtocorrupt.html, 2.2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tilewright.tuning_db import schema
+from tilewright.tuning_db.errors import (
+    DatabaseAccessError,
+    DatabaseCorruptError,
+    DatabaseError,
+    DatabaseSchemaError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+TIMEOUT_S = 30.0
+"""How long to wait for other processes, for the file lock and for each transaction. Transactions take milliseconds."""
+
+SIDECARS = ("-wal", "-shm", "-journal")
+
+_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_ELSEWHERE = "choose another folder with --db or $TILEWRIGHT_DB_DIR"
+_ACCESS = {
+    sqlite3.SQLITE_BUSY: f"another process has held it for over {TIMEOUT_S:.0f} s: end that process and try again",
+    sqlite3.SQLITE_LOCKED: f"another process has held it for over {TIMEOUT_S:.0f} s: end that process and try again",
+    sqlite3.SQLITE_FULL: f"the disk is full: free some space, or {_ELSEWHERE}",
+    sqlite3.SQLITE_READONLY: f"it can't be written: change its permissions, or {_ELSEWHERE}",
+    sqlite3.SQLITE_CANTOPEN: f"it can't be opened: check the permissions of the file and its folder, or {_ELSEWHERE}",
+    sqlite3.SQLITE_PERM: f"it can't be opened: check the permissions of the file and its folder, or {_ELSEWHERE}",
+    sqlite3.SQLITE_IOERR: f"reading or writing failed: check the disk, or {_ELSEWHERE}",
+}
+
+
+def path_for(device_key: str, folder: Path) -> Path:
+    """The file of a device. A key that is no plain lower-case name gets a hash too, so that no two keys share a file.
+
+    Raises:
+        UsageError: the key is empty.
+    """
+    if not device_key:
+        raise UsageError(f"a device needs a name; got {device_key=}")
+    slug = re.sub(r"[^a-z0-9_-]+", "-", device_key.lower()).strip("-")[:100]
+    if slug != device_key:
+        slug = f"{slug}-{hashlib.sha256(device_key.encode()).hexdigest()[:8]}".lstrip("-")
+    return folder / f"{slug}.sqlite"
+
+
+class DatabaseFile:
+    """An open file. Every statement goes through here: under one lock, with errors in Tilewright's terms.
+
+    Threads may share it. A child made by fork may not: SQLite's locks don't survive that. It is told so.
+    """
+
+    def __init__(
+        self, path: Path, connection: sqlite3.Connection | None, *, read_only: bool, set_aside: Path | None = None
+    ) -> None:
+        self.path = path
+        self.read_only = read_only
+        self.set_aside = set_aside
+        self._connection = connection  # None: reading a file that isn't there, so an empty one
+        self._closed = False
+        self._utils: Database | None = None
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+
+    def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        """All rows of a query. No cursor stays open, since one would keep SQLite from truncating the WAL."""
+        with self._lock, explained(self.path, note_damage=not self.read_only):
+            self._check_usable()
+            return [] if self._connection is None else self._connection.execute(sql, parameters).fetchall()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Database]:
+        """One write transaction: committed when the block ends, rolled back if it raises, Ctrl-C included."""
+        from sqlite_utils import Database
+
+        with self._lock, explained(self.path, note_damage=not self.read_only):
+            self._check_usable()
+            if self._connection is None or self.read_only:
+                raise UsageError(f"{self.path} was opened read-only")
+            if self._utils is None:
+                self._utils = Database(self._connection, recursive_triggers=False, execute_plugins=False)
+            try:
+                # Immediate: a deferred transaction that reads first may fail at its first write, without waiting.
+                self._connection.execute("BEGIN IMMEDIATE")
+                yield self._utils
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def close(self) -> None:
+        """Close the connection; a second call does nothing."""
+        with self._lock:
+            self._closed = True
+            if self._connection is not None:
+                self._connection.close()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise UsageError(f"{self.path} was closed")
+        if os.getpid() != self._pid:
+            raise UsageError(f"{self.path} was opened before this process was forked: open it again here")
+
+
+def open_file(path: Path, *, read_only: bool = False) -> DatabaseFile:
+    """Open a file, for writing made first where it is missing, set aside first where it is damaged.
+
+    Raises:
+        DatabaseCorruptError: read-only, and the file is damaged or no database.
+        DatabaseSchemaError: it is a newer Tilewright's, or read-only an older one's.
+        DatabaseAccessError: it can't be opened, made or written.
+    """
+    with explained(path):
+        if read_only:
+            return DatabaseFile(path, _connect_to_read(path), read_only=True)
+        if (connection := _connect_if_ready(path)) is not None:
+            return DatabaseFile(path, connection, read_only=False)
+        connection, set_aside = _initialise(path)
+        return DatabaseFile(path, connection, read_only=False, set_aside=set_aside)
+
+
+@contextmanager
+def explained(path: Path, *, note_damage: bool = False) -> Iterator[None]:
+    """Turn errors of SQLite and of the file system into ours: one line, with the path and what to do.
+
+    With `note_damage`, damage leaves a mark beside the file, which makes the next opening for writing check the whole
+    file and set it aside. Doing that here would pull the file from under the other processes that have it open.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", None)
+        if code is None:
+            raise  # Python's own: a mistake in the calling code
+        code &= 0xFF  # the primary code; the rest says where in SQLite
+        if code in _DAMAGE:
+            if note_damage:
+                with suppress(OSError):
+                    _mark(path).touch()
+            raise DatabaseCorruptError(
+                f"{path} is damaged or no database ({error}): the next run that writes to it sets it aside "
+                "and starts a fresh one"
+            ) from error
+        if code in _ACCESS:
+            raise DatabaseAccessError(f"{path} ({error}): {_ACCESS[code]}") from error
+        raise DatabaseError(f"{path}: {error}") from error
+    except TimeoutError as error:
+        raise DatabaseAccessError(f"{path}: {_ACCESS[sqlite3.SQLITE_BUSY]}") from error
+    except OSError as error:
+        raise DatabaseAccessError(f"{path} can't be used ({error.strerror or error}): {_ELSEWHERE}") from error
+
+
+def _connect(path: Path, parameters: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?{parameters}",
+        uri=True,
+        timeout=TIMEOUT_S,
+        isolation_level=None,  # no transaction begins by itself
+        check_same_thread=False,  # DatabaseFile has the lock
+    )
+    connection.row_factory = sqlite3.Row
+    try:
+        # With WAL, NORMAL survives the death of any process and never breaks the file. Only a power cut can take the
+        # last commits back; FULL would prevent that with an fsync per record, while all processes wait for the lock.
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _is_ready(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether the file can be used as it is. Touches each table, since damage shows only in pages that are read."""
+    if not schema.is_current(connection, path):
+        return False
+    connection.execute("SELECT * FROM runs ORDER BY id DESC LIMIT 1").fetchall()
+    connection.execute("SELECT * FROM records ORDER BY id DESC LIMIT 1").fetchall()
+    return bool(connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal")
+
+
+def _connect_if_ready(path: Path) -> sqlite3.Connection | None:
+    """Open for writing without the file lock; None if there is something to do that needs it."""
+    if not _has_content(path) or _mark(path).exists():
+        return None
+    if not os.access(path, os.W_OK):  # SQLite would open it read-only without a word, and fail at the first write
+        raise DatabaseAccessError(f"{path}: {_ACCESS[sqlite3.SQLITE_READONLY]}")
+    connection, ready = None, False
+    try:
+        connection = _connect(path, "mode=rw")
+        ready = _is_ready(connection, path)
+    except sqlite3.DatabaseError as error:
+        if not _is_damage(error):
+            raise
+    finally:
+        if connection is not None and not ready:
+            connection.close()
+    return connection if ready else None
+
+
+def _connect_to_read(path: Path) -> sqlite3.Connection | None:
+    """Open for reading; None if there is no file. Takes no lock and changes nothing but SQLite's own side files."""
+    if not _has_content(path):
+        return None
+    try:
+        connection = _connect_checked(path, "mode=ro")
+    except sqlite3.OperationalError as error:
+        # In a folder that can't be written SQLite can't make the side files of WAL, nor can any other writer of this
+        # kind: with no WAL waiting there, the file alone is the whole database.
+        unwritable = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+        if not unwritable or _has_content(Path(f"{path}-wal")):
+            raise
+        connection = _connect_checked(path, "mode=ro&immutable=1")
+    return connection
+
+
+def _connect_checked(path: Path, parameters: str) -> sqlite3.Connection:
+    connection = _connect(path, parameters)
+    try:
+        if not schema.is_current(connection, path):
+            raise DatabaseSchemaError(
+                f"{path} was written by an older Tilewright: tune that device once more, which brings it up to date"
+            )
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _initialise(path: Path) -> tuple[sqlite3.Connection, Path | None]:
+    """Bring the file into being or up to date, one process at a time; also the path of what was set aside."""
+    from filelock import FileLock  # 35 ms, and needed once in the life of a file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock", timeout=TIMEOUT_S):
+        try:
+            if _has_content(path):
+                return _repair(path), None
+        except sqlite3.DatabaseError as error:
+            if not _is_damage(error):
+                raise
+        # Side files without their database go too: SQLite would replay them into the fresh one.
+        remains = _has_content(path) or any(Path(f"{path}{suffix}").exists() for suffix in SIDECARS)
+        set_aside = _set_aside(path) if remains else None
+        _create(path)
+        _mark(path).unlink(missing_ok=True)
+        return _connect(path, "mode=rw"), set_aside
+
+
+def _repair(path: Path) -> sqlite3.Connection:
+    """Under the lock: check a file that was marked as damaged, apply missing migrations, return to WAL."""
+    connection = _connect(path, "mode=rw")
+    try:
+        if _mark(path).exists():
+            findings = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            if findings != "ok":
+                raise _damage(findings)
+            _mark(path).unlink()
+        if not _is_ready_after_migration(connection, path):
+            # Someone's tool left it in another journal mode, which works as well, only slower. A reader in another
+            # process makes the switch fail at once; then it is left to the next opening.
+            with suppress(sqlite3.OperationalError):
+                connection.execute("PRAGMA journal_mode = WAL")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _is_ready_after_migration(connection: sqlite3.Connection, path: Path) -> bool:
+    if not schema.is_current(connection, path):
+        schema.migrate(connection)
+    return _is_ready(connection, path)
+
+
+def _create(path: Path) -> None:
+    """Under the lock: make a complete file and put it in place of none or an empty one."""
+    fresh = Path(f"{path}.new")
+    for leftover in (fresh, *(Path(f"{fresh}{suffix}") for suffix in SIDECARS)):
+        leftover.unlink(missing_ok=True)  # of a process that died here
+    connection = _connect(fresh, "mode=rwc")
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        schema.migrate(connection)
+    finally:
+        connection.close()  # the last connection: it empties the WAL into the file and removes it
+    fresh.replace(path)
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a damaged file and its side files, which belong to it; never delete. The first of the new names."""
+    aside = Path(f"{path}.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
+    moved = []
+    for suffix in ("", *SIDECARS):
+        if Path(f"{path}{suffix}").exists():
+            moved.append(Path(f"{path}{suffix}").rename(f"{aside}{suffix}"))
+    return moved[0]
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+def _mark(path: Path) -> Path:
+    return Path(f"{path}.damaged")
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
+
+
+def _damage(findings: str) -> sqlite3.DatabaseError:
+    error = sqlite3.DatabaseError(findings)
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error

@@ -1,0 +1,184 @@
+"""In what order a question is answered: the records that are evidence for it, best evidence first.
+
+| step | evidence                                                                   | provenance  |
+|------|----------------------------------------------------------------------------|-------------|
+| 1    | measured under this very key                                               | measured    |
+| 2    | this problem on this board: other protocol, else toolchain, else revision  | transferred |
+| 3    | a near shape on this board                                                 | transferred |
+| 4    | another board of the same arch (its own file): this problem, else a near   | transferred |
+| 5    | predicted under this very key                                              | predicted   |
+
+Within steps 2-4: smaller distance, then fewer differences in the order revision, toolchain, protocol, then what was
+measured last. Records of one key stay together, fastest first, since times of different keys don't compare.
+
+Steps 2-5 leave out each configuration that has failed, or spilled, on this very problem, board, revision and
+toolchain: a guess from elsewhere doesn't outweigh what is known here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tilewright.tuning_db.errors import DatabaseCorruptError, DatabaseError
+from tilewright.tuning_db.file import DatabaseFile, open_file
+from tilewright.tuning_db.record import Answer, Key, Provenance, Record
+from tilewright.tuning_db.rows import Row, row_to_record
+from tilewright.tuning_db.schema import ANSWERABLE
+
+Near = Callable[[str, str], float | None]
+"""Distance of two problems of one op, both canonical JSON, the one asked for first; None where they don't compare."""
+
+_MEASURED = f"{ANSWERABLE} AND provenance = 'measured' AND op = ? AND arch = ?"
+
+# SELECT DISTINCT would read every index entry; this seeks from one problem to the next.
+_PROBLEMS = f"""
+    WITH RECURSIVE seen (problem) AS (
+        SELECT min(problem) FROM records WHERE {_MEASURED}
+        UNION ALL
+        SELECT (SELECT min(problem) FROM records WHERE {_MEASURED} AND problem > seen.problem)
+        FROM seen WHERE seen.problem IS NOT NULL
+    )
+    SELECT problem FROM seen WHERE problem IS NOT NULL
+"""
+_GROUPS = f"""
+    SELECT key_digest, kernel_hash, problem, device, triton, ptxas, protocol, max(created_at) AS newest
+    FROM records WHERE {_MEASURED} AND problem = ? GROUP BY key_digest
+"""
+_BEST_FIRST = f"SELECT * FROM records WHERE {ANSWERABLE} AND key_digest = ? AND provenance = ? ORDER BY median_us, id"
+_REFUTED = """
+    SELECT DISTINCT config FROM records
+    WHERE key_digest IN (?, ?) AND (status != 'ok' OR spill_bytes > 0)
+"""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The measured records of one key, as evidence for another."""
+
+    file: DatabaseFile
+    digest: str
+    distance: float
+    differs: tuple[bool, bool, bool]  # revision, toolchain, protocol
+    newest: str
+    reason: str
+
+
+def answers(
+    file: DatabaseFile, key: Key, predicted_protocol: str, near: Near | None, skipped: dict[Path, DatabaseError]
+) -> Generator[Answer, None, None]:
+    """Every answer to `key`, best first, read as far as it is consumed.
+
+    Files of other boards that can't be read are left out, and added to `skipped` with the reason.
+    """
+    digest = key.digest()
+    predicted_digest = replace(key, protocol=predicted_protocol).digest()
+    for record in best_first(file, digest, Provenance.MEASURED):
+        yield Answer(record, Provenance.MEASURED, "exact")
+    refuted = {row["config"] for row in file.rows(_REFUTED, (digest, predicted_digest))}
+    for group in _transfers(file, key, near, skipped):
+        try:
+            for record in best_first(group.file, group.digest, Provenance.MEASURED):
+                if record.config not in refuted:
+                    yield Answer(record, Provenance.TRANSFERRED, group.reason)
+        except DatabaseError as error:
+            if group.file is file:
+                raise
+            skipped[group.file.path] = error
+    for record in best_first(file, predicted_digest, Provenance.PREDICTED):
+        if record.config not in refuted:
+            yield Answer(record, Provenance.PREDICTED, "exact")
+
+
+def best_first(file: DatabaseFile, digest: str, provenance: Provenance) -> Iterator[Record]:
+    """The answerable records of one key and provenance, fastest first."""
+    for row in file.rows(_BEST_FIRST, (digest, provenance)):
+        yield to_record(file, row)
+
+
+def to_record(file: DatabaseFile, row: Row) -> Record:
+    """The record of a row of this file.
+
+    Raises:
+        DatabaseCorruptError: the row can't have been written by Tilewright.
+    """
+    try:
+        return row_to_record(row)
+    except (ValueError, TypeError) as error:
+        raise DatabaseCorruptError(
+            f"{file.path}: record {row['id']} is no record ({error}): delete that row"
+        ) from error
+
+
+def _transfers(file: DatabaseFile, key: Key, near: Near | None, skipped: dict[Path, DatabaseError]) -> Iterator[_Group]:
+    """Steps 2 to 4: the groups of records that could be carried over, best first."""
+    yield from _ranked([file], key, None)
+    if near is not None:
+        yield from _ranked([file], key, near)
+    with ExitStack() as stack:
+        others = []
+        for path in sorted(file.path.parent.glob("*.sqlite")):
+            if path == file.path:
+                continue
+            try:
+                other = open_file(path, read_only=True)
+            except DatabaseError as error:
+                skipped[path] = error
+            else:
+                stack.callback(other.close)
+                others.append(other)
+        yield from _ranked(others, key, None, skipped)
+        if near is not None:
+            yield from _ranked(others, key, near, skipped)
+
+
+def _ranked(
+    files: Sequence[DatabaseFile], key: Key, near: Near | None, skipped: dict[Path, DatabaseError] | None = None
+) -> Iterator[_Group]:
+    """The groups of the same problem, or with `near` of all problems that compare, in order."""
+    found: list[_Group] = []
+    for file in files:
+        try:
+            for problem, distance in _problems(file, key, near):
+                found += _groups(file, key, problem, distance)
+        except DatabaseError as error:
+            if skipped is None:
+                raise
+            skipped[file.path] = error
+    found.sort(key=lambda group: group.newest, reverse=True)
+    found.sort(key=lambda group: (group.distance, group.differs))
+    return iter(found)
+
+
+def _problems(file: DatabaseFile, key: Key, near: Near | None) -> Iterator[tuple[str, float]]:
+    if near is None:
+        yield key.problem, 0.0
+        return
+    for row in file.rows(_PROBLEMS, (key.op, key.arch, key.op, key.arch)):
+        if row["problem"] != key.problem and (distance := near(key.problem, row["problem"])) is not None:
+            yield row["problem"], distance
+
+
+def _groups(file: DatabaseFile, key: Key, problem: str, distance: float) -> Iterator[_Group]:
+    for row in file.rows(_GROUPS, (key.op, key.arch, problem)):
+        differs = (
+            row["kernel_hash"] != key.kernel_hash,
+            (row["triton"], row["ptxas"]) != (key.triton, key.ptxas),
+            row["protocol"] != key.protocol,
+        )
+        reasons = [f"near shape {_changes(key.problem, problem)}"] if problem != key.problem else []
+        reasons += [f"board {row['device']}"] if row["device"] != key.device else []
+        names = ("other revision", "other toolchain", "other protocol")
+        reasons += [name for name, changed in zip(names, differs, strict=True) if changed]
+        if reasons:  # no difference at all is step 1, not a transfer
+            yield _Group(file, row["key_digest"], distance, differs, row["newest"], ", ".join(reasons))
+
+
+def _changes(asked: str, found: str) -> str:
+    """What differs between two problems: `M=16→12`, the one asked for first."""
+    one, other = json.loads(asked), json.loads(found)
+    names = sorted(one.keys() | other.keys())
+    return " ".join(f"{name}={one.get(name)}→{other.get(name)}" for name in names if one.get(name) != other.get(name))

@@ -1,0 +1,128 @@
+"""What is remembered: one `Record` per outcome, in plain values that any SQLite tool can read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Status(StrEnum):
+    """How an outcome ended. Failure has a name; it is never an infinite time."""
+
+    OK = "ok"
+    INVALID = "invalid"  # the space says it can't fit; nothing was compiled
+    COMPILE_ERROR = "compile_error"
+    OUT_OF_RESOURCES = "out_of_resources"  # compiled, but over a limit of the device, or it spills
+    INCORRECT = "incorrect"  # ran, and the correctness gate refused its result
+    RUNTIME_ERROR = "runtime_error"
+    TIMEOUT = "timeout"
+
+
+class Provenance(StrEnum):
+    """Where a number comes from, best evidence first."""
+
+    MEASURED = "measured"  # this problem, board, kernel revision and toolchain
+    TRANSFERRED = "transferred"  # measured, but on another shape, board, revision or toolchain
+    PREDICTED = "predicted"  # never run
+    DEFAULT = "default"  # no evidence at all
+
+
+def canonical_json(value: Mapping[str, Any]) -> str:
+    """The one text of a mapping: keys sorted, no blanks, no NaN. Equal mappings give equal texts."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Everything that changes the answer. Two outcomes are comparable if and only if their keys are equal."""
+
+    op: str
+    kernel_hash: str  # of the kernel's AST and of every device function it calls
+    problem: str  # canonical JSON
+    device: str  # `Device.key`: the board and its SM count, not the arch alone
+    arch: int  # 86 for sm_86
+    triton: str
+    ptxas: str
+    protocol: str  # how the time was obtained: name and revision of the timing or prediction protocol
+
+    def digest(self) -> str:
+        """SHA-256 of the key, in hexadecimal."""
+        parts = (self.op, self.kernel_hash, self.problem, self.device, str(self.arch), self.triton, self.ptxas)
+        return hashlib.sha256("\0".join((*parts, self.protocol)).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one compiled kernel takes, as `cuobjdump` and Triton's metadata report it."""
+
+    registers: int  # 32-bit registers per thread
+    spill_bytes: int  # local memory per thread written and read by spills; 0 is the only good value
+    stack_bytes: int  # stack frame per thread
+    shared_bytes: int  # shared memory per block, static and dynamic
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Statistics of one configuration's time, in microseconds. A predicted time has one sample and no spread."""
+
+    median_us: float
+    p10_us: float
+    p90_us: float
+    samples: int
+
+    @classmethod
+    def single(cls, time_us: float) -> Times:
+        """The statistics of one number."""
+        return cls(time_us, time_us, time_us, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One outcome: a configuration tried on a problem, on a device, by a protocol.
+
+    `times` is present if and only if the status is `ok`; `message` says why it is not.
+    """
+
+    key: Key
+    config: str  # canonical JSON
+    status: Status
+    provenance: Provenance  # MEASURED or PREDICTED: what this outcome was when it was recorded
+    times: Times | None = None
+    resources: Resources | None = None
+    message: str = ""
+    predicted_us: float | None = None
+    created_at: str = ""  # ISO 8601, UTC; filled in by the store when empty
+
+    def __post_init__(self) -> None:
+        if (self.times is not None) != (self.status is Status.OK):
+            raise ValueError(f"a record has times exactly when its status is ok; {self.status=!s} {self.times=}")
+        if self.provenance not in (Provenance.MEASURED, Provenance.PREDICTED):
+            raise ValueError(f"a record is measured or predicted when it is made, not {self.provenance}")
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Where and with what a run was made; one row of `runs`."""
+
+    tilewright: str
+    triton: str
+    ptxas: str
+    python: str
+    host: str
+    protocol: str
+    driver: str = ""  # NVIDIA driver version; empty without a GPU
+    cuda: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)  # clocks, power limit, anything else worth keeping
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What `TuningDB.best` found: a record, and what it is evidence of for the question asked."""
+
+    record: Record
+    provenance: Provenance  # MEASURED, TRANSFERRED or PREDICTED with respect to the question
+    reason: str  # "exact", "other revision", "other toolchain", "near shape M=16→12", "board a10", …

@@ -1,0 +1,150 @@
+"""The tables of a tuning database, as the steps that make them, and how a file's schema is recognised.
+
+    runs      where and with what a run was made
+    records   every outcome: one row per (key, configuration, provenance)
+    best      view: the best record of each key, for people with a SQLite tool
+
+The steps are applied with `sqlite_utils.Migrations`, whose table `_sqlite_migrations` in the file names each step and
+when it was applied. That table is the one truth about a file's schema: every step there and no other is the current
+schema, a name this version doesn't know is a newer one. It is read here with plain SQL and sqlite_utils is imported
+only to apply a step, because that import (0.15-0.3 s) takes a hundred times as long as a whole lookup.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tilewright.tuning_db.errors import DatabaseSchemaError
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+MIGRATION_SET = "tilewright"
+
+ANSWERABLE = "status = 'ok' AND spill_bytes = 0"
+"""What a record must be to be answered. Queries repeat this text for SQLite to see that the partial indexes apply."""
+
+
+def s0001_runs_and_records(db: Database) -> None:
+    """The first schema."""
+    db.table("runs").create(
+        {
+            "id": int,
+            "tilewright": str,
+            "triton": str,
+            "ptxas": str,
+            "python": str,
+            "host": str,
+            "protocol": str,
+            "driver": str,
+            "cuda": str,
+            "extra": str,  # JSON
+            "started_at": str,  # ISO 8601, UTC
+        },
+        pk="id",
+        not_null={"tilewright", "triton", "ptxas", "python", "host", "protocol", "started_at"},
+    )
+    records = db.table("records").create(
+        {
+            "id": int,
+            "run_id": int,
+            "key_digest": str,
+            "op": str,
+            "kernel_hash": str,
+            "problem": str,  # JSON
+            "device": str,
+            "arch": int,
+            "triton": str,
+            "ptxas": str,
+            "protocol": str,
+            "config": str,  # JSON
+            "status": str,
+            "provenance": str,
+            "message": str,
+            "median_us": float,
+            "p10_us": float,
+            "p90_us": float,
+            "samples": int,
+            "registers": int,
+            "spill_bytes": int,
+            "stack_bytes": int,
+            "shared_bytes": int,
+            "predicted_us": float,
+            "created_at": str,  # ISO 8601, UTC
+        },
+        pk="id",
+        foreign_keys=[("run_id", "runs", "id")],
+        not_null={
+            *("run_id", "key_digest", "op", "kernel_hash", "problem", "device", "arch", "triton", "ptxas", "protocol"),
+            *("config", "status", "provenance", "message", "created_at"),
+        },
+    )
+    records.create_index(["key_digest", "config", "provenance"], "one_outcome", unique=True)
+    # Both indexes leave failures out: they are most of a search's records and never an answer.
+    db.execute(
+        "CREATE INDEX best_first ON records (key_digest, provenance, median_us) WHERE status = 'ok' AND spill_bytes = 0"
+    )
+    # No device column: the file is the device.
+    db.execute(
+        "CREATE INDEX measured_problems ON records (op, arch, problem, key_digest) "
+        "WHERE status = 'ok' AND spill_bytes = 0 AND provenance = 'measured'"
+    )
+    db.create_view(
+        "best",
+        """
+        SELECT * FROM records WHERE id IN (
+            SELECT first_value(id) OVER (PARTITION BY key_digest ORDER BY provenance = 'predicted', median_us, id)
+            FROM records WHERE status = 'ok' AND spill_bytes = 0
+        )
+        """,
+    )
+
+
+STEPS: tuple[Callable[[Database], None], ...] = (s0001_runs_and_records,)
+"""Every step in order. A released step is never edited: files were made by it."""
+
+
+def is_current(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether every step has been applied; False where `migrate` has work to do.
+
+    Raises:
+        DatabaseSchemaError: a newer Tilewright wrote the file, or something other than Tilewright did.
+    """
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    applied: set[str] = set()
+    if "_sqlite_migrations" in tables:
+        query = "SELECT name FROM _sqlite_migrations WHERE migration_set = ?"
+        applied = {name for (name,) in connection.execute(query, (MIGRATION_SET,))}
+    if tables - {"_sqlite_migrations"} and not applied:
+        raise DatabaseSchemaError(f"{path} is a SQLite database, but not Tilewright's: choose another folder with --db")
+    known = {step.__name__ for step in STEPS}
+    if newer := sorted(applied - known):
+        raise DatabaseSchemaError(
+            f"{path} was written by a newer Tilewright (schema {newer[-1]}): upgrade tilewright, "
+            "or choose another folder with --db"
+        )
+    return applied == known
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Apply the steps that are missing, all of them or none.
+
+    The caller holds the file's initialisation lock. The transaction is immediate because a deferred one that reads
+    before it writes fails at once, whatever the busy timeout, when another connection has written in between.
+    """
+    from sqlite_utils import Database, Migrations
+
+    migrations = Migrations(MIGRATION_SET)
+    for step in STEPS:
+        migrations()(step)
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        migrations.apply(Database(connection, recursive_triggers=False, execute_plugins=False))
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise

@@ -1,0 +1,196 @@
+"""`TuningDB`: what was ever tried on one device, in one SQLite file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tilewright.tuning_db.env import database_dir
+from tilewright.tuning_db.errors import DatabaseError, UsageError
+from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
+from tilewright.tuning_db.lookup import Near, answers, best_first, to_record
+from tilewright.tuning_db.record import Answer, Environment, Key, Provenance, Record, Status
+from tilewright.tuning_db.rows import environment_to_row, record_to_row, row_to_environment
+
+Accept = Callable[[Record], bool]
+"""Rechecks a candidate (its resources on the device at hand, say) before it is answered."""
+
+_PAGE = 1000  # rows per read of a long iteration: about 1 MB, and no read transaction stays open between
+
+
+class TuningDB:
+    """The records of one device.
+
+    Guarantees:
+        - A record is committed when `add` returns. Killing the process at any moment loses none of those and leaves
+          the file whole; a power cut may take back the last few, and leaves the file whole too.
+        - `best` and `top` answer only records with status ok and no spills.
+        - Every outcome is kept: one per key, configuration and provenance. The newest to arrive replaces an earlier
+          one of the same three, good or bad, because it ran on the state of the machine as it is now; measured and
+          predicted never replace one another.
+
+    Threads may share one object. Any number of processes may open the same file, also for the first time and at once;
+    an object doesn't survive a fork and can't be pickled: open another.
+
+    Attributes:
+        path: the file.
+        device: the key of its device.
+        set_aside: where a damaged file was moved that `open` found in its place, if it did.
+        skipped: files of other boards that `best` could not ask, and why.
+    """
+
+    def __init__(self, device: str, file: DatabaseFile) -> None:
+        """Use `open`."""
+        self.device = device
+        self.path = file.path
+        self.set_aside = file.set_aside
+        self.skipped: dict[Path, DatabaseError] = {}
+        self._file = file
+
+    @classmethod
+    def open(cls, device_key: str, folder: Path | None = None, *, read_only: bool = False) -> Self:
+        """Open the file of a device in `folder`, by default the one `database_dir` names.
+
+        For writing, folder and file are made where missing and brought to the current schema. A damaged file is
+        renamed, never deleted: `set_aside` has its new name, and a fresh one takes its place. To read, a missing file
+        is an empty one, and nothing is made or changed.
+
+        Raises:
+            DatabaseCorruptError: read-only, and the file is damaged or no database.
+            DatabaseSchemaError: a newer Tilewright wrote the file; or read-only, and an older one did.
+            DatabaseAccessError: the file or folder can't be read, made or written, or was held locked for 30 s.
+            UsageError: an empty key.
+        """
+        return cls(device_key, open_file(path_for(device_key, folder or database_dir()), read_only=read_only))
+
+    def start_run(self, environment: Environment) -> int:
+        """Note where and with what the records that follow are made; the id goes to `add`.
+
+        Raises:
+            DatabaseError: as `add`.
+        """
+        with self._file.transaction() as db:
+            db.table("runs").insert(environment_to_row(environment, _now()))
+            return int(db.execute("SELECT last_insert_rowid()").fetchone()[0])
+
+    def runs(self) -> dict[int, tuple[str, Environment]]:
+        """Every run by its id: when it started (ISO 8601, UTC) and its environment."""
+        rows = self._file.rows("SELECT * FROM runs ORDER BY id")
+        return {row["id"]: (row["started_at"], row_to_environment(row)) for row in rows}
+
+    def add(self, record: Record, run_id: int) -> None:
+        """Keep one outcome. When this returns, it is kept.
+
+        Raises:
+            DatabaseAccessError: the disk is full, the file can't be written, or was held locked for 30 s.
+            DatabaseCorruptError: the file is damaged.
+            UsageError: another device's record, an unknown run, or opened read-only.
+            ValueError: a time that is not finite.
+        """
+        self.add_many([record], run_id)
+
+    def add_many(self, records: Iterable[Record], run_id: int) -> None:
+        """Keep outcomes, all or none, in one transaction; see `add`."""
+        rows = []
+        for record in records:
+            if record.key.device != self.device:
+                raise UsageError(f"a record of {record.key.device} doesn't belong in {self.path}, of {self.device}")
+            rows.append(record_to_row(record, run_id, _now()))
+        with self._file.transaction() as db:
+            if not db.execute("SELECT 1 FROM runs WHERE id = ?", (run_id,)).fetchone():
+                raise UsageError(f"{self.path} has no run {run_id}: start_run gives the id")
+            db.table("records").insert_all(rows, replace=True)
+
+    def get(self, key: Key, config: str) -> Record | None:
+        """The outcome of one configuration under one key, measured before predicted."""
+        query = "SELECT * FROM records WHERE key_digest = ? AND config = ? ORDER BY provenance = 'predicted' LIMIT 1"
+        rows = self._file.rows(query, (key.digest(), config))
+        return to_record(self._file, rows[0]) if rows else None
+
+    def records(self, key: Key) -> list[Record]:
+        """Every outcome under one key, in the order of arrival."""
+        rows = self._file.rows("SELECT * FROM records WHERE key_digest = ? ORDER BY id", (key.digest(),))
+        return [to_record(self._file, row) for row in rows]
+
+    def find(
+        self,
+        *,
+        op: str | None = None,
+        problem: str | None = None,
+        status: Status | None = None,
+        provenance: Provenance | None = None,
+        run_id: int | None = None,
+    ) -> Iterator[Record]:
+        """Every outcome that has what is given, in the order of arrival. Others may write meanwhile."""
+        given = {"op": op, "problem": problem, "status": status, "provenance": provenance, "run_id": run_id}
+        given = {name: value for name, value in given.items() if value is not None}
+        where = "".join(f" AND {name} = ?" for name in given)
+        last = 0
+        while True:
+            query = f"SELECT * FROM records WHERE id > ?{where} ORDER BY id LIMIT {_PAGE}"
+            rows = self._file.rows(query, (last, *given.values()))
+            for row in rows:
+                yield to_record(self._file, row)
+            if len(rows) < _PAGE:
+                return
+            last = rows[-1]["id"]
+
+    def best(
+        self,
+        key: Key,
+        *,
+        predicted_protocol: str | None = None,
+        near: Near | None = None,
+        accept: Accept | None = None,
+    ) -> Answer | None:
+        """The best evidence there is for `key`, in the order of `tilewright.tuning_db.lookup`; None without any.
+
+        `predicted_protocol` names the protocol of the predictions to fall back to, where `key` has that of
+        measurements. Without `near`, no other shape is asked. The first candidate that `accept` accepts is the answer;
+        it may be asked about a configuration more than once, each time with another record.
+
+        Raises:
+            DatabaseError: this file can't be read. Other boards' files that can't are noted in `skipped`.
+        """
+        with closing(answers(self._file, key, predicted_protocol or key.protocol, near, self.skipped)) as found:
+            return next((answer for answer in found if accept is None or accept(answer.record)), None)
+
+    def top(self, key: Key, k: int, *, predicted_protocol: str | None = None) -> list[Record]:
+        """The `k` best records of exactly this key, each of another configuration: measured, then predicted.
+
+        A prediction is left out where the configuration was measured, well or badly.
+        """
+        chosen = list(best_first(self._file, key.digest(), Provenance.MEASURED))[:k]
+        predicted = replace(key, protocol=predicted_protocol or key.protocol)
+        if len(chosen) < k:
+            query = "SELECT config FROM records WHERE key_digest = ? AND provenance = 'measured'"
+            measured = {row["config"] for row in self._file.rows(query, (key.digest(),))}
+            guesses = best_first(self._file, predicted.digest(), Provenance.PREDICTED)
+            chosen += [record for record in guesses if record.config not in measured]
+        return chosen[:k]
+
+    def stats(self) -> dict[tuple[Status, Provenance], int]:
+        """How many records there are of each status and provenance."""
+        rows = self._file.rows("SELECT status, provenance, count(*) AS n FROM records GROUP BY status, provenance")
+        return {(Status(row["status"]), Provenance(row["provenance"])): row["n"] for row in rows}
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
