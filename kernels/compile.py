@@ -97,7 +97,7 @@ def _compile(launch: Launch, arch: int) -> Binary:
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, WARP_SIZE), options=options)
-    except Exception as error:  # noqa: BLE001 - the compiler raises anything from MLIR's RuntimeError to KeyError
+    except Exception as error:
         raise CompileError(f"{type(error).__name__}: {_first_line(error)}") from error
     metadata = compiled.metadata
     cubin = compiled.asm["cubin"]
@@ -137,7 +137,9 @@ def read_resources(cubin: bytes, dynamic_shared: int) -> Resources:
     spilled = _spilled_bytes(_cuobjdump(cubin, "--dump-sass")) if stack or local else 0
     # From sm_90 on the static figure is what the driver keeps, which is no part of a block's limit.
     static = shared if shared != SYSTEM_SHARED_BYTES else 0
-    return Resources(registers, min(spilled, stack + local) if stack + local else 0, stack + local, static + dynamic_shared)
+    return Resources(
+        registers, min(spilled, stack + local) if stack + local else 0, stack + local, static + dynamic_shared
+    )
 
 
 def _spilled_bytes(sass: str) -> int:

@@ -79,4 +79,6 @@ def dtype_name(array_dtype: Any) -> str:
     try:
         return _ARRAY_NAMES[text]
     except KeyError:
-        raise UnsupportedError(f"arrays of dtype {text} are not supported; use one of {', '.join(_ARRAY_NAMES)}") from None
+        raise UnsupportedError(
+            f"arrays of dtype {text} are not supported; use one of {', '.join(_ARRAY_NAMES)}"
+        ) from None

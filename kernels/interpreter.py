@@ -226,8 +226,7 @@ def _check_access(pointers: Any, mask: _Array, *, store: bool) -> None:
 def _raw_type(handle: Any) -> Any:
     """The NumPy type a handle's bits are, if the interpreter holds them raw; else None."""
     scalar = handle.dtype.scalar
-    # A comparison's result keeps its operands' type on the handle: its booleans are no bits of anything.
-    return None if isinstance(scalar, tl.pointer_type) or handle.data.dtype == np.bool_ else _RAW.get(scalar)
+    return None if isinstance(scalar, tl.pointer_type) else _RAW.get(scalar)
 
 
 def _numbers(handle: Any) -> _Array:
@@ -303,7 +302,7 @@ def _in_fp32(original: Callable[..., Any]) -> Callable[..., Any]:
         if raw is None or args[-1] is np.where:  # `where` only picks: bits will do
             return original(self, *args)
         result = original(self, *(_lift(arg) if isinstance(arg, shipped.TensorHandle) else arg for arg in args))
-        if result.data.dtype == np.bool_:
+        if result.data.dtype == np.bool_:  # a comparison: as shipped its handle keeps the operands' type
             return shipped.TensorHandle(result.data, tl.int1)
         return _handle(result.data, raw)
 

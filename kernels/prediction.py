@@ -58,7 +58,9 @@ COMPUTE_EFFICIENCY = 0.9  # of the dense peak, sustained by a full pipeline; cuB
 SHARED_BYTES_PER_CYCLE = 128  # per SM: 32 banks of 4 B (CUDA C++ Programming Guide, "Shared Memory")
 L2_BYTES_PER_CYCLE = 64  # per SM (NVIDIA A100 whitepaper: 5120 B/clk over 80 slices, 108 SMs; 47 to 64 on others)
 LOAD_LANES_PER_CYCLE = 32  # threads per cycle that an SM's load/store units address (16 per half SM)
-DRAM_LATENCY_CYCLES = 600  # 400 to 800, by pointer chasing (Jia et al. 2018, arXiv:1804.06826; Luo et al. 2024, 2402.13499)
+DRAM_LATENCY_CYCLES = (
+    600  # 400 to 800, by pointer chasing (Jia et al. 2018, arXiv:1804.06826; Luo et al. 2024, 2402.13499)
+)
 SHARED_LATENCY_CYCLES = 30  # same sources: 22 to 33
 LOOP_INSTRUCTIONS = 24  # of each warp and iteration besides loads and mma: counters, pointers, barriers (read off SASS)
 BARRIER_CYCLES = 40  # per iteration: wait for the copies, then for the other warps
@@ -233,9 +235,7 @@ def alignment_cycles(work: Work) -> float:
     return work.load_bytes / (LOAD_LANES_PER_CYCLE * work.vector_bytes)
 
 
-def wait_cycles(
-    work: Work, device: Device, busy: float, resident: int, without: Collection[Term] = ()
-) -> float:
+def wait_cycles(work: Work, device: Device, busy: float, resident: int, without: Collection[Term] = ()) -> float:
     """Cycles of an iteration whose work takes `busy` cycles for all resident blocks, with what latency adds.
 
     With s asynchronous stages a tile is asked for s - 1 iterations ahead, and its latency is a resource beside the

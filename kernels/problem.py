@@ -127,7 +127,9 @@ class Problem(_Value, ABC):
     def __str__(self) -> str:
         """The text that `parse` reads, without the fields at their defaults."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        shown = {field.name: getattr(self, field.name) for field in fields if getattr(self, field.name) != field.default}
+        shown = {
+            field.name: getattr(self, field.name) for field in fields if getattr(self, field.name) != field.default
+        }
         return ",".join(f"{name}={str(value).lower() if value is True else value}" for name, value in shown.items())
 
 

@@ -40,7 +40,9 @@ class Work:
     unit: str  # rate of the dot products: a key of `Device.tensor_tflops`, or "fp32"
     operand_bytes: float  # bytes of one element of the dot's operands, in shared memory
     load_bytes: float  # read per iteration, in bounds, both operands
-    vector_bytes: int  # widest load that alignment allows: 16 lets cp.async copy it; under 4, loads pass through registers
+    vector_bytes: (
+        int  # widest load that alignment allows: 16 lets cp.async copy it; under 4, loads pass through registers
+    )
     # device memory
     panel_a: Panel
     panel_b: Panel

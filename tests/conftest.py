@@ -1,4 +1,4 @@
-"""The tests run kernels in Triton's interpreter, unless `TRITON_INTERPRET=0` is set (tests that compile or use a GPU)."""
+"""Tests run kernels in Triton's interpreter, unless `TRITON_INTERPRET=0` is set for those that compile or use a GPU."""
 
 from __future__ import annotations
 

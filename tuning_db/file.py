@@ -16,11 +16,11 @@ import os
 import re
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from tilewright.tuning_db import schema
 from tilewright.tuning_db.errors import (
@@ -31,8 +31,7 @@ from tilewright.tuning_db.errors import (
     UsageError,
 )
 
-if TYPE_CHECKING:
-    from sqlite_utils import Database
+T = TypeVar("T")
 
 TIMEOUT_S = 30.0
 """How long to wait for other processes, for the file lock and for each transaction. Transactions take milliseconds."""
@@ -80,7 +79,6 @@ class DatabaseFile:
         self.set_aside = set_aside
         self._connection = connection  # None: reading a file that isn't there, so an empty one
         self._closed = False
-        self._utils: Database | None = None
         self._lock = threading.RLock()
         self._pid = os.getpid()
 
@@ -90,26 +88,28 @@ class DatabaseFile:
             self._check_usable()
             return [] if self._connection is None else self._connection.execute(sql, parameters).fetchall()
 
-    @contextmanager
-    def transaction(self) -> Iterator[Database]:
-        """One write transaction: committed when the block ends, rolled back if it raises, Ctrl-C included."""
-        from sqlite_utils import Database
+    def write(self, action: Callable[[sqlite3.Connection], T]) -> T:
+        """What `action` returns, run in one write transaction: committed then, or rolled back if it raises.
 
+        A function and no context manager, so that Ctrl-C finds the rollback in place wherever it strikes: between a
+        generator's `yield` and the block it opens there is a gap that no `except` covers. `sqlite_utils.atomic` has
+        that gap, so its inserts are not used here either.
+        """
         with self._lock, explained(self.path, note_damage=not self.read_only):
             self._check_usable()
-            if self._connection is None or self.read_only:
+            connection = self._connection
+            if connection is None or self.read_only:
                 raise UsageError(f"{self.path} was opened read-only")
-            if self._utils is None:
-                self._utils = Database(self._connection, recursive_triggers=False, execute_plugins=False)
             try:
                 # Immediate: a deferred transaction that reads first may fail at its first write, without waiting.
-                self._connection.execute("BEGIN IMMEDIATE")
-                yield self._utils
-                self._connection.execute("COMMIT")
+                connection.execute("BEGIN IMMEDIATE")
+                result = action(connection)
+                connection.execute("COMMIT")
             except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
                 raise
+            return result
 
     def close(self) -> None:
         """Close the connection; a second call does nothing."""
@@ -134,6 +134,8 @@ def open_file(path: Path, *, read_only: bool = False) -> DatabaseFile:
         DatabaseAccessError: it can't be opened, made or written.
     """
     with explained(path):
+        if path.is_dir():
+            raise DatabaseAccessError(f"{path} is a folder, where a file should be: move it, or {_ELSEWHERE}")
         if read_only:
             return DatabaseFile(path, _connect_to_read(path), read_only=True)
         if (connection := _connect_if_ready(path)) is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tilewright.tuning_db.env import database_dir
 from tilewright.tuning_db.errors import DatabaseError, UsageError
@@ -74,9 +75,8 @@ class TuningDB:
         Raises:
             DatabaseError: as `add`.
         """
-        with self._file.transaction() as db:
-            db.table("runs").insert(environment_to_row(environment, _now()))
-            return int(db.execute("SELECT last_insert_rowid()").fetchone()[0])
+        row = environment_to_row(environment, _now())
+        return self._file.write(lambda connection: int(connection.execute(_insert("runs", row), row).lastrowid or 0))
 
     def runs(self) -> dict[int, tuple[str, Environment]]:
         """Every run by its id: when it started (ISO 8601, UTC) and its environment."""
@@ -101,10 +101,14 @@ class TuningDB:
             if record.key.device != self.device:
                 raise UsageError(f"a record of {record.key.device} doesn't belong in {self.path}, of {self.device}")
             rows.append(record_to_row(record, run_id, _now()))
-        with self._file.transaction() as db:
-            if not db.execute("SELECT 1 FROM runs WHERE id = ?", (run_id,)).fetchone():
+
+        def insert(connection: sqlite3.Connection) -> None:
+            if not connection.execute("SELECT 1 FROM runs WHERE id = ?", (run_id,)).fetchone():
                 raise UsageError(f"{self.path} has no run {run_id}: start_run gives the id")
-            db.table("records").insert_all(rows, replace=True)
+            if rows:
+                connection.executemany(_insert("records", rows[0]), rows)
+
+        self._file.write(insert)
 
     def get(self, key: Key, config: str) -> Record | None:
         """The outcome of one configuration under one key, measured before predicted."""
@@ -190,6 +194,11 @@ class TuningDB:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _insert(table: str, row: Mapping[str, Any]) -> str:
+    names = ", ".join(row)
+    return f"INSERT OR REPLACE INTO {table} ({names}) VALUES ({', '.join(f':{name}' for name in row)})"
 
 
 def _now() -> str:

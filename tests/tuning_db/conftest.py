@@ -61,7 +61,7 @@ def make_record() -> MakeRecord:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def environment() -> Environment:
     return Environment(
         tilewright="0.1.0",

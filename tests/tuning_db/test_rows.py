@@ -76,7 +76,7 @@ def test_a_record_without_a_time_of_its_own_gets_the_stores(make_record) -> None
 
 @pytest.mark.parametrize("time_us", [float("inf"), float("nan")])
 def test_a_time_that_is_not_finite_is_refused(make_record, time_us: float) -> None:
-    with pytest.raises(ValueError, match="median_us=(inf|nan)"):
+    with pytest.raises(ValueError, match=r"median_us=(inf|nan)"):
         record_to_row(make_record(time_us=time_us), 1, "")
 
 

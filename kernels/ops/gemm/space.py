@@ -89,7 +89,7 @@ def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None
         if value & (value - 1):
             return f"{name}={value} must be a power of two"
     least_k = max(16, 32 // int(dtype(problem.dtype).bytes))
-    if min(config.BLOCK_M, config.BLOCK_N) < 16 or config.BLOCK_K < least_k:
+    if min(config.BLOCK_M, config.BLOCK_N) < 16 or least_k > config.BLOCK_K:
         return f"the smallest tile of a {problem.dtype} dot is 16×16×{least_k}"
     if config.num_warps > 32:
         return f"num_warps={config.num_warps} is over the 32 of a block"
@@ -113,7 +113,7 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
         if block > max(smallest, 2 ** math.ceil(math.log2(size))):
             return f"a block of {block} over a size of {size} is mostly padding"
     tiles_m = math.ceil(problem.M / config.BLOCK_M)
-    if config.GROUP_M > 1 and config.GROUP_M > 2 ** math.floor(math.log2(tiles_m)):
+    if config.GROUP_M > 1 and 2 ** math.floor(math.log2(tiles_m)) < config.GROUP_M:
         return f"GROUP_M={config.GROUP_M} repeats a smaller one with {tiles_m} tile rows"
     k_blocks = math.ceil(problem.K / config.BLOCK_K)
     if config.SPLIT_K > 1:
@@ -124,7 +124,7 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
             return f"{blocks} tiles fill {device.sms} SMs without SPLIT_K"
     if config.num_stages > max(2, k_blocks // config.SPLIT_K):
         return f"num_stages={config.num_stages} is more than the K blocks there are"
-    if config.BLOCK_M * config.BLOCK_N < 16 * 8 * config.num_warps:
+    if 16 * 8 * config.num_warps > config.BLOCK_M * config.BLOCK_N:
         return f"{config.num_warps} warps on {config.BLOCK_M}×{config.BLOCK_N} leave less than one 16×8 mma each"
     if config.num_stages > 2 and (device.arch < 80 or vector_bytes(problem) < 4):
         return "without cp.async (sm_80, 4-byte loads) more than 2 stages change nothing"

@@ -1,0 +1,229 @@
+"""Arrays of other libraries, seen as pointers: NumPy, CuPy, torch, and whatever speaks DLPack.
+
+They are guests: none of their libraries is imported here before one of its arrays comes in, and what goes out is of
+the kind that came in, on the stream that is current in its own library.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import Any, NamedTuple
+
+import array_api_compat
+import numpy as np
+
+from tilewright.kernels.dtypes import dtype, dtype_name
+from tilewright.tuning_db.errors import MissingDependencyError, UnsupportedError
+
+
+class View(NamedTuple):
+    """An array as a kernel sees it."""
+
+    pointer: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+    dtype: str  # canonical name
+    device: int  # CUDA ordinal; -1 for host memory
+
+
+class ArrayKind(ABC):
+    """What has to be known about one library's arrays. Stateless, safe to share between threads."""
+
+    host = False
+
+    @abstractmethod
+    def signature(self, array: Any) -> tuple[Any, ...]:
+        """What a prepared call depends on about an array: cheap, hashable. Ends with whether it is 16-byte aligned."""
+
+    @abstractmethod
+    def pointer(self, array: Any) -> int:
+        """Address of the first element."""
+
+    @abstractmethod
+    def view(self, array: Any) -> View:
+        """The array as a kernel sees it.
+
+        Raises:
+            UnsupportedError: kernels have no such data type, or the array is not in a GPU's memory.
+        """
+
+    @abstractmethod
+    def empty(self, like: Any, shape: tuple[int, ...], kind: str) -> Any:
+        """A new array of canonical dtype `kind`, on the device of `like`."""
+
+    @abstractmethod
+    def scalar(self, like: Any, value: float) -> Any:
+        """A new array of one fp32 element, on the device of `like`."""
+
+    @abstractmethod
+    def stream(self, like: Any) -> int:
+        """The library's current stream on the device of `like`, as an address; 0 is the default stream."""
+
+    def adopt(self, array: Any) -> Any:
+        """An array whose memory kernels can be given: `array` itself, or a view of it in another library."""
+        return array
+
+    def argument(self, array: Any) -> Any:
+        """What a plan is given for an array: its address; the interpreter takes the array itself."""
+        return self.pointer(array)
+
+    def give_back(self, array: Any, like: Any) -> Any:
+        """The kind of `like` for an array made by `empty`."""
+        return array
+
+
+class NumpyKind(ArrayKind):
+    """Host memory; only the interpreter runs on it."""
+
+    host = True
+
+    def signature(self, array: Any) -> tuple[Any, ...]:
+        return (array.shape, array.strides, array.dtype, array.__array_interface__["data"][0] % 16 == 0)
+
+    def pointer(self, array: Any) -> int:
+        return int(array.ctypes.data)
+
+    def view(self, array: Any) -> View:
+        strides = tuple(stride // array.itemsize for stride in array.strides)
+        return View(self.pointer(array), array.shape, strides, dtype_name(array.dtype), -1)
+
+    def empty(self, like: Any, shape: tuple[int, ...], kind: str) -> Any:
+        return np.empty(shape, dtype(kind).numpy)
+
+    def argument(self, array: Any) -> Any:
+        return array
+
+    def scalar(self, like: Any, value: float) -> Any:
+        return np.full(1, value, np.float32)
+
+    def stream(self, like: Any) -> int:
+        return 0
+
+
+class CupyKind(ArrayKind):
+    """CuPy, and the library that launches for all others."""
+
+    def __init__(self) -> None:
+        self._cupy = require_cupy()
+
+    def signature(self, array: Any) -> tuple[Any, ...]:
+        data = array.data
+        return (array.shape, array.strides, array.dtype, data.device_id, data.ptr % 16 == 0)
+
+    def pointer(self, array: Any) -> int:
+        return int(array.data.ptr)
+
+    def view(self, array: Any) -> View:
+        strides = tuple(stride // array.itemsize for stride in array.strides)
+        return View(array.data.ptr, array.shape, strides, dtype_name(array.dtype), array.data.device_id)
+
+    def empty(self, like: Any, shape: tuple[int, ...], kind: str) -> Any:
+        return self._cupy.empty(shape, dtype(kind).numpy)
+
+    def scalar(self, like: Any, value: float) -> Any:
+        return self._cupy.full(1, value, np.float32)
+
+    def stream(self, like: Any) -> int:
+        return int(self._cupy.cuda.get_current_stream().ptr)
+
+
+class TorchKind(ArrayKind):
+    """torch tensors on CUDA."""
+
+    def __init__(self) -> None:
+        self._torch = sys.modules["torch"]  # one of its tensors is in hand, so it is loaded
+
+    def signature(self, array: Any) -> tuple[Any, ...]:
+        return (array.shape, array.stride(), array.dtype, array.device, array.data_ptr() % 16 == 0)
+
+    def pointer(self, array: Any) -> int:
+        return int(array.data_ptr())
+
+    def view(self, array: Any) -> View:
+        if array.device.type != "cuda":
+            raise UnsupportedError(f"a torch tensor on {array.device} is not in a GPU's memory: move it with .cuda()")
+        return View(array.data_ptr(), tuple(array.shape), array.stride(), dtype_name(array.dtype), array.device.index)
+
+    def empty(self, like: Any, shape: tuple[int, ...], kind: str) -> Any:
+        return like.new_empty(shape, dtype=getattr(self._torch, str(np.dtype(dtype(kind).numpy))))
+
+    def scalar(self, like: Any, value: float) -> Any:
+        return like.new_full((1,), value, dtype=self._torch.float32)
+
+    def stream(self, like: Any) -> int:
+        return int(self._torch.cuda.current_stream(like.device).cuda_stream)
+
+
+class DlpackKind(CupyKind):
+    """Any other array in a GPU's memory, seen through CuPy without a copy: JAX, and what has DLPack or
+    `__cuda_array_interface__`. The exchange orders the library's pending work before ours."""
+
+    def signature(self, array: Any) -> tuple[Any, ...]:
+        return super().signature(self.adopt(array))
+
+    def pointer(self, array: Any) -> int:
+        return super().pointer(self.adopt(array))
+
+    def adopt(self, array: Any) -> Any:
+        if hasattr(array, "__cuda_array_interface__"):
+            return self._cupy.asarray(array)
+        if hasattr(array, "__dlpack__"):
+            return self._cupy.from_dlpack(array)
+        raise UnsupportedError(
+            f"{type(array).__name__} is no array: pass NumPy, CuPy, torch or JAX arrays, or any with DLPack"
+        )
+
+    def give_back(self, array: Any, like: Any) -> Any:
+        if array_api_compat.is_array_api_obj(like):
+            return array_api_compat.array_namespace(like).from_dlpack(array)
+        return array
+
+
+def kind_of(array: Any) -> ArrayKind:
+    """The kind of an array.
+
+    Raises:
+        MissingDependencyError: it is in a GPU's memory and CuPy is not installed.
+        UnsupportedError: it is no array.
+    """
+    return _kind_of_type(type(array))
+
+
+@cache
+def _kind_of_type(cls: type) -> ArrayKind:
+    root = cls.__module__.partition(".")[0]
+    if issubclass(cls, np.ndarray):
+        return NumpyKind()
+    if root == "cupy":
+        return CupyKind()
+    if root == "torch":
+        return TorchKind()
+    if not (hasattr(cls, "__cuda_array_interface__") or hasattr(cls, "__dlpack__")):
+        raise UnsupportedError(
+            f"{cls.__module__}.{cls.__name__} is no array: pass NumPy, CuPy, torch or JAX arrays, or any with DLPack"
+        )
+    return DlpackKind()
+
+
+@cache
+def require_cupy() -> Any:
+    """The module `cupy`.
+
+    Raises:
+        MissingDependencyError: it is not installed, or finds no driver or GPU; the message says which.
+    """
+    try:
+        import cupy
+    except ImportError:
+        raise MissingDependencyError(
+            'running a kernel on a GPU needs CuPy: pip install "tilewright[cuda13]" (or [cuda12], by your driver)'
+        ) from None
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except (RuntimeError, cupy.cuda.runtime.CUDARuntimeError) as error:
+        raise MissingDependencyError(f"CuPy is installed but finds no CUDA driver: {error}") from None
+    if count == 0:
+        raise MissingDependencyError("CuPy is installed but finds no CUDA GPU: `nvidia-smi` should list one")
+    return cupy

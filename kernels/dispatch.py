@@ -1,0 +1,78 @@
+"""From a problem to a plan that runs it: lookup, compile, load, each once per problem and device."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+from tilewright.kernels.device import Device
+from tilewright.kernels.devices import live_devices, resolve_device
+from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.lookup import Choice, candidates
+from tilewright.kernels.problem import Config, Problem
+from tilewright.kernels.runtime import GpuPlan, InterpretedPlan, Plan
+from tilewright.tuning_db.errors import CompileError, MissingDependencyError, UnsupportedError
+
+INTERPRETED_BOARD = "a100"
+"""Whose limits hold in the interpreter, which has none: the oldest arch with every kernel's data types but fp8e4m3."""
+
+# Guards the first preparation of each plan; a warm call never takes it.
+_lock = threading.Lock()
+_plans: dict[tuple[Any, ...], tuple[Plan, Choice]] = {}
+
+
+def plan_for(
+    kernel: Kernel[Any, Any], problem: Problem, ordinal: int, *, config: Config | None = None
+) -> tuple[Plan, Choice]:
+    """A plan ready to run on GPU `ordinal` (-1: in the interpreter), and the choice behind it.
+
+    Raises:
+        UnsupportedError, IllegalConfigError: nothing can run the problem there, or not this configuration.
+        CompileError, LaunchError: the compiler or the driver refused the caller's configuration, or the default.
+    """
+    key = (kernel.name, problem, ordinal, config)
+    ready = _plans.get(key)
+    if ready is None:
+        with _lock:
+            ready = _plans.get(key)
+            if ready is None:
+                ready = _plans[key] = _prepare(kernel, problem, ordinal, config)
+    return ready
+
+
+def forget_plans() -> None:
+    """Drop every plan, so that the next call of each problem asks the database again: after tuning, in one process."""
+    with _lock:
+        _plans.clear()
+
+
+def _prepare(kernel: Kernel[Any, Any], problem: Problem, ordinal: int, config: Config | None) -> tuple[Plan, Choice]:
+    if ordinal < 0:
+        return _interpreted(kernel, problem, config)
+    device = _device(ordinal)
+    refused: Exception | None = None
+    for choice in candidates(kernel, problem, device, config=config):
+        try:
+            return GpuPlan(kernel.launches(problem, choice.config), device, ordinal), choice
+        except (UnsupportedError, CompileError) as error:
+            refused = error  # a guess whose real code spills, or doesn't compile: the next one
+    assert refused is not None
+    raise refused
+
+
+def _interpreted(kernel: Kernel[Any, Any], problem: Problem, config: Config | None) -> tuple[Plan, Choice]:
+    device = resolve_device(INTERPRETED_BOARD)
+    if config is None:
+        config = kernel.default(problem, device)
+    else:
+        kernel.space.check(problem, config, device)
+    return InterpretedPlan(kernel.launches(problem, config)), Choice(config, None, "interpreted")
+
+
+@functools.cache
+def _device(ordinal: int) -> Device:
+    for device in live_devices():
+        if device.live == f"cuda:{ordinal}":
+            return device
+    raise MissingDependencyError(f"cuda:{ordinal} is not among the GPUs found: {live_devices() or 'none'}")

@@ -1,0 +1,172 @@
+"""Which configuration a problem gets on a device, and on what evidence. Never tunes, never writes.
+
+The order: the caller's own configuration; a record (`tuning_db`: measured here, then transferred, then predicted by a
+tuning run that compiled it); this module's prediction; the default. A candidate that does not fit the device is passed
+over, whatever its evidence.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tilewright.kernels.compile import ptxas_version, triton_version
+from tilewright.kernels.device import WARP_SIZE, Device
+from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.prediction import MODEL, Prediction, predict
+from tilewright.kernels.problem import Config, Problem
+from tilewright.tuning_db.env import database_dir
+from tilewright.tuning_db.errors import DatabaseError, ProblemError, UnsupportedError
+from tilewright.tuning_db.record import Key, Provenance, Record
+from tilewright.tuning_db.store import TuningDB
+
+TIMING_PROTOCOL = "cold-l2-1"
+"""Name and revision of how times are measured on a GPU: part of the key of every measured record."""
+
+PREDICTED_CANDIDATES = 4
+"""How many predicted configurations are offered before the default: some spill once they are compiled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A configuration, and what speaks for it."""
+
+    config: Any
+    provenance: Provenance | None  # None: the caller named it
+    reason: str
+    time_us: float | None = None
+    record: Record | None = None
+
+
+def record_key(kernel: Kernel[Any, Any], problem: Problem, device: Device, protocol: str = TIMING_PROTOCOL) -> Key:
+    """The key under which outcomes of this problem on this device are kept."""
+    return Key(
+        op=kernel.name,
+        kernel_hash=kernel.source_hash,
+        problem=problem.to_json(),
+        device=device.key,
+        arch=device.arch,
+        triton=triton_version(),
+        ptxas=ptxas_version(device.arch),
+        protocol=protocol,
+    )
+
+
+def check_supported(kernel: Kernel[Any, Any], problem: Problem, device: Device) -> None:
+    """Does nothing for a problem that some configuration can run on the device.
+
+    Raises:
+        UnsupportedError: none can; the message says why.
+    """
+    reason = kernel.supported(problem, device)
+    if reason is not None:
+        raise UnsupportedError(f"{kernel.name} {problem}: {reason}")
+
+
+def choose(kernel: Kernel[Any, Any], problem: Problem, device: Device, *, config: Config | None = None) -> Choice:
+    """The first of `candidates`: what `kernels` would run, unless its compiled code turned out to spill.
+
+    Raises:
+        UnsupportedError: no configuration can run the problem on this device.
+        IllegalConfigError: the caller's configuration does not fit.
+    """
+    return next(candidates(kernel, problem, device, config=config))
+
+
+def candidates(
+    kernel: Kernel[Any, Any], problem: Problem, device: Device, *, config: Config | None = None
+) -> Iterator[Choice]:
+    """Configurations for a problem, best evidence first, read as far as they are asked for; the default is the last.
+
+    Raises:
+        UnsupportedError, IllegalConfigError: as `choose`.
+    """
+    check_supported(kernel, problem, device)
+    if config is not None:
+        kernel.space.check(problem, config, device)
+        yield Choice(config, None, "named by the caller")
+        return
+    recorded = recorded_choice(kernel, problem, device, database_dir())
+    if recorded is not None:
+        yield recorded
+    for prediction, predicted in predicted_best(kernel, problem, device, PREDICTED_CANDIDATES):
+        yield Choice(predicted, Provenance.PREDICTED, f"by {MODEL}", prediction.time_us)
+    yield Choice(kernel.default(problem, device), Provenance.DEFAULT, "no evidence")
+
+
+def recorded_choice(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path) -> Choice | None:
+    """What the device's database answers, if anything. A database that can't be read answers nothing: a program that
+    runs a model goes on, with a prediction; `autotune` is where the damage is reported."""
+    try:
+        with TuningDB.open(device.key, folder, read_only=True) as database:
+            return answer(kernel, problem, device, database)
+    except DatabaseError:
+        return None
+
+
+def answer(kernel: Kernel[Any, Any], problem: Problem, device: Device, database: TuningDB) -> Choice | None:
+    """What an open database answers for a problem: its best record that fits this device, with its provenance."""
+
+    def accept(record: Record) -> bool:
+        return fitting_config(kernel, problem, device, record) is not None
+
+    found = database.best(
+        record_key(kernel, problem, device),
+        predicted_protocol=MODEL,
+        near=functools.partial(_distance, kernel),
+        accept=accept,
+    )
+    if found is None:
+        return None
+    config = fitting_config(kernel, problem, device, found.record)
+    times = found.record.times
+    return Choice(config, found.provenance, found.reason, times.median_us if times else None, found.record)
+
+
+def fitting_config(kernel: Kernel[Any, Any], problem: Problem, device: Device, record: Record) -> Config | None:
+    """A record's configuration, if it fits this problem on this device by the space's rules and by the resources that
+    were recorded; a record of another revision may not even be one."""
+    try:
+        config: Config = kernel.space.config.from_json(record.config)
+    except ProblemError:
+        return None
+    if kernel.space.fits(problem, config, device) is not None:
+        return None
+    resources = record.resources
+    if resources is not None:
+        warps = getattr(config, "num_warps", 1)
+        too_many = resources.registers * warps * WARP_SIZE > device.registers_per_sm
+        if too_many or resources.spill_bytes or resources.shared_bytes > device.shared_per_block:
+            return None
+    return config
+
+
+def predicted_best(
+    kernel: Kernel[Any, Any], problem: Problem, device: Device, count: int
+) -> list[tuple[Prediction, Config]]:
+    """The `count` configurations of the space with the least predicted time, from estimated resources."""
+    scored = (
+        (predict(kernel.work(problem, config), kernel.estimate(problem, config, device), device), config)
+        for config in kernel.space.configs(problem, device)
+    )
+    return heapq.nsmallest(count, scored, key=lambda pair: pair[0].time_us)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(kernel_problem: type[Problem], text: str) -> Problem | None:
+    try:
+        return kernel_problem.from_json(text)
+    except ProblemError:
+        return None  # written by another revision, with other fields
+
+
+def _distance(kernel: Kernel[Any, Any], asked: str, found: str) -> float | None:
+    one, other = _parsed(kernel.problem, asked), _parsed(kernel.problem, found)
+    if one is None or other is None or json.loads(found).keys() != json.loads(asked).keys():
+        return None
+    return kernel.distance(one, other)

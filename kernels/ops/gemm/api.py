@@ -1,0 +1,376 @@
+"""`gemm`: the fused GEMM as people call it, on arrays of any library."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tilewright.kernels.arrays import ArrayKind, View, kind_of
+from tilewright.kernels.dispatch import plan_for
+from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.epilogue import activation_name
+from tilewright.kernels.interpreter import require_interpreter
+from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.kernels.ops.gemm.problem import GemmProblem
+from tilewright.kernels.ops.gemm.space import GemmConfig
+from tilewright.kernels.runtime import Plan
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError
+
+
+def gemm(
+    a: Any,
+    b: Any,
+    *,
+    bias: Any = None,
+    residual: Any = None,
+    activation: str | None = None,
+    alpha: float = 1.0,
+    precision: str | None = None,
+    out_dtype: str | None = None,
+    out: Any = None,
+    config: GemmConfig | None = None,
+) -> Any:
+    """Fused matrix product: `activation(alpha · A·B + bias + residual)`, summed in fp32.
+
+    The configuration is the tuned one for these shapes on this GPU, where there is one; see `lookup`. The call returns
+    as soon as the work is on the caller's current stream.
+
+    Args:
+        a: (..., M, K), of fp16, bf16, fp32, or (sm_89 on) fp8e4m3, fp8e5m2. Rows or columns contiguous, by its strides.
+        b: (..., K, N), of the same dtype; likewise. Leading dimensions of `a` and `b` broadcast as in `numpy.matmul`.
+        bias: (N,), or None.
+        residual: (..., M, N), its leading dimensions broadcast to the result's, or None.
+        activation: none, relu, gelu_tanh, gelu_erf (or gelu), silu, sigmoid, tanh, hardswish.
+        alpha: factor on the product.
+        precision: of fp32 operands: "ieee" (default; CUDA cores) or "tf32" (tensor cores, 10-bit mantissa).
+        out_dtype: canonical dtype name of the result; by default that of `a`, bf16 for fp8.
+        out: array (..., M, N) to write to, of `out_dtype`; it may be `residual`, but not overlap `a` or `b`.
+        config: a configuration to use instead of the tuned one.
+
+    Returns:
+        `out`, or a new array (..., M, N) of the library that `a` is of.
+
+    Raises:
+        ProblemError: shapes or dtypes that don't go together; the message has them.
+        UnsupportedError: an operand with neither rows nor columns contiguous, or a dtype this GPU lacks.
+        IllegalConfigError: `config` breaks a limit of the problem or the GPU.
+        MissingDependencyError: CuPy or a GPU is needed and absent.
+    """
+    kind = kind_of(a)
+    key = (
+        kind,
+        kind.signature(a),
+        kind.signature(b),
+        None if bias is None else kind.signature(bias),
+        None if residual is None else kind.signature(residual),
+        None if out is None else kind.signature(out),
+        activation,
+        alpha == 1.0,
+        precision,
+        out_dtype,
+        config,
+    )
+    call = _calls.get(key)
+    if call is None:
+        call = _prepare(kind, a, b, bias, residual, out, activation, alpha, precision, out_dtype, config)
+        if len(_calls) >= _MOST_CALLS:
+            _calls.clear()
+        _calls[key] = call
+    return call(a, b, bias, residual, alpha, out)
+
+
+_MOST_CALLS = 65536
+"""Signatures remembered; a program with more (every shape new) prepares them again rather than grow without end."""
+
+
+@dataclass(frozen=True, slots=True)
+class GemmCall:
+    """A call prepared for one signature of arrays: run as often as arrays of that signature come."""
+
+    kind: ArrayKind
+    problem: GemmProblem
+    plan: Plan
+    shape: tuple[int, ...]  # of the result
+    strides: dict[str, int]
+
+    def __call__(self, a: Any, b: Any, bias: Any, residual: Any, alpha: float, out: Any) -> Any:
+        """Put the call on the current stream of the arrays' library."""
+        kind = self.kind
+        result = kind.empty(a, self.shape, self.problem.output_dtype) if out is None else out
+        of = kind.argument
+        pointers = {"a_ptr": of(a), "b_ptr": of(b), "out_ptr": of(result)}
+        if bias is not None:
+            pointers["bias_ptr"] = of(bias)
+        if residual is not None:
+            pointers["residual_ptr"] = of(residual)
+        if self.problem.alpha:
+            pointers["alpha_ptr"] = of(_alpha_array(kind, a, alpha))
+        self.plan.run(pointers, self.strides, kind.stream(a))
+        return result if out is not None else kind.give_back(result, a)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopedCall:
+    """Batches that broadcast in more than one way, as (x, 1, M, K) by (1, y, K, N): a call for each outer index."""
+
+    kind: ArrayKind
+    shape: tuple[int, ...]
+    out_dtype: str
+    # For each call, the index into a, b, residual and out.
+    indices: tuple[tuple[tuple[int, ...], ...], ...]
+    options: dict[str, Any]
+
+    def __call__(self, a: Any, b: Any, bias: Any, residual: Any, alpha: float, out: Any) -> Any:
+        """Put the calls on the current stream, in order."""
+        kind = self.kind
+        result = kind.empty(a, self.shape, self.out_dtype) if out is None else out
+        a, b = kind.adopt(a), kind.adopt(b)
+        for at_a, at_b, at_residual, at_out in self.indices:
+            part = None if residual is None else kind.adopt(residual)[at_residual]
+            gemm(a[at_a], b[at_b], bias=bias, residual=part, alpha=alpha, out=result[at_out], **self.options)
+        return result if out is not None else kind.give_back(result, a)
+
+
+_calls: dict[tuple[Any, ...], GemmCall | LoopedCall] = {}
+_alphas: dict[tuple[Any, ...], Any] = {}
+
+
+def _alpha_array(kind: ArrayKind, like: Any, alpha: float) -> Any:
+    """alpha on the device, made once per value: a kernel takes no floats."""
+    key = (kind, getattr(like, "device", None), float(alpha))
+    array = _alphas.get(key)
+    if array is None:
+        if len(_alphas) >= 1024:
+            _alphas.clear()
+        array = _alphas[key] = kind.scalar(like, float(alpha))
+    return array
+
+
+class _Matrix(NamedTuple):
+    """An operand against the batch of the result."""
+
+    layout: str
+    stride: int  # between rows ("row") or columns ("col"), in elements
+    batch: tuple[int, ...]  # stride of each batch dimension of the result; 0 where the operand is broadcast
+    dense: bool  # rows (columns) follow each other without a gap
+
+
+def _prepare(
+    kind: ArrayKind,
+    a: Any,
+    b: Any,
+    bias: Any,
+    residual: Any,
+    out: Any,
+    activation: str | None,
+    alpha: float,
+    precision: str | None,
+    out_dtype: str | None,
+    config: GemmConfig | None,
+) -> GemmCall | LoopedCall:
+    """Everything about a call that its arrays' signatures decide."""
+    if kind.host:
+        require_interpreter()
+    views: dict[str, View] = {}
+    for name, array in (("a", a), ("b", b), ("bias", bias), ("residual", residual), ("out", out)):
+        if array is not None:
+            if kind_of(array) is not kind:
+                raise ProblemError(f"a is of {type(a).__module__}, {name} of {type(array).__module__}: use one library")
+            views[name] = kind.view(kind.adopt(array))
+    ordinals = {view.device for view in views.values()}
+    if len(ordinals) > 1:
+        raise ProblemError(f"the arrays are on different GPUs: {sorted(ordinals)}")
+    m, k, n, batch = _shapes(views)
+    result_dtype = _dtypes(views, out_dtype)
+    shape = (*batch, m, n)
+
+    matrices = {name: _matrix(name, views[name], batch) for name in ("a", "b", "residual", "out") if name in views}
+    if "residual" in matrices and matrices["residual"].layout != "row":
+        raise UnsupportedError(f"residual must be row-major; its strides are {views['residual'].strides}")
+    if "out" in matrices:
+        if matrices["out"].layout != "row" or (0 in matrices["out"].batch and math.prod(batch) > 1):
+            raise UnsupportedError(f"out must be row-major, without broadcast; its strides are {views['out'].strides}")
+        for name in ("a", "b"):
+            if views[name].pointer == views["out"].pointer:
+                raise ProblemError(f"out may not share memory with {name}")
+    else:
+        matrices["out"] = _Matrix("row", n, _dense_strides(batch, m * n), True)
+
+    inner = _mergeable(batch, [matrix.batch for matrix in matrices.values()])
+    if inner < len(batch):
+        options = {"activation": activation, "precision": precision, "config": config}
+        return LoopedCall(kind, shape, result_dtype, _outer_indices(views, batch, len(batch) - inner), options)
+
+    count = math.prod(batch)
+    steps = {name: matrix.batch[-1] if batch else 0 for name, matrix in matrices.items()}
+    # The innermost batch dimension that is longer than 1 gives the merged batch its stride.
+    for position in range(len(batch) - 1, -1, -1):
+        if batch[position] > 1:
+            steps = {name: matrix.batch[position] for name, matrix in matrices.items()}
+            break
+    if count > 1 and _folds(matrices, steps, m):
+        # One B for all: the batch is more rows of A.
+        m, count = m * count, 1
+    strided = not all(
+        matrix.dense and (count == 1 or steps[name] in (0, _matrix_size(name, m, n, k)))
+        for name, matrix in matrices.items()
+    )
+    pointers_aligned = all(view.pointer % 16 == 0 for view in views.values())
+    strides: dict[str, int] = {}
+    if strided:
+        for name, matrix in matrices.items():
+            strides[f"{name}_stride"] = matrix.stride
+            strides[f"{name}_batch_stride"] = steps[name] if count > 1 else 0
+    problem = GemmProblem(
+        M=m,
+        N=n,
+        K=k,
+        dtype=views["a"].dtype,
+        out_dtype=result_dtype,
+        batch=count,
+        a_layout=matrices["a"].layout,
+        b_layout=matrices["b"].layout,
+        a_broadcast=count > 1 and steps["a"] == 0,
+        b_broadcast=count > 1 and steps["b"] == 0,
+        bias=views["bias"].dtype if "bias" in views else None,
+        residual=views["residual"].dtype if "residual" in views else None,
+        residual_broadcast=count > 1 and "residual" in steps and steps["residual"] == 0,
+        activation=activation_name(activation),
+        alpha=alpha != 1.0,
+        precision=precision,
+        strided=strided,
+        aligned=pointers_aligned and all(stride % 16 == 0 for stride in strides.values()),
+    )
+    plan, _ = plan_for(GEMM, problem, ordinals.pop(), config=config)
+    return GemmCall(kind, problem, plan, shape, strides)
+
+
+def _shapes(views: dict[str, View]) -> tuple[int, int, int, tuple[int, ...]]:
+    """M, K, N and the batch of the result.
+
+    Raises:
+        ProblemError: the shapes don't go together.
+    """
+    a, b = views["a"].shape, views["b"].shape
+    if len(a) < 2 or len(b) < 2:
+        raise ProblemError(f"a {a} and b {b} must have at least two dimensions: (..., M, K) and (..., K, N)")
+    (m, k), (other_k, n) = a[-2:], b[-2:]
+    if k != other_k:
+        raise ProblemError(f"a is {a} and b is {b}: K={k} and K={other_k} must be equal")
+    try:
+        batch = np.broadcast_shapes(a[:-2], b[:-2])
+    except ValueError:
+        raise ProblemError(f"a is {a} and b is {b}: the leading dimensions don't broadcast") from None
+    if 0 in (m, n, k, *batch):
+        raise ProblemError(f"a is {a} and b is {b}: no dimension may be 0")
+    shape = (*batch, m, n)
+    if "bias" in views and views["bias"].shape != (n,):
+        raise ProblemError(f"bias is {views['bias'].shape} and must be ({n},)")
+    if "bias" in views and n > 1 and views["bias"].strides != (1,):
+        raise UnsupportedError(f"bias must be contiguous; its stride is {views['bias'].strides[0]}")
+    if "residual" in views:
+        residual = views["residual"].shape
+        if residual[-2:] != (m, n) or len(residual) > len(shape) or np.broadcast_shapes(residual, shape) != shape:
+            raise ProblemError(f"residual is {residual} and must broadcast to {shape} over the leading dimensions")
+    if "out" in views and views["out"].shape != shape:
+        raise ProblemError(f"out is {views['out'].shape} and must be {shape}")
+    return m, k, n, batch
+
+
+def _dtypes(views: dict[str, View], out_dtype: str | None) -> str:
+    """The result's dtype.
+
+    Raises:
+        ProblemError: the dtypes don't go together.
+    """
+    if views["a"].dtype != views["b"].dtype:
+        raise ProblemError(f"a is {views['a'].dtype} and b is {views['b'].dtype}: they must have one dtype")
+    if out_dtype is not None:
+        dtype(out_dtype)
+    if "out" in views:
+        if out_dtype not in (None, views["out"].dtype):
+            raise ProblemError(f"out is {views['out'].dtype} and out_dtype={out_dtype!r}: leave one out")
+        return views["out"].dtype
+    return out_dtype or ("bf16" if views["a"].dtype.startswith("fp8") else views["a"].dtype)
+
+
+def _matrix(name: str, view: View, batch: tuple[int, ...]) -> _Matrix:
+    """The operand's layout and strides.
+
+    Raises:
+        UnsupportedError: neither its rows nor its columns are contiguous.
+    """
+    rows, columns = view.shape[-2:]
+    row_stride, column_stride = view.strides[-2:]
+    # A dimension of length 1 has no stride to speak of.
+    if column_stride == 1 or columns == 1:
+        layout, stride, length, lines = "row", row_stride, columns, rows
+        contiguous = column_stride == 1 or columns == 1
+    else:
+        layout, stride, length, lines = "col", column_stride, rows, columns
+        contiguous = row_stride == 1 or rows == 1
+    if lines == 1:
+        stride = length
+    if layout == "row" and columns == 1 and rows > 1 and row_stride == 1:
+        stride = 1
+    if not contiguous or stride < length:
+        raise UnsupportedError(
+            f"{name} has strides {view.strides} for shape {view.shape}: rows or columns must be contiguous and not "
+            f"overlap; pass a copy"
+        )
+    lead = view.shape[:-2]
+    own = tuple(0 if size == 1 else step for size, step in zip(lead, view.strides[:-2], strict=True))
+    if any(step < 0 for step in own):
+        raise UnsupportedError(f"{name} has negative strides {view.strides}: pass a copy")
+    return _Matrix(layout, stride, (0,) * (len(batch) - len(lead)) + own, stride == length)
+
+
+def _dense_strides(batch: tuple[int, ...], size: int) -> tuple[int, ...]:
+    strides = []
+    for length in reversed(batch):
+        strides.append(size if length > 1 else 0)
+        size *= length
+    return tuple(reversed(strides))
+
+
+def _mergeable(batch: tuple[int, ...], strides: list[tuple[int, ...]]) -> int:
+    """How many trailing batch dimensions are one dimension to every operand."""
+    merged, step = 0, None
+    for position in range(len(batch) - 1, -1, -1):
+        current = [stride[position] for stride in strides]
+        if batch[position] > 1:
+            if step is not None and current != step:
+                break
+            step = [stride * batch[position] for stride in current]
+        merged += 1
+    return merged
+
+
+def _outer_indices(
+    views: dict[str, View], batch: tuple[int, ...], outer: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """For every index of the first `outer` batch dimensions: where that is in a, b, residual and out."""
+    found = []
+    for index in np.ndindex(*batch[:outer]):
+        at = []
+        for name in ("a", "b", "residual", "out"):
+            lead = views[name].shape[:-2] if name in views else batch
+            missing = len(batch) - len(lead)
+            own = index[missing:] if missing < outer else ()
+            at.append(tuple(0 if lead[i] == 1 else position for i, position in enumerate(own)))
+        found.append(tuple(at))
+    return tuple(found)
+
+
+def _matrix_size(name: str, m: int, n: int, k: int) -> int:
+    return {"a": m * k, "b": k * n}.get(name, m * n)
+
+
+def _folds(matrices: dict[str, _Matrix], steps: dict[str, int], m: int) -> bool:
+    """Whether the batch of A, residual and out continues their rows, under one B."""
+    return steps["b"] == 0 and all(
+        matrix.layout == "row" and steps[name] == m * matrix.stride for name, matrix in matrices.items() if name != "b"
+    )

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tilewright.tuning_db import (
+    DatabaseAccessError,
+    DatabaseCorruptError,
+    DatabaseError,
+    Key,
+    TuningDB,
+    UsageError,
+    file,
+)
+
+DEVICE = "rtx3090-82"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def filled(tmp_path: Path, environment, make_record) -> Path:
+    """A closed file with 400 records, some hundred pages."""
+    with TuningDB.open(DEVICE, tmp_path) as db:
+        run_id = db.start_run(environment)
+        db.add_many([make_record(f'{{"BLOCK_M":{i}}}', message="x" * 500) for i in range(400)], run_id)
+        return db.path
+
+
+# Names
+
+
+def test_a_plain_key_is_the_file_name(tmp_path: Path) -> None:
+    assert file.path_for("rtx3090-82", tmp_path) == tmp_path / "rtx3090-82.sqlite"
+
+
+@pytest.mark.parametrize("key", ["NVIDIA H200 / 132", "../../etc/passwd", "a10.72", "A10-72", "µ", ".", "x" * 400])
+def test_any_key_is_one_file_in_the_folder(tmp_path: Path, key: str) -> None:
+    path = file.path_for(key, tmp_path)
+    assert path.parent == tmp_path
+    assert re.fullmatch(r"[a-z0-9_-]+\.sqlite", path.name)
+    assert path != file.path_for(key + " ", tmp_path)
+    with TuningDB.open(key, tmp_path) as db:
+        assert db.path == path
+
+
+def test_keys_with_the_same_slug_have_different_files(tmp_path: Path) -> None:
+    assert len({file.path_for(key, tmp_path) for key in ("a10-72", "A10-72", "a10 72", "a10/72")}) == 4
+
+
+def test_an_empty_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs a name"):
+        TuningDB.open("", tmp_path)
+
+
+# Fresh files
+
+
+def test_a_fresh_file_is_wal_and_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "made" / "here"
+    with TuningDB.open(DEVICE, folder) as db:
+        assert db.set_aside is None
+        with closing(sqlite3.connect(db.path)) as connection:
+            assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    assert names(folder) == [f"{DEVICE}.sqlite", f"{DEVICE}.sqlite.lock"]
+
+
+def test_a_fresh_file_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with TuningDB.open(DEVICE, tmp_path) as db:
+            assert stat.S_IMODE(db.path.stat().st_mode) == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_the_folder_is_the_variables_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TILEWRIGHT_DB_DIR", str(tmp_path))
+    with TuningDB.open(DEVICE) as db:
+        assert db.path == tmp_path / f"{DEVICE}.sqlite"
+
+
+def test_a_current_file_is_opened_without_the_lock(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file, "_initialise", lambda path: pytest.fail("took the lock"))
+    with TuningDB.open(DEVICE, filled.parent) as db:
+        assert sum(db.stats().values()) == 400
+
+
+def test_an_empty_file_is_filled(tmp_path: Path, key: Key) -> None:
+    (tmp_path / f"{DEVICE}.sqlite").touch()
+    with TuningDB.open(DEVICE, tmp_path) as db:
+        assert db.set_aside is None
+        assert db.records(key) == []
+
+
+def test_what_a_killed_initialisation_left_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / f"{DEVICE}.sqlite.new").write_bytes(b"half")
+    (tmp_path / f"{DEVICE}.sqlite.new-wal").write_bytes(b"half")
+    with TuningDB.open(DEVICE, tmp_path) as db:
+        assert db.set_aside is None
+    assert names(tmp_path) == [f"{DEVICE}.sqlite", f"{DEVICE}.sqlite.lock"]
+
+
+def test_another_journal_mode_is_put_back(filled: Path) -> None:
+    with closing(sqlite3.connect(filled)) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+    with TuningDB.open(DEVICE, filled.parent) as db, closing(sqlite3.connect(filled)) as connection:
+        assert sum(db.stats().values()) == 400
+        assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
+# Damage
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"this is no database" * 1000)
+
+
+def short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def first_page_overwritten(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:100] + b"\xff" * 3996 + content[4096:])
+
+
+@pytest.mark.parametrize("damage", [garbage, short, truncated, first_page_overwritten])
+def test_a_damaged_file_is_set_aside(filled: Path, damage, environment, make_record, key: Key) -> None:
+    damage(filled)
+    content = filled.read_bytes()
+    with TuningDB.open(DEVICE, filled.parent) as db:
+        aside = db.set_aside
+        db.add(make_record(), db.start_run(environment))
+        assert len(db.records(key)) == 1
+    assert aside is not None
+    assert re.fullmatch(rf"{DEVICE}\.sqlite\.corrupt-\d{{8}}T\d{{6}}\.\d{{6}}Z", aside.name)
+    assert aside.read_bytes() == content
+    with TuningDB.open(DEVICE, filled.parent) as db:
+        assert db.set_aside is None
+        assert len(db.records(key)) == 1
+
+
+@pytest.mark.parametrize("damage", [garbage, short, truncated, first_page_overwritten])
+def test_reading_a_damaged_file_says_so_and_changes_nothing(filled: Path, damage) -> None:
+    damage(filled)
+    before = filled.read_bytes()
+    with pytest.raises(DatabaseCorruptError, match=re.escape(str(filled))) as caught:
+        TuningDB.open(DEVICE, filled.parent, read_only=True)
+    assert "\n" not in str(caught.value)
+    assert filled.read_bytes() == before
+    assert not [name for name in names(filled.parent) if "corrupt" in name or "damaged" in name]
+
+
+def test_side_files_without_their_database_are_set_aside(filled: Path) -> None:
+    wal = Path(f"{filled}-wal")
+    wal.write_bytes(b"an earlier database's")
+    filled.unlink()
+    with TuningDB.open(DEVICE, filled.parent) as db:
+        assert db.set_aside is not None
+        assert db.set_aside.read_bytes() == b"an earlier database's"
+        assert db.stats() == {}
+
+
+def test_damage_met_in_a_run_is_set_aside_by_the_next(filled: Path, key: Key) -> None:
+    content = bytearray(filled.read_bytes())
+    middle = len(content) // 4096 // 2 * 4096
+    content[middle : middle + 20 * 4096] = b"\xff" * (20 * 4096)
+    filled.write_bytes(content)
+    with TuningDB.open(DEVICE, filled.parent) as db:
+        assert db.set_aside is None  # opening reads a few pages only
+        with pytest.raises(DatabaseCorruptError) as caught:
+            db.records(key)
+    assert str(filled) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with TuningDB.open(DEVICE, filled.parent) as db:
+        assert db.set_aside is not None
+        assert db.set_aside.stat().st_size == len(content)
+        assert db.records(key) == []
+    with TuningDB.open(DEVICE, filled.parent) as db:
+        assert db.set_aside is None
+
+
+def test_a_mark_on_a_sound_file_is_taken_back(filled: Path) -> None:
+    mark = Path(f"{filled}.damaged")
+    mark.touch()
+    with TuningDB.open(DEVICE, filled.parent) as db:
+        assert db.set_aside is None
+        assert sum(db.stats().values()) == 400
+    assert not mark.exists()
+
+
+# Access
+
+
+def test_the_folder_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").write_text("")
+    for folder in (tmp_path / "folder", tmp_path / "folder" / "below"):
+        with pytest.raises(DatabaseAccessError, match=re.escape(str(folder))) as caught:
+            TuningDB.open(DEVICE, folder)
+        assert "--db" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_file_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / f"{DEVICE}.sqlite").mkdir()
+    for read_only in (False, True):
+        with pytest.raises(DatabaseAccessError, match="is a folder"):
+            TuningDB.open(DEVICE, tmp_path, read_only=read_only)
+
+
+UNPRIVILEGED = """
+import os, stat, sys
+from pathlib import Path
+import filelock, sqlite_utils
+from tilewright.tuning_db import DatabaseAccessError, Key, TuningDB
+folder = Path(sys.argv[1])
+os.umask(0)
+if os.geteuid() == 0:  # root may write anywhere
+    os.chown(folder, 65534, 65534)
+    os.setgid(65534)
+    os.setuid(65534)
+def refused():
+    try:
+        TuningDB.open("a10-72", folder).close()
+    except DatabaseAccessError as error:
+        print(error)
+    else:
+        print("opened")
+folder.chmod(0o555)
+refused()
+folder.chmod(0o755)
+with TuningDB.open("a10-72", folder) as db:
+    path = db.path
+path.chmod(0o444)
+refused()
+folder.chmod(0o555)
+with TuningDB.open("a10-72", folder, read_only=True) as db:
+    print(db.records(Key("gemm", "hash", "{}", "a10-72", 86, "3.9", "13.0", "graph-1")))
+folder.chmod(0o755)
+"""
+
+
+def test_without_permissions() -> None:
+    # Not below pytest's folder, which nobody but its owner may enter.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        (Path(folder) / "db").mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", UNPRIVILEGED, f"{folder}/db"], capture_output=True, text=True, check=False
+        )
+    assert done.stderr == ""
+    no_folder, no_file, read = done.stdout.splitlines()
+    assert "Permission denied" in no_folder
+    assert "can't be written" in no_file
+    for line in (no_folder, no_file):
+        assert line.startswith(f"{folder}/db/a10-72.sqlite")
+        assert "--db" in line
+    assert read == "[]"
+
+
+def test_a_full_disk(filled: Path, environment, make_record, key: Key) -> None:
+    with TuningDB.open(DEVICE, filled.parent) as db:
+        run_id = db.start_run(environment)
+        pages = db._file.rows("PRAGMA page_count")[0][0]
+        db._file.rows(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(DatabaseAccessError, match="the disk is full") as caught:
+            db.add_many([make_record(str(i), message="y" * 9000) for i in range(50)], run_id)
+        assert str(filled) in str(caught.value)
+        assert len(db.records(key)) == 400  # all or none
+        db._file.rows(f"PRAGMA max_page_count = {pages + 1000}")
+        db.add(make_record("later"), run_id)
+        assert db.get(key, "later") is not None
+
+
+def test_a_file_locked_too_long(filled: Path, environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file, "TIMEOUT_S", 0.05)
+    with closing(sqlite3.connect(filled, isolation_level=None)) as other, TuningDB.open(DEVICE, filled.parent) as db:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(DatabaseAccessError, match="another process has held it"):
+            db.start_run(environment)
+        other.execute("ROLLBACK")
+        assert db.start_run(environment) > 0
+
+
+def test_a_lock_file_held_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from filelock import FileLock
+
+    monkeypatch.setattr(file, "TIMEOUT_S", 0.05)
+    with FileLock(f"{tmp_path / DEVICE}.sqlite.lock"):  # noqa: SIM117
+        with pytest.raises(DatabaseAccessError, match="another process has held it"):
+            TuningDB.open(DEVICE, tmp_path)
+
+
+def test_a_dropped_table_is_an_error_of_the_database(filled: Path, key: Key) -> None:
+    with TuningDB.open(DEVICE, filled.parent) as db:
+        with closing(sqlite3.connect(filled)) as other:
+            other.execute("DROP TABLE records")
+        with pytest.raises(DatabaseError, match="no such table"):
+            db.records(key)
+
+
+# Use
+
+
+def test_ctrl_c_in_a_transaction_takes_it_back(db: TuningDB, environment, key: Key) -> None:
+    def interrupted(connection: sqlite3.Connection) -> None:
+        connection.execute("INSERT INTO runs VALUES (9, 'a', 'b', 'c', 'd', 'e', 'f', '', '', '{}', 'now')")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        db._file.write(interrupted)
+    assert db.runs() == {}
+    assert db.start_run(environment) == 1
+
+
+def test_use_after_close_is_refused(db: TuningDB, key: Key) -> None:
+    db.close()
+    db.close()
+    with pytest.raises(UsageError, match="was closed"):
+        db.records(key)
+
+
+def test_use_after_fork_is_refused(db: TuningDB, key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(UsageError, match="forked"):
+        db.records(key)

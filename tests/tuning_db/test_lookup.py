@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tilewright.tuning_db import Key, Provenance, Record, Status, TuningDB, canonical_json
+
+MEASURED, TRANSFERRED, PREDICTED = Provenance.MEASURED, Provenance.TRANSFERRED, Provenance.PREDICTED
+
+
+def shape(m: int, **more: object) -> str:
+    return canonical_json({"M": m, "N": 4096, "dtype": "fp16", **more})
+
+
+def near_in_m(asked: str, found: str) -> float | None:
+    """Distance in M; problems that differ in anything else don't compare."""
+    one, other = json.loads(asked), json.loads(found)
+    distance = abs(one.pop("M") - other.pop("M"))
+    return distance if one == other else None
+
+
+# Every kind of evidence, best first: what differs from the question, and the answer's provenance and reason. Each is
+# slower than the one below it, so that no time can explain the order.
+LADDER = [
+    ({}, MEASURED, "exact"),
+    ({"protocol": "graph-0"}, TRANSFERRED, "other protocol"),
+    ({"triton": "3.8.0"}, TRANSFERRED, "other toolchain"),
+    ({"ptxas": "12.8", "protocol": "graph-0"}, TRANSFERRED, "other toolchain, other protocol"),
+    ({"kernel_hash": "rev-a"}, TRANSFERRED, "other revision"),
+    ({"kernel_hash": "rev-a", "triton": "3.8.0"}, TRANSFERRED, "other revision, other toolchain"),
+    ({"problem": shape(12)}, TRANSFERRED, "near shape M=16→12"),
+    ({"problem": shape(12), "kernel_hash": "rev-a"}, TRANSFERRED, "near shape M=16→12, other revision"),
+    ({"problem": shape(24)}, TRANSFERRED, "near shape M=16→24"),
+    ({"device": "a10-72"}, TRANSFERRED, "board a10-72"),
+    ({"device": "a10-72", "triton": "3.8.0"}, TRANSFERRED, "board a10-72, other toolchain"),
+    ({"device": "a40-84", "kernel_hash": "rev-a"}, TRANSFERRED, "board a40-84, other revision"),
+    ({"device": "a10-72", "problem": shape(17)}, TRANSFERRED, "near shape M=16→17, board a10-72"),
+    ({"provenance": PREDICTED, "protocol": "model-1"}, PREDICTED, "exact"),
+]
+
+# Never an answer, whatever else there is.
+NEVER = [
+    {"op": "conv"},
+    {"problem": shape(16, layout="t")},
+    {"device": "h200-132", "arch": 90},
+    {"provenance": PREDICTED, "protocol": "model-0"},
+    {"provenance": PREDICTED, "protocol": "model-1", "kernel_hash": "rev-a"},
+    {"provenance": PREDICTED, "protocol": "model-1", "problem": shape(12)},
+    {"provenance": PREDICTED, "protocol": "model-1", "device": "a10-72"},
+    {"spills": 8},
+    {"time_us": None, "status": Status.INCORRECT},
+]
+
+
+@pytest.fixture
+def fill(tmp_path: Path, environment, make_record):
+    """Adds records to the files of their devices; the order of time is the order given."""
+    count = 0
+
+    def add(*changes: dict) -> None:
+        nonlocal count
+        for change in changes:
+            count += 1
+            change = {"config": f"{count:03}", "created_at": f"2026-01-01T00:{count:02}:00+00:00", **change}
+            record = make_record(**change)
+            with TuningDB.open(record.key.device, tmp_path) as db:
+                db.add(record, db.start_run(environment))
+
+    return add
+
+
+@pytest.fixture
+def ask(tmp_path: Path, key: Key):
+    def best(**options):
+        with TuningDB.open(key.device, tmp_path, read_only=True) as db:
+            return db.best(key, **{"predicted_protocol": "model-1", "near": near_in_m, **options})
+
+    return best
+
+
+@pytest.mark.parametrize("step", range(len(LADDER)), ids=lambda step: LADDER[step][2])
+def test_the_best_evidence_there_is(fill, ask, step: int) -> None:
+    slower_first = [{**change, "time_us": 1000.0 - at} for at, (change, _, _) in enumerate(LADDER)]
+    fill(*reversed(slower_first[step:]), *NEVER)
+    answer = ask()
+    assert answer is not None
+    assert (answer.provenance, answer.reason) == LADDER[step][1:]
+    assert answer.record.times.median_us == 1000.0 - step
+
+
+def test_no_evidence_no_answer(fill, ask) -> None:
+    assert ask() is None
+    fill(*NEVER)
+    assert ask() is None
+
+
+def test_refused_candidates_give_way_in_order(fill, ask) -> None:
+    fill(*[{**change, "time_us": 1000.0 - at} for at, (change, _, _) in enumerate(LADDER)])
+    offered: list[Record] = []
+
+    def refuse(record: Record) -> bool:
+        offered.append(record)
+        return False
+
+    assert ask(accept=refuse) is None
+    assert [record.times.median_us for record in offered] == [1000.0 - at for at in range(len(LADDER))]
+
+
+def test_the_first_accepted_is_the_answer(fill, ask) -> None:
+    fill({"config": "a", "time_us": 1.0}, {"config": "b", "time_us": 2.0}, {"config": "c", "time_us": 3.0})
+    assert ask().record.config == "a"
+    assert ask(accept=lambda record: record.config != "a").record.config == "b"
+
+
+def test_the_newest_toolchain_answers_with_its_fastest(fill, ask) -> None:
+    fill(
+        {"triton": "3.7.0", "time_us": 1.0},
+        {"triton": "3.8.0", "time_us": 5.0, "config": "fast"},
+        {"triton": "3.8.0", "time_us": 9.0, "config": "slow and last"},
+    )
+    assert ask().record.config == "fast"
+
+
+def test_equal_distances_go_to_the_newest(fill, ask) -> None:
+    fill({"problem": shape(12), "time_us": 1.0}, {"problem": shape(20), "time_us": 9.0})
+    assert ask().reason == "near shape M=16→20"
+
+
+def test_without_a_distance_no_other_shape_is_asked(fill, ask) -> None:
+    fill({"problem": shape(12)}, {"problem": shape(17), "device": "a10-72"})
+    assert ask(near=None) is None
+
+
+def test_the_distance_is_asked_about_each_other_problem_once(fill, ask) -> None:
+    fill({}, {"problem": shape(12)}, {"problem": shape(12), "triton": "3.8.0"}, {"problem": shape(24)})
+    asked = []
+
+    def far(one: str, other: str) -> None:
+        asked.append((one, other))
+
+    assert ask(near=far, accept=lambda _: False) is None
+    assert asked == [(shape(16), shape(12)), (shape(16), shape(24))]
+
+
+SPILLS = {"spills": 4}
+WRONG = {"time_us": None, "status": Status.INCORRECT}
+TOO_BIG = {"time_us": None, "status": Status.OUT_OF_RESOURCES, "provenance": PREDICTED, "protocol": "model-1"}
+NOT_HERE = [(failure, evidence) for failure in (SPILLS, WRONG, TOO_BIG) for evidence, _, _ in LADDER[1:]]
+NOT_HERE.remove((TOO_BIG, LADDER[-1][0]))  # the one outcome replaces the other
+
+
+@pytest.mark.parametrize(("failure", "evidence"), NOT_HERE)
+def test_what_failed_here_is_not_answered_from_elsewhere(fill, ask, failure: dict, evidence: dict) -> None:
+    fill({**evidence, "config": "bad", "time_us": 1.0}, {**evidence, "config": "good", "time_us": 9.0})
+    assert ask().record.config == "bad"
+    fill({"config": "bad", **failure})
+    assert ask().record.config == "good"
+
+
+def test_what_failed_elsewhere_may_be_answered(fill, ask) -> None:
+    fill({"triton": "3.8.0", "config": "a", "time_us": None, "status": Status.COMPILE_ERROR}, {"config": "a"})
+    assert ask().reason == "exact"
+
+
+def test_boards_are_asked_without_a_file_of_ones_own(fill, ask, tmp_path: Path, key: Key) -> None:
+    fill({"device": "a10-72"})
+    assert ask().reason == "board a10-72"
+    assert not (tmp_path / f"{key.device}.sqlite").exists()
+
+
+def test_boards_that_cannot_be_asked_are_noted(fill, tmp_path: Path, key: Key) -> None:
+    fill({"device": "a10-72"})
+    bad = tmp_path / "a40-84.sqlite"
+    bad.write_bytes(b"this is no database" * 100)
+    with TuningDB.open(key.device, tmp_path) as db:
+        assert db.skipped == {}
+        answer = db.best(key)
+        assert answer is not None
+        assert answer.reason == "board a10-72"
+        assert list(db.skipped) == [bad]
+    assert bad.exists()
+
+
+def test_a_copy_of_the_file_is_no_other_board(fill, ask, tmp_path: Path, key: Key) -> None:
+    fill({})
+    (tmp_path / f"{key.device}.sqlite").rename(tmp_path / "backup.sqlite")
+    assert ask() is None

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from tilewright.tuning_db import Environment, Key, Provenance, Record, Status, TuningDB, UsageError
+
+PREDICTED = Provenance.PREDICTED
+
+
+def configs(records: list[Record]) -> list[str]:
+    return [record.config for record in records]
+
+
+def test_a_record_is_there_for_others_when_add_returns(db: TuningDB, run_id: int, make_record, key: Key) -> None:
+    db.add(make_record("a", 2.0), run_id)
+    with TuningDB.open(key.device, db.path.parent, read_only=True) as other:
+        (record,) = other.records(key)
+    assert record.config == "a"
+    assert record.created_at.endswith("+00:00")
+
+
+def test_every_outcome_is_kept(db: TuningDB, run_id: int, make_record, key: Key) -> None:
+    for status in Status:
+        time_us = 1.0 if status is Status.OK else None
+        db.add(make_record(str(status), time_us, status=status, message=f"why {status}"), run_id)
+    assert [record.status for record in db.records(key)] == list(Status)
+    assert db.stats() == {(status, Provenance.MEASURED): 1 for status in Status}
+
+
+def test_the_newest_replaces_the_same_configuration_and_provenance(db, run_id, make_record, key: Key) -> None:
+    db.add(make_record("a", 1.0), run_id)
+    db.add(make_record("a", 0.5, provenance=PREDICTED), run_id)
+    db.add(make_record("b", 1.0), run_id)
+    db.add(make_record("a", None, status=Status.INCORRECT), run_id)
+    assert db.stats() == {
+        (Status.OK, PREDICTED): 1,
+        (Status.OK, Provenance.MEASURED): 1,
+        (Status.INCORRECT, Provenance.MEASURED): 1,
+    }
+    assert db.get(key, "a").status is Status.INCORRECT
+    assert configs(db.records(key)) == ["a", "b", "a"]
+
+
+def test_get_prefers_what_was_measured(db: TuningDB, run_id: int, make_record, key: Key) -> None:
+    assert db.get(key, "a") is None
+    db.add(make_record("a", 0.5, provenance=PREDICTED), run_id)
+    assert db.get(key, "a").provenance is PREDICTED
+    db.add(make_record("a", 9.0), run_id)
+    assert db.get(key, "a").provenance is Provenance.MEASURED
+    assert db.get(key, "b") is None
+
+
+def test_many_are_added_all_or_none(db: TuningDB, run_id: int, make_record, key: Key) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        db.add_many([make_record("a"), make_record("b", float("nan"))], run_id)
+    assert db.records(key) == []
+    db.add_many((make_record(str(i)) for i in range(250)), run_id)
+    assert configs(db.records(key)) == [str(i) for i in range(250)]
+    db.add_many([], run_id)
+
+
+def test_another_devices_record_is_refused(db: TuningDB, run_id: int, make_record) -> None:
+    with pytest.raises(UsageError, match=r"a10-72 doesn't belong in .*rtx3090-82"):
+        db.add(make_record(device="a10-72"), run_id)
+
+
+def test_an_unknown_run_is_refused(db: TuningDB, run_id: int, make_record, key: Key) -> None:
+    with pytest.raises(UsageError, match="no run 77"):
+        db.add(make_record(), 77)
+    assert db.records(key) == []
+
+
+def test_find_goes_through_pages(db: TuningDB, run_id: int, make_record, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tilewright.tuning_db.store._PAGE", 3)
+    db.add_many([make_record(str(i)) for i in range(7)], run_id)
+    found = db.find()
+    assert next(found).config == "0"
+    db.add(make_record("new"), run_id)
+    assert configs(list(found)) == [*"123456", "new"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "abcd"),
+        ({"op": "conv"}, "b"),
+        ({"problem": "{}"}, "c"),
+        ({"status": Status.TIMEOUT}, "d"),
+        ({"provenance": PREDICTED}, "a"),
+        ({"op": "gemm", "provenance": Provenance.MEASURED}, "cd"),
+        ({"run_id": 1}, "abcd"),
+        ({"run_id": 2}, ""),
+    ],
+)
+def test_find_takes_what_is_given(db: TuningDB, run_id: int, make_record, given: dict, expected: str) -> None:
+    db.add(make_record("a", provenance=PREDICTED), run_id)
+    db.add(make_record("b", op="conv"), run_id)
+    db.add(make_record("c", problem="{}"), run_id)
+    db.add(make_record("d", None, status=Status.TIMEOUT), run_id)
+    assert "".join(configs(list(db.find(**given)))) == expected
+
+
+def test_top_is_measured_then_predicted(db: TuningDB, run_id: int, make_record, key: Key) -> None:
+    guess = {"provenance": PREDICTED, "protocol": "model-1"}
+    db.add_many(
+        [
+            make_record("slow", 9.0),
+            make_record("fast", 3.0),
+            make_record("spills", 1.0, spills=4),
+            make_record("wrong", None, status=Status.INCORRECT),
+            make_record("elsewhere", 1.0, triton="3.8.0"),
+            make_record("guess", 2.0, **guess),
+            make_record("better guess", 1.0, **guess),
+            make_record("fast", 0.5, **guess),
+            make_record("wrong", 0.1, **guess),
+            make_record("spills", 0.2, **guess),
+        ],
+        run_id,
+    )
+    order = ["fast", "slow", "better guess", "guess"]
+    for k in range(6):
+        assert configs(db.top(key, k, predicted_protocol="model-1")) == order[:k]
+    assert configs(db.top(key, 5)) == order[:2]
+
+
+def test_read_only_is_that(tmp_path: Path, environment: Environment, make_record, key: Key) -> None:
+    with TuningDB.open(key.device, tmp_path / "none", read_only=True) as db:
+        assert db.best(key) is None
+        assert db.top(key, 3) == db.records(key) == list(db.find()) == []
+        assert db.stats() == db.runs() == {}
+        with pytest.raises(UsageError, match="read-only"):
+            db.start_run(environment)
+    assert not (tmp_path / "none").exists()
+    with TuningDB.open(key.device, tmp_path) as db:
+        run_id = db.start_run(environment)
+    with TuningDB.open(key.device, tmp_path, read_only=True) as db, pytest.raises(UsageError, match="read-only"):
+        db.add(make_record(), run_id)
+
+
+def test_threads_share_one_object(db: TuningDB, run_id: int, make_record, key: Key) -> None:
+    errors = []
+
+    def work(name: str) -> None:
+        try:
+            for i in range(20):
+                db.add(make_record(f"{name}{i}"), run_id)
+                assert db.best(key) is not None
+        except Exception as error:  # noqa: BLE001 - shown below, in the thread that can fail the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(db.records(key)) == 80

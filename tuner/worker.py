@@ -1,0 +1,166 @@
+"""The child process of the tuner: a loop over requests, `python -P -m tilewright.tuner.worker`.
+
+One JSON object a line comes in on stdin, one goes out on a private copy of fd 1, numbered so that a reply can't be
+taken for another request's:
+
+    {"id": 7, "request": {"do": "compile", …}}      →  {"id": 7, "reply": {"status": "ok", …}}
+                                                    or {"id": 7, "error": "KeyError: 'arch'"}
+
+Line 0 is sent unasked, once everything is imported. Nothing is ever unpickled. `pool` is the other end.
+
+The process leads a session of its own. That gives its parent one process group to kill, ptxas included, and keeps
+the terminal's Ctrl-C from it without SIGINT being ignored, which every ptxas would inherit. When stdin ends, the
+parent is gone or through with it, and it ends too, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
+
+from tilewright.tuning_db.errors import CompileError, TilewrightError
+from tilewright.tuning_db.record import Status
+
+Request = Mapping[str, Any]
+Reply = dict[str, Any]
+Task = Callable[[Request], Reply]
+
+LAST_WORD_SECONDS = 1.0
+"""How long a task may go on once stdin has ended."""
+
+
+def compile_task(request: Request) -> Reply:
+    """Compiles one configuration and reports what it takes: of several launches, the most of each resource.
+
+    `{"op": "gemm", "problem": {…}, "config": {…}, "arch": 86}` gives `status`, `resources` (the fields of
+    `Resources`), `num_warps` and `seconds`; a refusal gives `compile_error` and the first line of its reason.
+    """
+    from tilewright.kernels.compile import compile_launch
+    from tilewright.kernels.registry import find_kernel
+
+    kernel = find_kernel(request["op"])
+    problem = kernel.problem.from_dict(request["problem"])
+    config = kernel.space.config.from_dict(request["config"])
+    start = time.perf_counter()
+    try:
+        binaries = [compile_launch(launch, request["arch"]) for launch in kernel.launches(problem, config)]
+    except CompileError as error:
+        return {"status": Status.COMPILE_ERROR, "message": str(error), "seconds": time.perf_counter() - start}
+    names = ("registers", "spill_bytes", "stack_bytes", "shared_bytes")
+    return {
+        "status": Status.OK,
+        "resources": {name: max(getattr(binary.resources, name) for binary in binaries) for name in names},
+        "num_warps": max(binary.num_warps for binary in binaries),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def measure_task(request: Request) -> Reply:
+    """Checks and times one configuration on the GPU; see `tilewright.tuner.measure`."""
+    from tilewright.tuner.measure import measure
+
+    return measure(request)
+
+
+def environment_task(request: Request) -> Reply:
+    """Versions of what compiles for `arch` here: `triton`, `ptxas`, `python`."""
+    from tilewright.kernels.compile import ptxas_version, triton_version
+
+    return {
+        "status": Status.OK,
+        "triton": triton_version(),
+        "ptxas": ptxas_version(request["arch"]),
+        "python": platform.python_version(),
+    }
+
+
+TASKS: Mapping[str, Task] = {
+    "compile": compile_task,
+    "measure": measure_task,
+    "environment": environment_task,
+}
+
+
+def prepare() -> None:
+    """Pays for the heavy imports before any request's clock runs."""
+    import tilewright.kernels.compile
+    import tilewright.kernels.registry  # noqa: F401
+
+
+def serve(tasks: Mapping[str, Task], prepare: Callable[[], None] = lambda: None) -> None:
+    """Answers requests until stdin ends."""
+    requests, replies = _take_channels()
+    prepare()
+    inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    # Read apart from the work, so that the end of stdin is seen by a process that hangs.
+    threading.Thread(target=_receive, args=(requests, inbox), daemon=True).start()
+    with contextlib.suppress(BrokenPipeError):  # the parent died over our answer
+        _send(replies, _encode({"id": 0, "reply": {"status": Status.OK}}))
+        while (line := inbox.get()) is not None:
+            _send(replies, _answer(tasks, line))
+
+
+def _take_channels() -> tuple[BinaryIO, BinaryIO]:
+    """Moves both channels to descriptors that no child inherits; stdin is empty and stdout is stderr from now on.
+
+    Triton and ptxas print their failures to stdout, which would be read as replies.
+    """
+    requests, replies = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    # What was printed before an abort must be out by then: it is the best reason there is.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    return os.fdopen(requests, "rb"), os.fdopen(replies, "wb", buffering=0)
+
+
+def _receive(requests: BinaryIO, inbox: queue.SimpleQueue[bytes | None]) -> None:
+    for line in requests:
+        inbox.put(line)
+    inbox.put(None)
+    time.sleep(LAST_WORD_SECONDS)
+    # Still here: a task hangs. Its ptxas goes with it.
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+def _answer(tasks: Mapping[str, Task], line: bytes) -> bytes:
+    envelope = json.loads(line)
+    request = envelope["request"]
+    try:
+        # A reply that JSON can't hold is the task's fault like any other.
+        return _encode({"id": envelope["id"], "reply": tasks[request["do"]](request)})
+    except TilewrightError as error:
+        fault = _first_line(error)
+    except Exception as error:  # noqa: BLE001 - whatever a task raises costs that task alone
+        fault = f"{type(error).__name__}: {_first_line(error)}"
+    return _encode({"id": envelope["id"], "error": fault})
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+
+
+def _encode(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, allow_nan=False).encode() + b"\n"
+
+
+def _send(replies: BinaryIO, line: bytes) -> None:
+    unsent = memoryview(line)
+    while unsent:
+        unsent = unsent[replies.write(unsent) :]
+
+
+if __name__ == "__main__":
+    serve(TASKS, prepare)
