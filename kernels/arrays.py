@@ -86,8 +86,7 @@ class NumpyKind(ArrayKind):
         return int(array.ctypes.data)
 
     def view(self, array: Any) -> View:
-        strides = tuple(stride // array.itemsize for stride in array.strides)
-        return View(self.pointer(array), array.shape, strides, dtype_name(array.dtype), -1)
+        return View(self.pointer(array), array.shape, _in_elements(array), dtype_name(array.dtype), -1)
 
     def empty(self, like: Any, shape: tuple[int, ...], kind: str) -> Any:
         return np.empty(shape, dtype(kind).numpy)
@@ -116,17 +115,21 @@ class CupyKind(ArrayKind):
         return int(array.data.ptr)
 
     def view(self, array: Any) -> View:
-        strides = tuple(stride // array.itemsize for stride in array.strides)
-        return View(array.data.ptr, array.shape, strides, dtype_name(array.dtype), array.data.device_id)
+        return View(array.data.ptr, array.shape, _in_elements(array), dtype_name(array.dtype), array.data.device_id)
 
     def empty(self, like: Any, shape: tuple[int, ...], kind: str) -> Any:
-        return self._cupy.empty(shape, dtype(kind).numpy)
+        with self._cupy.cuda.Device(self._device(like)):
+            return self._cupy.empty(shape, dtype(kind).numpy)
 
     def scalar(self, like: Any, value: float) -> Any:
-        return self._cupy.full(1, value, np.float32)
+        with self._cupy.cuda.Device(self._device(like)):
+            return self._cupy.full(1, value, np.float32)
 
     def stream(self, like: Any) -> int:
-        return int(self._cupy.cuda.get_current_stream().ptr)
+        return int(self._cupy.cuda.get_current_stream(self._device(like)).ptr)
+
+    def _device(self, like: Any) -> int:
+        return int(self.adopt(like).data.device_id)
 
 
 class TorchKind(ArrayKind):
@@ -188,23 +191,45 @@ def kind_of(array: Any) -> ArrayKind:
         MissingDependencyError: it is in a GPU's memory and CuPy is not installed.
         UnsupportedError: it is no array.
     """
-    return _kind_of_type(type(array))
+    cls = type(array)
+    kind = _kinds.get(cls)
+    if kind is None:
+        kind = _kinds[cls] = _kind_of_type(cls)
+    return kind
 
 
-@cache
+_kinds: dict[type, ArrayKind] = {}
+
+
 def _kind_of_type(cls: type) -> ArrayKind:
-    root = cls.__module__.partition(".")[0]
     if issubclass(cls, np.ndarray):
-        return NumpyKind()
-    if root == "cupy":
-        return CupyKind()
-    if root == "torch":
-        return TorchKind()
+        return _the(NumpyKind, "numpy")
+    # By every base class: torch's Parameter, and tensors that others derive, are torch's too.
+    roots = [base.__module__.partition(".")[0] for base in cls.__mro__]
+    if "cupy" in roots:
+        return _the(CupyKind, "cupy")
+    if "torch" in roots:
+        return _the(TorchKind, "torch")
     if not (hasattr(cls, "__cuda_array_interface__") or hasattr(cls, "__dlpack__")):
         raise UnsupportedError(
             f"{cls.__module__}.{cls.__name__} is no array: pass NumPy, CuPy, torch or JAX arrays, or any with DLPack"
         )
-    return DlpackKind()
+    return _the(DlpackKind, roots[0])
+
+
+@cache
+def _the(kind: type[ArrayKind], library: str) -> ArrayKind:
+    """One object for each library, so that two arrays are of one library exactly when their kind is one object."""
+    return kind()
+
+
+def _in_elements(array: Any) -> tuple[int, ...]:
+    size = array.itemsize
+    if any(stride % size for stride in array.strides):
+        raise UnsupportedError(
+            f"strides of {array.strides} B are no multiples of the {size} B of an element: pass a copy"
+        )
+    return tuple(stride // size for stride in array.strides)
 
 
 @cache

@@ -12,7 +12,7 @@ from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.lookup import Choice, candidates
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.runtime import GpuPlan, InterpretedPlan, Plan
-from tilewright.tuning_db.errors import CompileError, MissingDependencyError, UnsupportedError
+from tilewright.tuning_db.errors import CompileError, LaunchError, MissingDependencyError, UnsupportedError
 
 INTERPRETED_BOARD = "a100"
 """Whose limits hold in the interpreter, which has none: the oldest arch with every kernel's data types but fp8e4m3."""
@@ -20,6 +20,7 @@ INTERPRETED_BOARD = "a100"
 # Guards the first preparation of each plan; a warm call never takes it.
 _lock = threading.Lock()
 _plans: dict[tuple[Any, ...], tuple[Plan, Choice]] = {}
+_call_caches: list[dict[tuple[Any, ...], Any]] = []
 
 
 def plan_for(
@@ -45,6 +46,14 @@ def forget_plans() -> None:
     """Drop every plan, so that the next call of each problem asks the database again: after tuning, in one process."""
     with _lock:
         _plans.clear()
+        for cache in _call_caches:
+            cache.clear()
+
+
+def call_cache() -> dict[tuple[Any, ...], Any]:
+    """An empty dict for an op's prepared calls, which hold plans: `forget_plans` empties it too."""
+    _call_caches.append({})
+    return _call_caches[-1]
 
 
 def _prepare(kernel: Kernel[Any, Any], problem: Problem, ordinal: int, config: Config | None) -> tuple[Plan, Choice]:
@@ -55,8 +64,8 @@ def _prepare(kernel: Kernel[Any, Any], problem: Problem, ordinal: int, config: C
     for choice in candidates(kernel, problem, device, config=config):
         try:
             return GpuPlan(kernel.launches(problem, choice.config), device, ordinal), choice
-        except (UnsupportedError, CompileError) as error:
-            refused = error  # a guess whose real code spills, or doesn't compile: the next one
+        except (UnsupportedError, CompileError, LaunchError) as error:
+            refused = error  # a guess whose real code spills, doesn't compile or doesn't load: the next one
     assert refused is not None
     raise refused
 

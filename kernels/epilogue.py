@@ -58,6 +58,7 @@ def activation_name(name: str | None) -> str:
 
 @triton.jit
 def tanh(x):
+    """tanh of an fp32 tile."""
     # Triton's language has no tanh, and libdevice's does not run in the interpreter. 1 - exp(-2|x|) cancels near 0,
     # so a series takes over there: at |x| = 0.25 its first dropped term, 1382/155925·x^11, is 9e-9 of x.
     e = tl.exp(-2.0 * tl.abs(x))
@@ -70,6 +71,7 @@ def tanh(x):
 
 @triton.jit
 def sigmoid(x):
+    """1 / (1 + exp(-x)) of an fp32 tile."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 

@@ -84,6 +84,8 @@ class Kernel(Generic[P, C]):
     work: Callable[[P, C], Work]  # what `prediction` needs to know
     distance: Callable[[P, P], float | None]  # between problems whose best configurations compare; None: they don't
     supported: Callable[[P, Device], str | None]  # None, or why this device can't run it at all
+    # A small problem of the same code paths that neither tile nor split divides: the tails the problem itself may lack.
+    ragged: Callable[[P, C], P] | None = None
     output: str = "out"
     examples: tuple[P, ...] = field(default=())
 

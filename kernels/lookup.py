@@ -20,6 +20,7 @@ from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.prediction import MODEL, Prediction, predict
 from tilewright.kernels.problem import Config, Problem
+from tilewright.kernels.registry import find_kernel
 from tilewright.tuning_db.env import database_dir
 from tilewright.tuning_db.errors import DatabaseError, ProblemError, UnsupportedError
 from tilewright.tuning_db.record import Key, Provenance, Record
@@ -158,15 +159,16 @@ def predicted_best(
 
 
 @functools.lru_cache(maxsize=4096)
-def _parsed(kernel_problem: type[Problem], text: str) -> Problem | None:
+def _parsed(op: str, text: str) -> Problem | None:
     try:
-        return kernel_problem.from_json(text)
+        problem: Problem = find_kernel(op).problem.from_json(text)
     except ProblemError:
         return None  # written by another revision, with other fields
+    return problem
 
 
 def _distance(kernel: Kernel[Any, Any], asked: str, found: str) -> float | None:
-    one, other = _parsed(kernel.problem, asked), _parsed(kernel.problem, found)
+    one, other = _parsed(kernel.name, asked), _parsed(kernel.name, found)
     if one is None or other is None or json.loads(found).keys() != json.loads(asked).keys():
         return None
     return kernel.distance(one, other)

@@ -1,16 +1,17 @@
 """How long a configuration should take on a device that need not be there: an analytical model.
 
-The launch runs in waves of `concurrent = SMs · occupancy` blocks. A wave lasts as long as its slowest resource:
+The launch runs in waves of SMs · occupancy blocks. With r blocks on the busiest SM, one of its waves takes
 
-    T = launches · t_launch + Σ_waves ( overlap( iterations · t_iteration(r), dram(wave) / bandwidth )
-                                        + t_start + t_fill + t_epilogue + t_split )
+    first wave:   max(busy, path) + ends            later waves:   max(busy, path + ends)
 
-with r blocks resident on the busiest SM (the last wave may hold fewer), and
+    busy = overlap(r·compute, r·shared, r·issue, r·l2, dram, latency) + r·spills
+    path = overlap(compute · idle, shared, issue, l2, dram / r, latency) + synchronisation + spills
+    ends = block start + pipeline fill + epilogue
 
-    t_iteration(r) = wait( overlap( r · compute, r · shared, r · l2, r · addresses ), latency ) + r · (loop + spill)
-
-Resources work at the same time, but never quite independently: overlap(x…) = (Σ x⁴)^¼ is the longest of them, and up
-to a fifth more when another is as long.
+`busy` is what the resources need for all r blocks, `path` what one block needs though it had the SM to itself, and
+`ends` what it does before and after its loop, which neighbours hide once the blocks are no longer in step. Resources
+work at the same time, but never quite independently: overlap(x…) = (Σ x⁴)^¼ is the longest of them, and up to a fifth
+more when another is as long.
 
 `docs/prediction.md` derives each term, with its source. Each is a function below that can be called alone, and
 `predict(..., without={Term.X})` leaves one out, which is how the tests show that it decides something.
@@ -22,11 +23,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from tilewright.kernels.device import WARP_SIZE, Device
-from tilewright.kernels.work import Work
+from tilewright.kernels.work import Panel, Work
 from tilewright.tuning_db.record import Resources
 
 MODEL = "roofline-1"
@@ -36,39 +38,50 @@ MODEL = "roofline-1"
 class Term(StrEnum):
     """The parts of the model."""
 
-    COMPUTE = "compute"  # padded tiles over the tensor-core rate
-    ISSUE = "issue"  # too few warps or independent mma to keep the tensor cores busy
-    SHARED = "shared"  # operands read from shared memory once per warp tile
+    COMPUTE = "compute"  # padded tiles over the rate of the tensor or CUDA cores
+    ISSUE = "issue"  # instruction slots, and too few warps or independent mma to keep the tensor cores busy
+    SHARED = "shared"  # operands written to shared memory, and read once per warp tile
     L2 = "l2"  # operand tiles through L2
     DRAM = "dram"  # device memory
-    REUSE = "reuse"  # panels shared within a wave, by GROUP_M
-    WAVES = "waves"  # a last, partly filled wave lasts as long as a full one
+    REUSE = "reuse"  # panels shared within a wave, by GROUP_M, and kept from wave to wave
+    WAVES = "waves"  # a last, partly filled wave
     OCCUPANCY = "occupancy"  # resident blocks hide each other's latency
     PIPELINE = "pipeline"  # num_stages of copies in flight
-    ALIGNMENT = "alignment"  # narrow loads are not asynchronous and cost issue slots
+    ALIGNMENT = "alignment"  # narrow loads are not asynchronous and cost instructions
     SPLIT_K = "split_k"  # partial tiles written, read and waited for
     LAUNCH = "launch"  # of kernels and of blocks
     EPILOGUE = "epilogue"  # bytes of the output and residual
     SPILLS = "spills"  # registers kept in local memory
 
 
-# Constants, none of them fitted to any result of ours. Cycles are SM clocks at boost.
-DRAM_EFFICIENCY = 0.9  # a large copy reaches 4.3 of 4.8 TB/s on an H200, 0.90; similar on GDDR6X boards
-COMPUTE_EFFICIENCY = 0.9  # of the dense peak, sustained by a full pipeline; cuBLAS reaches 0.8 to 0.9
+# Constants, none of them fitted to a result of ours. Cycles are SM clocks at boost; "gpu-benches" are the measured
+# tables of github.com/te42kyfo/gpu-benches.
+DRAM_EFFICIENCY = 0.9  # gpu-benches: 0.85 to 0.92 on A100, 0.92 to 0.98 on L40; a copy on H200: 4.3 of 4.8 TB/s
+COMPUTE_EFFICIENCY = 0.9  # of the dense peak, sustained by a full pipeline
+COMPUTE_EFFICIENCY_HOPPER = 0.82  # power holds the clock down: cuBLAS bf16 8192³ on H200 is 769 to 798 of 989 TFLOP/s
+MMA_SYNC_SHARE = {9: 0.62, 10: 0.31}
+"""Of the peak, by major arch: wgmma and tcgen05 alone reach it. Hopper: Luo et al., arXiv:2402.13499, 62.9 % on average;
+Blackwell has twice the peak, and its mma.sync is taken to be no faster than Hopper's."""
 SHARED_BYTES_PER_CYCLE = 128  # per SM: 32 banks of 4 B (CUDA C++ Programming Guide, "Shared Memory")
-L2_BYTES_PER_CYCLE = 64  # per SM (NVIDIA A100 whitepaper: 5120 B/clk over 80 slices, 108 SMs; 47 to 64 on others)
-LOAD_LANES_PER_CYCLE = 32  # threads per cycle that an SM's load/store units address (16 per half SM)
-DRAM_LATENCY_CYCLES = (
-    600  # 400 to 800, by pointer chasing (Jia et al. 2018, arXiv:1804.06826; Luo et al. 2024, 2402.13499)
-)
-SHARED_LATENCY_CYCLES = 30  # same sources: 22 to 33
-LOOP_INSTRUCTIONS = 24  # of each warp and iteration besides loads and mma: counters, pointers, barriers (read off SASS)
-BARRIER_CYCLES = 40  # per iteration: wait for the copies, then for the other warps
-MMA_LATENCY_CYCLES = 33  # m16n8k16 on sm_80 to sm_90 (Luo et al. 2024, table of mma latencies)
-SUBPARTITIONS = 4  # of an SM, each with its own tensor core and scheduler
-LAUNCH_US = 2.5  # back-to-back launches in one stream; 2 to 4 µs across driver versions
-BLOCK_START_CYCLES = 700  # first instruction fetches, index arithmetic, descriptor of the block
-ATOMIC_CYCLES = 700  # one round trip to L2 with release and acquire
+SM_PORT_BYTES_PER_CYCLE = 64  # what one SM can take from L2 (NVIDIA A100 whitepaper, "L2 cache": 64 B/clk/SM)
+L2_BYTES_PER_CYCLE = {75: 23.0, 80: 35.5, 86: 16.6, 89: 14.7, 90: 37.5, 100: 37.5, 120: 14.7}
+"""What L2 gives each SM when all ask, by arch: gpu-benches on V100, A100, A40, L40, H200 (2.54, 5.4, 2.43, 5.2, 9.8 TB/s)
+over SMs · clock. sm_75 is taken from V100, sm_100 from sm_90 and sm_120 from sm_89, the nearest that are measured."""
+DRAM_LATENCY_CYCLES = 600  # gpu-benches, pointer chasing: 436 V100, 572 A100, 632 L40, 658 H100
+L2_LATENCY_CYCLES = 270  # same: 211 A100, 277 L40, 266 H100; up to 430 in the far half of A100
+SHARED_LATENCY_CYCLES = 30  # Jia et al., arXiv:1804.06826 and 1903.07486; Luo et al.: 22 to 33
+MMA_LATENCY_CYCLES = 33  # m16n8k16 on sm_80 and sm_86 (Sun et al., arXiv:2206.02874), sm_90 (Luo et al.)
+FMA_LATENCY_CYCLES = 4  # Jia et al., 1804.06826
+SUBPARTITIONS = 4  # of an SM, each with its own tensor core and a scheduler of one instruction a cycle
+# Instructions of a warp, counted in the SASS of compiled kernels for sm_86: within 3 % of the loops of 5 tile shapes.
+LOOP_INSTRUCTIONS = 40  # per iteration: counters, buffer indices, barriers
+COPY_INSTRUCTIONS = 3  # per cp.async of 16 bytes a lane: itself and a 64-bit address
+NARROW_INSTRUCTIONS = 8  # per narrower load: address, mask, load, pack, store
+MMA_INSTRUCTIONS = 1.5  # per mma.sync: itself, and register moves around every other one
+BARRIER_CYCLES = 40  # per iteration: wait for the copies, then for the other warps (a judgement; no source)
+LAUNCH_US = 0.9  # between kernels of one stream: 3.8 - 2.9 µs (A. Gray, "Getting Started with CUDA Graphs", NVIDIA)
+BLOCK_START_CYCLES = 500  # some 300 instructions before the loop, most of them waiting for another (a judgement)
+ATOMIC_CYCLES = 2 * L2_LATENCY_CYCLES  # a fence until the partial tile is in L2, and the atomic there and back
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,173 +95,255 @@ class Prediction:
     dram_bytes: float
 
 
+class Iteration(NamedTuple):
+    """Cycles of one main-loop iteration of one block, by resource; 0 for what is left out."""
+
+    compute: float
+    idle: float  # factor on `compute` for a block that has the SM to itself
+    shared: float
+    issue: float
+    spills: float
+
+
+class Datapath(StrEnum):
+    """What a dot becomes."""
+
+    WGMMA = "wgmma"  # wgmma or tcgen05: operands stay in shared memory, read once for 4 warps
+    MMA = "mma"  # mma.sync: each warp reads its operands into registers
+    FMA = "fma"  # CUDA cores
+
+
 def predict(work: Work, resources: Resources, device: Device, *, without: Collection[Term] = ()) -> Prediction:
     """The predicted time of a launch, in microseconds.
 
     `resources` are the compiled kernel's, or an estimate of them; `without` leaves terms out, for ablation.
     """
+    if Term.ALIGNMENT in without:
+        work = replace(work, vector_bytes=16)
     resident = 1 if Term.OCCUPANCY in without else occupancy(work, resources, device)
     concurrent = device.sms * resident
-    cycles_per_us = device.boost_mhz
     full, rest = divmod(work.blocks, concurrent)
-    waves: list[tuple[float, float, int]] = []  # how many, blocks in each, blocks on the busiest SM
-    if full:
-        waves.append((full, concurrent, resident))
-    if rest:
-        share = rest / concurrent if Term.WAVES in without else 1.0
-        waves.append((share, rest, math.ceil(rest / device.sms)))
+    waves: list[tuple[float, int, int]] = []  # how many, blocks in each, blocks on the busiest SM
+    if Term.WAVES in without:
+        waves.append((work.blocks / concurrent, concurrent, resident))
+    else:
+        if full:
+            waves.append((full, concurrent, resident))
+        if rest:
+            waves.append((1, rest, math.ceil(rest / device.sms)))
 
-    total, traffic = 0.0, 0.0
-    bound = Term.COMPUTE
+    iteration = iteration_cycles(work, resources, device, without)
+    cycles, traffic = 0.0, 0.0
+    bound: Term | None = None
     for count, blocks, busiest in waves:
-        iteration, waits_for = iteration_cycles(work, resources, device, busiest, without)
-        loop = work.iterations * iteration / cycles_per_us
-        wave_bytes = 0.0 if Term.DRAM in without else dram_bytes(work, device, blocks, without)
-        dram = wave_bytes / (device.bandwidth_gbs * DRAM_EFFICIENCY * 1e3)
-        if dram > loop:
-            waits_for = Term.DRAM
-        if count >= 1 or not total:
-            bound = waits_for
-        extra = 0.0
-        if Term.LAUNCH not in without:
-            extra += BLOCK_START_CYCLES * busiest / resident
-        if Term.PIPELINE not in without:
-            extra += DRAM_LATENCY_CYCLES  # the pipeline fills before the first dot
-        if Term.EPILOGUE not in without:
-            extra += epilogue_cycles(work)
-        if Term.SPLIT_K not in without and work.splits > 1:
-            extra += split_k_cycles(work, busiest)
-        total += count * (overlap(loop, dram) + extra / cycles_per_us)
-        traffic += count * wave_bytes
+        moved = dram_bytes(work, device, blocks, without)
+        demand = wave_demand(work, device, iteration, blocks, busiest, moved, without)
+        busy = overlap(*demand.values()) + busiest * work.iterations * iteration.spills
+        path = path_cycles(work, device, iteration, demand, busiest, without)
+        ends = end_cycles(work, device, blocks, without)
+        # Blocks of the first wave start together: nothing hides their first loads. Later ones start where one ends.
+        first = min(count, 1.0) if bound is None else 0.0
+        cycles += first * (max(busy, path) + ends) + (count - first) * max(busy, path + ends)
+        traffic += count * moved
+        if bound is None:
+            bound = max(demand, key=lambda term: demand[term]) if path <= 1.25 * busy else Term.PIPELINE
+    if work.splits > 1:
+        cycles += finish_cycles(work, device, without)
+    time = cycles / device.boost_mhz
     if Term.LAUNCH not in without:
-        total += work.launches * LAUNCH_US
-    return Prediction(total, bound, work.blocks / concurrent, resident, traffic)
+        time += work.launches * LAUNCH_US
+    return Prediction(time, bound or Term.LAUNCH, work.blocks / concurrent, resident, traffic)
 
 
 def overlap(*times: float) -> float:
     """Time of resources that work side by side: the longest, and a little more when others are nearly as long."""
     longest = max(times)
-    return longest * sum((time / longest) ** 4 for time in times) ** 0.25 if longest else 0.0
+    if longest <= 0.0:
+        return 0.0
+    total = 0.0
+    for time in times:
+        share = time / longest
+        share *= share
+        total += share * share
+    return longest * math.sqrt(math.sqrt(total))
+
+
+def iteration_cycles(
+    work: Work, resources: Resources, device: Device, without: Collection[Term] = ()
+) -> Iteration:
+    """What one iteration of one block needs of its SM."""
+    issues = Term.ISSUE not in without
+    return Iteration(
+        compute=0.0 if Term.COMPUTE in without else compute_cycles(work, device),
+        idle=idle_factor(work, device) if issues else 1.0,
+        shared=0.0 if Term.SHARED in without else shared_cycles(work, device),
+        issue=issue_cycles(work, device) if issues else 0.0,
+        spills=0.0 if Term.SPILLS in without else spill_cycles(work, resources),
+    )
+
+
+def wave_demand(
+    work: Work,
+    device: Device,
+    iteration: Iteration,
+    blocks: int,
+    busiest: int,
+    moved: float,
+    without: Collection[Term] = (),
+) -> dict[Term, float]:
+    """Cycles that each resource needs for one wave: of `blocks` in all, `busiest` of them on one SM, `moved` bytes
+    through device memory."""
+    iterations = busiest * work.iterations
+    demand = {
+        Term.COMPUTE: iterations * iteration.compute,
+        Term.SHARED: iterations * iteration.shared,
+        Term.ISSUE: iterations * iteration.issue,
+    }
+    if Term.L2 not in without:
+        demand[Term.L2] = busiest * l2_bytes(work, without) / l2_rate(device, blocks)
+    if Term.DRAM not in without:
+        demand[Term.DRAM] = dram_cycles(moved, device)
+    if Term.PIPELINE not in without:
+        demand[Term.PIPELINE] = work.iterations * latency_cycles(work, device, blocks) / tiles_ahead(work, device)
+    return demand
+
+
+def path_cycles(
+    work: Work,
+    device: Device,
+    iteration: Iteration,
+    demand: dict[Term, float],
+    busiest: int,
+    without: Collection[Term] = (),
+) -> float:
+    """Cycles of the main loop of a block that has the SM to itself, its share of the wave's memory traffic included.
+
+    Whatever stages there are, the warps meet at a barrier and read shared memory before they compute. Without
+    asynchronous copies the block waits for memory, and only then computes.
+    """
+    n = work.iterations
+    compute, shared, issue = n * iteration.compute * iteration.idle, n * iteration.shared, n * iteration.issue
+    memory = overlap(demand.get(Term.L2, 0.0), demand.get(Term.DRAM, 0.0)) / busiest
+    spills = n * iteration.spills
+    if Term.PIPELINE in without:
+        return overlap(compute, shared, issue, memory) + spills
+    latency = demand[Term.PIPELINE]
+    spills += n * (BARRIER_CYCLES + SHARED_LATENCY_CYCLES)
+    if asynchronous(work, device):
+        return overlap(compute, shared, issue, memory, latency) + spills
+    return max(latency, memory) + overlap(compute, shared, issue) + spills
 
 
 def occupancy(work: Work, resources: Resources, device: Device) -> int:
     """Blocks that an SM holds at once: the least of what registers, shared memory, warps and slots allow; at least 1.
 
-    Registers are given out per warp in units of 256, shared memory with 1 KiB more per block than it asks for from
-    sm_80 on (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+    Registers are given out per warp in units of 256, from the quarter of the file that the warp's sub-partition has;
+    shared memory in units of 128 bytes, with 1 KiB more per block than it asks for from sm_80 on. (CUDA C++ Programming
+    Guide, "Technical Specifications per Compute Capability"; the CUDA Occupancy Calculator's allocation granularities.)
     """
     registers_per_warp = math.ceil(max(resources.registers, 1) * WARP_SIZE / 256) * 256
-    warps = device.registers_per_sm // registers_per_warp
-    reserved = 1024 if device.arch >= 80 else 0
-    limits = (
-        warps // work.num_warps,
-        device.shared_per_sm // (resources.shared_bytes + reserved) if resources.shared_bytes else device.blocks_per_sm,
-        device.warps_per_sm // work.num_warps,
-        device.blocks_per_sm,
+    warps = device.registers_per_sm // SUBPARTITIONS // registers_per_warp * SUBPARTITIONS
+    shared = math.ceil(resources.shared_bytes / 128) * 128 + (1024 if device.arch >= 80 else 0)
+    return max(
+        1,
+        min(
+            warps // work.num_warps,
+            device.shared_per_sm // shared if shared else device.blocks_per_sm,
+            device.warps_per_sm // work.num_warps,
+            device.blocks_per_sm,
+        ),
     )
-    return max(1, min(limits))
 
 
-def iteration_cycles(
-    work: Work, resources: Resources, device: Device, resident: int, without: Collection[Term] = ()
-) -> tuple[float, Term]:
-    """Cycles of one main-loop iteration of all `resident` blocks of an SM, and which term they are."""
-    candidates = {Term.COMPUTE: 0.0}
-    if Term.COMPUTE not in without:
-        slowdown = 1.0 if Term.ISSUE in without else issue_slowdown(work, device, resident)
-        candidates[Term.COMPUTE] = resident * compute_cycles(work, device) * slowdown
-    if Term.SHARED not in without:
-        candidates[Term.SHARED] = resident * shared_cycles(work, device)
-    if Term.L2 not in without:
-        candidates[Term.L2] = resident * work.load_bytes / L2_BYTES_PER_CYCLE
-    if Term.ALIGNMENT not in without:
-        candidates[Term.ALIGNMENT] = resident * alignment_cycles(work)
-    slowest = max(candidates, key=lambda term: candidates[term])
-    cycles = overlap(*candidates.values())
-    if Term.PIPELINE not in without:
-        waited = wait_cycles(work, device, cycles, resident, without)
-        if waited > 1.25 * cycles:
-            slowest = Term.PIPELINE
-        cycles = waited
-    if Term.ISSUE not in without:
-        cycles += resident * work.num_warps * LOOP_INSTRUCTIONS / SUBPARTITIONS
-    if Term.SPILLS not in without:
-        cycles += resident * spill_cycles(work, resources)
-    return cycles, slowest
+def datapath(work: Work, device: Device) -> Datapath:
+    """What Triton lowers the dot to (read off compiled kernels, 3.6 and 3.9)."""
+    if work.unit == "fp32" or not device.tensor_tflops:
+        return Datapath.FMA
+    if device.arch // 10 in (9, 10) and work.tile_m >= 64 and work.num_warps >= 4:
+        return Datapath.WGMMA
+    return Datapath.MMA
+
+
+def thread_tile(work: Work) -> float:
+    """Rows plus columns of the output tile that one thread owns on the FMA path: about square."""
+    return 2.0 * math.sqrt(max(1.0, work.tile_m * work.tile_n / (work.num_warps * WARP_SIZE)))
+
+
+def dot_rate(work: Work, device: Device) -> float:
+    """FLOP per cycle and SM that the datapath sustains."""
+    efficiency = COMPUTE_EFFICIENCY_HOPPER if device.arch // 10 == 9 else COMPUTE_EFFICIENCY
+    if datapath(work, device) is Datapath.MMA:
+        efficiency *= MMA_SYNC_SHARE.get(device.arch // 10, 1.0)
+    return device.tflops(work.unit) * 1e6 / (device.sms * device.boost_mhz) * efficiency
 
 
 def compute_cycles(work: Work, device: Device) -> float:
-    """Cycles of one block's dot at the SM's rate, padding included: 2·BM·BN·BK / (peak / SMs / clock)."""
-    peak_per_cycle = device.tflops(work.unit) * COMPUTE_EFFICIENCY * 1e6 / (device.sms * device.boost_mhz)
-    return 2.0 * work.tile_m * work.tile_n * work.tile_k / peak_per_cycle
+    """Cycles of one block's dot at the SM's rate: 2·BM·BN·BK FLOP, padding and warps that repeat others included."""
+    elements: float = work.tile_m * work.tile_n
+    if datapath(work, device) is Datapath.MMA:
+        rows, columns = work.warp_tile
+        elements = work.num_warps * rows * columns
+    return 2.0 * elements * work.tile_k / dot_rate(work, device)
 
 
-def warp_tile(work: Work) -> tuple[float, float]:
-    """Rows and columns of the output tile that one warp owns: warps are laid out as square as the tile allows."""
-    rows, columns = 1, 1
-    while rows * columns < work.num_warps:
-        if work.tile_m / rows >= work.tile_n / columns and work.tile_m / rows > 16:
-            rows *= 2
-        else:
-            columns *= 2
-    return work.tile_m / rows, max(8.0, work.tile_n / columns)
-
-
-def uses_wgmma(work: Work, device: Device) -> bool:
-    """Whether Triton lowers the dot to wgmma or tcgen05, which read operands from shared memory once per 4 warps."""
-    tensor = work.unit != "fp32" and bool(device.tensor_tflops)
-    return tensor and device.arch // 10 in (9, 10) and work.tile_m >= 64 and work.num_warps >= 4
-
-
-def issue_slowdown(work: Work, device: Device, resident: int) -> float:
-    """How much longer the dot takes because too few mma are in flight; 1 when the tensor cores are never idle.
+def idle_factor(work: Work, device: Device) -> float:
+    """How much longer the dot of a block alone takes because too little of it is in flight; 1 when nothing idles.
 
     Each of the SM's 4 tensor cores needs a warp, and back-to-back mma of one accumulator wait 33 cycles for each
-    other: a sub-partition with w warps of i independent accumulators keeps w·i mma in flight. One m16n8k16 occupies
-    its tensor core for 4096 FLOPs over the rate.
+    other: a sub-partition with w warps of i accumulator tiles keeps w·i mma in flight, each of which occupies its
+    tensor core for its FLOP over the rate. CUDA cores have a latency of 4 cycles, which 4 accumulators a thread hide.
     """
-    warps = resident * work.num_warps
-    busy = min(1.0, warps / SUBPARTITIONS)
-    if uses_wgmma(work, device) or work.unit == "fp32":
-        return 1 / busy
-    rows, columns = warp_tile(work)
-    in_flight = (rows / 16) * (columns / 8) * max(1.0, warps / SUBPARTITIONS)
-    rate = device.tflops(work.unit) * 1e6 / (device.sms * device.boost_mhz * SUBPARTITIONS)
-    occupied = 4096 / rate
-    return 1 / (busy * min(1.0, in_flight * occupied / MMA_LATENCY_CYCLES))
+    path = datapath(work, device)
+    if path is Datapath.WGMMA:
+        return 1.0
+    per_core = work.num_warps / SUBPARTITIONS
+    idle = max(1.0, 1 / per_core)
+    if path is Datapath.FMA:
+        accumulators = work.tile_m * work.tile_n / (work.num_warps * WARP_SIZE)
+        return idle * max(1.0, FMA_LATENCY_CYCLES / (accumulators * max(1.0, per_core)))
+    rows, columns = work.warp_tile
+    in_flight = (rows / 16) * (columns / 8) * max(1.0, per_core)
+    flop = 2 * 16 * 8 * 32 / work.operand_bytes  # one mma is 32 bytes deep: k16 of fp16, k8 of tf32
+    occupied = flop * SUBPARTITIONS / dot_rate(work, device)
+    return idle * max(1.0, MMA_LATENCY_CYCLES / (in_flight * occupied))
+
+
+def issue_cycles(work: Work, device: Device) -> float:
+    """Cycles in which the schedulers issue one iteration's instructions, one each a cycle."""
+    path = datapath(work, device)
+    instructions = float(LOOP_INSTRUCTIONS * work.num_warps)
+    tile_bytes = (work.tile_m + work.tile_n) * work.tile_k * work.operand_bytes
+    each = COPY_INSTRUCTIONS if work.vector_bytes >= 16 else NARROW_INSTRUCTIONS
+    instructions += tile_bytes / (WARP_SIZE * work.vector_bytes) * each
+    if path is Datapath.MMA:
+        rows, columns = work.warp_tile
+        mma = work.num_warps * (rows / 16) * (columns / 8) * work.tile_k * work.operand_bytes / 32
+        ldmatrix = work.num_warps * (rows + columns) * work.tile_k * work.operand_bytes / 512  # four 8×8 at a time
+        instructions += MMA_INSTRUCTIONS * mma + ldmatrix
+    elif path is Datapath.FMA:
+        fma = work.tile_m * work.tile_n * work.tile_k / WARP_SIZE
+        loads = work.num_warps * thread_tile(work) * work.tile_k / 4  # four words at a time
+        instructions += fma + loads
+    return instructions / SUBPARTITIONS
 
 
 def shared_cycles(work: Work, device: Device) -> float:
-    """Cycles in which one iteration's operands are written to shared memory once and read once per warp tile."""
+    """Cycles in which one iteration's operands are written to shared memory once, and read for every warp tile."""
+    path = datapath(work, device)
     written = (work.tile_m + work.tile_n) * work.tile_k * work.operand_bytes
-    if uses_wgmma(work, device):
-        groups = work.num_warps / 4  # a warp group reads its rows of A, and all of B
-        read = (work.tile_m + groups * work.tile_n) * work.tile_k * work.operand_bytes
-    else:
-        rows, columns = warp_tile(work)
+    if path is Datapath.WGMMA:
+        # One instruction reads 64 rows of A and up to 256 columns of B.
+        groups = max(1, work.num_warps // 4)
+        across = max(1.0, groups * 64 / work.tile_m)  # warp groups beside each other, where the tile is low
+        columns = min(256.0, work.tile_n / across)
+        read = (work.tile_m * work.tile_n / columns + work.tile_n * work.tile_m / 64) * work.tile_k * work.operand_bytes
+    elif path is Datapath.MMA:
+        rows, columns = work.warp_tile
         read = work.num_warps * (rows + columns) * work.tile_k * work.operand_bytes
+    else:
+        # Each thread reads its rows and columns, as fp32; about half of a warp's lanes ask for what others ask for.
+        read = 0.5 * work.num_warps * WARP_SIZE * thread_tile(work) * work.tile_k * 4
     return (written + read) / SHARED_BYTES_PER_CYCLE
-
-
-def alignment_cycles(work: Work) -> float:
-    """Cycles in which the load units address one iteration's elements: 32 lanes, `vector_bytes` each."""
-    return work.load_bytes / (LOAD_LANES_PER_CYCLE * work.vector_bytes)
-
-
-def wait_cycles(work: Work, device: Device, busy: float, resident: int, without: Collection[Term] = ()) -> float:
-    """Cycles of an iteration whose work takes `busy` cycles for all resident blocks, with what latency adds.
-
-    With s asynchronous stages a tile is asked for s - 1 iterations ahead, and its latency is a resource beside the
-    others. With one stage each block waits for memory and only then computes; loads too narrow for cp.async
-    (ALIGNMENT), or an arch without it, are one iteration ahead at best. Barriers are exposed unless a neighbour runs.
-    """
-    asynchronous = device.arch >= 80 and (work.vector_bytes >= 4 or Term.ALIGNMENT in without)
-    barriers = (BARRIER_CYCLES + SHARED_LATENCY_CYCLES) / resident
-    if work.num_stages == 1:
-        return max(busy, busy / resident + DRAM_LATENCY_CYCLES) + barriers
-    # mma.sync's buffers are one fewer than the stages: the last is free only once its tile is read into registers.
-    ahead = work.num_stages - (1.0 if uses_wgmma(work, device) else 1.5) if asynchronous else 1.0
-    return overlap(busy, DRAM_LATENCY_CYCLES / ahead) + barriers
 
 
 def spill_cycles(work: Work, resources: Resources) -> float:
@@ -256,59 +351,129 @@ def spill_cycles(work: Work, resources: Resources) -> float:
     return 2.0 * resources.spill_bytes * work.num_warps * WARP_SIZE / SHARED_BYTES_PER_CYCLE
 
 
-def wave_panels(work: Work, blocks: float) -> tuple[float, float]:
-    """Distinct panels of A and of B that `blocks` neighbouring blocks touch, over the batch and the splits.
+def l2_rate(device: Device, blocks: int) -> float:
+    """Bytes per cycle that L2 gives each of the SMs that `blocks` keep busy: a few may take all their ports carry."""
+    active = min(device.sms, blocks)
+    return min(SM_PORT_BYTES_PER_CYCLE, L2_BYTES_PER_CYCLE[device.arch] * device.sms / active)
 
-    Blocks walk GROUP_M tile rows down, then one tile column across (Triton's matmul tutorial, "L2 cache
-    optimizations"): t tiles of one group cover min(t, GROUP_M) rows and t / GROUP_M columns.
+
+def l2_bytes(work: Work, without: Collection[Term] = ()) -> float:
+    """Bytes between one block and L2: its operands, its share of the epilogue, its partial tile out and in again."""
+    total = work.iterations * work.load_bytes
+    if Term.EPILOGUE not in without:
+        total += work.epilogue_bytes / work.splits
+    if Term.SPLIT_K not in without:
+        total += 2 * work.workspace_bytes
+    return total
+
+
+def asynchronous(work: Work, device: Device) -> bool:
+    """Whether tiles are copied while others are computed: cp.async needs sm_80, 4 bytes a load, and 2 stages.
+
+    Without it Triton pipelines nothing: any number of stages compiles to the same code.
     """
-    per_matrix = min(blocks, work.tiles_m * work.tiles_n)
-    matrices = blocks / per_matrix
+    return device.arch >= 80 and work.vector_bytes >= 4 and work.num_stages > 1
+
+
+def latency_cycles(work: Work, device: Device, blocks: int) -> float:
+    """Cycles from asking for a tile until its buffer can take another: device memory answers, the tile passes through
+    L2, and on the mma.sync path, which has a buffer less than it has stages, warps read it into registers."""
+    cycles = DRAM_LATENCY_CYCLES + work.load_bytes / l2_rate(device, blocks)
+    if datapath(work, device) is Datapath.MMA:
+        rows, columns = work.warp_tile
+        cycles += work.num_warps * (rows + columns) * work.tile_k * work.operand_bytes / SHARED_BYTES_PER_CYCLE
+    return cycles
+
+
+def tiles_ahead(work: Work, device: Device) -> int:
+    """How many iterations before its use a tile is asked for."""
+    return work.num_stages - 1 if asynchronous(work, device) else 1
+
+
+def end_cycles(work: Work, device: Device, blocks: int, without: Collection[Term] = ()) -> float:
+    """Cycles that a block spends before its first dot and after its last."""
+    cycles = 0.0
+    if Term.LAUNCH not in without:
+        cycles += BLOCK_START_CYCLES
+    if Term.PIPELINE not in without:
+        # The pipeline fills: the first tile arrives, while there is nothing to compute.
+        cycles += DRAM_LATENCY_CYCLES + work.load_bytes / l2_rate(device, blocks)
+    if work.splits == 1:
+        if Term.EPILOGUE not in without:
+            cycles += work.epilogue_bytes / l2_rate(device, blocks)
+    elif Term.SPLIT_K not in without:
+        cycles += work.workspace_bytes / l2_rate(device, blocks) + ATOMIC_CYCLES
+    return cycles
+
+
+def finish_cycles(work: Work, device: Device, without: Collection[Term] = ()) -> float:
+    """Cycles after the last split of the last tile has arrived: it adds up all partial tiles, one after the other, and
+    runs the epilogue. Blocks are launched split by split, so all tiles finish at the end of the launch."""
+    rate = l2_rate(device, work.tiles)
+    cycles = 0.0
+    if Term.SPLIT_K not in without:
+        cycles += work.splits * (L2_LATENCY_CYCLES + work.workspace_bytes / rate)
+    if Term.EPILOGUE not in without:
+        cycles += work.epilogue_bytes / rate
+    return cycles
+
+
+def wave_panels(work: Work, blocks: int) -> tuple[float, float]:
+    """Distinct panels of A and of B that a wave of `blocks` neighbouring blocks touches, over the batch and the splits.
+
+    Blocks walk GROUP_M tile rows down, then one tile column across (Triton's matmul tutorial, "L2 Cache
+    Optimizations"); then the next matrix of the batch, then the next split. Exact for a wave that begins a matrix.
+    """
+    per_matrix = work.tiles_m * work.tiles_n
     height = min(work.group_m, work.tiles_m)
-    groups = max(1.0, per_matrix / (height * work.tiles_n))
-    rows = min(per_matrix, height * groups)
-    columns = min(float(work.tiles_n), max(1.0, per_matrix / height))
-    a = rows * (1.0 if work.panel_a.shared_by_batches else matrices)
-    b = columns * (1.0 if work.panel_b.shared_by_batches else matrices)
-    return max(a, 1.0), max(b, 1.0)
+    matrices, rest = divmod(blocks, per_matrix)
+    groups, within = divmod(rest, height * work.tiles_n)
+    height_here = min(height, work.tiles_m - groups * height)  # the last group may be lower
+    rows = groups * height + min(within, height_here)
+    columns = work.tiles_n if groups else math.ceil(within / height_here) if within else 0
+
+    def panels(panel: Panel, whole: int, part: int) -> float:
+        if not panel.shared_by_batches:
+            return matrices * whole + part
+        # Every matrix of a split shares these: what counts is how many splits are touched.
+        splits, begun = divmod(matrices, work.batch)
+        return splits * whole + (whole if begun else part)
+
+    return panels(work.panel_a, work.tiles_m, rows), panels(work.panel_b, work.tiles_n, columns)
 
 
-def dram_bytes(work: Work, device: Device, blocks: float, without: Collection[Term] = ()) -> float:
+def dram_bytes(work: Work, device: Device, blocks: int, without: Collection[Term] = ()) -> float:
     """Bytes that one wave of `blocks` moves between device memory and L2.
 
-    A panel is read once per wave. An operand that stays in L2 from wave to wave (it fits in half of it) is read once
+    A panel is read once per wave. Of an operand, half an L2's worth is still there at the next wave, and is read once
     in the whole launch, which is charged to the waves by their share of blocks. Without REUSE every block pays for its
     own panels.
     """
     share = blocks / work.blocks
-    epilogue = 0.0 if Term.EPILOGUE in without else work.epilogue_bytes * work.tiles * share
+    total = 0.0 if Term.EPILOGUE in without else work.epilogue_bytes * work.tiles * share
+    if Term.SPLIT_K not in without and work.workspace_bytes:
+        partials = work.workspace_bytes * work.blocks
+        total += 2 * partials * share * (1 - kept_share(partials, device))
     if Term.REUSE in without:
-        return blocks * (work.panel_a.bytes + work.panel_b.bytes) + epilogue
+        return total + blocks * (work.panel_a.bytes + work.panel_b.bytes)
     a, b = wave_panels(work, blocks)
-    total = epilogue
     for panel, distinct, count in ((work.panel_a, a, work.tiles_m), (work.panel_b, b, work.tiles_n)):
         whole = panel.bytes * count * work.splits * (1 if panel.shared_by_batches else work.batch)
-        if whole <= device.l2_bytes / 2:
-            total += whole * share
-        else:
-            total += min(panel.bytes * distinct, whole)
-    partials = work.workspace_bytes * blocks
-    if Term.SPLIT_K not in without and work.workspace_bytes * work.blocks > device.l2_bytes / 2:
-        total += 2 * partials
+        once = whole * share
+        kept = kept_share(whole, device)
+        total += kept * once + (1 - kept) * max(once, min(panel.bytes * distinct, whole))
     return total
 
 
-def epilogue_cycles(work: Work) -> float:
-    """Cycles of one tile's stores and residual reads, on their way through L2. Those of the other blocks on the SM
-    hide behind the main loops of their neighbours; the last one's are exposed in every wave."""
-    return work.epilogue_bytes / L2_BYTES_PER_CYCLE
+def kept_share(size: float, device: Device) -> float:
+    """The share of `size` bytes that is still in L2 when it is asked for again: half of L2 at most, for the rest of the
+    traffic passes through too, and the halves of the largest L2s hold copies of each other's lines."""
+    return min(1.0, device.l2_bytes / 2 / size) if size else 1.0
 
 
-def split_k_cycles(work: Work, busiest: int) -> float:
-    """Cycles at a tile's end: each block writes its partial; the last to arrive reads all of them, in order."""
-    write = busiest * work.workspace_bytes / L2_BYTES_PER_CYCLE
-    read = work.splits * (work.workspace_bytes / L2_BYTES_PER_CYCLE + SHARED_LATENCY_CYCLES)
-    return write + ATOMIC_CYCLES + read + DRAM_LATENCY_CYCLES
+def dram_cycles(moved: float, device: Device) -> float:
+    """Cycles in which device memory moves that many bytes."""
+    return moved / (device.bandwidth_gbs * DRAM_EFFICIENCY * 1e3) * device.boost_mhz
 
 
 def roofline_us(flops: float, bytes_moved: float, unit: str, device: Device) -> float:

@@ -125,12 +125,14 @@ class Problem(_Value, ABC):
         """Which rate of the device the arithmetic runs at: a key of `Device.tensor_tflops`, or `fp32`."""
 
     def __str__(self) -> str:
-        """The text that `parse` reads, without the fields at their defaults."""
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        shown = {
-            field.name: getattr(self, field.name) for field in fields if getattr(self, field.name) != field.default
-        }
-        return ",".join(f"{name}={str(value).lower() if value is True else value}" for name, value in shown.items())
+        """The text that `parse` reads, without the fields that follow from the others."""
+        values = self.to_dict()
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if field.default is not dataclasses.MISSING:
+                fewer = {name: value for name, value in values.items() if name != field.name}
+                if type(self)(**fewer) == self:
+                    values = fewer
+        return ",".join(f"{name}={str(value).lower() if value is True else value}" for name, value in values.items())
 
 
 @cache

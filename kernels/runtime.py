@@ -161,17 +161,25 @@ class _LoadedLaunch:
 
 # Scratch lives as long as the process: a captured CUDA graph may replay into it. Streams never share it, for two
 # launches on one stream run in order and two streams don't.
-_scratch: dict[tuple[int, int, str], Any] = {}
+_scratch: dict[tuple[int, int, int, str], Any] = {}
 _scratch_lock = threading.Lock()
+
+PER_THREAD_STREAM = 2
+"""cudaStreamPerThread: one address, and another stream in every thread."""
 
 
 def _lend(cupy: Any, wanted: tuple[Scratch, ...], ordinal: int, stream: int) -> dict[str, int]:
     lent = {}
+    thread = threading.get_ident() if stream == PER_THREAD_STREAM else 0
     for scratch in wanted:
-        key = (ordinal, stream, scratch.numpy + scratch.name)
+        key = (ordinal, stream, thread, scratch.numpy + scratch.name)
         array = _scratch.get(key)
         if array is None or array.size < scratch.elements:
             with _scratch_lock, cupy.cuda.Device(ordinal), cupy.cuda.ExternalStream(stream, ordinal):
+                array = _scratch.get(key)  # as it is now: another thread may have been here
+                if array is not None and array.size >= scratch.elements:
+                    lent[f"{scratch.name}_ptr"] = int(array.data.ptr)
+                    continue
                 # Zeroed on the caller's stream, before the launch that needs it. The smaller one is kept alive by
                 # whatever graph holds its address, through this list.
                 if array is not None:

@@ -35,11 +35,10 @@ def _parts(function: Any, seen: set[int]) -> Iterator[str]:
     seen.add(id(python))
     tree = ast.parse(textwrap.dedent(inspect.getsource(python))).body[0]
     assert isinstance(tree, ast.FunctionDef)
-    tree.decorator_list = []
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    yield ast.dump(tree, annotate_fields=False, include_attributes=False)
+    yield _text(tree)
     # Names in the order of first use; attributes (module.function) are followed one level, as kernels write them.
     scope = dict(python.__globals__)
     scope.update(inspect.getclosurevars(python).nonlocals)
@@ -52,12 +51,23 @@ def _parts(function: Any, seen: set[int]) -> Iterator[str]:
                 yield from _used(f"{node.value.id}.{node.attr}", getattr(owner, node.attr, None), seen)
 
 
+def _text(node: object) -> str:
+    """A syntax tree as text. `ast.dump`'s changes with Python's version; empty fields, which versions add, are not
+    written here."""
+    if isinstance(node, ast.AST):
+        fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
+        return f"{type(node).__name__}({','.join(f'{name}={_text(value)}' for name, value in fields)})"
+    if isinstance(node, list):
+        return f"[{','.join(map(_text, node))}]"
+    return repr(node)
+
+
 def _used(name: str, value: Any, seen: set[int]) -> Iterator[str]:
     if _is_device_function(value):
         yield from _parts(value, seen)
     elif isinstance(value, tl.constexpr):
         yield f"{name}={value.value!r}"
-    elif isinstance(value, int | float | str | bool | tuple):
+    elif isinstance(value, int | float | str | bool | tuple | tl.dtype):
         yield f"{name}={value!r}"
 
 

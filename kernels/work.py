@@ -5,6 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def warp_tile(tile_m: int, tile_n: int, num_warps: int) -> tuple[float, float]:
+    """Rows and columns of the output tile that one warp owns, at least one 16×8 mma.
+
+    As Triton lays warps out for mma.sync: another row of warps while each warp's tile is at least as high as it is wide
+    and higher than an mma, else another column.
+    """
+    rows, columns = 1, 1
+    while rows * columns < num_warps:
+        if tile_m / rows >= tile_n / columns and tile_m / rows > 16:
+            rows *= 2
+        else:
+            columns *= 2
+    return tile_m / rows, max(8.0, tile_n / columns)
+
+
 @dataclass(frozen=True, slots=True)
 class Panel:
     """What one row (or column) of output tiles reads of one operand, and how often it is read again.
@@ -40,9 +55,8 @@ class Work:
     unit: str  # rate of the dot products: a key of `Device.tensor_tflops`, or "fp32"
     operand_bytes: float  # bytes of one element of the dot's operands, in shared memory
     load_bytes: float  # read per iteration, in bounds, both operands
-    vector_bytes: (
-        int  # widest load that alignment allows: 16 lets cp.async copy it; under 4, loads pass through registers
-    )
+    # Widest load that alignment and the tile's size allow: 16 is the cheapest; under 4, loads pass through registers.
+    vector_bytes: int
     # device memory
     panel_a: Panel
     panel_b: Panel
@@ -59,3 +73,8 @@ class Work:
     def blocks(self) -> int:
         """Thread blocks of the launch."""
         return self.tiles * self.splits
+
+    @property
+    def warp_tile(self) -> tuple[float, float]:
+        """Rows and columns of the output tile that one warp owns."""
+        return warp_tile(self.tile_m, self.tile_n, self.num_warps)

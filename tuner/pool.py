@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,7 +67,7 @@ class Worker:
         self._turn = threading.RLock()  # one start or request at a time
         self._fate = threading.Lock()  # of birth, signal and burial: none is ever signalled that is not ours
         self._process: subprocess.Popen[bytes] | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: str | None = None
         self._closed = False
         self._given_up: WorkerError | None = None
         self._ready = False
@@ -158,23 +159,23 @@ class Worker:
         with self._turn:
             self._bury()
             if self._folder is not None:
-                self._folder.cleanup()
+                shutil.rmtree(self._folder, ignore_errors=True)
                 self._folder = None
 
     def _spawn(self) -> None:
-        if self._folder is None:
-            # A compiler that is killed leaves its temporary files behind: they go when the worker is closed.
-            self._folder = tempfile.TemporaryDirectory(prefix="tilewright-")
         with self._fate:
             if self._closed:
                 raise WorkerError("the worker is closed")
+            if self._folder is None:
+                # A compiler that is killed leaves its temporary files behind: they go when the worker is closed.
+                self._folder = tempfile.mkdtemp(prefix="tilewright-")
             process = subprocess.Popen(
                 self._command,
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={**self._environment, "TMPDIR": self._folder.name},
+                env={**self._environment, "TMPDIR": self._folder},
                 start_new_session=True,
             )
             self._process = process
@@ -189,8 +190,8 @@ class Worker:
         """Sends a line and returns the message that answers it. Writing can't block: a hung worker doesn't read."""
         into, out, err = self._pipes()
         poll = select.poll()
-        poll.register(out, select.POLLIN)
-        poll.register(err, select.POLLIN)
+        for descriptor in (out, err):
+            poll.register(descriptor, select.POLLIN)
         if line:
             poll.register(into, select.POLLOUT)
         deadline = time.monotonic() + timeout
@@ -225,12 +226,14 @@ class Worker:
 
     def _drain_stderr(self) -> bool:
         """Keeps the end of what stderr has for now; False when there will be no more."""
-        try:
-            while chunk := os.read(self._pipes()[2], 1 << 16):
+        # No more rounds than a full pipe needs: what prints without end must not keep us from the clock.
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(16):
+                chunk = os.read(self._pipes()[2], 1 << 16)
+                if not chunk:
+                    return False
                 self._stderr = (self._stderr + chunk)[-STDERR_BYTES:]
-        except BlockingIOError:
-            return True
-        return False
+        return True
 
     def _obituary(self) -> tuple[str, str]:
         """Buries the process; how it ended, as in `aborted (SIGABRT)`, and the reason it printed, "" without one."""

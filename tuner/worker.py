@@ -68,7 +68,8 @@ def measure_task(request: Request) -> Reply:
     """Checks and times one configuration on the GPU; see `tilewright.tuner.measure`."""
     from tilewright.tuner.measure import measure
 
-    return measure(request)
+    reply: Reply = measure(request)
+    return reply
 
 
 def environment_task(request: Request) -> Reply:

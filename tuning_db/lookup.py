@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 from tilewright.tuning_db.errors import DatabaseCorruptError, DatabaseError
@@ -31,6 +32,8 @@ from tilewright.tuning_db.schema import ANSWERABLE
 
 Near = Callable[[str, str], float | None]
 """Distance of two problems of one op, both canonical JSON, the one asked for first; None where they don't compare."""
+
+_FEW = 4
 
 _MEASURED = f"{ANSWERABLE} AND provenance = 'measured' AND op = ? AND arch = ?"
 
@@ -48,7 +51,9 @@ _GROUPS = f"""
     SELECT key_digest, kernel_hash, problem, device, triton, ptxas, protocol, max(created_at) AS newest
     FROM records WHERE {_MEASURED} AND problem = ? GROUP BY key_digest
 """
-_BEST_FIRST = f"SELECT * FROM records WHERE {ANSWERABLE} AND key_digest = ? AND provenance = ? ORDER BY median_us, id"
+_BEST_FIRST = (
+    f"SELECT * FROM records WHERE {ANSWERABLE} AND key_digest = ? AND provenance = ? ORDER BY median_us, id LIMIT ?"
+)
 _REFUTED = """
     SELECT DISTINCT config FROM records
     WHERE key_digest IN (?, ?) AND (status != 'ok' OR spill_bytes > 0)
@@ -61,7 +66,6 @@ class _Group:
 
     file: DatabaseFile
     digest: str
-    distance: float
     differs: tuple[bool, bool, bool]  # revision, toolchain, protocol
     newest: str
     reason: str
@@ -94,9 +98,19 @@ def answers(
 
 
 def best_first(file: DatabaseFile, digest: str, provenance: Provenance) -> Iterator[Record]:
-    """The answerable records of one key and provenance, fastest first."""
-    for row in file.rows(_BEST_FIRST, (digest, provenance)):
-        yield to_record(file, row)
+    """The answerable records of one key and provenance, fastest first, no configuration twice.
+
+    The first few are read alone: mostly the first is taken, and there may be thousands.
+    """
+    seen: set[str] = set()
+    for limit in (_FEW, -1):
+        rows = file.rows(_BEST_FIRST, (digest, provenance, limit))
+        for row in rows:
+            if row["config"] not in seen:
+                seen.add(row["config"])
+                yield to_record(file, row)
+        if len(rows) < _FEW:
+            return
 
 
 def to_record(file: DatabaseFile, row: Row) -> Record:
@@ -139,18 +153,19 @@ def _ranked(
     files: Sequence[DatabaseFile], key: Key, near: Near | None, skipped: dict[Path, DatabaseError] | None = None
 ) -> Iterator[_Group]:
     """The groups of the same problem, or with `near` of all problems that compare, in order."""
-    found: list[_Group] = []
+    places: list[tuple[float, str, DatabaseFile]] = []
     for file in files:
-        try:
-            for problem, distance in _problems(file, key, near):
-                found += _groups(file, key, problem, distance)
-        except DatabaseError as error:
-            if skipped is None:
-                raise
-            skipped[file.path] = error
-    found.sort(key=lambda group: group.newest, reverse=True)
-    found.sort(key=lambda group: (group.distance, group.differs))
-    return iter(found)
+        with _noting(file, skipped):
+            places += [(distance, problem, file) for problem, distance in _problems(file, key, near)]
+    places.sort(key=lambda place: place[0])
+    for _, equally_far in groupby(places, key=lambda place: place[0]):
+        found: list[_Group] = []
+        for _, problem, file in equally_far:
+            with _noting(file, skipped):
+                found += _groups(file, key, problem)
+        found.sort(key=lambda group: group.newest, reverse=True)
+        found.sort(key=lambda group: group.differs)
+        yield from found
 
 
 def _problems(file: DatabaseFile, key: Key, near: Near | None) -> Iterator[tuple[str, float]]:
@@ -162,7 +177,7 @@ def _problems(file: DatabaseFile, key: Key, near: Near | None) -> Iterator[tuple
             yield row["problem"], distance
 
 
-def _groups(file: DatabaseFile, key: Key, problem: str, distance: float) -> Iterator[_Group]:
+def _groups(file: DatabaseFile, key: Key, problem: str) -> Iterator[_Group]:
     for row in file.rows(_GROUPS, (key.op, key.arch, problem)):
         differs = (
             row["kernel_hash"] != key.kernel_hash,
@@ -174,7 +189,7 @@ def _groups(file: DatabaseFile, key: Key, problem: str, distance: float) -> Iter
         names = ("other revision", "other toolchain", "other protocol")
         reasons += [name for name, changed in zip(names, differs, strict=True) if changed]
         if reasons:  # no difference at all is step 1, not a transfer
-            yield _Group(file, row["key_digest"], distance, differs, row["newest"], ", ".join(reasons))
+            yield _Group(file, row["key_digest"], differs, row["newest"], ", ".join(reasons))
 
 
 def _changes(asked: str, found: str) -> str:
@@ -182,3 +197,14 @@ def _changes(asked: str, found: str) -> str:
     one, other = json.loads(asked), json.loads(found)
     names = sorted(one.keys() | other.keys())
     return " ".join(f"{name}={one.get(name)}→{other.get(name)}" for name in names if one.get(name) != other.get(name))
+
+
+@contextmanager
+def _noting(file: DatabaseFile, skipped: dict[Path, DatabaseError] | None) -> Iterator[None]:
+    """Go on without a file that can't be read, and note why; without `skipped`, fail."""
+    try:
+        yield
+    except DatabaseError as error:
+        if skipped is None:
+            raise
+        skipped[file.path] = error

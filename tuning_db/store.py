@@ -178,6 +178,11 @@ class TuningDB:
             chosen += [record for record in guesses if record.config not in measured]
         return chosen[:k]
 
+    def best_of_each(self) -> list[Record]:
+        """The best record of every key, measured before predicted, ordered by op and problem."""
+        rows = self._file.rows("SELECT * FROM best ORDER BY op, problem, id")
+        return [to_record(self._file, row) for row in rows]
+
     def stats(self) -> dict[tuple[Status, Provenance], int]:
         """How many records there are of each status and provenance."""
         rows = self._file.rows("SELECT status, provenance, count(*) AS n FROM records GROUP BY status, provenance")

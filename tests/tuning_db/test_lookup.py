@@ -123,6 +123,11 @@ def test_the_newest_toolchain_answers_with_its_fastest(fill, ask) -> None:
     assert ask().record.config == "fast"
 
 
+def test_the_nearest_shape_goes_first_in_whatever_order_they_are_stored(fill, ask) -> None:
+    fill({"problem": shape(20)}, {"problem": shape(112)}, {"problem": shape(17)}, {"problem": shape(40)})
+    assert ask().reason == "near shape M=16→17"
+
+
 def test_equal_distances_go_to_the_newest(fill, ask) -> None:
     fill({"problem": shape(12), "time_us": 1.0}, {"problem": shape(20), "time_us": 9.0})
     assert ask().reason == "near shape M=16→20"

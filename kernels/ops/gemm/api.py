@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tilewright.kernels.arrays import ArrayKind, View, kind_of
-from tilewright.kernels.dispatch import plan_for
+from tilewright.kernels.dispatch import call_cache, plan_for
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.epilogue import activation_name
 from tilewright.kernels.interpreter import require_interpreter
@@ -17,7 +18,7 @@ from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.runtime import Plan
-from tilewright.tuning_db.errors import ProblemError, UnsupportedError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
 
 
 def gemm(
@@ -60,6 +61,11 @@ def gemm(
         MissingDependencyError: CuPy or a GPU is needed and absent.
     """
     kind = kind_of(a)
+    for name, array in (("b", b), ("bias", bias), ("residual", residual), ("out", out)):
+        if array is not None and kind_of(array) is not kind:
+            raise ProblemError(f"a is a {_type_name(a)} and {name} a {_type_name(array)}: pass arrays of one library")
+    if config is not None and not isinstance(config, GemmConfig):
+        raise UsageError(f"config must be a GemmConfig, not {config!r}")
     key = (
         kind,
         kind.signature(a),
@@ -79,6 +85,8 @@ def gemm(
         if len(_calls) >= _MOST_CALLS:
             _calls.clear()
         _calls[key] = call
+    if out is not None:
+        _refuse_overlap(kind, call.extents, {"a": a, "b": b, "bias": bias, "residual": residual}, out)
     return call(a, b, bias, residual, alpha, out)
 
 
@@ -95,10 +103,12 @@ class GemmCall:
     plan: Plan
     shape: tuple[int, ...]  # of the result
     strides: dict[str, int]
+    extents: _Extents
 
     def __call__(self, a: Any, b: Any, bias: Any, residual: Any, alpha: float, out: Any) -> Any:
         """Put the call on the current stream of the arrays' library."""
         kind = self.kind
+        stream = kind.stream(a)
         result = kind.empty(a, self.shape, self.problem.output_dtype) if out is None else out
         of = kind.argument
         pointers = {"a_ptr": of(a), "b_ptr": of(b), "out_ptr": of(result)}
@@ -107,8 +117,8 @@ class GemmCall:
         if residual is not None:
             pointers["residual_ptr"] = of(residual)
         if self.problem.alpha:
-            pointers["alpha_ptr"] = of(_alpha_array(kind, a, alpha))
-        self.plan.run(pointers, self.strides, kind.stream(a))
+            pointers["alpha_ptr"] = of(_alpha_array(kind, a, alpha, stream))
+        self.plan.run(pointers, self.strides, stream)
         return result if out is not None else kind.give_back(result, a)
 
 
@@ -122,31 +132,87 @@ class LoopedCall:
     # For each call, the index into a, b, residual and out.
     indices: tuple[tuple[tuple[int, ...], ...], ...]
     options: dict[str, Any]
+    extents: _Extents
 
     def __call__(self, a: Any, b: Any, bias: Any, residual: Any, alpha: float, out: Any) -> Any:
         """Put the calls on the current stream, in order."""
         kind = self.kind
         result = kind.empty(a, self.shape, self.out_dtype) if out is None else out
-        a, b = kind.adopt(a), kind.adopt(b)
+        adopted: list[Any] = [None if each is None else kind.adopt(each) for each in (a, b, bias, residual, result)]
+        own_a, own_b, own_bias, own_residual, own_result = adopted
         for at_a, at_b, at_residual, at_out in self.indices:
-            part = None if residual is None else kind.adopt(residual)[at_residual]
-            gemm(a[at_a], b[at_b], bias=bias, residual=part, alpha=alpha, out=result[at_out], **self.options)
+            part = None if own_residual is None else own_residual[at_residual]
+            target = own_result[at_out]
+            gemm(own_a[at_a], own_b[at_b], bias=own_bias, residual=part, alpha=alpha, out=target, **self.options)
         return result if out is not None else kind.give_back(result, a)
 
 
-_calls: dict[tuple[Any, ...], GemmCall | LoopedCall] = {}
+_calls: dict[tuple[Any, ...], GemmCall | LoopedCall] = call_cache()
 _alphas: dict[tuple[Any, ...], Any] = {}
 
 
-def _alpha_array(kind: ArrayKind, like: Any, alpha: float) -> Any:
-    """alpha on the device, made once per value: a kernel takes no floats."""
-    key = (kind, getattr(like, "device", None), float(alpha))
+def _alpha_array(kind: ArrayKind, like: Any, alpha: float, stream: int) -> Any:
+    """alpha on the device, made once per value and stream, in whose order it is filled: a kernel takes no floats."""
+    key = (kind, getattr(like, "device", None), stream, float(alpha))
     array = _alphas.get(key)
     if array is None:
         if len(_alphas) >= 1024:
             _alphas.clear()
         array = _alphas[key] = kind.scalar(like, float(alpha))
     return array
+
+
+def _type_name(array: Any) -> str:
+    return f"{type(array).__module__}.{type(array).__qualname__}"
+
+
+class _Extents(NamedTuple):
+    """How far the arrays of a call reach in memory."""
+
+    bytes: dict[str, int]  # by name, from the first element to the end of the last
+    in_place: bool  # residual and out agree in all but, perhaps, where they are
+
+    @classmethod
+    def of(cls, views: dict[str, View]) -> _Extents:
+        reach = {name: _reach(view) for name, view in views.items()}
+        residual, out = views.get("residual"), views.get("out")
+        return cls(reach, residual is not None and out is not None and residual[1:] == out[1:])
+
+
+def _reach(view: View) -> int:
+    # Strides are not negative here.
+    last = sum((length - 1) * stride for length, stride in zip(view.shape, view.strides, strict=True))
+    return (last + 1) * int(dtype(view.dtype).bytes)
+
+
+def _refuse_overlap(kind: ArrayKind, extents: _Extents, inputs: dict[str, Any], out: Any) -> None:
+    """Does nothing if `out` may be written while the inputs are read: it is apart from each, or is the residual.
+
+    Raises:
+        ProblemError: they share memory.
+    """
+    start = kind.pointer(out)
+    end = start + extents.bytes["out"]
+    for name, array in inputs.items():
+        if array is None:
+            continue
+        first = kind.pointer(array)
+        if name == "residual" and extents.in_place and first == start:
+            continue  # each element is read by the block that then writes it
+        # Reaching over each other they may still interleave, as the halves of one wide array do.
+        if first < end and start < first + extents.bytes[name] and _share_memory(kind, array, out):
+            raise ProblemError(f"out may not share memory with {name}")
+
+
+def _share_memory(kind: ArrayKind, one: Any, other: Any) -> bool:
+    placed: list[np.ndarray[Any, Any]] = []
+    for view in (kind.view(kind.adopt(one)), kind.view(kind.adopt(other))):
+        size = int(dtype(view.dtype).bytes)
+        strides = tuple(stride * size for stride in view.strides)
+        place = {"shape": view.shape, "strides": strides, "typestr": f"|V{size}", "data": (view.pointer, True)}
+        # NumPy knows how to find out, and reads nothing at these addresses, which may be a GPU's.
+        placed.append(np.asarray(SimpleNamespace(__array_interface__={**place, "version": 3})))
+    return np.shares_memory(placed[0], placed[1])
 
 
 class _Matrix(NamedTuple):
@@ -177,8 +243,6 @@ def _prepare(
     views: dict[str, View] = {}
     for name, array in (("a", a), ("b", b), ("bias", bias), ("residual", residual), ("out", out)):
         if array is not None:
-            if kind_of(array) is not kind:
-                raise ProblemError(f"a is of {type(a).__module__}, {name} of {type(array).__module__}: use one library")
             views[name] = kind.view(kind.adopt(array))
     ordinals = {view.device for view in views.values()}
     if len(ordinals) > 1:
@@ -187,22 +251,21 @@ def _prepare(
     result_dtype = _dtypes(views, out_dtype)
     shape = (*batch, m, n)
 
-    matrices = {name: _matrix(name, views[name], batch) for name in ("a", "b", "residual", "out") if name in views}
+    matrices = {name: _matrix(name, views[name], batch) for name in views if name != "bias"}
     if "residual" in matrices and matrices["residual"].layout != "row":
         raise UnsupportedError(f"residual must be row-major; its strides are {views['residual'].strides}")
     if "out" in matrices:
-        if matrices["out"].layout != "row" or (0 in matrices["out"].batch and math.prod(batch) > 1):
+        repeated = any(step == 0 and length > 1 for step, length in zip(matrices["out"].batch, batch, strict=True))
+        if matrices["out"].layout != "row" or repeated:
             raise UnsupportedError(f"out must be row-major, without broadcast; its strides are {views['out'].strides}")
-        for name in ("a", "b"):
-            if views[name].pointer == views["out"].pointer:
-                raise ProblemError(f"out may not share memory with {name}")
     else:
         matrices["out"] = _Matrix("row", n, _dense_strides(batch, m * n), True)
 
     inner = _mergeable(batch, [matrix.batch for matrix in matrices.values()])
     if inner < len(batch):
+        indices = _outer_indices(views, batch, len(batch) - inner)
         options = {"activation": activation, "precision": precision, "config": config}
-        return LoopedCall(kind, shape, result_dtype, _outer_indices(views, batch, len(batch) - inner), options)
+        return LoopedCall(kind, shape, result_dtype, indices, options, _Extents.of(views))
 
     count = math.prod(batch)
     steps = {name: matrix.batch[-1] if batch else 0 for name, matrix in matrices.items()}
@@ -211,7 +274,7 @@ def _prepare(
         if batch[position] > 1:
             steps = {name: matrix.batch[position] for name, matrix in matrices.items()}
             break
-    if count > 1 and _folds(matrices, steps, m):
+    if count > 1 and m * count < 2**31 and _folds(matrices, steps, m):
         # One B for all: the batch is more rows of A.
         m, count = m * count, 1
     strided = not all(
@@ -245,7 +308,7 @@ def _prepare(
         aligned=pointers_aligned and all(stride % 16 == 0 for stride in strides.values()),
     )
     plan, _ = plan_for(GEMM, problem, ordinals.pop(), config=config)
-    return GemmCall(kind, problem, plan, shape, strides)
+    return GemmCall(kind, problem, plan, shape, strides, _Extents.of(views))
 
 
 def _shapes(views: dict[str, View]) -> tuple[int, int, int, tuple[int, ...]]:
@@ -273,11 +336,19 @@ def _shapes(views: dict[str, View]) -> tuple[int, int, int, tuple[int, ...]]:
         raise UnsupportedError(f"bias must be contiguous; its stride is {views['bias'].strides[0]}")
     if "residual" in views:
         residual = views["residual"].shape
-        if residual[-2:] != (m, n) or len(residual) > len(shape) or np.broadcast_shapes(residual, shape) != shape:
+        if residual[-2:] != (m, n) or not _broadcasts(residual[:-2], batch):
             raise ProblemError(f"residual is {residual} and must broadcast to {shape} over the leading dimensions")
     if "out" in views and views["out"].shape != shape:
         raise ProblemError(f"out is {views['out'].shape} and must be {shape}")
     return m, k, n, batch
+
+
+def _broadcasts(lead: tuple[int, ...], batch: tuple[int, ...]) -> bool:
+    """Whether leading dimensions can be repeated to those of the result, without adding to them."""
+    try:
+        return np.broadcast_shapes(lead, batch) == batch
+    except ValueError:
+        return False
 
 
 def _dtypes(views: dict[str, View], out_dtype: str | None) -> str:
@@ -314,8 +385,6 @@ def _matrix(name: str, view: View, batch: tuple[int, ...]) -> _Matrix:
         contiguous = row_stride == 1 or rows == 1
     if lines == 1:
         stride = length
-    if layout == "row" and columns == 1 and rows > 1 and row_stride == 1:
-        stride = 1
     if not contiguous or stride < length:
         raise UnsupportedError(
             f"{name} has strides {view.strides} for shape {view.shape}: rows or columns must be contiguous and not "

@@ -74,6 +74,7 @@ def gemm_kernel(
     GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
+    """out = activation(alpha · A·B + bias + residual): one output tile, or one split of its K, a program."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)

@@ -97,4 +97,5 @@ GEMM: Kernel[GemmProblem, GemmConfig] = Kernel(
     work=space.work,
     distance=problem.distance,
     supported=problem.supported,
+    ragged=space.ragged,
 )

@@ -28,6 +28,14 @@ ALPHA = 0.5
 """The alpha that `inputs` draws for problems that have one; a power of two, so that it adds no rounding of its own."""
 
 
+PERIOD = 4_194_301
+"""Random values drawn for one array, 0.1 s of them; a larger one repeats them. A prime: shared with no row length or
+tile, so that a kernel which reads a wrong row still reads wrong values."""
+
+PART = 256
+"""Rows, and columns, that `part` takes: one of every 32 at a size of 8192."""
+
+
 @dataclass(frozen=True, slots=True)
 class GemmProblem(Problem):
     """One fused GEMM.
@@ -128,37 +136,84 @@ class GemmProblem(Problem):
         return shapes
 
     def inputs(self, seed: int) -> dict[str, np.ndarray[Any, Any]]:
-        """Standard normal values, A scaled by 1/√K so that results stay near 1 whatever K is."""
+        """Standard normal values, A scaled by 1/√K so that results stay near 1 whatever K is.
+
+        An array of more than `PERIOD` elements repeats its first `PERIOD` along memory.
+        """
         random = np.random.default_rng(seed)
         arrays: dict[str, np.ndarray[Any, Any]] = {}
         for name, shape in self.shapes().items():
-            values = random.standard_normal(shape, dtype=np.float32)
-            if name == "a":
-                values /= math.sqrt(self.K)
             kind = {"bias": self.bias, "residual": self.residual}.get(name) or self.dtype
             column_major = {"a": self.a_layout, "b": self.b_layout}.get(name) == "col"
-            arrays[name] = self._laid_out(values, kind, column_major, padded=name != "bias")
+            repeats = math.prod(shape) > PERIOD
+            values = random.standard_normal(PERIOD if repeats else shape, dtype=np.float32)
+            if name == "a":
+                values /= math.sqrt(self.K)
+            values = values.astype(dtype(kind).numpy)
+            if repeats:
+                stored = (shape[0], shape[2], shape[1]) if column_major else shape
+                values = np.resize(values, stored)
+                values = values.swapaxes(-1, -2) if column_major else values
+            arrays[name] = self._laid_out(values, column_major, padded=name != "bias")
         if self.alpha:
             arrays["alpha"] = np.full(1, ALPHA, np.float32)
         return arrays
 
-    def _laid_out(
-        self, values: np.ndarray[Any, Any], kind: str, column_major: bool, padded: bool
-    ) -> np.ndarray[Any, Any]:
-        """`values` in the problem's dtype, layout, padding and alignment; padding is NaN, so that a read of it shows."""
-        numpy_dtype = np.dtype(dtype(kind).numpy)
+    def _laid_out(self, values: np.ndarray[Any, Any], column_major: bool, padded: bool) -> np.ndarray[Any, Any]:
+        """`values` in the problem's layout, padding and alignment. Padding is NaN: a read of it shows."""
         stored = values.swapaxes(-1, -2) if column_major else values
         pitch = stored.shape[-1]
         if self.strided and padded:
             pitch = -(-pitch // 16) * 16 + (16 if self.aligned else 1)
         # One element off a 16-byte boundary is unaligned for every dtype.
         offset = 0 if self.aligned else 1
-        buffer = np.full(math.prod(stored.shape[:-1]) * pitch + offset + 64, np.nan, np.float32).astype(numpy_dtype)
-        start = (-buffer.ctypes.data % 64) // numpy_dtype.itemsize + offset
         size = math.prod(stored.shape[:-1]) * pitch
+        buffer = np.full(size + offset + 64, np.nan, values.dtype)
+        start = (-buffer.ctypes.data % 64) // values.itemsize + offset
         array = buffer[start : start + size].reshape(*stored.shape[:-1], pitch)[..., : stored.shape[-1]]
-        array[...] = stored.astype(numpy_dtype)
+        array[...] = stored
         return array.swapaxes(-1, -2) if column_major else array
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return (self.batch, self.M, self.N)
+
+    def part(
+        self, arrays: Mapping[str, np.ndarray[Any, Any]], random: np.random.Generator
+    ) -> tuple[dict[str, np.ndarray[Any, Any]], tuple[np.ndarray[Any, Any], ...]]:
+        """Inputs of some rows and columns of the result, and which: batch indices, rows, columns.
+
+        One row of every `PART`-th of all rows, so that no tile of that height is left out, and the first and last of
+        the whole tiles of any size; columns likewise; four matrices of a batch.
+        """
+        batch, rows, columns = (
+            _spread(self.batch, 4, random),
+            _spread(self.M, PART, random),
+            _spread(self.N, PART, random),
+        )
+
+        def matrices(name: str) -> np.ndarray[Any, Any]:
+            return arrays[name] if arrays[name].shape[0] == 1 else arrays[name][batch]
+
+        chosen = dict(arrays)
+        chosen["a"] = matrices("a")[:, rows]
+        chosen["b"] = matrices("b")[:, :, columns]
+        if self.bias is not None:
+            chosen["bias"] = arrays["bias"][columns]
+        if self.residual is not None:
+            chosen["residual"] = matrices("residual")[:, rows][:, :, columns]
+        return chosen, (batch, rows, columns)
+
+
+def _spread(size: int, count: int, random: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Indices below `size`: a random one in each of `count` equal stretches, both ends, and both sides of where the
+    last tile begins, for every tile size there is."""
+    edges = np.linspace(0, size, min(size, count) + 1).astype(np.int64)
+    chosen = random.integers(edges[:-1], edges[1:])
+    starts = np.array([size // tile * tile for tile in (16, 32, 64, 128, 256)])
+    ends = np.concatenate([[0, size - 1], starts, starts - 1])
+    return np.unique(np.concatenate([chosen, ends[(ends >= 0) & (ends < size)]]))
 
 
 def reference(problem: GemmProblem, arrays: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
@@ -215,7 +270,8 @@ def distance(problem: GemmProblem, other: GemmProblem) -> float | None:
     shape = ("M", "N", "K", "batch")
     if any(mine[name] != theirs[name] for name in mine if name not in shape):
         return None
-    if any((mine[name] % 16 == 0) != (theirs[name] % 16 == 0) for name in ("N", "K")):
+    lengths = ("M", "N", "K") if problem.a_layout == "col" else ("N", "K")  # M is one where columns of A are read
+    if any((mine[name] % 16 == 0) != (theirs[name] % 16 == 0) for name in lengths):
         return None
     total = sum(abs(math.log2(mine[name] / theirs[name])) for name in shape)
     return total if total <= 4 else None

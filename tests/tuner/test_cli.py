@@ -1,0 +1,230 @@
+"""The command line: exit status, one line for a mistake, results on stdout and all else on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tilewright.tuner import cli
+from tilewright.tuning_db.env import compiling_environment
+
+SMALL = ("--device", "sm_86", "--problem", "M=64,N=64,K=128", "--trials", "2", "--jobs", "2")
+
+
+@pytest.fixture
+def autotune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs the command in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments: str | os.PathLike[str]) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["autotune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.smoke
+def test_it_tunes_and_then_answers_from_the_cache(autotune, tmp_path: Path) -> None:
+    status, out, err = autotune(*SMALL, "--db", tmp_path)
+    assert status == 0
+    header, row = out.strip().splitlines()
+    assert header.split()[0] == "workload"
+    assert row.startswith("M=64,N=64,K=128 ")
+    assert row.rstrip().endswith("predicted")
+    assert "NVIDIA GeForce RTX 3090 (rtx3090, sm_86, 82 SMs), not here: times are predicted" in err
+    assert "[1/1] M=64,N=64,K=128" in err
+    assert str(tmp_path / "rtx3090-82sm.sqlite") in err
+
+    status, out, err = autotune(*SMALL, "--db", tmp_path, "--json", "--quiet")
+    assert status == 0
+    assert err == ""
+    document = json.loads(out)
+    assert document["compiled"] == 0
+    assert [result["cached"] for result in document["results"]] == [True]
+
+    status, out, err = autotune("show", "--device", "rtx3090", "--db", tmp_path)
+    assert status == 0
+    assert "M=64,N=64,K=128" in out
+    assert "1 problems on record" in err
+
+
+def test_a_device_without_tensor_cores_says_so(autotune, tmp_path: Path) -> None:
+    status, _, err = autotune("--device", "sm_75", "--problem", "M=16,N=16,K=32", "--trials", "1", "--db", tmp_path)
+    assert status == 0
+    assert "no tensor-core path" in err
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--device", "rtx309"), "no device is called 'rtx309'; nearest: rtx3090"),
+        (("--device", "sm_70"), "sm_7"),
+        (("--device", "sm_86", "--kernel", "gem"), "unknown kernel 'gem'; did you mean gemm?"),
+        (("--device", "sm_86", "--suite", "bert"), "unknown suite 'bert'"),
+        (("--device", "sm_86", "--problem", "M=64,N=64"), "missing K"),
+        (("--device", "sm_86", "--problem", "M=64,N=0,K=64"), "N=0 must be from 1"),
+        (("--device", "sm_86", "--problem", "M=-1,N=1,K=64"), "M=-1 must be from 1"),
+        (("--device", "sm_86", "--problem", "M=a,N=1,K=64"), "M='a' must be an integer"),
+        (("--device", "sm_86", "--problem", "64x64x64"), "is not NAME=VALUE"),
+        (("--device", "sm_86", "--problem", "M=1,N=1,K=1,activation=gulu"), "unknown activation 'gulu'"),
+        (("--device", "sm_86", "--problem", "M=1,N=1,K=1,dtype=fp8e4m3"), "fp8e4m3 needs sm_89 or newer"),
+        (("--device", "sm_75", "--problem", "M=1,N=1,K=1,dtype=bf16"), "bf16 needs sm_80 or newer"),
+        (("--device", "sm_86", "--trials", "0"), "Invalid value for '--trials': 0 is not in the range"),
+        (("--device", "sm_86", "--trials", "many"), "'many' is not a valid integer"),
+        (("--device", "sm_86", "--timeout", "0"), "Invalid value for '--timeout': 0.0 is not in the range"),
+        (("--device", "sm_86", "--jobs", "-2"), "Invalid value for '--jobs': -2 is not in the range"),
+        (("--device",), "--device"),
+        ((), "--device is missing"),
+        (("--devise", "sm_86"), "--devise"),
+        (("tune",), "tune"),
+        (("show",), "--device"),
+        (("--device", "sm_86", "show"), "--device goes after the command"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(autotune, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    db = tmp_path / "db"
+    extra = ("--db", str(db)) if arguments and arguments[0] == "--device" and len(arguments) in (2, 4) else ()
+    status, out, err = autotune(*arguments, *extra)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("autotune: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not db.exists()
+
+
+def test_a_database_that_cannot_be_used_is_one_line(autotune, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    status, _, err = autotune(*SMALL, "--quiet", "--db", tmp_path / "file")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--db" in err
+
+
+def test_a_newer_database_is_refused_untouched(autotune, tmp_path: Path) -> None:
+    autotune(*SMALL, "--db", tmp_path)
+    path = tmp_path / "rtx3090-82sm.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE _sqlite_migrations SET name = 's9999_of_tomorrow'")
+    connection.close()
+    before = path.read_bytes()
+    status, _, err = autotune(*SMALL, "--quiet", "--db", tmp_path)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "upgrade tilewright" in err
+    assert path.read_bytes() == before
+
+
+def test_a_corrupt_database_is_set_aside_by_name_and_the_run_goes_on(autotune, tmp_path: Path) -> None:
+    path = tmp_path / "rtx3090-82sm.sqlite"
+    path.write_bytes(b"no database at all")
+    status, _, err = autotune(*SMALL, "--db", tmp_path)
+    assert status == 0
+    (aside,) = tmp_path.glob("*.corrupt-*")
+    assert str(aside) in err
+    assert aside.read_bytes() == b"no database at all"
+
+
+def test_a_run_in_which_nothing_worked_is_status_1(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilewright.tuner import tune
+    from tilewright.tuner.runner import Outcome
+    from tilewright.tuning_db.record import Status
+
+    class Refused(tune.PredictionRunner):
+        def run(self, kernel, problem, configs):
+            for config in configs:
+                yield config, Outcome(Status.COMPILE_ERROR, message="ptxas refused it")
+
+    monkeypatch.setattr(tune, "_runner_class", lambda device: Refused)
+    status, out, _ = autotune(*SMALL, "--quiet", "--db", tmp_path)
+    assert status == 1
+    assert "ptxas refused it" in out
+
+
+def test_a_defect_is_one_line_and_debug_shows_it(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilewright.tuner import tune
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("something\nbroke")
+
+    monkeypatch.setattr(tune, "autotune", broken)
+    status, _, err = autotune(*SMALL, "--quiet", "--db", tmp_path)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "RuntimeError: something broke" in err
+    monkeypatch.setattr(sys, "argv", ["autotune", *SMALL, "--debug", "--db", str(tmp_path)])
+    with pytest.raises(RuntimeError):
+        cli.main()
+
+
+@pytest.mark.smoke
+def test_devices_lists_every_board(autotune) -> None:
+    from tilewright.kernels.catalogue import CATALOGUE
+
+    status, out, _ = autotune("devices")
+    assert status == 0
+    assert {device.board for device in CATALOGUE} <= {line.split()[0] for line in out.splitlines()}
+
+
+def test_version(autotune) -> None:
+    assert autotune("--version")[1].startswith("autotune, version 0.")
+
+
+def test_ctrl_c_is_one_line_status_130_and_leaves_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from tilewright.tuner.cli import main; main()"]
+    arguments = ["--device", "sm_86", "--suite", "bert-base", "--trials", "16", "--jobs", "2", "--db", str(tmp_path)]
+    # As a terminal does it: SIGINT to the whole foreground group.
+    process = subprocess.Popen(
+        [*command, *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**compiling_environment(), "TRITON_CACHE_DIR": str(tmp_path / "triton")},
+    )
+    path = tmp_path / "rtx3090-82sm.sqlite"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (path.exists() and _count(path) >= 1):
+        time.sleep(0.05)
+    assert len(_processes_of(tmp_path)) >= 3, "the command and its two workers"
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert out == ""
+    assert err.strip().splitlines()[-1].startswith("autotune: interrupted: finished trials are kept")
+    assert "Traceback" not in err
+    assert 1 <= _count(path) < 64
+    assert not _processes_of(tmp_path)
+
+
+def _count(path: Path) -> int:
+    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    try:
+        return int(connection.execute("SELECT count(*) FROM records").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
+    finally:
+        connection.close()
+
+
+def _processes_of(folder: Path) -> list[str]:
+    """Processes whose environment names the folder, as that of the command and of all it starts does."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environment = (entry / "environ").read_bytes()
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(folder).encode() in environment:
+                found.append(command.replace(b"\0", b" ").decode())
+    return found

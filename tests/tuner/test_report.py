@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tilewright.kernels.devices import resolve_device
+from tilewright.tuner import report
+from tilewright.tuner.tune import Progress, Result, Results
+from tilewright.tuning_db.record import Provenance, Status
+
+pytestmark = pytest.mark.smoke
+
+GOOD = Result(
+    workload="llama3-8b qkv, decode",
+    op="gemm",
+    problem={"M": 1, "N": 6144, "K": 4096},
+    config={
+        "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "SPLIT_K": 4, "num_warps": 4, "num_stages": 3,
+    },
+    time_us=61.27,
+    tflops=0.82,
+    roofline_fraction=0.877,
+    registers=72,
+    spills=0,
+    shared_bytes=40960,
+    provenance=Provenance.PREDICTED,
+    trials=16,
+)  # fmt: skip
+BAD = Result("odd one", "gemm", {"M": 3}, status=Status.COMPILE_ERROR, message="ptxas refused it", trials=2)
+
+
+@pytest.fixture
+def results() -> Results:
+    return Results(
+        resolve_device("rtx3090"), Path("/data/rtx3090-82sm.sqlite"), [GOOD, BAD], compiled=18, elapsed_s=9.0
+    )
+
+
+def printed(renderable: object) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(renderable)
+    return stream.getvalue()
+
+
+def test_the_table_has_every_column_of_a_result(results: Results) -> None:
+    header, good, bad = (line.split("  ") for line in printed(report.results_table(results)).strip().splitlines())
+    cells = [cell.strip() for cell in good if cell.strip()]
+    assert cells == [
+        "llama3-8b qkv, decode",
+        "16×64×128 split 4 warps 4 stages 3",
+        "61.3",
+        "0.8",
+        "88",
+        "72",
+        "0",
+        "40960",
+        "predicted",
+    ]
+    assert [cell.strip() for cell in header if cell.strip()] == [
+        "workload", "configuration", "time µs", "TFLOP/s", "% of roofline", "registers", "spills", "shared B",
+        "provenance",
+    ]  # fmt: skip
+    assert "compile_error: ptxas refused it" in "  ".join(bad)
+
+
+def test_the_end_says_where_it_was_saved_and_that_it_was_not_measured(results: Results) -> None:
+    text = "\n".join(report.closing_lines(results))
+    assert "18 kernels compiled in 9.0 s (2.0/s)" in text
+    assert "/data/rtx3090-82sm.sqlite" in text
+    assert "predicted, not measured" in text
+    results.results = [Result("w", "gemm", {}, provenance=Provenance.MEASURED)]
+    assert "predicted" not in "\n".join(report.closing_lines(results))
+
+
+def test_the_json_document(results: Results) -> None:
+    document = json.loads(report.to_json(results))
+    assert document["device"]["name"] == "NVIDIA GeForce RTX 3090"
+    assert document["device"]["arch"] == "sm_86"
+    assert document["device"]["sms"] == 82
+    assert document["db"] == "/data/rtx3090-82sm.sqlite"
+    assert document["elapsed_s"] == 9.0
+    assert document["compiled"] == 18
+    assert set(document["results"][0]) >= {
+        "workload", "op", "problem", "config", "time_us", "tflops", "roofline_fraction", "registers", "spills",
+        "shared_bytes", "provenance", "status", "trials", "cached",
+    }  # fmt: skip
+    assert document["results"][0]["provenance"] == "predicted"
+    assert document["results"][1]["time_us"] is None
+    assert document["results"][1]["status"] == "compile_error"
+
+
+def test_plain_progress_is_a_line_per_workload() -> None:
+    stream = io.StringIO()
+    with report.ProgressView(Console(file=stream, width=200), quiet=False) as view:
+        view(Progress("llama3-8b qkv, decode", 0, 2, 3, 16, 70.0))
+        view(Progress("llama3-8b qkv, decode", 0, 2, 16, 16, 61.27, result=GOOD))
+        view(Progress("odd one", 1, 2, 2, 2, None, result=BAD))
+    assert stream.getvalue().splitlines() == [
+        "[1/2] llama3-8b qkv, decode: 61.3 µs predicted, 16×64×128 split 4 warps 4 stages 3 (16 trials)",
+        "[2/2] odd one: compile_error: ptxas refused it",
+    ]
+
+
+def test_bars_on_a_terminal_show_the_workload_and_its_best() -> None:
+    stream = io.StringIO()
+    with report.ProgressView(Console(file=stream, width=200, force_terminal=True), quiet=False) as view:
+        view(Progress("llama3-8b qkv, decode", 0, 2, 3, 16, 70.0))
+    assert "llama3-8b qkv, decode" in stream.getvalue()
+    assert "70.0 µs" in stream.getvalue()
+
+
+def test_quiet_shows_nothing() -> None:
+    stream = io.StringIO()
+    with report.ProgressView(Console(file=stream, width=200), quiet=True) as view:
+        view(Progress("w", 0, 1, 1, 1, 1.0, result=GOOD))
+    assert stream.getvalue() == ""
+
+
+def test_the_device_line_says_whether_it_measures() -> None:
+    device = resolve_device("a10")
+    assert report.describe_device(device) == "NVIDIA A10 (a10, sm_86, 72 SMs), not here: times are predicted"

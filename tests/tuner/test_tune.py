@@ -1,0 +1,215 @@
+"""`autotune` end to end, on small problems: real compiles for absent boards, a real database."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.ops.gemm.problem import GemmProblem
+from tilewright.kernels.ops.gemm.space import GemmConfig
+from tilewright.kernels.prediction import MODEL
+from tilewright.kernels.registry import find_kernel
+from tilewright.tuner import tune
+from tilewright.tuner.runner import Outcome
+from tilewright.tuner.suites import SUITES, Workload
+from tilewright.tuner.tune import Progress, autotune, resolve_workloads
+from tilewright.tuning_db.errors import ProblemError, UnknownKernelError, UnsupportedError, UsageError
+from tilewright.tuning_db.record import Provenance, Status, Times
+from tilewright.tuning_db.store import TuningDB
+
+SMALL = "M=64,N=64,K=128"
+DEVICE = resolve_device("rtx3090")
+
+
+@pytest.mark.smoke
+def test_a_first_run_compiles_and_a_second_answers_from_the_cache(tmp_path: Path) -> None:
+    events: list[Progress] = []
+    first = autotune("sm_86", problems=[SMALL], trials=3, jobs=2, db=tmp_path, progress=events.append)
+    (result,) = first
+    assert first.device.board == "rtx3090"
+    assert first.db == tmp_path / f"{DEVICE.key}.sqlite"
+    assert first.compiled == result.trials == 3
+    assert result.status is Status.OK
+    assert result.provenance is Provenance.PREDICTED
+    assert not result.cached
+    assert result.spills == 0
+    assert 0 < result.registers <= 255
+    assert 0 < result.shared_bytes <= DEVICE.shared_per_block
+    assert 0 < result.roofline_fraction < 1
+    # 2·64·64·128 operations in the predicted time.
+    assert result.tflops == pytest.approx(2 * 64 * 64 * 128 / result.time_us / 1e6)
+    assert find_kernel("gemm").space.config.from_dict(result.config)
+    assert [event.done for event in events] == [1, 2, 3, 3]
+    assert events[-1].result is result
+
+    second = autotune("sm_86", problems=[SMALL], trials=3, jobs=2, db=tmp_path)
+    assert second.compiled == 0
+    assert second.results == [replace(result, cached=True)]
+
+
+@pytest.mark.smoke
+def test_every_outcome_is_on_record_with_its_environment(tmp_path: Path) -> None:
+    autotune("sm_86", problems=[SMALL], trials=3, db=tmp_path)
+    with TuningDB.open(DEVICE.key, tmp_path, read_only=True) as database:
+        records = list(database.find())
+        ((_, environment),) = database.runs().values()
+    assert len(records) == 3
+    assert {record.provenance for record in records} == {Provenance.PREDICTED}
+    assert {record.key.protocol for record in records} == {environment.protocol} == {MODEL}
+    assert {record.key.problem for record in records} == {GemmProblem.parse(SMALL).to_json()}
+
+
+class CountingRunner(tune.PredictionRunner):
+    """Predicts without compiling, and notes what it was asked."""
+
+    asked: list[tuple[Any, GemmConfig]] = []
+    fail = False
+
+    def run(self, kernel: Any, problem: Any, configs: Any) -> Any:
+        for config in configs:
+            self.asked.append((problem, config))
+            if self.fail:
+                yield config, Outcome(Status.COMPILE_ERROR, message="ptxas refused it")
+                continue
+            resources = kernel.estimate(problem, config, DEVICE)
+            yield config, Outcome(Status.OK, Times.single(1.0 + config.BLOCK_M), replace(resources, spill_bytes=0))
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> type[CountingRunner]:
+    monkeypatch.setattr(CountingRunner, "asked", [])
+    monkeypatch.setattr(CountingRunner, "fail", False)
+    monkeypatch.setattr(tune, "_runner_class", lambda device: CountingRunner)
+    return CountingRunner
+
+
+def test_a_larger_budget_tries_only_what_is_new(tmp_path: Path, counted: type[CountingRunner]) -> None:
+    autotune("rtx3090", problems=[SMALL], trials=4, db=tmp_path)
+    assert len(counted.asked) == 4
+    again = autotune("rtx3090", problems=[SMALL], trials=6, db=tmp_path)
+    assert len(counted.asked) == 6
+    assert len(set(counted.asked)) == 6
+    assert again.results[0].trials == 6
+    assert not again.results[0].cached
+
+
+def test_retune_tries_again_what_is_on_record(tmp_path: Path, counted: type[CountingRunner]) -> None:
+    for _ in range(2):
+        results = autotune("rtx3090", problems=[SMALL], trials=3, db=tmp_path, retune=True)
+    assert len(counted.asked) == 6
+    assert counted.asked[:3] == counted.asked[3:]
+    assert results.results[0].trials == 3
+
+
+def test_the_default_configuration_is_always_among_the_trials(tmp_path: Path, counted: type[CountingRunner]) -> None:
+    autotune("rtx3090", problems=[SMALL], trials=1, db=tmp_path)
+    problem = GemmProblem.parse(SMALL)
+    assert counted.asked == [(problem, find_kernel("gemm").default(problem, DEVICE))]
+
+
+def test_a_space_smaller_than_the_budget_ends_the_search(tmp_path: Path, counted: type[CountingRunner]) -> None:
+    tiny = GemmProblem(M=16, N=16, K=32)
+    space = find_kernel("gemm").space.configs(tiny, DEVICE)
+    every = {*space, find_kernel("gemm").default(tiny, DEVICE)}
+    assert len(every) < 200
+    results = autotune("rtx3090", problems=[tiny], trials=200, db=tmp_path)
+    assert {config for _, config in counted.asked} == every
+    assert autotune("rtx3090", problems=[tiny], trials=200, db=tmp_path).results[0].cached
+    assert results.results[0].trials == len(every)
+
+
+def test_a_workload_of_which_nothing_works_says_why(tmp_path: Path, counted: type[CountingRunner]) -> None:
+    counted.fail = True
+    (result,) = autotune("rtx3090", problems=[SMALL], trials=2, db=tmp_path)
+    assert result.config is None
+    assert result.time_us is None
+    assert result.status is Status.COMPILE_ERROR
+    assert result.message == "ptxas refused it"
+    assert result.trials == 2
+
+
+def test_when_the_time_is_up_each_workload_still_gets_its_first_trials(
+    tmp_path: Path, counted: type[CountingRunner]
+) -> None:
+    results = autotune("rtx3090", trials=50, timeout=1e-3, jobs=1, db=tmp_path)
+    assert len(results) == len(SUITES["default"])
+    assert all(result.config is not None and 0 < result.trials <= 2 for result in results)
+
+
+def test_boards_of_one_arch_have_files_of_their_own(tmp_path: Path, counted: type[CountingRunner]) -> None:
+    for name in ("a10", "rtx3090"):
+        autotune(name, problems=[SMALL], trials=1, db=tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.sqlite")) == ["a10-72sm.sqlite", "rtx3090-82sm.sqlite"]
+
+
+def test_an_interrupted_run_keeps_what_is_finished_and_goes_on_from_there(
+    tmp_path: Path, counted: type[CountingRunner]
+) -> None:
+    def interrupt(event: Progress) -> None:
+        if event.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        autotune("rtx3090", problems=[SMALL], trials=6, jobs=1, db=tmp_path, progress=interrupt)
+    with TuningDB.open(DEVICE.key, tmp_path, read_only=True) as database:
+        assert len(list(database.find())) == 3
+    before = len(counted.asked)
+    results = autotune("rtx3090", problems=[SMALL], trials=6, jobs=1, db=tmp_path)
+    assert results.results[0].trials == 6
+    assert len(counted.asked) - before == 3
+
+
+def test_a_damaged_database_is_set_aside_and_named(tmp_path: Path, counted: type[CountingRunner]) -> None:
+    path = tmp_path / f"{DEVICE.key}.sqlite"
+    path.write_bytes(b"this is no database" * 100)
+    results = autotune("rtx3090", problems=[SMALL], trials=1, db=tmp_path)
+    assert results.set_aside is not None
+    assert results.set_aside.read_bytes().startswith(b"this is no database")
+    assert results.results[0].config is not None
+
+
+def test_what_can_be_asked_for() -> None:
+    workloads = resolve_workloads(
+        DEVICE, None, [SMALL, GemmProblem.parse(SMALL), Workload("mine", GemmProblem(1, 2, 3))]
+    )
+    assert [workload.name for workload in workloads] == [SMALL, SMALL, "mine"]
+    assert resolve_workloads(DEVICE) == SUITES["default"]
+    assert resolve_workloads(DEVICE, ["gemm"]) == SUITES["default"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"kernels": ["gem"]}, UnknownKernelError, "unknown kernel 'gem'; did you mean gemm?"),
+        ({"problems": []}, UsageError, "there is nothing to tune"),
+        ({"problems": ["M=64,N=64"]}, ProblemError, "missing K"),
+        ({"problems": ["M=64,N=64,K=0"]}, ProblemError, "K=0 must be from 1"),
+        ({"problems": ["M=64,N=64,K=-3"]}, ProblemError, "K=-3 must be from 1"),
+        ({"problems": ["M=64,N=64,KK=3"]}, ProblemError, "'KK'"),
+        ({"problems": ["M=64,M=64,K=3"]}, ProblemError, "M is given twice"),
+        ({"problems": ["M=64,N=64,K=64,dtype=fp8e4m3"]}, UnsupportedError, "fp8e4m3 needs sm_89 or newer"),
+        ({"trials": 0}, UsageError, "trials=0"),
+        ({"timeout": -1.0}, UsageError, "timeout=-1.0"),
+        ({"timeout": float("nan")}, UsageError, "timeout=nan"),
+        ({"jobs": 0}, UsageError, "jobs=0"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(
+    tmp_path: Path, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as caught:
+        autotune("rtx3090", db=tmp_path / "db", **arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "db").exists()
+
+
+def test_configurations_read_back_from_the_database(tmp_path: Path, counted: type[CountingRunner]) -> None:
+    (result,) = autotune("rtx3090", problems=[SMALL], trials=2, db=tmp_path)
+    assert GemmConfig.from_dict(result.config).to_dict() == result.config
+    assert json.loads(json.dumps(result.problem)) == result.problem

@@ -1,0 +1,97 @@
+"""The child: its tasks, and that nothing but replies leaves by the reply channel."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tilewright.tuner.pool import COMMAND, Pool
+from tilewright.tuning_db.env import compiling_environment
+
+PROBLEM = {"M": 64, "N": 64, "K": 128, "dtype": "fp16", "activation": "relu"}
+CONFIG = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 1, "num_warps": 4, "num_stages": 3}
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """Two workers that find nothing compiled."""
+    cache = str(tmp_path_factory.mktemp("triton"))
+    with Pool(2, environment={**compiling_environment(), "TRITON_CACHE_DIR": cache}) as pool:
+        yield pool
+
+
+def compile_request(arch: int = 86, **changes: Any) -> dict[str, Any]:
+    return {"do": "compile", "op": "gemm", "problem": PROBLEM, "config": CONFIG, "arch": arch, **changes}
+
+
+def test_a_gemm_compiles_for_two_archs_at_once(compiler: Pool) -> None:
+    futures = [compiler.submit(compile_request(arch), timeout=120) for arch in (86, 90)]
+    ampere, hopper = (future.result() for future in futures)
+    for reply in (ampere, hopper):
+        assert reply["status"] == "ok"
+        assert 16 < reply["resources"]["registers"] <= 255
+        assert reply["resources"]["spill_bytes"] == reply["resources"]["stack_bytes"] == 0
+        assert reply["num_warps"] == 4
+        assert reply["seconds"] > 0
+    tile = (64 + 32) * 32 * 2
+    # mma.sync has one of the three stages in registers; wgmma reads all from shared memory.
+    assert 2 * tile <= ampere["resources"]["shared_bytes"] < 3 * tile
+    assert 3 * tile <= hopper["resources"]["shared_bytes"] < 4 * tile
+    assert compiler.starts <= 2
+
+
+def test_a_refusal_by_the_compiler_is_a_reply_with_its_reason(compiler: Pool) -> None:
+    problem = {**PROBLEM, "dtype": "fp8e4m3"}  # sm_86 has no e4m3
+    reply = compiler.submit(compile_request(problem=problem), timeout=120).result()
+    assert reply["status"] == "compile_error"
+    assert "fp8e4nv" in reply["message"]
+    assert "\n" not in reply["message"]
+    assert reply["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"op": "gem"}, "unknown kernel 'gem'; did you mean gemm? (kernels: gemm)"),
+        ({"problem": {"M": 0, "N": 1, "K": 1}}, "M=0 must be from 1 to 2147483647"),
+        ({"config": {"BLOCK_M": 16}}, "GemmConfig is missing BLOCK_N, BLOCK_K"),
+        ({"problem": None}, "TypeError: 'NoneType' object is not iterable"),
+    ],
+)
+def test_a_wrong_request_is_a_reply(compiler: Pool, changes: dict[str, Any], message: str) -> None:
+    starts = compiler.starts
+    reply = compiler.submit(compile_request(**changes), timeout=60).result()
+    assert reply == {"status": "compile_error", "message": message}
+    assert compiler.starts <= max(starts, 2)
+
+
+def test_an_unknown_task_is_a_reply(compiler: Pool) -> None:
+    reply = compiler.submit({"do": "dream"}, timeout=60).result()
+    assert reply == {"status": "runtime_error", "message": "KeyError: 'dream'"}
+
+
+def test_the_environment_names_what_compiles(compiler: Pool) -> None:
+    reply = compiler.submit({"do": "environment", "arch": 86}, timeout=60).result()
+    assert reply["status"] == "ok"
+    assert reply["triton"].startswith("3.")
+    assert reply["ptxas"].count(".") >= 2
+    assert reply["python"] == sys.version.split()[0]
+
+
+def test_the_process_speaks_json_lines_and_ends_with_its_stdin() -> None:
+    requests = [{"id": 5, "request": {"do": "nothing"}}, {"id": 6, "request": {}}]
+    text = "".join(json.dumps(request) + "\n" for request in requests)
+    done = subprocess.run(
+        COMMAND, input=text, capture_output=True, text=True, timeout=60, env=compiling_environment(), check=True
+    )
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        {"id": 0, "reply": {"status": "ok"}},
+        {"id": 5, "error": "KeyError: 'nothing'"},
+        {"id": 6, "error": "KeyError: 'do'"},
+    ]
+    assert done.stderr == ""

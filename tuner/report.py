@@ -1,0 +1,163 @@
+"""What a run shows: progress while it goes, a table and the next step at its end, or one JSON document."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBars
+from rich.table import Table
+
+from tilewright.kernels.device import Device
+from tilewright.tuner.tune import Progress, Result, Results
+from tilewright.tuning_db.record import Provenance
+
+ABBREVIATIONS = {
+    "BLOCK_M": "M",
+    "BLOCK_N": "N",
+    "BLOCK_K": "K",
+    "GROUP_M": "group",
+    "SPLIT_K": "split",
+    "num_warps": "warps",
+    "num_stages": "stages",
+}
+
+
+class ProgressView:
+    """Bars on a terminal; elsewhere one plain line for each workload. Writes to `console` alone."""
+
+    def __init__(self, console: Console, quiet: bool) -> None:
+        self._console = console
+        self._quiet = quiet
+        self._bars: ProgressBars | None = None
+
+    def __enter__(self) -> Self:
+        if not self._quiet and self._console.is_terminal:
+            self._bars = ProgressBars(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[best]}"),
+                TimeElapsedColumn(),
+                console=self._console,
+            )
+            self._bars.start()
+            self._total = self._bars.add_task("workloads", total=None, best="")
+            self._current = self._bars.add_task("", total=None, best="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, event: Progress) -> None:
+        """Show an event of the run."""
+        if self._quiet:
+            return
+        if self._bars is not None:
+            done = event.index + (event.result is not None)
+            self._bars.update(self._total, total=event.workloads, completed=done)
+            best = f"{event.best_us:.1f} µs" if event.best_us is not None else ""
+            self._bars.update(
+                self._current,
+                description=event.workload,
+                total=event.trials,
+                completed=min(event.done, event.trials),
+                best=best,
+            )
+        elif event.result is not None:
+            position = f"[{event.index + 1}/{event.workloads}]"
+            self._console.print(f"{position} {event.workload}: {one_line(event.result)}", markup=False, soft_wrap=True)
+
+
+def one_line(result: Result) -> str:
+    """A result in a line of a log."""
+    if result.time_us is None:
+        return f"{result.status}: {result.message}"
+    where = "from the cache" if result.cached else f"{result.trials} trials"
+    return f"{result.time_us:.1f} µs {result.provenance}, {short_config(result.config)} ({where})"
+
+
+def short_config(config: dict[str, Any] | None) -> str:
+    """A configuration in a table's cell: `128×64×32 group 8 warps 4 stages 3`."""
+    if config is None:
+        return "-"
+    tile = [str(config[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in config]
+    rest = [
+        f"{ABBREVIATIONS.get(name, name)} {value}"
+        for name, value in config.items()
+        if not name.startswith("BLOCK_") and not (name in ("SPLIT_K", "GROUP_M") and value == 1)
+    ]
+    return " ".join(["×".join(tile), *rest])
+
+
+def results_table(results: Results) -> Table:
+    """The final table of a run."""
+    table = Table(title=None, box=None, pad_edge=False, header_style="bold")
+    table.add_column("workload")
+    table.add_column("configuration")
+    for name in ("time µs", "TFLOP/s", "% of roofline", "registers", "spills", "shared B"):
+        table.add_column(name, justify="right")
+    table.add_column("provenance")
+    for result in results.results:
+        table.add_row(
+            result.workload,
+            short_config(result.config),
+            _number(result.time_us, 1),
+            _number(result.tflops, 1),
+            _number(None if result.roofline_fraction is None else 100 * result.roofline_fraction, 0),
+            _number(result.registers, 0),
+            _number(result.spills, 0),
+            _number(result.shared_bytes, 0),
+            str(result.provenance) if result.provenance else f"{result.status}: {result.message}",
+        )
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def describe_device(device: Device) -> str:
+    """The device of a run in a line, and how its numbers will be obtained."""
+    how = f"live as {device.live}: configurations are measured" if device.live else "not here: times are predicted"
+    return f"{device.name} ({device.board}, {device.sm}, {device.sms} SMs), {how}"
+
+
+def closing_lines(results: Results) -> list[str]:
+    """Where results were saved, and what to do next."""
+    provenances = {result.provenance for result in results.results}
+    tried = f"{results.compiled} kernels compiled in {results.elapsed_s:.1f} s"
+    if results.compiled:
+        tried += f" ({results.compiled / results.elapsed_s:.1f}/s)"
+    lines = [f"{tried}; saved in {results.db}"]
+    if Provenance.PREDICTED in provenances:
+        lines.append(
+            "These times are predicted, not measured. Run the same command on the GPU itself to measure; until then "
+            "programs use these configurations:"
+        )
+    else:
+        lines.append("Programs on this GPU use these configurations:")
+    lines.append("    from tilewright.kernels import gemm")
+    return lines
+
+
+def to_json(results: Results) -> str:
+    """The `--json` document."""
+    device = asdict(results.device)
+    device.pop("aliases")
+    device["arch"] = results.device.sm
+    document = {
+        "device": device,
+        "db": str(results.db),
+        "elapsed_s": results.elapsed_s,
+        "compiled": results.compiled,
+        "results": [asdict(result) for result in results.results],
+    }
+    return json.dumps(document, indent=2, allow_nan=False)

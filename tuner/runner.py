@@ -1,0 +1,137 @@
+"""Trying configurations: the contract, and the runner that predicts. `gpu_runner` has the one that measures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tilewright.kernels.compile import over_limits
+from tilewright.kernels.device import Device
+from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.prediction import MODEL, predict
+from tilewright.kernels.problem import Config, Problem
+from tilewright.tuner.pool import Pool
+from tilewright.tuning_db.record import Provenance, Resources, Status, Times
+
+COMPILE_TIMEOUT_S = 60.0
+"""A configuration that takes longer to compile is no candidate: most take under a second, the worst of those that the
+space refuses (256×256 on 4 warps) 17 s."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one configuration."""
+
+    status: Status
+    times: Times | None = None
+    resources: Resources | None = None
+    message: str = ""
+    predicted_us: float | None = None
+
+
+class Compiler:
+    """Compiles configurations for one device on a pool of workers, each distinct code once.
+
+    Problems of different shapes often need the same code; `compiled` counts what was really compiled.
+    """
+
+    def __init__(self, pool: Pool, device: Device) -> None:
+        self._pool = pool
+        self._device = device
+        self._futures: dict[Any, Future[dict[str, Any]]] = {}
+
+    @property
+    def compiled(self) -> int:
+        """Distinct kernels compiled so far, the refused ones not counted."""
+        done = [future for future in self._futures.values() if future.done() and not future.cancelled()]
+        return sum(1 for future in done if future.exception() is None and future.result()["status"] == Status.OK)
+
+    def submit(self, kernel: Kernel[Any, Any], problem: Problem, config: Config) -> Future[dict[str, Any]]:
+        """The worker's reply to come: `status`, `resources`, `num_warps`, `message`."""
+        key = tuple(launch.specialization for launch in kernel.launches(problem, config))
+        future = self._futures.get(key)
+        if future is None:
+            request = {
+                "do": "compile",
+                "op": kernel.name,
+                "problem": problem.to_dict(),
+                "config": config.to_dict(),
+                "arch": self._device.arch,
+            }
+            future = self._futures[key] = self._pool.submit(request, COMPILE_TIMEOUT_S)
+        return future
+
+    def outcome(self, reply: dict[str, Any]) -> Outcome:
+        """What a reply says of the configuration on this device: OK means that it compiled and is within limits."""
+        status = Status(reply["status"])
+        if status is not Status.OK:
+            return Outcome(status, message=str(reply.get("message", "")))
+        resources = Resources(**reply["resources"])
+        limit = over_limits(resources, self._device, reply["num_warps"])
+        if limit is not None:
+            return Outcome(Status.OUT_OF_RESOURCES, resources=resources, message=limit)
+        return Outcome(Status.OK, resources=resources)
+
+
+class Runner(ABC):
+    """Turns configurations into outcomes.
+
+    Guarantees: every configuration gets exactly one outcome, in any order; a bad one costs its own time and nothing
+    else. Not safe to share between threads. Raises `WorkerError` if no worker process can be started.
+    """
+
+    provenance: Provenance
+    protocol: str
+
+    @abstractmethod
+    def run(
+        self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config]
+    ) -> Iterator[tuple[Config, Outcome]]:
+        """The outcomes, as they come."""
+
+    def finalists(
+        self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config]
+    ) -> Iterator[tuple[Config, Outcome]]:
+        """New outcomes of the best few, compared more carefully; none where there is nothing more to learn."""
+        return iter(())
+
+    def close(self) -> None:  # noqa: B027 - most runners have nothing of their own to end
+        """Ends what the runner started."""
+
+
+class PredictionRunner(Runner):
+    """Compiles for the device and predicts from the compiled resources; nothing runs."""
+
+    provenance = Provenance.PREDICTED
+    protocol = MODEL
+
+    def __init__(self, compiler: Compiler, device: Device) -> None:
+        self._compiler = compiler
+        self._device = device
+
+    def run(
+        self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config]
+    ) -> Iterator[tuple[Config, Outcome]]:
+        for config, compiled in compile_all(self._compiler, kernel, problem, configs):
+            if compiled.status is not Status.OK:
+                yield config, compiled
+                continue
+            assert compiled.resources is not None
+            time_us = predict(kernel.work(problem, config), compiled.resources, self._device).time_us
+            yield config, replace(compiled, times=Times.single(time_us), predicted_us=time_us)
+
+
+def compile_all(
+    compiler: Compiler, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config]
+) -> Iterator[tuple[Config, Outcome]]:
+    """Compiles configurations in parallel and yields each with what that showed, as they finish."""
+    waiting: dict[Future[dict[str, Any]], list[Config]] = {}
+    for config in configs:
+        waiting.setdefault(compiler.submit(kernel, problem, config), []).append(config)
+    for future in as_completed(waiting):
+        outcome = compiler.outcome(future.result())
+        for config in waiting[future]:
+            yield config, outcome

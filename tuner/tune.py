@@ -1,0 +1,357 @@
+"""`autotune`: enumerate, predict, compile, try, record — for every workload of a run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tilewright.kernels.compile import ptxas_version, triton_version
+from tilewright.kernels.device import Device
+from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.lookup import check_supported, record_key
+from tilewright.kernels.prediction import predict, roofline_us
+from tilewright.kernels.problem import Config, Problem
+from tilewright.kernels.registry import find_kernel
+from tilewright.tuner.gpu_runner import GpuRunner
+from tilewright.tuner.pool import Pool
+from tilewright.tuner.runner import Compiler, Outcome, PredictionRunner, Runner
+from tilewright.tuner.search import Search
+from tilewright.tuner.suites import SUITES, Workload
+from tilewright.tuning_db.env import database_dir
+from tilewright.tuning_db.errors import UsageError
+from tilewright.tuning_db.record import Environment, Key, Provenance, Record, Status
+from tilewright.tuning_db.store import TuningDB
+
+DEFAULT_TRIALS = 16
+"""Configurations tried per workload unless told otherwise: the default suite then takes two to three minutes on 2 cores
+without a GPU."""
+
+BATCH_PER_JOB = 2
+"""Configurations asked for at a time, per compiling process: enough that none waits, few enough that a time limit is
+overrun by seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The best configuration of one workload after a run, and what is known of it."""
+
+    workload: str
+    op: str
+    problem: dict[str, Any]
+    config: dict[str, Any] | None = None  # None if every configuration tried failed
+    time_us: float | None = None
+    tflops: float | None = None
+    roofline_fraction: float | None = None  # least possible time over this time: 1 is as fast as the board allows
+    registers: int | None = None
+    spills: int | None = None  # bytes per thread
+    shared_bytes: int | None = None
+    provenance: Provenance | None = None
+    status: Status = Status.OK
+    message: str = ""
+    trials: int = 0  # outcomes on record for this very problem, device, kernel and toolchain
+    cached: bool = False  # answered without trying anything in this run
+
+
+@dataclass(slots=True)
+class Results:
+    """What a run did. Iterates over its results."""
+
+    device: Device
+    db: Path
+    results: list[Result] = field(default_factory=list)
+    compiled: int = 0
+    elapsed_s: float = 0.0
+    set_aside: Path | None = None  # where a damaged database file was moved
+
+    def __iter__(self) -> Any:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run is: sent after every outcome."""
+
+    workload: str
+    index: int  # of the workload, from 0
+    workloads: int
+    done: int  # trials of this workload
+    trials: int
+    best_us: float | None
+    result: Result | None = None  # with the last event of a workload
+
+
+def autotune(
+    device: str | Device,
+    *,
+    kernels: Sequence[str] | None = None,
+    problems: Iterable[Problem | Workload | str] | None = None,
+    trials: int = DEFAULT_TRIALS,
+    timeout: float | None = None,
+    jobs: int | None = None,
+    db: str | os.PathLike[str] | None = None,
+    retune: bool = False,
+    seed: int = 0,
+    progress: Callable[[Progress], None] = lambda event: None,
+) -> Results:
+    """Tune workloads for a device and keep every outcome in its database.
+
+    On a live GPU configurations are measured; for an absent one they are compiled for it and predicted, and results say
+    so. What is on record already is not tried again.
+
+    Args:
+        device: a name as `resolve_device` takes it ("sm_86", "rtx3090", "cuda:0"), or a Device.
+        kernels: names of the ops to tune; all by default.
+        problems: what to tune: problems, workloads, or texts as `"M=4096,N=4096,K=4096,dtype=fp16"` (of the one op in
+            `kernels`, gemm by default). The default suite if left out.
+        trials: configurations to have tried per workload, those of earlier runs included.
+        timeout: seconds for the whole run; the trials in flight are finished.
+        jobs: compiling processes; by default one per processor this process may use.
+        db: folder of the databases; see `database_dir`.
+        retune: try again what is on record.
+        seed: of the search.
+        progress: called after every outcome, in the calling thread.
+
+    Raises:
+        UsageError: unknown names, malformed problems, numbers out of range.
+        DatabaseError: the database can't be used; finished outcomes are kept.
+        WorkerError: no worker process can be started.
+    """
+    start = time.monotonic()
+    if trials < 1:
+        raise UsageError(f"{trials=} must be at least 1")
+    if timeout is not None and not timeout > 0:
+        raise UsageError(f"{timeout=} must be more than 0 seconds")
+    jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
+    if jobs < 1:
+        raise UsageError(f"{jobs=} must be at least 1")
+    target = resolve_device(device) if isinstance(device, str) else device
+    workloads = resolve_workloads(target, kernels, problems)
+    deadline = None if timeout is None else start + timeout
+    with TuningDB.open(target.key, database_dir(db)) as database:
+        results = Results(target, database.path, set_aside=database.set_aside)
+        with _Run(target, database, jobs) as run:
+            for index, workload in enumerate(workloads):
+                share = None
+                if deadline is not None:
+                    # What one workload leaves of its share, the rest divide.
+                    share = time.monotonic() + max(0.0, deadline - time.monotonic()) / (len(workloads) - index)
+                report = _Reporter(progress, workload.name, index, len(workloads), trials)
+                result = run.tune(workload, trials, share, retune, seed, report)
+                results.results.append(result)
+                report.finished(result)
+            results.compiled = run.compiled
+        results.elapsed_s = time.monotonic() - start
+    return results
+
+
+def resolve_workloads(
+    device: Device, kernels: Sequence[str] | None = None, problems: Iterable[Problem | Workload | str] | None = None
+) -> tuple[Workload, ...]:
+    """What `autotune` tunes for these arguments.
+
+    Raises:
+        UsageError: unknown names, malformed problems, or one that this device can't run: a mistake to be told of before
+            minutes are spent on the others.
+    """
+    chosen = [find_kernel(name) for name in kernels] if kernels else []
+    if problems is None:
+        names = {kernel.name for kernel in chosen}
+        problems = [workload for workload in SUITES["default"] if not names or workload.op in names]
+    workloads = []
+    for problem in problems:
+        if isinstance(problem, str):
+            if len(chosen) > 1:
+                raise UsageError(f"the problem {problem!r} needs one kernel to belong to, not {len(chosen)}")
+            problem = (chosen[0] if chosen else find_kernel("gemm")).problem.parse(problem)
+        workloads.append(problem if isinstance(problem, Workload) else Workload(str(problem), problem))
+    if not workloads:
+        raise UsageError("there is nothing to tune: no workload of these kernels")
+    for workload in workloads:
+        check_supported(find_kernel(workload.op), workload.problem, device)
+    return tuple(workloads)
+
+
+@dataclass(slots=True)
+class _Reporter:
+    send: Callable[[Progress], None]
+    workload: str
+    index: int
+    workloads: int
+    trials: int
+    done: int = 0
+    best_us: float | None = None
+
+    def outcome(self, outcome: Outcome) -> None:
+        self.done += 1
+        if outcome.times is not None and (self.best_us is None or outcome.times.median_us < self.best_us):
+            self.best_us = outcome.times.median_us
+        self.send(Progress(self.workload, self.index, self.workloads, self.done, self.trials, self.best_us))
+
+    def finished(self, result: Result) -> None:
+        event = Progress(
+            self.workload, self.index, self.workloads, self.done, self.trials, result.time_us, result=result
+        )
+        self.send(event)
+
+
+class _Run:
+    """One run on one device: its processes start with the first trial, so that a cached run pays for none."""
+
+    def __init__(self, device: Device, database: TuningDB, jobs: int) -> None:
+        self._device = device
+        self._database = database
+        self._jobs = jobs
+        self._pool: Pool | None = None
+        self._compiler: Compiler | None = None
+        self._runner: Runner | None = None
+        self._run_id: int | None = None
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._runner is not None:
+            self._runner.close()
+        if self._pool is not None:
+            self._pool.close()
+
+    @property
+    def compiled(self) -> int:
+        return self._compiler.compiled if self._compiler is not None else 0
+
+    def tune(
+        self,
+        workload: Workload,
+        trials: int,
+        deadline: float | None,
+        retune: bool,
+        seed: int,
+        report: _Reporter,
+    ) -> Result:
+        kernel, problem = find_kernel(workload.op), workload.problem
+        key = record_key(kernel, problem, self._device, self._protocol)
+        known = {} if retune else self._known(kernel, key)
+        if len(known) >= trials:
+            return self._result(workload, kernel, key, cached=True)
+        configs = self._ranked(kernel, problem)
+        default = kernel.default(problem, self._device)
+        if not set(configs).union((default,)) - known.keys():
+            return self._result(workload, kernel, key, cached=True)
+        report.done = len(known)
+        runner = self._started()
+        search = Search(kernel.space, configs, default, trials=trials, known=known, seed=seed)
+        tried = len(known)
+        while tried < trials and (tried == len(known) or deadline is None or time.monotonic() < deadline):
+            asked = search.ask(min(trials - tried, BATCH_PER_JOB * self._jobs))
+            if not asked:
+                break
+            trial_of = {config: trial for trial, config in asked}
+            for config, outcome in runner.run(kernel, problem, list(trial_of)):
+                self._keep(key, config, outcome)
+                search.tell(trial_of[config], config, outcome.times.median_us if outcome.times else None)
+                report.outcome(outcome)
+            tried += len(asked)
+        best = [kernel.space.config.from_json(record.config) for record in self._database.top(key, FINALISTS)]
+        for config, outcome in runner.finalists(kernel, problem, best):
+            self._keep(key, config, outcome)
+        return self._result(workload, kernel, key, cached=False)
+
+    @property
+    def _protocol(self) -> str:
+        return _runner_class(self._device).protocol
+
+    def _known(self, kernel: Kernel[Any, Any], key: Key) -> dict[Config, float | None]:
+        return {
+            kernel.space.config.from_json(record.config): record.times.median_us if record.times else None
+            for record in self._database.records(key)
+        }
+
+    def _ranked(self, kernel: Kernel[Any, Any], problem: Problem) -> list[Config]:
+        """The configurations worth trying, best predicted first."""
+        device = self._device
+        scored = [
+            (predict(kernel.work(problem, config), kernel.estimate(problem, config, device), device).time_us, config)
+            for config in kernel.space.configs(problem, device)
+        ]
+        return [config for _, config in sorted(scored, key=lambda pair: pair[0])]
+
+    def _started(self) -> Runner:
+        if self._runner is None:
+            self._pool = Pool(self._jobs)
+            self._pool.start(wait=False)
+            self._compiler = Compiler(self._pool, self._device)
+            self._runner = _runner_class(self._device)(self._compiler, self._device)
+            self._run_id = self._database.start_run(_environment(self._device, self._runner))
+        return self._runner
+
+    def _keep(self, key: Key, config: Config, outcome: Outcome) -> None:
+        assert self._runner is not None
+        assert self._run_id is not None
+        record = Record(
+            key=key,
+            config=config.to_json(),
+            status=outcome.status,
+            provenance=self._runner.provenance,
+            times=outcome.times,
+            resources=outcome.resources,
+            message=outcome.message,
+            predicted_us=outcome.predicted_us,
+        )
+        self._database.add(record, self._run_id)
+
+    def _result(self, workload: Workload, kernel: Kernel[Any, Any], key: Key, *, cached: bool) -> Result:
+        problem = workload.problem
+        records = self._database.records(key)
+        blank = Result(workload.name, workload.op, problem.to_dict(), trials=len(records), cached=cached)
+        top = self._database.top(key, 1)
+        if not top:
+            if not records:
+                return replace(blank, status=Status.TIMEOUT, message="the time was up before anything was tried")
+            return replace(blank, status=records[-1].status, message=records[-1].message)
+        record = top[0]
+        assert record.times is not None
+        assert record.resources is not None
+        time_us = record.times.median_us
+        return replace(
+            blank,
+            config=kernel.space.config.from_json(record.config).to_dict(),
+            time_us=time_us,
+            tflops=problem.flops() / time_us / 1e6,
+            roofline_fraction=roofline_us(problem.flops(), problem.bytes_moved(), problem.unit, self._device) / time_us,
+            registers=record.resources.registers,
+            spills=record.resources.spill_bytes,
+            shared_bytes=record.resources.shared_bytes,
+            provenance=record.provenance,
+            status=record.status,
+        )
+
+
+FINALISTS = 4
+"""Configurations measured again, interleaved, at the end: the least of several noisy medians is 1 to 3 % too good."""
+
+
+def _runner_class(device: Device) -> type[PredictionRunner] | type[GpuRunner]:
+    return GpuRunner if device.live else PredictionRunner
+
+
+def _environment(device: Device, runner: Runner) -> Environment:
+    return Environment(
+        tilewright=version("tilewright"),
+        triton=triton_version(),
+        ptxas=ptxas_version(device.arch),
+        python=platform.python_version(),
+        host=socket.gethostname(),
+        protocol=runner.protocol,
+        extra={"device": device.name, "source": device.source},
+    )
