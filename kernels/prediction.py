@@ -32,7 +32,7 @@ from tilewright.kernels.work import Panel, Work
 from tilewright.tuning_db.record import Resources
 
 MODEL = "roofline-1"
-"""Name and revision of this model: part of the key of every predicted record. Change it with any formula or constant."""
+"""Name and revision of this model: part of every predicted record's key. Change it with any formula or constant."""
 
 
 class Term(StrEnum):
@@ -60,13 +60,13 @@ DRAM_EFFICIENCY = 0.9  # gpu-benches: 0.85 to 0.92 on A100, 0.92 to 0.98 on L40;
 COMPUTE_EFFICIENCY = 0.9  # of the dense peak, sustained by a full pipeline
 COMPUTE_EFFICIENCY_HOPPER = 0.82  # power holds the clock down: cuBLAS bf16 8192³ on H200 is 769 to 798 of 989 TFLOP/s
 MMA_SYNC_SHARE = {9: 0.62, 10: 0.31}
-"""Of the peak, by major arch: wgmma and tcgen05 alone reach it. Hopper: Luo et al., arXiv:2402.13499, 62.9 % on average;
-Blackwell has twice the peak, and its mma.sync is taken to be no faster than Hopper's."""
+"""Of the peak, by major arch: wgmma and tcgen05 alone reach it. Luo et al., arXiv:2402.13499, find 62.9 % on average on
+Hopper; Blackwell has twice the peak, and its mma.sync is taken to be no faster than Hopper's."""
 SHARED_BYTES_PER_CYCLE = 128  # per SM: 32 banks of 4 B (CUDA C++ Programming Guide, "Shared Memory")
 SM_PORT_BYTES_PER_CYCLE = 64  # what one SM can take from L2 (NVIDIA A100 whitepaper, "L2 cache": 64 B/clk/SM)
 L2_BYTES_PER_CYCLE = {75: 23.0, 80: 35.5, 86: 16.6, 89: 14.7, 90: 37.5, 100: 37.5, 120: 14.7}
-"""What L2 gives each SM when all ask, by arch: gpu-benches on V100, A100, A40, L40, H200 (2.54, 5.4, 2.43, 5.2, 9.8 TB/s)
-over SMs · clock. sm_75 is taken from V100, sm_100 from sm_90 and sm_120 from sm_89, the nearest that are measured."""
+"""What L2 gives each SM when all ask, by arch: gpu-benches' 2.54, 5.4, 2.43, 5.2 and 9.8 TB/s on V100, A100, A40, L40
+and H200 over SMs · clock. sm_75 is taken from V100, sm_100 from sm_90, sm_120 from sm_89, the nearest measured."""
 DRAM_LATENCY_CYCLES = 600  # gpu-benches, pointer chasing: 436 V100, 572 A100, 632 L40, 658 H100
 L2_LATENCY_CYCLES = 270  # same: 211 A100, 277 L40, 266 H100; up to 430 in the far half of A100
 SHARED_LATENCY_CYCLES = 30  # Jia et al., arXiv:1804.06826 and 1903.07486; Luo et al.: 22 to 33
@@ -101,8 +101,25 @@ class Iteration(NamedTuple):
     compute: float
     idle: float  # factor on `compute` for a block that has the SM to itself
     shared: float
+    copied: float  # of `shared`, until a tile is in registers and its buffer free; 0 where the dot reads it in place
     issue: float
     spills: float
+
+
+class Demand(NamedTuple):
+    """Cycles that one wave needs of each resource; 0 for what is left out."""
+
+    compute: float
+    shared: float
+    issue: float
+    l2: float
+    dram: float
+    pipeline: float  # what latency alone allows: tiles asked for `tiles_ahead` iterations early
+
+    @property
+    def longest(self) -> Term:
+        """The resource that takes longest."""
+        return Term(self._fields[self.index(max(self))])
 
 
 class Datapath(StrEnum):
@@ -122,10 +139,11 @@ def predict(work: Work, resources: Resources, device: Device, *, without: Collec
         work = replace(work, vector_bytes=16)
     resident = 1 if Term.OCCUPANCY in without else occupancy(work, resources, device)
     concurrent = device.sms * resident
-    full, rest = divmod(work.blocks, concurrent)
+    total = work.blocks
+    full, rest = divmod(total, concurrent)
     waves: list[tuple[float, int, int]] = []  # how many, blocks in each, blocks on the busiest SM
     if Term.WAVES in without:
-        waves.append((work.blocks / concurrent, concurrent, resident))
+        waves.append((total / concurrent, concurrent, resident))
     else:
         if full:
             waves.append((full, concurrent, resident))
@@ -136,23 +154,24 @@ def predict(work: Work, resources: Resources, device: Device, *, without: Collec
     cycles, traffic = 0.0, 0.0
     bound: Term | None = None
     for count, blocks, busiest in waves:
+        rate = l2_rate(device, blocks)
         moved = dram_bytes(work, device, blocks, without)
-        demand = wave_demand(work, device, iteration, blocks, busiest, moved, without)
-        busy = overlap(*demand.values()) + busiest * work.iterations * iteration.spills
+        demand = wave_demand(work, device, iteration, rate, busiest, moved, without)
+        busy = overlap(*demand) + busiest * work.iterations * iteration.spills
         path = path_cycles(work, device, iteration, demand, busiest, without)
-        ends = end_cycles(work, device, blocks, without)
+        ends = end_cycles(work, rate, without)
         # Blocks of the first wave start together: nothing hides their first loads. Later ones start where one ends.
         first = min(count, 1.0) if bound is None else 0.0
         cycles += first * (max(busy, path) + ends) + (count - first) * max(busy, path + ends)
         traffic += count * moved
         if bound is None:
-            bound = max(demand, key=lambda term: demand[term]) if path <= 1.25 * busy else Term.PIPELINE
+            bound = demand.longest if path <= 1.25 * busy else Term.PIPELINE
     if work.splits > 1:
         cycles += finish_cycles(work, device, without)
     time = cycles / device.boost_mhz
     if Term.LAUNCH not in without:
         time += work.launches * LAUNCH_US
-    return Prediction(time, bound or Term.LAUNCH, work.blocks / concurrent, resident, traffic)
+    return Prediction(time, bound or Term.LAUNCH, total / concurrent, resident, traffic)
 
 
 def overlap(*times: float) -> float:
@@ -168,15 +187,16 @@ def overlap(*times: float) -> float:
     return longest * math.sqrt(math.sqrt(total))
 
 
-def iteration_cycles(
-    work: Work, resources: Resources, device: Device, without: Collection[Term] = ()
-) -> Iteration:
+def iteration_cycles(work: Work, resources: Resources, device: Device, without: Collection[Term] = ()) -> Iteration:
     """What one iteration of one block needs of its SM."""
     issues = Term.ISSUE not in without
+    read = 0.0 if Term.SHARED in without else read_cycles(work, device)
+    written = 0.0 if Term.SHARED in without else written_cycles(work)
     return Iteration(
         compute=0.0 if Term.COMPUTE in without else compute_cycles(work, device),
         idle=idle_factor(work, device) if issues else 1.0,
-        shared=0.0 if Term.SHARED in without else shared_cycles(work, device),
+        shared=written + read,
+        copied=0.0 if datapath(work, device) is Datapath.WGMMA else read,
         issue=issue_cycles(work, device) if issues else 0.0,
         spills=0.0 if Term.SPILLS in without else spill_cycles(work, resources),
     )
@@ -186,33 +206,31 @@ def wave_demand(
     work: Work,
     device: Device,
     iteration: Iteration,
-    blocks: int,
+    rate: float,
     busiest: int,
     moved: float,
     without: Collection[Term] = (),
-) -> dict[Term, float]:
-    """Cycles that each resource needs for one wave: of `blocks` in all, `busiest` of them on one SM, `moved` bytes
-    through device memory."""
+) -> Demand:
+    """What one wave needs of each resource, with `busiest` blocks on one SM, `rate` bytes per cycle from L2 to each SM,
+    and `moved` bytes through device memory."""
     iterations = busiest * work.iterations
-    demand = {
-        Term.COMPUTE: iterations * iteration.compute,
-        Term.SHARED: iterations * iteration.shared,
-        Term.ISSUE: iterations * iteration.issue,
-    }
-    if Term.L2 not in without:
-        demand[Term.L2] = busiest * l2_bytes(work, without) / l2_rate(device, blocks)
-    if Term.DRAM not in without:
-        demand[Term.DRAM] = dram_cycles(moved, device)
-    if Term.PIPELINE not in without:
-        demand[Term.PIPELINE] = work.iterations * latency_cycles(work, device, blocks) / tiles_ahead(work, device)
-    return demand
+    return Demand(
+        compute=iterations * iteration.compute,
+        shared=iterations * iteration.shared,
+        issue=iterations * iteration.issue,
+        l2=0.0 if Term.L2 in without else busiest * l2_bytes(work, without) / rate,
+        dram=0.0 if Term.DRAM in without else dram_cycles(moved, device),
+        pipeline=0.0
+        if Term.PIPELINE in without
+        else work.iterations * latency_cycles(work, iteration, rate) / tiles_ahead(work, device),
+    )
 
 
 def path_cycles(
     work: Work,
     device: Device,
     iteration: Iteration,
-    demand: dict[Term, float],
+    demand: Demand,
     busiest: int,
     without: Collection[Term] = (),
 ) -> float:
@@ -223,15 +241,14 @@ def path_cycles(
     """
     n = work.iterations
     compute, shared, issue = n * iteration.compute * iteration.idle, n * iteration.shared, n * iteration.issue
-    memory = overlap(demand.get(Term.L2, 0.0), demand.get(Term.DRAM, 0.0)) / busiest
-    spills = n * iteration.spills
+    l2, dram = demand.l2 / busiest, demand.dram / busiest
+    serial = n * iteration.spills
     if Term.PIPELINE in without:
-        return overlap(compute, shared, issue, memory) + spills
-    latency = demand[Term.PIPELINE]
-    spills += n * (BARRIER_CYCLES + SHARED_LATENCY_CYCLES)
+        return overlap(compute, shared, issue, l2, dram) + serial
+    serial += n * (BARRIER_CYCLES + SHARED_LATENCY_CYCLES)
     if asynchronous(work, device):
-        return overlap(compute, shared, issue, memory, latency) + spills
-    return max(latency, memory) + overlap(compute, shared, issue) + spills
+        return overlap(compute, shared, issue, l2, dram, demand.pipeline) + serial
+    return max(demand.pipeline, l2, dram) + overlap(compute, shared, issue) + serial
 
 
 def occupancy(work: Work, resources: Resources, device: Device) -> int:
@@ -327,23 +344,27 @@ def issue_cycles(work: Work, device: Device) -> float:
     return instructions / SUBPARTITIONS
 
 
-def shared_cycles(work: Work, device: Device) -> float:
-    """Cycles in which one iteration's operands are written to shared memory once, and read for every warp tile."""
+def written_cycles(work: Work) -> float:
+    """Cycles in which one iteration's operands are written to shared memory."""
+    return (work.tile_m + work.tile_n) * work.tile_k * work.operand_bytes / SHARED_BYTES_PER_CYCLE
+
+
+def read_cycles(work: Work, device: Device) -> float:
+    """Cycles in which one iteration's operands are read from shared memory, by every warp what it needs."""
     path = datapath(work, device)
-    written = (work.tile_m + work.tile_n) * work.tile_k * work.operand_bytes
-    if path is Datapath.WGMMA:
-        # One instruction reads 64 rows of A and up to 256 columns of B.
-        groups = max(1, work.num_warps // 4)
-        across = max(1.0, groups * 64 / work.tile_m)  # warp groups beside each other, where the tile is low
-        columns = min(256.0, work.tile_n / across)
-        read = (work.tile_m * work.tile_n / columns + work.tile_n * work.tile_m / 64) * work.tile_k * work.operand_bytes
-    elif path is Datapath.MMA:
-        rows, columns = work.warp_tile
-        read = work.num_warps * (rows + columns) * work.tile_k * work.operand_bytes
-    else:
+    if path is Datapath.FMA:
         # Each thread reads its rows and columns, as fp32; about half of a warp's lanes ask for what others ask for.
-        read = 0.5 * work.num_warps * WARP_SIZE * thread_tile(work) * work.tile_k * 4
-    return (written + read) / SHARED_BYTES_PER_CYCLE
+        words = 0.5 * work.num_warps * WARP_SIZE * thread_tile(work) * work.tile_k
+        return words * 4 / SHARED_BYTES_PER_CYCLE
+    if path is Datapath.WGMMA:
+        # One instruction reads 64 rows of A and up to 256 columns of B, for the 4 warps of a group.
+        groups_across = max(1.0, work.num_warps / 4 * 64 / work.tile_m)
+        columns = min(256.0, work.tile_n / groups_across)
+        lines = work.tile_m * work.tile_n / columns + work.tile_n * work.tile_m / 64
+    else:
+        rows, columns = work.warp_tile
+        lines = work.num_warps * (rows + columns)
+    return lines * work.tile_k * work.operand_bytes / SHARED_BYTES_PER_CYCLE
 
 
 def spill_cycles(work: Work, resources: Resources) -> float:
@@ -375,14 +396,10 @@ def asynchronous(work: Work, device: Device) -> bool:
     return device.arch >= 80 and work.vector_bytes >= 4 and work.num_stages > 1
 
 
-def latency_cycles(work: Work, device: Device, blocks: int) -> float:
+def latency_cycles(work: Work, iteration: Iteration, rate: float) -> float:
     """Cycles from asking for a tile until its buffer can take another: device memory answers, the tile passes through
-    L2, and on the mma.sync path, which has a buffer less than it has stages, warps read it into registers."""
-    cycles = DRAM_LATENCY_CYCLES + work.load_bytes / l2_rate(device, blocks)
-    if datapath(work, device) is Datapath.MMA:
-        rows, columns = work.warp_tile
-        cycles += work.num_warps * (rows + columns) * work.tile_k * work.operand_bytes / SHARED_BYTES_PER_CYCLE
-    return cycles
+    L2, and where the dot takes its operands from registers, all warps have read it."""
+    return DRAM_LATENCY_CYCLES + work.load_bytes / rate + iteration.copied
 
 
 def tiles_ahead(work: Work, device: Device) -> int:
@@ -390,19 +407,19 @@ def tiles_ahead(work: Work, device: Device) -> int:
     return work.num_stages - 1 if asynchronous(work, device) else 1
 
 
-def end_cycles(work: Work, device: Device, blocks: int, without: Collection[Term] = ()) -> float:
-    """Cycles that a block spends before its first dot and after its last."""
+def end_cycles(work: Work, rate: float, without: Collection[Term] = ()) -> float:
+    """Cycles that a block spends before its first dot and after its last, with `rate` bytes per cycle from L2."""
     cycles = 0.0
     if Term.LAUNCH not in without:
         cycles += BLOCK_START_CYCLES
     if Term.PIPELINE not in without:
         # The pipeline fills: the first tile arrives, while there is nothing to compute.
-        cycles += DRAM_LATENCY_CYCLES + work.load_bytes / l2_rate(device, blocks)
+        cycles += DRAM_LATENCY_CYCLES + work.load_bytes / rate
     if work.splits == 1:
         if Term.EPILOGUE not in without:
-            cycles += work.epilogue_bytes / l2_rate(device, blocks)
+            cycles += work.epilogue_bytes / rate
     elif Term.SPLIT_K not in without:
-        cycles += work.workspace_bytes / l2_rate(device, blocks) + ATOMIC_CYCLES
+        cycles += work.workspace_bytes / rate + ATOMIC_CYCLES
     return cycles
 
 
@@ -418,7 +435,7 @@ def finish_cycles(work: Work, device: Device, without: Collection[Term] = ()) ->
     return cycles
 
 
-def wave_panels(work: Work, blocks: int) -> tuple[float, float]:
+def wave_panels(work: Work, blocks: int) -> tuple[int, int]:
     """Distinct panels of A and of B that a wave of `blocks` neighbouring blocks touches, over the batch and the splits.
 
     Blocks walk GROUP_M tile rows down, then one tile column across (Triton's matmul tutorial, "L2 Cache
@@ -432,14 +449,19 @@ def wave_panels(work: Work, blocks: int) -> tuple[float, float]:
     rows = groups * height + min(within, height_here)
     columns = work.tiles_n if groups else math.ceil(within / height_here) if within else 0
 
-    def panels(panel: Panel, whole: int, part: int) -> float:
-        if not panel.shared_by_batches:
-            return matrices * whole + part
-        # Every matrix of a split shares these: what counts is how many splits are touched.
-        splits, begun = divmod(matrices, work.batch)
-        return splits * whole + (whole if begun else part)
+    return (
+        _distinct(work.panel_a, work.batch, matrices, work.tiles_m, rows),
+        _distinct(work.panel_b, work.batch, matrices, work.tiles_n, columns),
+    )
 
-    return panels(work.panel_a, work.tiles_m, rows), panels(work.panel_b, work.tiles_n, columns)
+
+def _distinct(panel: Panel, batch: int, matrices: int, whole: int, part: int) -> int:
+    """Panels of `matrices` whole matrices with `whole` panels each, and `part` of the next."""
+    if not panel.shared_by_batches:
+        return matrices * whole + part
+    # Every matrix of a split has the same panels: what counts is how many splits are touched.
+    splits, begun = divmod(matrices, batch)
+    return splits * whole + (whole if begun else part)
 
 
 def dram_bytes(work: Work, device: Device, blocks: int, without: Collection[Term] = ()) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 
+@functools.lru_cache(maxsize=4096)
 def warp_tile(tile_m: int, tile_n: int, num_warps: int) -> tuple[float, float]:
     """Rows and columns of the output tile that one warp owns, at least one 16×8 mma.
 

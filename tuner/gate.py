@@ -1,5 +1,6 @@
-"""The correctness gate: what a configuration has to pass before its time counts. NumPy alone; the arrays may come from a
-GPU or from the interpreter.
+"""The correctness gate: what a configuration has to pass before its time counts.
+
+It is NumPy alone; the arrays may come from a GPU or from the interpreter.
 
 An output array lies between two guard zones, and everything, zones and padding between rows too, is filled with one
 byte before a run: `OutputLayout` is that, and `verdict` what two such runs, with different bytes, have to say:
@@ -184,8 +185,9 @@ def verdict(layout: OutputLayout, first: Bytes, second: Bytes, expected: Expecte
 
 
 def compare(result: Array, wanted: Array, tolerance: Tolerance, index: tuple[Array, ...] | None = None) -> str | None:
-    """None, or in one line how a result is off: the worst element (`index` says where it is in the whole), and how many.
+    """None, or in one line how a result is off: how many elements are, and the worst of them.
 
+    `index` says where the compared part lies in the whole result.
     |result - wanted| <= absolute + relative * |wanted|. NaN is right only where NaN is wanted, infinity only where it
     is wanted, or where the number wanted is past what the type holds. A type without infinity may saturate instead.
     """
@@ -217,11 +219,13 @@ def compare(result: Array, wanted: Array, tolerance: Tolerance, index: tuple[Arr
             worst, worst_at = float(ratio[at]), start + at
         # Where rounding to the result's type is most of what is allowed, errors are even-handed.
         rounding = (tolerance.relative * np.abs(want) > tolerance.absolute) & (ratio <= 1) & ~past
-        signed += float(np.sum((error * np.sign(want))[rounding] / (tolerance.relative * np.abs(want[rounding]))))
+        signed += float(np.sum(error[rounding] / (tolerance.relative * want[rounding])))
         rounded += int(np.count_nonzero(rounding))
     if bad:
         place = np.unravel_index(worst_at, wanted.shape)
-        where = tuple(int(p) if index is None else int(i[p]) for p, i in zip(place, index or place, strict=True))
+        if index is not None:
+            place = tuple(along[at] for along, at in zip(index, place, strict=True))
+        where = tuple(int(at) for at in place)
         got_one, want_one = float(got_all[worst_at]), float(wanted_all[worst_at])
         size = f"{worst:.3g} times the tolerance" if math.isfinite(worst) else "beyond any tolerance"
         return (
@@ -231,8 +235,8 @@ def compare(result: Array, wanted: Array, tolerance: Tolerance, index: tuple[Arr
     if rounded and abs(signed / rounded) > BIAS + 2 / math.sqrt(rounded):
         direction = "large" if signed > 0 else "small"
         return (
-            f"results are within tolerance but too {direction} on the whole: {abs(signed / rounded):.2f} of the relative "
-            f"tolerance on average, where {BIAS:g} is the most that rounding explains"
+            f"results are within tolerance but too {direction} on the whole: by {abs(signed / rounded):.2f} of the "
+            f"relative tolerance on average, where {BIAS:g} is the most that rounding explains"
         )
     return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,7 @@ class Gpu:
         self.stream = int(self._stream.ptr)
         self._events: list[tuple[Any, Any]] = []
         self._flush: Callable[[], None] | None = None
+        self._flush_memory: tuple[Any, ...] = ()
 
     # Code
 
@@ -157,7 +159,7 @@ class Gpu:
         return sample
 
     def replay_sampler(self, run: Callable[[int], None], copies: int) -> Sampler:
-        """Each sample the mean over one replay of a graph that launches on each of the copies, `run(0 … copies - 1)`."""
+        """Each sample the mean over one replay of a graph of launches on every copy, `run(0)` to `run(copies - 1)`."""
         # Once eagerly: nothing may allocate in a capture. It is also how long a replay has to be.
         estimate = min(self.cold_sampler(run)(2))
         launches = replay_launches(estimate, copies)
@@ -187,14 +189,9 @@ class Gpu:
             nbytes = flush_bytes(self.device.l2_bytes) // (4 * FLUSH_BLOCK) * 4 * FLUSH_BLOCK
             buffer, out = self.allocate(nbytes), self.allocate(4)
             self.fill(buffer, 0, nbytes)
-            pointers = {"buffer_ptr": buffer.ptr, "out_ptr": out.ptr}
             plan = self.load((flush_launch(nbytes),))
-
-            def flush() -> None:
-                assert buffer is not None and out is not None  # kept alive
-                plan.run(pointers, {}, self.stream)
-
-            self._flush = flush
+            self._flush_memory = (buffer, out)
+            self._flush = partial(plan.run, {"buffer_ptr": buffer.ptr, "out_ptr": out.ptr}, {}, self.stream)
         return self._flush
 
     # What the board says of itself

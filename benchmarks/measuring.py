@@ -1,0 +1,66 @@
+"""What the benchmarks share: medians of short calls, the environment, one table and one JSON layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Row = tuple[str, float]
+
+
+def median_us(call: Callable[[], Any], repeats: int, rounds: int = 9) -> float:
+    """Median over rounds of the mean time of a call, in microseconds, after one round that does not count."""
+    means = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        means.append((time.perf_counter() - start) / repeats * 1e6)
+    return statistics.median(means[1:])
+
+
+def environment() -> dict[str, Any]:
+    """Where figures are made: processor, load and versions."""
+    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": os.getloadavg()[0],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("tilewright", "triton", "numpy")},
+    }
+
+
+def finish(title: str, unit: str, rows: Sequence[Row], json_file: Path | None, **more: Any) -> None:
+    """Prints the table; writes the figures with their environment, and `more`, to `json_file` if there is one."""
+    where = environment()
+    table = Table(title=title)
+    table.add_column("")
+    table.add_column(unit, justify="right")
+    for label, value in rows:
+        table.add_row(label, f"{value:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(f"{where['cpu']}, {where['cores']} cores; Python {where['python']}, Triton {where['triton']}")
+    if json_file is not None:
+        document = {"environment": where, "unit": unit, "results": dict(rows), **more}
+        json_file.write_text(json.dumps(document, indent=2) + "\n")
+        console.print(f"written to {json_file}")
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

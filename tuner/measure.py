@@ -1,0 +1,356 @@
+"""Checking and timing configurations on a GPU, in the worker process that may die of it.
+
+    measure({"op": "gemm", "problem": {…}, "config": {…}, "ordinal": 0, "seed": 0, "give_up_above_us": 120.0})
+    {"status": "ok", "times": {"median_us": 81.2, "p10_us": 80.9, "p90_us": 82.0, "samples": 10}, …}
+
+A configuration is compiled and held against the device's limits, run twice through the correctness gate (`gate`), timed
+(`timing`), and run through the gate once more on a small problem that its tiles don't divide, unless it turned out to
+be too slow to matter.
+
+After a fault in a kernel (an illegal address, a failed launch) every later call of the driver fails, so there is no
+going on: the reason goes to stderr and the process ends. `pool` makes a `runtime_error` with that reason of it, and
+starts another process for the next request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from tilewright.kernels.device import Device
+from tilewright.kernels.dtypes import DTYPES
+from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.problem import Config, Problem
+from tilewright.kernels.registry import find_kernel
+from tilewright.kernels.runtime import Plan
+from tilewright.tuner import gate
+from tilewright.tuner.gpu import Gpu
+from tilewright.tuner.timing import Sampler, Timing, replay_copies, time_one, time_rounds
+from tilewright.tuning_db.errors import CompileError, IllegalConfigError, LaunchError, UnsupportedError
+from tilewright.tuning_db.record import Status
+
+Request = Mapping[str, Any]
+Reply = dict[str, Any]
+
+ALIGNMENT = 256
+"""Of every array in device memory, as the driver's own allocations are."""
+
+EXIT_AFTER_FAULT = 70
+"""Exit status of a process that a kernel's fault has ended (EX_SOFTWARE of sysexits.h)."""
+
+
+def measure(request: Request) -> Reply:
+    """The outcome of one configuration, or of several compared.
+
+    Args (fields of the request):
+        op, problem, ordinal: which kernel, on what, on which GPU.
+        config: the configuration to measure.
+        finalists: instead, configurations to time in turns.
+        seed: of the inputs; 0 when left out.
+        check: False leaves the gate out: for benchmarks that repeat a measurement.
+        give_up_above_us: timing stops early above this.
+
+    Returns:
+        `status`, `message` unless ok, and as far as it got `resources` (fields of `Resources`), `times` (of `Times`),
+        `gave_up`, `settled`, `method` (`replay` or `events`), `ragged` (what came of the gate's second problem) and
+        `clocks`. With finalists, `{"status": "ok", "finalists": [one such reply for each]}`.
+
+    Raises:
+        UsageError: unknown kernel, malformed problem or configuration.
+        MissingDependencyError: no such GPU.
+    """
+    return measure_on(_gpu(request.get("ordinal", 0)), request)
+
+
+def measure_on(gpu: Gpu, request: Request) -> Reply:
+    """`measure` on a GPU that is in use already."""
+    kernel = find_kernel(request["op"])
+    problem = kernel.problem.from_dict(request["problem"])
+    named = request["finalists"] if "finalists" in request else [request["config"]]
+    configs = [kernel.space.config.from_dict(each) for each in named]
+    seed, check = request.get("seed", 0), request.get("check", True)
+    faults: tuple[type[Exception], ...] = (LaunchError, *gpu.errors)
+    try:
+        bench = _bench(gpu, kernel, problem, seed)
+        if "finalists" in request:
+            replies = _finalists(bench, configs, check)
+            return {"status": Status.OK, "finalists": replies, "clocks": gpu.clocks()}
+        return _single(bench, configs[0], check, request.get("give_up_above_us"))
+    except faults as error:
+        return _fault(gpu, error)
+
+
+def _single(bench: Bench, config: Config, check: bool, give_up_above_us: float | None) -> Reply:
+    trial = bench.prepare(config)
+    if trial.plan is None:
+        return trial.reply
+    reason = bench.gate(trial.plan) if check else None
+    if reason is not None:
+        return {**trial.reply, "status": Status.INCORRECT, "message": reason}
+    sampler, method = bench.sampler(trial.plan)
+    timing = time_one(sampler, give_up_above_us=give_up_above_us)
+    reply = {**trial.reply, **_times(timing), "method": method, "clocks": bench.gpu.clocks()}
+    if check and not timing.gave_up:
+        return _with_ragged(bench, config, reply)
+    return reply
+
+
+def _finalists(bench: Bench, configs: Sequence[Config], check: bool) -> list[Reply]:
+    """The replies of all, those that passed timed in turns. The gate's ragged problem is left to their first time."""
+    trials = [bench.prepare(config) for config in configs]
+    replies = [trial.reply for trial in trials]
+    samplers: dict[int, tuple[Sampler, str]] = {}
+    for index, trial in enumerate(trials):
+        if trial.plan is None:
+            continue
+        reason = bench.gate(trial.plan) if check else None
+        if reason is not None:
+            replies[index] = {**trial.reply, "status": Status.INCORRECT, "message": reason}
+        else:
+            samplers[index] = bench.sampler(trial.plan)
+    timings = time_rounds([sampler for sampler, _ in samplers.values()])
+    for (index, (_, method)), timing in zip(samplers.items(), timings, strict=True):
+        replies[index] = {**replies[index], **_times(timing), "method": method}
+    return replies
+
+
+def _times(timing: Timing) -> Reply:
+    return {"times": dataclasses.asdict(timing.times), "gave_up": timing.gave_up, "settled": timing.settled}
+
+
+def _with_ragged(bench: Bench, config: Config, reply: Reply) -> Reply:
+    """The reply after the gate on a small problem that the configuration's tiles don't divide."""
+    kernel, problem = bench.kernel, bench.problem
+    other = kernel.ragged(problem, config) if kernel.ragged is not None else problem
+    if other == problem:
+        return {**reply, "ragged": "none"}
+    small = Bench(bench.gpu, kernel, other, bench.seed)
+    trial = small.prepare(config)
+    if trial.plan is None:
+        # Masks take registers and shared memory: that this problem's code does not fit is no fault of the other's.
+        return {**reply, "ragged": f"skipped: {trial.reply['message']}"}
+    reason = small.gate(trial.plan)
+    if reason is None:
+        return {**reply, "ragged": "passed"}
+    # A record has times exactly when it is right.
+    kept = {name: value for name, value in reply.items() if name not in ("times", "gave_up", "settled")}
+    return {**kept, "status": Status.INCORRECT, "message": f"on {other}: {reason}", "ragged": "failed"}
+
+
+class Trial(NamedTuple):
+    """A configuration made ready to run, or the reply that says why it can't."""
+
+    plan: Plan | None
+    reply: Reply
+
+
+class Placed(NamedTuple):
+    """An input's place in the device memory that holds all inputs."""
+
+    name: str
+    offset: int  # bytes
+    data: gate.Bytes  # in host memory, from its first to its last byte, padding included
+    dtype: np.dtype[Any]
+
+
+class Bench:
+    """One problem on a GPU: its inputs there, what they should give, and a guarded output."""
+
+    def __init__(self, gpu: Gpu, kernel: Kernel[Any, Any], problem: Problem, seed: int) -> None:
+        self.gpu, self.kernel, self.problem, self.seed = gpu, kernel, problem, seed
+        self._arrays = problem.inputs(seed)
+        self._expected = gate.expect(kernel, problem, self._arrays, seed)
+        # Every configuration has the same arrays; the default stands for all.
+        launches = kernel.launches(problem, kernel.default(problem, gpu.device))
+        arguments = {argument.name: argument for launch in launches for argument in launch.arguments}
+        out = arguments[f"{kernel.output}_ptr"]
+        assert out.type is not None
+        shape = self._expected.shape
+        strides = [each for each in arguments.values() if each.type and not each.is_pointer and each.value is None]
+        pitch = shape[-1]
+        if any(each.name == f"{kernel.output}_stride" for each in strides):
+            pitch = -(-pitch // 16) * 16 + (16 if out.aligned else 1)
+        self._layout = gate.OutputLayout.of(shape, _numpy_dtype(out.type), pitch=pitch, aligned=out.aligned)
+        self._strides = {each.name: self._stride(each.name) for each in strides}
+        self._placed, self._slab_bytes = _place(self._arrays)
+        self._slabs: list[Any] = []
+        self._outs: list[Any] = []
+        self._pointers: list[dict[str, Any]] = []
+        self._hosts: list[gate.Bytes] = []
+        self._copies: int | None = None
+        self._grow(1)
+
+    def prepare(self, config: Config) -> Trial:
+        """Compiles and loads a configuration."""
+        try:
+            self.kernel.space.check(self.problem, config, self.gpu.device)
+            launches = self.kernel.launches(self.problem, config)
+            plan = self.gpu.load(launches)
+        except IllegalConfigError as error:
+            return Trial(None, {"status": Status.INVALID, "message": str(error)})
+        except UnsupportedError as error:
+            return Trial(None, {"status": Status.OUT_OF_RESOURCES, "message": str(error)})
+        except CompileError as error:
+            return Trial(None, {"status": Status.COMPILE_ERROR, "message": str(error)})
+        return Trial(plan, {"status": Status.OK, "resources": dataclasses.asdict(self.gpu.resources(launches))})
+
+    def gate(self, plan: Plan) -> str | None:
+        """None, or why two runs of the plan are not accepted."""
+        gpu, layout = self.gpu, self._layout
+        if not self._hosts:
+            self._hosts = [gpu.host_buffer(layout.nbytes) for _ in gate.poisons(layout.dtype)]
+        for host, byte in zip(self._hosts, gate.poisons(layout.dtype), strict=True):
+            gpu.fill(self._outs[0], byte, layout.nbytes)
+            plan.run(self._pointers[0], self._strides, gpu.stream)
+            gpu.download(self._outs[0], host)
+        first, second = self._hosts
+        return gate.verdict(layout, first, second, self._expected, self.kernel.tolerance(self.problem))
+
+    def sampler(self, plan: Plan) -> tuple[Sampler, str]:
+        """What times the plan, and the name of the way it does."""
+
+        def run(copy: int) -> None:
+            plan.run(self._pointers[copy], self._strides, self.gpu.stream)
+
+        if self._copies is None:
+            self._copies = self._rotation()
+        if self._copies == 0:
+            return self.gpu.cold_sampler(run), "events"
+        return self.gpu.replay_sampler(run, self._copies), "replay"
+
+    def _rotation(self) -> int:
+        """Copies that replays rotate over, made; 0 for none. Once per problem: its configurations have to compare."""
+        device = self.gpu.device
+        footprint = self.problem.bytes_moved()
+        copies = replay_copies(floor_us(self.problem, device), footprint, device.l2_bytes)
+        if copies is None:
+            return 0
+        try:
+            self._grow(copies)
+        except MemoryError:  # CuPy's OutOfMemoryError is one
+            del self._slabs[1:], self._outs[1:], self._pointers[1:]
+            self.gpu.release()
+            return 0
+        return copies
+
+    def _grow(self, copies: int) -> None:
+        gpu, layout = self.gpu, self._layout
+        while len(self._pointers) < copies:
+            # Only the first output is looked at, and only it needs its guard zones.
+            guard = layout.guard if not self._outs else layout.guard % ALIGNMENT
+            slab, out = (
+                gpu.allocate(self._slab_bytes),
+                gpu.allocate(layout.nbytes if not self._outs else guard + layout.body),
+            )
+            if self._slabs:
+                gpu.copy(slab, self._slabs[0], self._slab_bytes)
+            else:
+                staging = np.zeros(self._slab_bytes, np.uint8)
+                for _, offset, data, _ in self._placed:
+                    staging[offset : offset + data.size] = data
+                gpu.upload(slab, staging)
+            pointers = {
+                f"{name}_ptr": gpu.argument(slab, offset, dtype, data.size // dtype.itemsize)
+                for name, offset, data, dtype in self._placed
+            }
+            elements = layout.body // layout.dtype.itemsize
+            pointers[f"{self.kernel.output}_ptr"] = gpu.argument(out, guard, layout.dtype, elements)
+            self._slabs.append(slab)
+            self._outs.append(out)
+            self._pointers.append(pointers)
+
+    def _stride(self, argument: str) -> int:
+        """The value of a stride argument, by its name: `a_stride` from row to row (or column to column) of `a`,
+        `a_batch_stride` from matrix to matrix, 0 where there is only one."""
+        name = argument.removesuffix("_stride").removesuffix("_batch")
+        if name == self.kernel.output:
+            shape, itemsize = self._layout.shape, 1
+            row, column, matrix = self._layout.pitch, 1, self._layout.pitch * shape[-2]
+        else:
+            array = self._arrays[name]
+            shape, itemsize = array.shape, array.itemsize
+            row, column, matrix = array.strides[-2], array.strides[-1], array.strides[0]
+        if argument.endswith("_batch_stride"):
+            return matrix // itemsize if shape[0] > 1 else 0
+        return (row if column == itemsize else column) // itemsize
+
+
+def floor_us(problem: Problem, device: Device) -> float:
+    """The problem's roofline: no configuration is faster on this device."""
+    return max(
+        problem.flops() / (device.tflops(problem.unit) * 1e6), problem.bytes_moved() / (device.bandwidth_gbs * 1e3)
+    )
+
+
+def _place(arrays: Mapping[str, np.ndarray[Any, Any]]) -> tuple[list[Placed], int]:
+    """Where each array goes in one piece of device memory, as well aligned there as it is here; and the total."""
+    placed, end = [], 0
+    for name, array in arrays.items():
+        reach = sum((length - 1) * stride for length, stride in zip(array.shape, array.strides, strict=True))
+        # All bytes between the first element and the last: column-major and padded arrays are no contiguous ones.
+        flat = np.lib.stride_tricks.as_strided(array, (reach // array.itemsize + 1,), (array.itemsize,)).view(np.uint8)
+        offset = -(-end // ALIGNMENT) * ALIGNMENT + array.ctypes.data % 16
+        placed.append(Placed(name, offset, flat, array.dtype))
+        end = offset + flat.size
+    return placed, end
+
+
+def _numpy_dtype(triton_type: str) -> np.dtype[Any]:
+    """The element type of a pointer in Triton's spelling."""
+    for dtype in DTYPES.values():
+        if "*" + dtype.triton == triton_type and dtype.numpy is not None:
+            return np.dtype(dtype.numpy)
+    return np.dtype({"*i32": np.int32, "*i64": np.int64}[triton_type])
+
+
+def _fault(gpu: Gpu, error: Exception) -> Reply:
+    """The reply to a CUDA error that work can go on after; after any other the process ends."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not gpu.alive():
+        end_process(text)
+    forget()
+    return {"status": Status.RUNTIME_ERROR, "message": text}
+
+
+def end_process(reason: str) -> NoReturn:
+    """Ends at once: a normal end would free memory and modules, each with an error of its own, or hang over it."""
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    os._exit(EXIT_AFTER_FAULT)
+
+
+_gpus: dict[int, Gpu] = {}
+_latest: Bench | None = None
+"""Inputs are kept for the latest problem alone: one is measured with many configurations, and fills gigabytes."""
+
+
+def forget() -> None:
+    """Lets go of the latest problem's arrays."""
+    global _latest
+    _latest = None
+
+
+def _gpu(ordinal: int) -> Gpu:
+    if ordinal not in _gpus:
+        _gpus[ordinal] = Gpu(ordinal)
+    return _gpus[ordinal]
+
+
+def _bench(gpu: Gpu, kernel: Kernel[Any, Any], problem: Problem, seed: int) -> Bench:
+    global _latest
+    if _latest is not None and (_latest.gpu, _latest.kernel.name, _latest.problem, _latest.seed) == (
+        gpu,
+        kernel.name,
+        problem,
+        seed,
+    ):
+        return _latest
+    if _latest is not None:
+        _latest = None
+        gpu.release()
+    _latest = Bench(gpu, kernel, problem, seed)
+    return _latest
