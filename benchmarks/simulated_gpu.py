@@ -99,9 +99,9 @@ def simulated_gpu(board: Device) -> Iterator[SimulatedDriver]:
     api.driver = driver  # type: ignore[attr-defined]
     modules = {"cupy_backends.cuda.api": api, "cupy_backends.cuda.api.driver": driver}
     with (
-        mock.patch.object(runtime, "require_cupy", lambda: cupy),
-        mock.patch.object(arrays, "require_cupy", lambda: cupy),
-        mock.patch.object(dispatch, "_device", lambda ordinal: replace(board, live="cuda:0")),
+        mock.patch.object(runtime, "require_cupy", return_value=cupy),
+        mock.patch.object(arrays, "require_cupy", return_value=cupy),
+        mock.patch.object(dispatch, "_device", return_value=replace(board, live="cuda:0")),
         mock.patch.dict(sys.modules, modules),
     ):
         yield driver

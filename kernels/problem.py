@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -130,8 +131,10 @@ class Problem(_Value, ABC):
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             if field.default is not dataclasses.MISSING:
                 fewer = {name: value for name, value in values.items() if name != field.name}
-                if type(self)(**fewer) == self:
-                    values = fewer
+                # Without it there may be no problem at all: a_broadcast without the batch.
+                with contextlib.suppress(ProblemError):
+                    if type(self)(**fewer) == self:
+                        values = fewer
         return ",".join(f"{name}={str(value).lower() if value is True else value}" for name, value in values.items())
 
 

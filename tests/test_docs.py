@@ -1,0 +1,110 @@
+"""The documentation is true: its commands, options, names and snippets exist and run."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from tilewright.kernels import KERNELS
+from tilewright.kernels.epilogue import ACTIVATIONS
+from tilewright.kernels.prediction import Term
+from tilewright.tuner.cli import cli
+from tilewright.tuner.suites import SUITES
+from tilewright.tuning_db.env import compiling_environment
+from tilewright.tuning_db.record import Provenance, Status
+
+ROOT = Path(__file__).parent.parent
+DOCS = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_readme_has_its_two_commands() -> None:
+    blocks = [text.strip() for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)]
+    assert 'pip install -e ".[cuda13]" && autotune --device sm_86' in blocks
+    assert 'pip install -e ".[test]" && pytest' in blocks
+
+
+@pytest.mark.parametrize("snippet", [s for s in SNIPPETS if "x, w, bias=b" not in s], ids=lambda s: s.split("\n")[0])
+def test_snippets_run(snippet: str, tmp_path: Path) -> None:
+    environment = {**compiling_environment(), "TILEWRIGHT_DB_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", snippet], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    for expected in re.findall(r"print\(.*\)  # (.*)", snippet):
+        assert run.stdout.strip() == expected
+
+
+def test_the_first_snippet_runs_on_numpy_arrays() -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    x, w, b, r = (rng.standard_normal(shape, np.float32) for shape in ((4, 32), (32, 16), (16,), (4, 16)))
+    scope = {"x": x, "w": w, "b": b, "r": r}
+    exec(SNIPPETS[0], scope)
+    z = (x @ w + b + r).astype(np.float64)
+    from math import erf, sqrt
+
+    expected = z * 0.5 * (1 + np.vectorize(erf)(z / sqrt(2)))
+    np.testing.assert_allclose(scope["y"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_option_is_documented() -> None:
+    text = DOCS["command-line.md"]
+    options = {o for command in (cli, *cli.commands.values()) for p in command.params for o in p.opts}
+    assert not {o for o in options - {"--help", "-h"} if f"`{o}" not in text and f"{o} " not in text and o not in text}
+    documented = set(re.findall(r"`(--[a-z]+)", text))
+    assert documented <= options
+    assert isinstance(cli, click.Group)
+    for name in cli.commands:
+        assert f"autotune {name}" in text
+
+
+def test_every_name_a_user_can_type_is_documented() -> None:
+    for suite in SUITES:
+        assert f"`{suite}`" in DOCS["command-line.md"]
+    for activation in ACTIVATIONS:
+        assert activation in DOCS["gemm.md"]
+    for kernel in KERNELS:
+        text = DOCS[f"{kernel.name}.md"]
+        for field in (*[f.name for f in dataclasses.fields(kernel.problem)], *kernel.space.axes):
+            assert f"`{field}`" in text, f"{kernel.name}: {field}"
+    for status in Status:
+        assert f"`{status}`" in DOCS["tuning-database.md"]
+    for provenance in Provenance:
+        assert f"`{provenance}`" in README
+
+
+def test_every_term_of_the_model_is_documented() -> None:
+    for term in Term:
+        assert term.name in DOCS["prediction.md"] or term.value in DOCS["prediction.md"]
+
+
+def test_every_link_leads_somewhere() -> None:
+    pages = {ROOT / "README.md": README, **{ROOT / "docs" / name: text for name, text in DOCS.items()}}
+    for path, text in pages.items():
+        for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_every_file_the_architecture_names_exists() -> None:
+    for name in re.findall(r"`((?:kernels|tuner|tuning_db|tests)/[\w/]+\.py)`", DOCS["architecture.md"]):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_errors_and_public_names_have_docstrings() -> None:
+    from tilewright import kernels, tuner, tuning_db
+
+    for package in (kernels, tuner, tuning_db):
+        for name in package.__all__:
+            value = getattr(package, name)
+            if inspect.isclass(value) or inspect.isfunction(value):
+                assert (value.__doc__ or "").strip(), f"{package.__name__}.{name}"
