@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import random
+import resource
 import statistics
 import tempfile
 import time
@@ -33,6 +34,7 @@ from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.tuner.pool import Pool
 from tilewright.tuning_db.env import compiling_environment
+from tilewright.tuning_db.errors import UnknownDeviceError
 
 PROBLEM = GemmProblem(M=2048, N=4096, K=4096, bias="fp16", activation="gelu_tanh")
 WARM_UP = GemmProblem(M=16, N=16, K=16)
@@ -58,7 +60,12 @@ def compile_request(problem: GemmProblem, config: dict[str, Any], device: Device
 
 
 def run_round(jobs: int, requests: list[dict[str, Any]], warm_up: dict[str, Any]) -> dict[str, Any]:
-    """Compiles all requests with `jobs` workers; `busy_seconds` sums what the workers took for each."""
+    """Compiles all requests with `jobs` workers.
+
+    `busy_seconds` sums what the workers took for each; `others` is how many cores the rest of the machine kept busy
+    meanwhile, without which a ratio can't be judged.
+    """
+    began, cpu = time.perf_counter(), others_cpu_seconds()
     with tempfile.TemporaryDirectory(prefix="compile-rate-") as cache:
         environment = {**compiling_environment(), "TRITON_CACHE_DIR": cache}
         with Pool(jobs, environment=environment) as pool:
@@ -72,11 +79,24 @@ def run_round(jobs: int, requests: list[dict[str, Any]], warm_up: dict[str, Any]
             seconds = time.perf_counter() - start
             if pool.starts != jobs:
                 raise click.ClickException(f"{pool.starts} processes were started for {jobs} jobs")
+    others = (others_cpu_seconds() - cpu) / (time.perf_counter() - began)
     failed = [reply for reply in replies if reply["status"] != "ok"]
     if failed:
         raise click.ClickException(f"{len(failed)} configurations failed, such as: {failed[0]}")
     busy = sum(reply["seconds"] for reply in replies)
-    return {"jobs": jobs, "seconds": seconds, "busy_seconds": busy, "per_second": len(replies) / seconds}
+    rate = len(replies) / seconds
+    return {"jobs": jobs, "seconds": seconds, "busy_seconds": busy, "per_second": rate, "others": others}
+
+
+def others_cpu_seconds() -> float:
+    """CPU time since boot of all processes but this one and its ended children; 0 where /proc doesn't tell."""
+    ticks = next((list(map(int, line.split()[1:9])) for line in read("/proc/stat") if line.startswith("cpu ")), [])
+    if not ticks:
+        return 0.0
+    idle = ticks[3] + ticks[4]
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    own = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK") - own
 
 
 def environment(device: Device) -> dict[str, Any]:
@@ -111,7 +131,10 @@ def read(path: str) -> list[str]:
 )
 def main(configs: int, device_name: str, rounds: int, json_file: Path | None) -> None:
     """Measures the compile rate by number of worker processes."""
-    device = resolve_device(device_name)
+    try:
+        device = resolve_device(device_name)
+    except UnknownDeviceError as error:
+        raise click.UsageError(str(error)) from None
     requests = compile_requests(device, configs)
     warm_up = compile_request(WARM_UP, GEMM.default(WARM_UP, device).to_dict(), device)
     where = environment(device)
@@ -127,14 +150,16 @@ def main(configs: int, device_name: str, rounds: int, json_file: Path | None) ->
                 "per_second": statistics.median(one["per_second"] for one in mine),
                 "seconds": statistics.median(one["seconds"] for one in mine),
                 "ratio": statistics.median(turn[index]["per_second"] / turn[0]["per_second"] for turn in turns),
+                "others": statistics.median(one["others"] for one in mine),
             }
         )
     console = Console()
     table = Table(title=f"{len(requests)} configurations of gemm for {device.sm}, median of {rounds} rounds")
-    for heading in ("jobs", "configurations/s", "seconds", "ratio"):
+    for heading in ("jobs", "configurations/s", "seconds", "ratio", "cores busy otherwise"):
         table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(str(row["jobs"]), f"{row['per_second']:.2f}", f"{row['seconds']:.2f}", f"{row['ratio']:.2f}")
+        numbers = (row[name] for name in ("per_second", "seconds", "ratio", "others"))
+        table.add_row(str(row["jobs"]), *(f"{number:.2f}" for number in numbers))
     console.print(table)
     console.print(f"{where['cpu']}, {where['cores']} cores; Triton {where['triton']}, ptxas {where['ptxas']}")
     if json_file is not None:

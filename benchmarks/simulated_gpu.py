@@ -93,7 +93,7 @@ def simulated_gpu(board: Device) -> Iterator[SimulatedDriver]:
         ),
         zeros=lambda size, dtype: SimulatedArray((size,), dtype),
         empty=functools.cache(SimulatedArray),  # an allocator whose pool always has one
-        full=lambda size, value, dtype: SimulatedArray((size,), dtype),
+        asarray=lambda array: SimulatedArray(array.shape, array.dtype),
     )
     api = ModuleType("cupy_backends.cuda.api")
     api.driver = driver  # type: ignore[attr-defined]

@@ -123,7 +123,8 @@ class CupyKind(ArrayKind):
 
     def scalar(self, like: Any, value: float) -> Any:
         with self._cupy.cuda.Device(self._device(like)):
-            return self._cupy.full(1, value, np.float32)
+            # Not `full`: that compiles a kernel, and NVRTC may be absent.
+            return self._cupy.asarray(np.full(1, value, np.float32))
 
     def stream(self, like: Any) -> int:
         return int(self._cupy.cuda.get_current_stream(self._device(like)).ptr)

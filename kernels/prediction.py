@@ -1,17 +1,16 @@
 """How long a configuration should take on a device that need not be there: an analytical model.
 
-The launch runs in waves of SMs · occupancy blocks. With r blocks on the busiest SM, one of its waves takes
+The launch runs in waves of SMs · occupancy blocks. With r blocks on the busiest SM, a wave takes
 
-    first wave:   max(busy, path) + ends            later waves:   max(busy, path + ends)
+    busy  = overlap(max(r·compute, chain), r·shared, r·issue, r·l2, dram, latency) + r·spills
+    alone = overlap(chain, shared, issue, l2, dram / r, latency) + spills
+    first wave: busy + ends         later waves: max(busy, alone + ends)
 
-    busy = overlap(r·compute, r·shared, r·issue, r·l2, dram, latency) + r·spills
-    path = overlap(compute · idle, shared, issue, l2, dram / r, latency) + synchronisation + spills
-    ends = block start + pipeline fill + epilogue
-
-`busy` is what the resources need for all r blocks, `path` what one block needs though it had the SM to itself, and
-`ends` what it does before and after its loop, which neighbours hide once the blocks are no longer in step. Resources
-work at the same time, but never quite independently: overlap(x…) = (Σ x⁴)^¼ is the longest of them, and up to a fifth
-more when another is as long.
+`compute` to `l2` are what the main loop of one block needs of its SM; `chain` is what one block computes step by step,
+with its barriers and idle tensor cores, which only neighbours fill; `dram` is the traffic of the whole wave; `latency`
+is what waiting for tiles costs, in spite of the pipeline. `ends` is a block's time before and after its loop, which
+neighbours hide once the blocks are no longer in step. Resources work at the same time, but never quite independently:
+overlap(x…) = (Σ x⁴)^¼ is the longest of them, and up to a fifth more when another is as long.
 
 `docs/prediction.md` derives each term, with its source. Each is a function below that can be called alone, and
 `predict(..., without={Term.X})` leaves one out, which is how the tests show that it decides something.
@@ -157,15 +156,16 @@ def predict(work: Work, resources: Resources, device: Device, *, without: Collec
         rate = l2_rate(device, blocks)
         moved = dram_bytes(work, device, blocks, without)
         demand = wave_demand(work, device, iteration, rate, busiest, moved, without)
-        busy = overlap(*demand) + busiest * work.iterations * iteration.spills
-        path = path_cycles(work, device, iteration, demand, busiest, without)
+        chain = chain_cycles(work, device, iteration, demand.pipeline, without)
+        busy = busy_cycles(demand, chain) + busiest * work.iterations * iteration.spills
+        alone = alone_cycles(demand, chain, busiest) + work.iterations * iteration.spills
         ends = end_cycles(work, rate, without)
         # Blocks of the first wave start together: nothing hides their first loads. Later ones start where one ends.
         first = min(count, 1.0) if bound is None else 0.0
-        cycles += first * (max(busy, path) + ends) + (count - first) * max(busy, path + ends)
+        cycles += first * (busy + ends) + (count - first) * max(busy, alone + ends)
         traffic += count * moved
         if bound is None:
-            bound = demand.longest if path <= 1.25 * busy else Term.PIPELINE
+            bound = demand.longest if chain <= 1.25 * max(demand) else Term.PIPELINE
     if work.splits > 1:
         cycles += finish_cycles(work, device, without)
     time = cycles / device.boost_mhz
@@ -226,29 +226,31 @@ def wave_demand(
     )
 
 
-def path_cycles(
-    work: Work,
-    device: Device,
-    iteration: Iteration,
-    demand: Demand,
-    busiest: int,
-    without: Collection[Term] = (),
+def chain_cycles(
+    work: Work, device: Device, iteration: Iteration, latency: float, without: Collection[Term] = ()
 ) -> float:
-    """Cycles of the main loop of a block that has the SM to itself, its share of the wave's memory traffic included.
+    """Cycles of the main loop of one block as a chain of steps, of which none starts before the other ends.
 
     Whatever stages there are, the warps meet at a barrier and read shared memory before they compute. Without
-    asynchronous copies the block waits for memory, and only then computes.
+    asynchronous copies, the block first waits for memory, `latency` cycles in all.
     """
-    n = work.iterations
-    compute, shared, issue = n * iteration.compute * iteration.idle, n * iteration.shared, n * iteration.issue
-    l2, dram = demand.l2 / busiest, demand.dram / busiest
-    serial = n * iteration.spills
+    compute = work.iterations * iteration.compute * iteration.idle
     if Term.PIPELINE in without:
-        return overlap(compute, shared, issue, l2, dram) + serial
-    serial += n * (BARRIER_CYCLES + SHARED_LATENCY_CYCLES)
-    if asynchronous(work, device):
-        return overlap(compute, shared, issue, l2, dram, demand.pipeline) + serial
-    return max(demand.pipeline, l2, dram) + overlap(compute, shared, issue) + serial
+        return compute
+    steps = compute + work.iterations * (BARRIER_CYCLES + SHARED_LATENCY_CYCLES)
+    return steps if asynchronous(work, device) else steps + latency
+
+
+def busy_cycles(demand: Demand, chain: float) -> float:
+    """Cycles until all blocks of a wave have run their loops."""
+    compute, shared, issue, l2, dram, latency = demand
+    return overlap(max(compute, chain), shared, issue, l2, dram, latency)
+
+
+def alone_cycles(demand: Demand, chain: float, busiest: int) -> float:
+    """Cycles of the loop of one of the `busiest` blocks on an SM, if the others were done."""
+    _, shared, issue, l2, dram, latency = demand
+    return overlap(chain, shared / busiest, issue / busiest, l2 / busiest, dram / busiest, latency)
 
 
 def occupancy(work: Work, resources: Resources, device: Device) -> int:

@@ -1,13 +1,49 @@
-"""Tests run kernels in Triton's interpreter, unless `TRITON_INTERPRET=0` is set for those that compile or use a GPU."""
+"""Tests run kernels in Triton's interpreter; `-m gpu` selects those that need a GPU, and then kernels are compiled.
+
+A process does one or the other, so GPU tests are never selected together with others. `TRITON_INTERPRET`, where it is
+set, is left as it is.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 
 import pytest
 
+
+def for_a_gpu(arguments: list[str]) -> bool:
+    """Whether the last `-m EXPRESSION` among pytest's arguments asks for GPU tests."""
+    expression = ""
+    for index, argument in enumerate(arguments):
+        if argument == "-m":
+            expression = " ".join(arguments[index + 1 : index + 2])
+        elif argument.startswith("-m"):
+            expression = argument[2:].removeprefix("=")
+    words = expression.replace("(", " ").replace(")", " ").split()
+    return any(word == "gpu" and before != "not" for before, word in zip(["", *words], words, strict=False))
+
+
 # Triton decides when it is imported, so this stands before every import of a test file.
 if "triton" in sys.modules and "TRITON_INTERPRET" not in os.environ:
-    pytest.exit("triton was imported before tests/conftest.py could set TRITON_INTERPRET=1: set it yourself", 4)
-os.environ.setdefault("TRITON_INTERPRET", "1")
+    pytest.exit("triton was imported before tests/conftest.py could set TRITON_INTERPRET: set it yourself", 4)
+gpu_wanted = for_a_gpu([*shlex.split(os.environ.get("PYTEST_ADDOPTS", "")), *sys.argv[1:]])
+os.environ.setdefault("TRITON_INTERPRET", "0" if gpu_wanted else "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what needs a GPU where there is none, or where this process interprets."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    from tilewright.kernels.devices import resolve_device
+    from tilewright.tuning_db.env import interpreting
+    from tilewright.tuning_db.errors import MissingDependencyError, UnknownDeviceError
+
+    try:
+        resolve_device("cuda:0")
+    except (MissingDependencyError, UnknownDeviceError) as error:
+        pytest.skip(f"no GPU: {error}")
+    if interpreting():
+        pytest.skip("this process interprets kernels: run `pytest -m gpu -n 0` with TRITON_INTERPRET unset")

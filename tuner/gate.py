@@ -59,8 +59,8 @@ class Divisible(Protocol):
 
     def part(
         self, arrays: Mapping[str, Array], random: np.random.Generator
-    ) -> tuple[dict[str, Array], tuple[Array, ...]]:
-        """Inputs whose reference is a part of the result, and which: indices along each dimension."""
+    ) -> tuple[Problem, dict[str, Array], tuple[Array, ...]]:
+        """A problem that computes a part of the result, its inputs, and which part: indices along each dimension."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def expect(kernel: Kernel[Any, Any], problem: Problem, arrays: Mapping[str, Arra
         or sum(array.size for array in arrays.values()) > FULL_INPUTS
         or math.prod(problem.out_shape) > FULL_RESULTS
     ):
-        chosen, index = problem.part(arrays, np.random.default_rng(seed))
-        return Expected(problem.out_shape, kernel.reference(problem, chosen), index)
+        part, chosen, index = problem.part(arrays, np.random.default_rng(seed))
+        return Expected(problem.out_shape, kernel.reference(part, chosen), index)
     values = kernel.reference(problem, arrays)
     return Expected(values.shape, values)
 

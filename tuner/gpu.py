@@ -20,7 +20,7 @@ from tilewright.kernels.compile import compile_launch
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.kernel import Argument, Launch
 from tilewright.kernels.runtime import GpuPlan, Plan
-from tilewright.tuner.timing import MAX_SAMPLES, Sampler, flush_bytes, replay_launches
+from tilewright.tuner.timing import MAX_SAMPLES, Sampler, flush_bytes, replay_launches, warm_up
 from tilewright.tuning_db.record import Resources
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -160,9 +160,10 @@ class Gpu:
 
     def replay_sampler(self, run: Callable[[int], None], copies: int) -> Sampler:
         """Each sample the mean over one replay of a graph of launches on every copy, `run(0)` to `run(copies - 1)`."""
-        # Once eagerly: nothing may allocate in a capture. It is also how long a replay has to be.
-        estimate = min(self.cold_sampler(run)(2))
-        launches = replay_launches(estimate, copies)
+        # Eagerly first: nothing may allocate in a capture, and the length of a replay has to be judged at full clocks.
+        cold = self.cold_sampler(run)
+        warm_up([cold])
+        launches = replay_launches(min(cold(3)), copies)
         with self._stream:
             self._stream.begin_capture()
             try:
@@ -172,6 +173,9 @@ class Gpu:
                 graph = self._stream.end_capture()
 
         def sample(count: int) -> list[float]:
+            # One that is not counted keeps the GPU busy while the host, which takes its time over a large graph, queues
+            # those that are.
+            graph.launch(self._stream)
             for before, after in self._events[:count]:
                 before.record(self._stream)
                 graph.launch(self._stream)

@@ -42,6 +42,10 @@ class GpuRunner(Runner):
     def run(
         self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config]
     ) -> Iterator[tuple[Config, Outcome]]:
+        if kernel.ragged is not None:
+            # The gate's second problem: compiled ahead and in parallel, the measuring process finds it in Triton's cache.
+            for config in configs:
+                self._compiler.submit(kernel, kernel.ragged(problem, config), config)
         for config, compiled in compile_all(self._compiler, kernel, problem, configs):
             if compiled.status is not Status.OK:
                 yield config, compiled

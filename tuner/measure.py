@@ -22,9 +22,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from tilewright.kernels.device import Device
 from tilewright.kernels.dtypes import DTYPES
 from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.prediction import roofline_us
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
 from tilewright.kernels.runtime import Plan
@@ -227,7 +227,8 @@ class Bench:
         """Copies that replays rotate over, made; 0 for none. Once per problem: its configurations have to compare."""
         device = self.gpu.device
         footprint = self.problem.bytes_moved()
-        copies = replay_copies(floor_us(self.problem, device), footprint, device.l2_bytes)
+        floor_us = roofline_us(self.problem.flops(), footprint, self.problem.unit, device)
+        copies = replay_copies(floor_us, footprint, device.l2_bytes)
         if copies is None:
             return 0
         try:
@@ -242,12 +243,11 @@ class Bench:
         gpu, layout = self.gpu, self._layout
         while len(self._pointers) < copies:
             # Only the first output is looked at, and only it needs its guard zones.
-            guard = layout.guard if not self._outs else layout.guard % ALIGNMENT
-            slab, out = (
-                gpu.allocate(self._slab_bytes),
-                gpu.allocate(layout.nbytes if not self._outs else guard + layout.body),
-            )
-            if self._slabs:
+            first = not self._outs
+            guard = layout.guard if first else layout.guard % ALIGNMENT
+            slab = gpu.allocate(self._slab_bytes)
+            out = gpu.allocate(layout.nbytes if first else guard + layout.body)
+            if not first:
                 gpu.copy(slab, self._slabs[0], self._slab_bytes)
             else:
                 staging = np.zeros(self._slab_bytes, np.uint8)
@@ -280,20 +280,14 @@ class Bench:
         return (row if column == itemsize else column) // itemsize
 
 
-def floor_us(problem: Problem, device: Device) -> float:
-    """The problem's roofline: no configuration is faster on this device."""
-    return max(
-        problem.flops() / (device.tflops(problem.unit) * 1e6), problem.bytes_moved() / (device.bandwidth_gbs * 1e3)
-    )
-
-
 def _place(arrays: Mapping[str, np.ndarray[Any, Any]]) -> tuple[list[Placed], int]:
     """Where each array goes in one piece of device memory, as well aligned there as it is here; and the total."""
     placed, end = [], 0
     for name, array in arrays.items():
         reach = sum((length - 1) * stride for length, stride in zip(array.shape, array.strides, strict=True))
         # All bytes between the first element and the last: column-major and padded arrays are no contiguous ones.
-        flat = np.lib.stride_tricks.as_strided(array, (reach // array.itemsize + 1,), (array.itemsize,)).view(np.uint8)
+        bits = array.view(f"u{array.itemsize}")  # as_strided knows no fp8
+        flat = np.lib.stride_tricks.as_strided(bits, (reach // bits.itemsize + 1,), (bits.itemsize,)).view(np.uint8)
         offset = -(-end // ALIGNMENT) * ALIGNMENT + array.ctypes.data % 16
         placed.append(Placed(name, offset, flat, array.dtype))
         end = offset + flat.size

@@ -13,8 +13,9 @@ Short problems
     An event pair would be a third of a decode GEMM. A CUDA graph of many launches is replayed between two events, and a
     sample is its time divided by the launches. No flush fits in there; instead launches rotate over copies of all
     arrays, so many that `COLD_FACTOR` times the L2 passes before a copy is used again. That is what a model in a CUDA
-    graph does, and the gaps between dependent kernels are in the time as they are there. A sample is a mean over one
-    replay: p10 and p90 are of replays, not of launches.
+    graph does, and the gaps between dependent kernels are in the time as they are there. Another replay goes ahead,
+    uncounted, so that the host is never waited for. A sample is a mean over one replay: p10 and p90 are of replays, not
+    of launches.
 Tiny problems
     Where over `MOST_COPIES` copies would be needed, as long problems: their times hold the event pair.
 
@@ -200,4 +201,5 @@ def _chunk(taken: int, start: float, budget_s: float, now: Clock) -> int:
         return GIVE_UP_SAMPLES - taken
     spent = now() - start
     affordable = int((budget_s - spent) / (spent / taken)) if spent > 0 else CHUNK
-    return max(1, min(CHUNK, MAX_SAMPLES - taken, affordable))
+    next_look = MIN_SAMPLES if taken < MIN_SAMPLES else MAX_SAMPLES
+    return max(1, min(CHUNK, next_look - taken, affordable))

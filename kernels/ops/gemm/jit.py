@@ -67,6 +67,7 @@ def gemm_kernel(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    FP8_SUM: tl.constexpr,  # fp8 products that tensor cores may add up before the sum goes to fp32; 0 for other types
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -135,7 +136,10 @@ def gemm_kernel(
         # Both operands are zero beyond K: one alone would let a NaN of the other's padding through.
         a = load_tile(a_pointers, mask_m, offsets_k[None, :] < K, EVEN_M, EVEN_K)
         b = load_tile(b_pointers, offsets_k[:, None] < K, mask_n, EVEN_K, EVEN_N)
-        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+        if FP8_SUM > 0:
+            accumulator = tl.dot(a, b, accumulator, max_num_imprecise_acc=FP8_SUM)
+        else:
+            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
         a_pointers += a_step
         b_pointers += b_step
         offsets_k += BLOCK_K

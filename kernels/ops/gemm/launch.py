@@ -10,6 +10,10 @@ from tilewright.kernels.ops.gemm import jit, problem, space
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 
+FP8_SUM = 128
+"""Tensor cores of sm_90 add fp8 products with 14 bits; after this many the sum moves on to fp32 (the interval that
+DeepSeek-V3 settled on, arXiv:2412.19437, section 3.3.2)."""
+
 STRIDES = (
     "a_stride",
     "b_stride",
@@ -65,6 +69,7 @@ def launches(problem: GemmProblem, config: GemmConfig) -> tuple[Launch, ...]:
                 ("EVEN_N", problem.N % config.BLOCK_N == 0),
                 ("EVEN_K", problem.K % config.BLOCK_K == 0),
                 ("PRECISION", problem.precision or "tf32"),
+                ("FP8_SUM", min(FP8_SUM, config.BLOCK_K) if problem.dtype.startswith("fp8") else 0),
                 ("ACTIVATION", problem.activation),
                 ("BLOCK_M", config.BLOCK_M),
                 ("BLOCK_N", config.BLOCK_N),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -181,8 +181,8 @@ class GemmProblem(Problem):
 
     def part(
         self, arrays: Mapping[str, np.ndarray[Any, Any]], random: np.random.Generator
-    ) -> tuple[dict[str, np.ndarray[Any, Any]], tuple[np.ndarray[Any, Any], ...]]:
-        """Inputs of some rows and columns of the result, and which: batch indices, rows, columns.
+    ) -> tuple[GemmProblem, dict[str, np.ndarray[Any, Any]], tuple[np.ndarray[Any, Any], ...]]:
+        """The problem of some rows and columns of the result, its inputs, and which: batch indices, rows, columns.
 
         One row of every `PART`-th of all rows, so that no tile of that height is left out, and the first and last of
         the whole tiles of any size; columns likewise; four matrices of a batch.
@@ -203,7 +203,8 @@ class GemmProblem(Problem):
             chosen["bias"] = arrays["bias"][columns]
         if self.residual is not None:
             chosen["residual"] = matrices("residual")[:, rows][:, :, columns]
-        return chosen, (batch, rows, columns)
+        smaller = replace(self, batch=len(batch), M=len(rows), N=len(columns))
+        return smaller, chosen, (batch, rows, columns)
 
 
 def _spread(size: int, count: int, random: np.random.Generator) -> np.ndarray[Any, Any]:
@@ -226,7 +227,8 @@ def reference(problem: GemmProblem, arrays: Mapping[str, np.ndarray[Any, Any]]) 
         x = x + wide["bias"]
     if "residual" in wide:
         x = x + wide["residual"]
-    return np.asarray(ACTIVATIONS[problem.activation](x))
+    # Of two broadcast operands there is one result, repeated.
+    return np.broadcast_to(ACTIVATIONS[problem.activation](x), (problem.batch, problem.M, problem.N))
 
 
 # Unit roundoff: half the distance from 1 to the next number.

@@ -45,8 +45,11 @@ def problems(monkeypatch):
 
 def run(problem, arrays, out=None, config=None):
     """The public function on a problem's arrays."""
+    a = arrays["a"]
+    if problem.a_broadcast and problem.b_broadcast:
+        a = np.broadcast_to(a, (problem.batch, *a.shape[1:]))  # else nothing says how long the batch is
     return gemm(
-        arrays["a"],
+        a,
         arrays["b"],
         bias=arrays.get("bias"),
         residual=arrays.get("residual"),
@@ -76,11 +79,11 @@ def conforms(problem, config=None, seed=0):
 
 CONFIGS = (
     None,
-    GemmConfig(16, 32, 32, GROUP_M=1),
+    GemmConfig(32, 64, 32, GROUP_M=1),
     GemmConfig(64, 16, 64, GROUP_M=4, num_warps=2, num_stages=1),
     GemmConfig(32, 64, 32, SPLIT_K=2),
     GemmConfig(64, 32, 32, SPLIT_K=4),
-    GemmConfig(32, 32, 32, GROUP_M=3, SPLIT_K=8, num_warps=8),
+    GemmConfig(64, 64, 32, GROUP_M=3, SPLIT_K=8, num_warps=8),
 )
 
 AXES = {
@@ -108,7 +111,7 @@ def problem_of(row):
     for name in ("bias", "residual"):
         fields[name] = kind if row[name] == "same" else row[name]
     if row["batch"] != "one":
-        fields["batch"] = 3
+        fields["batch"] = 2
         broadcast = ("a", "b", "residual") if row["batch"] == "all" else row["batch"].split()
         fields |= {f"{name}_broadcast": True for name in broadcast if name in ("a", "b")}
         fields["residual_broadcast"] = "residual" in broadcast and fields["residual"] is not None
@@ -190,11 +193,11 @@ def test_nan_and_infinity_stay_in_their_row_and_column():
     np.testing.assert_array_equal(result[others, 5], sign[others] * np.inf)
 
 
-small = st.integers(1, 40)
+small = st.integers(1, 36)
 powers = st.sampled_from([16, 32, 64])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_small_problem_with_any_configuration(data):
     kind = data.draw(st.sampled_from([*INPUT_DTYPES, "tf32"]))
@@ -481,7 +484,7 @@ class Fake:
         (ProblemError, "a is (4, 8) and b is (7, 6): K=8 and K=7", {"b": B[:7]}),
         (ProblemError, "(2, 4, 8) and b is (3, 8, 6): the leading", {"a": np.stack([A] * 2), "b": np.stack([B] * 3)}),
         (ProblemError, "a (8,) and b (8, 6) must have at least two dimensions", {"a": A[0]}),
-        (ProblemError, "b () must have at least two dimensions", {"b": np.float16(3) + B[0, :1].reshape(())[...]}),
+        (ProblemError, "b () must have at least two dimensions", {"b": np.ones((), np.float16)}),
         (ProblemError, "a is (0, 8) and b is (8, 6): no dimension may be 0", {"a": A[:0]}),
         (ProblemError, "a is (4, 0) and b is (0, 6): no dimension may be 0", {"a": A[:, :0], "b": B[:0]}),
         (ProblemError, "no dimension may be 0", {"a": np.ones((0, 4, 8), np.float16)}),
@@ -490,7 +493,7 @@ class Fake:
         (UnsupportedError, "arrays of dtype complex64 are not", {"bias": np.ones(6, np.complex64)}),
         (UnsupportedError, "arrays of dtype >f2 are not", {"a": A.astype(">f2")}),
         (ProblemError, "dtype='int8': gemm takes fp16", {"a": A.astype(np.int8), "b": B.astype(np.int8)}),
-        (UnsupportedError, "a has strides (16, 2) for shape (4, 4)", {"a": np.ones((4, 8), np.float16)[:, ::2]}),
+        (UnsupportedError, "a has strides (16, 2) for shape (4, 8)", {"a": np.ones((4, 16), np.float16)[:, ::2]}),
         (UnsupportedError, "b has strides (-6, 1) for shape (8, 6)", {"b": B[::-1]}),
         (UnsupportedError, "a has negative strides (-32, 8, 1)", {"a": np.stack([A] * 2)[::-1]}),
         (UnsupportedError, "a has strides (0, 1)", {"a": np.broadcast_to(A[0], (4, 8))}),
@@ -525,7 +528,7 @@ class Fake:
         (UnsupportedError, "builtins.float is no array", {"bias": 1.0}),
         (UnsupportedError, "builtins.NoneType is no array", {"a": None}),
         (IllegalConfigError, "BLOCK_M=24 must be a power of two", {"config": GemmConfig(24, 16, 16)}),
-        (IllegalConfigError, "B of shared memory are over", {"config": GemmConfig(256, 256, 256, num_warps=8)}),
+        (IllegalConfigError, "B of shared memory are over", {"config": GemmConfig(256, 256, 256, num_warps=16)}),
         (UsageError, "config must be a GemmConfig, not {'BLOCK_M': 16}", {"config": {"BLOCK_M": 16}}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -646,7 +649,7 @@ EXPOSING = (
         ),
         GemmConfig(16, 16, 16, GROUP_M=2),
     ),
-    (GemmProblem(33, 33, 129, dtype="fp32", strided=True, aligned=False), GemmConfig(16, 32, 16, GROUP_M=4, SPLIT_K=4)),
+    (GemmProblem(33, 33, 150, dtype="fp32", strided=True, aligned=False), GemmConfig(16, 32, 16, GROUP_M=4, SPLIT_K=4)),
     (GemmProblem(32, 32, 33, dtype="fp16", out_dtype="fp32", batch=2, alpha=True, bias="fp16"), GemmConfig(32, 16, 16)),
 )
 

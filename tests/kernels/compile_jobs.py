@@ -1,0 +1,65 @@
+"""Compiles what stdin asks for and prints what came out: for tests, whose own process interprets kernels.
+
+    [{"op": "gemm", "problem": "M=16,N=16,K=16", "config": {…} or null, "arch": 86}, …]
+
+`null` asks for the default configuration. With TRITON_DUMP_PTXAS_LOG and an empty cache, `log` is what `ptxas -v` said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from tilewright.kernels.compile import compile_launch, over_limits
+from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.registry import find_kernel
+from tilewright.tuning_db.errors import CompileError
+
+
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    kernel, device = find_kernel(job["op"]), resolve_device(f"sm_{job['arch']}")
+    problem = kernel.problem.parse(job["problem"])
+    asked = job["config"]
+    config = kernel.default(problem, device) if asked is None else kernel.space.config.from_dict(asked)
+    (launch,) = kernel.launches(problem, config)
+    log = io.StringIO()
+    reply = {"problem": str(problem), "config": config.to_dict(), "arch": job["arch"]}
+    try:
+        with contextlib.redirect_stdout(log):
+            binary = compile_launch(launch, job["arch"])
+    except CompileError as error:
+        return reply | {"error": str(error)}
+    entry = binary.ptx[binary.ptx.index(".entry") :]
+    body = entry[entry.index("{") :]
+    return reply | {
+        "name": binary.name,
+        "num_warps": binary.num_warps,
+        "resources": asdict(binary.resources),
+        "dynamic_shared": binary.shared_bytes,
+        "scratch": binary.scratch_bytes,
+        "estimate": kernel.estimate(problem, config, device).shared_bytes,
+        "over": over_limits(binary.resources, device, binary.num_warps),
+        "parameters": re.findall(r"\.param (\.\w+)", entry[: entry.index(")")]),
+        "arguments": [argument.type for argument in launch.arguments if argument.type is not None],
+        "instructions": {
+            name: len(re.findall(pattern, body))
+            for name, pattern in {
+                "cp.async": r"\bcp\.async\.\w+\.shared\.global",
+                "mma.sync": r"\bmma\.sync",
+                "wgmma": r"\bwgmma\.mma_async",
+                "tcgen05": r"\btcgen05\.mma",
+                "narrow loads": r"\bld\.global(?:\.\w+)*\.[bus](?:8|16)\b",
+                "wide loads": r"\bld\.global(?:\.\w+)*\.v4\.b32\b",
+            }.items()
+        },
+        "log": log.getvalue(),
+    }
+
+
+if __name__ == "__main__":
+    json.dump([answer(job) for job in json.load(sys.stdin)], sys.stdout)

@@ -1,0 +1,373 @@
+"""What the measuring process answers, on a simulated GPU: host memory, interpreted kernels, and invented times."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.kernel import Launch
+from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.kernels.ops.gemm.problem import GemmProblem
+from tilewright.kernels.ops.gemm.space import GemmConfig
+from tilewright.kernels.runtime import InterpretedPlan
+from tilewright.tuner import measure as module
+from tilewright.tuner.measure import Bench, floor_us, measure, measure_on
+from tilewright.tuner.pool import Pool
+from tilewright.tuning_db.errors import CompileError, LaunchError, ProblemError, UnknownKernelError, UnsupportedError
+from tilewright.tuning_db.record import Resources, Times
+
+PROBLEM = GemmProblem(M=40, N=48, K=64, bias="fp16", activation="relu")
+CONFIG = GemmConfig(32, 32, 32, num_stages=2)
+
+
+class CudaError(Exception):
+    """Stands for CuPy's."""
+
+
+class OutOfMemoryError(MemoryError):
+    """Likewise."""
+
+
+class SimulatedGpu:
+    """An A100 with so small an L2 that replays of small problems rotate over a few copies."""
+
+    errors = (CudaError, OutOfMemoryError)
+    stream = 0
+
+    def __init__(self) -> None:
+        self.device = replace(resolve_device("a100"), l2_bytes=4096)
+        self.uploads = self.releases = self.allocated = 0
+        self.limit = 1 << 40
+        self.dead = False
+        self.times_us: Iterator[float] = iter(lambda: 10.0, None)
+        self.replace: Callable[[Launch], Launch] = lambda launch: launch
+        self.refusal: Exception | None = None
+        self.loads: list[tuple[Launch, ...]] = []
+        self.copies: list[int] = []
+
+    def load(self, launches: tuple[Launch, ...]) -> InterpretedPlan:
+        self.loads.append(launches)
+        if self.refusal is not None:
+            raise self.refusal
+        return InterpretedPlan(tuple(self.replace(launch) for launch in launches))
+
+    def resources(self, launches: tuple[Launch, ...]) -> Resources:
+        return Resources(64, 0, 0, 8192)
+
+    def allocate(self, nbytes: int) -> Any:
+        self.allocated += nbytes
+        if self.allocated > self.limit:
+            raise OutOfMemoryError(f"Out of memory allocating {nbytes} bytes")
+        memory = np.full(nbytes + 256, 0xA5, np.uint8)
+        return memory[-memory.ctypes.data % 256 :][:nbytes]
+
+    def host_buffer(self, nbytes: int) -> Any:
+        return np.empty(nbytes, np.uint8)
+
+    def fill(self, memory: Any, byte: int, nbytes: int) -> None:
+        memory[:nbytes] = byte
+
+    def upload(self, memory: Any, data: Any) -> None:
+        self.uploads += 1
+        memory[: data.size] = data
+
+    def download(self, memory: Any, into: Any) -> None:
+        into[:] = memory[: into.size]
+
+    def copy(self, to: Any, source: Any, nbytes: int) -> None:
+        to[:nbytes] = source[:nbytes]
+
+    def argument(self, memory: Any, offset: int, dtype: np.dtype[Any], elements: int) -> Any:
+        return memory[offset : offset + elements * dtype.itemsize].view(dtype)
+
+    def release(self) -> None:
+        self.releases += 1
+
+    def alive(self) -> bool:
+        return not self.dead
+
+    def cold_sampler(self, run: Callable[[int], None]) -> Any:
+        run(0)
+        time_us = next(self.times_us)
+        return lambda count: [time_us] * count
+
+    def replay_sampler(self, run: Callable[[int], None], copies: int) -> Any:
+        for copy in range(copies):
+            run(copy)
+        self.copies.append(copies)
+        time_us = next(self.times_us)
+        return lambda count: [time_us] * count
+
+    def clocks(self) -> dict[str, Any]:
+        return {"sm_mhz": 1410}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
+    simulated = SimulatedGpu()
+    monkeypatch.setattr(module, "_gpus", {0: simulated})
+    module.forget()
+    yield simulated
+    module.forget()
+
+
+def request(problem: GemmProblem = PROBLEM, config: GemmConfig = CONFIG, **more: Any) -> dict[str, Any]:
+    return {"op": "gemm", "problem": problem.to_dict(), "config": config.to_dict(), "ordinal": 0, **more}
+
+
+def test_a_right_configuration_is_checked_and_timed(gpu: SimulatedGpu) -> None:
+    reply = measure(request(seed=1, give_up_above_us=None, check=True))
+    assert json.loads(json.dumps(reply)) == {
+        "status": "ok",
+        "resources": {"registers": 64, "spill_bytes": 0, "stack_bytes": 0, "shared_bytes": 8192},
+        "times": {"median_us": 10.0, "p10_us": 10.0, "p90_us": 10.0, "samples": 10},
+        "gave_up": False,
+        "settled": True,
+        "method": "replay",
+        "ragged": "passed",
+        "clocks": {"sm_mhz": 1410},
+    }
+    assert Times(**reply["times"]).median_us == 10.0
+    assert Resources(**reply["resources"]).registers == 64
+
+
+SHAPES = {
+    "plain": {},
+    "bf16": {"dtype": "bf16", "residual": "bf16"},
+    "fp8": {"dtype": "fp8e5m2", "out_dtype": "fp16"},
+    "fp32": {"dtype": "fp32", "precision": "tf32", "alpha": True},
+    "columns": {"a_layout": "col", "b_layout": "col"},
+    "batch": {"batch": 2, "a_broadcast": True, "residual": "fp32", "residual_broadcast": True},
+    "strided": {"strided": True, "batch": 2, "b_layout": "col", "residual": "fp16"},
+    "strided, unaligned": {"strided": True, "aligned": False, "batch": 2, "b_broadcast": True, "dtype": "bf16"},
+    "strided, one row": {"strided": True, "M": 1, "residual": "fp16"},
+    "unaligned": {"aligned": False, "bias": "fp32", "N": 33},
+}
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_every_kind_of_array_finds_its_place(gpu: SimulatedGpu, changes: dict[str, Any]) -> None:
+    problem = GemmProblem(**{"M": 20, "N": 32, "K": 40, **changes})
+    reply = measure(request(problem, GemmConfig(16, 32, 32, num_stages=2)))
+    assert reply["status"] == "ok", reply["message"]
+    assert reply["ragged"] in ("passed", "none")
+
+
+def test_arrays_are_aligned_in_device_memory_as_the_problem_says(gpu: SimulatedGpu) -> None:
+    for aligned in (True, False):
+        bench = Bench(gpu, GEMM, replace(PROBLEM, aligned=aligned, dtype="bf16"), 0)
+        addresses = [array.ctypes.data % 16 for array in bench._pointers[0].values()]
+        assert all((address == 0) == aligned for address in addresses), addresses
+
+
+# The gate's verdicts
+
+
+def no_activation(launch: Launch) -> Launch:
+    return replace(launch, constexprs=tuple((k, "none" if k == "ACTIVATION" else v) for k, v in launch.constexprs))
+
+
+def test_a_wrong_result_is_incorrect_and_has_no_times(gpu: SimulatedGpu) -> None:
+    gpu.replace = no_activation
+    reply = measure(request())
+    assert reply["status"] == "incorrect"
+    assert "elements" in reply["message"]
+    assert "are off, worst at" in reply["message"]
+    assert "times" not in reply
+    assert reply["resources"]["registers"] == 64
+    assert gpu.copies == []  # what is wrong is not timed
+
+
+def test_a_wrong_tail_is_found_on_the_ragged_problem(gpu: SimulatedGpu) -> None:
+    even = replace(PROBLEM, M=32, N=64)
+    gpu.replace = lambda launch: launch if dict(launch.constexprs)["EVEN_K"] else no_activation(launch)
+    reply = measure(request(even))
+    assert reply["status"] == "incorrect"
+    assert reply["ragged"] == "failed"
+    assert reply["message"].startswith("on M=16,N=48,K=48,bias=fp16,activation=relu: ")
+    assert "times" not in reply
+
+
+def test_a_ragged_problem_whose_code_does_not_fit_is_skipped(gpu: SimulatedGpu) -> None:
+    load = gpu.load
+
+    def picky(launches: tuple[Launch, ...]) -> InterpretedPlan:
+        if not dict(launches[0].constexprs)["EVEN_K"]:
+            raise UnsupportedError("8 B a thread spill to local memory")
+        return load(launches)
+
+    gpu.load = picky  # type: ignore[method-assign]
+    reply = measure(request())
+    assert reply["status"] == "ok"
+    assert reply["ragged"] == "skipped: 8 B a thread spill to local memory"
+
+
+def test_without_the_gate_nothing_is_looked_at(gpu: SimulatedGpu) -> None:
+    gpu.replace = no_activation
+    reply = measure(request(check=False))
+    assert reply["status"] == "ok"
+    assert "ragged" not in reply
+
+
+def test_a_clearly_slower_configuration_is_given_up(gpu: SimulatedGpu) -> None:
+    reply = measure(request(give_up_above_us=6.0))
+    assert reply["status"] == "ok"
+    assert reply["gave_up"]
+    assert reply["times"] == {"median_us": 10.0, "p10_us": 10.0, "p90_us": 10.0, "samples": 3}
+    assert "ragged" not in reply
+    assert len(gpu.loads) == 1
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status"),
+    [
+        (UnsupportedError("999 B of shared memory are over …"), "out_of_resources"),
+        (CompileError("ptxas: no"), "compile_error"),
+        (LaunchError("the driver refused gemm_kernel for sm_80: CUDA_ERROR_INVALID_IMAGE"), "runtime_error"),
+    ],
+)
+def test_a_refusal_has_its_status(gpu: SimulatedGpu, refusal: Exception, status: str) -> None:
+    gpu.refusal = refusal
+    reply = measure(request())
+    assert reply == {"status": status, "message": str(refusal)}
+
+
+def test_a_configuration_that_breaks_a_limit_is_invalid(gpu: SimulatedGpu) -> None:
+    reply = measure(request(config=replace(CONFIG, BLOCK_K=8)))
+    assert reply["status"] == "invalid"
+    assert "the smallest tile" in reply["message"]
+    assert gpu.loads == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"op": "gem"}, UnknownKernelError),
+        ({"problem": {"M": 1}}, ProblemError),
+        ({"config": {"BLOCK_M": "x"}}, ProblemError),
+    ],
+)
+def test_a_malformed_request_is_the_callers_mistake(
+    gpu: SimulatedGpu, changes: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        measure({**request(), **changes})
+
+
+# Faults
+
+
+def test_out_of_memory_costs_one_reply(gpu: SimulatedGpu) -> None:
+    gpu.limit = 1000
+    reply = measure(request())
+    assert reply["status"] == "runtime_error"
+    assert reply["message"].startswith("Out of memory allocating")
+    gpu.limit = 1 << 40
+    assert measure(request())["status"] == "ok"
+
+
+def test_copies_that_do_not_fit_in_memory_leave_the_events(gpu: SimulatedGpu) -> None:
+    bench = Bench(gpu, GEMM, PROBLEM, 0)
+    gpu.limit = gpu.allocated + 30_000
+    _, method = bench.sampler(InterpretedPlan(GEMM.launches(PROBLEM, CONFIG)))
+    assert method == "events"
+    assert len(bench._pointers) == 1
+    gpu.limit = 1 << 40
+    _, method = bench.sampler(InterpretedPlan(GEMM.launches(PROBLEM, CONFIG)))
+    assert method == "events"  # all configurations of a problem in one way
+
+
+def test_a_fault_that_stays_ends_the_process(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def end(reason: str) -> None:
+        said.append(reason)
+        raise SystemExit
+
+    monkeypatch.setattr(module, "end_process", end)
+    gpu.refusal, gpu.dead = CudaError("an illegal memory access\n was encountered"), True
+    with pytest.raises(SystemExit):
+        measure(request())
+    assert said == ["an illegal memory access was encountered"]
+
+
+def test_the_pool_reports_a_dead_gpu_and_starts_another_process() -> None:
+    command = (sys.executable, "-P", str(Path(__file__).with_name("faulty_gpu.py")))
+    with Pool(1, command=command) as pool:
+        before = pool.submit({"do": "echo"}, timeout=60).result()["pid"]
+        reply = pool.submit({"do": "measure", **request()}, timeout=60).result()
+        after = pool.submit({"do": "echo"}, timeout=60).result()["pid"]
+    assert reply["status"] == "runtime_error"
+    assert reply["message"].endswith("error: cudaErrorIllegalAddress: an illegal memory access was encountered")
+    assert "exit status 70" in reply["message"]
+    assert before != after
+
+
+# What is kept between requests
+
+
+def test_inputs_are_made_once_per_problem_and_only_the_latest_are_kept(gpu: SimulatedGpu) -> None:
+    for config in (CONFIG, replace(CONFIG, GROUP_M=1), replace(CONFIG, BLOCK_N=16)):
+        measure(request(config=config, check=False))
+    assert gpu.uploads == 1
+    measure(request(seed=5, check=False))
+    assert (gpu.uploads, gpu.releases) == (2, 1)
+    measure(request(replace(PROBLEM, M=8), check=False))
+    measure(request(check=False))
+    assert (gpu.uploads, gpu.releases) == (4, 3)
+
+
+def test_every_copy_that_replays_rotate_over_gives_the_same_result(gpu: SimulatedGpu) -> None:
+    bench = Bench(gpu, GEMM, PROBLEM, 0)
+    plan = InterpretedPlan(GEMM.launches(PROBLEM, CONFIG))
+    _, method = bench.sampler(plan)
+    assert method == "replay"
+    assert gpu.copies == [3]  # 4 × 4096 B of L2 over 14 kB touched, and the one in use
+    outs = [pointers["out_ptr"] for pointers in bench._pointers]
+    assert len({out.ctypes.data for out in outs}) == len(outs) == 3
+    assert all(np.array_equal(out, outs[0]) for out in outs)
+    assert GEMM.reference(PROBLEM, PROBLEM.inputs(0)).reshape(-1) == pytest.approx(outs[0].astype(float), abs=4e-3)
+
+
+# Finalists
+
+
+def test_finalists_are_compared_and_the_wrong_ones_left_out(gpu: SimulatedGpu) -> None:
+    gpu.times_us = iter((30.0, 20.0))
+    configs = [CONFIG, replace(CONFIG, BLOCK_K=8), replace(CONFIG, GROUP_M=1), replace(CONFIG, BLOCK_M=16)]
+    gpu.replace = lambda launch: no_activation(launch) if dict(launch.constexprs)["BLOCK_M"] == 16 else launch
+    asked = request()
+    del asked["config"]
+    reply = measure({**asked, "finalists": [config.to_dict() for config in configs]})
+    assert reply["status"] == "ok"
+    assert [each["status"] for each in reply["finalists"]] == ["ok", "invalid", "ok", "incorrect"]
+    assert [each["times"]["median_us"] for each in reply["finalists"] if "times" in each] == [30.0, 20.0]
+    assert reply["finalists"][0]["times"]["samples"] == reply["finalists"][2]["times"]["samples"]
+    json.dumps(reply)
+
+
+def test_no_finalist_that_passes_is_no_failure(gpu: SimulatedGpu) -> None:
+    reply = measure_on(gpu, {**request(), "finalists": [replace(CONFIG, BLOCK_K=8).to_dict()]})  # type: ignore[arg-type]
+    assert [each["status"] for each in reply["finalists"]] == ["invalid"]
+
+
+# Odds and ends
+
+
+def test_the_roofline_of_a_problem() -> None:
+    device = resolve_device("a100")
+    compute = GemmProblem(M=8192, N=8192, K=8192)
+    assert floor_us(compute, device) == pytest.approx(2 * 8192**3 / (device.tflops("fp16") * 1e6))
+    memory = GemmProblem(M=1, N=4096, K=4096)
+    assert floor_us(memory, device) == pytest.approx(memory.bytes_moved() / device.bandwidth_gbs / 1e3)
