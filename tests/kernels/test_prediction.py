@@ -273,18 +273,17 @@ def test_stages_count_only_where_copies_are_asynchronous(
 
 def test_chain_of_one_block() -> None:
     iteration = Iteration(compute=500.0, idle=2.0, shared=300.0, copied=0.0, issue=100.0, spills=7.0)
-    steps = 32 * (1000.0 + 40 + 30)
-    assert prediction.chain_cycles(a_work(), A100, iteration, 19200.0) == steps
-    assert prediction.chain_cycles(a_work(), A100, iteration, 0.0, {Term.PIPELINE}) == 32 * 1000.0
+    assert prediction.sync_cycles(a_work()) == 32 * (40 + 30)
+    assert prediction.chain_cycles(a_work(), A100, iteration, 2240.0, 19200.0) == 32 * 1000.0 + 2240
     # Without stages, memory first and then the dot.
-    assert prediction.chain_cycles(a_work(num_stages=1), A100, iteration, 19200.0) == steps + 19200
-    assert prediction.chain_cycles(a_work(), T4, iteration, 19200.0) == steps + 19200
+    assert prediction.chain_cycles(a_work(num_stages=1), A100, iteration, 2240.0, 19200.0) == 32 * 1000.0 + 2240 + 19200
+    assert prediction.chain_cycles(a_work(), T4, iteration, 2240.0, 19200.0) == 32 * 1000.0 + 2240 + 19200
 
 
 def test_blocks_share_an_sm_or_have_it_to_themselves() -> None:
     demand = Demand(compute=900.0, shared=600.0, issue=300.0, l2=150.0, dram=1500.0, pipeline=100.0)
-    assert prediction.busy_cycles(demand, 500.0) == overlap(900.0, 600.0, 300.0, 150.0, 1500.0, 100.0)
-    assert prediction.busy_cycles(demand, 1000.0) == overlap(1000.0, 600.0, 300.0, 150.0, 1500.0, 100.0)
+    assert prediction.busy_cycles(demand, 500.0, 60.0, 3) == overlap(920.0, 600.0, 300.0, 150.0, 1500.0, 100.0)
+    assert prediction.busy_cycles(demand, 1000.0, 60.0, 3) == overlap(1000.0, 600.0, 300.0, 150.0, 1500.0, 100.0)
     assert prediction.alone_cycles(demand, 500.0, 3) == overlap(500.0, 200.0, 100.0, 50.0, 500.0, 100.0)
 
 

@@ -242,9 +242,12 @@ def tolerance(problem: GemmProblem) -> Tolerance:
     Each of K products of size about 1/√K carries a relative error u (the fp32 sum's 2^-24; tf32 rounds both operands,
     2·2^-10), and independent errors grow with √K: u·√K·(1/√K)·c. An fp32 sum taken in order also rounds each partial
     result of size up to 1, which adds √K·2^-24. Below that, a result under the output's smallest normal number loses
-    digits: its smallest subnormal is added. c = 8 covers the largest of 10^6 results (about 5 standard deviations).
+    digits: its smallest subnormal is added. fp8 products are exact, but sm_90 adds up to 128 of them with 14 bits: four
+    additions of size √(128/K), each rounded at 2^-13, in K/128 chunks are 2·2^-13 whatever K is. c = 8 covers the largest of 10^6 results (about 5 standard deviations).
     """
     product = 2 * _TF32_ROUNDOFF if problem.precision == "tf32" else 2.0**-24
+    if problem.dtype.startswith("fp8"):
+        product = 2.0**-12
     absolute = 8 * (product + math.sqrt(problem.K) * 2.0**-24)
     absolute += {"fp16": 2.0**-24, "fp8e4m3": 2.0**-9, "fp8e5m2": 2.0**-16}.get(problem.output_dtype, 0.0)
     return Tolerance(relative=2 * _ROUNDOFF[problem.output_dtype], absolute=absolute)

@@ -1,0 +1,223 @@
+"""Which configuration a problem gets, and on what evidence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tilewright.kernels import Choice, GemmConfig, GemmProblem, choose, resolve_device
+from tilewright.kernels import lookup as lookup_module
+from tilewright.kernels.lookup import TIMING_PROTOCOL, candidates, fitting_config, predicted_best, record_key
+from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.kernels.prediction import MODEL
+from tilewright.tuning_db.env import DB_DIR
+from tilewright.tuning_db.errors import IllegalConfigError, UnsupportedError
+from tilewright.tuning_db.file import path_for
+from tilewright.tuning_db.record import Environment, Provenance, Record, Resources, Status, Times
+from tilewright.tuning_db.store import TuningDB
+
+DEVICE, A10, A100 = (resolve_device(name) for name in ("rtx3090", "a10", "a100"))
+PROBLEM = GemmProblem(128, 4096, 4096)
+MODEST = Resources(registers=128, spill_bytes=0, stack_bytes=0, shared_bytes=32768)
+TILES = [GemmConfig(64, 64, 32, GROUP_M=group) for group in range(1, 8)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(DB_DIR, str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def add(folder):
+    """Puts a record into the database of its device."""
+
+    def add(config, problem=PROBLEM, device=DEVICE, time_us=10.0, measured=True, resources=MODEST, **key):
+        protocol = TIMING_PROTOCOL if measured else MODEL
+        record = Record(
+            key=replace(record_key(GEMM, problem, device, protocol), **key),
+            config=config if isinstance(config, str) else config.to_json(),
+            status=Status.OK,
+            provenance=Provenance.MEASURED if measured else Provenance.PREDICTED,
+            times=Times.single(time_us),
+            resources=resources,
+        )
+        with TuningDB.open(device.key, folder) as database:
+            run = database.start_run(Environment("0", "3.9.0", "12", "3.11", "here", protocol))
+            database.add(record, run)
+
+    return add
+
+
+@pytest.fixture
+def unpredicted(monkeypatch):
+    """No configuration is predicted: whatever is chosen is a record or the default."""
+    monkeypatch.setattr(lookup_module, "predicted_best", lambda *_: [])
+
+
+def test_the_order_of_evidence(add, monkeypatch):
+    predicted = choose(GEMM, PROBLEM, DEVICE)
+    assert predicted.provenance is Provenance.PREDICTED
+    assert (predicted.record, predicted.reason) == (None, f"by {MODEL}")
+    assert predicted.time_us > 0
+    # Each is better evidence than all before it, and none of them the faster for it.
+    add(TILES[0], measured=False, time_us=1)
+    assert choose(GEMM, PROBLEM, DEVICE).config == TILES[0]
+    assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.PREDICTED
+    add(TILES[1], device=A10, time_us=2)
+    assert choose(GEMM, PROBLEM, DEVICE).config == TILES[1]
+    assert choose(GEMM, PROBLEM, DEVICE).reason == f"board {A10.key}"
+    add(TILES[2], problem=replace(PROBLEM, M=256), time_us=3)
+    assert choose(GEMM, PROBLEM, DEVICE).config == TILES[2]
+    assert choose(GEMM, PROBLEM, DEVICE).reason == "near shape M=128→256"
+    add(TILES[3], kernel_hash="another", time_us=4)
+    assert choose(GEMM, PROBLEM, DEVICE).config == TILES[3]
+    assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.TRANSFERRED
+    add(TILES[4], triton="3.6.0", time_us=5)
+    assert choose(GEMM, PROBLEM, DEVICE).config == TILES[4]
+    assert choose(GEMM, PROBLEM, DEVICE).reason == "other toolchain"
+    add(TILES[5], time_us=6)
+    measured = choose(GEMM, PROBLEM, DEVICE)
+    assert (measured.config, measured.provenance, measured.time_us) == (TILES[5], Provenance.MEASURED, 6)
+    assert measured.record.config == TILES[5].to_json()
+    named = choose(GEMM, PROBLEM, DEVICE, config=TILES[6])
+    assert named == Choice(TILES[6], None, "named by the caller")
+
+
+def test_without_any_evidence_the_default(unpredicted):
+    assert choose(GEMM, PROBLEM, DEVICE) == Choice(GEMM.default(PROBLEM, DEVICE), Provenance.DEFAULT, "no evidence")
+
+
+def test_candidates_end_with_the_default(add):
+    add(TILES[0])
+    found = list(candidates(GEMM, PROBLEM, DEVICE))
+    assert [choice.provenance for choice in found] == [
+        Provenance.MEASURED,
+        *[Provenance.PREDICTED] * 4,
+        Provenance.DEFAULT,
+    ]
+    times = [choice.time_us for choice in found[1:5]]
+    assert times == sorted(times)
+
+
+def test_predictions_are_the_fastest_of_the_space(monkeypatch):
+    space = GEMM.space.configs(PROBLEM, DEVICE)[:200]
+    kernel = replace(GEMM, space=replace(GEMM.space, axes={"BLOCK_M": (), "BLOCK_N": ()}))
+    monkeypatch.setattr(type(kernel.space), "configs", lambda *_: space)
+    best = predicted_best(kernel, PROBLEM, DEVICE, 200)
+    assert sorted(config.to_json() for _, config in best) == sorted(config.to_json() for config in space)
+    times = [prediction.time_us for prediction, _ in best]
+    assert times == sorted(times)
+    assert [config for _, config in predicted_best(kernel, PROBLEM, DEVICE, 3)] == [config for _, config in best[:3]]
+
+
+def test_the_callers_configuration_is_checked_and_nothing_takes_its_place(add):
+    add(TILES[0])
+    with pytest.raises(IllegalConfigError, match="BLOCK_M=24 must be a power of two"):
+        choose(GEMM, PROBLEM, DEVICE, config=GemmConfig(24, 16, 16))
+
+
+def test_a_problem_the_device_lacks_is_refused_before_anything_is_asked(folder):
+    with pytest.raises(UnsupportedError, match="^gemm M=16,N=16,K=32,dtype=fp8e4m3: fp8e4m3 needs sm_89"):
+        choose(GEMM, GemmProblem(16, 16, 32, dtype="fp8e4m3"), DEVICE, config=GemmConfig(16, 16, 32))
+
+
+@pytest.mark.parametrize("measured", [True, False])
+@pytest.mark.parametrize(
+    "unfit",
+    [
+        {"resources": replace(MODEST, shared_bytes=101377)},
+        {"resources": replace(MODEST, registers=255), "config": replace(TILES[0], num_warps=16)},
+        {"resources": replace(MODEST, spill_bytes=4)},
+        {"config": GemmConfig(256, 256, 64)},  # more accumulators than registers
+        {"config": GemmConfig(128, 128, 64, num_stages=5)},  # more shared memory than a block of this arch has
+        {"config": '{"BLOCK_M":64}'},
+        {"config": '{"BLOCK_M":64,"BLOCK_N":64,"BLOCK_K":32,"TMA":true}'},
+        {"config": '{"BLOCK_M":64,"BLOCK_N":"64","BLOCK_K":32}'},
+    ],
+    ids=str,
+)
+def test_records_that_do_not_fit_are_passed_over(add, unpredicted, unfit, measured):
+    add(**({"config": TILES[0], "time_us": 1, "measured": measured} | unfit))
+    assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.DEFAULT
+    add(TILES[1], time_us=50, measured=measured)
+    assert choose(GEMM, PROBLEM, DEVICE).config == TILES[1]
+
+
+def test_what_fits_the_larger_board_of_another_arch_is_no_answer(add, unpredicted):
+    add(TILES[0], device=A100)
+    assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.DEFAULT
+    assert choose(GEMM, PROBLEM, A100).provenance is Provenance.MEASURED
+
+
+def test_a_record_without_resources_is_judged_by_the_space_alone(add):
+    add(TILES[0], resources=None)
+    assert choose(GEMM, PROBLEM, DEVICE).config == TILES[0]
+    record = choose(GEMM, PROBLEM, DEVICE).record
+    assert fitting_config(GEMM, PROBLEM, DEVICE, record) == TILES[0]
+    assert fitting_config(GEMM, PROBLEM, DEVICE, replace(record, config="{}")) is None
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        replace(PROBLEM, M=128 * 32),  # five doublings away
+        replace(PROBLEM, dtype="bf16"),
+        replace(PROBLEM, N=4095),
+        replace(PROBLEM, activation="relu"),
+    ],
+    ids=str,
+)
+def test_strangers_answer_nothing(add, unpredicted, problem):
+    add(TILES[0], problem=problem)
+    assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.DEFAULT
+
+
+def test_a_problem_of_another_revision_answers_nothing(add, unpredicted):
+    add(TILES[0], problem=replace(PROBLEM, M=256))
+    for text in ('{"M":1}', '{"L":3,"M":128,"N":4096,"K":4096}', PROBLEM.to_json().replace('"M":128,', "")):
+        add(TILES[1], time_us=1, **{"op": "gemm"}, **{"problem_text": text} if False else {})
+    assert choose(GEMM, PROBLEM, DEVICE).provenance is not Provenance.DEFAULT
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b"no database at all" * 100),
+        lambda path: path.write_bytes(path.read_bytes()[:1000]),
+        lambda path: path.unlink() or path.mkdir(),
+    ],
+    ids=["garbage", "cut short", "a folder"],
+)
+def test_a_damaged_database_answers_nothing_and_stays_where_it_is(add, folder, damage):
+    add(TILES[0])
+    path = path_for(DEVICE.key, folder)
+    damage(path)
+    before = sorted(entry.name for entry in folder.iterdir())
+    assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.PREDICTED
+    assert sorted(entry.name for entry in folder.iterdir()) == before
+
+
+def test_another_boards_damage_harms_nothing(add, folder):
+    add(TILES[0])
+    path_for(A10.key, folder).write_bytes(b"garbage" * 1000)
+    assert choose(GEMM, PROBLEM, DEVICE).config == TILES[0]
+    assert choose(GEMM, replace(PROBLEM, M=256), DEVICE).config == TILES[0]
+
+
+def test_looking_up_writes_nothing(folder):
+    choose(GEMM, PROBLEM, DEVICE)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_key_names_all_that_changes_the_answer():
+    key = record_key(GEMM, PROBLEM, DEVICE)
+    assert (key.op, key.problem, key.device, key.arch) == ("gemm", PROBLEM.to_json(), "rtx3090-82sm", 86)
+    assert (key.kernel_hash, key.protocol) == (GEMM.source_hash, TIMING_PROTOCOL)
+    assert key.triton.startswith("3.")
+    assert key.ptxas.count(".") == 2
+    digests = {
+        record_key(GEMM, PROBLEM, device, protocol).digest() for device in (DEVICE, A10, A100) for protocol in "ab"
+    }
+    assert len(digests) == 6
