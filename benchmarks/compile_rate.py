@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -20,7 +19,6 @@ import tempfile
 import time
 from concurrent.futures import as_completed
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measuring import environment, lines
+from tilewright.kernels.compile import ptxas_version
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.ops.gemm.launch import GEMM
@@ -90,36 +90,13 @@ def run_round(jobs: int, requests: list[dict[str, Any]], warm_up: dict[str, Any]
 
 def others_cpu_seconds() -> float:
     """CPU time since boot of all processes but this one and its ended children; 0 where /proc doesn't tell."""
-    ticks = next((list(map(int, line.split()[1:9])) for line in read("/proc/stat") if line.startswith("cpu ")), [])
+    ticks = next((list(map(int, line.split()[1:9])) for line in lines("/proc/stat") if line.startswith("cpu ")), [])
     if not ticks:
         return 0.0
     idle = ticks[3] + ticks[4]
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     own = sum(usage.ru_utime + usage.ru_stime for usage in usages)
     return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK") - own
-
-
-def environment(device: Device) -> dict[str, Any]:
-    """Where the figures were made."""
-    with Pool(1) as pool:
-        versions = pool.submit({"do": "environment", "arch": device.arch}, TIMEOUT).result()
-    models = [line.partition(":")[2].strip() for line in read("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": os.getloadavg()[0],
-        "platform": platform.platform(),
-        "tilewright": version("tilewright"),
-        **{name: versions.get(name, "") for name in ("triton", "ptxas", "python")},
-    }
-
-
-def read(path: str) -> list[str]:
-    """Lines of a file; none where there is no such file."""
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 @click.command()
@@ -137,7 +114,7 @@ def main(configs: int, device_name: str, rounds: int, json_file: Path | None) ->
         raise click.UsageError(str(error)) from None
     requests = compile_requests(device, configs)
     warm_up = compile_request(WARM_UP, GEMM.default(WARM_UP, device).to_dict(), device)
-    where = environment(device)
+    where = {**environment(), "ptxas": ptxas_version(device.arch)}
     jobs = sorted({1, 2, where["cores"]})
     turns = [[run_round(each, requests, warm_up) for each in jobs] for _ in range(rounds)]
 

@@ -31,7 +31,7 @@ def median_us(call: Callable[[], Any], repeats: int, rounds: int = 9) -> float:
 
 def environment() -> dict[str, Any]:
     """Where figures are made: processor, load and versions."""
-    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    models = [line.partition(":")[2].strip() for line in lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -59,7 +59,8 @@ def finish(title: str, unit: str, rows: Sequence[Row], json_file: Path | None, *
         console.print(f"written to {json_file}")
 
 
-def _lines(path: str) -> list[str]:
+def lines(path: str) -> list[str]:
+    """Lines of a file; none where there is no such file."""
     try:
         return Path(path).read_text().splitlines()
     except OSError:

@@ -73,13 +73,16 @@ def compile_launch(launch: Launch, arch: int) -> Binary:
     if env.interpreting():
         raise UsageError(f"this process interprets kernels ({env.INTERPRET} is set) and can't compile: unset it")
     key = (launch.specialization, arch)
-    binary = _binaries.get(key)
-    if binary is None:
-        binary = _binaries[key] = _compile(launch, arch)
+    binary = _binaries.pop(key, None) or _compile(launch, arch)
+    _binaries[key] = binary  # last in the dict: most recently used
+    while len(_binaries) > MOST_BINARIES:
+        _binaries.pop(next(iter(_binaries)), None)
     return binary
 
 
-# A process keeps what it has compiled: a few hundred kB a kernel, a few dozen kernels in a program that runs a model.
+MOST_BINARIES = 256
+"""Kernels that a process keeps, of about 0.3 MB each. A program that runs a model needs dozens; a tuning worker sees
+thousands, and each but once."""
 _binaries: dict[tuple[Any, ...], Binary] = {}
 
 

@@ -76,7 +76,9 @@ def replaced(old, new):
     [
         KERNEL,
         "# A comment.\n\n\n" + KERNEL,
-        replaced("    i = tl.arange(0, BLOCK)\n", "    # Positions.\n\n    i = tl.arange(  # one each\n        0, BLOCK)\n"),
+        replaced(
+            "    i = tl.arange(0, BLOCK)\n", "    # Positions.\n\n    i = tl.arange(  # one each\n        0, BLOCK)\n"
+        ),
         replaced('"""Scales."""', '"""Multiplies, shifts, stores."""'),
         replaced('    """Scales."""\n', ""),
         replaced("def shift(x, BY: tl.constexpr = 2):\n", 'def shift(x, BY: tl.constexpr = 2):\n    "Adds."\n'),

@@ -50,7 +50,9 @@ def test_configs_are_those_that_fit_and_are_useful():
 def test_check_names_the_limit_and_does_not_ask_for_use():
     space = pairs(fits=lambda p, config, d: "too large" if config.other > 4 else None, useful=lambda *_: "never")
     space.check("PROBLEM", Pair(1, 4), RTX3090)
-    with pytest.raises(IllegalConfigError, match=r"^Pair\(one=1, other=5\) does not fit PROBLEM on rtx3090: too large$"):
+    with pytest.raises(
+        IllegalConfigError, match=r"^Pair\(one=1, other=5\) does not fit PROBLEM on rtx3090: too large$"
+    ):
         space.check("PROBLEM", Pair(1, 5), RTX3090)
 
 
