@@ -92,7 +92,8 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "tanh":
         y = tanh(x)
     elif ACTIVATION == "hardswish":
-        y = x * tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) * 0.16666666666666666
+        # The gate first: 6·x overflows where x alone does not.
+        y = x * (tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) * 0.16666666666666666)
     else:
         tl.static_assert(ACTIVATION == "none", "unknown activation")
         y = x

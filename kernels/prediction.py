@@ -2,15 +2,16 @@
 
 The launch runs in waves of SMs · occupancy blocks. With r blocks on the busiest SM, a wave takes
 
-    busy  = overlap(max(r·compute + sync / r, chain), r·shared, r·issue, r·l2, dram, latency) + r·spills
+    busy  = overlap(max(r·compute + stalls / r, chain), r·shared, r·issue, r·l2, dram, latency) + r·spills
     alone = overlap(chain, shared, issue, l2, dram / r, latency) + spills
     first wave: busy + ends         later waves: max(busy, alone + ends)
 
-`compute` to `l2` are what the main loop of one block needs of its SM; `sync` are its barriers; `chain` is what one block
-computes step by step, with its barriers and idle tensor cores, which only neighbours fill; `dram` is the traffic of the
-whole wave; `latency` is what waiting for tiles costs, in spite of the pipeline. `ends` is a block's time before and
-after its loop, which neighbours hide once the blocks are no longer in step. Resources work at the same time, but never
-quite independently: overlap(x…) = (Σ x⁴)^¼ is the longest of them, and up to a fifth more when another is as long.
+`compute` to `l2` are what the main loop of one block needs of its SM; `stalls` are its waits at barriers and, without a
+pipeline, for memory; `chain` is what one block computes and waits, one after the other, with the tensor cores idle that
+only neighbours fill; `dram` is the traffic of the whole wave; `latency` is what waiting for tiles costs in spite of the
+pipeline. `ends` is a block's time before and after its loop, which neighbours hide once the blocks are no longer in
+step. Resources work at the same time, but never quite independently: overlap(x…) = (Σ x⁴)^¼ is the longest of them, and
+up to a fifth more when another is as long.
 
 `docs/prediction.md` derives each term, with its source. Each is a function below that can be called alone, and
 `predict(..., without={Term.X})` leaves one out, which is how the tests show that it decides something.
@@ -150,15 +151,15 @@ def predict(work: Work, resources: Resources, device: Device, *, without: Collec
             waves.append((1, rest, math.ceil(rest / device.sms)))
 
     iteration = iteration_cycles(work, resources, device, without)
-    sync = 0.0 if Term.PIPELINE in without else sync_cycles(work)
     cycles, traffic = 0.0, 0.0
     bound: Term | None = None
     for count, blocks, busiest in waves:
         rate = l2_rate(device, blocks)
         moved = dram_bytes(work, device, blocks, without)
         demand = wave_demand(work, device, iteration, rate, busiest, moved, without)
-        chain = chain_cycles(work, device, iteration, sync, demand.pipeline)
-        busy = busy_cycles(demand, chain, sync, busiest) + busiest * work.iterations * iteration.spills
+        stalls = 0.0 if Term.PIPELINE in without else stall_cycles(work, device, demand.pipeline)
+        chain = work.iterations * iteration.compute * iteration.idle + stalls
+        busy = busy_cycles(demand, chain, stalls, busiest) + busiest * work.iterations * iteration.spills
         alone = alone_cycles(demand, chain, busiest) + work.iterations * iteration.spills
         ends = end_cycles(work, rate, without)
         # Blocks of the first wave start together: nothing hides their first loads. Later ones start where one ends.
@@ -227,24 +228,18 @@ def wave_demand(
     )
 
 
-def sync_cycles(work: Work) -> float:
-    """Cycles of a block's main loop in which it computes nothing, whatever stages there are: the warps meet at a
-    barrier, and then read shared memory."""
-    return work.iterations * (BARRIER_CYCLES + SHARED_LATENCY_CYCLES)
+def stall_cycles(work: Work, device: Device, latency: float) -> float:
+    """Cycles of a block's main loop in which it computes nothing: whatever stages there are, the warps meet at a barrier
+    and then read shared memory; and without asynchronous copies they wait for memory, `latency` cycles in all."""
+    synchronised = work.iterations * (BARRIER_CYCLES + SHARED_LATENCY_CYCLES)
+    return float(synchronised) if asynchronous(work, device) else synchronised + latency
 
 
-def chain_cycles(work: Work, device: Device, iteration: Iteration, sync: float, latency: float) -> float:
-    """Cycles of the main loop of one block as a chain of steps, of which none starts before the other ends: a barrier,
-    the dot, and without asynchronous copies the wait for memory."""
-    steps = work.iterations * iteration.compute * iteration.idle + sync
-    return steps if asynchronous(work, device) else steps + latency
-
-
-def busy_cycles(demand: Demand, chain: float, sync: float, busiest: int) -> float:
-    """Cycles until all blocks of a wave have run their loops. Of the time that a block synchronises, its neighbours
-    leave less unused the more they are."""
+def busy_cycles(demand: Demand, chain: float, stalls: float, busiest: int) -> float:
+    """Cycles until all blocks of a wave have run their loops. Of the time that a block stalls, its neighbours leave less
+    unused the more they are."""
     compute, shared, issue, l2, dram, latency = demand
-    return overlap(max(compute + sync / busiest, chain), shared, issue, l2, dram, latency)
+    return overlap(max(compute + stalls / busiest, chain), shared, issue, l2, dram, latency)
 
 
 def alone_cycles(demand: Demand, chain: float, busiest: int) -> float:

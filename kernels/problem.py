@@ -39,7 +39,7 @@ class _Value:
         Raises:
             ProblemError: a field is unknown, missing or of the wrong type.
         """
-        kinds = _field_types(cls)
+        kinds = _field_types(cls)  # type: ignore[arg-type]  # a class is hashable, Self included
         for name in values:
             if name not in kinds:
                 near = difflib.get_close_matches(name, kinds, n=1)
@@ -81,7 +81,7 @@ class _Value:
         Raises:
             ProblemError: malformed text, or as `from_dict`.
         """
-        kinds = _field_types(cls)
+        kinds = _field_types(cls)  # type: ignore[arg-type]  # a class is hashable, Self included
         values: dict[str, Any] = {}
         for part in text.split(","):
             name, equals, word = (piece.strip() for piece in part.partition("="))

@@ -43,7 +43,7 @@ class GpuRunner(Runner):
         self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config]
     ) -> Iterator[tuple[Config, Outcome]]:
         if kernel.ragged is not None:
-            # The gate's second problem: compiled ahead and in parallel, the measuring process finds it in Triton's cache.
+            # The gate's second problem, compiled in parallel: the measuring process finds it in Triton's cache.
             for config in configs:
                 self._compiler.submit(kernel, kernel.ragged(problem, config), config)
         for config, compiled in compile_all(self._compiler, kernel, problem, configs):

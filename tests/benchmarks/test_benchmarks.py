@@ -1,4 +1,4 @@
-"""Every benchmark runs as its docstring says, prints a table and writes JSON with its environment. No figure is judged."""
+"""Every benchmark runs as it says, prints a table and writes JSON with its environment. No figure is judged."""
 
 from __future__ import annotations
 

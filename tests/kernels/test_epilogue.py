@@ -51,7 +51,8 @@ def test_device_code_is_the_reference(name):
     # exp(-x) carries the rounding of its argument: |x|/2 ulp, where a gate still is more than nothing.
     cancelled = np.minimum(np.abs(x), 20) if name.startswith("gelu") else 0
     exponent = 1 + np.minimum(np.abs(x), 90) / 2 if name in ("silu", "sigmoid") else 1
-    bound = 4 * ULP * (np.abs(expected) * exponent + cancelled) + 1e-37
+    # Past 88.7 exp(-x) overflows, and what is left of x·sigmoid(x) is gone.
+    bound = 4 * ULP * (np.abs(expected) * exponent + cancelled) + 3e-37
     with np.errstate(over="ignore"):
         largest = np.abs(expected) > np.finfo(np.float32).max
     error = np.abs(np.where(largest, 0, actual - expected))

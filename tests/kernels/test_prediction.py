@@ -271,13 +271,10 @@ def test_stages_count_only_where_copies_are_asynchronous(
     assert prediction.asynchronous(work, device) is asynchronous
 
 
-def test_chain_of_one_block() -> None:
-    iteration = Iteration(compute=500.0, idle=2.0, shared=300.0, copied=0.0, issue=100.0, spills=7.0)
-    assert prediction.sync_cycles(a_work()) == 32 * (40 + 30)
-    assert prediction.chain_cycles(a_work(), A100, iteration, 2240.0, 19200.0) == 32 * 1000.0 + 2240
-    # Without stages, memory first and then the dot.
-    assert prediction.chain_cycles(a_work(num_stages=1), A100, iteration, 2240.0, 19200.0) == 32 * 1000.0 + 2240 + 19200
-    assert prediction.chain_cycles(a_work(), T4, iteration, 2240.0, 19200.0) == 32 * 1000.0 + 2240 + 19200
+def test_a_block_stalls_at_barriers_and_without_stages_for_memory() -> None:
+    assert prediction.stall_cycles(a_work(), A100, 19200.0) == 32 * (40 + 30)
+    assert prediction.stall_cycles(a_work(num_stages=1), A100, 19200.0) == 32 * (40 + 30) + 19200
+    assert prediction.stall_cycles(a_work(), T4, 19200.0) == 32 * (40 + 30) + 19200
 
 
 def test_blocks_share_an_sm_or_have_it_to_themselves() -> None:

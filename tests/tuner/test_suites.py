@@ -21,7 +21,7 @@ def test_llama_covers_its_linear_layers_at_each_batch() -> None:
     # (K, N) of Llama-3-8B's fused linear layers: hidden 4096, MLP 14336, 32 query and 8 key-value heads of 128.
     layers = {(4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)}
     for tokens in (1, 16, 2048):
-        found = {(w.problem.K, w.problem.N) for w in SUITES["llama3-8b"] if w.problem.M == tokens}
+        found = {(w.problem.K, w.problem.N) for w in SUITES["llama3-8b"] if w.problem.to_dict()["M"] == tokens}
         assert found == layers
 
 
@@ -29,7 +29,7 @@ def test_parameters_of_the_models_add_up() -> None:
     """The layers' weights, times the number of layers, are the models' published parameter counts less embeddings."""
 
     def weights(suite: str, tokens: int) -> int:
-        return sum(w.problem.K * w.problem.N for w in SUITES[suite] if w.problem.M == tokens)
+        return sum(w.problem.K * w.problem.N for w in SUITES[suite] if w.problem.to_dict()["M"] == tokens)
 
     # 32 layers of 218.1 M: 6.98 of the 8.03 billion; the two embeddings of 128256 × 4096 are the rest (1.05 billion).
     assert 32 * weights("llama3-8b", 1) + 2 * 128256 * 4096 == pytest.approx(8.03e9, rel=0.001)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -67,8 +67,8 @@ def test_every_outcome_is_on_record_with_its_environment(tmp_path: Path) -> None
 class CountingRunner(tune.PredictionRunner):
     """Predicts without compiling, and notes what it was asked."""
 
-    asked: list[tuple[Any, GemmConfig]] = []
-    fail = False
+    asked: ClassVar[list[tuple[Any, GemmConfig]]] = []
+    fail: ClassVar[bool] = False
 
     def run(self, kernel: Any, problem: Any, configs: Any) -> Any:
         for config in configs:

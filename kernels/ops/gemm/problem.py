@@ -243,7 +243,8 @@ def tolerance(problem: GemmProblem) -> Tolerance:
     2·2^-10), and independent errors grow with √K: u·√K·(1/√K)·c. An fp32 sum taken in order also rounds each partial
     result of size up to 1, which adds √K·2^-24. Below that, a result under the output's smallest normal number loses
     digits: its smallest subnormal is added. fp8 products are exact, but sm_90 adds up to 128 of them with 14 bits: four
-    additions of size √(128/K), each rounded at 2^-13, in K/128 chunks are 2·2^-13 whatever K is. c = 8 covers the largest of 10^6 results (about 5 standard deviations).
+    additions of size √(128/K), each rounded at 2^-13, in K/128 chunks are 2·2^-13 whatever K is. c = 8 covers the
+    largest of 10^6 results (about 5 standard deviations).
     """
     product = 2 * _TF32_ROUNDOFF if problem.precision == "tf32" else 2.0**-24
     if problem.dtype.startswith("fp8"):
