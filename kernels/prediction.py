@@ -229,15 +229,20 @@ def wave_demand(
 
 
 def stall_cycles(work: Work, device: Device, latency: float) -> float:
-    """Cycles of a block's main loop in which it computes nothing: whatever stages there are, the warps meet at a barrier
-    and then read shared memory; and without asynchronous copies they wait for memory, `latency` cycles in all."""
+    """Cycles of a block's main loop in which it computes nothing.
+
+    Whatever stages there are, the warps meet at a barrier and then read shared memory. Without asynchronous copies they
+    wait for memory too, `latency` cycles in all.
+    """
     synchronised = work.iterations * (BARRIER_CYCLES + SHARED_LATENCY_CYCLES)
     return float(synchronised) if asynchronous(work, device) else synchronised + latency
 
 
 def busy_cycles(demand: Demand, chain: float, stalls: float, busiest: int) -> float:
-    """Cycles until all blocks of a wave have run their loops. Of the time that a block stalls, its neighbours leave less
-    unused the more they are."""
+    """Cycles until all blocks of a wave have run their loops.
+
+    Of the time that a block stalls, its neighbours leave less unused the more they are.
+    """
     compute, shared, issue, l2, dram, latency = demand
     return overlap(max(compute + stalls / busiest, chain), shared, issue, l2, dram, latency)
 
