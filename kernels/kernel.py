@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, NamedTuple
 
@@ -87,7 +87,6 @@ class Kernel(Generic[P, C]):
     # A small problem of the same code paths that neither tile nor split divides: the tails the problem itself may lack.
     ragged: Callable[[P, C], P] | None = None
     output: str = "out"
-    examples: tuple[P, ...] = field(default=())
 
     @cached_property
     def source_hash(self) -> str:

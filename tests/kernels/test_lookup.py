@@ -176,7 +176,12 @@ def test_strangers_answer_nothing(add, unpredicted, problem):
 
 def test_a_problem_of_another_revision_answers_nothing(add, unpredicted):
     text = replace(PROBLEM, M=256).to_json()
-    for changed in ('{"M":256}', "[]", text.replace('"M":256', '"L":3,"M":256'), text.replace('"strided":false', '"x":1')):
+    for changed in (
+        '{"M":256}',
+        "[]",
+        text.replace('"M":256', '"L":3,"M":256'),
+        text.replace('"strided":false', '"x":1'),
+    ):
         add(TILES[0], text=changed)
     # All fields are there, or have defaults, yet not the same ones: a default may have meant something else then.
     add(TILES[0], text=text.replace(',"strided":false', ""))

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.kernels.conformance import SIZES, Guarded, assert_close, check, pairwise
 
+from tests.kernels.conformance import SIZES, Guarded, assert_close, check, pairwise
 from tilewright.kernels import GemmConfig, GemmProblem, gemm, interpreter, resolve_device
 from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.dtypes import DTYPES

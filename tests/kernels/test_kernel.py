@@ -1,0 +1,91 @@
+"""Contracts that every registered kernel keeps."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tilewright.kernels.catalogue import CATALOGUE
+from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.kernel import Kernel, Launch
+from tilewright.kernels.ops.gemm.problem import GemmProblem
+from tilewright.kernels.registry import KERNELS, find_kernel
+
+pytestmark = pytest.mark.smoke
+
+PROBLEMS: dict[str, list[Any]] = {
+    "gemm": [
+        GemmProblem(M=1, N=1, K=1),
+        GemmProblem(M=129, N=127, K=33, dtype="fp32", bias="fp32", residual="fp32", activation="silu", alpha=True),
+        GemmProblem(M=2048, N=4096, K=4096, b_layout="col"),
+        GemmProblem(M=64, N=64, K=64, batch=3, strided=True, residual="fp16", b_broadcast=True),
+    ]
+}
+CASES = [(kernel, problem) for kernel in KERNELS for problem in PROBLEMS[kernel.name]]
+NAMES = [f"{kernel.name} {problem}" for kernel, problem in CASES]
+
+
+def launches_of(kernel: Kernel[Any, Any], problem: Any) -> tuple[Launch, ...]:
+    return kernel.launches(problem, kernel.default(problem, resolve_device("a100")))
+
+
+@pytest.mark.parametrize(("kernel", "problem"), CASES, ids=NAMES)
+def test_a_launch_names_every_parameter_of_its_function_once_and_in_order(
+    kernel: Kernel[Any, Any], problem: Any
+) -> None:
+    for launch in launches_of(kernel, problem):
+        names = [argument.name for argument in launch.arguments] + [name for name, _ in launch.constexprs]
+        assert names == list(inspect.signature(launch.fn.fn).parameters)
+
+
+@pytest.mark.parametrize(("kernel", "problem"), CASES, ids=NAMES)
+def test_arguments_come_inputs_then_scalars_then_outputs(kernel: Kernel[Any, Any], problem: Any) -> None:
+    """The order in which TensorRT passes them."""
+    for launch in launches_of(kernel, problem):
+        kinds = ["p" if argument.name.endswith("_ptr") else "s" for argument in launch.arguments]
+        order = "".join(kinds)
+        assert order == "p" * order.index("s") + "s" * order.count("s") + "p" * (len(order) - order.rindex("s") - 1)
+        outputs = [argument.name for argument in launch.arguments[order.rindex("s") + 1 :]]
+        assert outputs[0] == f"{kernel.output}_ptr"
+
+
+@pytest.mark.parametrize(("kernel", "problem"), CASES, ids=NAMES)
+def test_the_specialization_leaves_out_grid_and_values(kernel: Kernel[Any, Any], problem: Any) -> None:
+    for launch in launches_of(kernel, problem):
+        assert replace(launch, grid=(9, 9, 9)).specialization == launch.specialization
+        assert replace(launch, num_warps=2 * launch.num_warps).specialization != launch.specialization
+        assert replace(launch, num_stages=9).specialization != launch.specialization
+        assert replace(launch, constexprs=launch.constexprs[1:]).specialization != launch.specialization
+        hash(launch.specialization)
+
+
+@pytest.mark.parametrize("device", CATALOGUE, ids=lambda device: device.board)
+@pytest.mark.parametrize(("kernel", "problem"), CASES, ids=NAMES)
+def test_the_default_fits_on_every_board_that_can_run_the_problem(
+    kernel: Kernel[Any, Any], problem: Any, device: Any
+) -> None:
+    if kernel.supported(problem, device) is None:
+        kernel.space.check(problem, kernel.default(problem, device), device)
+
+
+@pytest.mark.parametrize(("kernel", "problem"), CASES[:2], ids=NAMES[:2])
+def test_references_are_float64_and_of_the_output_shape(kernel: Kernel[Any, Any], problem: Any) -> None:
+    inputs = problem.inputs(0)
+    result = kernel.reference(problem, inputs)
+    assert result.dtype == np.float64
+    assert result.shape == (problem.batch, problem.M, problem.N)
+    for name, array in problem.inputs(0).items():
+        np.testing.assert_array_equal(array.view(np.uint8), inputs[name].view(np.uint8))
+
+
+def test_a_problem_is_no_further_from_itself_than_from_another() -> None:
+    kernel = find_kernel("gemm")
+    one, near, far = (GemmProblem(M=m, N=4096, K=4096) for m in (16, 32, 4096))
+    assert kernel.distance(one, one) == 0
+    assert kernel.distance(one, near) == kernel.distance(near, one) == 1
+    assert kernel.distance(one, far) is None
+    assert kernel.distance(one, replace(near, activation="relu")) is None

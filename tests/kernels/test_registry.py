@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+
+from tilewright.kernels.registry import KERNELS, find_kernel
+from tilewright.tuning_db.errors import UnknownKernelError
+
+pytestmark = pytest.mark.smoke
+
+
+def test_every_kernel_is_found_by_its_name() -> None:
+    assert [find_kernel(kernel.name) for kernel in KERNELS] == list(KERNELS)
+    assert len({kernel.name for kernel in KERNELS}) == len(KERNELS)
+
+
+def test_a_kernel_goes_by_the_name_of_its_problems() -> None:
+    for kernel in KERNELS:
+        assert kernel.problem.op == kernel.name
+
+
+def test_an_unknown_kernel_names_the_nearest() -> None:
+    with pytest.raises(UnknownKernelError, match=r"unknown kernel 'gem'; did you mean gemm\? \(kernels: gemm\)"):
+        find_kernel("gem")
+    with pytest.raises(UnknownKernelError, match=r"unknown kernel 'zzz' \(kernels"):
+        find_kernel("zzz")
