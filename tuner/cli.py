@@ -120,7 +120,7 @@ def cli(
     from tilewright.kernels.devices import resolve_device
     from tilewright.tuner import report
     from tilewright.tuner.suites import find_suite
-    from tilewright.tuner.tune import DEFAULT_TRIALS, autotune, resolve_workloads
+    from tilewright.tuner.tune import autotune, resolve_workloads
 
     errors = Console(stderr=True)
     target = resolve_device(device)
@@ -138,7 +138,7 @@ def cli(
         results = autotune(
             target,
             problems=workloads,
-            trials=DEFAULT_TRIALS if trials is None else trials,
+            trials=trials,
             timeout=timeout,
             jobs=jobs,
             db=db,

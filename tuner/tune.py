@@ -30,9 +30,12 @@ from tilewright.tuning_db.errors import UsageError
 from tilewright.tuning_db.record import Environment, Key, Provenance, Record, Status
 from tilewright.tuning_db.store import TuningDB
 
-DEFAULT_TRIALS = 16
-"""Configurations tried per workload unless told otherwise: the default suite then takes two to three minutes on 2 cores
-without a GPU."""
+PREDICTED_TRIALS = 12
+"""Configurations tried per workload where they are only predicted: the model has ranked them before, and what they cost
+is compiling. The default suite then takes about two minutes on 2 cores."""
+
+MEASURED_TRIALS = 48
+"""Where they are measured: a minute a workload or less."""
 
 BATCH_PER_JOB = 2
 """Configurations asked for at a time, per compiling process: enough that none waits, few enough that a time limit is
@@ -96,7 +99,7 @@ def autotune(
     *,
     kernels: Sequence[str] | None = None,
     problems: Iterable[Problem | Workload | str] | None = None,
-    trials: int = DEFAULT_TRIALS,
+    trials: int | None = None,
     timeout: float | None = None,
     jobs: int | None = None,
     db: str | os.PathLike[str] | None = None,
@@ -114,7 +117,8 @@ def autotune(
         kernels: names of the ops to tune; all by default.
         problems: what to tune: problems, workloads, or texts as `"M=4096,N=4096,K=4096,dtype=fp16"` (of the one op in
             `kernels`, gemm by default). The default suite if left out.
-        trials: configurations to have tried per workload, those of earlier runs included.
+        trials: configurations to have tried per workload, those of earlier runs included; by default `PREDICTED_TRIALS`
+            or, on a live GPU, `MEASURED_TRIALS`.
         timeout: seconds for the whole run; the trials in flight are finished.
         jobs: compiling processes; by default one per processor this process may use.
         db: folder of the databases; see `database_dir`.
@@ -128,7 +132,7 @@ def autotune(
         WorkerError: no worker process can be started.
     """
     start = time.monotonic()
-    if trials < 1:
+    if trials is not None and trials < 1:
         raise UsageError(f"{trials=} must be at least 1")
     if timeout is not None and not timeout > 0:
         raise UsageError(f"{timeout=} must be more than 0 seconds")
@@ -137,6 +141,8 @@ def autotune(
         raise UsageError(f"{jobs=} must be at least 1")
     target = resolve_device(device) if isinstance(device, str) else device
     workloads = resolve_workloads(target, kernels, problems)
+    if trials is None:
+        trials = MEASURED_TRIALS if target.live else PREDICTED_TRIALS
     deadline = None if timeout is None else start + timeout
     with TuningDB.open(target.key, database_dir(db)) as database:
         results = Results(target, database.path, set_aside=database.set_aside)

@@ -84,5 +84,5 @@ def test_arrays_of_other_types_are_refused(text):
 
 @pytest.mark.parametrize("name", ["float16", "FP16", "", None, np.float16])
 def test_unknown_names_are_refused(name):
-    with pytest.raises(ProblemError, match="^unknown dtype .*; the names are fp16, bf16, fp32, int8, fp8e4m3"):
+    with pytest.raises(ProblemError, match=r"^unknown dtype .*; the names are fp16, bf16, fp32, int8, fp8e4m3"):
         dtype(name)

@@ -120,7 +120,7 @@ def test_the_callers_configuration_is_checked_and_nothing_takes_its_place(add):
 
 
 def test_a_problem_the_device_lacks_is_refused_before_anything_is_asked(folder):
-    with pytest.raises(UnsupportedError, match="^gemm M=16,N=16,K=32,dtype=fp8e4m3: fp8e4m3 needs sm_89"):
+    with pytest.raises(UnsupportedError, match=r"^gemm M=16,N=16,K=32,dtype=fp8e4m3: fp8e4m3 needs sm_89"):
         choose(GEMM, GemmProblem(16, 16, 32, dtype="fp8e4m3"), DEVICE, config=GemmConfig(16, 16, 32))
 
 

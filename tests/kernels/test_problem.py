@@ -156,7 +156,7 @@ def test_values_of_the_wrong_type_are_refused(values, message):
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "3", "null"])
 def test_text_that_is_no_object_is_refused(text):
-    with pytest.raises(ProblemError, match="^GemmConfig expects a JSON object"):
+    with pytest.raises(ProblemError, match=r"^GemmConfig expects a JSON object"):
         GemmConfig.from_json(text)
 
 

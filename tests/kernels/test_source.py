@@ -144,7 +144,7 @@ def test_a_shared_epilogue_is_part_of_every_kernel_that_calls_it(hash_of, tmp_pa
     for name in ("gemm_kernel", "finish", "load_tile", "tile_of", "activate", "tanh", "sigmoid"):
         assert f"FunctionDef(name='{name}'" in names
     assert len(names) == 7
-    assert list(source._parts(epilogue.activate, set()))[0] in parts
+    assert next(source._parts(epilogue.activate, set())) in parts
 
 
 @pytest.mark.smoke

@@ -148,15 +148,16 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
     if config.SPLIT_K > 1:
         if k_blocks < 4 * config.SPLIT_K:
             return f"SPLIT_K={config.SPLIT_K} leaves fewer than 4 of {k_blocks} K blocks to each"
-        blocks = tiles_m * math.ceil(problem.N / config.BLOCK_N) * problem.batch
-        if blocks >= 4 * device.sms:
-            return f"{blocks} tiles fill {device.sms} SMs without SPLIT_K"
+        tiles = tiles_m * math.ceil(problem.N / config.BLOCK_N) * problem.batch
+        # Half as many splits leave half the partial tiles to write and read.
+        if tiles * (config.SPLIT_K // 2) >= 4 * device.sms:
+            return f"{tiles} tiles fill {device.sms} SMs with half of SPLIT_K={config.SPLIT_K}"
     if config.num_stages > max(2, k_blocks // config.SPLIT_K):
         return f"num_stages={config.num_stages} is more than the K blocks there are"
     if 16 * 8 * config.num_warps > config.BLOCK_M * config.BLOCK_N:
         return f"{config.num_warps} warps on {config.BLOCK_M}×{config.BLOCK_N} leave less than one 16×8 mma each"
-    if config.num_stages > 2 and (device.arch < 80 or vector_bytes(problem) < 4):
-        return "without cp.async (sm_80, 4-byte loads) more than 2 stages change nothing"
+    if config.num_stages > 1 and (device.arch < 80 or vector_bytes(problem) < 4):
+        return "without cp.async (sm_80, 4-byte loads) more than 1 stage changes nothing: the code is the same"
     return None
 
 
@@ -166,22 +167,22 @@ SPACE: Space[GemmProblem, GemmConfig] = Space(GemmConfig, AXES, fits, useful)
 def default(problem: GemmProblem, device: Device) -> GemmConfig:
     """What runs when nothing is known: fits every problem, without spills, and is never the slowest."""
     copies = vector_bytes(problem) >= 4 and device.arch >= 80
-    # fp8 before sm_89 turns to fp16 in registers: 64 deep, ptxas spills 8 bytes of it.
-    widened = dtype(problem.dtype).unit == "fp8" and device.arch < 89
     if problem.unit == "fp32" or not device.tensor_tflops:
         # CUDA cores hold their operands in registers: larger tiles spill.
-        config = GemmConfig(BLOCK_M=16 if problem.M <= 16 else 32, BLOCK_N=32, BLOCK_K=32, num_stages=2)
+        config = GemmConfig(
+            BLOCK_M=16 if problem.M <= 16 else 32, BLOCK_N=32, BLOCK_K=32, num_stages=2 if copies else 1
+        )
     elif problem.M <= 32 or problem.N <= 32:
         config = GemmConfig(
             BLOCK_M=16 if problem.M <= 16 else 32,
             BLOCK_N=32 if problem.N <= 32 else 64,
-            BLOCK_K=64 if copies and not widened and problem.dtype != "fp32" else 32,
-            num_stages=4 if copies else 2,
+            BLOCK_K=64 if copies and problem.dtype != "fp32" else 32,
+            num_stages=4 if copies else 1,
         )
     elif copies and vector_bytes(problem) == 16 and min(problem.M, problem.N) >= 1024:
         config = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4)
     else:
-        config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_stages=4 if copies else 2)
+        config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_stages=4 if copies else 1)
     while fits(problem, config, device) is not None and config.num_stages > 1:
         config = replace(config, num_stages=config.num_stages - 1)
     return config

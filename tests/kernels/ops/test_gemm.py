@@ -1,4 +1,4 @@
-"""The fused GEMM in the interpreter against float64: numbers, memory, every way to call it, and every way to misuse it."""
+"""The fused GEMM in the interpreter against float64: numbers, memory, every way to call it and to misuse it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,408 @@
+"""Arrays of other libraries: what is read off them, what is made in return, and what is said when they can't be used.
+
+No GPU library is at hand here: light stand-ins have the attributes that CuPy's and torch's arrays have.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from types import ModuleType, SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tilewright.kernels import arrays, gemm
+from tilewright.kernels.arrays import CupyKind, DlpackKind, NumpyKind, TorchKind, View, kind_of, require_cupy
+from tilewright.tuning_db.env import compiling_environment
+from tilewright.tuning_db.errors import MissingDependencyError, ProblemError, UnsupportedError
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Kinds remember the library they met first: forget the stand-ins."""
+
+    def forget():
+        arrays._kinds.clear()
+        arrays._the.cache_clear()
+        require_cupy.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+# NumPy
+
+
+def test_numpy_views():
+    kind = kind_of(np.zeros(1))
+    assert isinstance(kind, NumpyKind)
+    assert kind.host
+    array = np.zeros((4, 6), ml_dtypes.bfloat16)[1::2, ::3]
+    assert kind.view(array) == View(array.ctypes.data, (2, 2), (12, 3), "bf16", -1)
+    assert kind.pointer(array) == array.ctypes.data
+    assert kind.argument(array) is kind.adopt(array) is kind.give_back(array, array) is array
+    assert kind.stream(array) == 0
+
+
+def test_numpy_makes_arrays_of_canonical_dtypes():
+    kind = kind_of(np.zeros(1))
+    made = kind.empty(np.zeros(1), (2, 3), "fp8e4m3")
+    assert (made.shape, made.dtype) == ((2, 3), np.dtype(ml_dtypes.float8_e4m3fn))
+    scalar = kind.scalar(np.zeros(1), 0.1)
+    assert (scalar.shape, scalar.dtype, scalar[0]) == ((1,), np.dtype(np.float32), np.float32(0.1))
+
+
+def test_signatures_differ_in_all_a_call_depends_on():
+    kind = kind_of(np.zeros(1))
+    base = np.zeros(4096, np.float32)
+    start = -base.ctypes.data // 4 % 16
+    array = base[start : start + 64].reshape(8, 8)
+    same = np.zeros_like(array)
+    others = [
+        array[:4],
+        array.T[:, :],
+        array.astype(np.float16),
+        base[start + 1 : start + 65].reshape(8, 8),
+        array[:, ::2],
+    ]
+    signatures = {kind.signature(each) for each in (array, *others)}
+    assert len(signatures) == 6
+    if same.ctypes.data % 16 == 0:
+        assert kind.signature(same) == kind.signature(array)
+
+
+def test_strides_between_elements_are_refused():
+    field = np.zeros((4, 4), "f2,i1")["f0"]
+    with pytest.raises(
+        UnsupportedError, match=r"^strides of \(12, 3\) B are no multiples of the 2 B of an element: pass"
+    ):
+        kind_of(field).view(field)
+
+
+def test_one_kind_for_each_library(tmp_path):
+    class Derived(np.ndarray):
+        """As users derive them."""
+
+    mapped = np.memmap(tmp_path / "x", np.float32, "w+", shape=(2,))
+    assert kind_of(mapped) is kind_of(np.zeros(1)) is kind_of(np.zeros(1).view(Derived))
+
+
+# CuPy
+
+
+class FakeDevice:
+    """`cupy.cuda.Device`: notes which device is current."""
+
+    current = 0
+
+    def __init__(self, ordinal):
+        self.ordinal = ordinal
+
+    def __enter__(self):
+        self.before, FakeDevice.current = FakeDevice.current, self.ordinal
+
+    def __exit__(self, *_):
+        FakeDevice.current = self.before
+
+
+class CupyArray:
+    """`cupy.ndarray`, on device 1 unless told otherwise."""
+
+    def __init__(self, shape=(4, 8), dtype=np.float16, device=1, pointer=0x7000):
+        host = np.zeros(shape, dtype)
+        self.shape, self.strides, self.dtype, self.itemsize = host.shape, host.strides, host.dtype, host.itemsize
+        self.data = SimpleNamespace(ptr=pointer, device_id=device)
+
+
+CupyArray.__module__ = "cupy"
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    module = ModuleType("cupy")
+    module.made = []
+
+    def make(shape, dtype):
+        module.made.append((shape, np.dtype(dtype), FakeDevice.current))
+        return CupyArray(shape, dtype, FakeDevice.current)
+
+    module.empty = make
+    module.ndarray = CupyArray
+    module.asarray = lambda array: make(array.shape, array.dtype) if isinstance(array, np.ndarray) else array.adopted
+    module.from_dlpack = lambda foreign: foreign.adopted
+    module.cuda = SimpleNamespace(
+        Device=FakeDevice,
+        get_current_stream=lambda device=-1: SimpleNamespace(ptr=100 + device),
+        runtime=SimpleNamespace(getDeviceCount=lambda: 2, CUDARuntimeError=RuntimeError),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module
+
+
+def test_cupy_arrays(cupy):
+    array = CupyArray()
+    kind = kind_of(array)
+    assert type(kind) is CupyKind
+    assert not kind.host
+    assert kind.view(array) == View(0x7000, (4, 8), (8, 1), "fp16", 1)
+    assert kind.argument(array) == kind.pointer(array) == 0x7000
+    assert kind.signature(array) == ((4, 8), (16, 2), np.dtype(np.float16), 1, True)
+    assert kind.signature(CupyArray(pointer=0x7002))[-1] is False
+
+
+def test_cupy_makes_arrays_on_the_device_of_its_operand_and_asks_for_its_stream(cupy):
+    kind = kind_of(CupyArray())
+    kind.empty(CupyArray(device=1), (2, 3), "bf16")
+    kind.scalar(CupyArray(device=1), 0.5)
+    assert cupy.made == [((2, 3), np.dtype(ml_dtypes.bfloat16), 1), ((1,), np.dtype(np.float32), 1)]
+    assert FakeDevice.current == 0
+    assert kind.stream(CupyArray(device=1)) == 101
+
+
+def test_arrays_on_two_gpus_are_refused(cupy):
+    with pytest.raises(ProblemError, match=r"^the arrays are on different GPUs: \[0, 1\]$"):
+        gemm(CupyArray(device=0), CupyArray((8, 4), device=1))
+
+
+# torch
+
+
+class Tensor:
+    """`torch.Tensor`."""
+
+    def __init__(self, device="cuda:1", dtype="torch.float16"):
+        name, _, index = device.partition(":")
+        self.shape, self.dtype, self.made = (4, 8), SimpleNamespace(), []
+        self.dtype = type("dtype", (), {"__str__": lambda _: dtype})()
+        self.device = type("device", (), {"type": name, "index": int(index or 0), "__str__": lambda _: device})()
+
+    def stride(self):
+        return (1, 4)
+
+    def data_ptr(self):
+        return 0x9008
+
+    def new_empty(self, shape, dtype):
+        self.made.append((shape, dtype))
+
+    def new_full(self, shape, value, dtype):
+        self.made.append((shape, value, dtype))
+
+
+Tensor.__module__ = "torch"
+
+
+class Parameter(Tensor):
+    """Of another module and type, as `torch.nn.Parameter` is."""
+
+
+Parameter.__module__ = "torch.nn.parameter"
+
+
+class Derived(Tensor):
+    """As other libraries derive them."""
+
+
+Derived.__module__ = "torchthings"
+
+
+@pytest.fixture
+def torch(monkeypatch):
+    module = ModuleType("torch")
+    for name in ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2"):
+        setattr(module, name, f"torch.{name}")
+    module.cuda = SimpleNamespace(
+        current_stream=lambda device: SimpleNamespace(cuda_stream={"cuda:0": 7, "cuda:1": 8}[str(device)])
+    )
+    monkeypatch.setitem(sys.modules, "torch", module)
+    return module
+
+
+def test_torch_tensors(torch):
+    tensor = Tensor()
+    kind = kind_of(tensor)
+    assert isinstance(kind, TorchKind)
+    assert kind.view(tensor) == View(0x9008, (4, 8), (1, 4), "fp16", 1)
+    assert kind.signature(tensor)[-1] is False
+    assert kind.stream(tensor) == 8
+    for name, spelled in (("bf16", "bfloat16"), ("fp8e4m3", "float8_e4m3fn"), ("fp32", "float32")):
+        kind.empty(tensor, (2, 3), name)
+        assert tensor.made.pop() == ((2, 3), f"torch.{spelled}")
+    kind.scalar(tensor, 0.5)
+    assert tensor.made == [((1,), 0.5, "torch.float32")]
+
+
+def test_parameters_and_derived_tensors_are_torchs(torch):
+    assert kind_of(Parameter()) is kind_of(Derived()) is kind_of(Tensor())
+
+
+def test_a_tensor_on_the_host_is_refused(torch):
+    with pytest.raises(
+        UnsupportedError, match=r"^a torch tensor on cpu is not in a GPU's memory: move it with .cuda\(\)$"
+    ):
+        gemm(Tensor("cpu"), Tensor("cpu"))
+
+
+def test_libraries_do_not_mix(torch, cupy):
+    for a, b in ((np.zeros((4, 8), np.float16), Tensor()), (Tensor(), CupyArray()), (CupyArray(), np.zeros((8, 4)))):
+        with pytest.raises(ProblemError, match=r"^a is a \S+ and b a \S+: pass arrays of one library$"):
+            gemm(a, b)
+    with pytest.raises(ProblemError, match=r"^a is a cupy.CupyArray and residual a torch.Tensor: pass"):
+        gemm(CupyArray(), CupyArray(), residual=Tensor())
+
+
+def test_real_torch_tensors_on_the_host_are_refused():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(UnsupportedError, match="a torch tensor on cpu is not in a GPU's memory"):
+        gemm(torch.zeros(4, 8), torch.zeros(8, 4))
+
+
+# Everything else on a GPU
+
+
+class Foreign:
+    """An array of some library, with `__cuda_array_interface__`."""
+
+    def __init__(self):
+        self.adopted = CupyArray()
+
+    @property
+    def __cuda_array_interface__(self):
+        raise AssertionError("only CuPy asks")
+
+
+class DlpackOnly:
+    """An array that speaks DLPack and nothing else."""
+
+    def __init__(self):
+        self.adopted = CupyArray()
+
+    def __dlpack__(self):
+        raise AssertionError("only CuPy asks")
+
+
+def test_foreign_arrays_are_seen_through_cupy(cupy, monkeypatch):
+    foreign = Foreign()
+    monkeypatch.setattr(Foreign, "__cuda_array_interface__", {})
+    kind = kind_of(foreign)
+    assert isinstance(kind, DlpackKind)
+    assert kind.adopt(foreign) is foreign.adopted
+    assert kind.pointer(foreign) == 0x7000
+    assert kind.signature(foreign) == kind_of(foreign.adopted).signature(foreign.adopted)
+    assert kind.stream(foreign) == 101
+    kind.empty(foreign, (2,), "fp32")
+    assert cupy.made == [((2,), np.dtype(np.float32), 1)]
+    assert kind.give_back(foreign.adopted, foreign) is foreign.adopted  # a library without a namespace gets CuPy's
+
+
+def test_arrays_with_dlpack_alone_are_seen_through_cupy_too(cupy):
+    foreign = DlpackOnly()
+    assert kind_of(foreign).adopt(foreign) is foreign.adopted
+    assert kind_of(foreign).view(foreign.adopted).device == 1
+
+
+def test_foreign_libraries_have_kinds_of_their_own(cupy):
+    one = type("Array", (Foreign,), {"__module__": "one.core", "__cuda_array_interface__": {}})
+    same = type("Buffer", (Foreign,), {"__module__": "one.other", "__cuda_array_interface__": {}})
+    other = type("Array", (Foreign,), {"__module__": "other", "__cuda_array_interface__": {}})
+    assert kind_of(one()) is kind_of(same())
+    assert kind_of(one()) is not kind_of(other())
+
+
+def test_what_has_no_array_in_it_is_refused(cupy):
+    for value in (3, "x", None, [1.0], object()):
+        with pytest.raises(UnsupportedError, match=rf"^builtins.{type(value).__name__} is no array: pass NumPy, CuPy"):
+            kind_of(value)
+
+
+# What is missing, in one line
+
+
+@pytest.fixture
+def without_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)  # its import fails
+
+
+def test_a_gpu_array_without_cupy_says_what_to_install(without_cupy):
+    with pytest.raises(MissingDependencyError) as raised:
+        gemm(Foreign(), Foreign())
+    assert str(raised.value) == (
+        'running a kernel on a GPU needs CuPy: pip install "tilewright[cuda13]" (or [cuda12], by your driver)'
+    )
+    assert isinstance(raised.value, ImportError)
+
+
+@pytest.mark.parametrize("count", [0, RuntimeError("cudaErrorNoDevice: none")], ids=["no GPU", "no driver"])
+def test_cupy_without_a_gpu_says_so(cupy, count):
+    def device_count():
+        if isinstance(count, Exception):
+            raise count
+        return count
+
+    cupy.cuda.runtime.getDeviceCount = device_count
+    with pytest.raises(MissingDependencyError, match=r"^CuPy is installed but finds no CUDA (GPU|driver): [^\n]*$"):
+        require_cupy()
+    # A GPU may appear, as when a driver is loaded: the failure is not remembered.
+    cupy.cuda.runtime.getDeviceCount = lambda: 1
+    assert require_cupy() is cupy
+
+
+def run(program, **environment):
+    command = [sys.executable, "-P", "-c", textwrap.dedent(program)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("interpret", [{}, {"TRITON_INTERPRET": "1"}], ids=["compiling", "interpreting"])
+def test_importing_the_kernels_imports_no_gpu_library(interpret):
+    done = run(
+        """
+        import sys, warnings
+        warnings.simplefilter("error")
+        import tilewright.kernels
+        guests = ("torch", "cupy", "cupy_backends", "jax", "tensorrt", "onnx", "optuna", "pynvml")
+        print(sorted(set(guests) & set(sys.modules)), sorted(set(sys.modules) & {"tilewright.tuner"}))
+        """,
+        **compiling_environment(),
+        **interpret,
+    )
+    assert (done.stdout, done.stderr) == ("[] []\n", "")
+
+
+@pytest.mark.smoke
+def test_numpy_arrays_without_the_interpreter_say_what_to_set():
+    done = run(
+        """
+        import numpy
+        from tilewright.kernels import gemm
+        gemm(numpy.ones((4, 8), "f2"), numpy.ones((8, 4), "f2"))
+        """,
+        **compiling_environment(),
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("tilewright.tuning_db.errors.UsageError: NumPy arrays need Triton's interpreter, but ")
+    assert last.endswith("set TRITON_INTERPRET=1 before the first `import triton` or `import tilewright.kernels`")
+
+
+@pytest.mark.smoke
+def test_gpu_arrays_without_cupy_say_what_to_install_in_a_fresh_process():
+    done = run(
+        """
+        import sys
+        sys.modules["cupy"] = None
+        from tilewright.kernels import gemm
+        class Array:
+            __cuda_array_interface__ = {}
+        gemm(Array(), Array())
+        """,
+        **compiling_environment(),
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "tilewright.tuning_db.errors.MissingDependencyError: running a kernel on a GPU needs CuPy: pip"
+    )

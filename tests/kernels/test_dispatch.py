@@ -1,0 +1,163 @@
+"""From a problem to a plan: prepared once, the next candidate where one is refused, and no lock for a warm call."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from tilewright.kernels import Choice, GemmConfig, GemmProblem, dispatch, resolve_device
+from tilewright.kernels.dispatch import call_cache, forget_plans, plan_for
+from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.kernels.runtime import InterpretedPlan
+from tilewright.tuning_db.errors import (
+    CompileError,
+    IllegalConfigError,
+    LaunchError,
+    MissingDependencyError,
+    UnsupportedError,
+)
+from tilewright.tuning_db.record import Provenance
+
+PROBLEM = GemmProblem(16, 16, 16)
+DEVICE = replace(resolve_device("rtx3090"), live="cuda:0")
+TILES = [GemmConfig(16, 16, 16, GROUP_M=group) for group in range(1, 5)]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    forget_plans()
+    yield
+    forget_plans()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU on which candidates are TILES, and plans are what `gpu.refuse` leaves of them."""
+
+    class Gpu:
+        refuse: dict = {}  # noqa: RUF012 - set by each test
+        plans: list = []  # noqa: RUF012
+        seconds = 0.0
+
+    def plan(launches, device, ordinal):
+        time.sleep(Gpu.seconds)
+        group = dict(launches[0].constexprs)["GROUP_M"]
+        Gpu.plans.append((group, device, ordinal))
+        if group in Gpu.refuse:
+            raise Gpu.refuse[group]
+        return f"plan {group}"
+
+    def candidates(kernel, problem, device, *, config=None):
+        for tile in [config] if config else TILES:
+            yield Choice(tile, Provenance.PREDICTED, "by the test")
+
+    Gpu.plans, Gpu.refuse = [], {}
+    monkeypatch.setattr(dispatch, "_device", lambda ordinal: DEVICE)
+    monkeypatch.setattr(dispatch, "GpuPlan", plan)
+    monkeypatch.setattr(dispatch, "candidates", candidates)
+    return Gpu
+
+
+def test_host_arrays_are_interpreted_with_the_default():
+    plan, choice = plan_for(GEMM, PROBLEM, -1)
+    assert isinstance(plan, InterpretedPlan)
+    assert choice == Choice(GEMM.default(PROBLEM, resolve_device("a100")), None, "interpreted")
+    named = plan_for(GEMM, PROBLEM, -1, config=TILES[2])
+    assert named[1].config == TILES[2]
+    with pytest.raises(IllegalConfigError, match="BLOCK_K=17 must be a power of two"):
+        plan_for(GEMM, PROBLEM, -1, config=GemmConfig(16, 16, 17))
+
+
+def test_the_interpreter_takes_what_no_tuned_gpu_would():
+    assert plan_for(GEMM, GemmProblem(16, 16, 32, dtype="fp8e4m3"), -1)[1].reason == "interpreted"
+
+
+def test_a_plan_is_made_once_for_each_problem_device_and_configuration(gpu):
+    first = plan_for(GEMM, PROBLEM, 0)
+    assert plan_for(GEMM, GemmProblem(16, 16, 16), 0) is first
+    assert len(gpu.plans) == 1
+    for arguments in ((PROBLEM, 1), (replace(PROBLEM, alpha=True), 0)):
+        assert plan_for(GEMM, *arguments) is not first
+    assert plan_for(GEMM, PROBLEM, 0, config=TILES[0]) is not first
+    assert gpu.plans == [(1, DEVICE, 0), (1, DEVICE, 1), (1, DEVICE, 0), (1, DEVICE, 0)]
+
+
+@pytest.mark.parametrize("error", [UnsupportedError, CompileError, LaunchError])
+def test_a_refused_candidate_gives_way_to_the_next(gpu, error):
+    gpu.refuse = {1: error("8 B a thread spill"), 2: error("no")}
+    plan, choice = plan_for(GEMM, PROBLEM, 0)
+    assert (plan, choice.config) == ("plan 3", TILES[2])
+    assert [group for group, *_ in gpu.plans] == [1, 2, 3]
+
+
+def test_when_all_are_refused_the_last_reason_is_given_and_nothing_remembered(gpu):
+    gpu.refuse = {group: UnsupportedError(f"refused {group}") for group in range(1, 5)}
+    with pytest.raises(UnsupportedError, match=r"^refused 4$"):
+        plan_for(GEMM, PROBLEM, 0)
+    gpu.refuse = {}
+    assert plan_for(GEMM, PROBLEM, 0)[0] == "plan 1"
+
+
+def test_the_callers_configuration_has_no_stand_in(gpu):
+    gpu.refuse = {2: CompileError("ptxas")}
+    with pytest.raises(CompileError, match=r"^ptxas$"):
+        plan_for(GEMM, PROBLEM, 0, config=TILES[1])
+
+
+def test_other_errors_are_not_taken_for_a_refusal(gpu):
+    gpu.refuse = {1: MemoryError()}
+    with pytest.raises(MemoryError):
+        plan_for(GEMM, PROBLEM, 0)
+
+
+def test_many_threads_make_one_plan(gpu):
+    gpu.seconds = 0.02
+    plans = []
+    barrier = threading.Barrier(8)
+
+    def ask():
+        barrier.wait()
+        plans.append(plan_for(GEMM, PROBLEM, 0))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(gpu.plans) == 1
+    assert len({id(plan) for plan in plans}) == 1
+    gpu.seconds = 0.0
+
+
+def test_a_warm_call_takes_no_lock(gpu):
+    plan_for(GEMM, PROBLEM, 0)
+    answers = []
+    with dispatch._lock:
+        thread = threading.Thread(target=lambda: answers.append(plan_for(GEMM, PROBLEM, 0)[0]), daemon=True)
+        thread.start()
+        thread.join(10)
+    assert answers == ["plan 1"]
+
+
+def test_forgetting_empties_plans_and_the_caches_of_calls(gpu):
+    calls = call_cache()
+    calls["a call"] = "its plan"
+    plan_for(GEMM, PROBLEM, 0)
+    forget_plans()
+    assert calls == {}
+    plan_for(GEMM, PROBLEM, 0)
+    assert len(gpu.plans) == 2
+    dispatch._call_caches.remove(calls)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    dispatch._device.cache_clear()
+    monkeypatch.setattr(dispatch, "live_devices", lambda: ())
+    with pytest.raises(MissingDependencyError, match=r"^cuda:3 is not among the GPUs found: none$"):
+        plan_for(GEMM, PROBLEM, 3)
+    monkeypatch.setattr(dispatch, "live_devices", lambda: (DEVICE,))
+    assert dispatch._device(0) is DEVICE
+    dispatch._device.cache_clear()
