@@ -19,7 +19,7 @@ from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.runtime import InterpretedPlan
 from tilewright.tuner import measure as module
-from tilewright.tuner.measure import Bench, floor_us, measure, measure_on
+from tilewright.tuner.measure import Bench, measure, measure_on
 from tilewright.tuner.pool import Pool
 from tilewright.tuning_db.errors import CompileError, LaunchError, ProblemError, UnknownKernelError, UnsupportedError
 from tilewright.tuning_db.record import Resources, Times
@@ -363,11 +363,3 @@ def test_no_finalist_that_passes_is_no_failure(gpu: SimulatedGpu) -> None:
 
 
 # Odds and ends
-
-
-def test_the_roofline_of_a_problem() -> None:
-    device = resolve_device("a100")
-    compute = GemmProblem(M=8192, N=8192, K=8192)
-    assert floor_us(compute, device) == pytest.approx(2 * 8192**3 / (device.tflops("fp16") * 1e6))
-    memory = GemmProblem(M=1, N=4096, K=4096)
-    assert floor_us(memory, device) == pytest.approx(memory.bytes_moved() / device.bandwidth_gbs / 1e3)
