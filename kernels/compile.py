@@ -133,7 +133,10 @@ def _assemble(source: ASTSource, arch: int, options: dict[str, Any]) -> Binary:
 
 
 def _first_line(error: Exception) -> str:
-    # Triton wraps the reason: "at 12:8: … error: …".
+    # ptxas says "ptxas /tmp/x.ptx, line 556; error   : Feature …"; Triton wraps its own reasons: "at 12:8: … error: …".
+    from_ptxas = re.search(r"; (?:fatal|error) *: *(.+)", str(error))
+    if from_ptxas:
+        return from_ptxas.group(1).strip()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reasons = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
     return (reasons or lines or ["no reason given"])[-1 if not reasons else 0]

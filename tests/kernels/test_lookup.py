@@ -157,6 +157,8 @@ def test_a_record_without_resources_is_judged_by_the_space_alone(add):
     record = replace(choose(GEMM, PROBLEM, DEVICE).record, resources=None)
     assert fitting_config(GEMM, PROBLEM, DEVICE, record) == TILES[0]
     assert fitting_config(GEMM, PROBLEM, DEVICE, replace(record, config="{}")) is None
+    # The database never answers what spills; a record from elsewhere is held to it too.
+    assert fitting_config(GEMM, PROBLEM, DEVICE, replace(record, resources=replace(MODEST, spill_bytes=4))) is None
 
 
 @pytest.mark.parametrize(

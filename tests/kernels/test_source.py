@@ -131,6 +131,28 @@ def test_the_hash_is_the_same_under_every_python_and_triton(hash_of):
     assert hash_of(KERNEL) == "7a59dbcc8a87235d341d54729ee86417131731aa98ac15af1bc039bbad873af5"
 
 
+def test_constants_and_functions_around_a_nested_kernel_count(hash_of):
+    nested = """
+import triton
+import triton.language as tl
+
+def make():
+    SCALE = tl.constexpr(2)
+    @triton.jit
+    def shift(x):
+        return x + 1
+    @triton.jit
+    def kernel(x_ptr):
+        tl.store(x_ptr, shift(tl.load(x_ptr) * SCALE))
+    return kernel
+
+kernel = make()
+"""
+    hashes = {hash_of(text) for text in (nested, nested.replace("(2)", "(3)"), nested.replace("x + 1", "x + 2"))}
+    assert len(hashes) == 3
+    assert hash_of("# Further down.\n" + nested) in hashes
+
+
 def test_functions_are_hashed_in_order():
     one, other = jit.tile_of, jit.load_tile
     assert len({source_hash(one), source_hash(other), source_hash(one, other), source_hash(other, one)}) == 4

@@ -242,6 +242,7 @@ def scratch_of(problem, config):
     return launch, arrays
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("order", ["forwards", "backwards"])
 @pytest.mark.parametrize("split", [2, 4, 8])
 def test_split_k_is_deterministic_and_leaves_its_counters_zero(split, order, monkeypatch):
@@ -441,12 +442,12 @@ SQUARE = random_array((3, 32, 32))
         ("bias", lambda x: {"a": x[0], "b": x[1], "bias": x[2, 5], "out": x[2]}),
         # One block would read what another has written.
         ("residual", lambda x: {"a": x[0, 1:9], "b": x[1], "residual": x[2, 1:9], "out": x[2, :8]}),
-        ("residual", lambda x: {"a": x[:2], "b": x[2].copy(), "residual": x[0], "out": x[:2]}),
+        ("residual", lambda x: {"a": x[:2].copy(), "b": x[2], "residual": x[0], "out": x[:2]}),
         ("a", lambda x: {"a": x[:2, None], "b": x[2].copy(), "out": x[:2, None]}),
     ],
 )
 def test_out_may_not_share_memory_with_what_is_read(name, arrays):
-    with pytest.raises(ProblemError, match=f"^out may not share memory with (a|{name})$"):
+    with pytest.raises(ProblemError, match=f"^out may not share memory with {name}$"):
         gemm(**arrays(SQUARE.copy()))
 
 
