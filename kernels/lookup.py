@@ -97,7 +97,9 @@ def candidates(
         yield recorded
     for prediction, predicted in predicted_best(kernel, problem, device, PREDICTED_CANDIDATES):
         yield Choice(predicted, Provenance.PREDICTED, f"by {MODEL}", prediction.time_us)
-    yield Choice(kernel.default(problem, device), Provenance.DEFAULT, "no evidence")
+    default = kernel.default(problem, device)
+    kernel.space.check(problem, default, device)  # a grid past the hardware's fits no configuration
+    yield Choice(default, Provenance.DEFAULT, "no evidence")
 
 
 def recorded_choice(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path) -> Choice | None:

@@ -1,12 +1,29 @@
 """Searching for the best configuration: on the GPU at hand, or for one that is not.
 
-from tilewright.tuner import autotune
-results = autotune(device="sm_86", problems=["M=4096,N=4096,K=4096,dtype=fp16"])
+    from tilewright.tuner import autotune
+    results = autotune(device="sm_86", problems=["M=4096,N=4096,K=4096,dtype=fp16"])
+
+The names are imported when they are asked for: the command line answers `--help`, and Ctrl-C, before Triton is loaded.
 """
 
 from __future__ import annotations
 
-from tilewright.tuner.suites import SUITES, Workload, find_suite
-from tilewright.tuner.tune import Progress, Result, Results, autotune
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tilewright.tuner.suites import SUITES, Workload, find_suite
+    from tilewright.tuner.tune import Progress, Result, Results, autotune
+
+_HOMES = {
+    **dict.fromkeys(("autotune", "Results", "Result", "Progress"), "tilewright.tuner.tune"),
+    **dict.fromkeys(("Workload", "SUITES", "find_suite"), "tilewright.tuner.suites"),
+}
 
 __all__ = ["autotune", "Results", "Result", "Progress", "Workload", "SUITES", "find_suite"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

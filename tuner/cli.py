@@ -1,20 +1,23 @@
 """The command `autotune`.
 
-Exit status: 0 done; 1 the run failed; 2 the command was called wrongly or the database can't be used; 130 Ctrl-C.
+Exit status: 0 done; 1 the run failed; 2 the command was called wrongly or the database can't be used; 130 Ctrl-C;
+143 terminated.
 Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import signal
 import sys
 from importlib.metadata import version as package_version
-from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from tilewright.tuning_db.errors import DatabaseError, TilewrightError, UsageError
@@ -22,20 +25,34 @@ from tilewright.tuning_db.errors import DatabaseError, TilewrightError, UsageErr
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-WIDE = 200
-"""Columns of a table that is not on a terminal: a log wraps nothing."""
+EXIT_TERMINATED = 143
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM: as Ctrl-C, it ends the run through every `finally`, so that no worker stays behind."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _TerminatedError
 
 
 def main() -> None:
     """Entry point: every error of ours is one line on stderr; `--debug` adds the traceback."""
     debug = "--debug" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that knows no × or µ shows a ? and goes on.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
+        signal.signal(signal.SIGTERM, _terminate)
         # Click's own handling is used for its mistakes in arguments; ours are below.
         status = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         _end("interrupted: finished trials are kept, the same command goes on from there", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         _end("interrupted: finished trials are kept, the same command goes on from there", EXIT_INTERRUPTED)
+    except _TerminatedError:
+        _end("terminated: finished trials are kept, the same command goes on from there", EXIT_TERMINATED)
     except click.ClickException as error:
         hint = f" (see {error.ctx.command_path} --help)" if isinstance(error, click.UsageError) and error.ctx else ""
         _end(f"error: {error.format_message()}{hint}", EXIT_USAGE)
@@ -43,6 +60,10 @@ def main() -> None:
         # The reader went away (`| head`): not an error of ours, and nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
+    except OSError as error:
+        if debug:
+            raise
+        _end(f"error: {error}", EXIT_FAILED)
     except TilewrightError as error:
         if debug:
             raise
@@ -59,9 +80,12 @@ def _end(line: str, status: int) -> None:
     sys.exit(status)
 
 
-def _table_console() -> Console:
+def _print_table(table: Table) -> None:
+    """Prints every cell whole: a terminal that is too narrow for a row breaks it, and nothing is cut."""
     console = Console()
-    return console if console.is_terminal else Console(width=WIDE)
+    unbounded = console.options.update(max_width=10_000)
+    console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
+    console.print(table, crop=False)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -84,7 +108,7 @@ def _table_console() -> Console:
 @click.option(
     "--jobs", type=click.IntRange(min=1), metavar="N", help="Compiling processes; by default one per processor."
 )
-@click.option("--db", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the tuning databases.")
+@click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
 @click.option("--retune", is_flag=True, help="Try again what is on record.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
 @click.option("--quiet", is_flag=True, help="No progress; only the result.")
@@ -100,7 +124,7 @@ def cli(
     trials: int | None,
     timeout: float | None,
     jobs: int | None,
-    db: Path | None,
+    db: str | None,
     retune: bool,
     as_json: bool,
     quiet: bool,
@@ -112,8 +136,10 @@ def cli(
     says so. Without --suite or --problem, the default suite of real models' workloads is tuned.
     """
     if context.invoked_subcommand is not None:
-        if device is not None:
-            raise click.UsageError(f"--device goes after the command: autotune {context.invoked_subcommand} --device …")
+        for parameter in cli.params:
+            if context.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE:
+                option = parameter.opts[0]
+                raise click.UsageError(f"{option} is no option of {context.invoked_subcommand}, or goes after it")
         return
     if device is None:
         raise click.UsageError("--device is missing: name an arch (sm_86), a board (rtx3090) or a live GPU (cuda:0)")
@@ -121,6 +147,7 @@ def cli(
     from tilewright.tuner import report
     from tilewright.tuner.suites import find_suite
     from tilewright.tuner.tune import autotune, resolve_workloads
+    from tilewright.tuning_db.env import database_dir
 
     errors = Console(stderr=True)
     target = resolve_device(device)
@@ -130,11 +157,7 @@ def cli(
         chosen += problems
     # Before the first line is printed: a mistake is then the only line.
     workloads = resolve_workloads(target, kernels, chosen)
-    if not quiet:
-        errors.print(report.describe_device(target), markup=False, highlight=False, soft_wrap=True)
-        if target.note:
-            errors.print(f"note: {target.note}", markup=False, highlight=False, soft_wrap=True)
-    with report.ProgressView(errors, quiet) as progress:
+    with report.ProgressView(errors, quiet, report.describe_device(target)) as progress:
         results = autotune(
             target,
             problems=workloads,
@@ -150,9 +173,9 @@ def cli(
     if as_json:
         click.echo(report.to_json(results))
     else:
-        _table_console().print(report.results_table(results))
+        _print_table(report.results_table(results))
         if not quiet:
-            for line in report.closing_lines(results):
+            for line in report.closing_lines(results, database_dir()):
                 errors.print(line, markup=False, highlight=False, soft_wrap=True)
     if all(result.config is None for result in results.results):
         context.exit(EXIT_FAILED)
@@ -166,16 +189,17 @@ def devices() -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("board", "arch", "name"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("SMs", "boost MHz", "GB/s", "L2 MiB", "shared/block KiB", "fp16 TFLOP/s"):
-        table.add_column(name, justify="right")
-    table.add_column("")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    notes: dict[str, list[str]] = {}
     for device in (*live_devices(), *CATALOGUE):
         remarks = [device.live] if device.live else []
         if not device.live and REFERENCE_BOARDS.get(device.arch) == device.board:
             remarks.append(f"what {device.sm} means")
         if device.note:
-            remarks.append(device.note)
+            notes.setdefault(device.note, []).append(device.board)
         table.add_row(
             device.board,
             device.sm,
@@ -188,14 +212,16 @@ def devices() -> None:
             f"{device.tflops('fp16'):g}",
             "; ".join(remarks),
         )
-    _table_console().print(table)
+    _print_table(table)
+    for note, boards in notes.items():
+        click.echo(f"{', '.join(boards)}: {note}")
 
 
 @cli.command()
 @click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
-@click.option("--db", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the tuning databases.")
-def show(device: str, db: Path | None) -> None:
-    """Show what is on record for a device: the best configuration of every problem."""
+@click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
+def show(device: str, db: str | None) -> None:
+    """Show what is on record for a device: the best result of every problem and toolchain."""
 
     from tilewright.kernels.devices import resolve_device
     from tilewright.tuner.report import short_config
@@ -207,10 +233,10 @@ def show(device: str, db: Path | None) -> None:
         records = list(database.best_of_each())
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("op", "problem", "configuration"):
-            table.add_column(name)
-        table.add_column("time µs", justify="right")
+            table.add_column(name, no_wrap=True)
+        table.add_column("time µs", justify="right", no_wrap=True)
         for name in ("provenance", "triton", "when"):
-            table.add_column(name)
+            table.add_column(name, no_wrap=True)
         for record in records:
             assert record.times is not None
             table.add_row(
@@ -223,9 +249,9 @@ def show(device: str, db: Path | None) -> None:
                 record.created_at[:19],
             )
         if records:
-            _table_console().print(table)
+            _print_table(table)
         Console(stderr=True).print(
-            f"{len(records)} problems on record in {database.path}", markup=False, highlight=False, soft_wrap=True
+            f"{len(records)} results on record in {database.path}", markup=False, highlight=False, soft_wrap=True
         )
 
 

@@ -71,14 +71,15 @@ class GpuRunner(Runner):
             return
         request = {**self._request(kernel, problem), "finalists": [config.to_dict() for config in configs]}
         reply = self._worker.submit(request, MEASURE_TIMEOUT_S * len(configs)).result()
-        if reply["status"] != Status.OK:
-            return  # each has its own times already; a failed comparison takes nothing from them
-        for config, one in zip(configs, reply["finalists"], strict=True):
+        # A result that was right once and is wrong now was never right; if the comparison as a whole failed, nobody
+        # knows which of them did it, and each keeps what was measured of it alone.
+        for config, one in zip(configs, reply.get("finalists", ()), strict=False):
             resources = self._compiler.outcome(self._compiler.submit(kernel, problem, config).result()).resources
-            outcome = self._outcome(one)
-            if outcome.status is Status.OK and resources is not None:
+            outcome = replace(self._outcome(one), resources=resources)
+            if resources is not None:
                 predicted_us = predict(kernel.work(problem, config), resources, self._device).time_us
-                yield config, replace(outcome, resources=resources, predicted_us=predicted_us)
+                outcome = replace(outcome, predicted_us=predicted_us)
+            yield config, outcome
 
     def close(self) -> None:
         self._worker.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from tilewright.kernels.device import Device
 from tilewright.tuner.tune import Progress, Result, Results
+from tilewright.tuning_db.env import DB_DIR
 from tilewright.tuning_db.record import Provenance
 
 ABBREVIATIONS = {
@@ -30,9 +32,10 @@ ABBREVIATIONS = {
 class ProgressView:
     """Bars on a terminal; elsewhere one plain line for each workload. Writes to `console` alone."""
 
-    def __init__(self, console: Console, quiet: bool) -> None:
+    def __init__(self, console: Console, quiet: bool, heading: str = "") -> None:
         self._console = console
         self._quiet = quiet
+        self._heading = heading  # printed with the first event: a mistake is told before there is one
         self._bars: ProgressBars | None = None
 
     def __enter__(self) -> Self:
@@ -60,6 +63,9 @@ class ProgressView:
         """Show an event of the run."""
         if self._quiet:
             return
+        if self._heading:
+            self._console.print(self._heading, markup=False, highlight=False, soft_wrap=True)
+            self._heading = ""
         if self._bars is not None:
             done = event.index + (event.result is not None)
             self._bars.update(self._total, total=event.workloads, completed=done)
@@ -100,11 +106,11 @@ def short_config(config: dict[str, Any] | None) -> str:
 def results_table(results: Results) -> Table:
     """The final table of a run."""
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
-    table.add_column("workload")
-    table.add_column("configuration")
+    table.add_column("workload", no_wrap=True)
+    table.add_column("configuration", no_wrap=True)
     for name in ("time µs", "TFLOP/s", "% of roofline", "registers", "spills", "shared B"):
-        table.add_column(name, justify="right")
-    table.add_column("provenance")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("provenance", no_wrap=True)
     for result in results.results:
         table.add_row(
             result.workload,
@@ -125,26 +131,22 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def describe_device(device: Device) -> str:
-    """The device of a run in a line, and how its numbers will be obtained."""
+    """The device of a run, how its numbers will be obtained, and what its owner should know."""
     how = f"live as {device.live}: configurations are measured" if device.live else "not here: times are predicted"
-    return f"{device.name} ({device.board}, {device.sm}, {device.sms} SMs), {how}"
+    line = f"{device.name} ({device.board}, {device.sm}, {device.sms} SMs), {how}"
+    return f"{line}\nnote: {device.note}" if device.note else line
 
 
-def closing_lines(results: Results) -> list[str]:
-    """Where results were saved, and what to do next."""
-    provenances = {result.provenance for result in results.results}
-    tried = f"{results.compiled} kernels compiled in {results.elapsed_s:.1f} s"
+def closing_lines(results: Results, default_folder: Path) -> list[str]:
+    """What was done and where it was saved, and what to do next. Programs look in `default_folder` unless told."""
+    done = f"{results.compiled} kernels compiled or found compiled in {results.elapsed_s:.1f} s"
     if results.compiled:
-        tried += f" ({results.compiled / results.elapsed_s:.1f}/s)"
-    lines = [f"{tried}; saved in {results.db}"]
-    if Provenance.PREDICTED in provenances:
-        lines.append(
-            "These times are predicted, not measured. Run the same command on the GPU itself to measure; until then "
-            "programs use these configurations:"
-        )
-    else:
-        lines.append("Programs on this GPU use these configurations:")
-    lines.append("    from tilewright.kernels import gemm")
+        done += f" ({results.compiled / results.elapsed_s:.1f}/s)"
+    lines = [f"{done}; saved in {results.db}"]
+    if any(result.provenance is Provenance.PREDICTED for result in results.results):
+        lines.append("These times are predicted, not measured: run the same command on the GPU itself to measure.")
+    told = "" if results.db.parent == default_folder else f", once you `export {DB_DIR}={results.db.parent}`"
+    lines.append(f"Programs find them there{told}: from tilewright.kernels import {results.results[0].op}")
     return lines
 
 

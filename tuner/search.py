@@ -1,8 +1,9 @@
 """The search for one problem's configuration: an Optuna study over the configurations that are worth trying.
 
-Ask-and-tell, in batches, so that the compilers run in parallel. The first proposals are the default configuration and
-the best predicted ones; after those Optuna's sampler proposes, and each proposal is moved to the nearest configuration
-that is valid and untried, so that no trial is spent twice. With one seed, the same outcomes give the same proposals.
+Ask-and-tell, in batches, so that the compilers run in parallel. The first proposals are the best predicted
+configuration, the default one and the next best predicted; after those Optuna's sampler proposes, and each proposal is
+moved to the nearest configuration that is valid and untried, so that no trial is spent twice. With one seed, the same
+outcomes give the same proposals.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Search:
             seed=seed, multivariate=True, constant_liar=True, n_startup_trials=max(1, trials // 2)
         )
         self._study = optuna.create_study(sampler=sampler, direction="minimize")
-        pool = list(dict.fromkeys((default, *configs)))
+        # The best predicted before the default: of one trial, a program should get no less than of none.
+        pool = list(dict.fromkeys((*configs[:1], default, *configs[1:])))
         self._untried = {config: row for row, config in enumerate(pool)}
         self._places = np.array([self._place(config) for config in pool], dtype=float)
         self._pool = pool

@@ -38,8 +38,7 @@ MEASURED_TRIALS = 48
 """Where they are measured: a minute a workload or less."""
 
 BATCH_PER_JOB = 2
-"""Configurations asked for at a time, per compiling process: enough that none waits, few enough that a time limit is
-overrun by seconds."""
+"""Configurations asked for at a time, per compiling process: enough that none waits for another's end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ class Results:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run is: sent after every outcome."""
+    """Where a run is: sent at the start of each workload, after every outcome, and with the workload's result."""
 
     workload: str
     index: int  # of the workload, from 0
@@ -119,12 +118,13 @@ def autotune(
             `kernels`, gemm by default). The default suite if left out.
         trials: configurations to have tried per workload, those of earlier runs included; by default `PREDICTED_TRIALS`
             or, on a live GPU, `MEASURED_TRIALS`.
-        timeout: seconds for the whole run; the trials in flight are finished.
+        timeout: seconds for the whole run; trials in flight are finished. A workload whose turn never came is answered
+            from what is on record, or has status `timeout`.
         jobs: compiling processes; by default one per processor this process may use.
         db: folder of the databases; see `database_dir`.
         retune: try again what is on record.
         seed: of the search.
-        progress: called after every outcome, in the calling thread.
+        progress: called as a workload starts, after every outcome and as it ends, in the calling thread.
 
     Raises:
         UsageError: unknown names, malformed problems, numbers out of range.
@@ -132,8 +132,10 @@ def autotune(
         WorkerError: no worker process can be started.
     """
     start = time.monotonic()
-    if trials is not None and trials < 1:
-        raise UsageError(f"{trials=} must be at least 1")
+    if trials is not None and (trials != int(trials) or trials < 1):
+        raise UsageError(f"{trials=} must be an integer of at least 1")
+    if not isinstance(device, str | Device):
+        raise UsageError(f"{device=} must be the name of a device, such as 'sm_86', or a Device")
     if timeout is not None and not timeout > 0:
         raise UsageError(f"{timeout=} must be more than 0 seconds")
     jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
@@ -153,6 +155,7 @@ def autotune(
                     # What one workload leaves of its share, the rest divide.
                     share = time.monotonic() + max(0.0, deadline - time.monotonic()) / (len(workloads) - index)
                 report = _Reporter(progress, workload.name, index, len(workloads), trials)
+                report.started()
                 result = run.tune(workload, trials, share, retune, seed, report)
                 results.results.append(result)
                 report.finished(result)
@@ -170,6 +173,10 @@ def resolve_workloads(
         UsageError: unknown names, malformed problems, or one that this device can't run: a mistake to be told of before
             minutes are spent on the others.
     """
+    if isinstance(kernels, str):
+        kernels = [kernels]
+    if isinstance(problems, str | Problem | Workload):
+        problems = [problems]
     chosen = [find_kernel(name) for name in kernels] if kernels else []
     if problems is None:
         names = {kernel.name for kernel in chosen}
@@ -180,11 +187,17 @@ def resolve_workloads(
             if len(chosen) > 1:
                 raise UsageError(f"the problem {problem!r} needs one kernel to belong to, not {len(chosen)}")
             problem = (chosen[0] if chosen else find_kernel("gemm")).problem.parse(problem)
+        elif not isinstance(problem, Problem | Workload):
+            raise UsageError(
+                f"{problem!r} is no problem: pass a Problem, a Workload or a text such as 'M=64,N=64,K=64'"
+            )
         workloads.append(problem if isinstance(problem, Workload) else Workload(str(problem), problem))
     if not workloads:
         raise UsageError("there is nothing to tune: no workload of these kernels")
     for workload in workloads:
-        check_supported(find_kernel(workload.op), workload.problem, device)
+        kernel = find_kernel(workload.op)
+        check_supported(kernel, workload.problem, device)
+        kernel.space.check(workload.problem, kernel.default(workload.problem, device), device)
     return tuple(workloads)
 
 
@@ -197,6 +210,9 @@ class _Reporter:
     trials: int
     done: int = 0
     best_us: float | None = None
+
+    def started(self) -> None:
+        self.send(Progress(self.workload, self.index, self.workloads, self.done, self.trials, None))
 
     def outcome(self, outcome: Outcome) -> None:
         self.done += 1
@@ -258,8 +274,10 @@ class _Run:
         runner = self._started()
         search = Search(kernel.space, configs, default, trials=trials, known=known, seed=seed)
         tried = len(known)
-        while tried < trials and (tried == len(known) or deadline is None or time.monotonic() < deadline):
-            asked = search.ask(min(trials - tried, BATCH_PER_JOB * self._jobs))
+        # With a deadline a batch is no more than what runs at once: that much the time can be overrun.
+        batch = self._jobs if deadline is not None else BATCH_PER_JOB * self._jobs
+        while tried < trials and (deadline is None or time.monotonic() < deadline):
+            asked = search.ask(min(trials - tried, batch))
             if not asked:
                 break
             trial_of = {config: trial for trial, config in asked}
@@ -295,7 +313,6 @@ class _Run:
     def _started(self) -> Runner:
         if self._runner is None:
             self._pool = Pool(self._jobs)
-            self._pool.start(wait=False)
             self._compiler = Compiler(self._pool, self._device)
             self._runner = _runner_class(self._device)(self._compiler, self._device)
             self._run_id = self._database.start_run(_environment(self._device, self._runner))

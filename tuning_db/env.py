@@ -7,6 +7,8 @@ from pathlib import Path
 
 import platformdirs
 
+from tilewright.tuning_db.errors import UsageError
+
 DB_DIR = "TILEWRIGHT_DB_DIR"
 """Folder of the tuning databases; default: `tilewright` under the platform's user data directory."""
 
@@ -15,9 +17,18 @@ INTERPRET = "TRITON_INTERPRET"
 
 
 def database_dir(override: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of the tuning databases: `override`, else `$TILEWRIGHT_DB_DIR`, else the user data directory."""
+    """The folder of the tuning databases: `override`, else `$TILEWRIGHT_DB_DIR`, else the user data directory.
+
+    Raises:
+        UsageError: an empty name, or one of a user's home that there is not.
+    """
+    if override is not None and not os.fspath(override):
+        raise UsageError("the folder of the databases (--db) is empty: name one, or leave it out")
     chosen = override or os.environ.get(DB_DIR) or platformdirs.user_data_dir("tilewright", appauthor=False)
-    return Path(chosen).expanduser()
+    try:
+        return Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"the folder of the databases {os.fspath(chosen)!r} can't be found: {error}") from None
 
 
 def interpreting() -> bool:

@@ -62,10 +62,10 @@ def test_check_names_the_limit_and_does_not_ask_for_use():
 @pytest.mark.parametrize(
     ("change", "limit"),
     [
-        ({"BLOCK_M": 0}, "BLOCK_M=0 must be at least 1"),
-        ({"GROUP_M": 0}, "GROUP_M=0 must be at least 1"),
-        ({"SPLIT_K": -1}, "SPLIT_K=-1 must be at least 1"),
-        ({"num_stages": 0}, "num_stages=0 must be at least 1"),
+        ({"BLOCK_M": 0}, "BLOCK_M=0 must be an integer of at least 1"),
+        ({"GROUP_M": 0}, "GROUP_M=0 must be an integer of at least 1"),
+        ({"SPLIT_K": -1}, "SPLIT_K=-1 must be an integer of at least 1"),
+        ({"num_stages": 0}, "num_stages=0 must be an integer of at least 1"),
         ({"BLOCK_N": 48}, "BLOCK_N=48 must be a power of two"),
         ({"num_warps": 3}, "num_warps=3 must be a power of two"),
         ({"BLOCK_M": 8}, "the smallest tile of a fp16 dot is 16×16×16"),

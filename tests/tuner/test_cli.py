@@ -55,7 +55,7 @@ def test_it_tunes_and_then_answers_from_the_cache(autotune, tmp_path: Path) -> N
     status, out, err = autotune("show", "--device", "rtx3090", "--db", tmp_path)
     assert status == 0
     assert "M=64,N=64,K=128" in out
-    assert "1 problems on record" in err
+    assert "1 results on record" in err
 
 
 def test_a_device_without_tensor_cores_says_so(autotune, tmp_path: Path) -> None:
@@ -89,12 +89,19 @@ def test_a_device_without_tensor_cores_says_so(autotune, tmp_path: Path) -> None
         (("--devise", "sm_86"), "--devise"),
         (("tune",), "tune"),
         (("show",), "--device"),
-        (("--device", "sm_86", "show"), "--device goes after the command"),
+        (("--device", "sm_86", "show"), "--device is no option of show, or goes after it"),
+        (("--json", "devices"), "--json is no option of devices"),
+        (("--db", "/tmp/x", "show", "--device", "a10"), "--db is no option of show, or goes after it"),
+        (("--device", "sm_86", "--timeout", "nan"), "timeout=nan must be more than 0"),
+        (("--device", "sm_86", "--db", ""), "--db"),
+        (("--device", "sm_86", "--db", "~nobody-of-that-name/x"), "~nobody-of-that-name/x"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(autotune, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     db = tmp_path / "db"
-    extra = ("--db", str(db)) if arguments and arguments[0] == "--device" and len(arguments) in (2, 4) else ()
+    extra = ("--db", str(db)) if arguments[:1] == ("--device",) and "--db" not in arguments else ()
+    if "show" in arguments or len(arguments) == 1:
+        extra = ()
     status, out, err = autotune(*arguments, *extra)
     assert status == 2
     assert out == ""
@@ -174,35 +181,76 @@ def test_devices_lists_every_board(autotune) -> None:
     assert {device.board for device in CATALOGUE} <= {line.split()[0] for line in out.splitlines()}
 
 
+def test_a_narrow_terminal_cuts_nothing(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    _, out, _ = autotune(*SMALL, "--quiet", "--db", tmp_path)
+    assert "…" not in out
+    assert "M=64,N=64,K=128" in out
+    assert "provenance" in out
+    assert "predicted" in out
+
+
+def test_a_stream_that_knows_no_greek_goes_on(tmp_path: Path) -> None:
+    environment = {**compiling_environment(), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", "from tilewright.tuner.cli import main; main()", "show", "--device", "a10"]
+    run = subprocess.run([*command, "--db", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr.count("\n")) == (0, 1)
+
+
+def test_sigterm_ends_the_run_and_its_workers(tmp_path: Path) -> None:
+    process = _start(tmp_path, "--suite", "bert-base", "--trials", "16")
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert err.strip().splitlines()[-1].startswith("autotune: terminated: finished trials are kept")
+    assert "Traceback" not in err
+    assert not _processes_of(tmp_path)
+
+
 def test_version(autotune) -> None:
     assert autotune("--version")[1].startswith("autotune, version 0.")
 
 
 def test_ctrl_c_is_one_line_status_130_and_leaves_no_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from tilewright.tuner.cli import main; main()"]
-    arguments = ["--device", "sm_86", "--suite", "bert-base", "--trials", "16", "--jobs", "2", "--db", str(tmp_path)]
-    # As a terminal does it: SIGINT to the whole foreground group.
-    process = subprocess.Popen(
-        [*command, *arguments],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**compiling_environment(), "TRITON_CACHE_DIR": str(tmp_path / "triton")},
-    )
-    path = tmp_path / "rtx3090-82sm.sqlite"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (path.exists() and _count(path) >= 1):
-        time.sleep(0.05)
-    assert len(_processes_of(tmp_path)) >= 3, "the command and its two workers"
+    process = _start(tmp_path, "--suite", "bert-base", "--trials", "16")
+    # As a terminal does it: to the whole foreground group.
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert out == ""
     assert err.strip().splitlines()[-1].startswith("autotune: interrupted: finished trials are kept")
     assert "Traceback" not in err
-    assert 1 <= _count(path) < 64
+    assert 1 <= _count(tmp_path / "rtx3090-82sm.sqlite") < 64
     assert not _processes_of(tmp_path)
+
+
+def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The command in a session of its own, when it has its first outcome and its two workers."""
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from tilewright.tuner.cli import main; main()",
+            "--device",
+            "sm_86",
+            *arguments,
+            "--jobs",
+            "2",
+            "--db",
+            str(folder),
+        ],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**compiling_environment(), "TRITON_CACHE_DIR": str(folder / "triton")},
+    )
+    path = folder / "rtx3090-82sm.sqlite"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (path.exists() and _count(path) >= 1):
+        time.sleep(0.05)
+    assert len(_processes_of(folder)) >= 3, "the command and its two workers"
+    return process
 
 
 def _count(path: Path) -> int:

@@ -97,6 +97,23 @@ def test_finalists_are_measured_again_together(runner: GpuRunner) -> None:
     assert not list(runner.finalists(GEMM, PROBLEM, configs[:1]))
 
 
+def test_a_finalist_that_fails_the_second_time_is_an_outcome(runner: GpuRunner) -> None:
+    wrong = {"status": "incorrect", "message": "out[0, 0] is 3, should be 2"}
+    right = {"status": "ok", "times": {"median_us": 7.0, **TIMES}}
+    runner._worker.answer = lambda request: {"status": "ok", "finalists": [wrong, right]}  # type: ignore[attr-defined]
+    configs = [GemmConfig(64, 64, 32), GemmConfig(128, 64, 32)]
+    found = dict(runner.finalists(GEMM, PROBLEM, configs))
+    assert found[configs[0]].status is Status.INCORRECT
+    assert found[configs[0]].times is None
+    assert found[configs[0]].message == wrong["message"]
+    assert found[configs[1]].status is Status.OK
+
+
+def test_a_comparison_that_fails_as_a_whole_takes_nothing_back(runner: GpuRunner) -> None:
+    runner._worker.answer = lambda request: {"status": "timeout", "message": "killed"}  # type: ignore[attr-defined]
+    assert not list(runner.finalists(GEMM, PROBLEM, [GemmConfig(64, 64, 32), GemmConfig(128, 64, 32)]))
+
+
 def test_closing_ends_the_worker(runner: GpuRunner) -> None:
     runner.close()
     assert runner._worker.closed  # type: ignore[attr-defined]

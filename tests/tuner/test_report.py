@@ -68,12 +68,18 @@ def test_the_table_has_every_column_of_a_result(results: Results) -> None:
 
 
 def test_the_end_says_where_it_was_saved_and_that_it_was_not_measured(results: Results) -> None:
-    text = "\n".join(report.closing_lines(results))
-    assert "18 kernels compiled in 9.0 s (2.0/s)" in text
+    text = "\n".join(report.closing_lines(results, Path("/data")))
+    assert "18 kernels compiled or found compiled in 9.0 s (2.0/s)" in text
     assert "/data/rtx3090-82sm.sqlite" in text
     assert "predicted, not measured" in text
+    assert "from tilewright.kernels import gemm" in text
+    assert "export" not in text
     results.results = [Result("w", "gemm", {}, provenance=Provenance.MEASURED)]
-    assert "predicted" not in "\n".join(report.closing_lines(results))
+    assert "predicted" not in "\n".join(report.closing_lines(results, Path("/data")))
+
+
+def test_results_in_another_folder_come_with_how_programs_find_it(results: Results) -> None:
+    assert "export TILEWRIGHT_DB_DIR=/data" in "\n".join(report.closing_lines(results, Path("/home/me/tilewright")))
 
 
 def test_the_json_document(results: Results) -> None:
@@ -95,11 +101,13 @@ def test_the_json_document(results: Results) -> None:
 
 def test_plain_progress_is_a_line_per_workload() -> None:
     stream = io.StringIO()
-    with report.ProgressView(Console(file=stream, width=200), quiet=False) as view:
+    with report.ProgressView(Console(file=stream, width=200), quiet=False, heading="the board") as view:
+        assert stream.getvalue() == ""
         view(Progress("llama3-8b qkv, decode", 0, 2, 3, 16, 70.0))
         view(Progress("llama3-8b qkv, decode", 0, 2, 16, 16, 61.27, result=GOOD))
         view(Progress("odd one", 1, 2, 2, 2, None, result=BAD))
     assert stream.getvalue().splitlines() == [
+        "the board",
         "[1/2] llama3-8b qkv, decode: 61.3 µs predicted, 16×64×128 split 4 warps 4 stages 3 (16 trials)",
         "[2/2] odd one: compile_error: ptxas refused it",
     ]

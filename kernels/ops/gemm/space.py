@@ -103,8 +103,8 @@ def accumulators(config: GemmConfig) -> float:
 def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
     """None, or the limit that the configuration breaks, with the values."""
     for name, value in config.to_dict().items():
-        if value < 1:
-            return f"{name}={value} must be at least 1"
+        if not isinstance(value, int) or value < 1:
+            return f"{name}={value!r} must be an integer of at least 1"
     for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"):
         value = getattr(config, name)
         if value & (value - 1):
@@ -165,7 +165,7 @@ SPACE: Space[GemmProblem, GemmConfig] = Space(GemmConfig, AXES, fits, useful)
 
 
 def default(problem: GemmProblem, device: Device) -> GemmConfig:
-    """What runs when nothing is known: fits every problem, without spills, and is never the slowest."""
+    """What runs when nothing is known: fits every problem whose grid can be launched, and does not spill."""
     copies = vector_bytes(problem) >= 4 and device.arch >= 80
     if problem.unit == "fp32" or not device.tensor_tflops:
         # CUDA cores hold their operands in registers: larger tiles spill.
