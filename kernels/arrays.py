@@ -32,6 +32,7 @@ class ArrayKind(ABC):
     """What has to be known about one library's arrays. Stateless, safe to share between threads."""
 
     host = False
+    foreign = False  # seen through CuPy: arrays are adopted before anything else is done with them
 
     @abstractmethod
     def signature(self, array: Any) -> tuple[Any, ...]:
@@ -164,6 +165,8 @@ class DlpackKind(CupyKind):
     """Any other array in a GPU's memory, seen through CuPy without a copy: JAX, and what has DLPack or
     `__cuda_array_interface__`. The exchange orders the library's pending work before ours."""
 
+    foreign = True
+
     def signature(self, array: Any) -> tuple[Any, ...]:
         return super().signature(self.adopt(array))
 
@@ -203,6 +206,8 @@ _kinds: dict[type, ArrayKind] = {}
 
 
 def _kind_of_type(cls: type) -> ArrayKind:
+    if issubclass(cls, np.ma.MaskedArray):
+        raise UnsupportedError("masked arrays are not supported, their masks would be ignored: pass .filled(0)")
     if issubclass(cls, np.ndarray):
         return _the(NumpyKind, "numpy")
     # By every base class: torch's Parameter, and tensors that others derive, are torch's too.

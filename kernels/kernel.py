@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +12,7 @@ from typing import Any, Generic, NamedTuple
 import numpy as np
 
 from tilewright.kernels.device import Device
-from tilewright.kernels.source import source_hash
+from tilewright.kernels.source import module_hash, source_hash
 from tilewright.kernels.space import C, P, Space
 from tilewright.kernels.work import Work
 from tilewright.tuning_db.record import Resources
@@ -90,5 +92,7 @@ class Kernel(Generic[P, C]):
 
     @cached_property
     def source_hash(self) -> str:
-        """Of the device code: every jit function of the op and every device function these call."""
-        return source_hash(*self.jit_functions)
+        """Of the device code, every jit function of the op and every device function these call, and of the module that
+        makes launches of it."""
+        maker = module_hash(sys.modules[self.launches.__module__])
+        return hashlib.sha256(f"{source_hash(*self.jit_functions)} {maker}".encode()).hexdigest()

@@ -8,6 +8,7 @@ over, whatever its evidence.
 from __future__ import annotations
 
 import functools
+import hashlib
 import heapq
 import json
 from collections.abc import Iterator
@@ -15,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tilewright.kernels import compile as compile_path
 from tilewright.kernels.compile import ptxas_version, triton_version
 from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.prediction import MODEL, Prediction, predict
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
+from tilewright.kernels.source import module_hash
 from tilewright.tuning_db.env import database_dir
 from tilewright.tuning_db.errors import DatabaseError, ProblemError, UnsupportedError
 from tilewright.tuning_db.record import Key, Provenance, Record
@@ -48,7 +51,7 @@ def record_key(kernel: Kernel[Any, Any], problem: Problem, device: Device, proto
     """The key under which outcomes of this problem on this device are kept."""
     return Key(
         op=kernel.name,
-        kernel_hash=kernel.source_hash,
+        kernel_hash=_code_hash(kernel),
         problem=problem.to_json(),
         device=device.key,
         arch=device.arch,
@@ -56,6 +59,11 @@ def record_key(kernel: Kernel[Any, Any], problem: Problem, device: Device, proto
         ptxas=ptxas_version(device.arch),
         protocol=protocol,
     )
+
+
+def _code_hash(kernel: Kernel[Any, Any]) -> str:
+    """Of the kernel's code and of the compile path, whose options shape the machine code as much."""
+    return hashlib.sha256(f"{kernel.source_hash} {module_hash(compile_path)}".encode()).hexdigest()
 
 
 def check_supported(kernel: Kernel[Any, Any], problem: Problem, device: Device) -> None:

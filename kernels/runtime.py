@@ -160,7 +160,8 @@ class _LoadedLaunch:
 
 
 # Scratch lives as long as the process: a captured CUDA graph may replay into it. Streams never share it, for two
-# launches on one stream run in order and two streams don't.
+# launches on one stream run in order and two streams don't. Graphs captured on one stream do share it, and must not be
+# replayed at the same time (docs/gemm.md).
 _scratch: dict[tuple[int, int, int, str], Any] = {}
 _scratch_lock = threading.Lock()
 

@@ -12,9 +12,22 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import triton.language as tl
+
+
+@cache
+def module_hash(module: ModuleType) -> str:
+    """SHA-256, in hexadecimal, of a Python module's code: for what decides how device code is specialized or compiled
+    without being part of it. Comments, docstrings and formatting don't change it."""
+    tree = ast.parse(inspect.getsource(module))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:] or [ast.Pass()]
+    dump = ast.dump(tree, annotate_fields=False, include_attributes=False)
+    return hashlib.sha256(dump.encode()).hexdigest()
 
 
 @cache

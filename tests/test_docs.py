@@ -60,9 +60,8 @@ def test_the_first_snippet_runs_on_numpy_arrays() -> None:
 def test_every_option_is_documented() -> None:
     text = DOCS["command-line.md"]
     options = {o for command in (cli, *cli.commands.values()) for p in command.params for o in p.opts}
-    assert not {o for o in options - {"--help", "-h"} if f"`{o}" not in text and f"{o} " not in text and o not in text}
-    documented = set(re.findall(r"`(--[a-z]+)", text))
-    assert documented <= options
+    documented = set(re.findall(r"^\| `(--[a-z]+)", text, re.MULTILINE))
+    assert documented | {"--version"} == options
     assert isinstance(cli, click.Group)
     for name in cli.commands:
         assert f"autotune {name}" in text
@@ -71,8 +70,9 @@ def test_every_option_is_documented() -> None:
 def test_every_name_a_user_can_type_is_documented() -> None:
     for suite in SUITES:
         assert f"`{suite}`" in DOCS["command-line.md"]
+    listed = next(line for line in DOCS["gemm.md"].splitlines() if line.startswith("- `activation`: "))
     for activation in ACTIVATIONS:
-        assert activation in DOCS["gemm.md"]
+        assert re.search(rf"\b{activation}\b", listed), activation
     for kernel in KERNELS:
         text = DOCS[f"{kernel.name}.md"]
         for field in (*[f.name for f in dataclasses.fields(kernel.problem)], *kernel.space.axes):

@@ -35,7 +35,8 @@ class Outcome:
 class Compiler:
     """Compiles configurations for one device on a pool of workers, each distinct code once.
 
-    Problems of different shapes often need the same code; `compiled` counts what was really compiled.
+    Problems of different shapes often need the same code; `compiled` counts distinct code. What Triton's on-disk cache
+    had already is among it.
     """
 
     def __init__(self, pool: Pool, device: Device) -> None:
@@ -45,7 +46,7 @@ class Compiler:
 
     @property
     def compiled(self) -> int:
-        """Distinct kernels compiled so far, the refused ones not counted."""
+        """Distinct kernels that compiled so far, the refused ones not counted."""
         done = [future for future in self._futures.values() if future.done() and not future.cancelled()]
         return sum(1 for future in done if future.exception() is None and future.result()["status"] == Status.OK)
 

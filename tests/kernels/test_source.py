@@ -14,7 +14,7 @@ from tilewright.kernels import GemmProblem, gemm
 from tilewright.kernels.ops.gemm import jit
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.registry import KERNELS
-from tilewright.kernels.source import source_hash
+from tilewright.kernels.source import module_hash, source_hash
 from tilewright.tuning_db.env import compiling_environment
 
 KERNEL = '''
@@ -171,7 +171,7 @@ def test_a_shared_epilogue_is_part_of_every_kernel_that_calls_it(hash_of, tmp_pa
 
 @pytest.mark.smoke
 def test_interpreting_and_compiling_processes_agree():
-    before = GEMM.source_hash
+    before = source_hash(*GEMM.jit_functions)
     source_hash.cache_clear()
     problem = GemmProblem(3, 4, 5, activation="tanh")
     arrays = problem.inputs(0)
@@ -191,6 +191,19 @@ def test_interpreting_and_compiling_processes_agree():
 
 
 def test_array_values_are_no_part_of_it():
-    assert GEMM.source_hash == source_hash(jit.gemm_kernel)
+    assert GEMM.jit_functions == (jit.gemm_kernel,)
+    assert GEMM.source_hash != source_hash(jit.gemm_kernel)  # the launches count too
     assert np.unique([kernel.source_hash for kernel in KERNELS]).size == len(KERNELS)
     assert all(len(kernel.source_hash) == 64 for kernel in KERNELS)
+
+
+def test_a_modules_hash_is_of_its_code(tmp_path, monkeypatch):
+    def hash_of(name, text):
+        (tmp_path / f"{name}.py").write_text(text)
+        return module_hash(importlib.import_module(name))
+
+    monkeypatch.syspath_prepend(tmp_path)
+    one = hash_of("module_one", '"""A."""\nLIMIT = 1\ndef f(x):\n    """B."""\n    return x + LIMIT\n')
+    same = hash_of("module_two", '"""C."""\n\nLIMIT = 1  # why\n\n\ndef f(x):\n    """D."""\n    return (x + LIMIT)\n')
+    other = hash_of("module_three", '"""A."""\nLIMIT = 2\ndef f(x):\n    """B."""\n    return x + LIMIT\n')
+    assert one == same != other

@@ -16,6 +16,7 @@ import pytest
 from tilewright.tuner import cli
 from tilewright.tuning_db.env import compiling_environment
 
+COMMAND = (sys.executable, "-c", "from tilewright.tuner.cli import main; main()")
 SMALL = ("--device", "sm_86", "--problem", "M=64,N=64,K=128", "--trials", "2", "--jobs", "2")
 
 
@@ -192,8 +193,8 @@ def test_a_narrow_terminal_cuts_nothing(autotune, tmp_path: Path, monkeypatch: p
 
 def test_a_stream_that_knows_no_greek_goes_on(tmp_path: Path) -> None:
     environment = {**compiling_environment(), "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-c", "from tilewright.tuner.cli import main; main()", "show", "--device", "a10"]
-    run = subprocess.run([*command, "--db", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=60)
+    command = [*COMMAND, "show", "--device", "a10", "--db", str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stderr.count("\n")) == (0, 1)
 
 

@@ -61,11 +61,29 @@ def gemm(
         MissingDependencyError: CuPy or a GPU is needed and absent.
     """
     kind = kind_of(a)
+    if alpha.__class__ is not float:
+        alpha = _real_number(alpha)
     for name, array in (("b", b), ("bias", bias), ("residual", residual), ("out", out)):
         if array is not None and kind_of(array) is not kind:
             raise ProblemError(f"a is a {_type_name(a)} and {name} a {_type_name(array)}: pass arrays of one library")
     if config is not None and not isinstance(config, GemmConfig):
         raise UsageError(f"config must be a GemmConfig, not {config!r}")
+    if kind.foreign:
+        # Seen through CuPy once, not at every use.
+        own = [None if array is None else kind.adopt(array) for array in (a, b, bias, residual, out)]
+        result = gemm(
+            own[0],
+            own[1],
+            bias=own[2],
+            residual=own[3],
+            out=own[4],
+            activation=activation,
+            alpha=alpha,
+            precision=precision,
+            out_dtype=out_dtype,
+            config=config,
+        )
+        return kind.give_back(result, a) if out is None else out
     key = (
         kind,
         kind.signature(a),
@@ -79,7 +97,12 @@ def gemm(
         out_dtype,
         config,
     )
-    call = _calls.get(key)
+    try:
+        call = _calls.get(key)
+    except TypeError:
+        named: dict[str, Any] = {"activation": activation, "precision": precision, "out_dtype": out_dtype}
+        wrong = {name: value for name, value in named.items() if not isinstance(value, str | None)}
+        raise UsageError(f"{wrong or config} must be text or None") from None
     if call is None:
         call = _prepare(kind, a, b, bias, residual, out, activation, alpha, precision, out_dtype, config)
         if len(_calls) >= _MOST_CALLS:
@@ -119,7 +142,7 @@ class GemmCall:
         if self.problem.alpha:
             pointers["alpha_ptr"] = of(_alpha_array(kind, a, alpha, stream))
         self.plan.run(pointers, self.strides, stream)
-        return result if out is not None else kind.give_back(result, a)
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +161,10 @@ class LoopedCall:
         """Put the calls on the current stream, in order."""
         kind = self.kind
         result = kind.empty(a, self.shape, self.out_dtype) if out is None else out
-        adopted: list[Any] = [None if each is None else kind.adopt(each) for each in (a, b, bias, residual, result)]
-        own_a, own_b, own_bias, own_residual, own_result = adopted
         for at_a, at_b, at_residual, at_out in self.indices:
-            part = None if own_residual is None else own_residual[at_residual]
-            target = own_result[at_out]
-            gemm(own_a[at_a], own_b[at_b], bias=own_bias, residual=part, alpha=alpha, out=target, **self.options)
-        return result if out is not None else kind.give_back(result, a)
+            part = None if residual is None else residual[at_residual]
+            gemm(a[at_a], b[at_b], bias=bias, residual=part, alpha=alpha, out=result[at_out], **self.options)
+        return result
 
 
 _calls: dict[tuple[Any, ...], GemmCall | LoopedCall] = call_cache()
@@ -156,10 +176,18 @@ def _alpha_array(kind: ArrayKind, like: Any, alpha: float, stream: int) -> Any:
     key = (kind, getattr(like, "device", None), stream, float(alpha))
     array = _alphas.get(key)
     if array is None:
-        if len(_alphas) >= 1024:
-            _alphas.clear()
+        # Kept for good, as a captured CUDA graph may read it: 512 bytes a value.
         array = _alphas[key] = kind.scalar(like, float(alpha))
     return array
+
+
+def _real_number(alpha: Any) -> float:
+    try:
+        if isinstance(alpha, str):
+            raise TypeError
+        return float(alpha)
+    except TypeError:
+        raise UsageError(f"alpha={alpha!r} must be a real number") from None
 
 
 def _type_name(array: Any) -> str:
@@ -206,7 +234,7 @@ def _refuse_overlap(kind: ArrayKind, extents: _Extents, inputs: dict[str, Any], 
 
 def _share_memory(kind: ArrayKind, one: Any, other: Any) -> bool:
     placed: list[np.ndarray[Any, Any]] = []
-    for view in (kind.view(kind.adopt(one)), kind.view(kind.adopt(other))):
+    for view in (kind.view(one), kind.view(other)):
         size = int(dtype(view.dtype).bytes)
         strides = tuple(stride * size for stride in view.strides)
         place = {"shape": view.shape, "strides": strides, "typestr": f"|V{size}", "data": (view.pointer, True)}
@@ -243,7 +271,7 @@ def _prepare(
     views: dict[str, View] = {}
     for name, array in (("a", a), ("b", b), ("bias", bias), ("residual", residual), ("out", out)):
         if array is not None:
-            views[name] = kind.view(kind.adopt(array))
+            views[name] = kind.view(array)
     ordinals = {view.device for view in views.values()}
     if len(ordinals) > 1:
         raise ProblemError(f"the arrays are on different GPUs: {sorted(ordinals)}")

@@ -716,3 +716,33 @@ def test_tolerance_grows_with_what_it_is_for():
     for kind, precision in (("bf16", None), ("fp8e5m2", None), ("fp32", "tf32")):
         problem = GemmProblem(16, 16, 2**16, dtype=kind, precision=precision, out_dtype="fp32")
         assert tolerance(problem).absolute < 8 / math.sqrt(problem.K)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": None}, "alpha=None must be a real number"),
+        ({"alpha": 2j}, "alpha=2j must be a real number"),
+        ({"alpha": "2"}, "alpha='2' must be a real number"),
+        ({"activation": ["relu"]}, "{'activation': ['relu']} must be text or None"),
+        ({"config": GemmConfig(16.0, 16, 32)}, "BLOCK_M=16.0 must be an integer of at least 1"),
+    ],
+    ids=str,
+)
+def test_options_of_a_wrong_type_are_one_line(options, message):
+    a = np.ones((16, 16), np.float32)
+    with pytest.raises(UsageError) as caught:
+        gemm(a, a, **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_masked_array_is_refused():
+    a = np.ones((16, 16), np.float32)
+    with pytest.raises(UnsupportedError, match="masked arrays are not supported"):
+        gemm(np.ma.masked_array(a, mask=True), a)
+
+
+def test_numpy_scalars_are_numbers():
+    a = np.ones((16, 16), np.float32)
+    np.testing.assert_array_equal(gemm(a, a, alpha=np.float32(0.5)), gemm(a, a, alpha=0.5))
