@@ -160,10 +160,11 @@ def fitting_config(kernel: Kernel[Any, Any], problem: Problem, device: Device, r
 def predicted_best(
     kernel: Kernel[Any, Any], problem: Problem, device: Device, count: int
 ) -> list[tuple[Prediction, Config]]:
-    """The `count` configurations of the space with the least predicted time, from estimated resources."""
+    """The `count` configurations with the least predicted time, from estimated resources, of the coarse space: the call
+    that asks is waiting, and `autotune` looks at the rest."""
     scored = (
         (predict(kernel.work(problem, config), kernel.estimate(problem, config, device), device), config)
-        for config in kernel.space.configs(problem, device)
+        for config in kernel.space.configs(problem, device, coarse=True)
     )
     return heapq.nsmallest(count, scored, key=lambda pair: pair[0].time_us)
 

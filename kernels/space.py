@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from tilewright.kernels.device import Device
@@ -28,17 +28,20 @@ class Space(Generic[P, C]):
     axes: Mapping[str, tuple[Any, ...]]
     fits: Callable[[P, C, Device], str | None]
     useful: Callable[[P, C, Device], str | None]
+    # Fewer values of some axes, for a program that waits for its first call: a tenth of the combinations, or less.
+    coarse: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
-    def product(self) -> Iterator[C]:
+    def product(self, *, coarse: bool = False) -> Iterator[C]:
         """Every combination of the axes, in a fixed order."""
-        for values in itertools.product(*self.axes.values()):
-            yield self.config(**dict(zip(self.axes, values, strict=True)))
+        axes = {**self.axes, **self.coarse} if coarse else self.axes
+        for values in itertools.product(*axes.values()):
+            yield self.config(**dict(zip(axes, values, strict=True)))
 
-    def configs(self, problem: P, device: Device) -> list[C]:
+    def configs(self, problem: P, device: Device, *, coarse: bool = False) -> list[C]:
         """The configurations worth trying for a problem on a device, in a fixed order."""
         return [
             config
-            for config in self.product()
+            for config in self.product(coarse=coarse)
             if self.useful(problem, config, device) is None and self.fits(problem, config, device) is None
         ]
 

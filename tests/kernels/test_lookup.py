@@ -105,7 +105,7 @@ def test_candidates_end_with_the_default(add):
 def test_predictions_are_the_fastest_of_the_space(monkeypatch):
     space = GEMM.space.configs(PROBLEM, DEVICE)[:200]
     kernel = replace(GEMM, space=replace(GEMM.space, axes={"BLOCK_M": (), "BLOCK_N": ()}))
-    monkeypatch.setattr(type(kernel.space), "configs", lambda *_: space)
+    monkeypatch.setattr(type(kernel.space), "configs", lambda *_, **__: space)
     best = predicted_best(kernel, PROBLEM, DEVICE, 200)
     assert sorted(config.to_json() for _, config in best) == sorted(config.to_json() for config in space)
     times = [prediction.time_us for prediction, _ in best]

@@ -232,3 +232,13 @@ def test_launches_share_a_binary_unless_the_code_differs():
         *(code(replace(TILE, **{name: 2 * getattr(TILE, name)})) for name in AXES),
     ]
     assert len({code(), *others}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    "problem", [SQUARE, replace(SQUARE, M=1), replace(SQUARE, K=33), replace(SQUARE, M=3, N=5)], ids=str
+)
+def test_the_coarse_space_is_a_small_part_of_the_whole(problem):
+    whole, coarse = SPACE.configs(problem, A100), SPACE.configs(problem, A100, coarse=True)
+    assert coarse
+    assert set(coarse) < set(whole)
+    assert len(list(SPACE.product(coarse=True))) * 5 < len(list(SPACE.product()))

@@ -161,7 +161,9 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
     return None
 
 
-SPACE: Space[GemmProblem, GemmConfig] = Space(GemmConfig, AXES, fits, useful)
+COARSE = {"BLOCK_K": (32, 64, 128), "GROUP_M": (1, 8), "SPLIT_K": (1, 4), "num_stages": (1, 3, 4)}
+
+SPACE: Space[GemmProblem, GemmConfig] = Space(GemmConfig, AXES, fits, useful, COARSE)
 
 
 def default(problem: GemmProblem, device: Device) -> GemmConfig:
