@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from tilewright.kernels.arrays import ArrayKind, View, kind_of
 from tilewright.kernels.dispatch import call_cache, plan_for
-from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.epilogue import activation_name
 from tilewright.kernels.interpreter import require_interpreter
 from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.kernels.ops.gemm.operands import (
+    Extents,
+    Matrix,
+    dense_strides,
+    folds,
+    matrix_of,
+    matrix_size,
+    mergeable,
+    outer_indices,
+    refuse_overlap,
+    result_dtype_of,
+    shapes_of,
+)
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.runtime import Plan
@@ -109,7 +118,7 @@ def gemm(
             _calls.clear()
         _calls[key] = call
     if out is not None:
-        _refuse_overlap(kind, call.extents, {"a": a, "b": b, "bias": bias, "residual": residual}, out)
+        refuse_overlap(kind, call.extents, {"a": a, "b": b, "bias": bias, "residual": residual}, out)
     return call(a, b, bias, residual, alpha, out)
 
 
@@ -126,7 +135,7 @@ class GemmCall:
     plan: Plan
     shape: tuple[int, ...]  # of the result
     strides: dict[str, int]
-    extents: _Extents
+    extents: Extents
 
     def __call__(self, a: Any, b: Any, bias: Any, residual: Any, alpha: float, out: Any) -> Any:
         """Put the call on the current stream of the arrays' library."""
@@ -155,7 +164,7 @@ class LoopedCall:
     # For each call, the index into a, b, residual and out.
     indices: tuple[tuple[tuple[int, ...], ...], ...]
     options: dict[str, Any]
-    extents: _Extents
+    extents: Extents
 
     def __call__(self, a: Any, b: Any, bias: Any, residual: Any, alpha: float, out: Any) -> Any:
         """Put the calls on the current stream, in order."""
@@ -194,64 +203,6 @@ def _type_name(array: Any) -> str:
     return f"{type(array).__module__}.{type(array).__qualname__}"
 
 
-class _Extents(NamedTuple):
-    """How far the arrays of a call reach in memory."""
-
-    bytes: dict[str, int]  # by name, from the first element to the end of the last
-    in_place: bool  # residual and out agree in all but, perhaps, where they are
-
-    @classmethod
-    def of(cls, views: dict[str, View]) -> _Extents:
-        reach = {name: _reach(view) for name, view in views.items()}
-        residual, out = views.get("residual"), views.get("out")
-        return cls(reach, residual is not None and out is not None and residual[1:] == out[1:])
-
-
-def _reach(view: View) -> int:
-    # Strides are not negative here.
-    last = sum((length - 1) * stride for length, stride in zip(view.shape, view.strides, strict=True))
-    return (last + 1) * int(dtype(view.dtype).bytes)
-
-
-def _refuse_overlap(kind: ArrayKind, extents: _Extents, inputs: dict[str, Any], out: Any) -> None:
-    """Does nothing if `out` may be written while the inputs are read: it is apart from each, or is the residual.
-
-    Raises:
-        ProblemError: they share memory.
-    """
-    start = kind.pointer(out)
-    end = start + extents.bytes["out"]
-    for name, array in inputs.items():
-        if array is None:
-            continue
-        first = kind.pointer(array)
-        if name == "residual" and extents.in_place and first == start:
-            continue  # each element is read by the block that then writes it
-        # Reaching over each other they may still interleave, as the halves of one wide array do.
-        if first < end and start < first + extents.bytes[name] and _share_memory(kind, array, out):
-            raise ProblemError(f"out may not share memory with {name}")
-
-
-def _share_memory(kind: ArrayKind, one: Any, other: Any) -> bool:
-    placed: list[np.ndarray[Any, Any]] = []
-    for view in (kind.view(one), kind.view(other)):
-        size = int(dtype(view.dtype).bytes)
-        strides = tuple(stride * size for stride in view.strides)
-        place = {"shape": view.shape, "strides": strides, "typestr": f"|V{size}", "data": (view.pointer, True)}
-        # NumPy knows how to find out, and reads nothing at these addresses, which may be a GPU's.
-        placed.append(np.asarray(SimpleNamespace(__array_interface__={**place, "version": 3})))
-    return np.shares_memory(placed[0], placed[1])
-
-
-class _Matrix(NamedTuple):
-    """An operand against the batch of the result."""
-
-    layout: str
-    stride: int  # between rows ("row") or columns ("col"), in elements
-    batch: tuple[int, ...]  # stride of each batch dimension of the result; 0 where the operand is broadcast
-    dense: bool  # rows (columns) follow each other without a gap
-
-
 def _prepare(
     kind: ArrayKind,
     a: Any,
@@ -275,11 +226,11 @@ def _prepare(
     ordinals = {view.device for view in views.values()}
     if len(ordinals) > 1:
         raise ProblemError(f"the arrays are on different GPUs: {sorted(ordinals)}")
-    m, k, n, batch = _shapes(views)
-    result_dtype = _dtypes(views, out_dtype)
+    m, k, n, batch = shapes_of(views)
+    result_dtype = result_dtype_of(views, out_dtype)
     shape = (*batch, m, n)
 
-    matrices = {name: _matrix(name, views[name], batch) for name in views if name != "bias"}
+    matrices = {name: matrix_of(name, views[name], batch) for name in views if name != "bias"}
     if "residual" in matrices and matrices["residual"].layout != "row":
         raise UnsupportedError(f"residual must be row-major; its strides are {views['residual'].strides}")
     if "out" in matrices:
@@ -287,13 +238,13 @@ def _prepare(
         if matrices["out"].layout != "row" or repeated:
             raise UnsupportedError(f"out must be row-major, without broadcast; its strides are {views['out'].strides}")
     else:
-        matrices["out"] = _Matrix("row", n, _dense_strides(batch, m * n), True)
+        matrices["out"] = Matrix("row", n, dense_strides(batch, m * n), True)
 
-    inner = _mergeable(batch, [matrix.batch for matrix in matrices.values()])
+    inner = mergeable(batch, [matrix.batch for matrix in matrices.values()])
     if inner < len(batch):
-        indices = _outer_indices(views, batch, len(batch) - inner)
+        indices = outer_indices(views, batch, len(batch) - inner)
         options = {"activation": activation, "precision": precision, "config": config}
-        return LoopedCall(kind, shape, result_dtype, indices, options, _Extents.of(views))
+        return LoopedCall(kind, shape, result_dtype, indices, options, Extents.of(views))
 
     count = math.prod(batch)
     steps = {name: matrix.batch[-1] if batch else 0 for name, matrix in matrices.items()}
@@ -302,11 +253,11 @@ def _prepare(
         if batch[position] > 1:
             steps = {name: matrix.batch[position] for name, matrix in matrices.items()}
             break
-    if count > 1 and m * count < 2**31 and _folds(matrices, steps, m):
+    if count > 1 and m * count < 2**31 and folds(matrices, steps, m):
         # One B for all: the batch is more rows of A.
         m, count = m * count, 1
     strided = not all(
-        matrix.dense and (count == 1 or steps[name] in (0, _matrix_size(name, m, n, k)))
+        matrix.dense and (count == 1 or steps[name] in (0, matrix_size(name, m, n, k)))
         for name, matrix in matrices.items()
     )
     pointers_aligned = all(view.pointer % 16 == 0 for view in views.values())
@@ -336,138 +287,4 @@ def _prepare(
         aligned=pointers_aligned and all(stride % 16 == 0 for stride in strides.values()),
     )
     plan, _ = plan_for(GEMM, problem, ordinals.pop(), config=config)
-    return GemmCall(kind, problem, plan, shape, strides, _Extents.of(views))
-
-
-def _shapes(views: dict[str, View]) -> tuple[int, int, int, tuple[int, ...]]:
-    """M, K, N and the batch of the result.
-
-    Raises:
-        ProblemError: the shapes don't go together.
-    """
-    a, b = views["a"].shape, views["b"].shape
-    if len(a) < 2 or len(b) < 2:
-        raise ProblemError(f"a {a} and b {b} must have at least two dimensions: (..., M, K) and (..., K, N)")
-    (m, k), (other_k, n) = a[-2:], b[-2:]
-    if k != other_k:
-        raise ProblemError(f"a is {a} and b is {b}: K={k} and K={other_k} must be equal")
-    try:
-        batch = np.broadcast_shapes(a[:-2], b[:-2])
-    except ValueError:
-        raise ProblemError(f"a is {a} and b is {b}: the leading dimensions don't broadcast") from None
-    if 0 in (m, n, k, *batch):
-        raise ProblemError(f"a is {a} and b is {b}: no dimension may be 0")
-    shape = (*batch, m, n)
-    if "bias" in views and views["bias"].shape != (n,):
-        raise ProblemError(f"bias is {views['bias'].shape} and must be ({n},)")
-    if "bias" in views and n > 1 and views["bias"].strides != (1,):
-        raise UnsupportedError(f"bias must be contiguous; its stride is {views['bias'].strides[0]}")
-    if "residual" in views:
-        residual = views["residual"].shape
-        if residual[-2:] != (m, n) or not _broadcasts(residual[:-2], batch):
-            raise ProblemError(f"residual is {residual} and must broadcast to {shape} over the leading dimensions")
-    if "out" in views and views["out"].shape != shape:
-        raise ProblemError(f"out is {views['out'].shape} and must be {shape}")
-    return m, k, n, batch
-
-
-def _broadcasts(lead: tuple[int, ...], batch: tuple[int, ...]) -> bool:
-    """Whether leading dimensions can be repeated to those of the result, without adding to them."""
-    try:
-        return np.broadcast_shapes(lead, batch) == batch
-    except ValueError:
-        return False
-
-
-def _dtypes(views: dict[str, View], out_dtype: str | None) -> str:
-    """The result's dtype.
-
-    Raises:
-        ProblemError: the dtypes don't go together.
-    """
-    if views["a"].dtype != views["b"].dtype:
-        raise ProblemError(f"a is {views['a'].dtype} and b is {views['b'].dtype}: they must have one dtype")
-    if out_dtype is not None:
-        dtype(out_dtype)
-    if "out" in views:
-        if out_dtype not in (None, views["out"].dtype):
-            raise ProblemError(f"out is {views['out'].dtype} and out_dtype={out_dtype!r}: leave one out")
-        return views["out"].dtype
-    return out_dtype or ("bf16" if views["a"].dtype.startswith("fp8") else views["a"].dtype)
-
-
-def _matrix(name: str, view: View, batch: tuple[int, ...]) -> _Matrix:
-    """The operand's layout and strides.
-
-    Raises:
-        UnsupportedError: neither its rows nor its columns are contiguous.
-    """
-    rows, columns = view.shape[-2:]
-    row_stride, column_stride = view.strides[-2:]
-    # A dimension of length 1 has no stride to speak of.
-    if column_stride == 1 or columns == 1:
-        layout, stride, length, lines = "row", row_stride, columns, rows
-        contiguous = column_stride == 1 or columns == 1
-    else:
-        layout, stride, length, lines = "col", column_stride, rows, columns
-        contiguous = row_stride == 1 or rows == 1
-    if lines == 1:
-        stride = length
-    if not contiguous or stride < length:
-        raise UnsupportedError(
-            f"{name} has strides {view.strides} for shape {view.shape}: rows or columns must be contiguous and not "
-            f"overlap; pass a copy"
-        )
-    lead = view.shape[:-2]
-    own = tuple(0 if size == 1 else step for size, step in zip(lead, view.strides[:-2], strict=True))
-    if any(step < 0 for step in own):
-        raise UnsupportedError(f"{name} has negative strides {view.strides}: pass a copy")
-    return _Matrix(layout, stride, (0,) * (len(batch) - len(lead)) + own, stride == length)
-
-
-def _dense_strides(batch: tuple[int, ...], size: int) -> tuple[int, ...]:
-    strides = []
-    for length in reversed(batch):
-        strides.append(size if length > 1 else 0)
-        size *= length
-    return tuple(reversed(strides))
-
-
-def _mergeable(batch: tuple[int, ...], strides: list[tuple[int, ...]]) -> int:
-    """How many trailing batch dimensions are one dimension to every operand."""
-    merged, step = 0, None
-    for position in range(len(batch) - 1, -1, -1):
-        current = [stride[position] for stride in strides]
-        if batch[position] > 1:
-            if step is not None and current != step:
-                break
-            step = [stride * batch[position] for stride in current]
-        merged += 1
-    return merged
-
-
-def _outer_indices(
-    views: dict[str, View], batch: tuple[int, ...], outer: int
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """For every index of the first `outer` batch dimensions: where that is in a, b, residual and out."""
-    found = []
-    for index in np.ndindex(*batch[:outer]):
-        at = []
-        for name in ("a", "b", "residual", "out"):
-            lead = views[name].shape[:-2] if name in views else batch
-            missing = len(batch) - len(lead)
-            own = index[missing:] if missing < outer else ()
-            at.append(tuple(0 if lead[i] == 1 else position for i, position in enumerate(own)))
-        found.append(tuple(at))
-    return tuple(found)
-
-
-def _matrix_size(name: str, m: int, n: int, k: int) -> int:
-    return {"a": m * k, "b": k * n}.get(name, m * n)
-
-
-def _folds(matrices: dict[str, _Matrix], steps: dict[str, int], m: int) -> bool:
-    """Whether the batch of A, residual and out continues their rows, under one B."""
-    return steps["b"] == 0 and all(
-        matrix.layout == "row" and steps[name] == m * matrix.stride for name, matrix in matrices.items() if name != "b"
-    )
+    return GemmCall(kind, problem, plan, shape, strides, Extents.of(views))
