@@ -157,16 +157,20 @@ def fitting_config(kernel: Kernel[Any, Any], problem: Problem, device: Device, r
     return config
 
 
+def predictions(
+    kernel: Kernel[Any, Any], problem: Problem, device: Device, *, coarse: bool = False
+) -> Iterator[tuple[Prediction, Config]]:
+    """The configurations worth trying, each with its prediction from estimated resources, in the space's order."""
+    for config in kernel.space.configs(problem, device, coarse=coarse):
+        yield predict(kernel.work(problem, config), kernel.estimate(problem, config, device), device), config
+
+
 def predicted_best(
     kernel: Kernel[Any, Any], problem: Problem, device: Device, count: int
 ) -> list[tuple[Prediction, Config]]:
     """The `count` configurations with the least predicted time, from estimated resources, of the coarse space: the call
     that asks is waiting, and `autotune` looks at the rest."""
-    scored = (
-        (predict(kernel.work(problem, config), kernel.estimate(problem, config, device), device), config)
-        for config in kernel.space.configs(problem, device, coarse=True)
-    )
-    return heapq.nsmallest(count, scored, key=lambda pair: pair[0].time_us)
+    return heapq.nsmallest(count, predictions(kernel, problem, device, coarse=True), key=lambda pair: pair[0].time_us)
 
 
 @functools.lru_cache(maxsize=4096)

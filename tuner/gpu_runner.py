@@ -17,13 +17,11 @@ from tilewright.kernels.prediction import predict
 from tilewright.kernels.problem import Config, Problem
 from tilewright.tuner.pool import Pool
 from tilewright.tuner.runner import Compiler, Outcome, Runner, compile_all
+from tilewright.tuner.timing import CLEARLY_SLOWER
 from tilewright.tuning_db.record import Provenance, Resources, Status, Times
 
 MEASURE_TIMEOUT_S = 60.0
 """For the gate and the timing of one configuration; both bound themselves to a few seconds."""
-
-GIVE_UP_FACTOR = 1.5
-"""A configuration this much slower than the best so far is not timed to the end."""
 
 
 class GpuRunner(Runner):
@@ -57,7 +55,7 @@ class GpuRunner(Runner):
                 **self._request(kernel, problem),
                 "config": config.to_dict(),
                 "check": True,
-                "give_up_above_us": None if best is None else best * GIVE_UP_FACTOR,
+                "give_up_above_us": None if best is None else best * CLEARLY_SLOWER,
             }
             outcome = self._outcome(self._worker.submit(request, MEASURE_TIMEOUT_S).result())
             if outcome.times is not None:

@@ -16,8 +16,8 @@ from tilewright.kernels.compile import ptxas_version, triton_version
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.kernel import Kernel
-from tilewright.kernels.lookup import check_supported, record_key
-from tilewright.kernels.prediction import predict, roofline_us
+from tilewright.kernels.lookup import check_supported, predictions, record_key
+from tilewright.kernels.prediction import roofline_us
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner.gpu_runner import GpuRunner
@@ -266,6 +266,9 @@ class _Run:
         known = {} if retune else self._known(kernel, key)
         if len(known) >= trials:
             return self._result(workload, kernel, key, cached=True)
+        if deadline is not None and time.monotonic() >= deadline:
+            # Ranking takes a few tenths of a second: a turn that never came doesn't pay for it.
+            return self._result(workload, kernel, key, cached=bool(known))
         configs = self._ranked(kernel, problem)
         default = kernel.default(problem, self._device)
         if not set(configs).union((default,)) - known.keys():
@@ -303,12 +306,8 @@ class _Run:
 
     def _ranked(self, kernel: Kernel[Any, Any], problem: Problem) -> list[Config]:
         """The configurations worth trying, best predicted first."""
-        device = self._device
-        scored = [
-            (predict(kernel.work(problem, config), kernel.estimate(problem, config, device), device).time_us, config)
-            for config in kernel.space.configs(problem, device)
-        ]
-        return [config for _, config in sorted(scored, key=lambda pair: pair[0])]
+        scored = sorted(predictions(kernel, problem, self._device), key=lambda pair: pair[0].time_us)
+        return [config for _, config in scored]
 
     def _started(self) -> Runner:
         if self._runner is None:

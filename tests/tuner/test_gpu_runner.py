@@ -11,8 +11,9 @@ from tilewright.kernels.lookup import TIMING_PROTOCOL
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.registry import find_kernel
-from tilewright.tuner.gpu_runner import GIVE_UP_FACTOR, GpuRunner
+from tilewright.tuner.gpu_runner import GpuRunner
 from tilewright.tuner.runner import Compiler
+from tilewright.tuner.timing import CLEARLY_SLOWER
 from tilewright.tuning_db.record import Provenance, Status
 
 pytestmark = pytest.mark.smoke
@@ -87,7 +88,7 @@ def test_clearly_slower_ones_may_stop_early(runner: GpuRunner) -> None:
     for config in (GemmConfig(64, 64, 32), GemmConfig(128, 64, 32), GemmConfig(32, 64, 32)):
         list(runner.run(GEMM, PROBLEM, [config]))
     limits = [request["give_up_above_us"] for request in runner._worker.requests]  # type: ignore[attr-defined]
-    assert limits == [None, 64 * GIVE_UP_FACTOR, 64 * GIVE_UP_FACTOR]
+    assert limits == [None, 64 * CLEARLY_SLOWER, 64 * CLEARLY_SLOWER]
 
 
 def test_finalists_are_measured_again_together(runner: GpuRunner) -> None:
