@@ -141,7 +141,8 @@ class TorchKind(ArrayKind):
         self._torch = sys.modules["torch"]  # one of its tensors is in hand, so it is loaded
 
     def signature(self, array: Any) -> tuple[Any, ...]:
-        return (array.shape, array.stride(), array.dtype, array.device, array.data_ptr() % 16 == 0)
+        gradient = array.requires_grad and self._torch.is_grad_enabled()
+        return (array.shape, array.stride(), array.dtype, array.device, gradient, array.data_ptr() % 16 == 0)
 
     def pointer(self, array: Any) -> int:
         return int(array.data_ptr())
@@ -149,6 +150,11 @@ class TorchKind(ArrayKind):
     def view(self, array: Any) -> View:
         if array.device.type != "cuda":
             raise UnsupportedError(f"a torch tensor on {array.device} is not in a GPU's memory: move it with .cuda()")
+        if array.requires_grad and self._torch.is_grad_enabled():
+            raise UnsupportedError(
+                "a torch tensor requires a gradient, and these kernels compute none: call them under torch.no_grad(), "
+                "or pass .detach()"
+            )
         return View(array.data_ptr(), tuple(array.shape), array.stride(), dtype_name(array.dtype), array.device.index)
 
     def empty(self, like: Any, shape: tuple[int, ...], kind: str) -> Any:

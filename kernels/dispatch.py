@@ -8,7 +8,7 @@ from typing import Any
 
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import live_devices, resolve_device
-from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.kernel import Kernel, Launch
 from tilewright.kernels.lookup import Choice, candidates
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.runtime import GpuPlan, InterpretedPlan, Plan
@@ -23,8 +23,17 @@ _plans: dict[tuple[Any, ...], tuple[Plan, Choice]] = {}
 _call_caches: list[dict[tuple[Any, ...], Any]] = []
 
 
+Constants = tuple[tuple[str, float], ...]
+"""Constexprs by name that a caller chooses and no problem holds: see `Launch.with_constants`."""
+
+
 def plan_for(
-    kernel: Kernel[Any, Any], problem: Problem, ordinal: int, *, config: Config | None = None
+    kernel: Kernel[Any, Any],
+    problem: Problem,
+    ordinal: int,
+    *,
+    config: Config | None = None,
+    constants: Constants = (),
 ) -> tuple[Plan, Choice]:
     """A plan ready to run on GPU `ordinal` (-1: in the interpreter), and the choice behind it.
 
@@ -32,13 +41,13 @@ def plan_for(
         UnsupportedError, IllegalConfigError: nothing can run the problem there, or not this configuration.
         CompileError, LaunchError: the compiler or the driver refused the caller's configuration, or the default.
     """
-    key = (kernel.name, problem, ordinal, config)
+    key = (kernel.name, problem, ordinal, config, constants)
     ready = _plans.get(key)
     if ready is None:
         with _lock:
             ready = _plans.get(key)
             if ready is None:
-                ready = _plans[key] = _prepare(kernel, problem, ordinal, config)
+                ready = _plans[key] = _prepare(kernel, problem, ordinal, config, constants)
     return ready
 
 
@@ -56,27 +65,36 @@ def call_cache() -> dict[tuple[Any, ...], Any]:
     return _call_caches[-1]
 
 
-def _prepare(kernel: Kernel[Any, Any], problem: Problem, ordinal: int, config: Config | None) -> tuple[Plan, Choice]:
+def _prepare(
+    kernel: Kernel[Any, Any], problem: Problem, ordinal: int, config: Config | None, constants: Constants
+) -> tuple[Plan, Choice]:
     if ordinal < 0:
-        return _interpreted(kernel, problem, config)
+        return _interpreted(kernel, problem, config, constants)
     device = _device(ordinal)
     refused: Exception | None = None
     for choice in candidates(kernel, problem, device, config=config):
         try:
-            return GpuPlan(kernel.launches(problem, choice.config), device, ordinal), choice
+            launches = kernel.launches(problem, choice.config)
+            return GpuPlan(_with(launches, constants), device, ordinal), choice
         except (UnsupportedError, CompileError, LaunchError) as error:
             refused = error  # a guess whose real code spills, doesn't compile or doesn't load: the next one
     assert refused is not None
     raise refused
 
 
-def _interpreted(kernel: Kernel[Any, Any], problem: Problem, config: Config | None) -> tuple[Plan, Choice]:
+def _interpreted(
+    kernel: Kernel[Any, Any], problem: Problem, config: Config | None, constants: Constants
+) -> tuple[Plan, Choice]:
     device = resolve_device(INTERPRETED_BOARD)
     if config is None:
         config = kernel.default(problem, device)
     else:
         kernel.space.check(problem, config, device)
-    return InterpretedPlan(kernel.launches(problem, config)), Choice(config, None, "interpreted")
+    return InterpretedPlan(_with(kernel.launches(problem, config), constants)), Choice(config, None, "interpreted")
+
+
+def _with(launches: tuple[Launch, ...], constants: Constants) -> tuple[Launch, ...]:
+    return tuple(launch.with_constants(constants) for launch in launches) if constants else launches
 
 
 @functools.cache

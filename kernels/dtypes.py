@@ -1,6 +1,7 @@
 """Canonical data-type names and what each is called elsewhere.
 
-The names are `fp16 bf16 fp32 int8 fp8e4m3 fp8e5m2 int4`, in problems, records, suites and error messages alike.
+The names are `fp16 bf16 fp32 int8 int32 uint8 fp8e4m3 fp8e5m2 int4`, in problems, records, suites and error messages
+alike.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class DType:
     name: str
     bits: int
     triton: str  # in a Triton signature
-    numpy: npt.DTypeLike | None  # None where NumPy (with ml_dtypes) has no array of it: int4 travels packed in int8
+    numpy: npt.DTypeLike | None  # None where NumPy (with ml_dtypes) has no array of it: int4 travels packed in uint8
     min_arch: int  # oldest arch whose compiled kernels can hold it in registers
     unit: str  # which rate of `Device.tensor_tflops` a dot of it runs at
 
@@ -39,10 +40,12 @@ DTYPES: dict[str, DType] = {
         DType("bf16", 16, "bf16", ml_dtypes.bfloat16, 80, "bf16"),
         DType("fp32", 32, "fp32", np.float32, 75, "tf32"),
         DType("int8", 8, "i8", np.int8, 80, "int8"),
+        DType("int32", 32, "i32", np.int32, 75, "int8"),  # sums of int8 products, offsets and tables
+        DType("uint8", 8, "u8", np.uint8, 75, "int8"),  # two int4 in each
         # e4m3 fails to compile below sm_89 even for stores; e5m2 compiles there, upcast to fp16.
         DType("fp8e4m3", 8, "fp8e4nv", ml_dtypes.float8_e4m3fn, 89, "fp8"),
         DType("fp8e5m2", 8, "fp8e5", ml_dtypes.float8_e5m2, 80, "fp8"),
-        DType("int4", 4, "i8", None, 80, "int8"),
+        DType("int4", 4, "u8", None, 80, "int8"),
     )
 }
 
@@ -52,6 +55,8 @@ _ARRAY_NAMES = {
     "bfloat16": "bf16",
     "float32": "fp32",
     "int8": "int8",
+    "int32": "int32",
+    "uint8": "uint8",
     "float8_e4m3fn": "fp8e4m3",
     "float8_e5m2": "fp8e5m2",
 }

@@ -1,100 +1,216 @@
-"""The end of every op: y = activation(alpha · x + bias + residual), in fp32.
+"""The end of every op, in one order, in fp32:
 
-`activate` is the one device function all kernels call, `ACTIVATIONS` the float64 reference of each activation. A new
-activation is one branch in the first and one line in the second; the conformance tests then cover it everywhere.
+    y = activation(alpha · scales · x + bias + residual)
+
+or, of pairs of columns, with the residual last so that it skips the gate:
+
+    [g | u] = alpha · scales · x + bias,    y = activation(g) · u + residual
+
+and then, where the result is quantised, y / out_scale rounded to nearest even and saturated; and the cast.
+
+`FusedProblem` holds the fields that ops share for it, `epilogue_reference` computes it in float64, `finish` and
+`finish_gated` are its device code.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import triton
 import triton.language as tl
 
-from tilewright.tuning_db.errors import UsageError
+from tilewright.kernels.activations import activate, activation, activation_name
+from tilewright.kernels.device import Device
+from tilewright.kernels.dtypes import DTYPES, dtype
+from tilewright.kernels.kernel import Tolerance
+from tilewright.kernels.problem import Problem
+from tilewright.tuning_db.errors import ProblemError
 
 Array = np.ndarray[Any, Any]
 
-_erf = np.frompyfunc(math.erf, 1, 1)
+FLOATS = ("fp16", "bf16", "fp32", "fp8e4m3", "fp8e5m2")
+OUTPUT_DTYPES = (*FLOATS, "int8", "int32")
+QUANTISED = ("int8", "fp8e4m3", "fp8e5m2")
+"""Result types that `out_scale` is for."""
+
+GATED = ("halves", "interleaved")
+"""How the gate and the up projection lie in N: all gates, then all ups; or gate, up, gate, up, …"""
+
+ALPHA = 0.5
+"""The alpha that `inputs` draws for problems that have one; a power of two, so that it adds no rounding of its own."""
+
+OUT_SCALE = 2.0**-5
+"""The scale that `inputs` draws for a quantised result: values near 1 become numbers near 32, the largest saturate."""
 
 
-def _sigmoid(x: Array) -> Array:
-    # exp of a negative number only: no overflow at either end.
-    e = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1 / (1 + e), e / (1 + e))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedProblem(Problem):
+    """A problem with the common epilogue. `bias` and `residual` are the dtype of that array, or None for none.
 
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "none": lambda x: x,
-    "relu": lambda x: np.maximum(x, 0),
-    # Hendrycks & Gimpel 2016, arXiv:1606.08415: the tanh form and the exact form.
-    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "gelu_erf": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2)).astype(np.float64)),
-    "silu": lambda x: x * _sigmoid(x),
-    "sigmoid": _sigmoid,
-    "tanh": np.tanh,
-    # Howard et al. 2019, arXiv:1905.02244: x * relu6(x + 3) / 6.
-    "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
-}
-"""Every activation by its canonical name, as a float64 reference."""
-
-ALIASES = {"gelu": "gelu_erf", "swish": "silu", "": "none"}
-
-
-def activation_name(name: str | None) -> str:
-    """The canonical name of an activation; None is `none`.
-
-    Raises:
-        UsageError: no activation has that name.
+    An op's own class says what `out_dtype` is when left out, and which of these it does not take.
     """
-    canonical = ALIASES.get(name or "", name or "none")
-    if canonical not in ACTIVATIONS:
-        raise UsageError(f"unknown activation {name!r}; the names are {', '.join(ACTIVATIONS)}")
-    return canonical
+
+    out_dtype: str | None = None
+    bias: str | None = None
+    residual: str | None = None
+    activation: str = "none"
+    alpha: bool = False  # whether a factor other than 1 is applied
+    out_scale: bool = False  # whether the result is quantised with a scale
+
+    def check_epilogue(self, default_out_dtype: str) -> None:
+        """Writes the canonical spellings, and checks them.
+
+        Raises:
+            ProblemError: dtypes that can't be, or don't go together.
+            UsageError: no such activation.
+        """
+        put = object.__setattr__  # frozen: set once, as the problem is made
+        put(self, "activation", activation_name(self.activation))
+        put(self, "out_dtype", self.out_dtype or default_out_dtype)
+        for name, kind, known in (
+            ("out_dtype", self.out_dtype, OUTPUT_DTYPES),
+            ("bias", self.bias, FLOATS),
+            ("residual", self.residual, FLOATS),
+        ):
+            if kind is not None and kind not in known:
+                raise ProblemError(f"{name}={kind!r}: {self.op} takes {', '.join(known)}")
+        if self.out_scale and self.out_dtype not in QUANTISED:
+            raise ProblemError(f"out_scale is for a result of {', '.join(QUANTISED)}, not out_dtype={self.out_dtype!r}")
+        if self.out_dtype == "int8" and not self.out_scale:
+            raise ProblemError("out_dtype='int8' needs out_scale")
+
+    @property
+    def output_dtype(self) -> str:
+        """`out_dtype`, which is never None once the problem is made."""
+        assert self.out_dtype is not None
+        return self.out_dtype
+
+    def epilogue_scalars(self) -> dict[str, Array]:
+        """The one-element arrays among the epilogue's inputs, by argument name."""
+        scalars = {"alpha": (self.alpha, ALPHA), "out_scale": (self.out_scale, OUT_SCALE)}
+        return {name: np.full(1, value, np.float32) for name, (wanted, value) in scalars.items() if wanted}
 
 
-@triton.jit
-def tanh(x):
-    """tanh of an fp32 tile."""
-    # Triton's language has no tanh, and libdevice's does not run in the interpreter. 1 - exp(-2|x|) cancels near 0,
-    # so a series takes over there: at |x| = 0.25 its first dropped term, 1382/155925·x^11, is 9e-9 of x.
-    e = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - e) / (1.0 + e)
-    large = tl.where(x < 0, -large, large)
-    s = x * x
-    small = x * (1.0 + s * (-0.333333333 + s * (0.133333333 + s * (-0.0539682540 + s * 0.0218694885))))
-    return tl.where(tl.abs(x) < 0.25, small, large)
+def epilogue_reference(
+    problem: FusedProblem,
+    x: Array,
+    arrays: Mapping[str, Array],
+    *,
+    scales: Sequence[Array] = (),
+    bias: Array | None = None,
+    residual: Array | None = None,
+    gated: str | None = None,
+) -> Array:
+    """The result in float64 for x = A·B, not rounded, but cut to the range of a quantised type.
 
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)) of an fp32 tile."""
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """`ACTIVATIONS[ACTIVATION]` of an fp32 tile."""
-    if ACTIVATION == "relu":
-        # A comparison, not a maximum: NaN must stay NaN.
-        y = tl.where(x < 0, 0.0, x)
-    elif ACTIVATION == "gelu_tanh":
-        y = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-    elif ACTIVATION == "gelu_erf":
-        y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "silu":
-        y = x * sigmoid(x)
-    elif ACTIVATION == "sigmoid":
-        y = sigmoid(x)
-    elif ACTIVATION == "tanh":
-        y = tanh(x)
-    elif ACTIVATION == "hardswish":
-        # The gate first: 6·x overflows where x alone does not.
-        y = x * (tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) * 0.16666666666666666)
+    `scales`, `bias` and `residual` broadcast against x; alpha and out_scale are read from `arrays`. Gated columns are
+    along the last axis of x.
+    """
+    for factor in (*scales, *(arrays[name] for name in ("alpha",) if problem.alpha)):
+        x = x * factor.astype(np.float64)
+    if bias is not None:
+        x = x + bias.astype(np.float64)
+    extra = 0.0 if residual is None else residual.astype(np.float64)
+    function = activation(problem.activation)
+    if gated is None:
+        y = function(x + extra)
     else:
-        tl.static_assert(ACTIVATION == "none", "unknown activation")
-        y = x
+        half = x.shape[-1] // 2
+        gate, up = (x[..., :half], x[..., half:]) if gated == "halves" else (x[..., 0::2], x[..., 1::2])
+        y = function(gate) * up + extra
+    if problem.out_scale:
+        limits = _limits(problem.output_dtype)
+        y = np.clip(y / arrays["out_scale"].astype(np.float64), *limits)
     return y
+
+
+def _limits(name: str) -> tuple[float, float]:
+    if name == "int8":
+        return -128.0, 127.0
+    largest = float(ml_dtypes.finfo(DTYPES[name].numpy).max)
+    return -largest, largest
+
+
+ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "fp8e4m3": 2.0**-4, "fp8e5m2": 2.0**-3}
+"""Half the distance from 1 to the next number."""
+
+_SMALLEST = {"fp16": 2.0**-24, "fp8e4m3": 2.0**-9, "fp8e5m2": 2.0**-16}
+
+STEEPEST = {"relu2": 12.0}
+"""The steepest slope that an activation has between -6 and 6, where it is above about 1."""
+
+
+def rounded(problem: FusedProblem, absolute: float, *, gated: bool = False) -> Tolerance:
+    """The tolerance of a result whose sums are within `absolute` of the true ones.
+
+    Relative: two roundings to the output's dtype. Absolute: the sum's error as the activation passes it on (a gate
+    multiplies it by up to 6, the largest of 10^6 normal values, on either side); and of a type with few small numbers
+    its smallest one, for below the normal ones digits are lost. An int8 is up to half a step off; int32 sums are exact.
+    """
+    kind = problem.output_dtype
+    absolute *= STEEPEST.get(problem.activation.partition(":")[0], 1.0)
+    if problem.activation.startswith("leaky_relu:"):
+        absolute *= max(1.0, abs(float(problem.activation.partition(":")[2])))
+    if gated:
+        absolute *= 12
+    if problem.out_scale:
+        absolute /= OUT_SCALE
+    if kind == "int32":
+        return Tolerance(relative=0.0, absolute=0.0)
+    if kind == "int8":
+        return Tolerance(relative=2.0**-20, absolute=absolute + 0.5)
+    return Tolerance(relative=2 * ROUNDOFF[kind], absolute=absolute + _SMALLEST.get(kind, 0.0))
+
+
+def unsupported_dtype(names: Iterable[str | None], device: Device) -> str | None:
+    """None, or which of the dtypes the device is too old for."""
+    for name in sorted({name for name in names if name is not None}):
+        oldest = dtype(name).min_arch
+        if device.arch < oldest:
+            return f"{name} needs sm_{oldest} or newer, and {device.board} is {device.sm}"
+    return None
+
+
+# Device code
+
+
+@triton.jit
+def to_output(y, out_scale_ptr, kind: tl.constexpr):
+    """An fp32 tile as `kind`: divided by the scale, if there is one, rounded to nearest even; saturated, if 8 bits.
+
+    NaN stays NaN in floating-point types and becomes -128 in int8.
+    """
+    if out_scale_ptr is not None:
+        y = tl.math.div_rn(y, tl.load(out_scale_ptr))
+    if kind == tl.int8:
+        y = tl.minimum(tl.maximum(y, -128.0), 127.0)
+        # 1.5·2^23: fp32 numbers there are one apart, so the addition rounds to an integer, to nearest even. A cast
+        # would cut off.
+        y = (y + 12582912.0) - 12582912.0
+    elif kind == tl.float8e4nv:
+        # Comparisons, not a minimum: NaN must stay NaN.
+        y = tl.where(y > 448.0, 448.0, tl.where(y < -448.0, -448.0, y))
+    elif kind == tl.float8e5:
+        y = tl.where(y > 57344.0, 57344.0, tl.where(y < -57344.0, -57344.0, y))
+    return y.to(kind)
+
+
+@triton.jit
+def finish(x, residual, ACTIVATION: tl.constexpr, out_scale_ptr, kind: tl.constexpr):
+    """activation(x + residual) of an fp32 tile, quantised and cast; the residual is a tile, or None."""
+    if residual is not None:
+        x += residual.to(tl.float32)
+    return to_output(activate(x, ACTIVATION), out_scale_ptr, kind)
+
+
+@triton.jit
+def finish_gated(gate, up, residual, ACTIVATION: tl.constexpr, out_scale_ptr, kind: tl.constexpr):
+    """activation(gate) · up + residual of fp32 tiles, quantised and cast; the residual is a tile, or None."""
+    y = activate(gate, ACTIVATION) * up
+    if residual is not None:
+        y += residual.to(tl.float32)
+    return to_output(y, out_scale_ptr, kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Generic, NamedTuple
 
@@ -53,6 +53,9 @@ class Launch:
     constexprs: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
+    # More than 0: the grid's x is at most that many blocks per SM of the device, and a block goes on to the tiles that
+    # are a whole grid further.
+    blocks_per_sm: int = 0
     # Scratch memory must be all zero at the first launch, and every launch leaves its counters at zero.
     scratch: tuple[Scratch, ...] = ()
 
@@ -61,6 +64,21 @@ class Launch:
         """What the compiled code depends on, besides the target: launches that agree here share one binary."""
         arguments = tuple((argument.name, argument.type, argument.aligned) for argument in self.arguments)
         return (source_hash(self.fn), arguments, self.constexprs, self.num_warps, self.num_stages)
+
+    def with_constants(self, constants: tuple[tuple[str, Any], ...]) -> Launch:
+        """The launch with other values of some constexprs; names it does not have are left to the op's other launches.
+
+        For numbers that a caller chooses and speed does not depend on, which are therefore no part of a problem.
+        """
+        chosen = dict(constants)
+        return replace(self, constexprs=tuple((name, chosen.get(name, value)) for name, value in self.constexprs))
+
+    def on(self, sms: int) -> Launch:
+        """The launch with the grid it has on a device of so many SMs."""
+        if self.blocks_per_sm == 0:
+            return self
+        x, y, z = self.grid
+        return replace(self, grid=(min(x, self.blocks_per_sm * sms), y, z))
 
 
 class Tolerance(NamedTuple):
@@ -80,15 +98,17 @@ class Kernel(Generic[P, C]):
     jit_functions: tuple[Any, ...]
     default: Callable[[P, Device], C]  # legal for every problem, free of spills, never the slowest
     launches: Callable[[P, C], tuple[Launch, ...]]  # in order; arrays are bound by argument name
-    reference: Callable[[P, Mapping[str, np.ndarray[Any, Any]]], np.ndarray[Any, Any]]  # in float64
-    tolerance: Callable[[P], Tolerance]
+    # Every output by name, in float64, and how near to it a result must be.
+    reference: Callable[[P, Mapping[str, np.ndarray[Any, Any]]], dict[str, np.ndarray[Any, Any]]]
+    tolerance: Callable[[P], dict[str, Tolerance]]
     estimate: Callable[[P, C, Device], Resources]  # before anything is compiled
     work: Callable[[P, C], Work]  # what `prediction` needs to know
     distance: Callable[[P, P], float | None]  # between problems whose best configurations compare; None: they don't
     supported: Callable[[P, Device], str | None]  # None, or why this device can't run it at all
     # A small problem of the same code paths that neither tile nor split divides: the tails the problem itself may lack.
     ragged: Callable[[P, C], P] | None = None
-    output: str = "out"
+    # Values of the stride arguments, from the strides of all arrays, in elements, by name; None: no launch has any.
+    strides: Callable[[P, Mapping[str, tuple[int, ...]]], dict[str, int]] | None = None
 
     @cached_property
     def source_hash(self) -> str:

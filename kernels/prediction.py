@@ -2,11 +2,12 @@
 
 The launch runs in waves of SMs · occupancy blocks. With r blocks on the busiest SM, a wave takes
 
-    busy  = overlap(max(r·compute + stalls / r, chain), r·shared, r·issue, r·l2, dram, latency) + r·spills
+    busy  = overlap(max(r·compute + stalls / r, chain), r·beside, r·shared, r·issue, r·l2, dram, latency) + r·spills
     alone = overlap(chain, shared, issue, l2, dram / r, latency) + spills
     first wave: busy + ends         later waves: max(busy, alone + ends)
 
-`compute` to `l2` are what the main loop of one block needs of its SM; `stalls` are its waits at barriers and, without a
+`compute` to `l2` are what the main loop of one block needs of its SM, `beside` its exponentials and other work between
+dots; `stalls` are its waits at barriers and, without a
 pipeline, for memory; `chain` is what one block computes and waits, one after the other, with the tensor cores idle that
 only neighbours fill; `dram` is the traffic of the whole wave; `latency` is what waiting for tiles costs in spite of the
 pipeline. `ends` is a block's time before and after its loop, which neighbours hide once the blocks are no longer in
@@ -28,10 +29,10 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from tilewright.kernels.device import WARP_SIZE, Device
-from tilewright.kernels.work import Panel, Work
+from tilewright.kernels.work import Dot, Panel, Work
 from tilewright.tuning_db.record import Resources
 
-MODEL = "roofline-1"
+MODEL = "roofline-2"
 """Name and revision of this model: part of every predicted record's key. Change it with any formula or constant."""
 
 
@@ -39,6 +40,7 @@ class Term(StrEnum):
     """The parts of the model."""
 
     COMPUTE = "compute"  # padded tiles over the rate of the tensor or CUDA cores
+    BESIDE = "beside"  # exponentials and other work beside the dots
     ISSUE = "issue"  # instruction slots, and too few warps or independent mma to keep the tensor cores busy
     SHARED = "shared"  # operands written to shared memory, and read once per warp tile
     L2 = "l2"  # operand tiles through L2
@@ -72,6 +74,10 @@ L2_LATENCY_CYCLES = 270  # same: 211 A100, 277 L40, 266 H100; up to 430 in the f
 SHARED_LATENCY_CYCLES = 30  # Jia et al., arXiv:1804.06826 and 1903.07486; Luo et al.: 22 to 33
 MMA_LATENCY_CYCLES = 33  # m16n8k16 on sm_80 and sm_86 (Sun et al., arXiv:2206.02874), sm_90 (Luo et al.)
 FMA_LATENCY_CYCLES = 4  # Jia et al., 1804.06826
+LANES_PER_CYCLE = {75: 64, 80: 64}
+"""fp32 operations per cycle and SM, by arch; 128 on the others (CUDA C++ Programming Guide, "Throughput of Native
+Arithmetic Instructions")."""
+SPECIAL_PER_CYCLE = 16  # exponentials and the like per cycle and SM, on every arch (same table)
 SUBPARTITIONS = 4  # of an SM, each with its own tensor core and a scheduler of one instruction a cycle
 # Instructions of a warp, counted in the SASS of compiled kernels for sm_86: within 3 % of the loops of 5 tile shapes.
 LOOP_INSTRUCTIONS = 40  # per iteration: counters, buffer indices, barriers
@@ -99,6 +105,7 @@ class Iteration(NamedTuple):
     """Cycles of one main-loop iteration of one block, by resource; 0 for what is left out."""
 
     compute: float
+    beside: float
     idle: float  # factor on `compute` for a block that has the SM to itself
     shared: float
     copied: float  # of `shared`, until a tile is in registers and its buffer free; 0 where the dot reads it in place
@@ -110,6 +117,7 @@ class Demand(NamedTuple):
     """Cycles that one wave needs of each resource; 0 for what is left out."""
 
     compute: float
+    beside: float
     shared: float
     issue: float
     l2: float
@@ -158,7 +166,7 @@ def predict(work: Work, resources: Resources, device: Device, *, without: Collec
         moved = dram_bytes(work, device, blocks, without)
         demand = wave_demand(work, device, iteration, rate, busiest, moved, without)
         stalls = 0.0 if Term.PIPELINE in without else stall_cycles(work, device, demand.pipeline)
-        chain = work.iterations * iteration.compute * iteration.idle + stalls
+        chain = work.iterations * (iteration.compute * iteration.idle + iteration.beside) + stalls
         busy = busy_cycles(demand, chain, stalls, busiest) + busiest * work.iterations * iteration.spills
         alone = alone_cycles(demand, chain, busiest) + work.iterations * iteration.spills
         ends = end_cycles(work, rate, without)
@@ -196,6 +204,7 @@ def iteration_cycles(work: Work, resources: Resources, device: Device, without: 
     written = 0.0 if Term.SHARED in without else written_cycles(work)
     return Iteration(
         compute=0.0 if Term.COMPUTE in without else compute_cycles(work, device),
+        beside=0.0 if Term.BESIDE in without else beside_cycles(work, device),
         idle=idle_factor(work, device) if issues else 1.0,
         shared=written + read,
         copied=0.0 if datapath(work, device) is Datapath.WGMMA else read,
@@ -218,6 +227,7 @@ def wave_demand(
     iterations = busiest * work.iterations
     return Demand(
         compute=iterations * iteration.compute,
+        beside=iterations * iteration.beside,
         shared=iterations * iteration.shared,
         issue=iterations * iteration.issue,
         l2=0.0 if Term.L2 in without else busiest * l2_bytes(work, without) / rate,
@@ -243,13 +253,13 @@ def busy_cycles(demand: Demand, chain: float, stalls: float, busiest: int) -> fl
 
     Of the time that a block stalls, its neighbours leave less unused the more they are.
     """
-    compute, shared, issue, l2, dram, latency = demand
-    return overlap(max(compute + stalls / busiest, chain), shared, issue, l2, dram, latency)
+    compute, beside, shared, issue, l2, dram, latency = demand
+    return overlap(max(compute + stalls / busiest, chain), beside, shared, issue, l2, dram, latency)
 
 
 def alone_cycles(demand: Demand, chain: float, busiest: int) -> float:
     """Cycles of the loop of one of the `busiest` blocks on an SM, if the others were done."""
-    _, shared, issue, l2, dram, latency = demand
+    _, _, shared, issue, l2, dram, latency = demand
     return overlap(chain, shared / busiest, issue / busiest, l2 / busiest, dram / busiest, latency)
 
 
@@ -283,9 +293,9 @@ def datapath(work: Work, device: Device) -> Datapath:
     return Datapath.MMA
 
 
-def thread_tile(work: Work) -> float:
-    """Rows plus columns of the output tile that one thread owns on the FMA path: about square."""
-    return 2.0 * math.sqrt(max(1.0, work.tile_m * work.tile_n / (work.num_warps * WARP_SIZE)))
+def thread_tile(work: Work, dot: Dot) -> float:
+    """Rows plus columns of a dot's result that one thread owns on the FMA path: about square."""
+    return 2.0 * math.sqrt(max(1.0, dot.m * dot.n / (work.num_warps * WARP_SIZE)))
 
 
 def dot_rate(work: Work, device: Device) -> float:
@@ -298,11 +308,20 @@ def dot_rate(work: Work, device: Device) -> float:
 
 def compute_cycles(work: Work, device: Device) -> float:
     """Cycles of one block's dot at the SM's rate: 2·BM·BN·BK FLOP, padding and warps that repeat others included."""
-    elements: float = work.tile_m * work.tile_n
-    if datapath(work, device) is Datapath.MMA:
-        rows, columns = work.warp_tile
-        elements = work.num_warps * rows * columns
-    return 2.0 * elements * work.tile_k / dot_rate(work, device)
+    products = 0.0
+    for dot in work.dots:
+        each_warp = datapath(work, device) is Datapath.MMA
+        products += (work.num_warps * dot.rows * dot.columns if each_warp else dot.m * dot.n) * dot.k
+    return 2.0 * products / dot_rate(work, device) if products else 0.0
+
+
+def beside_cycles(work: Work, device: Device) -> float:
+    """Cycles of one iteration's work beside its dots, on the CUDA cores and in the units for exponentials.
+
+    It lies between the dots of its own block: only other blocks' dots run at the same time.
+    """
+    lanes = LANES_PER_CYCLE.get(device.arch, 128)
+    return max(work.lane_ops / lanes, work.special_ops / SPECIAL_PER_CYCLE)
 
 
 def idle_factor(work: Work, device: Device) -> float:
@@ -320,8 +339,9 @@ def idle_factor(work: Work, device: Device) -> float:
     if path is Datapath.FMA:
         accumulators = work.tile_m * work.tile_n / (work.num_warps * WARP_SIZE)
         return idle * max(1.0, FMA_LATENCY_CYCLES / (accumulators * max(1.0, per_core)))
-    rows, columns = work.warp_tile
-    in_flight = (rows / 16) * (columns / 8) * max(1.0, per_core)
+    if not work.dots:
+        return 1.0
+    in_flight = min((dot.rows / 16) * (dot.columns / 8) for dot in work.dots) * max(1.0, per_core)
     flop = 2 * 16 * 8 * 32 / work.operand_bytes  # one mma is 32 bytes deep: k16 of fp16, k8 of tf32
     occupied = flop * SUBPARTITIONS / dot_rate(work, device)
     return idle * max(1.0, MMA_LATENCY_CYCLES / (in_flight * occupied))
@@ -330,43 +350,47 @@ def idle_factor(work: Work, device: Device) -> float:
 def issue_cycles(work: Work, device: Device) -> float:
     """Cycles in which the schedulers issue one iteration's instructions, one each a cycle."""
     path = datapath(work, device)
-    instructions = float(LOOP_INSTRUCTIONS * work.num_warps)
-    tile_bytes = (work.tile_m + work.tile_n) * work.tile_k * work.operand_bytes
+    instructions = float(LOOP_INSTRUCTIONS * work.num_warps) + (work.lane_ops + work.special_ops) / WARP_SIZE
+    brought = work.staged_bytes if work.dots else work.load_bytes
     each = COPY_INSTRUCTIONS if work.vector_bytes >= 16 else NARROW_INSTRUCTIONS
-    instructions += tile_bytes / (WARP_SIZE * work.vector_bytes) * each
-    if path is Datapath.MMA:
-        rows, columns = work.warp_tile
-        mma = work.num_warps * (rows / 16) * (columns / 8) * work.tile_k * work.operand_bytes / 32
-        ldmatrix = work.num_warps * (rows + columns) * work.tile_k * work.operand_bytes / 512  # four 8×8 at a time
-        instructions += MMA_INSTRUCTIONS * mma + ldmatrix
-    elif path is Datapath.FMA:
-        fma = work.tile_m * work.tile_n * work.tile_k / WARP_SIZE
-        loads = work.num_warps * thread_tile(work) * work.tile_k / 4  # four words at a time
-        instructions += fma + loads
+    instructions += brought / (WARP_SIZE * work.vector_bytes) * each
+    for dot in work.dots:
+        if path is Datapath.MMA:
+            mma = work.num_warps * (dot.rows / 16) * (dot.columns / 8) * dot.k * work.operand_bytes / 32
+            lines = (dot.rows if dot.staged else 0.0) + dot.columns
+            ldmatrix = work.num_warps * lines * dot.k * work.operand_bytes / 512  # four 8×8 at a time
+            instructions += MMA_INSTRUCTIONS * mma + ldmatrix
+        elif path is Datapath.FMA:
+            fma = dot.m * dot.n * dot.k / WARP_SIZE
+            loads = work.num_warps * thread_tile(work, dot) * dot.k / 4  # four words at a time
+            instructions += fma + loads
     return instructions / SUBPARTITIONS
 
 
 def written_cycles(work: Work) -> float:
     """Cycles in which one iteration's operands are written to shared memory."""
-    return (work.tile_m + work.tile_n) * work.tile_k * work.operand_bytes / SHARED_BYTES_PER_CYCLE
+    return work.staged_bytes / SHARED_BYTES_PER_CYCLE
 
 
 def read_cycles(work: Work, device: Device) -> float:
     """Cycles in which one iteration's operands are read from shared memory, by every warp what it needs."""
     path = datapath(work, device)
-    if path is Datapath.FMA:
-        # Each thread reads its rows and columns, as fp32; about half of a warp's lanes ask for what others ask for.
-        words = 0.5 * work.num_warps * WARP_SIZE * thread_tile(work) * work.tile_k
-        return words * 4 / SHARED_BYTES_PER_CYCLE
-    if path is Datapath.WGMMA:
-        # One instruction reads 64 rows of A and up to 256 columns of B, for the 4 warps of a group.
-        groups_across = max(1.0, work.num_warps / 4 * 64 / work.tile_m)
-        columns = min(256.0, work.tile_n / groups_across)
-        lines = work.tile_m * work.tile_n / columns + work.tile_n * work.tile_m / 64
-    else:
-        rows, columns = work.warp_tile
-        lines = work.num_warps * (rows + columns)
-    return lines * work.tile_k * work.operand_bytes / SHARED_BYTES_PER_CYCLE
+    read = 0.0
+    for index, dot in enumerate(work.dots):
+        if path is Datapath.FMA:
+            # Each thread reads its rows and columns, as fp32; about half of a warp's lanes ask for what others ask for.
+            read += 0.5 * work.num_warps * WARP_SIZE * thread_tile(work, dot) * dot.k * 4
+        elif path is Datapath.WGMMA:
+            # One instruction reads 64 rows of A and up to 256 columns of B, for the 4 warps of a group. A of a second
+            # dot is in registers.
+            groups_across = max(1.0, work.num_warps / 4 * 64 / dot.m)
+            columns = min(256.0, dot.n / groups_across)
+            lines = dot.n * dot.m / 64 + (dot.m * dot.n / columns if index == 0 else 0.0)
+            read += lines * dot.k * work.operand_bytes
+        else:
+            lines = work.num_warps * ((dot.rows if dot.staged else 0.0) + dot.columns)
+            read += lines * dot.k * work.operand_bytes
+    return read / SHARED_BYTES_PER_CYCLE
 
 
 def spill_cycles(work: Work, resources: Resources) -> float:

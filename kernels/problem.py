@@ -11,7 +11,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -25,8 +25,8 @@ class _Value:
     __slots__ = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, in order of declaration."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        """The fields by name, in the order a person writes them."""
+        return {field.name: getattr(self, field.name) for field in _fields(type(self))}  # type: ignore[arg-type]  # a class is hashable
 
     def to_json(self) -> str:
         """Canonical JSON: equal values give equal texts, in every process."""
@@ -93,6 +93,13 @@ class _Value:
         return cls.from_dict(values)
 
 
+class Output(NamedTuple):
+    """An output array of a problem."""
+
+    shape: tuple[int, ...]
+    dtype: str  # canonical name
+
+
 class Config(_Value):
     """The choices of one kernel: tiles, warps, stages, variants. Subclasses are frozen dataclasses."""
 
@@ -113,6 +120,10 @@ class Problem(_Value, ABC):
         """Random inputs by argument name, equal for equal seeds, in the problem's dtypes and layouts."""
 
     @abstractmethod
+    def outputs(self) -> dict[str, Output]:
+        """Every array of the result, by argument name; the main one first."""
+
+    @abstractmethod
     def flops(self) -> int:
         """Floating-point (or integer) operations the result needs, a multiply-add counted as two."""
 
@@ -128,7 +139,7 @@ class Problem(_Value, ABC):
     def __str__(self) -> str:
         """The text that `parse` reads, without the fields that follow from the others."""
         values = self.to_dict()
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in _fields(type(self)):
             if field.default is not dataclasses.MISSING:
                 fewer = {name: value for name, value in values.items() if name != field.name}
                 # Without it there may be no problem at all: a_broadcast without the batch.
@@ -139,10 +150,16 @@ class Problem(_Value, ABC):
 
 
 @cache
+def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
+    """The fields of a dataclass: its positional ones, which are an op's own, before the keywords that ops share."""
+    return tuple(sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only)))
+
+
+@cache
 def _field_types(cls: type) -> dict[str, tuple[type, ...]]:
     hints = typing.get_type_hints(cls)
     kinds: dict[str, tuple[type, ...]] = {}
-    for field in dataclasses.fields(cls):
+    for field in _fields(cls):
         hint = hints[field.name]
         kinds[field.name] = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return kinds

@@ -6,6 +6,7 @@ On a GPU the cubin is loaded through CuPy and launched on the caller's stream; N
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -24,6 +25,10 @@ DEFAULT_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory a kernel may use without asking the driver for more (CUDA C++ Programming Guide)."""
 
 
+HIDDEN_SCRATCH = "descriptors"
+"""Name of the scratch memory that Triton itself asks for."""
+
+
 class Plan(ABC):
     """The launches of one problem with one configuration, ready to run. Safe to share between threads."""
 
@@ -36,15 +41,23 @@ class Plan(ABC):
         """
 
 
+INTERPRETED_SMS = 3
+"""SMs that the interpreter has for kernels whose blocks walk over tiles: few, so that in small tests they do walk."""
+
+
 class InterpretedPlan(Plan):
     """Runs on NumPy arrays, in this process, at once."""
 
     def __init__(self, launches: tuple[Launch, ...]) -> None:
-        self._launches = launches
+        self._launches = tuple(launch.on(INTERPRETED_SMS) for launch in launches)
 
     def run(self, pointers: Mapping[str, Any], strides: Mapping[str, int], stream: int) -> None:
+        # Scratch of one name is one array for all launches of the plan: what one leaves there the next one reads.
+        lent: dict[str, Any] = {}
         for launch in self._launches:
-            lent = {f"{scratch.name}_ptr": np.zeros(scratch.elements, scratch.numpy) for scratch in launch.scratch}
+            for scratch in launch.scratch:
+                if f"{scratch.name}_ptr" not in lent:
+                    lent[f"{scratch.name}_ptr"] = np.zeros(scratch.elements, scratch.numpy)
             arguments: dict[str, Any] = {}
             for argument in launch.arguments:
                 if argument.type is None:
@@ -69,7 +82,7 @@ class GpuPlan(Plan):
             CompileError, LaunchError: the compiler or the driver refused it.
         """
         self._loaded = []
-        for launch in launches:
+        for launch in (each.on(device.sms) for each in launches):
             binary = compile_launch(launch, device.arch)
             limit = over_limits(binary.resources, device, binary.num_warps)
             if limit is not None:
@@ -88,15 +101,15 @@ class _LoadedLaunch:
         cupy = require_cupy()
         from cupy_backends.cuda.api import driver
 
-        if binary.scratch_bytes:
-            raise UnsupportedError(
-                f"{binary.name} needs {binary.scratch_bytes} B of scratch a launch, which is not lent"
-            )
         self._cupy, self._driver, self._ordinal = cupy, driver, ordinal
         self._grid = launch.grid
         self._block = binary.num_warps * WARP_SIZE
         self._shared = binary.shared_bytes
         self._scratch = launch.scratch
+        if binary.scratch_bytes:
+            # Where tensor descriptors are made: every block has a place of its own behind the first hidden pointer.
+            blocks = math.prod(launch.grid)
+            self._scratch += (Scratch(HIDDEN_SCRATCH, "int8", blocks * binary.scratch_bytes),)
         with cupy.cuda.Device(ordinal):
             try:
                 self._module = cupy.cuda.Module()
@@ -108,7 +121,7 @@ class _LoadedLaunch:
             except driver.CUDADriverError as error:
                 raise LaunchError(f"the driver refused {binary.name} for sm_{binary.arch}: {error}") from error
         present = [argument for argument in launch.arguments if argument.type is not None]
-        # The hidden scratch pointers are null: this kernel uses none.
+        # The hidden scratch pointers stay null, but for the first where the kernel uses it.
         self._slots = (ctypes.c_uint64 * (len(present) + HIDDEN_POINTERS))()
         base, size = ctypes.addressof(self._slots), ctypes.sizeof(ctypes.c_uint64)
         addresses = [base + size * index for index in range(len(self._slots))]
@@ -121,6 +134,8 @@ class _LoadedLaunch:
             if argument.is_pointer and argument.name not in lent
         ]
         self._lent = [(index, argument.name) for index, argument in enumerate(present) if argument.name in lent]
+        if binary.scratch_bytes:
+            self._lent.append((len(present), f"{HIDDEN_SCRATCH}_ptr"))
         self._strides = []
         for index, argument in enumerate(present):
             if not argument.is_pointer:

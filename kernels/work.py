@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @functools.lru_cache(maxsize=4096)
@@ -20,6 +21,17 @@ def warp_tile(tile_m: int, tile_n: int, num_warps: int) -> tuple[float, float]:
         else:
             columns *= 2
     return tile_m / rows, max(8.0, tile_n / columns)
+
+
+class Dot(NamedTuple):
+    """One dot of a block's iteration."""
+
+    m: int
+    n: int
+    k: int
+    rows: float  # of the m × n result, that one warp owns
+    columns: float
+    staged: bool  # whether the left operand is brought anew in every iteration
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,9 @@ class Work:
     """A launch as a grid of output tiles, each a loop of dot products. Bytes and operations are those of one block.
 
     The grid is `batch` × `splits` × `tiles_m` × `tiles_n` blocks, walked in groups of `group_m` tile rows.
+
+    A loop may have a second dot, whose left operand is what the first one left in registers (attention's P·V, with Q
+    loaded before the loop), and work beside its dots; a kernel without any dot has a `tile_k` of 0.
     """
 
     # grid
@@ -65,6 +80,10 @@ class Work:
     epilogue_bytes: float  # read and written by one tile's epilogue
     workspace_bytes: float  # of one block's partial result, written and read again; 0 without split-K
     launches: int = 1
+    # in one iteration of one block, beside the dot
+    second: tuple[int, int, int] | None = None  # rows, columns and depth of another dot
+    lane_ops: float = 0.0  # fp32 and integer operations of single lanes on the CUDA cores
+    special_ops: float = 0.0  # exponentials and the like of single lanes
 
     @property
     def tiles(self) -> int:
@@ -77,6 +96,24 @@ class Work:
         return self.tiles * self.splits
 
     @property
-    def warp_tile(self) -> tuple[float, float]:
-        """Rows and columns of the output tile that one warp owns."""
-        return warp_tile(self.tile_m, self.tile_n, self.num_warps)
+    def dots(self) -> tuple[Dot, ...]:
+        """The dots of an iteration."""
+        if self.second is None:
+            if not self.tile_k:
+                return ()
+            rows, columns = warp_tile(self.tile_m, self.tile_n, self.num_warps)
+            return (Dot(self.tile_m, self.tile_n, self.tile_k, rows, columns, True),)
+        # Triton lays the warps of chained dots out along the rows alone, so that the second finds its rows in place.
+        rows = max(16.0, self.tile_m / self.num_warps)
+        m, n, k = self.second
+        return (
+            Dot(self.tile_m, self.tile_n, self.tile_k, rows, self.tile_n, False),
+            Dot(m, n, k, rows, n, False),
+        )
+
+    @property
+    def staged_bytes(self) -> float:
+        """Bytes that pass through shared memory in an iteration."""
+        staged = self.tile_n * self.tile_k
+        staged += self.tile_m * self.tile_k if self.second is None else self.second[1] * self.second[2]
+        return staged * self.operand_bytes

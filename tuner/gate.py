@@ -2,7 +2,7 @@
 
 It is NumPy alone; the arrays may come from a GPU or from the interpreter.
 
-An output array lies between two guard zones, and everything, zones and padding between rows too, is filled with one
+Each output array lies between two guard zones, and everything, zones and padding between rows too, is filled with one
 byte before a run: `OutputLayout` is that, and `verdict` what two such runs, with different bytes, have to say:
 
 1. nothing outside the array was written;
@@ -53,36 +53,36 @@ CHUNK = 1 << 18
 class Divisible(Protocol):
     """A problem whose result can be computed in part."""
 
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        """Shape of the whole result."""
-
     def part(
         self, arrays: Mapping[str, Array], random: np.random.Generator
-    ) -> tuple[Problem, dict[str, Array], tuple[Array, ...]]:
-        """A problem that computes a part of the result, its inputs, and which part: indices along each dimension."""
+    ) -> tuple[Problem, dict[str, Array], dict[str, tuple[Array, ...]]]:
+        """A problem that computes a part of the result, its inputs, and which part: of every output by name, the
+        indices along each dimension."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """The reference's result, or a part of it."""
+    """The reference's result for one output, or a part of it."""
 
     shape: tuple[int, ...]  # of the whole result
     values: Array  # float64
     index: tuple[Array, ...] | None = None  # of `values` along each dimension of the result; None: they are all there
 
 
-def expect(kernel: Kernel[Any, Any], problem: Problem, arrays: Mapping[str, Array], seed: int) -> Expected:
-    """What a kernel should compute from these inputs: all of it where that is affordable, else what `seed` picks."""
+def expect(kernel: Kernel[Any, Any], problem: Problem, arrays: Mapping[str, Array], seed: int) -> dict[str, Expected]:
+    """What a kernel should compute from these inputs, by output: all of it where that is affordable, else what `seed`
+    picks."""
+    outputs = problem.outputs()
     if isinstance(problem, Divisible) and (
         problem.flops() > FULL_FLOPS
         or sum(array.size for array in arrays.values()) > FULL_INPUTS
-        or math.prod(problem.out_shape) > FULL_RESULTS
+        or sum(math.prod(output.shape) for output in outputs.values()) > FULL_RESULTS
     ):
         part, chosen, index = problem.part(arrays, np.random.default_rng(seed))
-        return Expected(problem.out_shape, kernel.reference(part, chosen), index)
+        values = kernel.reference(part, chosen)
+        return {name: Expected(outputs[name].shape, values[name], index[name]) for name in outputs}
     values = kernel.reference(problem, arrays)
-    return Expected(values.shape, values)
+    return {name: Expected(outputs[name].shape, values[name]) for name in outputs}
 
 
 def poisons(dtype: np.dtype[Any]) -> tuple[int, int]:
@@ -122,6 +122,14 @@ class OutputLayout:
     def nbytes(self) -> int:
         """Of the whole buffer."""
         return 2 * self.guard + self.body
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the array, in elements."""
+        steps = [1]
+        for length in (self.pitch, *reversed(self.shape[1:-1])):
+            steps.append(steps[-1] * length)
+        return tuple(reversed(steps[: len(self.shape)]))
 
     def array(self, buffer: Bytes) -> Array:
         """The array in a buffer."""

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from tilewright.kernels.dtypes import DTYPES
-from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.kernel import Argument, Kernel
 from tilewright.kernels.prediction import roofline_us
-from tilewright.kernels.problem import Config, Problem
+from tilewright.kernels.problem import Config, Output, Problem
 from tilewright.kernels.registry import find_kernel
 from tilewright.kernels.runtime import Plan
 from tilewright.tuner import gate
@@ -167,21 +167,21 @@ class Bench:
         self._expected = gate.expect(kernel, problem, self._arrays, seed)
         # Every configuration has the same arrays; the default stands for all.
         launches = kernel.launches(problem, kernel.default(problem, gpu.device))
-        arguments = {argument.name: argument for launch in launches for argument in launch.arguments}
-        out = arguments[f"{kernel.output}_ptr"]
-        assert out.type is not None
-        shape = self._expected.shape
-        strides = [each for each in arguments.values() if each.type and not each.is_pointer and each.value is None]
-        pitch = shape[-1]
-        if any(each.name == f"{kernel.output}_stride" for each in strides):
-            pitch = -(-pitch // 16) * 16 + (16 if out.aligned else 1)
-        self._layout = gate.OutputLayout.of(shape, _numpy_dtype(out.type), pitch=pitch, aligned=out.aligned)
-        self._strides = {each.name: self._stride(each.name) for each in strides}
+        arguments = {each.name: each for launch in launches for each in launch.arguments if each.type is not None}
+        self._layouts = {
+            name: _layout(output, arguments[f"{name}_ptr"], padded=f"{name}_stride" in arguments)
+            for name, output in problem.outputs().items()
+        }
+        self._strides: dict[str, int] = {}
+        if kernel.strides is not None:
+            placed = {name: _in_elements(array) for name, array in self._arrays.items()}
+            placed |= {name: layout.strides for name, layout in self._layouts.items()}
+            self._strides = kernel.strides(problem, placed)
         self._placed, self._slab_bytes = _place(self._arrays)
         self._slabs: list[Any] = []
-        self._outs: list[Any] = []
+        self._outs: list[dict[str, Any]] = []
         self._pointers: list[dict[str, Any]] = []
-        self._hosts: list[gate.Bytes] = []
+        self._hosts: dict[str, list[gate.Bytes]] = {}
         self._copies: int | None = None
         self._grow(1)
 
@@ -201,15 +201,24 @@ class Bench:
 
     def gate(self, plan: Plan) -> str | None:
         """None, or why two runs of the plan are not accepted."""
-        gpu, layout = self.gpu, self._layout
+        gpu = self.gpu
         if not self._hosts:
-            self._hosts = [gpu.host_buffer(layout.nbytes) for _ in gate.poisons(layout.dtype)]
-        for host, byte in zip(self._hosts, gate.poisons(layout.dtype), strict=True):
-            gpu.fill(self._outs[0], byte, layout.nbytes)
+            self._hosts = {
+                name: [gpu.host_buffer(layout.nbytes) for _ in range(2)] for name, layout in self._layouts.items()
+            }
+        for run in range(2):
+            for name, layout in self._layouts.items():
+                gpu.fill(self._outs[0][name], gate.poisons(layout.dtype)[run], layout.nbytes)
             plan.run(self._pointers[0], self._strides, gpu.stream)
-            gpu.download(self._outs[0], host)
-        first, second = self._hosts
-        return gate.verdict(layout, first, second, self._expected, self.kernel.tolerance(self.problem))
+            for name in self._layouts:
+                gpu.download(self._outs[0][name], self._hosts[name][run])
+        tolerance = self.kernel.tolerance(self.problem)
+        for name, layout in self._layouts.items():
+            first, second = self._hosts[name]
+            reason = gate.verdict(layout, first, second, self._expected[name], tolerance[name])
+            if reason is not None:
+                return reason if len(self._layouts) == 1 else f"{name}: {reason}"
+        return None
 
     def sampler(self, plan: Plan) -> tuple[Sampler, str]:
         """What times the plan, and the name of the way it does."""
@@ -240,13 +249,10 @@ class Bench:
         return copies
 
     def _grow(self, copies: int) -> None:
-        gpu, layout = self.gpu, self._layout
+        gpu = self.gpu
         while len(self._pointers) < copies:
-            # Only the first output is looked at, and only it needs its guard zones.
             first = not self._outs
-            guard = layout.guard if first else layout.guard % ALIGNMENT
             slab = gpu.allocate(self._slab_bytes)
-            out = gpu.allocate(layout.nbytes if first else guard + layout.body)
             if not first:
                 gpu.copy(slab, self._slabs[0], self._slab_bytes)
             else:
@@ -258,26 +264,29 @@ class Bench:
                 f"{name}_ptr": gpu.argument(slab, offset, dtype, data.size // dtype.itemsize)
                 for name, offset, data, dtype in self._placed
             }
-            elements = layout.body // layout.dtype.itemsize
-            pointers[f"{self.kernel.output}_ptr"] = gpu.argument(out, guard, layout.dtype, elements)
+            outs = {}
+            for name, layout in self._layouts.items():
+                # Only the first copy is looked at, and only it needs its guard zones.
+                guard = layout.guard if first else layout.guard % ALIGNMENT
+                outs[name] = gpu.allocate(layout.nbytes if first else guard + layout.body)
+                elements = layout.body // layout.dtype.itemsize
+                pointers[f"{name}_ptr"] = gpu.argument(outs[name], guard, layout.dtype, elements)
             self._slabs.append(slab)
-            self._outs.append(out)
+            self._outs.append(outs)
             self._pointers.append(pointers)
 
-    def _stride(self, argument: str) -> int:
-        """The value of a stride argument, by its name: `a_stride` from row to row (or column to column) of `a`,
-        `a_batch_stride` from matrix to matrix, 0 where there is only one."""
-        name = argument.removesuffix("_stride").removesuffix("_batch")
-        if name == self.kernel.output:
-            shape, itemsize = self._layout.shape, 1
-            row, column, matrix = self._layout.pitch, 1, self._layout.pitch * shape[-2]
-        else:
-            array = self._arrays[name]
-            shape, itemsize = array.shape, array.itemsize
-            row, column, matrix = array.strides[-2], array.strides[-1], array.strides[0]
-        if argument.endswith("_batch_stride"):
-            return matrix // itemsize if shape[0] > 1 else 0
-        return (row if column == itemsize else column) // itemsize
+
+def _layout(output: Output, argument: Argument, *, padded: bool) -> gate.OutputLayout:
+    """Where an output goes: its rows apart where the kernel takes a stride, off a boundary where none is promised."""
+    pitch = output.shape[-1]
+    if padded:
+        pitch = -(-pitch // 16) * 16 + (16 if argument.aligned else 1)
+    kind = np.dtype(dtype(output.dtype).numpy)
+    return gate.OutputLayout.of(output.shape, kind, pitch=pitch, aligned=argument.aligned)
+
+
+def _in_elements(array: np.ndarray[Any, Any]) -> tuple[int, ...]:
+    return tuple(stride // array.itemsize for stride in array.strides)
 
 
 def _place(arrays: Mapping[str, np.ndarray[Any, Any]]) -> tuple[list[Placed], int]:
@@ -292,14 +301,6 @@ def _place(arrays: Mapping[str, np.ndarray[Any, Any]]) -> tuple[list[Placed], in
         placed.append(Placed(name, offset, flat, array.dtype))
         end = offset + flat.size
     return placed, end
-
-
-def _numpy_dtype(triton_type: str) -> np.dtype[Any]:
-    """The element type of a pointer in Triton's spelling."""
-    for dtype in DTYPES.values():
-        if "*" + dtype.triton == triton_type and dtype.numpy is not None:
-            return np.dtype(dtype.numpy)
-    return np.dtype({"*i32": np.int32, "*i64": np.int64}[triton_type])
 
 
 def _fault(gpu: Gpu, error: Exception) -> Reply:

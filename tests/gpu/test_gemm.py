@@ -52,7 +52,7 @@ def call(cupy: Any, problem: GemmProblem, seed: int = 0, **more: Any) -> str | N
         **more,
     )
     assert out.dtype == np.dtype(dtype(problem.output_dtype).numpy)
-    return compare(on_host(cupy, out), GEMM.reference(problem, arrays), GEMM.tolerance(problem))
+    return compare(on_host(cupy, out), GEMM.reference(problem, arrays)["out"], GEMM.tolerance(problem)["out"])
 
 
 def skip_unless(problem: GemmProblem, board: Device) -> None:
@@ -121,7 +121,7 @@ def test_a_stream_of_ones_own(cupy: Any) -> None:
             operand[...] = source
         out = gemm(*operands)
         stream.synchronize()
-    assert compare(on_host(cupy, out), GEMM.reference(problem, arrays), GEMM.tolerance(problem)) is None
+    assert compare(on_host(cupy, out), GEMM.reference(problem, arrays)["out"], GEMM.tolerance(problem)["out"]) is None
 
 
 @pytest.mark.parametrize("split_k", [1, 4])
@@ -143,7 +143,10 @@ def test_a_captured_graph_replays_on_new_contents(cupy: Any, split_k: int) -> No
             out.fill(np.nan)
             graph.launch(stream)
             stream.synchronize()
-            assert compare(on_host(cupy, out), GEMM.reference(problem, fresh), GEMM.tolerance(problem)) is None
+            assert (
+                compare(on_host(cupy, out), GEMM.reference(problem, fresh)["out"], GEMM.tolerance(problem)["out"])
+                is None
+            )
 
 
 def test_out_is_written_and_given_back(cupy: Any) -> None:
@@ -152,11 +155,11 @@ def test_out_is_written_and_given_back(cupy: Any) -> None:
     moved = {name: on_gpu(cupy, array) for name, array in arrays.items()}
     out = cupy.full((1, 70, 90), np.nan, np.float16)
     assert gemm(moved["a"], moved["b"], residual=moved["residual"], out=out) is out
-    wanted = GEMM.reference(problem, arrays)
-    assert compare(on_host(cupy, out), wanted, GEMM.tolerance(problem)) is None
+    wanted = GEMM.reference(problem, arrays)["out"]
+    assert compare(on_host(cupy, out), wanted, GEMM.tolerance(problem)["out"]) is None
     # In place: each element of the residual is read by who writes it.
     gemm(moved["a"], moved["b"], residual=moved["residual"], out=moved["residual"])
-    assert compare(on_host(cupy, moved["residual"]), wanted, GEMM.tolerance(problem)) is None
+    assert compare(on_host(cupy, moved["residual"]), wanted, GEMM.tolerance(problem)["out"]) is None
 
 
 def test_a_slice_of_a_larger_array_leaves_the_rest_alone(cupy: Any) -> None:
@@ -166,7 +169,10 @@ def test_a_slice_of_a_larger_array_leaves_the_rest_alone(cupy: Any) -> None:
     around = cupy.full((100, 100), 7.0, np.float16)
     gemm(a, b, out=around[10:43, 20:68])
     result = on_host(cupy, around)
-    assert compare(result[None, 10:43, 20:68], GEMM.reference(problem, arrays), GEMM.tolerance(problem)) is None
+    assert (
+        compare(result[None, 10:43, 20:68], GEMM.reference(problem, arrays)["out"], GEMM.tolerance(problem)["out"])
+        is None
+    )
     result[10:43, 20:68] = 7
     assert (result == 7).all()
 
@@ -182,7 +188,7 @@ def test_offsets_beyond_31_bits(cupy: Any, board: Device) -> None:
     out = gemm(cupy.asarray(a), cupy.asarray(b))
     chosen = np.array([0, 1, 65_535, 65_536, 65_537, rows - 1])
     wanted = a[chosen].astype(float) @ b.astype(float)
-    loose = GEMM.tolerance(problem)._replace(absolute=GEMM.tolerance(problem).absolute * math.sqrt(16))
+    loose = GEMM.tolerance(problem)["out"]._replace(absolute=GEMM.tolerance(problem)["out"].absolute * math.sqrt(16))
     found = np.stack([on_host(cupy, out[row]) for row in chosen.tolist()])
     assert compare(found, wanted, loose) is None
 
@@ -207,14 +213,14 @@ def test_torch_tensors_on_torchs_current_stream(torch: Any) -> None:
     assert isinstance(out, torch.Tensor)
     assert out.dtype == torch.float16
     stream.synchronize()
-    assert compare(out.cpu().numpy(), GEMM.reference(problem, arrays), GEMM.tolerance(problem)) is None
+    assert compare(out.cpu().numpy(), GEMM.reference(problem, arrays)["out"], GEMM.tolerance(problem)["out"]) is None
 
 
 def test_torch_bf16_against_torch(torch: Any) -> None:
     torch.manual_seed(0)
     a = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16) / 512**0.5
     b = torch.randn(384, 512, device="cuda", dtype=torch.bfloat16).t()
-    tolerance = GEMM.tolerance(GemmProblem(M=256, N=384, K=512, dtype="bf16", b_layout="col"))
+    tolerance = GEMM.tolerance(GemmProblem(M=256, N=384, K=512, dtype="bf16", b_layout="col"))["out"]
     wanted = a.double().cpu().numpy() @ b.double().cpu().numpy()
     assert compare(gemm(a, b).float().cpu().numpy(), wanted, tolerance) is None
 
@@ -233,4 +239,4 @@ def test_a_graph_that_torch_captures(torch: Any) -> None:
     graph.replay()
     torch.cuda.synchronize()
     wanted = a.double().cpu().numpy() @ b.double().cpu().numpy()
-    assert compare(out.cpu().numpy(), wanted, GEMM.tolerance(GemmProblem(M=64, N=128, K=256))) is None
+    assert compare(out.cpu().numpy(), wanted, GEMM.tolerance(GemmProblem(M=64, N=128, K=256))["out"]) is None

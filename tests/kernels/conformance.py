@@ -1,8 +1,8 @@
 """What every op is held to: its kernel, on arrays that show every stray read and write, against its float64 reference.
 
 A test makes a problem and says how the op is called on its arrays; `check` does the rest. Inputs come from
-`Problem.inputs`, whose padding is NaN. The output lies inside a guarded buffer and is NaN before the call, so that an
-element left out shows as much as one too many.
+`Problem.inputs`, whose padding is NaN. Outputs lie inside guarded buffers and are NaN (integers: their smallest number)
+before the call, so that an element left out shows as much as one too many.
 """
 
 from __future__ import annotations
@@ -15,16 +15,23 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.kernels.activations import ACTIVATIONS, activation_name
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Kernel, Tolerance
 from tilewright.kernels.problem import Problem
 
 Array = np.ndarray[Any, Any]
-Call = Callable[[Mapping[str, Array], Array], object]
-"""Runs the op on the inputs, by argument name, and writes the result to the array."""
+Call = Callable[[Mapping[str, Array], dict[str, Array]], object]
+"""Runs the op on the inputs, by argument name, and writes the results to the arrays, by name too."""
 
 SIZES = (1, 15, 16, 17, 127, 128, 129)
 """Off by one around the smallest tile and the usual one."""
+
+ACTIVATION_NAMES = tuple(
+    activation_name({"clamp": "clamp:-0.5:1.25", "leaky_relu": "leaky_relu:0.3"}.get(word, word))
+    for word in ACTIVATIONS
+)
+"""Every activation once, those with parameters with some that are no default."""
 
 GUARD_BYTES = 256
 SENTINEL = 0x5A
@@ -42,10 +49,15 @@ class Guarded:
         start = GUARD_BYTES + -(self._buffer.ctypes.data + GUARD_BYTES) % 64 + offset * numpy_dtype.itemsize
         whole = self._buffer[start : start + size].view(numpy_dtype).reshape(*shape[:-1], pitch)
         self.array = whole[..., : shape[-1]]
-        self.array[...] = np.nan
+        self.array[...] = np.iinfo(numpy_dtype).min if numpy_dtype.kind in "iu" else np.nan
         self._outside = self._buffer.copy()
         inside = self._outside[start : start + size].view(numpy_dtype).reshape(*shape[:-1], pitch)
         inside[..., : shape[-1]] = 0
+
+    @classmethod
+    def of(cls, problem: Problem, **layout: int) -> dict[str, Guarded]:
+        """One for every output of a problem."""
+        return {name: cls(output.shape, output.dtype, **layout) for name, output in problem.outputs().items()}
 
     def assert_intact(self) -> None:
         """Fails if a byte around the array has changed."""
@@ -58,12 +70,15 @@ class Guarded:
 
 
 def assert_close(result: Array, expected: Array, tolerance: Tolerance) -> None:
-    """Fails if an element is further from the reference than the tolerance; names the worst one."""
+    """Fails if an element is further from the reference than the tolerance, or infinite where the reference is not the
+    same infinity; names the worst one."""
     assert result.shape == expected.shape
     wide = result.astype(np.float64)
-    finite = np.isfinite(wide)
-    assert finite.all(), f"{np.count_nonzero(~finite)} of {wide.size} elements are not finite, or not written at all"
-    excess = np.abs(wide - expected) / (tolerance.absolute + tolerance.relative * np.abs(expected))
+    wrong = ~np.isfinite(wide) & (wide != expected)
+    assert not wrong.any(), f"{np.count_nonzero(wrong)} of {wide.size} elements are not finite, or not written at all"
+    with np.errstate(invalid="ignore", divide="ignore"):
+        excess = np.abs(wide - expected) / (tolerance.absolute + tolerance.relative * np.abs(expected))
+    excess[wide == expected] = 0
     worst = np.unravel_index(np.argmax(excess), excess.shape)
     at = tuple(int(index) for index in worst)
     assert excess[worst] <= 1, (
@@ -72,15 +87,20 @@ def assert_close(result: Array, expected: Array, tolerance: Tolerance) -> None:
     )
 
 
-def check(kernel: Kernel[Any, Any], problem: Problem, call: Call, out: Guarded, *, seed: int = 0) -> None:
-    """Fails unless the call writes the reference's result to `out`, nothing beside it, and no input."""
+def check(
+    kernel: Kernel[Any, Any], problem: Problem, call: Call, outs: Mapping[str, Guarded], *, seed: int = 0
+) -> None:
+    """Fails unless the call writes the reference's results to `outs`, nothing beside them, and no input."""
     arrays = problem.inputs(seed)
     before = {name: array.tobytes() for name, array in arrays.items()}
     expected = kernel.reference(problem, arrays)
-    call(arrays, out.array)
-    out.assert_intact()
+    assert expected.keys() == outs.keys() == problem.outputs().keys()
+    call(arrays, {name: out.array for name, out in outs.items()})
+    for out in outs.values():
+        out.assert_intact()
     assert {name: array.tobytes() for name, array in arrays.items()} == before, "an input was written"
-    assert_close(out.array, expected, kernel.tolerance(problem))
+    for name, out in outs.items():
+        assert_close(out.array, expected[name], kernel.tolerance(problem)[name])
 
 
 def pairwise(axes: Mapping[str, Sequence[Any]], *, seed: int = 0, tries: int = 20) -> Iterator[dict[str, Any]]:

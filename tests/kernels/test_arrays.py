@@ -177,6 +177,7 @@ class Tensor:
     def __init__(self, device="cuda:1", dtype="torch.float16"):
         name, _, index = device.partition(":")
         self.shape, self.dtype, self.made = (4, 8), SimpleNamespace(), []
+        self.requires_grad = False
         self.dtype = type("dtype", (), {"__str__": lambda _: dtype})()
         self.device = type("device", (), {"type": name, "index": int(index or 0), "__str__": lambda _: device})()
 

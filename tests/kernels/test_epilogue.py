@@ -1,124 +1,221 @@
-"""Activations: the device code against its float64 reference, and the reference against formulas of its own."""
+"""The common epilogue: its device code against its float64 reference, in every combination, and its rules."""
 
 from __future__ import annotations
 
-import math
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
 
+import ml_dtypes
 import numpy as np
 import pytest
 import triton
 import triton.language as tl
 
-from tilewright.kernels.epilogue import ACTIVATIONS, ALIASES, activate, activation_name
+from tests.kernels.conformance import ACTIVATION_NAMES, assert_close
+from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.epilogue import (
+    FLOATS,
+    OUT_SCALE,
+    QUANTISED,
+    FusedProblem,
+    epilogue_reference,
+    finish,
+    finish_gated,
+    rounded,
+    to_output,
+)
 from tilewright.kernels.interpreter import interpret
-from tilewright.tuning_db.errors import UsageError
+from tilewright.kernels.problem import Output
+from tilewright.tuning_db.errors import ProblemError, UsageError
 
 pytestmark = pytest.mark.smoke
 
-ULP = 2.0**-23
+
+@dataclass(frozen=True, slots=True)
+class Elementwise(FusedProblem):
+    """Nothing but an epilogue, over (rows, columns)."""
+
+    op: ClassVar[str] = "elementwise"
+    rows: int
+    columns: int
+    gated: str | None = None
+
+    def __post_init__(self):
+        self.check_epilogue("fp32")
+
+    def inputs(self, seed):
+        raise NotImplementedError
+
+    def outputs(self):
+        return {"out": Output((self.rows, self.columns), self.output_dtype)}
+
+    def flops(self):
+        return 0
+
+    def bytes_moved(self):
+        return 0
+
+    @property
+    def unit(self):
+        return "fp32"
 
 
 @triton.jit
-def apply_kernel(x, y, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y + i, activate(tl.load(x + i), ACTIVATION))
+def plain_kernel(x_ptr, residual_ptr, out_scale_ptr, out_ptr, ACTIVATION: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    residual = None
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + at)
+    tl.store(out_ptr + at, finish(tl.load(x_ptr + at), residual, ACTIVATION, out_scale_ptr, out_ptr.dtype.element_ty))
 
 
-def on_device(name, values):
-    block = 4096
-    x = np.zeros(-(-len(values) // block) * block, np.float32)
+@triton.jit
+def gated_kernel(x_ptr, residual_ptr, out_scale_ptr, out_ptr, ACTIVATION: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    residual = None
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + at)
+    gate, up = tl.load(x_ptr + at), tl.load(x_ptr + SIZE + at)
+    y = finish_gated(gate, up, residual, ACTIVATION, out_scale_ptr, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, y)
+
+
+@triton.jit
+def cast_kernel(x_ptr, out_scale_ptr, out_ptr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out_ptr + at, to_output(tl.load(x_ptr + at), out_scale_ptr, out_ptr.dtype.element_ty))
+
+
+SIZE = 512
+
+
+@pytest.mark.parametrize("out_dtype", [*FLOATS, "int8"])
+@pytest.mark.parametrize("residual", [None, "fp16", "bf16", "fp8e4m3"])
+@pytest.mark.parametrize("gated", [None, "halves"])
+def test_device_code_is_the_reference(out_dtype, residual, gated):
+    random = np.random.default_rng(0)
+    for activation, quantised in itertools.product(ACTIVATION_NAMES, (False, True)):
+        if (out_dtype == "int8" and not quantised) or (quantised and out_dtype not in QUANTISED):
+            continue
+        problem = Elementwise(
+            1, SIZE, out_dtype=out_dtype, residual=residual, activation=activation, out_scale=quantised, gated=gated
+        )
+        x = random.standard_normal((1, 2 * SIZE if gated else SIZE), np.float32)
+        extra = residual and random.standard_normal((1, SIZE)).astype(dtype(residual).numpy)
+        scalars = problem.epilogue_scalars()
+        expected = epilogue_reference(problem, x.astype(np.float64), scalars, residual=extra, gated=gated)
+        out = np.zeros((1, SIZE), dtype(out_dtype).numpy)
+        arrays = {"x_ptr": x, "residual_ptr": extra, "out_scale_ptr": scalars.get("out_scale"), "out_ptr": out}
+        kernel = gated_kernel if gated else plain_kernel
+        interpret(kernel, (1, 1, 1), {**arrays, "ACTIVATION": activation, "SIZE": SIZE})
+        assert_close(out, expected, rounded(problem, 2.0**-20, gated=gated is not None))
+
+
+def cast(values, kind, scale=None):
+    x = np.zeros(64, np.float32)
     x[: len(values)] = values
-    y = np.full_like(x, -77)
-    interpret(apply_kernel, (len(x) // block, 1, 1), {"x": x, "y": y, "ACTIVATION": name, "BLOCK": block})
-    return y[: len(values)]
+    out = np.zeros(64, dtype(kind).numpy)
+    arrays = {"x_ptr": x, "out_ptr": out, "out_scale_ptr": None if scale is None else np.full(1, scale, np.float32)}
+    interpret(cast_kernel, (1, 1, 1), {**arrays, "SIZE": 64})
+    return out[: len(values)]
 
 
-def sweep():
-    """fp32 numbers: evenly over where curves bend, by magnitude from subnormal to largest, and both ends of tanh."""
-    even = np.linspace(-20, 20, 20001)
-    magnitudes = 10.0 ** np.linspace(-44, 38.5, 2001)
-    near = np.nextafter(np.float32([0.25, 3.0, 0.5, 1.0]), np.float32(9))
-    edges = np.concatenate([near, np.nextafter(near, np.float32(-9)), np.float32([0.25, 3.0])])
-    return np.concatenate([even, magnitudes, -magnitudes, edges, -edges, [0.0, -0.0]]).astype(np.float32)
+def test_int8_rounds_to_nearest_even_and_saturates():
+    values = [
+        0.5,
+        1.5,
+        2.5,
+        -0.5,
+        -1.5,
+        -2.5,
+        126.5,
+        127.5,
+        128,
+        1e30,
+        -127.5,
+        -128.5,
+        -129,
+        -np.inf,
+        np.inf,
+        0.49999997,
+    ]
+    expected = [0, 2, 2, 0, -2, -2, 126, 127, 127, 127, -128, -128, -128, -128, 127, 0]
+    assert cast(values, "int8", 1.0).tolist() == expected
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_device_code_is_the_reference(name):
-    x = sweep()
-    expected = ACTIVATIONS[name](x.astype(np.float64))
-    actual = on_device(name, x).astype(np.float64)
-    # Gates of the form x·(1 + t)/2 cancel where t is near -1: the error there is one of x, and x·gate is below 1.
-    # exp(-x) carries the rounding of its argument: |x|/2 ulp, where a gate still is more than nothing.
-    cancelled = np.minimum(np.abs(x), 20) if name.startswith("gelu") else 0
-    exponent = 1 + np.minimum(np.abs(x), 90) / 2 if name in ("silu", "sigmoid") else 1
-    # Past 88.7 exp(-x) overflows, and what is left of x·sigmoid(x) is gone.
-    bound = 4 * ULP * (np.abs(expected) * exponent + cancelled) + 3e-37
-    with np.errstate(over="ignore"):
-        largest = np.abs(expected) > np.finfo(np.float32).max
-    error = np.abs(np.where(largest, 0, actual - expected))
-    worst = np.argmax(error / bound)
-    assert error[worst] <= bound[worst], (x[worst], actual[worst], expected[worst])
+def test_int8_equals_numpys_rounding_everywhere():
+    values = np.linspace(-140, 140, 64, dtype=np.float32) + np.float32(0.25)
+    scale = 0.7
+    wanted = np.clip(np.rint(values / np.float32(scale)), -128, 127)
+    np.testing.assert_array_equal(cast(values, "int8", scale), wanted.astype(np.int8))
 
 
-def test_tanh_keeps_its_digits_near_zero():
-    x = np.concatenate([np.linspace(-0.3, 0.3, 4001), 10.0 ** -np.linspace(0, 37, 999)]).astype(np.float32)
-    expected = np.tanh(x.astype(np.float64))
-    error = np.abs(on_device("tanh", x) - expected)
-    # 1 - exp(-2|x|) alone would be wrong by ulp/x: a quarter of all digits at 1e-3.
-    assert (error <= 2.5 * ULP * np.abs(expected)).all()
+@pytest.mark.parametrize(("kind", "largest"), [("fp8e4m3", 448.0), ("fp8e5m2", 57344.0)])
+def test_fp8_saturates_and_keeps_nan(kind, largest):
+    result = cast([1e9, -1e9, np.inf, -np.inf, largest, np.nan, 1.0625], kind).astype(np.float64)
+    np.testing.assert_array_equal(result[:5], [largest, -largest, largest, -largest, largest])
+    assert np.isnan(result[5])
+    assert result[6] == float(np.array(1.0625).astype(dtype(kind).numpy))
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_nan_stays_and_infinity_goes_where_the_reference_goes(name):
-    special = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38], np.float32)
-    with np.errstate(all="ignore"):
-        expected = ACTIVATIONS[name](special.astype(np.float64)).astype(np.float32)
-    np.testing.assert_allclose(on_device(name, special), expected, rtol=1e-6)
-    assert np.isnan(expected[0])
+def test_the_scale_divides():
+    np.testing.assert_array_equal(cast([3.0, -1.0], "int8", 0.5), [6, -2])
+    np.testing.assert_array_equal(cast([3.0], "fp8e4m3", 2.0).astype(float), [1.5])
 
 
-def test_infinity_by_hand():
-    plus, minus = {}, {}
-    for name in ACTIVATIONS:
-        plus[name], minus[name] = on_device(name, np.array([np.inf, -1e30], np.float32)).tolist()
-    assert plus == dict.fromkeys(ACTIVATIONS, math.inf) | {"sigmoid": 1.0, "tanh": 1.0}
-    assert minus == dict.fromkeys(ACTIVATIONS, 0.0) | {"none": np.float32(-1e30), "tanh": -1.0}
+def test_the_order_of_the_reference():
+    problem = Elementwise(
+        1, 2, alpha=True, bias="fp32", residual="fp32", activation="relu", out_scale=True, out_dtype="int8"
+    )
+    x = np.array([[10.0, -10.0]])
+    arrays = {"alpha": np.array([2.0]), "out_scale": np.array([0.5])}
+    bias, residual = np.array([1.0, 30.0]), np.array([[-1.0, -40.0]])
+    y = epilogue_reference(problem, x, arrays, scales=(np.array([3.0]),), bias=bias, residual=residual)
+    assert y.tolist() == [[(10 * 2 * 3 + 1 - 1) / 0.5, 0.0]]
+    halves = epilogue_reference(problem, np.array([[1.0, -2.0, 3.0, 4.0]]), arrays, residual=residual, gated="halves")
+    assert halves.tolist() == [[(2 * 6 - 1) / 0.5, -40 / 0.5]]
+    pairs = epilogue_reference(
+        problem, np.array([[1.0, 3.0, -2.0, 4.0]]), arrays, residual=residual, gated="interleaved"
+    )
+    assert pairs.tolist() == halves.tolist()
 
 
-FORMULAS = {
-    "none": lambda x: x,
-    "relu": lambda x: x if x > 0 else 0.0,
-    # erfc and expm1 keep their digits where the reference's 1 + erf and 1 + tanh cancel.
-    "gelu_erf": lambda x: 0.5 * x * math.erfc(-x / math.sqrt(2)),
-    "gelu_tanh": lambda x: x / (1 + math.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "silu": lambda x: x / (1 + math.exp(-x)),
-    "sigmoid": lambda x: 0.5 * (1 + math.tanh(x / 2)),
-    "tanh": lambda x: math.expm1(2 * x) / (math.expm1(2 * x) + 2),
-    "hardswish": lambda x: 0.0 if x <= -3 else x if x >= 3 else x * (x + 3) / 6,
-}
+@pytest.mark.parametrize(
+    ("error", "message", "fields"),
+    [
+        (ProblemError, "out_dtype='fp17': elementwise takes fp16, bf16", {"out_dtype": "fp17"}),
+        (ProblemError, "bias='int8': elementwise takes fp16", {"bias": "int8"}),
+        (ProblemError, "residual='int32'", {"residual": "int32"}),
+        (
+            ProblemError,
+            "out_scale is for a result of int8, fp8e4m3, fp8e5m2, not out_dtype='fp32'",
+            {"out_scale": True},
+        ),
+        (ProblemError, "out_dtype='int8' needs out_scale", {"out_dtype": "int8"}),
+        (UsageError, "unknown activation 'swosh'", {"activation": "swosh"}),
+    ],
+)
+def test_what_can_not_be_is_refused(error, message, fields):
+    with pytest.raises(error) as caught:
+        Elementwise(1, 1, **fields)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_the_reference_is_the_formula(name):
-    x = np.concatenate([np.linspace(-9, 9, 1801), [1e-300, -1e-9, 0.0]])
-    expected = [FORMULAS[name](float(value)) for value in x]
-    np.testing.assert_allclose(ACTIVATIONS[name](x), expected, rtol=1e-13, atol=2e-15)
+def test_spellings_are_canonical():
+    problem = Elementwise(1, 1, activation="relu6")
+    assert (problem.activation, problem.out_dtype) == ("clamp:0:6", "fp32")
+    assert problem == Elementwise(1, 1, activation="clamp:0.0:6.0", out_dtype="fp32")
+    assert str(problem) == "rows=1,columns=1,activation=clamp:0:6"
+    assert Elementwise.parse(str(problem)) == problem
 
 
-def test_references_take_and_give_float64_of_any_shape():
-    for function in ACTIVATIONS.values():
-        result = function(np.linspace(-1, 1, 24).reshape(2, 3, 4))
-        assert (result.dtype, result.shape) == (np.float64, (2, 3, 4))
-
-
-def test_names():
-    assert {activation_name(name) for name in ACTIVATIONS} == set(ACTIVATIONS)
-    assert {name: activation_name(name) for name in ALIASES} == {"gelu": "gelu_erf", "swish": "silu", "": "none"}
-    assert activation_name(None) == "none"
-    with pytest.raises(UsageError, match=r"^unknown activation 'ReLU'; the names are none, relu, gelu_tanh, "):
-        activation_name("ReLU")
-
-
-def test_the_device_function_refuses_a_name_it_does_not_know():
-    with pytest.raises(Exception, match="unknown activation"):
-        on_device("swosh", np.zeros(4, np.float32))
+def test_a_tolerance_grows_with_what_the_epilogue_multiplies():
+    plain = rounded(Elementwise(1, 1), 1e-6)
+    assert rounded(Elementwise(1, 1, activation="relu2"), 1e-6).absolute > 10 * plain.absolute
+    assert rounded(Elementwise(1, 1), 1e-6, gated=True).absolute > 10 * plain.absolute
+    assert rounded(Elementwise(1, 1, activation="leaky_relu:-3"), 1e-6).absolute == pytest.approx(3 * plain.absolute)
+    assert rounded(Elementwise(1, 1, out_dtype="int8", out_scale=True), 0.0).absolute == 0.5
+    assert rounded(Elementwise(1, 1, out_dtype="int32"), 1.0) == (0.0, 0.0)
+    assert ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max * OUT_SCALE > 6  # what is drawn fits into fp8, scaled

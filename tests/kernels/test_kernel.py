@@ -50,7 +50,7 @@ def test_arguments_come_inputs_then_scalars_then_outputs(kernel: Kernel[Any, Any
         order = "".join(kinds)
         assert order == "p" * order.index("s") + "s" * order.count("s") + "p" * (len(order) - order.rindex("s") - 1)
         outputs = [argument.name for argument in launch.arguments[order.rindex("s") + 1 :]]
-        assert outputs[0] == f"{kernel.output}_ptr"
+        assert outputs[: len(problem.outputs())] == [f"{name}_ptr" for name in problem.outputs()]
 
 
 @pytest.mark.parametrize(("kernel", "problem"), CASES, ids=NAMES)
@@ -75,9 +75,11 @@ def test_the_default_fits_on_every_board_that_can_run_the_problem(
 @pytest.mark.parametrize(("kernel", "problem"), CASES[:2], ids=NAMES[:2])
 def test_references_are_float64_and_of_the_output_shape(kernel: Kernel[Any, Any], problem: Any) -> None:
     inputs = problem.inputs(0)
-    result = kernel.reference(problem, inputs)
-    assert result.dtype == np.float64
-    assert result.shape == (problem.batch, problem.M, problem.N)
+    results = kernel.reference(problem, inputs)
+    assert {name: (result.dtype, result.shape) for name, result in results.items()} == {
+        name: (np.dtype(np.float64), output.shape) for name, output in problem.outputs().items()
+    }
+    assert kernel.tolerance(problem).keys() == results.keys()
     for name, array in problem.inputs(0).items():
         np.testing.assert_array_equal(array.view(np.uint8), inputs[name].view(np.uint8))
 

@@ -364,10 +364,21 @@ def test_code_that_takes_more_than_the_device_has_is_never_loaded(driver, monkey
     assert driver.modules == []
 
 
-def test_code_that_needs_scratch_of_its_own_is_refused(driver, monkeypatch):
+def test_code_that_needs_scratch_of_its_own_is_lent_it_for_every_block(driver, monkeypatch):
     monkeypatch.setattr(runtime, "compile_launch", lambda launch, arch: replace(BINARY, scratch_bytes=128))
-    with pytest.raises(UnsupportedError, match=r"^gemm_kernel needs 128 B of scratch a launch, which is not lent$"):
-        plan_of(driver, PLAIN)
+    plan_of(driver, PLAIN).run(POINTERS, {}, 77)
+    assert driver.zeroed == [(9 * 128, "int8", 0, 77)]
+    global_scratch, profile_scratch = driver.launches[0].values[-2:]
+    assert global_scratch not in (0, None)
+    assert not profile_scratch
+
+
+@pytest.mark.parametrize(("limit", "blocks"), [(0, 9), (1, 2), (4, 8), (5, 9)])
+def test_a_grid_may_be_limited_by_the_sms_of_the_device(driver, monkeypatch, limit, blocks):
+    launches = tuple(replace(launch, blocks_per_sm=limit) for launch in GEMM.launches(PLAIN, TILE))
+    monkeypatch.setattr(runtime, "compile_launch", lambda launch, arch: BINARY)
+    runtime.GpuPlan(launches, replace(resolve_device("rtx3090"), sms=2), 0).run(POINTERS, {}, 0)
+    assert driver.launches[0].grid == (blocks, 1, 1)
 
 
 @pytest.mark.parametrize("step", ["load", "function", "attribute"])
@@ -404,4 +415,4 @@ def test_an_interpreted_plan_runs_on_arrays_and_lends_zeroed_scratch():
     for _ in range(2):
         out = np.full((1, 5, 7), np.nan, np.float32)
         plan.run({"a_ptr": arrays["a"], "b_ptr": arrays["b"], "out_ptr": out}, {}, 0)
-        np.testing.assert_allclose(out, GEMM.reference(problem, arrays), atol=1e-5)
+        np.testing.assert_allclose(out, GEMM.reference(problem, arrays)["out"], atol=1e-5)

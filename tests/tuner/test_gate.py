@@ -27,7 +27,7 @@ ARRAYS = PROBLEM.inputs(3)
 
 
 def layout_of(problem: GemmProblem, **options: Any) -> OutputLayout:
-    return OutputLayout.of(problem.out_shape, np.dtype(dtype(problem.output_dtype).numpy), **options)
+    return OutputLayout.of(problem.outputs()["out"].shape, np.dtype(dtype(problem.output_dtype).numpy), **options)
 
 
 def right(problem: GemmProblem = PROBLEM, arrays: Mapping[str, Array] = ARRAYS) -> Run:
@@ -48,7 +48,9 @@ def right(problem: GemmProblem = PROBLEM, arrays: Mapping[str, Array] = ARRAYS) 
 
 
 def judge(run: Run, problem: GemmProblem = PROBLEM, arrays: Mapping[str, Array] = ARRAYS, **options: Any) -> str | None:
-    message = check(run, layout_of(problem, **options), expect(GEMM, problem, arrays, 3), GEMM.tolerance(problem))
+    message = check(
+        run, layout_of(problem, **options), expect(GEMM, problem, arrays, 3)["out"], GEMM.tolerance(problem)["out"]
+    )
     assert message is None or "\n" not in message
     return message
 
@@ -134,7 +136,7 @@ def batches_mixed_up(out: Array) -> None:
 
 def scaled(factor: float) -> Run:
     def run(out: Array) -> None:
-        exact = GEMM.reference(PROBLEM, ARRAYS)
+        exact = GEMM.reference(PROBLEM, ARRAYS)["out"]
         out[...] = (exact * factor).astype(out.dtype)
 
     return run
@@ -142,7 +144,7 @@ def scaled(factor: float) -> Run:
 
 def cut_off(out: Array) -> None:
     """Rounds toward zero, by dropping the bits that fp16 has no room for."""
-    exact = GEMM.reference(PROBLEM, ARRAYS)
+    exact = GEMM.reference(PROBLEM, ARRAYS)["out"]
     nearest = exact.astype(np.float16)
     too_far = np.abs(nearest.astype(np.float64)) > np.abs(exact)
     out[...] = np.where(too_far, np.nextafter(nearest, np.float16(0)), nearest)
@@ -211,7 +213,9 @@ def test_a_write_between_padded_rows_is_caught() -> None:
     for buffer in buffers:
         right()(layout.array(buffer))
         buffer[layout.guard + 3 * 160 + 144] = 0  # the first element behind row 3
-    found = verdict(layout, buffers[0], buffers[1], expect(GEMM, PROBLEM, ARRAYS, 3), GEMM.tolerance(PROBLEM))
+    found = verdict(
+        layout, buffers[0], buffers[1], expect(GEMM, PROBLEM, ARRAYS, 3)["out"], GEMM.tolerance(PROBLEM)["out"]
+    )
     assert found == "1 bytes between its rows were overwritten, the nearest in row 3"
 
 
@@ -275,7 +279,7 @@ def test_the_edge_of_the_tolerance_passes_and_beyond_it_fails() -> None:
     ],
 )
 def test_nan_and_infinity_are_right_only_where_they_are_wanted(got: float, wanted: float, passes: bool) -> None:
-    tolerance = GEMM.tolerance(GemmProblem(M=1, N=1, K=1))
+    tolerance = GEMM.tolerance(GemmProblem(M=1, N=1, K=1))["out"]
     found = compare(np.array([got], np.float16), np.array([wanted]), tolerance)
     assert (found is None) == passes
 
@@ -300,7 +304,7 @@ def in_part(monkeypatch: pytest.MonkeyPatch) -> tuple[GemmProblem, dict[str, Arr
     monkeypatch.setattr(gate, "FULL_FLOPS", 1000)
     problem = GemmProblem(M=700, N=1100, K=40, batch=3, b_broadcast=True, bias="fp32", residual="fp16")
     arrays = problem.inputs(1)
-    return problem, arrays, expect(GEMM, problem, arrays, 1)
+    return problem, arrays, expect(GEMM, problem, arrays, 1)["out"]
 
 
 def test_a_part_is_the_same_part_of_the_whole(in_part: tuple[GemmProblem, dict[str, Array], Expected]) -> None:
@@ -309,7 +313,7 @@ def test_a_part_is_the_same_part_of_the_whole(in_part: tuple[GemmProblem, dict[s
     assert expected.index is not None
     batch, rows, columns = expected.index
     np.testing.assert_allclose(
-        expected.values, GEMM.reference(problem, arrays)[np.ix_(batch, rows, columns)], rtol=1e-12
+        expected.values, GEMM.reference(problem, arrays)["out"][np.ix_(batch, rows, columns)], rtol=1e-12
     )
     # Both ends and both sides of every last tile, and no 16 rows without one.
     assert {0, 699, 639, 640, 671, 672, 687, 688, 511, 512} <= set(rows)
@@ -317,14 +321,14 @@ def test_a_part_is_the_same_part_of_the_whole(in_part: tuple[GemmProblem, dict[s
     assert len(set(rows // 16)) == 44
     assert len(set(columns // 16)) == 69
     assert set(batch) == {0, 1, 2}
-    again = expect(GEMM, problem, arrays, 1).index
+    again = expect(GEMM, problem, arrays, 1)["out"].index
     assert again is not None
     assert all(np.array_equal(one, other) for one, other in zip(expected.index, again, strict=True))
 
 
 def test_in_part_a_right_result_passes(in_part: tuple[GemmProblem, dict[str, Array], Expected]) -> None:
     problem, arrays, expected = in_part
-    assert check(right(problem, arrays), layout_of(problem), expected, GEMM.tolerance(problem)) is None
+    assert check(right(problem, arrays), layout_of(problem), expected, GEMM.tolerance(problem)["out"]) is None
 
 
 @pytest.mark.parametrize("tile", [(0, 0, 0), (2, 30, 50), (1, 43, 68), (0, 43, 0), (0, 0, 68)])
@@ -338,7 +342,7 @@ def test_in_part_one_wrong_tile_is_caught(
         right(problem, arrays)(out)
         out[batch, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] += np.float16(1)
 
-    found = check(run, layout_of(problem), expected, GEMM.tolerance(problem))
+    found = check(run, layout_of(problem), expected, GEMM.tolerance(problem)["out"])
     assert found is not None
     assert f"worst at ({batch}, " in found
 
@@ -357,7 +361,7 @@ def test_in_part_poison_and_nan_are_found_anywhere(in_part: tuple[GemmProblem, d
         right(problem, arrays)(out)
         out[1, row, 3] = kept
 
-    judged = [check(run, layout_of(problem), expected, GEMM.tolerance(problem)) for run in (nan, unwritten)]
+    judged = [check(run, layout_of(problem), expected, GEMM.tolerance(problem)["out"]) for run in (nan, unwritten)]
     assert judged[0] == f"the result is NaN at (2, {row}, 3), among others perhaps"
     assert judged[1] is not None
     assert judged[1].endswith(f"were never written, first at (1, {row}, 3)")

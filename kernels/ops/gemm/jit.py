@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilewright.kernels.epilogue import activate
+from tilewright.kernels.epilogue import finish
 
 
 @triton.jit
@@ -40,6 +40,7 @@ def gemm_kernel(
     bias_ptr,  # (N,), or None
     residual_ptr,  # (batch, M, N), or None
     alpha_ptr,  # one fp32 element, or None for 1
+    out_scale_ptr,  # one fp32 element, or None for a result that is not quantised
     # sizes
     M,
     N,
@@ -160,23 +161,26 @@ def gemm_kernel(
                 # Written by other SMs during this launch: read from L2, where they are.
                 accumulator += tl.load(partials + s * (BLOCK_M * BLOCK_N) + inside, cache_modifier=".cg")
             tl.store(counters_ptr + tile, 0)
-            finish(
-                accumulator, bias_ptr, residual_ptr, alpha_ptr, M, N, residual_stride, residual_batch_stride, out_ptr,
+            store_tile(
+                accumulator, bias_ptr, residual_ptr, alpha_ptr, out_scale_ptr, M, N, residual_stride,
+                residual_batch_stride, out_ptr,
                 out_ld, out_batch, batch, offsets_m, offsets_n, RESIDUAL_BROADCAST, EVEN_M, EVEN_N, ACTIVATION,
             )  # fmt: skip
     else:
-        finish(
-            accumulator, bias_ptr, residual_ptr, alpha_ptr, M, N, residual_stride, residual_batch_stride, out_ptr,
+        store_tile(
+            accumulator, bias_ptr, residual_ptr, alpha_ptr, out_scale_ptr, M, N, residual_stride, residual_batch_stride,
+            out_ptr,
             out_ld, out_batch, batch, offsets_m, offsets_n, RESIDUAL_BROADCAST, EVEN_M, EVEN_N, ACTIVATION,
         )  # fmt: skip
 
 
 @triton.jit
-def finish(
+def store_tile(
     accumulator,
     bias_ptr,
     residual_ptr,
     alpha_ptr,
+    out_scale_ptr,
     M,
     N,
     residual_stride,
@@ -200,6 +204,7 @@ def finish(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offsets_n, mask=offsets_n < N, other=0.0)
         accumulator += bias.to(tl.float32)[None, :]
+    residual = None
     if residual_ptr is not None:
         if residual_stride is None:
             residual_ld = N.to(tl.int64)
@@ -210,8 +215,8 @@ def finish(
         residual_pointers = (
             residual_ptr + batch * residual_batch + offsets_m[:, None].to(tl.int64) * residual_ld + offsets_n[None, :]
         )
-        accumulator += load_tile(residual_pointers, mask_m, mask_n, EVEN_M, EVEN_N).to(tl.float32)
-    y = activate(accumulator, ACTIVATION).to(out_ptr.dtype.element_ty)
+        residual = load_tile(residual_pointers, mask_m, mask_n, EVEN_M, EVEN_N)
+    y = finish(accumulator, residual, ACTIVATION, out_scale_ptr, out_ptr.dtype.element_ty)
     out_pointers = out_ptr + batch * out_batch + offsets_m[:, None].to(tl.int64) * out_ld + offsets_n[None, :]
     if EVEN_M and EVEN_N:
         tl.store(out_pointers, y)

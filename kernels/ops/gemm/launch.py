@@ -51,6 +51,7 @@ def launches(problem: GemmProblem, config: GemmConfig) -> tuple[Launch, ...]:
                 pointer("bias_ptr", problem.bias),
                 pointer("residual_ptr", problem.residual),
                 Argument("alpha_ptr", "*fp32" if problem.alpha else None),
+                Argument("out_scale_ptr", "*fp32" if problem.out_scale else None),
                 size("M", problem.M),
                 size("N", problem.N),
                 size("K", problem.K),
@@ -103,4 +104,5 @@ GEMM: Kernel[GemmProblem, GemmConfig] = Kernel(
     distance=problem.distance,
     supported=problem.supported,
     ragged=space.ragged,
+    strides=problem.strides,
 )

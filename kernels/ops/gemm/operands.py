@@ -1,13 +1,12 @@
-"""What a call's arrays say about its problem: shapes, dtypes, layouts, how batches merge, and what may not overlap."""
+"""What a call's arrays say about its problem: shapes, dtypes, layouts, and how batches merge."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from tilewright.kernels.arrays import ArrayKind, View
+from tilewright.kernels.arrays import View
 from tilewright.kernels.dtypes import dtype
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError
 
@@ -155,52 +154,3 @@ def folds(matrices: dict[str, Matrix], steps: dict[str, int], m: int) -> bool:
     return steps["b"] == 0 and all(
         matrix.layout == "row" and steps[name] == m * matrix.stride for name, matrix in matrices.items() if name != "b"
     )
-
-
-class Extents(NamedTuple):
-    """How far the arrays of a call reach in memory."""
-
-    bytes: dict[str, int]  # by name, from the first element to the end of the last
-    in_place: bool  # residual and out agree in all but, perhaps, where they are
-
-    @classmethod
-    def of(cls, views: dict[str, View]) -> Extents:
-        reach = {name: _reach(view) for name, view in views.items()}
-        residual, out = views.get("residual"), views.get("out")
-        return cls(reach, residual is not None and out is not None and residual[1:] == out[1:])
-
-
-def _reach(view: View) -> int:
-    # Strides are not negative here.
-    last = sum((length - 1) * stride for length, stride in zip(view.shape, view.strides, strict=True))
-    return (last + 1) * int(dtype(view.dtype).bytes)
-
-
-def refuse_overlap(kind: ArrayKind, extents: Extents, inputs: dict[str, Any], out: Any) -> None:
-    """Does nothing if `out` may be written while the inputs are read: it is apart from each, or is the residual.
-
-    Raises:
-        ProblemError: they share memory.
-    """
-    start = kind.pointer(out)
-    end = start + extents.bytes["out"]
-    for name, array in inputs.items():
-        if array is None:
-            continue
-        first = kind.pointer(array)
-        if name == "residual" and extents.in_place and first == start:
-            continue  # each element is read by the block that then writes it
-        # Reaching over each other they may still interleave, as the halves of one wide array do.
-        if first < end and start < first + extents.bytes[name] and _share_memory(kind, array, out):
-            raise ProblemError(f"out may not share memory with {name}")
-
-
-def _share_memory(kind: ArrayKind, one: Any, other: Any) -> bool:
-    placed: list[np.ndarray[Any, Any]] = []
-    for view in (kind.view(one), kind.view(other)):
-        size = int(dtype(view.dtype).bytes)
-        strides = tuple(stride * size for stride in view.strides)
-        place = {"shape": view.shape, "strides": strides, "typestr": f"|V{size}", "data": (view.pointer, True)}
-        # NumPy knows how to find out, and reads nothing at these addresses, which may be a GPU's.
-        placed.append(np.asarray(SimpleNamespace(__array_interface__={**place, "version": 3})))
-    return np.shares_memory(placed[0], placed[1])

@@ -16,28 +16,22 @@ import numpy as np
 
 from tilewright.kernels.device import Device
 from tilewright.kernels.dtypes import DTYPES, dtype
-from tilewright.kernels.epilogue import ACTIVATIONS, activation_name
+from tilewright.kernels.epilogue import FusedProblem, epilogue_reference, rounded, unsupported_dtype
 from tilewright.kernels.kernel import Tolerance
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.problem import Output
+from tilewright.kernels.samples import normal, placed
 from tilewright.tuning_db.errors import ProblemError
 
 INPUT_DTYPES = ("fp16", "bf16", "fp32", "fp8e4m3", "fp8e5m2")
-OUTPUT_DTYPES = ("fp16", "bf16", "fp32", "fp8e4m3", "fp8e5m2")
 LAYOUTS = ("row", "col")
-ALPHA = 0.5
-"""The alpha that `inputs` draws for problems that have one; a power of two, so that it adds no rounding of its own."""
 
-
-PERIOD = 4_194_301
-"""Random values drawn for one array, 0.1 s of them; a larger one repeats them. A prime: shared with no row length or
-tile, so that a kernel which reads a wrong row still reads wrong values."""
 
 PART = 256
 """Rows, and columns, that `part` takes: one of every 32 at a size of 8192."""
 
 
 @dataclass(frozen=True, slots=True)
-class GemmProblem(Problem):
+class GemmProblem(FusedProblem):
     """One fused GEMM.
 
     Left out, `out_dtype` is the input's (bf16 for fp8), and `precision` is `ieee` for fp32 and nothing for the rest.
@@ -50,17 +44,12 @@ class GemmProblem(Problem):
     N: int
     K: int
     dtype: str = "fp16"
-    out_dtype: str | None = None
     batch: int = 1
     a_layout: str = "row"
     b_layout: str = "row"
     a_broadcast: bool = False  # one A for the whole batch
     b_broadcast: bool = False
-    bias: str | None = None
-    residual: str | None = None
     residual_broadcast: bool = False
-    activation: str = "none"
-    alpha: bool = False  # whether a factor other than 1 is applied
     precision: str | None = None  # of fp32 operands: "ieee" or "tf32"
     strided: bool = False  # rows further apart than they are long: strides travel as arguments
     aligned: bool = True  # every pointer to 16 bytes, every stride argument a multiple of 16 elements
@@ -70,22 +59,18 @@ class GemmProblem(Problem):
             size = getattr(self, name)
             if not 0 < size < 2**31:
                 raise ProblemError(f"{name}={size} must be from 1 to {2**31 - 1}")
-        # Frozen: the canonical spelling is set once, here.
-        put = object.__setattr__
-        put(self, "activation", activation_name(self.activation))
         if self.dtype not in INPUT_DTYPES:
             known = "" if self.dtype in DTYPES else "unknown "
             raise ProblemError(f"{known}dtype={self.dtype!r}: gemm takes {', '.join(INPUT_DTYPES)}")
-        if self.out_dtype is None:
-            put(self, "out_dtype", "bf16" if self.dtype.startswith("fp8") else self.dtype)
-        for name, array_dtype in (("out_dtype", self.out_dtype), ("bias", self.bias), ("residual", self.residual)):
-            if array_dtype is not None and array_dtype not in OUTPUT_DTYPES:
-                raise ProblemError(f"{name}={array_dtype!r}: gemm takes {', '.join(OUTPUT_DTYPES)}")
+        self.check_epilogue("bf16" if self.dtype.startswith("fp8") else self.dtype)
+        if self.out_dtype == "int32":
+            raise ProblemError(f"out_dtype='int32' is for sums of int8, not of dtype={self.dtype!r}")
         for name in ("a_layout", "b_layout"):
             if getattr(self, name) not in LAYOUTS:
                 raise ProblemError(f"{name}={getattr(self, name)!r} must be row or col")
         if self.dtype == "fp32":
-            put(self, "precision", self.precision or "ieee")
+            # Frozen: the canonical spelling is set once, here.
+            object.__setattr__(self, "precision", self.precision or "ieee")
             if self.precision not in ("ieee", "tf32"):
                 raise ProblemError(f"precision={self.precision!r} must be ieee or tf32")
         elif self.precision is not None:
@@ -100,12 +85,6 @@ class GemmProblem(Problem):
     def unit(self) -> str:
         """`fp32` for IEEE arithmetic, which the tensor cores don't have; else the dtype's own."""
         return "fp32" if self.precision == "ieee" else dtype(self.dtype).unit
-
-    @property
-    def output_dtype(self) -> str:
-        """`out_dtype`, which is never None once the problem is made."""
-        assert self.out_dtype is not None
-        return self.out_dtype
 
     def flops(self) -> int:
         """2·batch·M·N·K; the epilogue's operations are not counted, as is customary."""
@@ -136,52 +115,28 @@ class GemmProblem(Problem):
         return shapes
 
     def inputs(self, seed: int) -> dict[str, np.ndarray[Any, Any]]:
-        """Standard normal values, A scaled by 1/√K so that results stay near 1 whatever K is.
-
-        An array of more than `PERIOD` elements repeats its first `PERIOD` along memory.
-        """
+        """Standard normal values, A scaled by 1/√K so that results stay near 1 whatever K is."""
         random = np.random.default_rng(seed)
         arrays: dict[str, np.ndarray[Any, Any]] = {}
         for name, shape in self.shapes().items():
             kind = {"bias": self.bias, "residual": self.residual}.get(name) or self.dtype
             column_major = {"a": self.a_layout, "b": self.b_layout}.get(name) == "col"
-            repeats = math.prod(shape) > PERIOD
-            values = random.standard_normal(PERIOD if repeats else shape, dtype=np.float32)
-            if name == "a":
-                values /= math.sqrt(self.K)
-            values = values.astype(dtype(kind).numpy)
-            if repeats:
-                stored = (shape[0], shape[2], shape[1]) if column_major else shape
-                values = np.resize(values, stored)
-                values = values.swapaxes(-1, -2) if column_major else values
-            arrays[name] = self._laid_out(values, column_major, padded=name != "bias")
-        if self.alpha:
-            arrays["alpha"] = np.full(1, ALPHA, np.float32)
-        return arrays
+            stored = (shape[0], shape[2], shape[1]) if column_major else shape
+            values = normal(random, stored, kind, scale=1 / math.sqrt(self.K) if name == "a" else 1.0)
+            pitch = None
+            if self.strided and name != "bias":
+                pitch = -(-stored[-1] // 16) * 16 + (16 if self.aligned else 1)
+            array = placed(values, pitch=pitch, aligned=self.aligned)
+            arrays[name] = array.swapaxes(-1, -2) if column_major else array
+        return arrays | self.epilogue_scalars()
 
-    def _laid_out(self, values: np.ndarray[Any, Any], column_major: bool, padded: bool) -> np.ndarray[Any, Any]:
-        """`values` in the problem's layout, padding and alignment. Padding is NaN: a read of it shows."""
-        stored = values.swapaxes(-1, -2) if column_major else values
-        pitch = stored.shape[-1]
-        if self.strided and padded:
-            pitch = -(-pitch // 16) * 16 + (16 if self.aligned else 1)
-        # One element off a 16-byte boundary is unaligned for every dtype.
-        offset = 0 if self.aligned else 1
-        size = math.prod(stored.shape[:-1]) * pitch
-        buffer = np.full(size + offset + 64, np.nan, values.dtype)
-        start = (-buffer.ctypes.data % 64) // values.itemsize + offset
-        array = buffer[start : start + size].reshape(*stored.shape[:-1], pitch)[..., : stored.shape[-1]]
-        array[...] = stored
-        return array.swapaxes(-1, -2) if column_major else array
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        """Shape of the result."""
-        return (self.batch, self.M, self.N)
+    def outputs(self) -> dict[str, Output]:
+        """The one result, (batch, M, N)."""
+        return {"out": Output((self.batch, self.M, self.N), self.output_dtype)}
 
     def part(
         self, arrays: Mapping[str, np.ndarray[Any, Any]], random: np.random.Generator
-    ) -> tuple[GemmProblem, dict[str, np.ndarray[Any, Any]], tuple[np.ndarray[Any, Any], ...]]:
+    ) -> tuple[GemmProblem, dict[str, np.ndarray[Any, Any]], dict[str, tuple[np.ndarray[Any, Any], ...]]]:
         """The problem of some rows and columns of the result, its inputs, and which: batch indices, rows, columns.
 
         One row of every `PART`-th of all rows, so that no tile of that height is left out, and the first and last of
@@ -204,7 +159,7 @@ class GemmProblem(Problem):
         if self.residual is not None:
             chosen["residual"] = matrices("residual")[:, rows][:, :, columns]
         smaller = replace(self, batch=len(batch), M=len(rows), N=len(columns))
-        return smaller, chosen, (batch, rows, columns)
+        return smaller, chosen, {"out": (batch, rows, columns)}
 
 
 def _spread(size: int, count: int, random: np.random.Generator) -> np.ndarray[Any, Any]:
@@ -217,50 +172,52 @@ def _spread(size: int, count: int, random: np.random.Generator) -> np.ndarray[An
     return np.unique(np.concatenate([chosen, ends[(ends >= 0) & (ends < size)]]))
 
 
-def reference(problem: GemmProblem, arrays: Mapping[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+def reference(problem: GemmProblem, arrays: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
     """`out` in float64, from the very values the kernel is given."""
-    wide = {name: array.astype(np.float64) for name, array in arrays.items()}
-    x = wide["a"] @ wide["b"]
-    if "alpha" in wide:
-        x = x * wide["alpha"]
-    if "bias" in wide:
-        x = x + wide["bias"]
-    if "residual" in wide:
-        x = x + wide["residual"]
+    x = arrays["a"].astype(np.float64) @ arrays["b"].astype(np.float64)
+    y = epilogue_reference(problem, x, arrays, bias=arrays.get("bias"), residual=arrays.get("residual"))
     # Of two broadcast operands there is one result, repeated.
-    return np.broadcast_to(ACTIVATIONS[problem.activation](x), (problem.batch, problem.M, problem.N))
+    return {"out": np.broadcast_to(y, (problem.batch, problem.M, problem.N))}
 
 
-# Unit roundoff: half the distance from 1 to the next number.
-_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "fp8e4m3": 2.0**-4, "fp8e5m2": 2.0**-3}
 _TF32_ROUNDOFF = 2.0**-10  # Triton cuts operands off at 10 mantissa bits; it does not round them
 
 
-def tolerance(problem: GemmProblem) -> Tolerance:
-    """Relative: two roundings to the output's dtype. Absolute: the sum's own error.
+def tolerance(problem: GemmProblem) -> dict[str, Tolerance]:
+    """The sum's own error, and the rounding of the result.
 
-    Each of K products of size about 1/√K carries a relative error u (the fp32 sum's 2^-24; tf32 rounds both operands,
+    Each of K products of size about 1/√K carries a relative error u (the fp32 sum's 2^-24; tf32 cuts off both operands,
     2·2^-10), and independent errors grow with √K: u·√K·(1/√K)·c. An fp32 sum taken in order also rounds each partial
-    result of size up to 1, which adds √K·2^-24. Below that, a result under the output's smallest normal number loses
-    digits: its smallest subnormal is added. fp8 products are exact, but sm_90 adds up to 128 of them with 14 bits: four
-    additions of size √(128/K), each rounded at 2^-13, in K/128 chunks are 2·2^-13 whatever K is. c = 8 covers the
+    result of size up to 1, which adds √K·2^-24. fp8 products are exact, but sm_90 adds up to 128 of them with 14 bits:
+    four additions of size √(128/K), each rounded at 2^-13, in K/128 chunks are 2·2^-13 whatever K is. c = 8 covers the
     largest of 10^6 results (about 5 standard deviations).
     """
     product = 2 * _TF32_ROUNDOFF if problem.precision == "tf32" else 2.0**-24
     if problem.dtype.startswith("fp8"):
         product = 2.0**-12
-    absolute = 8 * (product + math.sqrt(problem.K) * 2.0**-24)
-    absolute += {"fp16": 2.0**-24, "fp8e4m3": 2.0**-9, "fp8e5m2": 2.0**-16}.get(problem.output_dtype, 0.0)
-    return Tolerance(relative=2 * _ROUNDOFF[problem.output_dtype], absolute=absolute)
+    return {"out": rounded(problem, 8 * (product + math.sqrt(problem.K) * 2.0**-24))}
+
+
+def strides(problem: GemmProblem, of: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The stride arguments: of each matrix from row to row (column to column, if its columns are contiguous), and from
+    one to the next of the batch, 0 where there is only one."""
+    shapes = problem.shapes() | {name: output.shape for name, output in problem.outputs().items()}
+    values = {}
+    for name in ("a", "b", "residual", "out"):
+        if name in of:
+            matrix, row, column = of[name]
+            columns = {"a": problem.a_layout, "b": problem.b_layout}.get(name) == "col"
+            values[f"{name}_stride"] = column if columns else row
+            values[f"{name}_batch_stride"] = matrix if shapes[name][0] > 1 else 0
+    return values
 
 
 def supported(problem: GemmProblem, device: Device) -> str | None:
     """None, or why no configuration of this problem can run on the device."""
-    used = {problem.dtype, problem.output_dtype, problem.bias, problem.residual} - {None}
-    for name in sorted(str(name) for name in used):
-        oldest = dtype(name).min_arch
-        if device.arch < oldest:
-            return f"{name} needs sm_{oldest} or newer, and {device.board} is {device.sm}"
+    used = (problem.dtype, problem.output_dtype, problem.bias, problem.residual)
+    too_old = unsupported_dtype(used, device)
+    if too_old is not None:
+        return too_old
     if problem.precision == "tf32" and not device.tensor_tflops.get("tf32"):
         return f"precision=tf32 needs sm_80 or newer, and {device.board} is {device.sm}; use precision=ieee"
     return None

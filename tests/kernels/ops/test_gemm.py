@@ -13,17 +13,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.conformance import SIZES, Guarded, assert_close, check, pairwise
+from tests.kernels.conformance import ACTIVATION_NAMES, SIZES, Guarded, assert_close, check, pairwise
 from tilewright.kernels import GemmConfig, GemmProblem, gemm, interpreter, resolve_device
+from tilewright.kernels import call as calling
 from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.dtypes import DTYPES
-from tilewright.kernels.epilogue import ACTIVATIONS
+from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.interpreter import interpret
 from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.lookup import check_supported
 from tilewright.kernels.ops.gemm import api, jit
 from tilewright.kernels.ops.gemm.launch import GEMM
-from tilewright.kernels.ops.gemm.problem import INPUT_DTYPES, OUTPUT_DTYPES, tolerance
+from tilewright.kernels.ops.gemm.problem import INPUT_DTYPES, tolerance
 from tilewright.tuning_db.errors import IllegalConfigError, ProblemError, RunError, UnsupportedError, UsageError
 
 
@@ -31,14 +32,14 @@ from tilewright.tuning_db.errors import IllegalConfigError, ProblemError, RunErr
 def problems(monkeypatch):
     """The problems that calls of `gemm` come down to, as they are prepared."""
     seen = []
-    original = api.plan_for
+    original = calling.plan_for
 
-    def plan_for(kernel, problem, ordinal, *, config=None):
+    def plan_for(kernel, problem, ordinal, **options):
         seen.append(problem)
-        return original(kernel, problem, ordinal, config=config)
+        return original(kernel, problem, ordinal, **options)
 
     forget_plans()
-    monkeypatch.setattr(api, "plan_for", plan_for)
+    monkeypatch.setattr(calling, "plan_for", plan_for)
     yield seen
     forget_plans()
 
@@ -55,6 +56,7 @@ def run(problem, arrays, out=None, config=None):
         residual=arrays.get("residual"),
         activation=problem.activation,
         alpha=float(arrays["alpha"][0]) if "alpha" in arrays else 1.0,
+        out_scale=float(arrays["out_scale"][0]) if "out_scale" in arrays else None,
         precision=problem.precision,
         out_dtype=problem.out_dtype,
         out=out,
@@ -68,11 +70,11 @@ def out_for(problem):
     if problem.strided:
         gap = -problem.N % 16 + 16 if problem.aligned else 1
     shape = (problem.batch, problem.M, problem.N)
-    return Guarded(shape, problem.output_dtype, gap=gap, offset=0 if problem.aligned else 1)
+    return {"out": Guarded(shape, problem.output_dtype, gap=gap, offset=0 if problem.aligned else 1)}
 
 
 def conforms(problem, config=None, seed=0):
-    check(GEMM, problem, lambda arrays, out: run(problem, arrays, out, config), out_for(problem), seed=seed)
+    check(GEMM, problem, lambda arrays, outs: run(problem, arrays, outs["out"], config), out_for(problem), seed=seed)
 
 
 # Every dtype, epilogue, layout, batch form and size, in pairs
@@ -88,11 +90,11 @@ CONFIGS = (
 
 AXES = {
     "dtype": ("fp16", "bf16", "fp32", "tf32", "fp8e4m3", "fp8e5m2"),
-    "activation": tuple(ACTIVATIONS),
+    "activation": ACTIVATION_NAMES,
     "bias": (None, "same", "fp32", "bf16"),
     "residual": (None, "same", "fp32", "fp8e5m2"),
     "alpha": (False, True),
-    "out_dtype": (None, *OUTPUT_DTYPES),
+    "out_dtype": (None, *FLOATS),
     "a_layout": ("row", "col"),
     "b_layout": ("row", "col"),
     "batch": ("one", "both", "a", "b", "residual", "a residual", "b residual", "all"),
@@ -202,23 +204,23 @@ powers = st.sampled_from([16, 32, 64])
 def test_any_small_problem_with_any_configuration(data):
     kind = data.draw(st.sampled_from([*INPUT_DTYPES, "tf32"]))
     batch = data.draw(st.integers(1, 3))
-    residual = data.draw(st.sampled_from([None, *OUTPUT_DTYPES]))
+    residual = data.draw(st.sampled_from([None, *FLOATS]))
     problem = GemmProblem(
         M=data.draw(small),
         N=data.draw(small),
         K=data.draw(small),
         dtype="fp32" if kind == "tf32" else kind,
         precision="tf32" if kind == "tf32" else None,
-        out_dtype=data.draw(st.sampled_from([None, *OUTPUT_DTYPES])),
+        out_dtype=data.draw(st.sampled_from([None, *FLOATS])),
         batch=batch,
         a_layout=data.draw(st.sampled_from(["row", "col"])),
         b_layout=data.draw(st.sampled_from(["row", "col"])),
         a_broadcast=batch > 1 and data.draw(st.booleans()),
         b_broadcast=batch > 1 and data.draw(st.booleans()),
-        bias=data.draw(st.sampled_from([None, *OUTPUT_DTYPES])),
+        bias=data.draw(st.sampled_from([None, *FLOATS])),
         residual=residual,
         residual_broadcast=batch > 1 and residual is not None and data.draw(st.booleans()),
-        activation=data.draw(st.sampled_from(sorted(ACTIVATIONS))),
+        activation=data.draw(st.sampled_from(ACTIVATION_NAMES)),
         alpha=data.draw(st.booleans()),
         strided=data.draw(st.booleans()),
         aligned=data.draw(st.booleans()),
@@ -250,7 +252,7 @@ def test_split_k_is_deterministic_and_leaves_its_counters_zero(split, order, mon
     config = GemmConfig(32, 32, 16, SPLIT_K=split)
     launch, scratch = scratch_of(problem, config)
     arrays = problem.inputs(1)
-    expected = GEMM.reference(problem, arrays)
+    expected = GEMM.reference(problem, arrays)["out"]
 
     def once():
         out = np.full(expected.shape, np.nan, np.float32)
@@ -260,7 +262,7 @@ def test_split_k_is_deterministic_and_leaves_its_counters_zero(split, order, mon
         return out
 
     first = once()
-    assert_close(first, expected, tolerance(problem))
+    assert_close(first, expected, tolerance(problem)["out"])
     assert not scratch["counters_ptr"].any()
     # The workspace may hold anything by then; blocks may finish in any order, and another one comes last.
     scratch["workspace_ptr"][:] = np.nan
@@ -347,7 +349,7 @@ def test_arrays_of_a_problem_are_recognised_as_that_problem(kind, layouts, memor
         aligned="unaligned" not in memory,
         **batch,
     )
-    run(problem, problem.inputs(0), out_for(problem).array)
+    run(problem, problem.inputs(0), out_for(problem)["out"].array)
     assert problems == [problem]
 
 
@@ -392,7 +394,7 @@ def test_result_dtypes():
         a = random_array((5, 32), kind)
         result = gemm(a, random_array((32, 6), kind))
         assert result.dtype == (ml_dtypes.bfloat16 if kind.startswith("fp8") else a.dtype)
-        for other in OUTPUT_DTYPES:
+        for other in FLOATS:
             assert gemm(a, random_array((32, 6), kind), out_dtype=other).dtype == DTYPES[other].numpy
 
 
@@ -521,7 +523,7 @@ class Fake:
         (ProblemError, "out is fp32 and out_dtype='fp16'", {"out": np.ones((4, 6), np.float32), "out_dtype": "fp16"}),
         (UsageError, "unknown activation 'swosh'; the names are none, relu", {"activation": "swosh"}),
         (ProblemError, "unknown dtype 'float16'; the names are fp16", {"out_dtype": "float16"}),
-        (ProblemError, "out_dtype='int8': gemm takes", {"out_dtype": "int8"}),
+        (ProblemError, "out_dtype='int8' needs out_scale", {"out_dtype": "int8"}),
         (ProblemError, "precision='tf32' is for dtype=fp32", {"precision": "tf32"}),
         (ProblemError, "precision='fast' must be ieee or tf32", {"a": A + 0.0, "precision": "fast"}),
         (ProblemError, "a is a numpy.ndarray and b a ", {"b": Fake()}),
@@ -535,7 +537,7 @@ class Fake:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_misuse_is_one_line_with_the_values(error, message, call, monkeypatch):
-    monkeypatch.setattr(api, "kind_of", kind_of_without_cupy)
+    monkeypatch.setattr(calling, "kind_of", kind_of_without_cupy)
     arguments = {"a": A, "b": B} | call
     if call.get("precision") == "fast":
         arguments = {"a": A.astype(np.float32), "b": B.astype(np.float32), "precision": "fast"}
@@ -550,14 +552,14 @@ def kind_of_without_cupy(array):
     return "another library" if isinstance(array, Fake) else original_kind_of(array)
 
 
-original_kind_of = api.kind_of
+original_kind_of = calling.kind_of
 
 
 def test_a_refused_call_leaves_nothing_behind():
-    before = len(api._calls)
+    before = len(api._GEMM._calls)
     with pytest.raises(ProblemError):
         gemm(A, B[:7])
-    assert len(api._calls) == before
+    assert len(api._GEMM._calls) == before
     out = np.full((4, 6), 7, np.float16)
     with pytest.raises(UsageError):
         gemm(A, B, out=out, activation="swosh")
@@ -610,7 +612,7 @@ DEFECTS = {
     ),
     "last column not written": ("mask=mask_m & mask_n)\n", "mask=mask_m & (offsets_n[None, :] < N - 1))\n"),
     "written past M": ("tl.store(out_pointers, y, mask=mask_m & mask_n)", "tl.store(out_pointers, y, mask=mask_n)"),
-    "activation skipped": ("activate(accumulator, ACTIVATION)", 'activate(accumulator, "none")'),
+    "activation skipped": ("residual, ACTIVATION, out_scale_ptr", 'residual, "none", out_scale_ptr'),
     "bias skipped": ("bias.to(tl.float32)[None, :]", "0 * bias.to(tl.float32)[None, :]"),
     "bias before alpha": ("accumulator *= tl.load(alpha_ptr)", "accumulator = accumulator * 1.0"),
     "residual of the first batch": ("residual_ptr + batch * residual_batch", "residual_ptr"),
@@ -630,7 +632,7 @@ DEFECTS = {
         "        accumulator = accumulator.to(tl.float16).to(tl.float32)\n        a_pointers += a_step",
     ),
     "operands in tf32": ("input_precision=PRECISION", 'input_precision="tf32"'),
-    "rounded to bf16 first": ("accumulator, ACTIVATION).to(", "accumulator, ACTIVATION).to(tl.bfloat16).to("),
+    "rounded to bf16 first": ("= finish(accumulator,", "= finish(accumulator.to(tl.bfloat16).to(tl.float32),"),
 }
 
 EXPOSING = (
@@ -708,23 +710,22 @@ def test_a_guard_sees_one_byte_before_behind_and_between():
 
 
 def test_tolerance_grows_with_what_it_is_for():
-    base = tolerance(GemmProblem(16, 16, 64, dtype="fp32"))
-    assert tolerance(GemmProblem(16, 16, 4096, dtype="fp32")).absolute > base.absolute
-    assert tolerance(GemmProblem(16, 16, 64, dtype="fp32", precision="tf32")).absolute > 100 * base.absolute
-    assert tolerance(GemmProblem(16, 16, 64, dtype="fp16")).relative == pytest.approx(2**-10)
+    base = tolerance(GemmProblem(16, 16, 64, dtype="fp32"))["out"]
+    assert tolerance(GemmProblem(16, 16, 4096, dtype="fp32"))["out"].absolute > base.absolute
+    assert tolerance(GemmProblem(16, 16, 64, dtype="fp32", precision="tf32"))["out"].absolute > 100 * base.absolute
+    assert tolerance(GemmProblem(16, 16, 64, dtype="fp16"))["out"].relative == pytest.approx(2**-10)
     # A wrong operand is off by about 1/√K: far outside, for the longest K and the coarsest operands.
     for kind, precision in (("bf16", None), ("fp8e5m2", None), ("fp32", "tf32")):
         problem = GemmProblem(16, 16, 2**16, dtype=kind, precision=precision, out_dtype="fp32")
-        assert tolerance(problem).absolute < 8 / math.sqrt(problem.K)
+        assert tolerance(problem)["out"].absolute < 8 / math.sqrt(problem.K)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alpha": None}, "alpha=None must be a real number"),
         ({"alpha": 2j}, "alpha=2j must be a real number"),
         ({"alpha": "2"}, "alpha='2' must be a real number"),
-        ({"activation": ["relu"]}, "{'activation': ['relu']} must be text or None"),
+        ({"activation": ["relu"]}, "activation=['relu'] can't be a list"),
         ({"config": GemmConfig(16.0, 16, 32)}, "BLOCK_M=16.0 must be an integer of at least 1"),
     ],
     ids=str,

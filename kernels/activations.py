@@ -1,0 +1,180 @@
+"""Activations: their names, their float64 references, and the device function that all kernels call.
+
+A name may carry parameters after colons: `leaky_relu:0.1`, `clamp:0:6`. It is one text in problems, records and
+constexprs alike. A new activation is one branch in `activate` and one line in `ACTIVATIONS`; the conformance tests then
+cover it everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from tilewright.tuning_db.errors import UsageError
+
+Array = np.ndarray[Any, Any]
+
+_erf = np.frompyfunc(math.erf, 1, 1)
+
+
+class Activation(NamedTuple):
+    """One activation: its reference in float64, of the array and of its parameters."""
+
+    reference: Callable[..., Array]
+    defaults: tuple[float, ...] = ()  # of its parameters
+    required: int = 0  # how many parameters come first that have no default
+
+
+def _sigmoid(x: Array) -> Array:
+    # exp of a negative number only: no overflow at either end.
+    e = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1 / (1 + e), e / (1 + e))
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "none": Activation(lambda x: x),
+    "relu": Activation(lambda x: np.maximum(x, 0)),
+    # So et al. 2021, arXiv:2109.08668 ("Primer"): relu squared.
+    "relu2": Activation(lambda x: np.maximum(x, 0) ** 2),
+    "clamp": Activation(lambda x, low, high: np.minimum(np.maximum(x, low), high), required=2),
+    "leaky_relu": Activation(lambda x, slope: np.where(x < 0, slope * x, x), (0.01,)),
+    # Hendrycks & Gimpel 2016, arXiv:1606.08415: the tanh form, the exact form, and the one by a sigmoid.
+    "gelu_tanh": Activation(lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+    "gelu_erf": Activation(lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2)).astype(np.float64))),
+    "quick_gelu": Activation(lambda x: x * _sigmoid(1.702 * x)),
+    "silu": Activation(lambda x: x * _sigmoid(x)),
+    "sigmoid": Activation(_sigmoid),
+    "tanh": Activation(np.tanh),
+    "softplus": Activation(lambda x: np.logaddexp(x, 0)),
+    # Howard et al. 2019, arXiv:1905.02244: x * relu6(x + 3) / 6.
+    "hardswish": Activation(lambda x: x * np.clip(x + 3, 0, 6) / 6),
+}
+"""Every activation by the first word of its name."""
+
+ALIASES = {"gelu": "gelu_erf", "swish": "silu", "relu6": "clamp:0:6", "": "none"}
+
+
+@functools.cache
+def activation_name(name: str | None) -> str:
+    """The canonical name of an activation, its parameters written out; None is `none`.
+
+    Raises:
+        UsageError: no activation has that name, or its parameters are missing, too many or no finite numbers.
+    """
+    word, *given = ALIASES.get(name or "", name or "none").split(":")
+    if word not in ACTIVATIONS:
+        raise UsageError(f"unknown activation {name!r}; the names are {', '.join(ACTIVATIONS)}")
+    _, defaults, required = ACTIVATIONS[word]
+    most = required + len(defaults)
+    if not required <= len(given) <= most:
+        raise UsageError(f"activation {name!r} has {len(given)} parameters; {word} takes {_range(required, most)}")
+    try:
+        values = [float(text) for text in given]
+    except ValueError:
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise UsageError(f"activation {name!r}: its parameters must be finite numbers, as in clamp:0:6")
+    if word == "clamp" and values[0] > values[1]:
+        raise UsageError(f"activation {name!r} has a lower bound above the upper one")
+    values += defaults[len(values) - required :]
+    return ":".join([word, *(f"{value:.9g}" for value in values)])  # 9 digits tell every fp32 number
+
+
+def _range(least: int, most: int) -> str:
+    return str(most) if least == most else f"{least} to {most}"
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The float64 reference of a canonical name."""
+    word, *values = name.split(":")
+    reference = ACTIVATIONS[word].reference
+    return lambda x: reference(x, *(float(value) for value in values))
+
+
+# Device code
+
+
+@triton.constexpr_function
+def word_of(name):
+    """The activation's name without its parameters."""
+    return name.partition(":")[0]
+
+
+@triton.constexpr_function
+def parameter_of(name, index):
+    """A parameter from the activation's name."""
+    return float(name.split(":")[index + 1])
+
+
+@triton.jit
+def tanh(x):
+    """tanh of an fp32 tile."""
+    # Triton's language has no tanh, and libdevice's does not run in the interpreter. 1 - exp(-2|x|) cancels near 0,
+    # so a series takes over there: at |x| = 0.25 its first dropped term, 1382/155925·x^11, is 9e-9 of x.
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - e) / (1.0 + e)
+    large = tl.where(x < 0, -large, large)
+    s = x * x
+    small = x * (1.0 + s * (-0.333333333 + s * (0.133333333 + s * (-0.0539682540 + s * 0.0218694885))))
+    return tl.where(tl.abs(x) < 0.25, small, large)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) of an fp32 tile."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) of an fp32 tile."""
+    # log(1 + e) loses e where it is small; what 1 + e kept of it puts the result right (Kahan; HP-15C handbook, 1982).
+    e = tl.exp(-tl.abs(x))
+    sum = 1.0 + e
+    kept = sum - 1.0
+    tail = tl.where(kept == 0.0, e, tl.log(sum) * (e / tl.where(kept == 0.0, 1.0, kept)))
+    return tl.where(x > 0, x, 0.0) + tail
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The reference of `ACTIVATION`, of an fp32 tile."""
+    WORD: tl.constexpr = word_of(ACTIVATION)
+    if WORD == "relu":
+        # A comparison, not a maximum: NaN must stay NaN.
+        y = tl.where(x < 0, 0.0, x)
+    elif WORD == "relu2":
+        y = tl.where(x < 0, 0.0, x * x)
+    elif WORD == "clamp":
+        LOW: tl.constexpr = parameter_of(ACTIVATION, 0)
+        HIGH: tl.constexpr = parameter_of(ACTIVATION, 1)
+        y = tl.where(x < LOW, LOW, tl.where(x > HIGH, HIGH, x))
+    elif WORD == "leaky_relu":
+        y = tl.where(x < 0, x * parameter_of(ACTIVATION, 0), x)
+    elif WORD == "gelu_tanh":
+        y = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif WORD == "gelu_erf":
+        y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif WORD == "quick_gelu":
+        y = x * sigmoid(1.702 * x)
+    elif WORD == "silu":
+        y = x * sigmoid(x)
+    elif WORD == "sigmoid":
+        y = sigmoid(x)
+    elif WORD == "tanh":
+        y = tanh(x)
+    elif WORD == "softplus":
+        y = softplus(x)
+    elif WORD == "hardswish":
+        # The gate first: 6·x overflows where x alone does not.
+        y = x * (tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) * 0.16666666666666666)
+    else:
+        tl.static_assert(WORD == "none", "unknown activation")
+        y = x
+    return y

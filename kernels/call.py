@@ -1,0 +1,278 @@
+"""From a call with arrays to a launch: what every op's public function does, in one place.
+
+An op says which arrays it takes, and how the views of one set of arrays become a problem (`prepare`). `Operation` does
+the rest: one library for all arrays, DLPack adoption, one GPU, a prepared call remembered for every signature of
+arrays, new arrays for results, numbers as device arrays, and no output over an input.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from tilewright.kernels.arrays import ArrayKind, View, kind_of
+from tilewright.kernels.dispatch import Constants, call_cache, plan_for
+from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.interpreter import require_interpreter
+from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.problem import Config, Output, Problem
+from tilewright.kernels.runtime import Plan
+from tilewright.tuning_db.errors import ProblemError, UsageError
+
+MOST_CALLS = 65536
+"""Signatures an op remembers; a program with more (every shape new) prepares them again rather than grow for ever."""
+
+Arrays = tuple[Any, ...]
+
+
+class Prepared(Protocol):
+    """A call for one signature of arrays: run as often as arrays of that signature come."""
+
+    def __call__(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> Arrays:
+        """Puts the work on the current stream of the arrays' library; gives the outputs, None for absent ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCall:
+    """One plan over the call's arrays."""
+
+    plan: Plan
+    pointers: tuple[str, ...]  # argument name of each input
+    outputs: tuple[tuple[str, Output | None], ...]  # argument name of each output, and what a new array of it is
+    strides: Mapping[str, int]
+
+    def __call__(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> Arrays:
+        like = arrays[0]
+        stream = kind.stream(like)
+        of = kind.argument
+        pointers = {}
+        for name, array in zip(self.pointers, arrays, strict=True):
+            if array is not None:
+                pointers[name] = of(_on_device(kind, like, array, stream) if array.__class__ is float else array)
+        results = []
+        for (name, output), out in zip(self.outputs, outs, strict=True):
+            result = out
+            if output is not None:
+                if out is None:
+                    result = kind.empty(like, *output)
+                pointers[name] = of(result)
+            results.append(result)
+        self.plan.run(pointers, self.strides, stream)
+        return tuple(results)
+
+
+_numbers: dict[tuple[Any, ...], Any] = {}
+
+
+def _on_device(kind: ArrayKind, like: Any, value: float, stream: int) -> Any:
+    """A number on the device, made once per value and stream, in whose order it is filled: a kernel takes no floats."""
+    key = (kind, getattr(like, "device", None), stream, value)
+    array = _numbers.get(key)
+    if array is None:
+        # Kept for good, as a captured CUDA graph may read it: 512 bytes a value.
+        array = _numbers[key] = kind.scalar(like, value)
+    return array
+
+
+class Operation:
+    """An op as its public function calls it. Safe to share between threads."""
+
+    def __init__(
+        self,
+        kernel: Kernel[Any, Any],
+        inputs: tuple[str, ...],
+        options: tuple[str, ...],
+        prepare: Callable[[ArrayKind, dict[str, View], tuple[Any, ...]], Prepared],
+        *,
+        outputs: tuple[str, ...] = ("out",),
+        scalars: tuple[str, ...] = (),
+        in_place: tuple[str, ...] = (),
+    ) -> None:
+        """`inputs` and `outputs` are the names of the arrays, in the order of calls; the first input decides library,
+        device and stream. Those in `scalars` may be numbers; an output may be one of those in `in_place`, element for
+        element. `options` are the names of what else a call says: text, numbers, tuples of them, a configuration or
+        None. `prepare` gets the views of the arrays that are there, by name, and the options' values.
+        """
+        self.kernel = kernel
+        self._inputs, self._outputs = inputs, outputs
+        self._options = options
+        self._prepare = prepare
+        self._scalars = tuple(index for index, name in enumerate(inputs) if name in scalars)
+        self._in_place = frozenset(in_place)
+        self._calls: dict[tuple[Any, ...], tuple[Prepared, Extents]] = call_cache()
+
+    def __call__(self, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Arrays:
+        """Runs the op; gives its outputs.
+
+        Raises:
+            ProblemError: arrays of several libraries or GPUs, an output over an input; or what `prepare` says.
+            UsageError: an option of a type that can't be one, a number that is none; or what `prepare` says.
+        """
+        first = arrays[0]
+        kind = kind_of(first)
+        for index in self._scalars:
+            value = arrays[index]
+            if value is not None and value.__class__ is not float:
+                arrays = self._with_number(arrays, index)
+        signature = kind.signature
+        key: list[Any] = [kind, options]
+        for array in arrays + outs:
+            if array is None or array.__class__ is float:
+                key.append(array.__class__)
+            else:
+                if kind_of(array) is not kind:
+                    self._refuse_libraries(arrays, outs)
+                key.append(None if kind.foreign else signature(array))
+        if kind.foreign:
+            # Seen through CuPy once, not at every use.
+            adopted = [each if each is None or each.__class__ is float else kind.adopt(each) for each in arrays + outs]
+            results = self(tuple(adopted[: len(arrays)]), tuple(adopted[len(arrays) :]), options)
+            return tuple(
+                out if out is not None else result if result is None else kind.give_back(result, first)
+                for out, result in zip(outs, results, strict=True)
+            )
+        try:
+            ready = self._calls.get(tuple(key))
+        except TypeError:
+            self._refuse_options(options)
+            raise
+        if ready is None:
+            ready = self._prepared(kind, arrays, outs, options)
+            if len(self._calls) >= MOST_CALLS:
+                self._calls.clear()
+            self._calls[tuple(key)] = ready
+        call, extents = ready
+        for position, out in enumerate(outs):
+            if out is not None:
+                self._refuse_overlap(kind, extents, arrays, outs, position)
+        return call(kind, arrays, outs)
+
+    def planned(
+        self,
+        problem: Problem,
+        views: Mapping[str, View],
+        *,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        strides: Mapping[str, int] | None = None,
+        config: Config | None = None,
+        constants: Constants = (),
+    ) -> PlannedCall:
+        """The call of a problem made from these views. `shapes` are those of new outputs, where the caller sees others
+        than the problem does.
+
+        Raises:
+            UnsupportedError, IllegalConfigError, CompileError, LaunchError: as `plan_for`.
+        """
+        ordinal = next(iter(views.values())).device
+        plan, _ = plan_for(self.kernel, problem, ordinal, config=config, constants=constants)
+        made = problem.outputs()
+        outputs = [
+            (f"{name}_ptr", made[name]._replace(shape=(shapes or {}).get(name, made[name].shape)))
+            if name in made
+            else (f"{name}_ptr", None)
+            for name in self._outputs
+        ]
+        return PlannedCall(plan, tuple(f"{name}_ptr" for name in self._inputs), tuple(outputs), strides or {})
+
+    def _prepared(
+        self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]
+    ) -> tuple[Prepared, Extents]:
+        if kind.host:
+            require_interpreter()
+        views: dict[str, View] = {}
+        for index, (name, array) in enumerate(zip(self._inputs + self._outputs, arrays + outs, strict=True)):
+            if array.__class__ is float and index in self._scalars:
+                views[name] = View(0, (1,), (1,), "fp32", next(iter(views.values())).device)
+            elif array is not None:
+                views[name] = kind_of(array).view(array)
+        for index in self._scalars:
+            scalar = views.get(self._inputs[index])
+            if scalar is not None and (scalar.dtype != "fp32" or math.prod(scalar.shape) != 1):
+                raise ProblemError(
+                    f"{self._inputs[index]} is {scalar.shape} of {scalar.dtype}: a number, or one element of fp32"
+                )
+        ordinals = {view.device for view in views.values()}
+        if len(ordinals) > 1:
+            raise ProblemError(f"the arrays are on different GPUs: {sorted(ordinals)}")
+        return self._prepare(kind, views, options), Extents.of(views)
+
+    def _with_number(self, arrays: Arrays, index: int) -> Arrays:
+        """The arrays with a number that is no float as one; an array is left as it is."""
+        value = arrays[index]
+        if isinstance(value, numbers.Real):
+            value = float(value)
+        elif isinstance(value, str | bytes | numbers.Number | list | tuple):
+            raise UsageError(f"{self._inputs[index]}={value!r} must be a real number or an array")
+        return (*arrays[:index], value, *arrays[index + 1 :])
+
+    def _refuse_options(self, options: tuple[Any, ...]) -> None:
+        for name, value in zip(self._options, options, strict=True):
+            try:
+                hash(value)
+            except TypeError:
+                raise UsageError(f"{name}={value!r} can't be a {type(value).__name__}") from None
+
+    def _refuse_libraries(self, arrays: Arrays, outs: Arrays) -> None:
+        kind = kind_of(arrays[0])
+        for name, array in zip(self._inputs + self._outputs, arrays + outs, strict=True):
+            if array is not None and array.__class__ is not float and kind_of(array) is not kind:
+                raise ProblemError(
+                    f"{self._inputs[0]} is a {_type_name(arrays[0])} and {name} a {_type_name(array)}: pass arrays of "
+                    f"one library"
+                )
+
+    def _refuse_overlap(self, kind: ArrayKind, extents: Extents, arrays: Arrays, outs: Arrays, position: int) -> None:
+        """Does nothing if an output may be written while the other arrays are used: it is apart from each, or is one
+        that it may replace."""
+        out, out_name = outs[position], self._outputs[position]
+        start = kind.pointer(out)
+        end = start + extents.bytes[out_name]
+        others = zip(self._inputs + self._outputs[:position], arrays + outs[:position], strict=True)
+        for name, array in others:
+            if array is None or array.__class__ is float:
+                continue
+            first = kind.pointer(array)
+            if first == start and name in self._in_place and (name, out_name) in extents.alike:
+                continue  # each element is read by the block that then writes it
+            # Reaching over each other they may still interleave, as the halves of one wide array do.
+            if first < end and start < first + extents.bytes[name] and _share_memory(kind, array, out):
+                raise ProblemError(f"{out_name} may not share memory with {name}")
+
+
+class Extents(NamedTuple):
+    """How far the arrays of a call reach in memory."""
+
+    bytes: dict[str, int]  # by name, from the first element to the end of the last
+    alike: frozenset[tuple[str, str]]  # names of arrays that agree in all but, perhaps, where they are
+
+    @classmethod
+    def of(cls, views: Mapping[str, View]) -> Extents:
+        """Of the arrays with these views."""
+        alike = {(one, other) for one in views for other in views if views[one][1:] == views[other][1:]}
+        return cls({name: _reach(view) for name, view in views.items()}, frozenset(alike))
+
+
+def _reach(view: View) -> int:
+    last = sum(max(0, length - 1) * max(0, stride) for length, stride in zip(view.shape, view.strides, strict=True))
+    return (last + 1) * math.ceil(dtype(view.dtype).bytes)
+
+
+def _share_memory(kind: ArrayKind, one: Any, other: Any) -> bool:
+    placed: list[np.ndarray[Any, Any]] = []
+    for view in (kind.view(one), kind.view(other)):
+        size = int(dtype(view.dtype).bytes)
+        strides = tuple(stride * size for stride in view.strides)
+        place = {"shape": view.shape, "strides": strides, "typestr": f"|V{size}", "data": (view.pointer, True)}
+        # NumPy knows how to find out, and reads nothing at these addresses, which may be a GPU's.
+        placed.append(np.asarray(SimpleNamespace(__array_interface__={**place, "version": 3})))
+    return np.shares_memory(placed[0], placed[1])
+
+
+def _type_name(array: Any) -> str:
+    return f"{type(array).__module__}.{type(array).__qualname__}"

@@ -1,0 +1,124 @@
+"""Activations: the device code against its float64 reference, and the reference against formulas of its own."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import triton
+import triton.language as tl
+
+from tilewright.kernels.epilogue import ACTIVATIONS, ALIASES, activate, activation_name
+from tilewright.kernels.interpreter import interpret
+from tilewright.tuning_db.errors import UsageError
+
+pytestmark = pytest.mark.smoke
+
+ULP = 2.0**-23
+
+
+@triton.jit
+def apply_kernel(x, y, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, activate(tl.load(x + i), ACTIVATION))
+
+
+def on_device(name, values):
+    block = 4096
+    x = np.zeros(-(-len(values) // block) * block, np.float32)
+    x[: len(values)] = values
+    y = np.full_like(x, -77)
+    interpret(apply_kernel, (len(x) // block, 1, 1), {"x": x, "y": y, "ACTIVATION": name, "BLOCK": block})
+    return y[: len(values)]
+
+
+def sweep():
+    """fp32 numbers: evenly over where curves bend, by magnitude from subnormal to largest, and both ends of tanh."""
+    even = np.linspace(-20, 20, 20001)
+    magnitudes = 10.0 ** np.linspace(-44, 38.5, 2001)
+    near = np.nextafter(np.float32([0.25, 3.0, 0.5, 1.0]), np.float32(9))
+    edges = np.concatenate([near, np.nextafter(near, np.float32(-9)), np.float32([0.25, 3.0])])
+    return np.concatenate([even, magnitudes, -magnitudes, edges, -edges, [0.0, -0.0]]).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_device_code_is_the_reference(name):
+    x = sweep()
+    expected = ACTIVATIONS[name](x.astype(np.float64))
+    actual = on_device(name, x).astype(np.float64)
+    # Gates of the form x·(1 + t)/2 cancel where t is near -1: the error there is one of x, and x·gate is below 1.
+    # exp(-x) carries the rounding of its argument: |x|/2 ulp, where a gate still is more than nothing.
+    cancelled = np.minimum(np.abs(x), 20) if name.startswith("gelu") else 0
+    exponent = 1 + np.minimum(np.abs(x), 90) / 2 if name in ("silu", "sigmoid") else 1
+    # Past 88.7 exp(-x) overflows, and what is left of x·sigmoid(x) is gone.
+    bound = 4 * ULP * (np.abs(expected) * exponent + cancelled) + 3e-37
+    with np.errstate(over="ignore"):
+        largest = np.abs(expected) > np.finfo(np.float32).max
+    error = np.abs(np.where(largest, 0, actual - expected))
+    worst = np.argmax(error / bound)
+    assert error[worst] <= bound[worst], (x[worst], actual[worst], expected[worst])
+
+
+def test_tanh_keeps_its_digits_near_zero():
+    x = np.concatenate([np.linspace(-0.3, 0.3, 4001), 10.0 ** -np.linspace(0, 37, 999)]).astype(np.float32)
+    expected = np.tanh(x.astype(np.float64))
+    error = np.abs(on_device("tanh", x) - expected)
+    # 1 - exp(-2|x|) alone would be wrong by ulp/x: a quarter of all digits at 1e-3.
+    assert (error <= 2.5 * ULP * np.abs(expected)).all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_nan_stays_and_infinity_goes_where_the_reference_goes(name):
+    special = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38], np.float32)
+    with np.errstate(all="ignore"):
+        expected = ACTIVATIONS[name](special.astype(np.float64)).astype(np.float32)
+    np.testing.assert_allclose(on_device(name, special), expected, rtol=1e-6)
+    assert np.isnan(expected[0])
+
+
+def test_infinity_by_hand():
+    plus, minus = {}, {}
+    for name in ACTIVATIONS:
+        plus[name], minus[name] = on_device(name, np.array([np.inf, -1e30], np.float32)).tolist()
+    assert plus == dict.fromkeys(ACTIVATIONS, math.inf) | {"sigmoid": 1.0, "tanh": 1.0}
+    assert minus == dict.fromkeys(ACTIVATIONS, 0.0) | {"none": np.float32(-1e30), "tanh": -1.0}
+
+
+FORMULAS = {
+    "none": lambda x: x,
+    "relu": lambda x: x if x > 0 else 0.0,
+    # erfc and expm1 keep their digits where the reference's 1 + erf and 1 + tanh cancel.
+    "gelu_erf": lambda x: 0.5 * x * math.erfc(-x / math.sqrt(2)),
+    "gelu_tanh": lambda x: x / (1 + math.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + math.exp(-x)),
+    "sigmoid": lambda x: 0.5 * (1 + math.tanh(x / 2)),
+    "tanh": lambda x: math.expm1(2 * x) / (math.expm1(2 * x) + 2),
+    "hardswish": lambda x: 0.0 if x <= -3 else x if x >= 3 else x * (x + 3) / 6,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_reference_is_the_formula(name):
+    x = np.concatenate([np.linspace(-9, 9, 1801), [1e-300, -1e-9, 0.0]])
+    expected = [FORMULAS[name](float(value)) for value in x]
+    np.testing.assert_allclose(ACTIVATIONS[name](x), expected, rtol=1e-13, atol=2e-15)
+
+
+def test_references_take_and_give_float64_of_any_shape():
+    for function in ACTIVATIONS.values():
+        result = function(np.linspace(-1, 1, 24).reshape(2, 3, 4))
+        assert (result.dtype, result.shape) == (np.float64, (2, 3, 4))
+
+
+def test_names():
+    assert {activation_name(name) for name in ACTIVATIONS} == set(ACTIVATIONS)
+    assert {name: activation_name(name) for name in ALIASES} == {"gelu": "gelu_erf", "swish": "silu", "": "none"}
+    assert activation_name(None) == "none"
+    with pytest.raises(UsageError, match=r"^unknown activation 'ReLU'; the names are none, relu, gelu_tanh, "):
+        activation_name("ReLU")
+
+
+def test_the_device_function_refuses_a_name_it_does_not_know():
+    with pytest.raises(Exception, match="unknown activation"):
+        on_device("swosh", np.zeros(4, np.float32))
