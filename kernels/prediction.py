@@ -7,11 +7,10 @@ The launch runs in waves of SMs · occupancy blocks. With r blocks on the busies
     first wave: busy + ends         later waves: max(busy, alone + ends)
 
 `compute` to `l2` are what the main loop of one block needs of its SM, `beside` its exponentials and other work between
-dots; `stalls` are its waits at barriers and, without a
-pipeline, for memory; `chain` is what one block computes and waits, one after the other, with the tensor cores idle that
-only neighbours fill; `dram` is the traffic of the whole wave; `latency` is what waiting for tiles costs in spite of the
-pipeline. `ends` is a block's time before and after its loop, which neighbours hide once the blocks are no longer in
-step. Resources work at the same time, but never quite independently: overlap(x…) = (Σ x⁴)^¼ is the longest of them, and
+dots; `stalls` are its waits at barriers and, without a pipeline, for memory; `chain` is what one block computes and
+waits, one after the other, with the tensor cores idle that only neighbours fill; `dram` is the traffic of the whole
+wave; `latency` is what waiting for tiles costs in spite of the pipeline. `ends` is a block's time before and after its
+loop, which neighbours hide once the blocks are no longer in step. Resources work at the same time, but never quite independently: overlap(x…) = (Σ x⁴)^¼ is the longest of them, and
 up to a fifth more when another is as long.
 
 `docs/prediction.md` derives each term, with its source. Each is a function below that can be called alone, and

@@ -9,7 +9,8 @@ import pytest
 import triton
 import triton.language as tl
 
-from tilewright.kernels.epilogue import ACTIVATIONS, ALIASES, activate, activation_name
+from tests.kernels.conformance import ACTIVATION_NAMES
+from tilewright.kernels.activations import ACTIVATIONS, ALIASES, activate, activation, activation_name
 from tilewright.kernels.interpreter import interpret
 from tilewright.tuning_db.errors import UsageError
 
@@ -42,15 +43,15 @@ def sweep():
     return np.concatenate([even, magnitudes, -magnitudes, edges, -edges, [0.0, -0.0]]).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", ACTIVATION_NAMES)
 def test_device_code_is_the_reference(name):
     x = sweep()
-    expected = ACTIVATIONS[name](x.astype(np.float64))
+    expected = activation(name)(x.astype(np.float64))
     actual = on_device(name, x).astype(np.float64)
     # Gates of the form x·(1 + t)/2 cancel where t is near -1: the error there is one of x, and x·gate is below 1.
     # exp(-x) carries the rounding of its argument: |x|/2 ulp, where a gate still is more than nothing.
     cancelled = np.minimum(np.abs(x), 20) if name.startswith("gelu") else 0
-    exponent = 1 + np.minimum(np.abs(x), 90) / 2 if name in ("silu", "sigmoid") else 1
+    exponent = 1 + np.minimum(np.abs(x), 90) if name in ("silu", "sigmoid", "quick_gelu", "softplus") else 1
     # Past 88.7 exp(-x) overflows, and what is left of x·sigmoid(x) is gone.
     bound = 4 * ULP * (np.abs(expected) * exponent + cancelled) + 3e-37
     with np.errstate(over="ignore"):
@@ -68,21 +69,23 @@ def test_tanh_keeps_its_digits_near_zero():
     assert (error <= 2.5 * ULP * np.abs(expected)).all()
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", ACTIVATION_NAMES)
 def test_nan_stays_and_infinity_goes_where_the_reference_goes(name):
     special = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38], np.float32)
     with np.errstate(all="ignore"):
-        expected = ACTIVATIONS[name](special.astype(np.float64)).astype(np.float32)
+        expected = activation(name)(special.astype(np.float64)).astype(np.float32)
     np.testing.assert_allclose(on_device(name, special), expected, rtol=1e-6)
     assert np.isnan(expected[0])
 
 
 def test_infinity_by_hand():
     plus, minus = {}, {}
-    for name in ACTIVATIONS:
+    for name in ACTIVATION_NAMES:
         plus[name], minus[name] = on_device(name, np.array([np.inf, -1e30], np.float32)).tolist()
-    assert plus == dict.fromkeys(ACTIVATIONS, math.inf) | {"sigmoid": 1.0, "tanh": 1.0}
-    assert minus == dict.fromkeys(ACTIVATIONS, 0.0) | {"none": np.float32(-1e30), "tanh": -1.0}
+    bounded = {"sigmoid": 1.0, "tanh": 1.0, "clamp:-0.5:1.25": 1.25}
+    assert plus == dict.fromkeys(ACTIVATION_NAMES, math.inf) | bounded
+    sloped = {"none": np.float32(-1e30), "leaky_relu:0.3": np.float32(-1e30) * np.float32(0.3)}
+    assert minus == dict.fromkeys(ACTIVATION_NAMES, 0.0) | sloped | {"tanh": -1.0, "clamp:-0.5:1.25": -0.5}
 
 
 FORMULAS = {
@@ -95,28 +98,82 @@ FORMULAS = {
     "sigmoid": lambda x: 0.5 * (1 + math.tanh(x / 2)),
     "tanh": lambda x: math.expm1(2 * x) / (math.expm1(2 * x) + 2),
     "hardswish": lambda x: 0.0 if x <= -3 else x if x >= 3 else x * (x + 3) / 6,
+    "relu2": lambda x: x * x if x > 0 else 0.0,
+    "clamp:-0.5:1.25": lambda x: sorted((-0.5, x, 1.25))[1],
+    "leaky_relu:0.3": lambda x: x if x > 0 else 0.3 * x,
+    "quick_gelu": lambda x: x / (1 + math.exp(-1.702 * x)),
+    "softplus": lambda x: math.log1p(math.exp(x)),
 }
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", ACTIVATION_NAMES)
 def test_the_reference_is_the_formula(name):
     x = np.concatenate([np.linspace(-9, 9, 1801), [1e-300, -1e-9, 0.0]])
     expected = [FORMULAS[name](float(value)) for value in x]
-    np.testing.assert_allclose(ACTIVATIONS[name](x), expected, rtol=1e-13, atol=2e-15)
+    np.testing.assert_allclose(activation(name)(x), expected, rtol=1e-13, atol=2e-15)
 
 
 def test_references_take_and_give_float64_of_any_shape():
-    for function in ACTIVATIONS.values():
-        result = function(np.linspace(-1, 1, 24).reshape(2, 3, 4))
+    for name in ACTIVATION_NAMES:
+        result = activation(name)(np.linspace(-1, 1, 24).reshape(2, 3, 4))
         assert (result.dtype, result.shape) == (np.float64, (2, 3, 4))
 
 
 def test_names():
-    assert {activation_name(name) for name in ACTIVATIONS} == set(ACTIVATIONS)
-    assert {name: activation_name(name) for name in ALIASES} == {"gelu": "gelu_erf", "swish": "silu", "": "none"}
+    assert (
+        {name.partition(":")[0] for name in ACTIVATION_NAMES}
+        == set(ACTIVATIONS)
+        == {formula.partition(":")[0] for formula in FORMULAS}
+    )
+    assert all(activation_name(name) == name for name in ACTIVATION_NAMES)
+    aliases = {"gelu": "gelu_erf", "swish": "silu", "relu6": "clamp:0:6", "": "none"}
+    assert {name: activation_name(name) for name in ALIASES} == aliases
     assert activation_name(None) == "none"
-    with pytest.raises(UsageError, match=r"^unknown activation 'ReLU'; the names are none, relu, gelu_tanh, "):
-        activation_name("ReLU")
+
+
+@pytest.mark.parametrize(
+    ("given", "canonical"),
+    [
+        ("leaky_relu", "leaky_relu:0.01"),
+        ("leaky_relu:.010", "leaky_relu:0.01"),
+        ("leaky_relu:1e-1", "leaky_relu:0.1"),
+        ("clamp:0.0:6.0", "clamp:0:6"),
+        ("clamp:-1:1", "clamp:-1:1"),
+        ("clamp:0:0.123456789", "clamp:0:0.123456789"),
+    ],
+)
+def test_parameters_have_one_spelling(given, canonical):
+    assert activation_name(given) == canonical
+    assert activation_name(canonical) == canonical
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ReLU", "unknown activation 'ReLU'; the names are none, relu, relu2, "),
+        ("clamp", "activation 'clamp' has 0 parameters; clamp takes 2"),
+        ("clamp:1", "activation 'clamp:1' has 1 parameters; clamp takes 2"),
+        ("leaky_relu:1:2", "activation 'leaky_relu:1:2' has 2 parameters; leaky_relu takes 0 to 1"),
+        ("relu:1", "activation 'relu:1' has 1 parameters; relu takes 0"),
+        ("clamp:a:b", "its parameters must be finite numbers, as in clamp:0:6"),
+        ("leaky_relu:nan", "its parameters must be finite numbers"),
+        ("clamp:0:inf", "its parameters must be finite numbers"),
+        ("clamp:6:0", "activation 'clamp:6:0' has a lower bound above the upper one"),
+    ],
+)
+def test_names_that_are_none(name, message):
+    with pytest.raises(UsageError) as caught:
+        activation_name(name)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_softplus_keeps_its_digits_where_it_is_small():
+    x = -np.linspace(1, 85, 999).astype(np.float32)
+    expected = np.log1p(np.exp(x.astype(np.float64)))
+    error = np.abs(on_device("softplus", x) - expected)
+    # log(1 + exp(x)) alone is 0 below -17.
+    assert (error <= 4 * ULP * (1 + np.abs(x)) * expected).all()
 
 
 def test_the_device_function_refuses_a_name_it_does_not_know():

@@ -249,7 +249,7 @@ def test_l2_bytes_of_a_block() -> None:
 
 
 def test_latency_is_dram_and_transfer_and_the_copy_to_registers() -> None:
-    iteration = Iteration(compute=569.0, idle=1.0, shared=384.0, copied=256.0, issue=185.0, spills=0.0)
+    iteration = Iteration(compute=569.0, beside=0.0, idle=1.0, shared=384.0, copied=256.0, issue=185.0, spills=0.0)
     assert prediction.latency_cycles(a_work(), iteration, 32.0) == 600 + 16384 / 32 + 256
 
 
@@ -278,10 +278,59 @@ def test_a_block_stalls_at_barriers_and_without_stages_for_memory() -> None:
 
 
 def test_blocks_share_an_sm_or_have_it_to_themselves() -> None:
-    demand = Demand(compute=900.0, shared=600.0, issue=300.0, l2=150.0, dram=1500.0, pipeline=100.0)
-    assert prediction.busy_cycles(demand, 500.0, 60.0, 3) == overlap(920.0, 600.0, 300.0, 150.0, 1500.0, 100.0)
-    assert prediction.busy_cycles(demand, 1000.0, 60.0, 3) == overlap(1000.0, 600.0, 300.0, 150.0, 1500.0, 100.0)
+    demand = Demand(compute=900.0, beside=700.0, shared=600.0, issue=300.0, l2=150.0, dram=1500.0, pipeline=100.0)
+    assert prediction.busy_cycles(demand, 500.0, 60.0, 3) == overlap(920.0, 700.0, 600.0, 300.0, 150.0, 1500.0, 100.0)
+    assert prediction.busy_cycles(demand, 1000.0, 60.0, 3) == overlap(1e3, 700.0, 600.0, 300.0, 150.0, 1500.0, 100.0)
     assert prediction.alone_cycles(demand, 500.0, 3) == overlap(500.0, 200.0, 100.0, 50.0, 500.0, 100.0)
+
+
+def chained() -> Work:
+    """The loop of an attention: 128 queries by 64 keys of 128 elements, in 4 warps."""
+    return replace(
+        a_work(),
+        tile_m=128,
+        tile_n=64,
+        tile_k=128,
+        num_warps=4,
+        second=(128, 128, 64),
+        lane_ops=6e4,
+        special_ops=8192.0,
+    )
+
+
+def test_chained_dots_leave_their_left_operands_in_registers() -> None:
+    one, other = chained().dots
+    # The warps lie along the rows, and each has all columns.
+    assert (one.rows, one.columns, other.rows, other.columns) == (32, 64, 32, 128)
+    assert chained().staged_bytes == (64 * 128 + 128 * 64) * 2
+    assert prediction.written_cycles(chained()) == 32768 / 128
+    # Each of 4 warps reads all of K and of V.
+    assert prediction.read_cycles(chained(), A100) == 4 * (64 * 128 + 128 * 64) * 2 / 128
+    # On Hopper 64 rows at a time do, and the first dot reads its queries from shared memory too.
+    groups = (64 * 128 / 64 + 128) * 128 * 2 + (128 * 128 / 64) * 64 * 2
+    assert prediction.read_cycles(chained(), H200) == groups / 128
+    flop = 2 * 128 * 64 * 128 * 2
+    assert prediction.compute_cycles(chained(), A100) == pytest.approx(flop / prediction.dot_rate(chained(), A100))
+
+
+def test_work_beside_the_dots_takes_the_longer_of_two_kinds_of_units() -> None:
+    assert prediction.beside_cycles(chained(), A100) == 6e4 / 64  # 512 for the exponentials
+    assert prediction.beside_cycles(chained(), RTX3090) == 8192 / 16  # 469 for the rest
+    assert prediction.beside_cycles(a_work(), A100) == 0
+    alone, without = (
+        predict(chained(), Resources(168, 0, 0, 65536), A100, without=terms).time_us for terms in ((), {Term.BESIDE})
+    )
+    assert without < alone
+
+
+def test_a_kernel_without_dots_has_only_what_it_moves_and_does() -> None:
+    work = replace(a_work(), tile_k=0, lane_ops=1024.0, load_bytes=8192.0)
+    assert work.dots == ()
+    assert prediction.compute_cycles(work, A100) == prediction.read_cycles(work, A100) == 0
+    assert prediction.idle_factor(work, A100) == 1
+    loads = 8192 / (32 * 16) * 3
+    assert prediction.issue_cycles(work, A100) == (40 * work.num_warps + 1024 / 32 + loads) / 4
+    assert predict(work, Resources(64, 0, 0, 0), A100).time_us > 0
 
 
 def test_ends_of_a_block() -> None:
@@ -712,4 +761,5 @@ def test_each_term_decides_an_order(case: Decided) -> None:
 
 
 def test_no_term_is_there_for_nothing() -> None:
-    assert {case.term for case in DECIDED} == set(Term)
+    # A GEMM has nothing beside its dots: attention's tests show what that term decides.
+    assert {case.term for case in DECIDED} | {Term.BESIDE} == set(Term)

@@ -1,0 +1,165 @@
+"""What every op's call has in common, on a small op of its own: libraries, numbers, outputs, overlap, the cache."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tilewright.kernels import call as calling
+from tilewright.kernels.arrays import NumpyKind
+from tilewright.kernels.call import Extents, Operation, PlannedCall
+from tilewright.kernels.dispatch import forget_plans
+from tilewright.kernels.problem import Output
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
+
+pytestmark = pytest.mark.smoke
+
+X = np.arange(6, dtype=np.float32).reshape(2, 3)
+Y = X + 1
+
+
+class Recorder:
+    """A plan that writes what it was given."""
+
+    def __init__(self):
+        self.runs = []
+
+    def run(self, pointers, strides, stream):
+        self.runs.append((dict(pointers), dict(strides), stream))
+        pointers["out_ptr"][...] = pointers["x_ptr"] * pointers.get("factor_ptr", np.ones(1))[0]
+
+
+def operation(prepared=None, **options):
+    """An op of x, y and a factor that gives `out`, and `extra` if its option asks for it."""
+    plan = Recorder()
+
+    def prepare(kind, views, values):
+        if prepared is not None:
+            prepared.append((views, values))
+        outputs = (("out_ptr", Output((2, 3), "fp32")), ("extra_ptr", Output((2,), "fp16") if values[0] else None))
+        return PlannedCall(plan, ("x_ptr", "y_ptr", "factor_ptr"), outputs, {"x_stride": 3})
+
+    kernel = SimpleNamespace(name="scale")
+    made = Operation(
+        kernel,
+        ("x", "y", "factor"),
+        ("extra", "config"),
+        prepare,
+        outputs=("out", "extra"),
+        scalars=("factor",),
+        in_place=("y",),
+        **options,
+    )
+    return made, plan
+
+
+def run(op, x=X, y=None, factor=None, out=None, extra=None, options=(False, None)):
+    return op((x, y, factor), (out, extra), options)
+
+
+def test_new_outputs_are_made_and_absent_ones_are_none():
+    op, plan = operation()
+    out, extra = run(op)
+    assert (out.shape, out.dtype, extra) == ((2, 3), np.float32, None)
+    np.testing.assert_array_equal(out, X)
+    (pointers, strides, stream) = plan.runs[0]
+    assert (set(pointers), strides, stream) == ({"x_ptr", "out_ptr"}, {"x_stride": 3}, 0)
+    assert run(op, options=(True, None))[1].dtype == np.float16
+
+
+def test_outputs_that_are_given_are_written_and_given_back():
+    op, _ = operation()
+    mine, rest = np.zeros((2, 3), np.float32), np.zeros(2, np.float16)
+    out, extra = run(op, out=mine, extra=rest, options=(True, None))
+    assert out is mine
+    assert extra is rest
+    np.testing.assert_array_equal(mine, X)
+
+
+@pytest.mark.parametrize("factor", [2.0, 2, np.float64(2), np.float32(2), np.full(1, 2, "f4"), np.array([[2]], "f4")])
+def test_numbers_and_arrays_of_one_element_are_the_same(factor):
+    op, _ = operation()
+    np.testing.assert_array_equal(run(op, factor=factor)[0], X * 2)
+
+
+def test_a_signature_is_prepared_once_and_a_number_is_no_part_of_it():
+    prepared = []
+    op, _ = operation(prepared)
+    for factor in (0.5, 2.0, 3.0):
+        run(op, factor=factor)
+    run(op, X + 1, factor=0.5)
+    assert len(prepared) == 1
+    views, options = prepared[0]
+    assert (set(views), options) == ({"x", "factor"}, (False, None))
+    assert (views["factor"].shape, views["factor"].dtype, views["factor"].device) == ((1,), "fp32", -1)
+    for other in ({"x": X.astype(np.float16)}, {"x": X[:, :2]}, {"y": X}, {"options": (True, None)}):
+        run(op, **{"factor": 2.0, **other, "out": np.zeros(other.get("x", X).shape, np.float32)})
+    assert len(prepared) == 5
+
+
+def test_forgotten_plans_are_forgotten_here_too():
+    prepared = []
+    op, _ = operation(prepared)
+    run(op)
+    forget_plans()
+    run(op)
+    assert len(prepared) == 2
+
+
+def test_signatures_are_not_kept_without_end(monkeypatch):
+    monkeypatch.setattr(calling, "MOST_CALLS", 3)
+    op, _ = operation()
+    for option in range(10):
+        run(op, options=(False, option))
+    assert len(op._calls) <= 3
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (UsageError, "factor='2' must be a real number or an array", {"factor": "2"}),
+        (UsageError, "factor=2j must be a real number or an array", {"factor": 2j}),
+        (UsageError, "factor=[2] must be a real number or an array", {"factor": [2]}),
+        (ProblemError, "factor is (2,) of fp32: a number, or one element of fp32", {"factor": np.ones(2, np.float32)}),
+        (ProblemError, "factor is (1,) of fp16: a number, or", {"factor": np.ones(1, np.float16)}),
+        (UnsupportedError, "builtins.float is no array", {"y": 1.0}),
+        (UnsupportedError, "builtins.NoneType is no array", {"x": None}),
+        (UsageError, "config={} can't be a dict", {"options": (False, {})}),
+        (ProblemError, "out may not share memory with x", {"out": X}),
+        (ProblemError, "extra may not share memory with y", {"y": Y, "extra": Y[0, :2], "options": (True, None)}),
+    ],
+)
+def test_misuse_is_one_line(error, message, call):
+    op, plan = operation()
+    with pytest.raises(error) as caught:
+        run(op, **call)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert plan.runs == []
+
+
+def test_an_output_may_replace_an_input_that_is_read_in_place_and_no_part_of_it():
+    op, _ = operation()
+    wide = np.ones((4, 3), np.float32)
+    run(op, y=wide[:2], out=wide[:2])
+    with pytest.raises(ProblemError, match="out may not share memory with y"):
+        run(op, y=wide[:2], out=wide[1:3])
+    with pytest.raises(ProblemError, match="extra may not share memory with out"):
+        run(op, out=wide[:2], extra=wide[0, :2], options=(True, None))
+
+
+def test_outputs_may_lie_between_the_rows_of_inputs():
+    op, _ = operation()
+    both = np.ones((2, 6), np.float32)
+    run(op, both[:, :3], out=both[:, 3:])
+    np.testing.assert_array_equal(both, 1)
+
+
+def test_extents_reach_to_the_last_element():
+    both = np.ones((2, 6), np.float32)
+    kind = NumpyKind()
+    extents = Extents.of({"x": kind.view(both[:, :3]), "out": kind.view(both[:, 3:])})
+    assert extents.bytes == {"x": (6 + 3) * 4, "out": (6 + 3) * 4}
+    assert ("x", "out") in extents.alike
