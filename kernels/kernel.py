@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, NamedTuple
 
@@ -107,6 +107,8 @@ class Kernel(Generic[P, C]):
     supported: Callable[[P, Device], str | None]  # None, or why this device can't run it at all
     # A small problem of the same code paths that neither tile nor split divides: the tails the problem itself may lack.
     ragged: Callable[[P, C], P] | None = None
+    # What the support table lists: each feature with a small problem that has it.
+    features: Mapping[str, P] = field(default_factory=dict)
     # Values of the stride arguments, from the strides of all arrays, in elements, by name; None: no launch has any.
     strides: Callable[[P, Mapping[str, tuple[int, ...]]], dict[str, int]] | None = None
 

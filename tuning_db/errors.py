@@ -5,7 +5,7 @@
     │   ├── UnknownDeviceError              no board, arch or live GPU of that name
     │   ├── UnknownKernelError              no kernel or suite of that name
     │   ├── ProblemError                    malformed, missing or impossible problem; shapes that don't match
-    │   ├── UnsupportedError                right in itself, but not on this device or not (yet) in this kernel
+    │   ├── UnsupportedError (also NotImplementedError)   right in itself, but not on this device or in this kernel
     │   └── IllegalConfigError              the configuration breaks a limit; the search skips this and nothing else
     ├── DatabaseError                       the tuning database
     │   ├── DatabaseCorruptError            not a database, or damaged; the next opening for writing sets it aside
@@ -43,7 +43,7 @@ class ProblemError(UsageError):
     """A problem that is malformed, incomplete or impossible, or arrays that don't form one."""
 
 
-class UnsupportedError(UsageError):
+class UnsupportedError(UsageError, NotImplementedError):
     """Right in itself, but this device or this kernel can't do it."""
 
 
