@@ -92,18 +92,21 @@ class Operation:
         *,
         outputs: tuple[str, ...] = ("out",),
         scalars: tuple[str, ...] = (),
+        scalar_or_array: tuple[str, ...] = (),
         in_place: tuple[str, ...] = (),
     ) -> None:
         """`inputs` and `outputs` are the names of the arrays, in the order of calls; the first input decides library,
-        device and stream. Those in `scalars` may be numbers; an output may be one of those in `in_place`, element for
-        element. `options` are the names of what else a call says: text, numbers, tuples of them, a configuration or
-        None. `prepare` gets the views of the arrays that are there, by name, and the options' values.
+        device and stream. Those in `scalars` are numbers or have one element, those in `scalar_or_array` are numbers or
+        of any shape; an output may be one of those in `in_place`, element for element. `options` are the names of what
+        else a call says: text, numbers, tuples of them, a configuration or None. `prepare` gets the views of the arrays
+        that are there, by name, and the options' values.
         """
         self.kernel = kernel
         self._inputs, self._outputs = inputs, outputs
         self._options = options
         self._prepare = prepare
         self._scalars = tuple(index for index, name in enumerate(inputs) if name in scalars)
+        self._numbers = tuple(index for index, name in enumerate(inputs) if name in scalars + scalar_or_array)
         self._in_place = frozenset(in_place)
         self._calls: dict[tuple[Any, ...], tuple[Prepared, Extents]] = call_cache()
 
@@ -116,7 +119,7 @@ class Operation:
         """
         first = arrays[0]
         kind = kind_of(first)
-        for index in self._scalars:
+        for index in self._numbers:
             value = arrays[index]
             if value is not None and value.__class__ is not float:
                 arrays = self._with_number(arrays, index)
@@ -187,7 +190,7 @@ class Operation:
             require_interpreter()
         views: dict[str, View] = {}
         for index, (name, array) in enumerate(zip(self._inputs + self._outputs, arrays + outs, strict=True)):
-            if array.__class__ is float and index in self._scalars:
+            if array.__class__ is float and index in self._numbers:
                 views[name] = View(0, (1,), (1,), "fp32", next(iter(views.values())).device)
             elif array is not None:
                 views[name] = kind_of(array).view(array)
