@@ -43,7 +43,7 @@ class PlannedCall:
     """One plan over the call's arrays."""
 
     plan: Plan
-    pointers: tuple[str, ...]  # argument name of each input
+    inputs: tuple[tuple[int, str], ...]  # of each input that is there: its place, and its argument's name
     outputs: tuple[tuple[str, Output | None], ...]  # argument name of each output, and what a new array of it is
     strides: Mapping[str, int]
 
@@ -52,17 +52,15 @@ class PlannedCall:
         stream = kind.stream(like)
         of = kind.argument
         pointers = {}
-        for name, array in zip(self.pointers, arrays, strict=True):
-            if array is not None:
-                pointers[name] = of(_on_device(kind, like, array, stream) if array.__class__ is float else array)
-        results = []
-        for (name, output), out in zip(self.outputs, outs, strict=True):
-            result = out
+        for place, name in self.inputs:
+            array = arrays[place]
+            pointers[name] = of(_on_device(kind, like, array, stream) if array.__class__ is float else array)
+        results = list(outs)
+        for place, (name, output) in enumerate(self.outputs):
             if output is not None:
-                if out is None:
-                    result = kind.empty(like, *output)
-                pointers[name] = of(result)
-            results.append(result)
+                if results[place] is None:
+                    results[place] = kind.empty(like, *output)
+                pointers[name] = of(results[place])
         self.plan.run(pointers, self.strides, stream)
         return tuple(results)
 
@@ -123,16 +121,17 @@ class Operation:
             value = arrays[index]
             if value is not None and value.__class__ is not float:
                 arrays = self._with_number(arrays, index)
-        signature = kind.signature
+        # From here to the call every tenth of a microsecond counts: this is the whole cost of a warm call.
+        signature, cls, foreign = kind.signature, first.__class__, kind.foreign
         key: list[Any] = [kind, options]
         for array in arrays + outs:
             if array is None or array.__class__ is float:
                 key.append(array.__class__)
             else:
-                if kind_of(array) is not kind:
+                if array.__class__ is not cls and kind_of(array) is not kind:
                     self._refuse_libraries(arrays, outs)
-                key.append(None if kind.foreign else signature(array))
-        if kind.foreign:
+                key.append(None if foreign else signature(array))
+        if foreign:
             # Seen through CuPy once, not at every use.
             adopted = [each if each is None or each.__class__ is float else kind.adopt(each) for each in arrays + outs]
             results = self(tuple(adopted[: len(arrays)]), tuple(adopted[len(arrays) :]), options)
@@ -140,8 +139,9 @@ class Operation:
                 out if out is not None else result if result is None else kind.give_back(result, first)
                 for out, result in zip(outs, results, strict=True)
             )
+        remembered = tuple(key)
         try:
-            ready = self._calls.get(tuple(key))
+            ready = self._calls.get(remembered)
         except TypeError:
             self._refuse_options(options)
             raise
@@ -149,7 +149,7 @@ class Operation:
             ready = self._prepared(kind, arrays, outs, options)
             if len(self._calls) >= MOST_CALLS:
                 self._calls.clear()
-            self._calls[tuple(key)] = ready
+            self._calls[remembered] = ready
         call, extents = ready
         for position, out in enumerate(outs):
             if out is not None:
@@ -181,7 +181,8 @@ class Operation:
             else (f"{name}_ptr", None)
             for name in self._outputs
         ]
-        return PlannedCall(plan, tuple(f"{name}_ptr" for name in self._inputs), tuple(outputs), strides or {})
+        inputs = [(place, f"{name}_ptr") for place, name in enumerate(self._inputs) if name in views]
+        return PlannedCall(plan, tuple(inputs), tuple(outputs), strides or {})
 
     def _prepared(
         self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]

@@ -1,6 +1,6 @@
 """Compiles what stdin asks for and prints what came out: for tests, whose own process interprets kernels.
 
-    [{"op": "gemm", "problem": "M=16,N=16,K=16", "config": {…} or null, "arch": 86}, …]
+    [{"op": "gemm", "problem": "M=16,N=16,K=16" or its fields, "config": {…} or null, "arch": 86}, …]
 
 `null` asks for the default configuration. A reply is about the op's first launch; `more` has those of the others.
 With TRITON_DUMP_PTXAS_LOG and an empty cache, `log` is what `ptxas -v` said.
@@ -26,10 +26,11 @@ from tilewright.tuning_db.errors import CompileError
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     kernel, device = find_kernel(job["op"]), resolve_device(f"sm_{job['arch']}")
-    problem = kernel.problem.parse(job["problem"])
+    fields = job["problem"]
+    problem = kernel.problem.parse(fields) if isinstance(fields, str) else kernel.problem.from_dict(fields)
     asked = job["config"]
     config = kernel.default(problem, device) if asked is None else kernel.space.config.from_dict(asked)
-    reply = {"problem": str(problem), "config": config.to_dict(), "arch": job["arch"]}
+    reply = {"op": kernel.name, "problem": str(problem), "config": config.to_dict(), "arch": job["arch"]}
     first, *others = [
         compiled(launch, job["arch"], device) | {"estimate": kernel.estimate(problem, config, device).shared_bytes}
         for launch in kernel.launches(problem, config)

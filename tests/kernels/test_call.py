@@ -39,7 +39,8 @@ def operation(prepared=None, **options):
         if prepared is not None:
             prepared.append((views, values))
         outputs = (("out_ptr", Output((2, 3), "fp32")), ("extra_ptr", Output((2,), "fp16") if values[0] else None))
-        return PlannedCall(plan, ("x_ptr", "y_ptr", "factor_ptr"), outputs, {"x_stride": 3})
+        inputs = tuple((place, f"{name}_ptr") for place, name in enumerate(("x", "y", "factor")) if name in views)
+        return PlannedCall(plan, inputs, outputs, {"x_stride": 3})
 
     kernel = SimpleNamespace(name="scale")
     made = Operation(
