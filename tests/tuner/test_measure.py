@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from tilewright.kernels.devices import resolve_device
-from tilewright.kernels.kernel import Launch
+from tilewright.kernels.kernel import Kernel, Launch
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
+from tilewright.kernels.registry import KERNELS
 from tilewright.kernels.runtime import InterpretedPlan
 from tilewright.tuner import measure as module
 from tilewright.tuner.measure import Bench, measure, measure_on
@@ -159,6 +160,18 @@ def test_every_kind_of_array_finds_its_place(gpu: SimulatedGpu, changes: dict[st
     reply = measure(request(problem, GemmConfig(16, 32, 32, num_stages=2)))
     assert reply["status"] == "ok", reply["message"]
     assert reply["ragged"] in ("passed", "none")
+
+
+FEATURES = [(kernel, problem) for kernel in KERNELS for problem in [*kernel.features.values()][::3]]
+
+
+@pytest.mark.parametrize(("kernel", "problem"), FEATURES, ids=[f"{kernel.name} {each}" for kernel, each in FEATURES])
+def test_every_op_is_measured_alike(gpu: SimulatedGpu, kernel: Kernel[Any, Any], problem: Any) -> None:
+    if kernel.supported(problem, gpu.device) is not None:
+        gpu.device = replace(resolve_device("h200"), l2_bytes=4096)
+    config = kernel.default(problem, gpu.device)
+    reply = measure({"op": kernel.name, "problem": problem.to_dict(), "config": config.to_dict(), "ordinal": 0})
+    assert reply["status"] == "ok", reply["message"]
 
 
 def test_arrays_are_aligned_in_device_memory_as_the_problem_says(gpu: SimulatedGpu) -> None:

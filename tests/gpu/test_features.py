@@ -1,0 +1,40 @@
+"""Every line of the support table on a GPU: its problem, in the default configuration, through the correctness gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tilewright.kernels.device import Device
+from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.registry import KERNELS
+from tilewright.tuner.pool import Pool
+
+pytestmark = pytest.mark.gpu
+
+TIMEOUT = 120.0
+FEATURES = [(kernel, problem) for kernel in KERNELS for problem in kernel.features.values()]
+NAMES = [f"{kernel.name}: {name}" for kernel in KERNELS for name in kernel.features]
+
+
+@pytest.fixture(scope="module")
+def worker(board: Device) -> Iterator[Pool]:
+    with Pool(1) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(("kernel", "problem"), FEATURES, ids=NAMES)
+def test_a_feature_passes_the_gate(worker: Pool, board: Device, kernel: Kernel[Any, Any], problem: Problem) -> None:
+    reason = kernel.supported(problem, board)
+    if reason is not None:
+        pytest.skip(reason)
+    config = kernel.default(problem, board)
+    request = {"op": kernel.name, "problem": problem.to_dict(), "config": config.to_dict(), "ordinal": 0}
+    reply = worker.submit({"do": "measure", **request}, TIMEOUT).result()
+    assert reply["status"] == "ok", reply["message"]
+    assert reply["ragged"] in ("passed", "none")
+    assert reply["resources"]["spill_bytes"] == 0
+    assert reply["times"]["median_us"] > 0

@@ -1,0 +1,84 @@
+"""The support table: in step with the code, and every mark in it true in the interpreter and of the compiler."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.compiling import compiled, described
+from tests.kernels.conformance import Guarded, check
+from tilewright.kernels import KERNELS, resolve_device
+from tilewright.kernels.runtime import InterpretedPlan
+from tilewright.kernels.support import ARCHS, table
+from tilewright.tuning_db.env import compiling_environment
+
+ROOT = Path(__file__).parent.parent.parent
+FEATURES = [(kernel, name, problem) for kernel in KERNELS for name, problem in kernel.features.items()]
+NAMES = [f"{kernel.name}: {name}" for kernel, name, _ in FEATURES]
+
+
+def works_on(arch):
+    """The features that the table claims for an arch."""
+    device = resolve_device(f"sm_{arch}")
+    return [(kernel, name, problem) for kernel, name, problem in FEATURES if kernel.supported(problem, device) is None]
+
+
+def test_the_page_is_what_the_code_says():
+    assert (ROOT / "docs" / "kernels.md").read_text() == table(), (
+        "run python -m tilewright.kernels.support > docs/kernels.md"
+    )
+
+
+def test_the_command_prints_the_page():
+    command = [sys.executable, "-m", "tilewright.kernels.support"]
+    done = subprocess.run(command, env=compiling_environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == table()
+
+
+def test_every_kernel_has_features_and_every_problem_another_one():
+    for kernel in KERNELS:
+        assert len(kernel.features) >= 3
+        assert len(set(kernel.features.values())) == len(kernel.features)
+        assert all(isinstance(problem, kernel.problem) for problem in kernel.features.values())
+
+
+@pytest.mark.parametrize(("kernel", "name", "problem"), FEATURES, ids=NAMES)
+def test_a_feature_equals_its_reference(kernel, name, problem):
+    plan = InterpretedPlan(kernel.launches(problem, kernel.default(problem, resolve_device("h200"))))
+    strides = {}
+    if kernel.strides is not None:
+        arrays = problem.inputs(0) | {output: guarded.array for output, guarded in Guarded.of(problem).items()}
+        elements = {each: tuple(step // array.itemsize for step in array.strides) for each, array in arrays.items()}
+        strides = kernel.strides(problem, elements)
+
+    def run(arrays, outs):
+        plan.run({f"{each}_ptr": array for each, array in {**arrays, **outs}.items()}, strides, 0)
+
+    check(kernel, problem, run, Guarded.of(problem))
+
+
+def compiles(arch, features):
+    for reply in compiled(arch, [(kernel.name, problem, None) for kernel, _, problem in features]):
+        for launch in (reply, *reply["more"]):
+            assert "error" not in launch, f"{described(reply)}: {launch.get('error')}"
+            assert launch["over"] is None, f"{described(reply)}: {launch['over']}"
+
+
+@pytest.mark.parametrize("arch", ARCHS[1:])
+def test_features_compile_without_spills(arch):
+    """Each feature on one arch in turn; the whole matrix is marked slow."""
+    archs = itertools.cycle(ARCHS[1:])
+    compiles(
+        arch,
+        [feature for feature, turn in zip(FEATURES, archs, strict=False) if turn == arch and feature in works_on(arch)],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_mark_compiles_without_spills(arch):
+    compiles(arch, works_on(arch))
