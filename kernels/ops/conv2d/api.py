@@ -1,0 +1,275 @@
+"""`conv2d` and `conv1d`: the fused convolution as people call it, on arrays of any library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from tilewright.kernels.arrays import ArrayKind, View
+from tilewright.kernels.call import Arrays, Operation, PlannedCall, Prepared
+from tilewright.kernels.dispatch import plan_for
+from tilewright.kernels.ops.conv2d.launch import CONV2D
+from tilewright.kernels.ops.conv2d.operands import (
+    FROM_NHWC,
+    dtypes_of,
+    layouts_of,
+    nhwc,
+    numbers,
+    paddings,
+    sizes_of,
+)
+from tilewright.kernels.ops.conv2d.problem import LAYOUTS, Conv2dProblem, as_gemm
+from tilewright.kernels.ops.conv2d.space import Conv2dConfig
+from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.kernels.ops.gemm.space import GemmConfig
+from tilewright.kernels.problem import Output
+from tilewright.kernels.runtime import Plan
+from tilewright.tuning_db.errors import ProblemError, UsageError
+
+INPUTS = ("x", "w", "x_scale", "w_scale", "bias", "residual", "alpha", "out_scale")
+SCALARS = ("x_scale", "alpha", "out_scale")
+"""Inputs of one element."""
+
+OPTIONS = ("activation", "stride", "padding", "dilation", "groups", "layout", "precision", "out_dtype", "config")
+
+
+def conv2d(
+    x: Any,
+    w: Any,
+    *,
+    x_scale: Any = None,
+    w_scale: Any = None,
+    bias: Any = None,
+    residual: Any = None,
+    activation: str | None = None,
+    alpha: Any = 1.0,
+    out_scale: Any = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | tuple[int, int, int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    layout: str = "nhwc",
+    precision: str | None = None,
+    out_dtype: str | None = None,
+    out: Any = None,
+    config: Conv2dConfig | GemmConfig | None = None,
+) -> Any:
+    """Fused convolution: `activation(alpha · x_scale · w_scale · (x ∗ w) + bias + residual)`, `/ out_scale`.
+
+    As deep learning has it: w is not flipped, and x is zero outside its bounds. Sums are taken in fp32, of int8 in
+    int32. What is read and written is told from strides: any of x, w, residual and out may lie in NHWC or NCHW memory
+    (torch's channels_last), whatever the order of its dimensions, if x, residual and out do so alike. One tap with
+    stride 1, no padding and one group is a GEMM, and runs as one. The configuration is the tuned one for this problem
+    on this GPU, where there is one; see `lookup`. The call returns as soon as the work is on the caller's current
+    stream.
+
+    Args:
+        x: (N, H, W, C), or (N, C, H, W) with `layout="nchw"`, of fp16, bf16, fp32, int8, fp8e5m2, or (sm_89 on)
+            fp8e4m3.
+        w: (K, R, S, C/groups), or (K, C/groups, R, S), of the same dtype.
+        x_scale: factor on the sums: a number, or one fp32 element on the GPU.
+        w_scale: likewise, or one for each output channel, fp32 (K,).
+        bias: (K,).
+        residual: of the result's shape.
+        activation: a name of `activations.ACTIVATIONS`, with its parameters: "silu", "leaky_relu:0.1", "clamp:0:6".
+        alpha: factor on the sums: a number, or an fp32 array of one element on the GPU.
+        out_scale: scale of a quantised result (int8, fp8): likewise.
+        stride: one for both dimensions, or (height, width).
+        padding: zeros around x: one number, (height, width), or (top, left, bottom, right), the order of ONNX.
+        dilation: distance of neighbouring taps: one for both dimensions, or (height, width).
+        groups: of channels: output channel k sees the C/groups input channels of its group. As many as there are
+            channels is a depthwise convolution.
+        layout: order of the dimensions of x, w, residual and out: "nhwc" or "nchw".
+        precision: of fp32 operands: "ieee" (default; CUDA cores) or "tf32" (tensor cores, 10-bit mantissa).
+        out_dtype: canonical dtype name of the result; by default that of `x`, bf16 for fp8, and for int8 int32 or, if
+            anything else is fused, bf16. "int8" needs `out_scale`.
+        out: array (N, P, Q, K), or (N, K, P, Q), to write to, of `out_dtype`; it may be `residual`, but not overlap
+            another input.
+        config: a configuration to use instead of the tuned one; a `GemmConfig` for what runs as a GEMM.
+
+    Returns:
+        `out`, or a new array of the library that `x` is of, in memory of the layout of x.
+
+    Raises:
+        ProblemError: shapes or dtypes that don't go together; the message has them.
+        UsageError: an option that can't be one, as a padding of three numbers.
+        UnsupportedError: an array with gaps, or a dtype this GPU lacks.
+        IllegalConfigError: `config` breaks a limit of the problem or the GPU.
+        MissingDependencyError: CuPy or a GPU is needed and absent.
+    """
+    if isinstance(alpha, Real) and alpha == 1.0:
+        alpha = None
+    arrays = (x, w, x_scale, w_scale, bias, residual, alpha, out_scale)
+    options = (activation, stride, padding, dilation, groups, layout, precision, out_dtype, config)
+    return _CONV2D(arrays, (out,), options)[0]
+
+
+def conv1d(
+    x: Any,
+    w: Any,
+    *,
+    x_scale: Any = None,
+    w_scale: Any = None,
+    bias: Any = None,
+    residual: Any = None,
+    activation: str | None = None,
+    alpha: Any = 1.0,
+    out_scale: Any = None,
+    stride: int = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    layout: str = "nlc",
+    precision: str | None = None,
+    out_dtype: str | None = None,
+    out: Any = None,
+    config: Conv2dConfig | GemmConfig | None = None,
+) -> Any:
+    """`conv2d` over one dimension: the same kernel, on images of one row.
+
+    Args:
+        x: (N, L, C), or (N, C, L) with `layout="ncl"`.
+        w: (K, S, C/groups), or (K, C/groups, S).
+        padding: zeros at both ends, or (begin, end).
+        layout: "nlc" or "ncl".
+
+    The rest, the result and the errors are as `conv2d` has them, with one dimension less.
+    """
+    if isinstance(alpha, Real) and alpha == 1.0:
+        alpha = None
+    arrays = (x, w, x_scale, w_scale, bias, residual, alpha, out_scale)
+    options = (activation, stride, padding, dilation, groups, layout, precision, out_dtype, config)
+    return _CONV1D(arrays, (out,), options)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class TurnedCall:
+    """A call whose new results have their dimensions in another order than their memory: channels_last."""
+
+    planned: PlannedCall
+    memory: Output
+    order: tuple[int, ...]  # of the result's dimensions, among those of `memory`
+
+    def __call__(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> Arrays:
+        """Puts the call on the current stream."""
+        (out,) = outs
+        if out is None:
+            array = kind.empty(arrays[0], *self.memory)
+            # torch's name for it is not that of the others.
+            out = array.permute(*self.order) if hasattr(array, "permute") else array.transpose(self.order)
+        return self.planned(kind, arrays, (out,))
+
+
+def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
+    """Everything about a call that its arrays' signatures decide."""
+    activation, stride, padding, dilation, groups, layout, precision, out_dtype, config = options
+    if layout not in LAYOUTS:
+        raise ProblemError(f"layout={layout!r} must be nhwc or nchw")
+    stride_h, stride_w = numbers("stride", stride, (2,))
+    dilation_h, dilation_w = numbers("dilation", dilation, (2,))
+    window = {"stride_h": stride_h, "stride_w": stride_w, "dilation_h": dilation_h, "dilation_w": dilation_w}
+    return _prepared(
+        views,
+        {name: view.shape for name, view in views.items()},
+        layout,
+        FROM_NHWC[layout],
+        window | paddings(padding),
+        (activation, groups, precision, out_dtype, config),
+    )
+
+
+def _prepare_row(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
+    """`_prepare` for one dimension."""
+    activation, stride, padding, dilation, groups, layout, precision, out_dtype, config = options
+    if layout not in ("nlc", "ncl"):
+        raise ProblemError(f"layout={layout!r} must be nlc or ncl")
+    (stride_w,), (dilation_w,) = numbers("stride", stride, (1,)), numbers("dilation", dilation, (1,))
+    left, right = numbers("padding", padding, (2,))
+    whole = {name: view.shape for name, view in views.items()}
+    at = 1 if layout == "nlc" else 2
+    for name, view in views.items():
+        if name in ("x", "w", "residual", "out") and len(view.shape) == 3:
+            shape, strides = ((*each[:at], 1, *each[at:]) for each in (view.shape, view.strides))
+            views[name] = view._replace(shape=shape, strides=strides)
+        elif name in ("x", "w", "residual", "out"):
+            raise ProblemError(f"{name} is {view.shape} and must have 3 dimensions: {layout.upper()}")
+    return _prepared(
+        views,
+        whole,
+        "nhwc" if layout == "nlc" else "nchw",
+        (0, 2, 3) if layout == "nlc" else (0, 3, 2),
+        {"stride_w": stride_w, "dilation_w": dilation_w, "pad_left": left, "pad_right": right},
+        (activation, groups, precision, out_dtype, config),
+    )
+
+
+def _prepared(
+    views: dict[str, View],
+    whole: dict[str, tuple[int, ...]],  # shapes as the caller sees them
+    layout: str,
+    order: tuple[int, ...],  # the result's dimensions, as the caller sees them, among N, P, Q, K
+    window: dict[str, int],
+    options: tuple[Any, ...],
+) -> Prepared:
+    activation, groups, precision, out_dtype, config = options
+    for name in ("x", "w", "residual", "out"):
+        if name in views:
+            if len(views[name].shape) != 4:
+                raise ProblemError(f"{name} is {whole[name]} and must have 4 dimensions: {layout.upper()}")
+            views[name] = nhwc(views[name], layout)
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise UsageError(f"groups={groups!r} must be an integer")
+    fields = sizes_of(views, groups, whole) | window | dtypes_of(views, out_dtype)
+    # What never goes together is said before what these arrays' strides don't allow.
+    made = Conv2dProblem(**fields, groups=groups, activation=activation or "none", precision=precision)
+    result = (made.N, made.P, made.Q, made.K)
+    for name in ("residual", "out"):
+        if name in views and views[name].shape != result:
+            shape = tuple(result[axis] for axis in order)
+            raise ProblemError(f"{name} is {whole[name]} and must be {shape}")
+    memory, w_layout = layouts_of(views, layout, whole)
+    narrow = {*SCALARS, *(["w_scale"] if made.w_scale == "tensor" else [])}
+    problem = Conv2dProblem(
+        **fields,
+        groups=groups,
+        activation=activation or "none",
+        precision=precision,
+        layout=memory,
+        w_layout=w_layout,
+        aligned=all(view.pointer % 16 == 0 for name, view in views.items() if name not in narrow),
+    )
+    shape = tuple(result[axis] for axis in order)
+    planned = _planned(problem, views, shape, config)
+    if memory == layout or "out" in views:
+        return planned
+    # Of one row, which is the dimension P, `conv1d` shows nothing.
+    stored = [axis for axis in FROM_NHWC[memory] if axis in order]
+    turned = tuple(stored.index(axis) for axis in order)
+    return TurnedCall(planned, Output(tuple(result[axis] for axis in stored), problem.output_dtype), turned)
+
+
+def _planned(
+    problem: Conv2dProblem, views: dict[str, View], shape: tuple[int, ...], config: Conv2dConfig | GemmConfig | None
+) -> PlannedCall:
+    ordinal = views["x"].device
+    names = {name: f"{name}_ptr" for name in INPUTS}
+    plan: Plan
+    if problem.pointwise and not isinstance(config, Conv2dConfig):
+        if config is not None and not isinstance(config, GemmConfig):
+            raise UsageError(f"config must be a Conv2dConfig or GemmConfig, not {config!r}")
+        plan, _ = plan_for(GEMM, as_gemm(problem), ordinal, config=config)
+        x, w = ("a", "b") if problem.layout == "nhwc" else ("b", "a")
+        names |= {"x": f"{x}_ptr", "w": f"{w}_ptr", "x_scale": f"{x}_scale_ptr", "w_scale": f"{w}_scale_ptr"}
+    else:
+        if config is not None and not isinstance(config, Conv2dConfig):
+            raise UsageError(f"config must be a Conv2dConfig, not {config!r}")
+        plan, _ = plan_for(CONV2D, problem, ordinal, config=config)
+    inputs = tuple((place, names[name]) for place, name in enumerate(INPUTS) if name in views)
+    return PlannedCall(plan, inputs, (("out_ptr", Output(shape, problem.output_dtype)),), {})
+
+
+_CONV2D, _CONV1D = (
+    Operation(CONV2D, INPUTS, OPTIONS, prepare, scalars=SCALARS, scalar_or_array=("w_scale",), in_place=("residual",))
+    for prepare in (_prepare, _prepare_row)
+)

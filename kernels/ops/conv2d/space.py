@@ -1,0 +1,466 @@
+"""The configurations of the fused convolution: axes, limits, the default, and the work each one means."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, WARP_SIZE, Device
+from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
+from tilewright.kernels.problem import Config
+from tilewright.kernels.space import Space
+from tilewright.kernels.work import Panel, Work, warp_tile
+from tilewright.tuning_db.record import Resources
+
+
+@dataclass(frozen=True, slots=True)
+class Conv2dConfig(Config):
+    """Tile, walk, split and pipeline of one convolution.
+
+    The depthwise kernel has no dot: BLOCK_K, SPLIT_K, FOLD and num_stages change nothing there.
+    """
+
+    BLOCK_M: int  # output pixels
+    BLOCK_N: int  # output channels of one group
+    BLOCK_K: int = 32  # depth of one iteration: channels under one tap or, folded, of all taps in a row
+    GROUP_M: int = 1  # tile rows walked together, for L2
+    SPLIT_K: int = 1  # blocks that share one tile's depth; deterministic, through a workspace
+    FOLD: bool = False  # the channels of all taps are one depth, padded once: for few channels
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+AXES = {
+    "BLOCK_M": (16, 32, 64, 128, 256),
+    "BLOCK_N": (16, 32, 64, 128, 256),
+    "BLOCK_K": (16, 32, 64, 128),
+    "GROUP_M": (1, 8),
+    "SPLIT_K": (1, 2, 4, 8, 16),
+    "FOLD": (False, True),
+    "num_warps": (2, 4, 8),
+    "num_stages": (1, 2, 3, 4, 5),
+}
+
+LEAST_FOR_TAPS = 64
+"""From so many channels on, taps in blocks of channels waste little, and folding only costs address arithmetic."""
+
+
+def vector_bytes(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[int, int]:
+    """Widest loads of x and of w that their alignment allows, in bytes.
+
+    Sizes are known to be divisible by 16 or by nothing, so that a pixel's channels are read 16 bytes at a time or one
+    by one; folded, their number is a constant, and as wide a load as divides it will do. In NCHW the padding puts
+    pixels off every boundary.
+    """
+    element = int(dtype(problem.dtype).bytes)
+
+    def widest(run: int) -> int:
+        return min(16, (run & -run) * element) if problem.aligned else element
+
+    channels, taps = problem.group_channels, problem.R * problem.S
+    if problem.depthwise:
+        in_row = problem.layout == "nhwc" and problem.K == problem.C and problem.C % 16 == 0
+        return (16 if problem.aligned and in_row else element), element
+    if config.FOLD:
+        x = widest(channels) if problem.w_layout == "krsc" else element
+        return (x if problem.layout == "nhwc" else element), widest(problem.depth)
+    in_blocks = 16 if problem.aligned and channels % 16 == 0 else element
+    x = in_blocks if problem.layout == "nhwc" else element
+    return x, (in_blocks if problem.w_layout == "krsc" or taps == 1 else element)
+
+
+def tile_vector_bytes(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[int, int]:
+    """Widest loads of the tiles of x and w: alignment's, or less where a tile is too small for all threads."""
+    element = int(dtype(problem.dtype).bytes)
+    threads = config.num_warps * WARP_SIZE
+    depth = 1 if problem.depthwise else config.BLOCK_K
+    rows = (config.BLOCK_M * (config.BLOCK_N if problem.depthwise else 1), config.BLOCK_N)
+    x, w = (
+        min(widest, max(element, size * depth * element // threads))
+        for widest, size in zip(vector_bytes(problem, config), rows, strict=True)
+    )
+    return x, w
+
+
+def dot_tile(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[int, int]:
+    """Rows and columns of the dot: pixels by channels in NHWC, channels by pixels in NCHW."""
+    tile = (config.BLOCK_M, config.BLOCK_N)
+    return tile if problem.layout == "nhwc" else tile[::-1]
+
+
+def keeps_operands_shared(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> bool:
+    """Whether the dot becomes wgmma or tcgen05, which read operands from shared memory: 64 rows and a warp group."""
+    rows, _ = dot_tile(problem, config)
+    return device.arch // 10 in (9, 10) and problem.unit != "fp32" and rows >= 64 and config.num_warps >= 4
+
+
+def shared_bytes(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> int:
+    """Shared memory of the main loop, in bytes; the compiled kernel may take more, never less.
+
+    As for a GEMM: a copy of each operand tile per stage, less the one that mma.sync has in registers already; one copy
+    of a tile that cp.async can't bring, or that has to be turned for an 8-bit dot. One copy of a word per thread may
+    not be there at all: it goes from thread to thread.
+    """
+    if problem.depthwise:
+        return 0
+    element = int(dtype(problem.dtype).bytes)
+    keeps_all = keeps_operands_shared(problem, config, device)
+    stages = config.num_stages if keeps_all else config.num_stages - 1
+    if device.arch < 80:
+        stages = 1
+    x_vector, w_vector = tile_vector_bytes(problem, config)
+    turned = element == 1 and problem.layout == "nchw"  # pixels lie along the lanes, and a dot wants the depth there
+    total = 0
+    for rows, copies in (
+        (config.BLOCK_M, stages if x_vector >= 4 and not turned else 1),
+        (config.BLOCK_N, stages if w_vector >= 4 else 1),
+    ):
+        tile = rows * config.BLOCK_K * element
+        if copies > 1 or tile > 4 * WARP_SIZE * config.num_warps:
+            total += max(1, copies) * tile
+    return total
+
+
+def accumulators(config: Conv2dConfig) -> float:
+    """Sums per thread."""
+    return config.BLOCK_M * config.BLOCK_N / (config.num_warps * WARP_SIZE)
+
+
+def fits(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str | None:
+    """None, or the limit that the configuration breaks, with the values."""
+    for name, value in config.to_dict().items():
+        if name == "FOLD":
+            if not isinstance(value, bool):
+                return f"FOLD={value!r} must be true or false"
+        elif not isinstance(value, int) or value < 1:
+            return f"{name}={value!r} must be an integer of at least 1"
+    for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"):
+        value = getattr(config, name)
+        if value & (value - 1):
+            return f"{name}={value} must be a power of two"
+    if config.num_warps > 32:
+        return f"num_warps={config.num_warps} is over the 32 of a block"
+    if accumulators(config) > MAX_REGISTERS_PER_THREAD:
+        return f"{accumulators(config):.0f} accumulators a thread are over its {MAX_REGISTERS_PER_THREAD} registers"
+    if not problem.depthwise:
+        least_k = max(16, 32 // int(dtype(problem.dtype).bytes))
+        if min(config.BLOCK_M, config.BLOCK_N) < 16 or least_k > config.BLOCK_K:
+            return f"the smallest tile of a {problem.dtype} dot is 16×16×{least_k}"
+        if config.FOLD and problem.depth >= 2**31:
+            return f"{problem.depth} products a sum pass 32 bits in one depth: FOLD must be false"
+    shared = shared_bytes(problem, config, device)
+    if shared > device.shared_per_block:
+        return f"{shared} B of shared memory are over the {device.shared_per_block} B a block of {device.sm} can have"
+    if config.SPLIT_K > 65535:
+        return f"SPLIT_K={config.SPLIT_K} is over the grid's 65535"
+    # Positions are 32-bit, those of the last block's padding too, and so are those of the tiles in a group.
+    tiles_n = math.ceil(_columns(problem) / config.BLOCK_N)
+    reach = problem.dilation_h * (problem.R - 1), problem.dilation_w * (problem.S - 1)
+    ends = (
+        problem.pixels + config.BLOCK_M,
+        problem.K + config.BLOCK_N,
+        problem.group_channels + config.BLOCK_K,
+        _blocks(problem, config) + config.SPLIT_K,
+        problem.P * problem.stride_h + reach[0],
+        problem.Q * problem.stride_w + reach[1],
+        config.GROUP_M * tiles_n,
+    )
+    if max(ends) >= 2**31:
+        return f"positions in {problem.pixels} pixels by {problem.K} channels pass 32 bits"
+    tiles = math.ceil(problem.pixels / config.BLOCK_M) * tiles_n * _batch(problem)
+    if tiles >= 2**31:
+        return f"{tiles} tiles are over the grid's {2**31 - 1}"
+    return None
+
+
+def _columns(problem: Conv2dProblem) -> int:
+    """Columns of the implicit GEMM; of the depthwise kernel, all channels."""
+    return problem.K if problem.depthwise else problem.group_filters
+
+
+def _batch(problem: Conv2dProblem) -> int:
+    return 1 if problem.depthwise else problem.groups
+
+
+def _blocks(problem: Conv2dProblem, config: Conv2dConfig) -> int:
+    """Steps of the loop over the depth, before it is split."""
+    if config.FOLD:
+        return math.ceil(problem.depth / config.BLOCK_K)
+    return problem.R * problem.S * math.ceil(problem.group_channels / config.BLOCK_K)
+
+
+def useful(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str | None:
+    """None, or why the configuration can't be the best one."""
+    if problem.depthwise:
+        return _useful_depthwise(problem, config)
+    channels = problem.group_channels
+    if config.FOLD and channels % 16 == 0 and channels >= LEAST_FOR_TAPS:
+        return f"taps in blocks of {channels} channels waste nothing that FOLD could save"
+    if not config.FOLD and channels < 8:
+        return f"{channels} channels under a tap leave most of a block empty: FOLD"
+    for block, size, smallest in (
+        (config.BLOCK_M, problem.pixels, 16),
+        (config.BLOCK_N, problem.group_filters, 16),
+        (config.BLOCK_K, problem.depth if config.FOLD else channels, 32),
+    ):
+        if block > max(smallest, 2 ** math.ceil(math.log2(size))):
+            return f"a block of {block} over a size of {size} is mostly padding"
+    tiles_m = math.ceil(problem.pixels / config.BLOCK_M)
+    if any(tiles_m <= smaller < config.GROUP_M for smaller in AXES["GROUP_M"]):
+        return f"GROUP_M={config.GROUP_M} repeats a smaller one with {tiles_m} tile rows"
+    tiles_n = math.ceil(problem.group_filters / config.BLOCK_N)
+    if tiles_n == 1 and config.GROUP_M > 1:
+        return f"GROUP_M={config.GROUP_M} repeats 1 with one tile column"
+    blocks = _blocks(problem, config)
+    if config.SPLIT_K > 1:
+        if blocks < 4 * config.SPLIT_K:
+            return f"SPLIT_K={config.SPLIT_K} leaves fewer than 4 of {blocks} steps to each"
+        tiles = tiles_m * tiles_n * problem.groups
+        # Half as many splits leave half the partial tiles to write and read.
+        if tiles * (config.SPLIT_K // 2) >= 4 * device.sms:
+            return f"{tiles} tiles fill {device.sms} SMs with half of SPLIT_K={config.SPLIT_K}"
+    if config.num_stages > max(2, blocks // config.SPLIT_K):
+        return f"num_stages={config.num_stages} is more than the steps there are"
+    if 16 * 8 * config.num_warps > config.BLOCK_M * config.BLOCK_N:
+        return f"{config.num_warps} warps on {config.BLOCK_M}×{config.BLOCK_N} leave less than one 16×8 mma each"
+    if config.num_stages > 1 and (device.arch < 80 or max(vector_bytes(problem, config)) < 4):
+        return "without cp.async (sm_80, 4-byte loads) more than 1 stage changes nothing: the code is the same"
+    return None
+
+
+def _useful_depthwise(problem: Conv2dProblem, config: Conv2dConfig) -> str | None:
+    for name in ("BLOCK_K", "GROUP_M", "SPLIT_K", "FOLD", "num_stages"):
+        if getattr(config, name) != AXES[name][0]:
+            return f"{name}={getattr(config, name)} changes nothing in a kernel without dots"
+    for block, size in ((config.BLOCK_M, problem.pixels), (config.BLOCK_N, problem.K)):
+        if block > max(16, 2 ** math.ceil(math.log2(size))):
+            return f"a block of {block} over a size of {size} is mostly padding"
+    if not 4 <= accumulators(config) <= 64:
+        return f"{accumulators(config):g} sums a thread: 4 to 64 hide latency without filling the registers"
+    return None
+
+
+COARSE = {"BLOCK_K": (16, 32, 64), "GROUP_M": (1,), "SPLIT_K": (1, 4), "num_stages": (1, 3, 4)}
+
+SPACE: Space[Conv2dProblem, Conv2dConfig] = Space(Conv2dConfig, AXES, fits, useful, COARSE)
+
+
+_DEPTHWISE = Conv2dConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, num_stages=1)
+
+
+def default(problem: Conv2dProblem, device: Device) -> Conv2dConfig:
+    """What runs when nothing is known: fits every problem whose grid can be launched, and does not spill.
+
+    4 warps: loops of this form were reported to be miscompiled at 8 (pytorch/pytorch#173068), and what nobody has
+    checked should not depend on that.
+    """
+    if problem.depthwise:
+        if problem.layout == "nhwc":
+            # Narrow loads have an address each: half as many of them to a thread.
+            rows = 32 if vector_bytes(problem, _DEPTHWISE)[0] == 16 else 16
+            return replace(_DEPTHWISE, BLOCK_M=rows, BLOCK_N=32 if problem.K <= 32 else 64)
+        return replace(_DEPTHWISE, BLOCK_M=64)
+    channels = problem.group_channels
+    fold = channels < 16 or (channels % 16 != 0 and channels < LEAST_FOR_TAPS)
+    depth = problem.depth if fold else channels
+    small = 32 if problem.group_filters <= 32 else 64
+    config = Conv2dConfig(BLOCK_M=64, BLOCK_N=small, BLOCK_K=32, FOLD=fold)
+    # Where Triton 3.6 sees no run of pixels in NCHW (see `pixel_of`), a thread has as many pixels as half a tile; and
+    # single bytes take a register each. Of 64 rows that spills.
+    scattered = problem.layout == "nchw" and (problem.Q % 2 == 1 or problem.stride_w > 1)
+    if scattered or (dtype(problem.dtype).bytes == 1 and min(vector_bytes(problem, config)) < 4):
+        config = replace(config, BLOCK_M=32)
+    copies = max(vector_bytes(problem, config)) >= 4 and device.arch >= 80
+    wide = min(vector_bytes(problem, config)) == 16
+    if problem.unit == "fp32" or not device.tensor_tflops:
+        # CUDA cores hold their operands in registers: larger tiles spill.
+        config = replace(config, BLOCK_M=32, BLOCK_N=32, num_stages=2 if copies else 1)
+    elif not copies:
+        config = replace(config, num_stages=1)
+    elif wide and problem.pixels <= 32:
+        config = replace(config, BLOCK_M=16 if problem.pixels <= 16 else 32, num_stages=4)
+    elif wide and depth % 64 == 0 and problem.dtype != "fp32":
+        config = replace(config, BLOCK_K=64)
+    tiles = math.ceil(problem.pixels / config.BLOCK_M) * math.ceil(problem.group_filters / config.BLOCK_N)
+    tiles *= problem.groups
+    split = 1
+    # A late layer of one image has less than one tile for every SM, and a depth to share.
+    while tiles * split * 2 <= device.sms and _blocks(problem, config) >= 8 * split and split < 16:
+        split *= 2
+    config = replace(config, SPLIT_K=split)
+    while fits(problem, config, device) is not None and config.num_stages > 1:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
+def ragged(problem: Conv2dProblem, config: Conv2dConfig) -> Conv2dProblem:
+    """A problem of at most two tiles a side whose last ones are cut, and a depth that ends within a block. A size that
+    is a multiple of 16 stays one, for alignment decides which loads are compiled."""
+
+    def cut(size: int, block: int, blocks: int) -> int:
+        kept = 16 if size % 16 == 0 else 1
+        if size % 16 and size < block:
+            return size  # ragged as it is
+        return max(kept, (blocks - 1) * block + (block - kept if block > kept else block))
+
+    filters = cut(_columns(problem), config.BLOCK_N, min(2, math.ceil(_columns(problem) / config.BLOCK_N)))
+    if problem.depthwise:
+        multiplier = problem.group_filters
+        groups = max(2, filters // multiplier)
+        channels, filters = groups, groups * multiplier
+    else:
+        groups = min(problem.groups, 2)
+        blocks = max(2, min(math.ceil(problem.group_channels / config.BLOCK_K), 2 * config.SPLIT_K + 1))
+        channels = problem.group_channels
+        if not config.FOLD:
+            channels = cut(channels, config.BLOCK_K, min(blocks, math.ceil(channels / config.BLOCK_K)))
+        channels, filters = channels * groups, filters * groups
+    # As many rows and columns as make two tiles of pixels, of which the last one is cut.
+    wanted = min(problem.pixels, 2 * config.BLOCK_M - 3)
+    columns = min(problem.Q, max(1, math.isqrt(wanted)))
+    rows = min(problem.P, max(1, wanted // columns))
+    return replace(
+        problem,
+        N=min(problem.N, 2),
+        H=_length(rows, problem.R, problem.stride_h, problem.dilation_h, problem.pad_top + problem.pad_bottom),
+        W=_length(columns, problem.S, problem.stride_w, problem.dilation_w, problem.pad_left + problem.pad_right),
+        C=channels,
+        K=filters,
+        groups=groups,
+    )
+
+
+def _length(outputs: int, taps: int, stride: int, dilation: int, pads: int) -> int:
+    """The shortest input that gives so many outputs."""
+    return max(1, (outputs - 1) * stride + dilation * (taps - 1) + 1 - pads)
+
+
+@functools.lru_cache(maxsize=4096)
+def _inside(length: int, outputs: int, taps: int, stride: int, dilation: int, pad: int) -> float:
+    """The share of all (output, tap) pairs along one dimension that lies inside the input."""
+    at = np.arange(outputs)[:, None] * stride + np.arange(taps) * dilation - pad
+    return float(np.mean((at >= 0) & (at < length)))
+
+
+def inside(problem: Conv2dProblem) -> float:
+    """The share of all taps of all pixels that reads x, and not its padding."""
+    rows = _inside(problem.H, problem.P, problem.R, problem.stride_h, problem.dilation_h, problem.pad_top)
+    return rows * _inside(problem.W, problem.Q, problem.S, problem.stride_w, problem.dilation_w, problem.pad_left)
+
+
+def estimate(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> Resources:
+    """Resources before anything is compiled.
+
+    Registers of one thread, as for a GEMM: accumulators, operand fragments, addresses, a base; and here what it takes
+    to find a pixel: its address, row and column, for every pixel that the thread loads, and a mask for every element
+    where taps are folded.
+    """
+    element = dtype(problem.dtype).bytes
+    threads = config.num_warps * WARP_SIZE
+    held = accumulators(config)
+    x_vector, w_vector = tile_vector_bytes(problem, config)
+    if problem.depthwise:
+        per_load = x_vector / element
+        loads = max(1.0, held / per_load)
+        registers = held + 4 * loads + 2 * per_load + 24
+        limited = min(MAX_REGISTERS_PER_THREAD, int(registers))
+        return Resources(registers=limited, spill_bytes=0, stack_bytes=0, shared_bytes=0)
+    x_loads = config.BLOCK_M * config.BLOCK_K * element / threads / x_vector
+    w_loads = config.BLOCK_N * config.BLOCK_K * element / threads / w_vector
+    if problem.unit == "fp32" or not device.tensor_tflops:
+        fragments = 2 * math.sqrt(held) * (4.0 if element == 4 else 0.7 * config.BLOCK_K) + 10
+    elif keeps_operands_shared(problem, config, device):
+        fragments = 8.0
+    else:
+        rows, columns = warp_tile(*dot_tile(problem, config), config.num_warps)
+        fragments = 2 * (rows + columns) * 32 / 128
+    # In NCHW a thread's loads of one pixel share its row and column.
+    pixels = x_loads if problem.layout == "nhwc" else max(1.0, config.BLOCK_M / WARP_SIZE)
+    addresses = 4 * pixels + 2 * (x_loads + w_loads if min(x_vector, w_vector) < 16 else w_loads)
+    registers = held + fragments + addresses + 32
+    needed = held + fragments + 32 + 2 * pixels
+    if config.SPLIT_K > 1:
+        # The last block to arrive holds its sum and the next partial tile.
+        registers = max(registers, min(MAX_REGISTERS_PER_THREAD, 2 * held))
+    spilled = 4 * int(max(0.0, needed - MAX_REGISTERS_PER_THREAD))
+    return Resources(
+        registers=min(MAX_REGISTERS_PER_THREAD, int(registers)),
+        spill_bytes=spilled,
+        stack_bytes=spilled,
+        shared_bytes=shared_bytes(problem, config, device),
+    )
+
+
+def work(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
+    """The grid, the loop and the bytes of one configuration."""
+    element = dtype(problem.dtype).bytes
+    tiles_m = math.ceil(problem.pixels / config.BLOCK_M)
+    tiles_n = math.ceil(_columns(problem) / config.BLOCK_N)
+    splits = 1 if problem.depthwise else config.SPLIT_K
+    # In bounds, on average over the tiles: masked elements are not read.
+    rows, columns = problem.pixels / tiles_m, _columns(problem) / tiles_n
+    epilogue = rows * columns * dtype(problem.output_dtype).bytes
+    if problem.residual is not None:
+        epilogue += rows * columns * dtype(problem.residual).bytes
+    if problem.bias is not None:
+        epilogue += columns * dtype(problem.bias).bytes
+    if problem.w_scale == "channel":
+        epilogue += columns * 4
+    x_bytes = problem.pixels_read() * problem.C * element  # of all groups
+    if problem.depthwise:
+        # A column of tiles has its own channels of x: it is a problem of its own, as a group is.
+        taps = problem.R * problem.S
+        return Work(
+            tiles_m=tiles_m,
+            tiles_n=1,
+            splits=1,
+            batch=tiles_n,
+            group_m=1,
+            iterations=taps,
+            tile_m=config.BLOCK_M,
+            tile_n=config.BLOCK_N,
+            tile_k=0,
+            num_warps=config.num_warps,
+            num_stages=1,
+            unit=problem.unit,
+            operand_bytes=element,
+            load_bytes=(rows * inside(problem) + 1) * columns * element,
+            vector_bytes=tile_vector_bytes(problem, config)[0],
+            panel_a=Panel(x_bytes / tiles_m / tiles_n),
+            panel_b=Panel(columns * taps * element),
+            epilogue_bytes=epilogue,
+            workspace_bytes=0.0,
+            # A product and a sum, and a conversion of what is not fp32 yet.
+            lane_ops=config.BLOCK_M * config.BLOCK_N * (1.0 if problem.dtype == "fp32" else 2.0),
+        )
+    blocks = _blocks(problem, config)
+    tile_m, tile_n = dot_tile(problem, config)
+    x_elements = config.BLOCK_M * config.BLOCK_K
+    return Work(
+        tiles_m=tiles_m,
+        tiles_n=tiles_n,
+        splits=splits,
+        batch=problem.groups,
+        group_m=config.GROUP_M,
+        iterations=math.ceil(blocks / splits),
+        tile_m=tile_m,
+        tile_n=tile_n,
+        tile_k=config.BLOCK_K,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        unit=problem.unit,
+        operand_bytes=element,
+        load_bytes=(rows * inside(problem) + columns) * problem.depth / blocks * element,
+        vector_bytes=min(tile_vector_bytes(problem, config)),
+        # Tiles of one row of images share its halo through L2: what counts is x once.
+        panel_a=Panel(x_bytes / problem.groups / tiles_m / splits),
+        panel_b=Panel(columns * problem.depth / splits * element),
+        epilogue_bytes=epilogue,
+        workspace_bytes=0.0 if splits == 1 else config.BLOCK_M * config.BLOCK_N * 4.0,
+        # Folded, every element has its own tap to check; else every pixel, once a step.
+        lane_ops=float(x_elements * 6 if config.FOLD and problem.padded else x_elements * element / 16 * 4),
+    )
