@@ -106,7 +106,7 @@ class Operation:
         self._scalars = tuple(index for index, name in enumerate(inputs) if name in scalars)
         self._numbers = tuple(index for index, name in enumerate(inputs) if name in scalars + scalar_or_array)
         self._in_place = frozenset(in_place)
-        self._calls: dict[tuple[Any, ...], tuple[Prepared, Extents]] = call_cache()
+        self._calls: dict[tuple[Any, ...], tuple[Prepared, tuple[Guard, ...]]] = call_cache()
 
     def __call__(self, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Arrays:
         """Runs the op; gives its outputs.
@@ -115,46 +115,47 @@ class Operation:
             ProblemError: arrays of several libraries or GPUs, an output over an input; or what `prepare` says.
             UsageError: an option of a type that can't be one, a number that is none; or what `prepare` says.
         """
-        first = arrays[0]
-        kind = kind_of(first)
-        for index in self._numbers:
-            value = arrays[index]
-            if value is not None and value.__class__ is not float:
-                arrays = self._with_number(arrays, index)
-        # From here to the call every tenth of a microsecond counts: this is the whole cost of a warm call.
-        signature, cls, foreign = kind.signature, first.__class__, kind.foreign
-        key: list[Any] = [kind, options]
-        for array in arrays + outs:
-            if array is None or array.__class__ is float:
-                key.append(array.__class__)
-            else:
-                if array.__class__ is not cls and kind_of(array) is not kind:
-                    self._refuse_libraries(arrays, outs)
-                key.append(None if foreign else signature(array))
-        if foreign:
-            # Seen through CuPy once, not at every use.
-            adopted = [each if each is None or each.__class__ is float else kind.adopt(each) for each in arrays + outs]
-            results = self(tuple(adopted[: len(arrays)]), tuple(adopted[len(arrays) :]), options)
-            return tuple(
-                out if out is not None else result if result is None else kind.give_back(result, first)
-                for out, result in zip(outs, results, strict=True)
-            )
-        remembered = tuple(key)
+        kind = kind_of(arrays[0])
+        if kind.foreign:
+            return self._adopted(kind, arrays, outs, options)
         try:
-            ready = self._calls.get(remembered)
-        except TypeError:
-            self._refuse_options(options)
-            raise
+            key = _key(kind, arrays, outs, options)
+            ready = self._calls.get(key)
+        except (AttributeError, TypeError):
+            ready = None  # among the arrays is a number or another library's, or an option that can't be one
         if ready is None:
-            ready = self._prepared(kind, arrays, outs, options)
-            if len(self._calls) >= MOST_CALLS:
-                self._calls.clear()
-            self._calls[remembered] = ready
-        call, extents = ready
-        for position, out in enumerate(outs):
-            if out is not None:
-                self._refuse_overlap(kind, extents, arrays, outs, position)
+            return self._first(kind, arrays, outs, options)
+        call, guards = ready
+        for guard in guards:
+            guard.check(kind, arrays, outs)
         return call(kind, arrays, outs)
+
+    def _adopted(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Arrays:
+        """The call with arrays seen through CuPy: once, not at every use."""
+        self._refuse_libraries(kind, arrays, outs)
+        arrays = self._with_numbers(arrays)
+        own = [
+            tuple(x if x is None or x.__class__ is float else kind.adopt(x) for x in each) for each in (arrays, outs)
+        ]
+        results = self(*own, options)
+        return tuple(
+            out if out is not None else result if result is None else kind.give_back(result, arrays[0])
+            for out, result in zip(outs, results, strict=True)
+        )
+
+    def _first(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Arrays:
+        """The first call of its signature, or one whose numbers are of another type than float."""
+        with_numbers = self._with_numbers(arrays)
+        if with_numbers is not arrays:
+            return self(with_numbers, outs, options)
+        self._refuse_libraries(kind, arrays, outs)
+        self._refuse_options(options)
+        views = self._views(kind, arrays, outs)
+        call = self._prepare(kind, views, options)
+        if len(self._calls) >= MOST_CALLS:
+            self._calls.clear()
+        self._calls[_key(kind, arrays, outs, options)] = (call, self._guards(views, outs))
+        return self(arrays, outs, options)
 
     def planned(
         self,
@@ -184,9 +185,8 @@ class Operation:
         inputs = [(place, f"{name}_ptr") for place, name in enumerate(self._inputs) if name in views]
         return PlannedCall(plan, tuple(inputs), tuple(outputs), strides or {})
 
-    def _prepared(
-        self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]
-    ) -> tuple[Prepared, Extents]:
+    def _views(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> dict[str, View]:
+        """The arrays that are there, by name, all on one GPU."""
         if kind.host:
             require_interpreter()
         views: dict[str, View] = {}
@@ -204,16 +204,35 @@ class Operation:
         ordinals = {view.device for view in views.values()}
         if len(ordinals) > 1:
             raise ProblemError(f"the arrays are on different GPUs: {sorted(ordinals)}")
-        return self._prepare(kind, views, options), Extents.of(views)
+        return views
 
-    def _with_number(self, arrays: Arrays, index: int) -> Arrays:
-        """The arrays with a number that is no float as one; an array is left as it is."""
-        value = arrays[index]
-        if isinstance(value, numbers.Real):
-            value = float(value)
-        elif isinstance(value, str | bytes | numbers.Number | list | tuple):
-            raise UsageError(f"{self._inputs[index]}={value!r} must be a real number or an array")
-        return (*arrays[:index], value, *arrays[index + 1 :])
+    def _guards(self, views: Mapping[str, View], outs: Arrays) -> tuple[Guard, ...]:
+        """A guard for each output that the caller gave."""
+        places = [(place, name) for place, name in enumerate(self._inputs + self._outputs) if name in views]
+        guards = []
+        for position, out in enumerate(outs):
+            if out is None:
+                continue
+            name, own = self._outputs[position], len(self._inputs) + position
+            others = tuple(
+                (place, other, _reach(views[other]), other in self._in_place and views[other][1:] == views[name][1:])
+                for place, other in places
+                if place < own and views[other].pointer  # a number has no place yet
+            )
+            guards.append(Guard(position, name, _reach(views[name]), others))
+        return tuple(guards)
+
+    def _with_numbers(self, arrays: Arrays) -> Arrays:
+        """The arrays with numbers that are no floats as such; the very same tuple where there are none."""
+        for index in self._numbers:
+            value = arrays[index]
+            if value is None or value.__class__ is float:
+                continue
+            if isinstance(value, numbers.Real):
+                arrays = (*arrays[:index], float(value), *arrays[index + 1 :])
+            elif isinstance(value, str | bytes | numbers.Number | list | tuple):
+                raise UsageError(f"{self._inputs[index]}={value!r} must be a real number or an array")
+        return arrays
 
     def _refuse_options(self, options: tuple[Any, ...]) -> None:
         for name, value in zip(self._options, options, strict=True):
@@ -222,44 +241,56 @@ class Operation:
             except TypeError:
                 raise UsageError(f"{name}={value!r} can't be a {type(value).__name__}") from None
 
-    def _refuse_libraries(self, arrays: Arrays, outs: Arrays) -> None:
-        kind = kind_of(arrays[0])
-        for name, array in zip(self._inputs + self._outputs, arrays + outs, strict=True):
-            if array is not None and array.__class__ is not float and kind_of(array) is not kind:
+    def _refuse_libraries(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> None:
+        for index, (name, array) in enumerate(zip(self._inputs + self._outputs, arrays + outs, strict=True)):
+            number = index in self._numbers and isinstance(array, numbers.Real)
+            if array is not None and not number and kind_of(array) is not kind:
                 raise ProblemError(
                     f"{self._inputs[0]} is a {_type_name(arrays[0])} and {name} a {_type_name(array)}: pass arrays of "
                     f"one library"
                 )
 
-    def _refuse_overlap(self, kind: ArrayKind, extents: Extents, arrays: Arrays, outs: Arrays, position: int) -> None:
-        """Does nothing if an output may be written while the other arrays are used: it is apart from each, or is one
-        that it may replace."""
-        out, out_name = outs[position], self._outputs[position]
+
+def _key(kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a prepared call depends on. This and the call itself are the whole cost of a warm call; arrays of another
+    library need no look of their own, for their signatures are never equal, if they can be taken at all."""
+    signature = kind.signature
+    return (
+        kind,
+        options,
+        *[None if x is None else float if x.__class__ is float else signature(x) for x in arrays],
+        *[None if x is None else signature(x) for x in outs],
+    )
+
+
+class Guard(NamedTuple):
+    """What an output must not lie over."""
+
+    position: int
+    name: str
+    bytes: int  # from the first element to the end of the last
+    # Of each array before it: place, name, bytes, and whether the output may be this very array.
+    others: tuple[tuple[int, str, int, bool], ...]
+
+    def check(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> None:
+        """Does nothing if the output may be written while the other arrays are used: it is apart from each, or is one
+        that it may replace.
+
+        Raises:
+            ProblemError: they share memory.
+        """
+        out = outs[self.position]
         start = kind.pointer(out)
-        end = start + extents.bytes[out_name]
-        others = zip(self._inputs + self._outputs[:position], arrays + outs[:position], strict=True)
-        for name, array in others:
-            if array is None or array.__class__ is float:
-                continue
+        end = start + self.bytes
+        inputs = len(arrays)
+        for place, name, size, replaceable in self.others:
+            array = arrays[place] if place < inputs else outs[place - inputs]
             first = kind.pointer(array)
-            if first == start and name in self._in_place and (name, out_name) in extents.alike:
-                continue  # each element is read by the block that then writes it
+            if first >= end or start >= first + size or (replaceable and first == start):
+                continue  # apart, or each element is read by the block that then writes it
             # Reaching over each other they may still interleave, as the halves of one wide array do.
-            if first < end and start < first + extents.bytes[name] and _share_memory(kind, array, out):
-                raise ProblemError(f"{out_name} may not share memory with {name}")
-
-
-class Extents(NamedTuple):
-    """How far the arrays of a call reach in memory."""
-
-    bytes: dict[str, int]  # by name, from the first element to the end of the last
-    alike: frozenset[tuple[str, str]]  # names of arrays that agree in all but, perhaps, where they are
-
-    @classmethod
-    def of(cls, views: Mapping[str, View]) -> Extents:
-        """Of the arrays with these views."""
-        alike = {(one, other) for one in views for other in views if views[one][1:] == views[other][1:]}
-        return cls({name: _reach(view) for name, view in views.items()}, frozenset(alike))
+            if _share_memory(kind, array, out):
+                raise ProblemError(f"{self.name} may not share memory with {name}")
 
 
 def _reach(view: View) -> int:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from tilewright.kernels import call as calling
-from tilewright.kernels.arrays import NumpyKind
-from tilewright.kernels.call import Extents, Operation, PlannedCall
+from tilewright.kernels.call import Operation, PlannedCall
 from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.problem import Output
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
@@ -158,9 +157,11 @@ def test_outputs_may_lie_between_the_rows_of_inputs():
     np.testing.assert_array_equal(both, 1)
 
 
-def test_extents_reach_to_the_last_element():
+def test_guards_know_what_to_look_at_and_how_far():
+    op, _ = operation()
     both = np.ones((2, 6), np.float32)
-    kind = NumpyKind()
-    extents = Extents.of({"x": kind.view(both[:, :3]), "out": kind.view(both[:, 3:])})
-    assert extents.bytes == {"x": (6 + 3) * 4, "out": (6 + 3) * 4}
-    assert ("x", "out") in extents.alike
+    run(op, both[:, :3], y=both[:, 3:], factor=2.0, out=both[:, 3:])
+    ((_, (guard,)),) = op._calls.values()
+    # The number is nowhere yet.
+    assert (guard.position, guard.name, guard.bytes) == (0, "out", (6 + 3) * 4)
+    assert guard.others == ((0, "x", (6 + 3) * 4, False), (1, "y", (6 + 3) * 4, True))
