@@ -134,10 +134,11 @@ class Operation:
         """The call with arrays seen through CuPy: once, not at every use."""
         self._refuse_libraries(kind, arrays, outs)
         arrays = self._with_numbers(arrays)
-        own = [
-            tuple(x if x is None or x.__class__ is float else kind.adopt(x) for x in each) for each in (arrays, outs)
-        ]
-        results = self(*own, options)
+
+        def seen(given: Arrays) -> Arrays:
+            return tuple(x if x is None or x.__class__ is float else kind.adopt(x) for x in given)
+
+        results = self(seen(arrays), seen(outs), options)
         return tuple(
             out if out is not None else result if result is None else kind.give_back(result, arrays[0])
             for out, result in zip(outs, results, strict=True)
