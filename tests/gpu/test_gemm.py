@@ -12,7 +12,7 @@ from tilewright.kernels import GemmConfig, GemmProblem, gemm
 from tilewright.kernels.device import Device
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.gemm.launch import GEMM
-from tilewright.kernels.ops.gemm.problem import supported
+from tilewright.kernels.ops.gemm.reference import supported
 from tilewright.tuner.gate import compare
 
 pytestmark = pytest.mark.gpu

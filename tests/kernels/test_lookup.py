@@ -134,7 +134,7 @@ def test_a_problem_the_device_lacks_is_refused_before_anything_is_asked(folder):
         {"config": GemmConfig(256, 256, 64)},  # more accumulators than registers
         {"config": GemmConfig(128, 128, 64, num_stages=5)},  # more shared memory than a block of this arch has
         {"config": '{"BLOCK_M":64}'},
-        {"config": '{"BLOCK_M":64,"BLOCK_N":64,"BLOCK_K":32,"TMA":true}'},
+        {"config": '{"BLOCK_M":64,"BLOCK_N":64,"BLOCK_K":32,"BLOCK_Z":true}'},
         {"config": '{"BLOCK_M":64,"BLOCK_N":"64","BLOCK_K":32}'},
     ],
     ids=str,

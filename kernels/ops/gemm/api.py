@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
 from tilewright.kernels.call import Arrays, Operation, Prepared
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.operands import (
     Matrix,
+    check_rows,
     dense_strides,
+    dtypes_of,
     folds,
     matrix_of,
-    matrix_size,
     mergeable,
     outer_indices,
-    result_dtype_of,
+    scales_of,
     shapes_of,
 )
 from tilewright.kernels.ops.gemm.problem import GemmProblem
@@ -27,17 +27,27 @@ from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.problem import Output
 from tilewright.tuning_db.errors import UnsupportedError, UsageError
 
+INPUTS = ("a", "b", "a_scale", "b_scale", "b_zero", "bias", "residual", "alpha", "out_scale")
 SCALARS = ("alpha", "out_scale")
 """Inputs of one element."""
+
+SCALES = ("a_scale", "b_scale")
+"""Inputs of one element or of many."""
 
 
 def gemm(
     a: Any,
     b: Any,
     *,
+    a_scale: Any = None,
+    b_scale: Any = None,
+    b_zero: Any = None,
+    group_size: int | None = None,
     bias: Any = None,
+    bias_axis: str = "n",
     residual: Any = None,
     activation: str | None = None,
+    gated: str | None = None,
     alpha: Any = 1.0,
     out_scale: Any = None,
     precision: str | None = None,
@@ -45,26 +55,39 @@ def gemm(
     out: Any = None,
     config: GemmConfig | None = None,
 ) -> Any:
-    """Fused matrix product: `activation(alpha · A·B + bias + residual)`, summed in fp32; `/ out_scale` if quantised.
+    """Fused matrix product: `activation(alpha · a_scale · b_scale · (A·B) + bias + residual)`, `/ out_scale`.
 
-    The configuration is the tuned one for these shapes on this GPU, where there is one; see `lookup`. The call returns
-    as soon as the work is on the caller's current stream.
+    With `gated`, `[g|u] = alpha · a_scale · b_scale · (A·B) + bias` and `activation(g) · u + residual`. Sums are taken
+    in fp32, of int8 in int32. The configuration is the tuned one for these shapes on this GPU, where there is one; see
+    `lookup`. The call returns as soon as the work is on the caller's current stream.
 
     Args:
-        a: (..., M, K), of fp16, bf16, fp32, or (sm_89 on) fp8e4m3, fp8e5m2. Rows or columns contiguous, by its strides.
-        b: (..., K, N), of the same dtype; likewise. Leading dimensions of `a` and `b` broadcast as in `numpy.matmul`.
-        bias: (N,), or None.
-        residual: (..., M, N), its leading dimensions broadcast to the result's, or None.
+        a: (..., M, K), of fp16, bf16, fp32, int8, or (sm_89 on) fp8e4m3, fp8e5m2. Rows or columns contiguous, by its
+            strides.
+        b: (..., K, N), of the same dtype; under fp16 and bf16 also int8, or int4 packed by `pack_int4`: uint8
+            (..., 16·⌈K/32⌉, N). Likewise by its strides; leading dimensions of `a` and `b` broadcast as in
+            `numpy.matmul`.
+        a_scale: factor on the product: a number, one fp32 element on the GPU, or one for each row of `a`, (..., M).
+        b_scale: likewise; of each column, fp32 (N,); with `group_size`, (⌈K/group_size⌉, N) of fp32, fp16 or bf16.
+        b_zero: zero points of int8 or int4 weights, B = b_scale · (b - b_zero), of the dtype of `b`: (N,), or with
+            `group_size` (⌈K/group_size⌉, N). By default 0, of int4 8.
+        group_size: rows of int8 or int4 weights that share a scale: 32, 64 or 128.
+        bias: (N,), or with `bias_axis="m"` (M,).
+        residual: (..., M, N), gated (..., M, N/2), its leading dimensions broadcast to the result's.
         activation: a name of `activations.ACTIVATIONS`, with its parameters: "gelu", "leaky_relu:0.1", "clamp:0:6".
+        gated: pairs of columns: "halves", all g before all u, or "interleaved", g, u, g, u, …. SwiGLU, GEGLU and ReGLU
+            have the activations silu, gelu and relu.
         alpha: factor on the product: a number, or an fp32 array of one element on the GPU.
         out_scale: scale of a quantised result (int8, fp8): likewise.
         precision: of fp32 operands: "ieee" (default; CUDA cores) or "tf32" (tensor cores, 10-bit mantissa).
-        out_dtype: canonical dtype name of the result; by default that of `a`, bf16 for fp8. "int8" needs `out_scale`.
-        out: array (..., M, N) to write to, of `out_dtype`; it may be `residual`, but not overlap `a` or `b`.
+        out_dtype: canonical dtype name of the result; by default that of `a`, bf16 for fp8, and for int8 int32 or, if
+            anything else is fused, bf16. "int8" needs `out_scale`.
+        out: array (..., M, N), gated (..., M, N/2), to write to, of `out_dtype`; it may be `residual`, but not overlap
+            another input.
         config: a configuration to use instead of the tuned one.
 
     Returns:
-        `out`, or a new array (..., M, N) of the library that `a` is of.
+        `out`, or a new array of the library that `a` is of.
 
     Raises:
         ProblemError: shapes or dtypes that don't go together; the message has them.
@@ -72,12 +95,25 @@ def gemm(
         IllegalConfigError: `config` breaks a limit of the problem or the GPU.
         MissingDependencyError: CuPy or a GPU is needed and absent.
     """
+    check_config(config)
+    arrays = (a, b, a_scale, b_scale, b_zero, bias, residual, factor(alpha), out_scale)
+    options = (group_size, bias_axis, activation, gated, precision, out_dtype, config)
+    return _GEMM(arrays, (out,), options)[0]
+
+
+def check_config(config: Any) -> None:
+    """Does nothing for a configuration or None.
+
+    Raises:
+        UsageError: something else.
+    """
     if config is not None and not isinstance(config, GemmConfig):
         raise UsageError(f"config must be a GemmConfig, not {config!r}")
-    if isinstance(alpha, Real) and alpha == 1.0:
-        alpha = None
-    options = (activation, precision, out_dtype, config)
-    return _GEMM((a, b, bias, residual, alpha, out_scale), (out,), options)[0]
+
+
+def factor(alpha: Any) -> Any:
+    """alpha, or None where it is 1."""
+    return None if isinstance(alpha, Real) and alpha == 1.0 else alpha
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,51 +123,47 @@ class LoopedCall:
     output: Output
     # For each call, the index into a, b, residual and out.
     indices: tuple[tuple[tuple[int, ...], ...], ...]
+    rows: bool  # whether a_scale has one for each row of a
     options: dict[str, Any]
 
     def __call__(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> Arrays:
         """Puts the calls on the current stream, in order."""
-        a, b, bias, residual, alpha, out_scale = arrays
+        given = dict(zip(INPUTS, arrays, strict=True)) | self.options
+        if given["alpha"] is None:
+            given["alpha"] = 1.0
+        a, b, residual, a_scale = (given.pop(name) for name in ("a", "b", "residual", "a_scale"))
         result = kind.empty(a, *self.output) if outs[0] is None else outs[0]
         for at_a, at_b, at_residual, at_out in self.indices:
             part = None if residual is None else residual[at_residual]
-            gemm(
-                a[at_a],
-                b[at_b],
-                bias=bias,
-                residual=part,
-                alpha=1.0 if alpha is None else alpha,
-                out_scale=out_scale,
-                out=result[at_out],
-                **self.options,
-            )
+            scale = a_scale[at_a] if self.rows else a_scale
+            gemm(a[at_a], b[at_b], a_scale=scale, residual=part, out=result[at_out], **given)
         return (result,)
 
 
 def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
     """Everything about a call that its arrays' signatures decide."""
-    activation, precision, out_dtype, config = options
-    m, k, n, batch = shapes_of(views)
-    result_dtype = result_dtype_of(views, out_dtype)
-    shape = (*batch, m, n)
+    group_size, bias_axis, activation, gated, precision, out_dtype, config = options
+    m, k, n, batch = shapes_of(views, gated=gated is not None, bias_axis=bias_axis)
+    fields: dict[str, Any] = dtypes_of(views, out_dtype) | scales_of(views, n, group_size)
+    fields |= {"bias_axis": bias_axis, "gated": gated, "activation": activation or "none", "precision": precision}
+    fields |= {name: name in views for name in SCALARS}
+    # The result's dtype; and what never goes together is said before what these arrays' strides don't allow.
+    result = GemmProblem(M=m, N=n, K=k, **fields)
+    n_out = result.columns_out
+    shape = (*batch, m, n_out)
 
     matrices: dict[str, Matrix] = {
         name: matrix_of(name, views[name], batch) for name in ("a", "b", "residual", "out") if name in views
     }
-    if "residual" in matrices and matrices["residual"].layout != "row":
-        raise UnsupportedError(f"residual must be row-major; its strides are {views['residual'].strides}")
-    if "out" in matrices:
-        repeated = any(step == 0 and length > 1 for step, length in zip(matrices["out"].batch, batch, strict=True))
-        if matrices["out"].layout != "row" or repeated:
-            raise UnsupportedError(f"out must be row-major, without broadcast; its strides are {views['out'].strides}")
-    else:
-        matrices["out"] = Matrix("row", n, dense_strides(batch, m * n), True)
+    check_rows(matrices, views)
+    if "out" not in matrices:
+        matrices["out"] = Matrix("row", n_out, dense_strides(batch, m * n_out), True)
 
     inner = mergeable(batch, [matrix.batch for matrix in matrices.values()])
     if inner < len(batch):
         indices = outer_indices(views, batch, len(batch) - inner)
-        named = {"activation": activation, "precision": precision, "config": config}
-        return LoopedCall(Output(shape, result_dtype), indices, named)
+        named = dict(zip(OPTIONS, options, strict=True))
+        return LoopedCall(Output(shape, result.output_dtype), indices, result.a_scale == "row", named)
 
     count = math.prod(batch)
     steps = {name: matrix.batch[-1] if batch else 0 for name, matrix in matrices.items()}
@@ -140,14 +172,16 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
         if batch[position] > 1:
             steps = {name: matrix.batch[position] for name, matrix in matrices.items()}
             break
-    if count > 1 and m * count < 2**31 and folds(matrices, steps, m):
+    if result.a_scale == "row" and steps["a"] == 0 and math.prod(views["a_scale"].shape) != m:
+        raise UnsupportedError(f"a of shape {views['a'].shape} repeats one matrix and has a_scale for all: pass a copy")
+    if count > 1 and m * count < 2**31 and bias_axis == "n" and folds(matrices, steps, m):
         # One B for all: the batch is more rows of A.
         m, count = m * count, 1
+    sizes = {"a": m * k, "b": views["b"].shape[-2] * n}
     strided = not all(
-        matrix.dense and (count == 1 or steps[name] in (0, matrix_size(name, m, n, k)))
+        matrix.dense and (count == 1 or steps[name] in (0, sizes.get(name, m * n_out)))
         for name, matrix in matrices.items()
     )
-    pointers_aligned = all(view.pointer % 16 == 0 for name, view in views.items() if name not in SCALARS)
     strides: dict[str, int] = {}
     if strided:
         for name, matrix in matrices.items():
@@ -157,31 +191,26 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
         M=m,
         N=n,
         K=k,
-        dtype=views["a"].dtype,
-        out_dtype=result_dtype,
         batch=count,
         a_layout=matrices["a"].layout,
         b_layout=matrices["b"].layout,
         a_broadcast=count > 1 and steps["a"] == 0,
         b_broadcast=count > 1 and steps["b"] == 0,
-        bias=views["bias"].dtype if "bias" in views else None,
-        residual=views["residual"].dtype if "residual" in views else None,
         residual_broadcast=count > 1 and "residual" in steps and steps["residual"] == 0,
-        activation=activation_name(activation),
-        alpha="alpha" in views,
-        out_scale="out_scale" in views,
-        precision=precision,
         strided=strided,
-        aligned=pointers_aligned and all(stride % 16 == 0 for stride in strides.values()),
+        aligned=aligned(views, strides),
+        **fields,
     )
     return _GEMM.planned(problem, views, shapes={"out": shape}, strides=strides, config=config)
 
 
-_GEMM = Operation(
-    GEMM,
-    ("a", "b", "bias", "residual", "alpha", "out_scale"),
-    ("activation", "precision", "out_dtype", "config"),
-    _prepare,
-    scalars=SCALARS,
-    in_place=("residual",),
-)
+def aligned(views: dict[str, View], strides: dict[str, int]) -> bool:
+    """Whether all that is read or written in width starts at 16 bytes, every row of it."""
+    narrow = {"offsets", *SCALARS, *(name for name in SCALES if name in views and math.prod(views[name].shape) == 1)}
+    pointers = all(view.pointer % 16 == 0 for name, view in views.items() if name not in narrow)
+    return pointers and all(stride % 16 == 0 for stride in strides.values())
+
+
+OPTIONS = ("group_size", "bias_axis", "activation", "gated", "precision", "out_dtype", "config")
+
+_GEMM = Operation(GEMM, INPUTS, OPTIONS, _prepare, scalars=SCALARS, scalar_or_array=SCALES, in_place=("residual",))

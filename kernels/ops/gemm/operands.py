@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tilewright.kernels.arrays import View
 from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.ops.gemm.packing import packed_rows
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError
 
 
@@ -20,36 +22,105 @@ class Matrix(NamedTuple):
     dense: bool  # rows (columns) follow each other without a gap
 
 
-def shapes_of(views: dict[str, View]) -> tuple[int, int, int, tuple[int, ...]]:
+def shapes_of(views: dict[str, View], *, gated: bool, bias_axis: str) -> tuple[int, int, int, tuple[int, ...]]:
     """M, K, N and the batch of the result.
 
     Raises:
         ProblemError: the shapes don't go together.
+        UnsupportedError: a bias that is not contiguous.
     """
     a, b = views["a"].shape, views["b"].shape
     if len(a) < 2 or len(b) < 2:
         raise ProblemError(f"a {a} and b {b} must have at least two dimensions: (..., M, K) and (..., K, N)")
-    (m, k), (other_k, n) = a[-2:], b[-2:]
-    if k != other_k:
-        raise ProblemError(f"a is {a} and b is {b}: K={k} and K={other_k} must be equal")
+    (m, k), n = a[-2:], b[-1]
+    check_depth(views)
     try:
         batch = np.broadcast_shapes(a[:-2], b[:-2])
     except ValueError:
         raise ProblemError(f"a is {a} and b is {b}: the leading dimensions don't broadcast") from None
     if 0 in (m, n, k, *batch):
         raise ProblemError(f"a is {a} and b is {b}: no dimension may be 0")
-    shape = (*batch, m, n)
-    if "bias" in views and views["bias"].shape != (n,):
-        raise ProblemError(f"bias is {views['bias'].shape} and must be ({n},)")
-    if "bias" in views and n > 1 and views["bias"].strides != (1,):
-        raise UnsupportedError(f"bias must be contiguous; its stride is {views['bias'].strides[0]}")
+    shape = (*batch, m, n // 2 if gated else n)
+    if "bias" in views:
+        check_dense(views, "bias", (m if bias_axis == "m" else n,))
     if "residual" in views:
         residual = views["residual"].shape
-        if residual[-2:] != (m, n) or not _broadcasts(residual[:-2], batch):
+        if residual[-2:] != shape[-2:] or not _broadcasts(residual[:-2], batch):
             raise ProblemError(f"residual is {residual} and must broadcast to {shape} over the leading dimensions")
     if "out" in views and views["out"].shape != shape:
         raise ProblemError(f"out is {views['out'].shape} and must be {shape}")
     return m, k, n, batch
+
+
+def check_depth(views: dict[str, View]) -> None:
+    """Does nothing if the rows of B are as many as A has columns, or packed, as many take.
+
+    Raises:
+        ProblemError: they are not.
+    """
+    a, b = views["a"].shape, views["b"].shape
+    k, depth = a[-1], b[-2]
+    if views["b"].dtype == "uint8":
+        if depth != packed_rows(k):
+            raise ProblemError(f"a is {a} and b is {b} of packed int4: K={k} rows are packed in {packed_rows(k)}")
+    elif k != depth:
+        raise ProblemError(f"a is {a} and b is {b}: K={k} and K={depth} must be equal")
+
+
+def check_dense(views: dict[str, View], name: str, *shapes: tuple[int, ...]) -> None:
+    """Does nothing if the array has one of the shapes and no gaps.
+
+    Raises:
+        ProblemError: another shape.
+        UnsupportedError: strides that are not of a contiguous array.
+    """
+    shape, strides = views[name].shape, views[name].strides
+    if shape not in shapes:
+        raise ProblemError(f"{name} is {shape} and must be {' or '.join(map(str, shapes))}")
+    step = 1
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if length > 1 and stride != step:
+            raise UnsupportedError(f"{name} must be contiguous; its strides are {strides} for shape {shape}")
+        step *= length
+
+
+def scales_of(views: dict[str, View], n: int, group_size: int | None, groups: int = 0) -> dict[str, Any]:
+    """The problem's fields that scales and zero points decide.
+
+    Raises:
+        ProblemError: shapes or dtypes that don't go together.
+        UnsupportedError: arrays that are not contiguous.
+    """
+    fields: dict[str, Any] = {}
+    k = views["a"].shape[-1]
+    each = (groups,) if groups else ()
+    rows = math.ceil(k / group_size) if group_size else 1
+    if "a_scale" in views:
+        whole = math.prod(views["a_scale"].shape) == 1
+        if not whole:
+            check_dense(views, "a_scale", (1,), views["a"].shape[:-1])
+        fields["a_scale"] = "tensor" if whole else "row"
+    if group_size and "b_scale" not in views:
+        raise ProblemError(f"{group_size=} needs b_scale")
+    if "b_scale" in views:
+        if group_size:
+            check_dense(views, "b_scale", (*each, rows, n))
+            fields |= {"b_scale": "group", "group_size": group_size, "b_scale_dtype": views["b_scale"].dtype}
+        elif math.prod(views["b_scale"].shape) == 1:
+            fields["b_scale"] = "tensor"
+        else:
+            columns = ((*each, n), (*each, 1, n)) if each or views["b"].dtype in ("uint8", "int8") else ((n,),)
+            check_dense(views, "b_scale", (1,), *columns)
+            fields["b_scale"] = "column"
+    if "b_zero" in views:
+        check_dense(views, "b_zero", (*each, rows, n), *(((*each, n),) if rows == 1 else ()))
+        if views["b_zero"].dtype != views["b"].dtype:
+            raise ProblemError(f"b_zero is {views['b_zero'].dtype} and must be that of b, {views['b'].dtype}")
+        fields["b_zero"] = True
+    for name in ("a_scale", "b_scale"):
+        if name in views and views[name].dtype != "fp32" and fields[name] != "group":
+            raise ProblemError(f"{name} is {views[name].dtype} and must be fp32")
+    return fields
 
 
 def _broadcasts(lead: tuple[int, ...], batch: tuple[int, ...]) -> bool:
@@ -60,21 +131,25 @@ def _broadcasts(lead: tuple[int, ...], batch: tuple[int, ...]) -> bool:
         return False
 
 
-def result_dtype_of(views: dict[str, View], out_dtype: str | None) -> str:
-    """The result's dtype.
+def dtypes_of(views: dict[str, View], out_dtype: str | None) -> dict[str, str | None]:
+    """The problem's fields that name the dtypes of its arrays.
 
     Raises:
         ProblemError: the dtypes don't go together.
     """
-    if views["a"].dtype != views["b"].dtype:
-        raise ProblemError(f"a is {views['a'].dtype} and b is {views['b'].dtype}: they must have one dtype")
+    a, b = views["a"].dtype, views["b"].dtype
+    if b != a and not (b in ("int8", "uint8") and a in ("fp16", "bf16")):
+        raise ProblemError(
+            f"a is {a} and b is {b}: they must have one dtype, or a fp16 or bf16 and b int8 or uint8 (packed int4)"
+        )
     if out_dtype is not None:
         dtype(out_dtype)
     if "out" in views:
         if out_dtype not in (None, views["out"].dtype):
             raise ProblemError(f"out is {views['out'].dtype} and out_dtype={out_dtype!r}: leave one out")
-        return views["out"].dtype
-    return out_dtype or ("bf16" if views["a"].dtype.startswith("fp8") else views["a"].dtype)
+        out_dtype = views["out"].dtype
+    fields = {"dtype": a, "b_dtype": "int4" if b == "uint8" else b, "out_dtype": out_dtype}
+    return fields | {name: views[name].dtype if name in views else None for name in ("bias", "residual")}
 
 
 def matrix_of(name: str, view: View, batch: tuple[int, ...]) -> Matrix:
@@ -144,13 +219,23 @@ def outer_indices(
     return tuple(found)
 
 
-def matrix_size(name: str, m: int, n: int, k: int) -> int:
-    """Elements of one matrix of the operand of that name."""
-    return {"a": m * k, "b": k * n}.get(name, m * n)
-
-
 def folds(matrices: dict[str, Matrix], steps: dict[str, int], m: int) -> bool:
     """Whether the batch of A, residual and out continues their rows, under one B."""
     return steps["b"] == 0 and all(
         matrix.layout == "row" and steps[name] == m * matrix.stride for name, matrix in matrices.items() if name != "b"
     )
+
+
+def check_rows(matrices: dict[str, Matrix], views: dict[str, View]) -> None:
+    """Does nothing if the residual and the result are row-major, and the result has every element once.
+
+    Raises:
+        UnsupportedError: they are not.
+    """
+    if "residual" in matrices and matrices["residual"].layout != "row":
+        raise UnsupportedError(f"residual must be row-major; its strides are {views['residual'].strides}")
+    if "out" in views:
+        lead = zip(matrices["out"].batch, views["out"].shape[:-2], strict=True)
+        repeated = any(step == 0 and length > 1 for step, length in lead)
+        if matrices["out"].layout != "row" or repeated:
+            raise UnsupportedError(f"out must be row-major, without broadcast; its strides are {views['out'].strides}")

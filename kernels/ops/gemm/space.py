@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, WARP_SIZE, Device
 from tilewright.kernels.dtypes import dtype
@@ -25,6 +26,8 @@ class GemmConfig(Config):
     SPLIT_K: int = 1  # blocks that share one tile's K; deterministic, through a workspace
     num_warps: int = 4
     num_stages: int = 3
+    PERSISTENT: bool = False  # as many blocks as the SMs hold, each going from tile to tile
+    TMA: bool = False  # operands come by tensor descriptors, whole tiles at a time
 
 
 AXES = {
@@ -35,33 +38,62 @@ AXES = {
     "SPLIT_K": (1, 2, 4, 8, 16),
     "num_warps": (2, 4, 8),
     "num_stages": (1, 2, 3, 4, 5),
+    "PERSISTENT": (False, True),
+    "TMA": (False, True),
 }
+
+
+def tiles(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:
+    """Rows and columns of output tiles of one matrix; of groups of rows, as many rows as any offsets can need."""
+    tiles_n = math.ceil(problem.N / config.BLOCK_N)
+    if problem.groups:
+        return problem.M // config.BLOCK_M + problem.groups, tiles_n
+    return math.ceil(problem.M / config.BLOCK_M), tiles_n
 
 
 def vector_bytes(problem: GemmProblem) -> int:
     """Widest load that the alignment of both operands allows, in bytes.
 
     A row (or column) that starts 16 elements further each time keeps 16-byte loads; any other length leaves single
-    elements, for Triton is told of divisibility by 16 or of none.
+    elements, for Triton is told of divisibility by 16 or of none. Columns of packed int4 are such rows, whatever K is.
     """
-    element = int(dtype(problem.dtype).bytes)
+    element = math.ceil(min(dtype(problem.dtype).bytes, problem.b_bytes))
     if not problem.aligned:
         return element
     if problem.strided:
         return 16
     a_length = problem.M if problem.a_layout == "col" else problem.K
     b_length = problem.K if problem.b_layout == "col" else problem.N
+    if problem.b_dtype == "int4" and problem.b_layout == "col":
+        b_length = 16 * math.ceil(b_length / 32)
     return 16 if a_length % 16 == 0 and b_length % 16 == 0 else element
+
+
+class Tiles(NamedTuple):
+    """What one iteration brings to shared memory: `a` and `b` bytes at a time, so many times."""
+
+    a: int
+    a_count: int  # 2 pieces of A under the two nibbles of int4
+    b: int
+    b_count: int  # 2 halves of gated columns
+
+
+def operand_tiles(problem: GemmProblem, config: GemmConfig) -> Tiles:
+    """The operand tiles of one iteration."""
+    a_count = 2 if problem.b_dtype == "int4" else 1
+    b_count = 2 if problem.gated == "halves" else 1
+    a = config.BLOCK_M * config.BLOCK_K * dtype(problem.dtype).bytes / a_count
+    b = config.BLOCK_N * config.BLOCK_K * problem.b_bytes / b_count
+    return Tiles(int(a), a_count, int(b), b_count)
 
 
 def tile_vector_bytes(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:
     """Widest load of the tiles of A and B: alignment's, or less where a tile is too small for all threads."""
     widest = vector_bytes(problem)
-    element = int(dtype(problem.dtype).bytes)
+    tile = operand_tiles(problem, config)
     threads = config.num_warps * WARP_SIZE
-    a_tile = config.BLOCK_M * config.BLOCK_K * element
-    b_tile = config.BLOCK_N * config.BLOCK_K * element
-    return min(widest, max(element, a_tile // threads)), min(widest, max(element, b_tile // threads))
+    a_element, b_element = math.ceil(dtype(problem.dtype).bytes), math.ceil(problem.b_bytes)
+    return min(widest, max(a_element, tile.a // threads)), min(widest, max(b_element, tile.b // threads))
 
 
 def keeps_operands_shared(problem: GemmProblem, config: GemmConfig, device: Device) -> bool:
@@ -76,22 +108,28 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
     Triton keeps a copy of each operand tile per stage, less the one that mma.sync has in registers already; one copy of
     a tile that cp.async can't bring, or that must be transposed through registers, as 8-bit B by rows, and for wgmma
     8-bit A by columns (read off compiled kernels, 3.6 and 3.9). One copy of a word per thread may not be there at all:
-    it goes from thread to thread.
+    it goes from thread to thread. Weights that become fp16 on their way to wgmma lie there once more as such.
     """
-    element = int(dtype(problem.dtype).bytes)
+    tile = operand_tiles(problem, config)
+    element = dtype(problem.dtype).bytes
     keeps_all = keeps_operands_shared(problem, config, device)
-    stages = config.num_stages if keeps_all else config.num_stages - 1
+    # int8 is mma.sync on sm_100 with Triton 3.6, and tcgen05 with 3.9; pieces of A under int4 lack a copy there.
+    fewer = device.arch // 10 == 10 and (problem.unit == "int8" or tile.a_count > 1)
+    stages = config.num_stages if keeps_all and not fewer else config.num_stages - 1
+    b_stages = config.num_stages - 1 if problem.b_dtype is not None else stages
     if device.arch < 80:
-        stages = 1
+        stages = b_stages = 1
     a_vector, b_vector = tile_vector_bytes(problem, config)
     turned = keeps_all and device.arch // 10 == 9 and element == 1 and problem.a_layout == "col"
+    b_turned = element == 1 and problem.b_layout == "row"
     a_copies = stages if a_vector >= 4 and not turned else 1
-    b_copies = stages if b_vector >= 4 and (element > 1 or problem.b_layout == "col") else 1
+    b_copies = b_stages if b_vector >= 4 and not b_turned else 1
     total = 0
-    for rows, copies in ((config.BLOCK_M, a_copies), (config.BLOCK_N, b_copies)):
-        tile = rows * config.BLOCK_K * element
-        if copies > 1 or tile > 4 * WARP_SIZE * config.num_warps:
-            total += max(1, copies) * tile
+    for size, count, copies in ((tile.a, tile.a_count, a_copies), (tile.b, tile.b_count, b_copies)):
+        if copies > 1 or size > 4 * WARP_SIZE * config.num_warps:
+            total += max(1, copies) * count * size
+    if problem.b_dtype is not None and keeps_all:
+        total += int(tile.b / problem.b_bytes * element / tile.a_count)
     return total
 
 
@@ -102,16 +140,24 @@ def accumulators(config: GemmConfig) -> float:
 
 def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
     """None, or the limit that the configuration breaks, with the values."""
-    for name, value in config.to_dict().items():
+    for name in ("PERSISTENT", "TMA"):
+        if not isinstance(getattr(config, name), bool):
+            return f"{name}={getattr(config, name)!r} must be True or False"
+    for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "SPLIT_K", "num_warps", "num_stages"):
+        value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             return f"{name}={value!r} must be an integer of at least 1"
     for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"):
         value = getattr(config, name)
         if value & (value - 1):
             return f"{name}={value} must be a power of two"
-    least_k = max(16, 32 // int(dtype(problem.dtype).bytes))
-    if min(config.BLOCK_M, config.BLOCK_N) < 16 or least_k > config.BLOCK_K:
-        return f"the smallest tile of a {problem.dtype} dot is 16×16×{least_k}"
+    least_k = 32 if problem.b_dtype == "int4" else max(16, 32 // int(dtype(problem.dtype).bytes))
+    least_n = 32 if problem.gated == "halves" else 16
+    if min(config.BLOCK_M - 16, config.BLOCK_N - least_n, config.BLOCK_K - least_k) < 0:
+        of = problem.b_dtype or problem.dtype
+        return f"the smallest tile of a {of} dot is 16×{least_n}×{least_k}" + (" in halves" if least_n > 16 else "")
+    if problem.group_size % config.BLOCK_K:
+        return f"BLOCK_K={config.BLOCK_K} does not divide group_size={problem.group_size}"
     if config.num_warps > 32:
         return f"num_warps={config.num_warps} is over the 32 of a block"
     if accumulators(config) > MAX_REGISTERS_PER_THREAD:
@@ -121,19 +167,39 @@ def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None
         return f"{shared} B of shared memory are over the {device.shared_per_block} B a block of {device.sm} can have"
     if config.SPLIT_K > 65535:
         return f"SPLIT_K={config.SPLIT_K} is over the grid's 65535"
+    if config.PERSISTENT and config.SPLIT_K > 1:
+        return f"PERSISTENT goes with SPLIT_K=1, not {config.SPLIT_K}"
+    if config.TMA:
+        if problem.b_dtype is not None:
+            return f"TMA is for operands of one dtype, not {problem.dtype} by {problem.b_dtype}"
+        if vector_bytes(problem) < 16:
+            return "TMA needs pointers and rows (or columns) of A and B aligned to 16 bytes"
+        if config.PERSISTENT and (problem.batch > 1 or problem.groups):
+            return f"TMA with PERSISTENT is for one A and B, not batch={problem.batch} and groups={problem.groups}"
     # Positions are 32-bit, those of the last block's padding too, and so are those of the tiles in a group.
-    tiles_n = math.ceil(problem.N / config.BLOCK_N)
+    tiles_m, tiles_n = tiles(problem, config)
     ends = (problem.M + config.BLOCK_M, problem.N + config.BLOCK_N, problem.K + config.BLOCK_K * config.SPLIT_K)
     if max(*ends, config.GROUP_M * tiles_n) >= 2**31:
         return f"positions in {problem.M}×{problem.N}×{problem.K} with GROUP_M={config.GROUP_M} pass 32 bits"
-    tiles = math.ceil(problem.M / config.BLOCK_M) * tiles_n * problem.batch
-    if tiles >= 2**31:
-        return f"{tiles} tiles are over the grid's {2**31 - 1}"
+    if tiles_m * tiles_n * problem.batch >= 2**31:
+        return f"{tiles_m * tiles_n * problem.batch} tiles are over the grid's {2**31 - 1}"
     return None
 
 
 def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
     """None, or why the configuration can't be the best one."""
+    small = min(config.BLOCK_M, config.BLOCK_N) < 64 or config.num_warps < 4
+    if config.TMA and (device.arch < 90 or small or config.num_stages < 2):
+        return "TMA pays from sm_90 on, where a warp group computes one tile of 64 or more while others are copied"
+    tiles_m, tiles_n = tiles(problem, config)
+    if config.PERSISTENT:
+        count = tiles_m * tiles_n * problem.batch
+        if count < 2 * device.sms:
+            return f"{count} tiles on {device.sms} SMs leave PERSISTENT blocks fewer than 2 each"
+        if small or config.BLOCK_M * config.BLOCK_N < 128 * 128:
+            return f"the other blocks of an SM hide the start of one of {config.BLOCK_M}×{config.BLOCK_N}"
+        if not config.TMA and device.arch >= 90 and fits(problem, replace(config, TMA=True), device) is None:
+            return "from sm_90 on PERSISTENT is for TMA, whose copies are no work for the block"
     for block, size, smallest in (
         (config.BLOCK_M, problem.M, 16),
         (config.BLOCK_N, problem.N, 16),
@@ -141,17 +207,16 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
     ):
         if block > max(smallest, 2 ** math.ceil(math.log2(size))):
             return f"a block of {block} over a size of {size} is mostly padding"
-    tiles_m = math.ceil(problem.M / config.BLOCK_M)
     if any(tiles_m <= smaller < config.GROUP_M for smaller in AXES["GROUP_M"]):
         return f"GROUP_M={config.GROUP_M} repeats a smaller one with {tiles_m} tile rows"
     k_blocks = math.ceil(problem.K / config.BLOCK_K)
     if config.SPLIT_K > 1:
         if k_blocks < 4 * config.SPLIT_K:
             return f"SPLIT_K={config.SPLIT_K} leaves fewer than 4 of {k_blocks} K blocks to each"
-        tiles = tiles_m * math.ceil(problem.N / config.BLOCK_N) * problem.batch
+        count = tiles_m * tiles_n * problem.batch
         # Half as many splits leave half the partial tiles to write and read.
-        if tiles * (config.SPLIT_K // 2) >= 4 * device.sms:
-            return f"{tiles} tiles fill {device.sms} SMs with half of SPLIT_K={config.SPLIT_K}"
+        if count * (config.SPLIT_K // 2) >= 4 * device.sms:
+            return f"{count} tiles fill {device.sms} SMs with half of SPLIT_K={config.SPLIT_K}"
     if config.num_stages > max(2, k_blocks // config.SPLIT_K):
         return f"num_stages={config.num_stages} is more than the K blocks there are"
     if 16 * 8 * config.num_warps > config.BLOCK_M * config.BLOCK_N:
@@ -161,7 +226,14 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
     return None
 
 
-COARSE = {"BLOCK_K": (32, 64, 128), "GROUP_M": (1, 8), "SPLIT_K": (1, 4), "num_stages": (1, 3, 4)}
+COARSE = {
+    "BLOCK_K": (32, 64, 128),
+    "GROUP_M": (1, 8),
+    "SPLIT_K": (1, 4),
+    "num_stages": (1, 3, 4),
+    "PERSISTENT": (False,),
+    "TMA": (False,),
+}
 
 SPACE: Space[GemmProblem, GemmConfig] = Space(GemmConfig, AXES, fits, useful, COARSE)
 
@@ -169,22 +241,27 @@ SPACE: Space[GemmProblem, GemmConfig] = Space(GemmConfig, AXES, fits, useful, CO
 def default(problem: GemmProblem, device: Device) -> GemmConfig:
     """What runs when nothing is known: fits every problem whose grid can be launched, and does not spill."""
     copies = vector_bytes(problem) >= 4 and device.arch >= 80
+    least_n = 32 if problem.gated == "halves" else 16
+    # The loop over int8 carries the operands of one step along K, packed and unpacked again: the deeper, the less.
+    deep = 64 if problem.unit == "int8" else 32
+    rows = problem.M if not problem.groups else math.ceil(problem.M / problem.groups)
     if problem.unit == "fp32" or not device.tensor_tflops:
         # CUDA cores hold their operands in registers: larger tiles spill.
+        config = GemmConfig(BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=32, BLOCK_K=32, num_stages=2 if copies else 1)
+    elif rows <= 32 or problem.N <= 32:
         config = GemmConfig(
-            BLOCK_M=16 if problem.M <= 16 else 32, BLOCK_N=32, BLOCK_K=32, num_stages=2 if copies else 1
-        )
-    elif problem.M <= 32 or problem.N <= 32:
-        config = GemmConfig(
-            BLOCK_M=16 if problem.M <= 16 else 32,
+            BLOCK_M=16 if rows <= 16 else 32,
             BLOCK_N=32 if problem.N <= 32 else 64,
             BLOCK_K=64 if copies and problem.dtype != "fp32" else 32,
             num_stages=4 if copies else 1,
         )
-    elif copies and vector_bytes(problem) == 16 and min(problem.M, problem.N) >= 1024:
-        config = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4)
+    elif copies and vector_bytes(problem) == 16 and min(rows, problem.N) >= 1024:
+        config = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=deep, num_warps=8, num_stages=4)
     else:
-        config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_stages=4 if copies else 1)
+        config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=deep if copies else 32, num_stages=4 if copies else 1)
+    if problem.group_size:
+        config = replace(config, BLOCK_K=min(config.BLOCK_K, problem.group_size))
+    config = replace(config, BLOCK_N=max(config.BLOCK_N, least_n))
     while fits(problem, config, device) is not None and config.num_stages > 1:
         config = replace(config, num_stages=config.num_stages - 1)
     return config
@@ -194,8 +271,8 @@ def ragged(problem: GemmProblem, config: GemmConfig) -> GemmProblem:
     """A problem of at most two tiles a side whose last ones are cut, and a K that ends within a block, after splits of
     unequal length. A size that is a multiple of 16 stays one, for alignment decides which loads are compiled."""
 
-    def cut(size: int, block: int, blocks: int) -> int:
-        kept = 16 if size % 16 == 0 else 1
+    def cut(size: int, block: int, blocks: int, least: int = 1) -> int:
+        kept = 16 if size % 16 == 0 else least
         if size % 16 and size < block:
             return size  # ragged as it is
         return (blocks - 1) * block + (block - kept if block > kept else block)
@@ -204,9 +281,10 @@ def ragged(problem: GemmProblem, config: GemmConfig) -> GemmProblem:
     return replace(
         problem,
         M=cut(problem.M, config.BLOCK_M, min(2, math.ceil(problem.M / config.BLOCK_M))),
-        N=cut(problem.N, config.BLOCK_N, min(2, math.ceil(problem.N / config.BLOCK_N))),
+        N=cut(problem.N, config.BLOCK_N, min(2, math.ceil(problem.N / config.BLOCK_N)), 2 if problem.gated else 1),
         K=cut(problem.K, config.BLOCK_K, k_blocks),
         batch=min(problem.batch, 2),
+        groups=min(problem.groups, 3),
     )
 
 
@@ -219,7 +297,8 @@ def estimate(problem: GemmProblem, config: GemmConfig, device: Device) -> Resour
     nine of ten are within a quarter.
     """
     element = dtype(problem.dtype).bytes
-    tile_bytes = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * element / (config.num_warps * WARP_SIZE)
+    tile = operand_tiles(problem, config)
+    tile_bytes = (tile.a * tile.a_count + tile.b * tile.b_count) / (config.num_warps * WARP_SIZE)
     held = accumulators(config)
     if problem.unit == "fp32" or not device.tensor_tflops:
         # A thread's rows and columns are read 4 steps along K at a time; narrow operands are widened all at once.
@@ -230,6 +309,10 @@ def estimate(problem: GemmProblem, config: GemmConfig, device: Device) -> Resour
         rows, columns = warp_tile(config.BLOCK_M, config.BLOCK_N, config.num_warps)
         fragments = 2 * (rows + columns) * 32 / 128
     addresses = 4 * tile_bytes / element if vector_bytes(problem) < 16 else 2.5 * tile_bytes / 16
+    if config.TMA and device.arch >= 90:
+        addresses = 0.0  # one thread asks for a whole tile
+    if problem.group_size:
+        held *= 2  # the sums of a group, before they are scaled
     registers = needed = held + fragments + addresses + 18
     if vector_bytes(problem) == 16 and (device.arch < 80 or config.num_stages == 1):
         # Data waits in registers in place of addresses and fragments, as much of it as there is room for.
@@ -237,7 +320,7 @@ def estimate(problem: GemmProblem, config: GemmConfig, device: Device) -> Resour
         registers = max(needed, held + min(110.0, tile_bytes / 4) + 26)
     if config.SPLIT_K > 1:
         # The last block to arrive holds its sum and the next partial tile.
-        registers = max(registers, min(MAX_REGISTERS_PER_THREAD, 2 * held))
+        registers = max(registers, min(MAX_REGISTERS_PER_THREAD, 2 * accumulators(config)))
     spilled = 4 * int(max(0.0, needed - MAX_REGISTERS_PER_THREAD))
     return Resources(
         registers=min(MAX_REGISTERS_PER_THREAD, int(registers)),
@@ -247,24 +330,49 @@ def estimate(problem: GemmProblem, config: GemmConfig, device: Device) -> Resour
     )
 
 
+WEIGHT_OPERATIONS = {("int4", "fp16"): 3.4, ("int4", "bf16"): 4.7, ("int8", "fp16"): 4.2, ("int8", "bf16"): 4.2}
+"""Instructions of one lane that make a weight an operand, counted in the SASS of compiled kernels for sm_86."""
+
+
 def work(problem: GemmProblem, config: GemmConfig) -> Work:
-    """The grid, the loop and the bytes of one configuration."""
+    """The grid, the loop and the bytes of one configuration. Groups of rows count as a batch, as if all were of one
+    length: the blocks of the grid that then have no rows end at once."""
     element = dtype(problem.dtype).bytes
-    tiles_m, tiles_n = math.ceil(problem.M / config.BLOCK_M), math.ceil(problem.N / config.BLOCK_N)
+    batch, height = problem.batch, float(problem.M)
+    if problem.groups:
+        batch, height = problem.groups, problem.M / problem.groups
+    tiles_m, tiles_n = math.ceil(height / config.BLOCK_M), math.ceil(problem.N / config.BLOCK_N)
     k_blocks = math.ceil(problem.K / config.BLOCK_K)
     # In bounds, on average over the tiles: masked elements are not read.
-    rows, columns = problem.M / tiles_m, problem.N / tiles_n
+    rows, columns = height / tiles_m, problem.N / tiles_n
     depth = problem.K / config.SPLIT_K
-    epilogue = rows * columns * dtype(problem.output_dtype).bytes
+    epilogue = rows * problem.columns_out / tiles_n * dtype(problem.output_dtype).bytes
     if problem.residual is not None:
-        epilogue += rows * columns * dtype(problem.residual).bytes
+        epilogue += rows * problem.columns_out / tiles_n * dtype(problem.residual).bytes
     if problem.bias is not None:
-        epilogue += columns * dtype(problem.bias).bytes
+        epilogue += (columns if problem.bias_axis == "n" else rows) * dtype(problem.bias).bytes
+    if problem.a_scale == "row":
+        epilogue += 4 * rows
+    if problem.b_scale == "column":
+        epilogue += 4 * columns
+    per_column = problem.K * problem.b_bytes
+    lane_ops = 0.0
+    if problem.b_dtype is not None:
+        scales = dtype(problem.b_scale_dtype).bytes if problem.group_size else 0.0
+        zeros = math.ceil(problem.b_bytes) if problem.b_zero else 0
+        per_column += math.ceil(problem.K / (problem.group_size or problem.K)) * (scales + zeros)
+        # Every row of warps makes its own operands, but for wgmma and tcgen05, which share them.
+        repeats = config.BLOCK_M / warp_tile(config.BLOCK_M, config.BLOCK_N, config.num_warps)[0]
+        weights = config.BLOCK_N * config.BLOCK_K * repeats
+        lane_ops = weights * WEIGHT_OPERATIONS[problem.b_dtype, problem.dtype]
+        if problem.group_size:
+            lane_ops += config.BLOCK_M * config.BLOCK_N
+    vector = min(tile_vector_bytes(problem, config))
     return Work(
         tiles_m=tiles_m,
         tiles_n=tiles_n,
         splits=config.SPLIT_K,
-        batch=problem.batch,
+        batch=batch,
         group_m=config.GROUP_M,
         iterations=math.ceil(k_blocks / config.SPLIT_K),
         tile_m=config.BLOCK_M,
@@ -274,10 +382,11 @@ def work(problem: GemmProblem, config: GemmConfig) -> Work:
         num_stages=config.num_stages,
         unit=problem.unit,
         operand_bytes=element,
-        load_bytes=(rows + columns) * problem.K / k_blocks * element,
-        vector_bytes=min(tile_vector_bytes(problem, config)),
+        load_bytes=(rows * problem.K * element + columns * per_column) / k_blocks,
+        vector_bytes=vector,
         panel_a=Panel(rows * depth * element, problem.a_broadcast),
-        panel_b=Panel(columns * depth * element, problem.b_broadcast),
+        panel_b=Panel(columns * per_column / config.SPLIT_K, problem.b_broadcast),
         epilogue_bytes=epilogue,
         workspace_bytes=0.0 if config.SPLIT_K == 1 else config.BLOCK_M * config.BLOCK_N * 4.0,
+        lane_ops=lane_ops,
     )
