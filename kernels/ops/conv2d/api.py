@@ -98,11 +98,9 @@ def conv2d(
         IllegalConfigError: `config` breaks a limit of the problem or the GPU.
         MissingDependencyError: CuPy or a GPU is needed and absent.
     """
-    if isinstance(alpha, Real) and alpha == 1.0:
-        alpha = None
-    arrays = (x, w, x_scale, w_scale, bias, residual, alpha, out_scale)
-    options = (activation, stride, padding, dilation, groups, layout, precision, out_dtype, config)
-    return _CONV2D(arrays, (out,), options)[0]
+    arrays = (x, w, x_scale, w_scale, bias, residual, _factor(alpha), out_scale)
+    window = (_hashable(stride), _hashable(padding), _hashable(dilation))
+    return _CONV2D(arrays, (out,), (activation, *window, groups, layout, precision, out_dtype, _checked(config)))[0]
 
 
 def conv1d(
@@ -136,11 +134,24 @@ def conv1d(
 
     The rest, the result and the errors are as `conv2d` has them, with one dimension less.
     """
-    if isinstance(alpha, Real) and alpha == 1.0:
-        alpha = None
-    arrays = (x, w, x_scale, w_scale, bias, residual, alpha, out_scale)
-    options = (activation, stride, padding, dilation, groups, layout, precision, out_dtype, config)
-    return _CONV1D(arrays, (out,), options)[0]
+    arrays = (x, w, x_scale, w_scale, bias, residual, _factor(alpha), out_scale)
+    window = (_hashable(stride), _hashable(padding), _hashable(dilation))
+    return _CONV1D(arrays, (out,), (activation, *window, groups, layout, precision, out_dtype, _checked(config)))[0]
+
+
+def _factor(alpha: Any) -> Any:
+    """alpha, or None where it is 1."""
+    return None if isinstance(alpha, Real) and alpha == 1.0 else alpha
+
+
+def _hashable(option: Any) -> Any:
+    return tuple(option) if option.__class__ is list else option
+
+
+def _checked(config: Any) -> Conv2dConfig | GemmConfig | None:
+    if config is None or isinstance(config, Conv2dConfig | GemmConfig):
+        return config
+    raise UsageError(f"config must be a Conv2dConfig, or a GemmConfig for what runs as a GEMM, not {config!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,14 +267,12 @@ def _planned(
     names = {name: f"{name}_ptr" for name in INPUTS}
     plan: Plan
     if problem.pointwise and not isinstance(config, Conv2dConfig):
-        if config is not None and not isinstance(config, GemmConfig):
-            raise UsageError(f"config must be a Conv2dConfig or GemmConfig, not {config!r}")
         plan, _ = plan_for(GEMM, as_gemm(problem), ordinal, config=config)
         x, w = ("a", "b") if problem.layout == "nhwc" else ("b", "a")
         names |= {"x": f"{x}_ptr", "w": f"{w}_ptr", "x_scale": f"{x}_scale_ptr", "w_scale": f"{w}_scale_ptr"}
     else:
-        if config is not None and not isinstance(config, Conv2dConfig):
-            raise UsageError(f"config must be a Conv2dConfig, not {config!r}")
+        if isinstance(config, GemmConfig):
+            raise UsageError(f"{config} is for what runs as a GEMM, and {problem} does not: pass a Conv2dConfig")
         plan, _ = plan_for(CONV2D, problem, ordinal, config=config)
     inputs = tuple((place, names[name]) for place, name in enumerate(INPUTS) if name in views)
     return PlannedCall(plan, inputs, (("out_ptr", Output(shape, problem.output_dtype)),), {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 from tilewright.kernels.arrays import View
@@ -22,15 +23,11 @@ def numbers(name: str, value: Any, lengths: tuple[int, ...]) -> tuple[int, ...]:
     Raises:
         UsageError: it is something else.
     """
-    given = (value,) * lengths[0] if isinstance(value, int) else value
-    if (
-        not isinstance(given, tuple)
-        or len(given) not in lengths
-        or not all(isinstance(each, int) and not isinstance(each, bool) for each in given)
-    ):
+    given = value if isinstance(value, tuple) else (value,) * lengths[0]
+    if len(given) not in lengths or not all(isinstance(each, Integral) and each is not True for each in given):
         counts = " or ".join(map(str, lengths))
         raise UsageError(f"{name}={value!r} must be an integer or {counts} of them")
-    return given
+    return tuple(map(int, given))
 
 
 def paddings(value: Any) -> dict[str, int]:

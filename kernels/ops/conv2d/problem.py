@@ -249,9 +249,10 @@ class Conv2dProblem(FusedProblem):
             array = placed(normal(random, stored, kind, scale=scale), aligned=self.aligned)
             arrays[name] = array.transpose(np.argsort(order)) if turned else array
         if self.x_scale:
-            # Where the weights have no scale, this one makes up for both.
-            both = shrink / spread if integers and self.w_scale is None else 1.0
-            arrays["x_scale"] = np.full(1, both / spread, np.float32)
+            # Where integer weights have no scale, this one makes up for both; of floats it only has to be seen.
+            scale = 1 / spread if integers else 0.5
+            scale *= shrink / spread if integers and self.w_scale is None else 1.0
+            arrays["x_scale"] = np.full(1, scale, np.float32)
         if self.w_scale == "tensor":
             arrays["w_scale"] = np.full(1, shrink / spread, np.float32)
         return arrays | self.epilogue_scalars()
