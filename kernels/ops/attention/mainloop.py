@@ -1,0 +1,139 @@
+# mypy: ignore-errors
+"""The main loop of the fused attention: the online softmax over blocks of keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tilewright.kernels.ops.attention.tiles import load_tile
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def values_of(v):
+    """Values as they are multiplied: fp16, which holds fp8 exactly; weights of 3 bits would lose more than fp8 has."""
+    return v.to(tl.float16) if v.dtype.is_fp8() else v
+
+
+@triton.jit
+def attend(
+    # of every row: the highest score so far, the sum of the weights relative to it, and the sum of weighted values
+    m,
+    total,
+    accumulator,
+    accumulator_tail,
+    # the queries, and where their keys, values and terms are
+    q,
+    q_tail,
+    k_base,
+    v_base,
+    bias_rows,
+    table,
+    slope,
+    mask_m,
+    mask_d,
+    mask_dv,
+    tail_mask_d,
+    tail_mask_dv,
+    query,
+    keys,
+    diagonal,
+    window_left,
+    window_right,
+    k_batch,
+    k_row,
+    v_batch,
+    v_row,
+    scale,
+    # blocks of keys: [lower, upper), where those from `jump` on lie `over` further
+    lower,
+    upper,
+    jump,
+    over,
+    SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TAIL_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    TAIL_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """What a tile of queries makes of some blocks of keys: the online softmax."""
+    # Scores are kept in base 2, where exp2 needs no factor; with nothing to add to them, they are scaled as late as
+    # that, by the subtraction's multiply-add.
+    EXTRA: tl.constexpr = SOFTCAP > 0 or bias_rows is not None or slope is not None
+    unit = 1.0 if EXTRA else scale
+    lane_n = tl.arange(0, BLOCK_N)
+    lane_d = tl.arange(0, BLOCK_D)
+    lane_dv = tl.arange(0, BLOCK_DV)
+    tail_d = BLOCK_D + tl.arange(0, TAIL_D if TAIL_D > 0 else 16)
+    tail_dv = BLOCK_DV + tl.arange(0, TAIL_DV if TAIL_DV > 0 else 16)
+    for step in range(lower, upper):
+        block = step
+        if MASKED:
+            block += tl.where(step < jump, 0, over)
+        start = block * BLOCK_N
+        key = start + lane_n
+        rows, columns = None, None
+        if MASKED:
+            rows, columns = key[:, None] < keys, key[None, :] < keys
+        if PAGE == 0:
+            k_rows = k_base + start.to(tl.int64) * k_row + lane_n * k_row
+            v_rows = v_base + start.to(tl.int64) * v_row + lane_n * v_row
+        elif PAGE % BLOCK_N == 0:
+            page = tl.load(table + start // PAGE).to(tl.int64)
+            k_rows = k_base + page * k_batch + (start % PAGE) * k_row + lane_n * k_row
+            v_rows = v_base + page * v_batch + (start % PAGE) * v_row + lane_n * v_row
+        else:
+            page = load_tile(table + key // PAGE, key < keys if MASKED else None, None).to(tl.int64)
+            k_rows = k_base + page * k_batch + (key % PAGE) * k_row
+            v_rows = v_base + page * v_batch + (key % PAGE) * v_row
+
+        k = load_tile(k_rows[None, :] + lane_d[:, None], mask_d, columns)
+        scores = tl.dot(q, k, input_precision="ieee")
+        if TAIL_D > 0:
+            k_tail = load_tile(k_rows[None, :] + tail_d[:, None], tail_mask_d, columns)
+            scores = tl.dot(q_tail, k_tail, scores, input_precision="ieee")
+        if EXTRA:
+            scores *= scale
+        if SOFTCAP > 0:
+            # tanh; where exp2 overflows it is 1, and near 0 its error is 1e-7.
+            scores = SOFTCAP * LOG2E * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / SOFTCAP))))
+        if bias_rows is not None:
+            bias = load_tile(bias_rows[:, None] + key[None, :], mask_m, columns)
+            scores += bias.to(tl.float32) * LOG2E
+        offset = key[None, :] - query[:, None] - diagonal
+        if slope is not None:
+            scores -= slope * tl.abs(offset).to(tl.float32)
+        if MASKED:
+            seen = columns
+            if CAUSAL:
+                seen = seen & (offset <= 0)
+            elif window_right is not None:
+                seen = seen & (offset <= window_right)
+            if window_left is not None:
+                seen = seen & (offset >= -window_left)
+            scores = tl.where(seen, scores, -float("inf"))
+
+        higher = tl.maximum(m, tl.max(scores, 1) * unit)
+        base = higher
+        if MASKED or bias_rows is not None:
+            # A row that has seen no key yet: -inf - -inf would be NaN.
+            base = tl.where(higher == -float("inf"), 0.0, higher)
+        p = tl.exp2(scores * unit - base[:, None])
+        correction = tl.exp2(m - base)
+        total = total * correction + tl.sum(p, 1)
+        m = higher
+        v = values_of(load_tile(v_rows[:, None] + lane_dv[None, :], rows, mask_dv))
+        accumulator = tl.dot(p.to(v.dtype), v, accumulator * correction[:, None], input_precision="ieee")
+        if TAIL_DV > 0:
+            v_tail = values_of(load_tile(v_rows[:, None] + tail_dv[None, :], rows, tail_mask_dv))
+            accumulator_tail = tl.dot(
+                p.to(v_tail.dtype), v_tail, accumulator_tail * correction[:, None], input_precision="ieee"
+            )
+    return m, total, accumulator, accumulator_tail

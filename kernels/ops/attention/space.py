@@ -1,0 +1,334 @@
+"""The configurations of the fused attention: axes, limits, the default, and the work each one means."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, WARP_SIZE, Device
+from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.ops.attention.problem import SMALLEST_DIM, AttentionProblem
+from tilewright.kernels.problem import Config
+from tilewright.kernels.space import Space
+from tilewright.kernels.work import Panel, Work
+from tilewright.tuning_db.record import Resources
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig(Config):
+    """Tile, split and pipeline of one attention."""
+
+    BLOCK_M: int  # rows of a tile: queries, or queries times the heads of a group
+    BLOCK_N: int  # keys of one iteration
+    SPLIT_KV: int = 1  # blocks that share one tile's keys; deterministic, through a workspace and a second launch
+    PACK: bool = False  # the heads of a group share a tile, and so each key's only read
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+AXES = {
+    "BLOCK_M": (16, 32, 64, 128, 256),
+    "BLOCK_N": (16, 32, 64, 128, 256),
+    "SPLIT_KV": (1, 2, 4, 8, 16, 32, 64),
+    "PACK": (False, True),
+    "num_warps": (2, 4, 8),
+    "num_stages": (1, 2, 3, 4, 5),
+}
+
+CUT = 64
+"""Rows from which on head dims are cut in two blocks. Lower tiles are for decoding, which waits for memory, not for
+padded dots, and which needs dots as wide as they can be, for its warps lie side by side along them."""
+
+MOST_ACCUMULATORS = 208
+"""Accumulators and scores of a thread, with which few kernels still compile without a spill."""
+
+FMA_LOOP = 2048
+"""Most multiply-adds of a thread in one dot on CUDA cores, which is unrolled whole: 4096 take ptxas 20 s, and spill."""
+
+
+def head_blocks(dim: int, rows: int, smallest: int) -> tuple[int, int]:
+    """Powers of two that hold a head dim, for tiles of so many rows: 96 is 64 and 32, or 128 and 0 for few rows."""
+    block = 2 ** int(math.log2(dim))
+    rest = dim - block
+    if rest == 0:
+        return block, 0
+    return (2 * block, 0) if rows < CUT else (block, max(smallest, 2 ** math.ceil(math.log2(rest))))
+
+
+def value_blocks(problem: AttentionProblem, config: AttentionConfig) -> tuple[int, int]:
+    """The blocks of a head dim of V.
+
+    Triton lays the warps of chained dots out along the rows if the second is no wider than high; else along its
+    columns, and all weights go through shared memory. So values are cut at the height of the tile, where two blocks do.
+    """
+    rows, dim = config.BLOCK_M, problem.dim_v
+    block, tail = head_blocks(dim, rows, SMALLEST_DIM)
+    return (rows, rows) if CUT <= rows < block and dim <= 2 * rows else (block, tail)
+
+
+def tile_heads(problem: AttentionProblem, config: AttentionConfig) -> int:
+    """Query heads whose rows share a tile."""
+    return problem.H // problem.kv_heads if config.PACK else 1
+
+
+def tiles(problem: AttentionProblem, config: AttentionConfig) -> int:
+    """Tiles of rows, of all heads and sequences."""
+    heads = tile_heads(problem, config)
+    return math.ceil(problem.Sq * heads / config.BLOCK_M) * (problem.H // heads) * problem.B
+
+
+def key_blocks(problem: AttentionProblem, config: AttentionConfig) -> int:
+    """Blocks of keys that one tile can see at the most."""
+    most = math.ceil(problem.Skv / config.BLOCK_N)
+    if problem.window_left is None:
+        return most
+    queries = min(problem.Sq, (config.BLOCK_M - 1) // tile_heads(problem, config) + 2)
+    span = problem.Sq if problem.right is None else queries + problem.right
+    return min(most, math.ceil((span + problem.window_left) / config.BLOCK_N) + 1)
+
+
+def vector_bytes(problem: AttentionProblem) -> int:
+    """Widest load of q, k and v that their alignment allows, in bytes: 16, or the power of two in the length of a dense
+    row; single elements for unaligned ones."""
+    element = int(dtype(problem.dtype).bytes)
+    if not problem.aligned:
+        return element
+    if problem.strided:
+        return 16
+    row = math.gcd(problem.D, problem.dim_v) * element
+    return min(16, row & -row)
+
+
+def unified(problem: AttentionProblem, config: AttentionConfig, device: Device) -> bool:
+    """Whether dots become wgmma or tcgen05, which read operands from shared memory: 64 rows and a warp group."""
+    return device.arch // 10 in (9, 10) and problem.unit != "fp32" and config.BLOCK_M >= 64 and config.num_warps >= 4
+
+
+def along_rows(problem: AttentionProblem, config: AttentionConfig) -> bool:
+    """Whether warps lie along the rows of both dots of mma.sync: see `value_blocks`."""
+    block, tail = value_blocks(problem, config)
+    return (tail or block) <= config.BLOCK_M
+
+
+def copies_ahead(problem: AttentionProblem, config: AttentionConfig, device: Device) -> int:
+    """Blocks of keys that cp.async fetches while another is computed; 0 without a pipeline."""
+    if device.arch < 80 or config.num_stages < 2 or vector_bytes(problem) < 4:
+        return 0
+    # The page numbers take every other stage for themselves.
+    return max(1, (config.num_stages - 1) // 2) if problem.page_size else config.num_stages - 1
+
+
+def shared_bytes(problem: AttentionProblem, config: AttentionConfig, device: Device) -> int:
+    """Shared memory of the main loop, in bytes. The compiled kernel may take more (for layouts of results on their way
+    out), never less."""
+    element = int(dtype(problem.dtype).bytes)
+    m, n = config.BLOCK_M, config.BLOCK_N
+    d, dv = head_blocks(problem.D, m, problem.smallest_dim), value_blocks(problem, config)
+    in_place = unified(problem, config, device)
+    # Blocks of the head dim that are too small for 4 bytes a thread are not copied ahead.
+    least = 4 * config.num_warps * WARP_SIZE
+    k, v = (n * element * sum(part for part in parts if part * n * element >= least) for parts in (d, dv))
+    # e5m2 is widened to fp16 where there is no mma of it.
+    q = m * sum(d) * (2 if problem.dtype == "fp8e5m2" and device.arch < 89 else element)
+    on_columns = problem.unit == "fp32" or not (in_place or along_rows(problem, config))
+    weights = m * n * max(2, element) if on_columns else 0
+    ahead = copies_ahead(problem, config, device)
+    if ahead:
+        total = q + ahead * (k + v) + weights
+    else:
+        total = q + max(n * max(d) * element, 0 if element == 1 else n * max(dv) * element + weights)
+    if ahead and in_place:
+        # One more buffer, for the block that is being read; of fp8 values it is of fp16.
+        total += k + (2 * n * max(dv) if element == 1 else v)
+    if problem.bias is not None and device.arch >= 80:
+        term = int(dtype(problem.bias).bytes)
+        if term >= 4 or (problem.aligned and (problem.strided or problem.Skv % 16 == 0)):
+            total += (config.num_stages - 1) * m * n * term
+    return total
+
+
+def accumulators(problem: AttentionProblem, config: AttentionConfig) -> float:
+    """fp32 accumulators per thread: of the result and of one block's scores."""
+    columns = sum(value_blocks(problem, config)) + config.BLOCK_N
+    return config.BLOCK_M * columns / (config.num_warps * WARP_SIZE)
+
+
+def fits(problem: AttentionProblem, config: AttentionConfig, device: Device) -> str | None:
+    """None, or the limit that the configuration breaks, with the values."""
+    for name in ("BLOCK_M", "BLOCK_N", "SPLIT_KV", "num_warps", "num_stages"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            return f"{name}={value!r} must be an integer of at least 1"
+        if name != "num_stages" and value & (value - 1):
+            return f"{name}={value} must be a power of two"
+    if type(config.PACK) is not bool:
+        return f"PACK={config.PACK!r} must be true or false"
+    if min(config.BLOCK_M, config.BLOCK_N) < 16:
+        return "the smallest tile of two dots is 16×16"
+    if config.PACK and problem.kv_heads == problem.H:
+        return f"PACK=True needs query heads that share key heads, and H={problem.H} are as many as Hkv={problem.Hkv}"
+    if config.num_warps > 32:
+        return f"num_warps={config.num_warps} is over the 32 of a block"
+    held = config.BLOCK_M * sum(value_blocks(problem, config)) / (config.num_warps * WARP_SIZE)
+    if held > MAX_REGISTERS_PER_THREAD:
+        return f"{held:.0f} accumulators a thread are over its {MAX_REGISTERS_PER_THREAD} registers"
+    shared = shared_bytes(problem, config, device)
+    if shared > device.shared_per_block:
+        return f"{shared} B of shared memory are over the {device.shared_per_block} B a block of {device.sm} can have"
+    if config.SPLIT_KV > 65535:
+        return f"SPLIT_KV={config.SPLIT_KV} is over the grid's 65535"
+    # Positions are 32-bit, those of the last block's padding too.
+    rows = problem.Sq * tile_heads(problem, config) + config.BLOCK_M
+    if max(rows, problem.Skv + problem.Sq + config.BLOCK_N * (config.SPLIT_KV + 1)) >= 2**31:
+        return f"positions in {problem.Sq} queries of {problem.H} heads and {problem.Skv} keys pass 32 bits"
+    blocks = problem.B * problem.H * problem.Sq if config.SPLIT_KV > 1 else tiles(problem, config)
+    if blocks >= 2**31:
+        return f"{blocks} blocks are over the grid's {2**31 - 1}"
+    return None
+
+
+def useful(problem: AttentionProblem, config: AttentionConfig, device: Device) -> str | None:
+    """None, or why the configuration can't be the best one."""
+    m, n, warps = config.BLOCK_M, config.BLOCK_N, config.num_warps
+    rows = problem.Sq * tile_heads(problem, config)
+    for block, size in ((m, rows), (n, problem.Skv)):
+        if block > max(16, 2 ** math.ceil(math.log2(size))):
+            return f"a block of {block} over a size of {size} is mostly padding"
+    if config.PACK and problem.Sq >= m:
+        return f"{problem.Sq} queries fill a tile of {m} rows without the other heads"
+    blocks = key_blocks(problem, config)
+    if config.SPLIT_KV > 1:
+        if blocks < 2 * config.SPLIT_KV:
+            return f"SPLIT_KV={config.SPLIT_KV} leaves fewer than 2 of {blocks} blocks of keys to each"
+        # Half as many splits leave half the partial results to write and read.
+        if tiles(problem, config) * (config.SPLIT_KV // 2) >= 4 * device.sms:
+            return f"{tiles(problem, config)} tiles fill {device.sms} SMs with half of SPLIT_KV={config.SPLIT_KV}"
+    if config.num_stages > max(2, blocks // config.SPLIT_KV):
+        return f"num_stages={config.num_stages} is more than the blocks of keys there are"
+    if config.num_stages > 1 and copies_ahead(problem, config, device) == 0:
+        return "without cp.async (sm_80, 4-byte loads) more than 1 stage changes nothing: the code is the same"
+    if problem.page_size == 0 and config.num_stages > 4:
+        return "5 stages are for paged keys, whose page numbers take one"
+    if problem.unit == "fp32" or not device.tensor_tflops:
+        products = m * n * max(problem.D, problem.dim_v) / (warps * WARP_SIZE)
+        if products > FMA_LOOP:
+            return f"a dot of {products:.0f} multiply-adds a thread, unrolled, compiles for too long, and spills"
+        if m * n < 4 * warps * WARP_SIZE:
+            return f"{warps} warps have fewer than 4 of {m}×{n} scores a thread"
+    elif unified(problem, config, device) or along_rows(problem, config):
+        if 16 * warps > m:
+            return f"{warps} warps of 16 rows are more than {m} rows have"
+    elif 8 * warps > min(n, sum(value_blocks(problem, config))):
+        return f"{warps} warps of 8 columns are more than {n} keys or a head have"
+    if device.arch // 10 in (9, 10) and m >= 64 and warps < 4 and problem.unit != "fp32":
+        return f"{warps} warps are no warp group: no wgmma, no tcgen05"
+    if accumulators(problem, config) > MOST_ACCUMULATORS:
+        return f"{accumulators(problem, config):.0f} accumulators and scores a thread spill"
+    return None
+
+
+COARSE = {"BLOCK_M": (16, 64, 128), "BLOCK_N": (32, 64, 128), "SPLIT_KV": (1, 4, 16), "num_stages": (2, 3)}
+
+SPACE: Space[AttentionProblem, AttentionConfig] = Space(AttentionConfig, AXES, fits, useful, COARSE)
+
+
+def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
+    """What runs when nothing is known: fits every problem whose grid can be launched, and does not spill."""
+    return AttentionConfig(16, 16)
+
+
+def ragged(problem: AttentionProblem, config: AttentionConfig) -> AttentionProblem:
+    """A problem of at most two tiles of rows for each head, the last one cut, and keys that end within a block, after
+    splits of unequal length; two heads of keys, and three sequences where they differ in length. A number of keys that
+    is a multiple of 16 stays one, for alignment decides how a bias is loaded."""
+    heads = problem.H // problem.kv_heads
+    kv_heads = min(problem.kv_heads, 2)
+    queries = min(problem.Sq, max(2, (2 * config.BLOCK_M - 1) // tile_heads(problem, config)))
+    blocks = max(2, min(math.ceil(problem.Skv / config.BLOCK_N), 2 * config.SPLIT_KV + 1))
+    kept = 16 if problem.Skv % 16 == 0 else 1
+    keys = problem.Skv
+    if problem.Skv % 16 == 0 or problem.Skv >= config.BLOCK_N:
+        keys = (blocks - 1) * config.BLOCK_N + max(kept, config.BLOCK_N - kept)
+    if problem.page_size:
+        keys = math.ceil(keys / problem.page_size) * problem.page_size
+    return replace(
+        problem,
+        B=min(problem.B, 3 if problem.varlen or problem.kv_lens else 2),
+        H=heads * kv_heads,
+        Hkv=kv_heads,
+        Sq=queries,
+        Skv=keys,
+        # As much narrower that they still mask something.
+        window_left=None if problem.window_left is None else min(problem.window_left, keys // 2),
+        window_right=None if problem.window_right is None else min(problem.window_right, queries // 2),
+    )
+
+
+def estimate(problem: AttentionProblem, config: AttentionConfig, device: Device) -> Resources:
+    """Resources before anything is compiled."""
+    registers = needed = int(accumulators(problem, config)) + 60
+    spilled = 4 * int(max(0.0, needed - MAX_REGISTERS_PER_THREAD))
+    return Resources(
+        registers=min(MAX_REGISTERS_PER_THREAD, int(registers)),
+        spill_bytes=spilled,
+        stack_bytes=spilled,
+        shared_bytes=shared_bytes(problem, config, device),
+    )
+
+
+def work(problem: AttentionProblem, config: AttentionConfig) -> Work:
+    """The grid, the loop over keys and the bytes of one configuration.
+
+    Tiles see different numbers of keys; they are taken to be equal, at the mean, for the longest start first and the
+    shortest fill the last wave. Query heads that share keys share their panel of L2.
+    """
+    element = dtype(problem.dtype).bytes
+    heads = tile_heads(problem, config)
+    group = problem.H // problem.kv_heads // heads
+    queries, keys = problem.lengths()
+    rows = problem.Sq * heads
+    tiles_m = math.ceil(rows / config.BLOCK_M)
+    d = sum(head_blocks(problem.D, config.BLOCK_M, problem.smallest_dim))
+    dv = sum(value_blocks(problem, config))
+    # Keys that a query sees, of all there are of its sequence, and those in blocks that it has to visit.
+    seen = problem.flops() / (2 * problem.H * (problem.D + problem.dim_v)) / max(1, int(queries.sum()))
+    edge = config.BLOCK_N if problem.window_left is not None else 0.5 * config.BLOCK_N if problem.causal else 0.0
+    visited = min(float(keys.max()), seen + edge + (config.BLOCK_M / heads if problem.window_left is not None else 0.0))
+    blocks = max(1, math.ceil(visited / config.BLOCK_N))
+    in_block = min(config.BLOCK_N, visited)
+    load = in_block * (problem.D + problem.dim_v) * element
+    height = rows / tiles_m
+    term = 0.0 if problem.bias is None else dtype(problem.bias).bytes
+    scores = config.BLOCK_M * config.BLOCK_N
+    each = LANE_OPS + (SOFTCAP_OPS if problem.softcap else 0) + (2 if term else 0) + (3 if problem.alibi else 0)
+    return Work(
+        tiles_m=tiles_m,
+        tiles_n=1,
+        splits=config.SPLIT_KV,
+        batch=problem.B * problem.H // heads,
+        group_m=1,
+        iterations=math.ceil(blocks / config.SPLIT_KV),
+        tile_m=config.BLOCK_M,
+        tile_n=config.BLOCK_N,
+        tile_k=d,
+        num_warps=config.num_warps,
+        num_stages=max(1, config.num_stages - 1) if problem.page_size else config.num_stages,
+        # The second dot of fp8 is of fp16.
+        unit="fp16" if problem.dtype.startswith("fp8") else problem.unit,
+        operand_bytes=element,
+        load_bytes=load + height * in_block * term,
+        vector_bytes=vector_bytes(problem),
+        panel_a=Panel(height * (problem.D * element + visited * term) / config.SPLIT_KV),
+        panel_b=Panel(visited * (problem.D + problem.dim_v) * element / group / config.SPLIT_KV),
+        epilogue_bytes=height * (problem.dim_v * dtype(problem.output_dtype).bytes + (4 if problem.lse else 0)),
+        workspace_bytes=0.0 if config.SPLIT_KV == 1 else height * problem.dim_v * 4.0,
+        launches=1 if config.SPLIT_KV == 1 else 2,
+        second=(config.BLOCK_M, dv, config.BLOCK_N),
+        lane_ops=each * scores + config.BLOCK_M * dv,
+        special_ops=(3 if problem.softcap else 1) * scores + config.BLOCK_M,
+    )
+
+
+LANE_OPS = 5.0
+"""Of one score: maximum, multiply-add, sum, and its share of packing, masks and addresses."""
+SOFTCAP_OPS = 4.0
