@@ -88,6 +88,13 @@ class Tolerance(NamedTuple):
     absolute: float
 
 
+class Variant(NamedTuple, Generic[P, C]):
+    """A feature that is not in the problem but in how it is computed."""
+
+    problem: P
+    config: C
+
+
 @dataclass(frozen=True)
 class Kernel(Generic[P, C]):
     """An op: its problems, its configurations, its device code, and what to hold it against."""
@@ -107,10 +114,18 @@ class Kernel(Generic[P, C]):
     supported: Callable[[P, Device], str | None]  # None, or why this device can't run it at all
     # A small problem of the same code paths that neither tile nor split divides: the tails the problem itself may lack.
     ragged: Callable[[P, C], P] | None = None
-    # What the support table lists: each feature with a small problem that has it.
-    features: Mapping[str, P] = field(default_factory=dict)
+    # What the support table lists: each feature with a small problem that has it, or one with the configuration to.
+    features: Mapping[str, P | Variant[P, C]] = field(default_factory=dict)
     # Values of the stride arguments, from the strides of all arrays, in elements, by name; None: no launch has any.
     strides: Callable[[P, Mapping[str, tuple[int, ...]]], dict[str, int]] | None = None
+
+    @property
+    def feature_cases(self) -> list[tuple[str, P, C | None]]:
+        """Each feature's name, problem, and configuration if it hangs on one."""
+        return [
+            (name, *feature) if isinstance(feature, Variant) else (name, feature, None)
+            for name, feature in self.features.items()
+        ]
 
     @cached_property
     def source_hash(self) -> str:

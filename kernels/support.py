@@ -2,13 +2,17 @@
 
     python -m tilewright.kernels.support > docs/kernels.md
 
-An op names its features in `Kernel.features`, each with a small problem that has it. The tests run these problems in
-the interpreter and compile them for every arch that the table claims.
+An op names its features in `Kernel.features`, each with a small problem that has it, and the configuration if it hangs
+on one. The tests run these in the interpreter and compile them for every arch that the table claims.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import KERNELS
 
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
@@ -25,6 +29,14 @@ sm_75 has no tensor-core path in Triton: what is marked there runs on CUDA cores
 """
 
 
+def works(kernel: Kernel[Any, Any], problem: Problem, config: Config | None, device_name: str) -> bool:
+    """Whether a device can run the problem, with that configuration if one is named."""
+    device = resolve_device(device_name)
+    if kernel.supported(problem, device) is not None:
+        return False
+    return config is None or kernel.space.fits(problem, config, device) is None
+
+
 def table() -> str:
     """`docs/kernels.md`, in Markdown."""
     lines = [HEAD]
@@ -32,9 +44,9 @@ def table() -> str:
         lines += [f"## [{kernel.name}]({kernel.name}.md)", ""]
         lines += ["| feature | " + " | ".join(f"sm_{arch}" for arch in ARCHS) + " | problem |"]
         lines += ["|---|" + "---|" * (len(ARCHS) + 1)]
-        for name, problem in kernel.features.items():
-            works = (kernel.supported(problem, resolve_device(f"sm_{arch}")) is None for arch in ARCHS)
-            lines.append(f"| {name} | " + " | ".join("✓" if mark else "" for mark in works) + f" | `{problem}` |")
+        for name, problem, config in kernel.feature_cases:
+            marks = " | ".join("✓" if works(kernel, problem, config, f"sm_{arch}") else "" for arch in ARCHS)
+            lines.append(f"| {name} | {marks} | `{problem}` |")
         lines.append("")
     return "\n".join(lines)
 

@@ -9,14 +9,14 @@ import pytest
 
 from tilewright.kernels.device import Device
 from tilewright.kernels.kernel import Kernel
-from tilewright.kernels.problem import Problem
+from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import KERNELS
 from tilewright.tuner.pool import Pool
 
 pytestmark = pytest.mark.gpu
 
 TIMEOUT = 120.0
-FEATURES = [(kernel, problem) for kernel in KERNELS for problem in kernel.features.values()]
+FEATURES = [(kernel, problem, config) for kernel in KERNELS for _, problem, config in kernel.feature_cases]
 NAMES = [f"{kernel.name}: {name}" for kernel in KERNELS for name in kernel.features]
 
 
@@ -26,12 +26,14 @@ def worker(board: Device) -> Iterator[Pool]:
         yield pool
 
 
-@pytest.mark.parametrize(("kernel", "problem"), FEATURES, ids=NAMES)
-def test_a_feature_passes_the_gate(worker: Pool, board: Device, kernel: Kernel[Any, Any], problem: Problem) -> None:
-    reason = kernel.supported(problem, board)
+@pytest.mark.parametrize(("kernel", "problem", "config"), FEATURES, ids=NAMES)
+def test_a_feature_passes_the_gate(
+    worker: Pool, board: Device, kernel: Kernel[Any, Any], problem: Problem, config: Config | None
+) -> None:
+    config = config or kernel.default(problem, board)
+    reason = kernel.supported(problem, board) or kernel.space.fits(problem, config, board)
     if reason is not None:
         pytest.skip(reason)
-    config = kernel.default(problem, board)
     request = {"op": kernel.name, "problem": problem.to_dict(), "config": config.to_dict(), "ordinal": 0}
     reply = worker.submit({"do": "measure", **request}, TIMEOUT).result()
     assert reply["status"] == "ok", reply["message"]

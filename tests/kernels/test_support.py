@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +12,12 @@ from tests.kernels.compiling import compiled, described
 from tests.kernels.conformance import Guarded, check
 from tilewright.kernels import KERNELS, resolve_device
 from tilewright.kernels.runtime import InterpretedPlan
-from tilewright.kernels.support import ARCHS, table
+from tilewright.kernels.support import ARCHS, table, works
 from tilewright.tuning_db.env import compiling_environment
 
 ROOT = Path(__file__).parent.parent.parent
-FEATURES = [(kernel, name, problem) for kernel in KERNELS for name, problem in kernel.features.items()]
-NAMES = [f"{kernel.name}: {name}" for kernel, name, _ in FEATURES]
-
-
-def works_on(arch):
-    """The features that the table claims for an arch."""
-    device = resolve_device(f"sm_{arch}")
-    return [(kernel, name, problem) for kernel, name, problem in FEATURES if kernel.supported(problem, device) is None]
+FEATURES = [(kernel, problem, config) for kernel in KERNELS for _, problem, config in kernel.feature_cases]
+NAMES = [f"{kernel.name}: {name}" for kernel in KERNELS for name in kernel.features]
 
 
 def test_the_page_is_what_the_code_says():
@@ -42,13 +35,15 @@ def test_the_command_prints_the_page():
 def test_every_kernel_has_features_and_every_problem_another_one():
     for kernel in KERNELS:
         assert len(kernel.features) >= 3
-        assert len(set(kernel.features.values())) == len(kernel.features)
-        assert all(isinstance(problem, kernel.problem) for problem in kernel.features.values())
+        cases = {(problem, config) for _, problem, config in kernel.feature_cases}
+        assert len(cases) == len(kernel.features)
+        assert all(isinstance(problem, kernel.problem) for problem, _ in cases)
 
 
-@pytest.mark.parametrize(("kernel", "name", "problem"), FEATURES, ids=NAMES)
-def test_a_feature_equals_its_reference(kernel, name, problem):
-    plan = InterpretedPlan(kernel.launches(problem, kernel.default(problem, resolve_device("h200"))))
+@pytest.mark.parametrize(("kernel", "problem", "config"), FEATURES, ids=NAMES)
+def test_a_feature_equals_its_reference(kernel, problem, config):
+    config = config or kernel.default(problem, resolve_device("h200"))
+    plan = InterpretedPlan(kernel.launches(problem, config))
     strides = {}
     if kernel.strides is not None:
         arrays = problem.inputs(0) | {output: guarded.array for output, guarded in Guarded.of(problem).items()}
@@ -62,23 +57,20 @@ def test_a_feature_equals_its_reference(kernel, name, problem):
 
 
 def compiles(arch, features):
-    for reply in compiled(arch, [(kernel.name, problem, None) for kernel, _, problem in features]):
+    claimed = [feature for feature in features if works(*feature, f"sm_{arch}")]
+    for reply in compiled(arch, [(kernel.name, problem, config) for kernel, problem, config in claimed]):
         for launch in (reply, *reply["more"]):
             assert "error" not in launch, f"{described(reply)}: {launch.get('error')}"
             assert launch["over"] is None, f"{described(reply)}: {launch['over']}"
 
 
-@pytest.mark.parametrize("arch", ARCHS[1:])
-def test_features_compile_without_spills(arch):
-    """Each feature on one arch in turn; the whole matrix is marked slow."""
-    archs = itertools.cycle(ARCHS[1:])
-    compiles(
-        arch,
-        [feature for feature, turn in zip(FEATURES, archs, strict=False) if turn == arch and feature in works_on(arch)],
-    )
+@pytest.mark.parametrize("turn", range(6), ids=[f"sm_{arch}" for arch in ARCHS[1:]])
+def test_features_compile_without_spills(turn):
+    """Each feature for one arch in turn; the whole matrix is marked slow."""
+    compiles(ARCHS[1:][turn], FEATURES[turn::6])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_mark_compiles_without_spills(arch):
-    compiles(arch, works_on(arch))
+    compiles(arch, FEATURES)

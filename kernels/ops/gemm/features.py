@@ -1,0 +1,63 @@
+"""What the fused GEMM can do, a small problem for each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tilewright.kernels.kernel import Variant
+from tilewright.kernels.ops.gemm.problem import GemmProblem
+from tilewright.kernels.ops.gemm.space import GemmConfig
+
+SMALL: dict[str, Any] = {"M": 33, "N": 48, "K": 64}
+INT8: dict[str, Any] = {**SMALL, "dtype": "int8"}
+INT4: dict[str, Any] = {"M": 17, "N": 48, "K": 128, "b_dtype": "int4", "b_scale": "group"}
+GROUPED: dict[str, Any] = {**SMALL, "groups": 3}
+EVEN: dict[str, Any] = {"M": 96, "N": 64, "K": 64}
+
+FEATURES = {
+    # data types
+    "fp16": GemmProblem(**SMALL),
+    "bf16": GemmProblem(**SMALL, dtype="bf16"),
+    "fp32, IEEE": GemmProblem(**SMALL, dtype="fp32"),
+    "fp32, tf32": GemmProblem(**SMALL, dtype="fp32", precision="tf32"),
+    "fp8e4m3": GemmProblem(**SMALL, dtype="fp8e4m3"),
+    "fp8e5m2": GemmProblem(**SMALL, dtype="fp8e5m2"),
+    "int8 to int32": GemmProblem(**INT8),
+    "int8, dequantised by tensor": GemmProblem(**INT8, a_scale="tensor", b_scale="tensor"),
+    "int8, dequantised by row and column": GemmProblem(**INT8, a_scale="row", b_scale="column", out_dtype="fp16"),
+    "int8 weights, a scale a column": GemmProblem(**SMALL, b_dtype="int8", b_scale="column"),
+    "int8 weights, groups of 64": GemmProblem(**SMALL, b_dtype="int8", b_scale="group", group_size=64),
+    "int4 weights, groups of 32": GemmProblem(**INT4, group_size=32),
+    "int4 weights, groups of 64, zero points": GemmProblem(**INT4, group_size=64, b_zero=True),
+    "int4 weights, groups of 128, bf16": GemmProblem(**INT4, group_size=128, dtype="bf16", b_scale_dtype="bf16"),
+    "int4 weights, a scale a column": GemmProblem(**{**INT4, "b_scale": "column"}),
+    # forms
+    "column-major operands": GemmProblem(**SMALL, a_layout="col", b_layout="col"),
+    "batch": GemmProblem(**SMALL, batch=3),
+    "batch, one operand broadcast": GemmProblem(**SMALL, batch=3, b_broadcast=True, residual="fp16"),
+    "rows further apart than long": GemmProblem(**SMALL, batch=2, strided=True, residual="fp16"),
+    "unaligned arrays": GemmProblem(M=33, N=47, K=65, aligned=False),
+    "groups of rows (mixture of experts)": GemmProblem(**GROUPED),
+    "groups of rows, with bias and gate": GemmProblem(**GROUPED, bias="fp16", gated="halves", activation="silu"),
+    "groups of rows, int4 weights": GemmProblem(**INT4, group_size=32, groups=2),
+    "split-K, deterministic": Variant(GemmProblem(M=17, N=32, K=512), GemmConfig(16, 32, 32, SPLIT_K=4)),
+    "persistent blocks": Variant(GemmProblem(**EVEN), GemmConfig(32, 32, 32, PERSISTENT=True)),
+    "tensor descriptors": Variant(GemmProblem(**EVEN), GemmConfig(32, 32, 32, TMA=True)),
+    "tensor descriptors, persistent": Variant(
+        GemmProblem(**EVEN, b_layout="col"), GemmConfig(32, 32, 32, PERSISTENT=True, TMA=True)
+    ),
+    # epilogue
+    "alpha, bias, residual, activation": GemmProblem(
+        **SMALL, alpha=True, bias="fp32", residual="bf16", activation="gelu_erf"
+    ),
+    "bias along M": GemmProblem(**SMALL, bias="fp16", bias_axis="m"),
+    "scales of any dtype": GemmProblem(**SMALL, dtype="bf16", a_scale="row", b_scale="column"),
+    "gated halves (SwiGLU)": GemmProblem(**SMALL, gated="halves", activation="silu"),
+    "gated pairs of columns (GEGLU)": GemmProblem(
+        **SMALL, gated="interleaved", activation="gelu_tanh", bias="fp16", residual="fp16"
+    ),
+    "int8 result": GemmProblem(**SMALL, out_dtype="int8", out_scale=True, activation="relu"),
+    "int8 to int8": GemmProblem(**INT8, a_scale="tensor", b_scale="column", out_dtype="int8", out_scale=True),
+    "fp8e4m3 result": GemmProblem(**SMALL, dtype="bf16", out_dtype="fp8e4m3", out_scale=True),
+    "fp8e5m2 result": GemmProblem(**SMALL, dtype="bf16", out_dtype="fp8e5m2", out_scale=True),
+}
