@@ -24,7 +24,7 @@ def numbers(name: str, value: Any, lengths: tuple[int, ...]) -> tuple[int, ...]:
         UsageError: it is something else.
     """
     given = value if isinstance(value, tuple) else (value,) * lengths[0]
-    if len(given) not in lengths or not all(isinstance(each, Integral) and each is not True for each in given):
+    if len(given) not in lengths or any(isinstance(each, bool) or not isinstance(each, Integral) for each in given):
         counts = " or ".join(map(str, lengths))
         raise UsageError(f"{name}={value!r} must be an integer or {counts} of them")
     return tuple(map(int, given))

@@ -221,7 +221,7 @@ def useful(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str 
             return f"SPLIT_K={config.SPLIT_K} leaves fewer than 4 of {blocks} steps to each"
         tiles = tiles_m * tiles_n * problem.groups
         # Half as many splits leave half the partial tiles to write and read.
-        if tiles * (config.SPLIT_K // 2) >= 4 * device.sms:
+        if tiles * (config.SPLIT_K // 2) >= 2 * device.sms:
             return f"{tiles} tiles fill {device.sms} SMs with half of SPLIT_K={config.SPLIT_K}"
     if config.num_stages > max(2, blocks // config.SPLIT_K):
         return f"num_stages={config.num_stages} is more than the steps there are"
