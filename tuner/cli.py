@@ -218,6 +218,22 @@ def devices() -> None:
 
 
 @cli.command()
+def suites() -> None:
+    """List the suites that can be named, and how many workloads of each op they have."""
+    from tilewright.tuner.suites import SUITES
+
+    ops = list(dict.fromkeys(workload.op for workload in SUITES["all"]))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("suite", no_wrap=True)
+    for name in ("workloads", *ops):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, workloads in SUITES.items():
+        counts = [sum(workload.op == op for workload in workloads) for op in ops]
+        table.add_row(name, str(len(workloads)), *(str(count or "") for count in counts))
+    _print_table(table)
+
+
+@cli.command()
 @click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
 @click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
 def show(device: str, db: str | None) -> None:

@@ -73,6 +73,8 @@ def test_a_device_without_tensor_cores_says_so(autotune, tmp_path: Path) -> None
         (("--device", "sm_70"), "sm_7"),
         (("--device", "sm_86", "--kernel", "gem"), "unknown kernel 'gem'; did you mean gemm?"),
         (("--device", "sm_86", "--suite", "bert"), "unknown suite 'bert'"),
+        (("--device", "sm_86", "--suite", "resnet"), "unknown suite 'resnet'; did you mean resnet50?"),
+        (("--device", "sm_86", "--suite", "llama3-8b", "--kernel", "conv2d"), "there is nothing to tune"),
         (("--device", "sm_86", "--problem", "M=64,N=64"), "missing K"),
         (("--device", "sm_86", "--problem", "M=64,N=0,K=64"), "N=0 must be from 1"),
         (("--device", "sm_86", "--problem", "M=-1,N=1,K=64"), "M=-1 must be from 1"),
@@ -180,6 +182,28 @@ def test_devices_lists_every_board(autotune) -> None:
     status, out, _ = autotune("devices")
     assert status == 0
     assert {device.board for device in CATALOGUE} <= {line.split()[0] for line in out.splitlines()}
+
+
+@pytest.mark.smoke
+def test_suites_lists_every_suite_and_its_ops(autotune) -> None:
+    from tilewright.tuner.suites import SUITES
+
+    status, out, _ = autotune("suites")
+    assert status == 0
+    header, *rows = (line.split() for line in out.splitlines())
+    assert header[:2] == ["suite", "workloads"]
+    assert set(header[2:]) == {workload.op for workload in SUITES["all"]}
+    assert {row[0]: int(row[1]) for row in rows} == {name: len(suite) for name, suite in SUITES.items()}
+    for row in rows:
+        assert sum(map(int, row[2:])) == int(row[1])
+
+
+def test_a_kernel_of_a_suite(autotune, tmp_path: Path) -> None:
+    arguments = ("--suite", "mobilenet-v2", "--suite", "bert-base", "--kernel", "attention", "--trials", "1")
+    status, out, _ = autotune("--device", "sm_86", *arguments, "--quiet", "--db", tmp_path)
+    assert status == 0
+    _, *rows = out.strip().splitlines()
+    assert [row.split("  ")[0] for row in rows] == ["bert-base attention"]
 
 
 def test_a_narrow_terminal_cuts_nothing(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
