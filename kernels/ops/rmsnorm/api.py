@@ -1,0 +1,187 @@
+"""`rmsnorm`: the fused RMSNorm as people call it, on arrays of any library."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from tilewright.kernels.arrays import ArrayKind, View
+from tilewright.kernels.call import Operation, Prepared
+from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
+from tilewright.kernels.ops.rmsnorm.problem import EPS, RmsNormProblem
+from tilewright.kernels.ops.rmsnorm.space import RmsNormConfig
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
+
+
+def rmsnorm(
+    x: Any,
+    weight: Any = None,
+    *,
+    residual: Any = None,
+    eps: float = EPS,
+    weight_offset: float = 0.0,
+    out_dtype: str | None = None,
+    out_scale: Any = None,
+    out: Any = None,
+    residual_out: Any = None,
+    return_residual: bool = False,
+    row_scale: Any = None,
+    config: RmsNormConfig | None = None,
+) -> Any:
+    """Fused RMSNorm of rows: `h / √(mean(h²) + eps) · (weight_offset + weight)` with `h = x + residual`, in fp32.
+
+    h is rounded on its way to `residual_out`, not on its way to the norm. The configuration is the tuned one for these
+    shapes on this GPU, where there is one; see `lookup`. The call returns as soon as the work is on the caller's
+    current stream.
+
+    Args:
+        x: (..., N), of fp16, bf16 or fp32. Rows contiguous, and all at one distance from the next.
+        weight: (N,), of any of these, or None for none.
+        residual: as `x`, of any of these, or None.
+        eps: a number of at least 0, compiled in; rows of zeros are NaN if it is 0.
+        weight_offset: a number added to the weight, compiled in: 1 for models that keep weight - 1.
+        out_dtype: canonical dtype name of the result; by default that of `x`. "int8" needs `out_scale`.
+        out_scale: scale of a quantised result (int8, fp8): a number, or an fp32 array of one element on the GPU, or
+            "row" for one of each row that takes its largest element to the type's largest number (1 of a row of zeros).
+        out: array as `x` to write to, of `out_dtype`; it may be `x` or `residual`.
+        residual_out: array as `x` to write h to, of the residual's dtype; it may be `residual` or `x`.
+        return_residual: whether h is a result; `residual_out` says so too.
+        row_scale: fp32 array (..., 1) to write the rows' scales to.
+        config: a configuration to use instead of the tuned one.
+
+    Returns:
+        `out`, or a new array of the library that `x` is of; with h or rows' scales, a tuple: the result, then
+        `residual_out`, then `row_scale`.
+
+    Raises:
+        ProblemError: shapes, dtypes or options that don't go together; the message has them.
+        UnsupportedError: rows that are not contiguous or at several distances, or a dtype this GPU lacks.
+        IllegalConfigError: `config` breaks a limit of the problem or the GPU.
+        UsageError: an option that is none.
+        MissingDependencyError: CuPy or a GPU is needed and absent.
+    """
+    if config is not None and not isinstance(config, RmsNormConfig):
+        raise UsageError(f"config must be a RmsNormConfig, not {config!r}")
+    scaled_rows = isinstance(out_scale, str) and out_scale == "row"
+    options = (eps, weight_offset, out_dtype, scaled_rows, bool(return_residual), config)
+    arrays = (x, residual, weight, None if scaled_rows else out_scale)
+    results = _RMSNORM(arrays, (out, residual_out, row_scale), options)
+    there = tuple(result for result in results if result is not None)
+    return there if len(there) > 1 else there[0]
+
+
+def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
+    """Everything about a call that its arrays' signatures decide."""
+    eps, weight_offset, out_dtype, scaled_rows, return_residual, config = options
+    x = views["x"]
+    if not x.shape or 0 in x.shape:
+        raise ProblemError(f"x is {x.shape}: it must have a dimension, and none of length 0")
+    n = x.shape[-1]
+    rows = math.prod(x.shape[:-1])
+    for name in ("residual", "out", "residual_out"):
+        if name in views and views[name].shape != x.shape:
+            raise ProblemError(f"{name} is {views[name].shape} and must be {x.shape}, as x")
+    if "weight" in views:
+        if views["weight"].shape != (n,):
+            raise ProblemError(f"weight is {views['weight'].shape} and must be ({n},)")
+        if n > 1 and views["weight"].strides != (1,):
+            raise UnsupportedError(f"weight must be contiguous; its stride is {views['weight'].strides[0]}")
+    if "row_scale" in views:
+        _check_row_scale(views["row_scale"], (*x.shape[:-1], 1), scaled_rows)
+    if "out" in views and out_dtype not in (None, views["out"].dtype):
+        raise ProblemError(f"out is {views['out'].dtype} and out_dtype={dtype(out_dtype).name!r}: leave one out")
+    wants_sum = return_residual or "residual_out" in views
+    if wants_sum and "residual" not in views:
+        raise ProblemError("return_residual and residual_out need a residual: without one h is x")
+    if "residual_out" in views and views["residual_out"].dtype != views["residual"].dtype:
+        raise ProblemError(f"residual_out is {views['residual_out'].dtype} and residual {views['residual'].dtype}")
+
+    steps = {name: _row_stride(name, views[name]) for name in ("x", "residual", "out", "residual_out") if name in views}
+    strided = any(step != n for step in steps.values())
+    # New arrays are dense, and aligned.
+    steps = {"out": n, **({"residual_out": n} if wants_sum else {}), **steps}
+    pointers = [view.pointer for name, view in views.items() if name not in ("out_scale", "row_scale")]
+    problem = RmsNormProblem(
+        M=rows,
+        N=n,
+        dtype=x.dtype,
+        weight=views["weight"].dtype if "weight" in views else None,
+        residual=views["residual"].dtype if "residual" in views else None,
+        residual_out=wants_sum,
+        out_dtype=views["out"].dtype if "out" in views else out_dtype,
+        out_scale="out_scale" in views,
+        row_scale=scaled_rows,
+        strided=strided,
+        aligned=all(pointer % 16 == 0 for pointer in pointers)
+        and not (strided and any(step % 16 for step in steps.values())),
+    )
+    return _RMSNORM.planned(
+        problem,
+        views,
+        shapes={"out": x.shape, "residual_out": x.shape, "row_scale": (*x.shape[:-1], 1)},
+        strides={f"{name}_stride": step for name, step in steps.items()} if strided else {},
+        config=config,
+        constants=(
+            ("EPS", _constant("eps", eps, least=0.0)),
+            ("WEIGHT_OFFSET", _constant("weight_offset", weight_offset)),
+        ),
+    )
+
+
+def _row_stride(name: str, view: View) -> int:
+    """Elements from each row to the next, over all leading dimensions.
+
+    Raises:
+        UnsupportedError: there is no such number, or the rows are not contiguous.
+    """
+    n = view.shape[-1]
+    step, span = n, None
+    for length, stride in zip(reversed(view.shape[:-1]), reversed(view.strides[:-1]), strict=True):
+        if length == 1:
+            continue  # no stride to speak of
+        if span is None:
+            step = stride
+        elif stride != span:
+            step = -1
+            break
+        span = stride * length
+    if step < n or (n > 1 and view.strides[-1] != 1):
+        raise UnsupportedError(
+            f"{name} has strides {view.strides} for shape {view.shape}: rows must be contiguous, and at one distance "
+            f"that does not let them overlap; pass a copy"
+        )
+    return step
+
+
+def _check_row_scale(view: View, shape: tuple[int, ...], wanted: bool) -> None:
+    if not wanted:
+        raise ProblemError('row_scale is written with out_scale="row"')
+    if view.shape != shape or view.dtype != "fp32":
+        raise ProblemError(f"row_scale is {view.shape} of {view.dtype} and must be {shape} of fp32")
+    dense = math.prod(shape)
+    for length, stride in zip(shape, view.strides, strict=True):
+        dense //= length
+        if length > 1 and stride != dense:
+            raise UnsupportedError(f"row_scale must be contiguous; its strides are {view.strides}")
+
+
+def _constant(name: str, value: Any, *, least: float = -math.inf) -> float:
+    """A number as the kernel has it, in fp32."""
+    if not isinstance(value, Real) or not math.isfinite(value) or value < least:
+        raise UsageError(f"{name}={value!r} must be a finite number{f' of at least {least:g}' if least == 0 else ''}")
+    return float(np.float32(value))
+
+
+_RMSNORM = Operation(
+    RMSNORM,
+    ("x", "residual", "weight", "out_scale"),
+    ("eps", "weight_offset", "out_dtype", "out_scale", "return_residual", "config"),
+    _prepare,
+    outputs=("out", "residual_out", "row_scale"),
+    scalars=("out_scale",),
+    in_place=("x", "residual"),
+)

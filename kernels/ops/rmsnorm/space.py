@@ -1,0 +1,245 @@
+"""The configurations of the fused RMSNorm: axes, limits, the default, and the work each one means."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, WARP_SIZE, Device
+from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.ops.rmsnorm.problem import RmsNormProblem
+from tilewright.kernels.problem import Config
+from tilewright.kernels.space import Space
+from tilewright.kernels.work import Panel, Work
+from tilewright.tuning_db.record import Resources
+
+REGISTERS_PER_BLOCK = 65536
+"""On every arch from sm_53 on (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
+
+LARGEST_TENSOR = 2**20
+"""Elements of a tile: Triton's own limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNormConfig(Config):
+    """Tile, warps and pipeline of one RMSNorm. A tile at least as wide as the row holds it in registers; a narrower one
+    walks along it twice."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int = 4
+    num_stages: int = 1  # of the walk
+
+
+AXES = {
+    "BLOCK_M": (1, 2, 4, 8, 16, 32, 64),
+    "BLOCK_N": tuple(2**power for power in range(4, 16)),
+    "num_warps": (1, 2, 4, 8, 16, 32),
+    "num_stages": (1, 2, 3, 4),
+}
+
+COARSE = {"BLOCK_M": (1, 8), "num_warps": (1, 4, 8, 16), "num_stages": (1, 3)}
+
+
+def width(size: int) -> int:
+    """The least power of two that is no smaller."""
+    return 1 << (size - 1).bit_length()
+
+
+def whole(problem: RmsNormProblem, config: RmsNormConfig) -> bool:
+    """Whether a tile has whole rows."""
+    return config.BLOCK_N >= problem.N
+
+
+def elements(config: RmsNormConfig) -> float:
+    """Of a tile, per thread."""
+    return config.BLOCK_M * config.BLOCK_N / (config.num_warps * WARP_SIZE)
+
+
+def wide(problem: RmsNormProblem) -> bool:
+    """Whether loads may be 16 bytes wide: Triton is told of divisibility by 16 or of none, and a row that ends
+    elsewhere is masked element by element."""
+    return problem.aligned and problem.N % 16 == 0
+
+
+def vector_bytes(problem: RmsNormProblem, config: RmsNormConfig) -> int:
+    """Widest load of the narrower of x and residual: alignment's, or less where a tile is too small for all threads."""
+    narrowest = min(int(dtype(kind).bytes) for kind in (problem.dtype, problem.residual) if kind is not None)
+    return min(16, max(narrowest, int(elements(config)) * narrowest)) if wide(problem) else narrowest
+
+
+def registers_allowed(config: RmsNormConfig) -> int:
+    """Registers that a thread can have with so many warps."""
+    return min(MAX_REGISTERS_PER_THREAD, REGISTERS_PER_BLOCK // (config.num_warps * WARP_SIZE))
+
+
+def shared_bytes(problem: RmsNormProblem, config: RmsNormConfig, device: Device) -> int:
+    """Shared memory of the copies in flight, in bytes. The compiled kernel may take more (to sum over warps, and to
+    change the layout between a load and a store of different width), never less.
+
+    Triton keeps a copy per stage but one, of each array of which every load is at least 4 bytes, from sm_80 on.
+    """
+    if whole(problem, config) or device.arch < 80:
+        return 0
+    total = 0
+    for kind, rows in ((problem.dtype, config.BLOCK_M), (problem.residual, config.BLOCK_M), (problem.weight, 1)):
+        if kind is not None:
+            element = int(dtype(kind).bytes)
+            tile = rows * config.BLOCK_N * element
+            if element >= 4 or (wide(problem) and tile >= 4 * config.num_warps * WARP_SIZE):
+                total += tile
+    return total * (config.num_stages - 1)
+
+
+def fits(problem: RmsNormProblem, config: RmsNormConfig, device: Device) -> str | None:
+    """None, or the limit that the configuration breaks, with the values."""
+    for name, value in config.to_dict().items():
+        if not isinstance(value, int) or value < 1:
+            return f"{name}={value!r} must be an integer of at least 1"
+    for name in ("BLOCK_M", "BLOCK_N", "num_warps"):
+        value = getattr(config, name)
+        if value & (value - 1):
+            return f"{name}={value} must be a power of two"
+    if config.num_warps > 32:
+        return f"num_warps={config.num_warps} is over the 32 of a block"
+    if config.BLOCK_M * config.BLOCK_N > LARGEST_TENSOR:
+        return f"a tile of {config.BLOCK_M}×{config.BLOCK_N} is over the {LARGEST_TENSOR} elements of a tensor"
+    if elements(config) > registers_allowed(config):
+        return f"{elements(config):.0f} elements a thread are over its {registers_allowed(config)} registers"
+    shared = shared_bytes(problem, config, device)
+    if shared > device.shared_per_block:
+        return f"{shared} B of shared memory are over the {device.shared_per_block} B a block of {device.sm} can have"
+    # Positions are 32-bit, those of the last block's padding too.
+    if max(problem.M + config.BLOCK_M, problem.N + config.BLOCK_N) >= 2**31:
+        return f"positions in {problem.M}×{problem.N} with tiles of {config.BLOCK_M}×{config.BLOCK_N} pass 32 bits"
+    return None
+
+
+def useful(problem: RmsNormProblem, config: RmsNormConfig, device: Device) -> str | None:
+    """None, or why the configuration can't be the best one."""
+    for block, size in ((config.BLOCK_M, problem.M), (config.BLOCK_N, max(16, problem.N))):
+        if block > width(size):
+            return f"a block of {block} over a size of {size} is mostly padding"
+    if not whole(problem, config) and config.BLOCK_N < 256:
+        return f"BLOCK_N={config.BLOCK_N} walks along a row of {problem.N} in pieces of less than 256"
+    if config.BLOCK_M > 1 and math.ceil(problem.M / config.BLOCK_M) < device.sms:
+        return f"{config.BLOCK_M} rows a block leave some of {device.sms} SMs without any of {problem.M}"
+    each = elements(config)
+    if config.num_warps > 1 and each < 4:
+        return f"{each:g} elements a thread: half of {config.num_warps} warps would do"
+    if each > 64 or estimate(problem, config, device).spill_bytes:
+        return f"{each:g} elements a thread leave none of its {registers_allowed(config)} registers"
+    if config.num_stages > 1:
+        if shared_bytes(problem, config, device) == 0:
+            return "no load of this kernel is asynchronous: more than 1 stage changes nothing"
+        if config.num_stages > math.ceil(problem.N / config.BLOCK_N):
+            return f"num_stages={config.num_stages} is more than the tiles of a row"
+    return None
+
+
+SPACE: Space[RmsNormProblem, RmsNormConfig] = Space(RmsNormConfig, AXES, fits, useful, COARSE)
+
+
+def default(problem: RmsNormProblem, device: Device) -> RmsNormConfig:
+    """What runs when nothing is known: fits every problem, and does not spill.
+
+    8 elements a thread, which are 16 bytes of fp16; 16 where a block would be over 16 warps. Longer rows are walked
+    along, and shorter ones share a block.
+    """
+    block_n = max(16, width(problem.N))
+    if block_n > 8192:
+        copies = shared_bytes(problem, RmsNormConfig(1, 2048, num_stages=2), device) > 0
+        return RmsNormConfig(BLOCK_M=1, BLOCK_N=2048, num_warps=8, num_stages=3 if copies else 1)
+    block_m = max(1, min(width(problem.M), 1024 // block_n))
+    num_warps = max(1, min(16, block_m * block_n // (8 * WARP_SIZE)))
+    return RmsNormConfig(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps)
+
+
+def ragged(problem: RmsNormProblem, config: RmsNormConfig) -> RmsNormProblem:
+    """A problem of at most two rows of tiles whose last one is cut, with rows that end within a tile: the first one
+    where a tile has whole rows, else the third. A length that is a multiple of 16 stays one, for alignment decides
+    which loads are compiled."""
+    kept = 16 if problem.N % 16 == 0 else 1
+    tiles = 1 if whole(problem, config) else min(3, math.ceil(problem.N / config.BLOCK_N))
+    columns = tiles * config.BLOCK_N - (kept if kept < config.BLOCK_N else 0)
+    if tiles == 1:
+        columns = min(columns, problem.N)
+    return replace(problem, M=max(1, 2 * config.BLOCK_M - 1), N=columns)
+
+
+def estimate(problem: RmsNormProblem, config: RmsNormConfig, device: Device) -> Resources:
+    """Resources before anything is compiled.
+
+    Registers of one thread are h of its elements and half of what they were loaded as (the rest is converted by then),
+    the weights, what it takes to quantise, to write h too and to address narrow loads, a pointer to each of its rows,
+    and a base; a walk along the row keeps the largest elements found, and counts. The factors are read off 1,200
+    kernels compiled for sm_75 to sm_120: of those that don't spill, four of five are within a quarter.
+    """
+    each = elements(config)
+    read = dtype(problem.dtype).bytes + (dtype(problem.residual).bytes if problem.residual is not None else 0)
+    share = 0.85 + 0.4 * read / 4 + 0.2 * (problem.weight is not None)
+    share += 0.3 * problem.out_scale + 0.25 * problem.residual_out + (0.0 if wide(problem) else 0.25)
+    needed = 17.0
+    if not whole(problem, config):
+        needed += 10
+        share += 0.9 * problem.row_scale
+    # Threads lie along a row first, each with one load of it.
+    across = config.num_warps * WARP_SIZE * vector_bytes(problem, config) / dtype(problem.dtype).bytes
+    rows = config.BLOCK_M / max(1.0, across / config.BLOCK_N)
+    if rows > 1:
+        needed += 0.3 * rows * (2 + (problem.residual is not None) + problem.residual_out)
+    needed += share * each
+    allowed = registers_allowed(config)
+    spilled = 4 * int(max(0.0, needed - allowed))
+    return Resources(
+        registers=int(min(needed, allowed)),
+        spill_bytes=spilled,
+        stack_bytes=spilled,
+        shared_bytes=shared_bytes(problem, config, device),
+    )
+
+
+def work(problem: RmsNormProblem, config: RmsNormConfig) -> Work:
+    """The grid, the loop and the bytes of one configuration. Its columns are all in one tile column; what is read again
+    on the second walk comes from a cache, so that it counts as loaded, but not as read from memory."""
+    tiles = math.ceil(problem.M / config.BLOCK_M)
+    walks = 1 if whole(problem, config) else 2
+    iterations = walks * math.ceil(problem.N / config.BLOCK_N)
+    rows = problem.M / tiles  # in bounds, on average
+    read = dtype(problem.dtype).bytes
+    if problem.residual is not None:
+        read += dtype(problem.residual).bytes
+    weight = 0.0 if problem.weight is None else problem.N * dtype(problem.weight).bytes
+    weighings = walks if problem.row_scale else 1
+    written = dtype(problem.output_dtype).bytes
+    if problem.residual is not None and problem.residual_out:
+        written += dtype(problem.residual).bytes
+    # Operations an element: to widen, add and square; to scale, weigh and round, which to 8 bits takes a division and
+    # limits.
+    lanes = (2 + 2 * (problem.residual is not None)) * walks + 2.5
+    lanes += weighings * (problem.weight is not None) + 3 * problem.row_scale
+    if problem.out_scale:
+        lanes += 4 if problem.row_scale else 14
+    return Work(
+        tiles_m=tiles,
+        tiles_n=1,
+        splits=1,
+        batch=1,
+        group_m=1,
+        iterations=iterations,
+        tile_m=config.BLOCK_M,
+        tile_n=config.BLOCK_N,
+        tile_k=0,
+        num_warps=config.num_warps,
+        num_stages=1 if whole(problem, config) else config.num_stages,
+        unit=problem.unit,
+        operand_bytes=dtype(problem.dtype).bytes,
+        load_bytes=(walks * rows * problem.N * read + weighings * weight) / iterations,
+        vector_bytes=vector_bytes(problem, config),
+        panel_a=Panel(rows * problem.N * read),
+        panel_b=Panel(weight),
+        epilogue_bytes=rows * (problem.N * written + 4 * problem.row_scale),
+        workspace_bytes=0.0,
+        lane_ops=lanes * config.BLOCK_M * config.BLOCK_N / walks,
+        special_ops=config.BLOCK_M / iterations,
+    )
