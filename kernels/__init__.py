@@ -1,6 +1,6 @@
 """Fused GPU kernels that know their best configuration.
 
-    from tilewright.kernels import gemm
+    from tilewright.kernels import attention, conv2d, gemm
     y = gemm(x, w, bias=b, activation="gelu")
 
 Importing this loads Triton and NumPy, and no GPU library: CuPy is loaded by the first array that lives on a GPU.
@@ -11,16 +11,40 @@ from __future__ import annotations
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.lookup import Choice, choose
+from tilewright.kernels.ops.attention.api import attention
+from tilewright.kernels.ops.attention.problem import AttentionProblem
+from tilewright.kernels.ops.attention.space import AttentionConfig
+from tilewright.kernels.ops.conv2d.api import conv1d, conv2d
+from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
+from tilewright.kernels.ops.conv2d.space import Conv2dConfig
 from tilewright.kernels.ops.gemm.api import gemm
+from tilewright.kernels.ops.gemm.grouped import grouped_gemm
+from tilewright.kernels.ops.gemm.packing import pack_int4, unpack_int4
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
+from tilewright.kernels.ops.rmsnorm.api import rmsnorm
+from tilewright.kernels.ops.rmsnorm.problem import RmsNormProblem
+from tilewright.kernels.ops.rmsnorm.space import RmsNormConfig
 from tilewright.kernels.prediction import Prediction, predict
 from tilewright.kernels.registry import KERNELS, find_kernel
 
 __all__ = [
     "gemm",
+    "grouped_gemm",
+    "pack_int4",
+    "unpack_int4",
+    "conv2d",
+    "conv1d",
+    "attention",
+    "rmsnorm",
     "GemmProblem",
     "GemmConfig",
+    "Conv2dProblem",
+    "Conv2dConfig",
+    "AttentionProblem",
+    "AttentionConfig",
+    "RmsNormProblem",
+    "RmsNormConfig",
     "KERNELS",
     "find_kernel",
     "Device",

@@ -10,8 +10,8 @@ The launch runs in waves of SMs · occupancy blocks. With r blocks on the busies
 dots; `stalls` are its waits at barriers and, without a pipeline, for memory; `chain` is what one block computes and
 waits, one after the other, with the tensor cores idle that only neighbours fill; `dram` is the traffic of the whole
 wave; `latency` is what waiting for tiles costs in spite of the pipeline. `ends` is a block's time before and after its
-loop, which neighbours hide once the blocks are no longer in step. Resources work at the same time, but never quite independently: overlap(x…) = (Σ x⁴)^¼ is the longest of them, and
-up to a fifth more when another is as long.
+loop, which neighbours hide once the blocks are no longer in step. Resources work at the same time, but never quite
+independently: overlap(x…) = (Σ x⁴)^¼ is the longest of them, and up to a fifth more when another is as long.
 
 `docs/prediction.md` derives each term, with its source. Each is a function below that can be called alone, and
 `predict(..., without={Term.X})` leaves one out, which is how the tests show that it decides something.

@@ -146,7 +146,7 @@ class Problem(_Value, ABC):
                 with contextlib.suppress(ProblemError):
                     if type(self)(**fewer) == self:
                         values = fewer
-        return ",".join(f"{name}={str(value).lower() if value is True else value}" for name, value in values.items())
+        return ",".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items())
 
 
 @cache

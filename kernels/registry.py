@@ -6,10 +6,13 @@ import difflib
 from typing import Any
 
 from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.ops.attention.launch import ATTENTION
+from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
 from tilewright.tuning_db.errors import UnknownKernelError
 
-KERNELS: tuple[Kernel[Any, Any], ...] = (GEMM,)
+KERNELS: tuple[Kernel[Any, Any], ...] = (GEMM, CONV2D, ATTENTION, RMSNORM)
 
 
 def find_kernel(name: str) -> Kernel[Any, Any]:

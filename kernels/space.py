@@ -30,18 +30,26 @@ class Space(Generic[P, C]):
     useful: Callable[[P, C, Device], str | None]
     # Fewer values of some axes, for a program that waits for its first call: a tenth of the combinations, or less.
     coarse: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    # The axes on which a problem and a device leave values useless whatever the others are: it saves most of the
+    # combinations a look, and never a useful one.
+    narrow: Callable[[P, Device, Mapping[str, tuple[Any, ...]]], Mapping[str, tuple[Any, ...]]] | None = None
 
     def product(self, *, coarse: bool = False) -> Iterator[C]:
         """Every combination of the axes, in a fixed order."""
-        axes = {**self.axes, **self.coarse} if coarse else self.axes
+        yield from self._combinations({**self.axes, **self.coarse} if coarse else self.axes)
+
+    def _combinations(self, axes: Mapping[str, tuple[Any, ...]]) -> Iterator[C]:
         for values in itertools.product(*axes.values()):
             yield self.config(**dict(zip(axes, values, strict=True)))
 
     def configs(self, problem: P, device: Device, *, coarse: bool = False) -> list[C]:
         """The configurations worth trying for a problem on a device, in a fixed order."""
+        axes = {**self.axes, **self.coarse} if coarse else dict(self.axes)
+        if self.narrow is not None:
+            axes.update(self.narrow(problem, device, axes))
         return [
             config
-            for config in self.product(coarse=coarse)
+            for config in self._combinations(axes)
             if self.useful(problem, config, device) is None and self.fits(problem, config, device) is None
         ]
 

@@ -12,7 +12,7 @@ SMALL: dict[str, Any] = {"B": 2, "H": 4, "Sq": 33, "Skv": 47, "D": 64}
 DECODE: dict[str, Any] = {"B": 2, "H": 8, "Hkv": 2, "Sq": 1, "Skv": 160, "D": 64}
 PAGED: dict[str, Any] = {**DECODE, "page_size": 16, "kv_lens": True}
 
-FEATURES = {
+FEATURES: dict[str, AttentionProblem | Variant[AttentionProblem, AttentionConfig]] = {
     # data types
     "fp16": AttentionProblem(**SMALL),
     "bf16": AttentionProblem(**SMALL, dtype="bf16"),
@@ -50,5 +50,5 @@ FEATURES = {
     ),
     # decode
     "one query": AttentionProblem(**DECODE),
-    "split keys, deterministic": Variant(AttentionProblem(**DECODE, lse=True), AttentionConfig(16, 32, SPLIT_KV=3)),
+    "split keys, deterministic": Variant(AttentionProblem(**DECODE, lse=True), AttentionConfig(16, 32, SPLIT_KV=4)),
 }

@@ -7,6 +7,7 @@ import math
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
 from tilewright.kernels.ops.attention import combine, jit, reference, space
+from tilewright.kernels.ops.attention.features import FEATURES
 from tilewright.kernels.ops.attention.problem import SOFTCAP, AttentionProblem
 from tilewright.kernels.ops.attention.reference import STEPS
 from tilewright.kernels.ops.attention.space import (
@@ -153,4 +154,5 @@ ATTENTION: Kernel[AttentionProblem, AttentionConfig] = Kernel(
     supported=reference.supported,
     ragged=space.ragged,
     strides=reference.strides,
+    features=FEATURES,
 )

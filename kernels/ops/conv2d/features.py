@@ -13,7 +13,7 @@ TAPS: dict[str, Any] = {"N": 2, "H": 6, "W": 7, "C": 32, "K": 32, "R": 3, "S": 3
 WISE: dict[str, Any] = {**TAPS, "groups": 32}
 INT8: dict[str, Any] = {**TAPS, "dtype": "int8"}
 
-FEATURES = {
+FEATURES: dict[str, Conv2dProblem | Variant[Conv2dProblem, Conv2dConfig]] = {
     # data types
     "fp16": Conv2dProblem(**TAPS),
     "bf16": Conv2dProblem(**TAPS, dtype="bf16"),

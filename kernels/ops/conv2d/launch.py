@@ -9,6 +9,7 @@ import triton.language as tl
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
 from tilewright.kernels.ops.conv2d import jit, problem, space
+from tilewright.kernels.ops.conv2d.features import FEATURES
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
 from tilewright.kernels.ops.conv2d.space import Conv2dConfig
 
@@ -134,4 +135,5 @@ CONV2D: Kernel[Conv2dProblem, Conv2dConfig] = Kernel(
     distance=problem.distance,
     supported=problem.supported,
     ragged=space.ragged,
+    features=FEATURES,
 )

@@ -14,7 +14,7 @@ INT4: dict[str, Any] = {"M": 17, "N": 48, "K": 128, "b_dtype": "int4", "b_scale"
 GROUPED: dict[str, Any] = {**SMALL, "groups": 3}
 EVEN: dict[str, Any] = {"M": 96, "N": 64, "K": 64}
 
-FEATURES = {
+FEATURES: dict[str, GemmProblem | Variant[GemmProblem, GemmConfig]] = {
     # data types
     "fp16": GemmProblem(**SMALL),
     "bf16": GemmProblem(**SMALL, dtype="bf16"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
 from tilewright.kernels.ops.gemm import jit, reference, space
+from tilewright.kernels.ops.gemm.features import FEATURES
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig, tiles
 
@@ -142,4 +143,5 @@ GEMM: Kernel[GemmProblem, GemmConfig] = Kernel(
     supported=reference.supported,
     ragged=space.ragged,
     strides=reference.strides,
+    features=FEATURES,
 )
