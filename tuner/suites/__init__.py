@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[Workload, ...]] = {
     "whisper": WHISPER,
 }
 
-# 205 workloads: at 12 trials each about a quarter of an hour on 2 cores.
+# At 12 trials each some 20 minutes on 2 cores.
 ALL = distinct(workload for suite in MODELS.values() for workload in suite)
 
 # Few enough for 5 minutes on 2 cores, of every op what its forms differ by most, and nothing that sm_75 can't run.
@@ -49,6 +49,7 @@ DEFAULT = (
     "llama3-8b attention output, prefill 2048",
     "llama3-8b gate-up, prefill 2048",
     "llama3-8b down, prefill 2048",
+    "llama3-8b norm, prefill 2048",
     "llama3-8b attention, prefill 2048",
     "llama3-8b attention, decode, 4096 keys",
     "llama3-8b attention, decode, 4096 keys, paged batch 16",

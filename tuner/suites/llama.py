@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from tilewright.kernels.ops.rmsnorm.problem import RmsNormProblem
 from tilewright.tuner.suites.workload import Workload, attention, linear
 
 HEAD_DIM, VOCABULARY = 128, 128256
@@ -61,6 +62,13 @@ class Model(NamedTuple):
         """The logits of each sequence's last token."""
         return linear(f"{self.name} logits, {stage}", sequences, self.hidden, self.vocabulary)
 
+    def norm(self, tokens: int, stage: str) -> Workload:
+        """The norms of one step: two a layer, and a last one. On one GPU the residual is in the epilogue before them;
+        where layers are shared, what they add up to is known only here."""
+        options: dict[str, Any] = {} if self.gpus == 1 else {"residual": "fp16", "residual_out": True}
+        problem = RmsNormProblem(M=tokens, N=self.hidden, weight="fp16", **options)
+        return Workload(f"{self.name} norm, {stage}", problem, 2 * self.layers + 1)
+
     def attention(self, sequences: int, queries: int, keys: int, **options: Any) -> Workload:
         """Causal attention of one step."""
         step = f"prefill {queries}" if queries > 1 else f"decode, {keys} keys"
@@ -94,6 +102,8 @@ LLAMA3_8B = (
     *MODEL_8B.linears(16, "decode batch 16"),
     *MODEL_8B.linears(2048, "prefill 2048"),
     *MODEL_8B.linears(1, "decode int4", **INT4),
+    MODEL_8B.norm(1, "decode"),
+    MODEL_8B.norm(2048, "prefill 2048"),
     *(MODEL_8B.attention(1, tokens, tokens) for tokens in (2048, 8192)),
     *(MODEL_8B.attention(1, 1, keys) for keys in (1024, 4096, 16384, 32768, 131072)),
     *(MODEL_8B.paged(16, keys) for keys in (1024, 4096)),
@@ -103,6 +113,8 @@ LLAMA3_70B = (
     *SHARED_70B.linears(16, "decode batch 16"),
     SHARED_70B.head(16, "decode batch 16"),
     *SHARED_70B.linears(2048, "prefill 2048"),
+    SHARED_70B.norm(16, "decode batch 16"),
+    SHARED_70B.norm(2048, "prefill 2048"),
     SHARED_70B.attention(1, 8192, 8192),
     *(SHARED_70B.attention(1, 1, keys) for keys in (4096, 32768, 131072)),
     *(SHARED_70B.paged(16, keys) for keys in (1024, 16384)),
