@@ -25,7 +25,7 @@ from tilewright.kernels.ops.gemm.operands import (
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.problem import Output
-from tilewright.tuning_db.errors import UnsupportedError, UsageError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
 
 INPUTS = ("a", "b", "a_scale", "b_scale", "b_zero", "bias", "residual", "alpha", "out_scale")
 SCALARS = ("alpha", "out_scale")
@@ -162,6 +162,8 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
     inner = mergeable(batch, [matrix.batch for matrix in matrices.values()])
     if inner < len(batch):
         indices = outer_indices(views, batch, len(batch) - inner)
+        if result.a_scale == "row" and views["a_scale"].shape != views["a"].shape[:-1]:
+            raise ProblemError(f"a_scale is {views['a_scale'].shape} and must be {views['a'].shape[:-1]}")
         named = dict(zip(OPTIONS, options, strict=True))
         return LoopedCall(Output(shape, result.output_dtype), indices, result.a_scale == "row", named)
 
@@ -172,8 +174,8 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
         if batch[position] > 1:
             steps = {name: matrix.batch[position] for name, matrix in matrices.items()}
             break
-    if result.a_scale == "row" and steps["a"] == 0 and math.prod(views["a_scale"].shape) != m:
-        raise UnsupportedError(f"a of shape {views['a'].shape} repeats one matrix and has a_scale for all: pass a copy")
+    if result.a_scale == "row":
+        check_row_scales(views, 1 if steps["a"] == 0 else count)
     if count > 1 and m * count < 2**31 and bias_axis == "n" and folds(matrices, steps, m):
         # One B for all: the batch is more rows of A.
         m, count = m * count, 1
@@ -202,6 +204,20 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
         **fields,
     )
     return _GEMM.planned(problem, views, shapes={"out": shape}, strides=strides, config=config)
+
+
+def check_row_scales(views: dict[str, View], matrices: int) -> None:
+    """Does nothing if there is a scale for each row of as many matrices as A has in memory.
+
+    Raises:
+        ProblemError: there are fewer.
+        UnsupportedError: there are more, for a matrix that is repeated.
+    """
+    scale, a = views["a_scale"].shape, views["a"].shape
+    if math.prod(scale) < matrices * a[-2]:
+        raise ProblemError(f"a_scale is {scale} and must be {a[:-1]}")
+    if math.prod(scale) > matrices * a[-2]:
+        raise UnsupportedError(f"a of shape {a} repeats one matrix and has a_scale for all: pass a copy")
 
 
 def aligned(views: dict[str, View], strides: dict[str, int]) -> bool:

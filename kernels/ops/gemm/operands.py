@@ -98,7 +98,9 @@ def scales_of(views: dict[str, View], n: int, group_size: int | None, groups: in
     if "a_scale" in views:
         whole = math.prod(views["a_scale"].shape) == 1
         if not whole:
-            check_dense(views, "a_scale", (1,), views["a"].shape[:-1])
+            a = views["a"].shape[:-1]
+            # One matrix may be repeated, by a batch stride of 0, under scales for one.
+            check_dense(views, "a_scale", (1,), a, *({(1,) * (len(a) - 1) + a[-1:]} - {a}))
         fields["a_scale"] = "tensor" if whole else "row"
     if group_size and "b_scale" not in views:
         raise ProblemError(f"{group_size=} needs b_scale")

@@ -51,22 +51,26 @@ def tiles(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:
     return math.ceil(problem.M / config.BLOCK_M), tiles_n
 
 
-def vector_bytes(problem: GemmProblem) -> int:
-    """Widest load that the alignment of both operands allows, in bytes.
+def operand_vectors(problem: GemmProblem) -> tuple[int, int]:
+    """Widest loads of A and of B that their alignment allows, in bytes.
 
-    A row (or column) that starts 16 elements further each time keeps 16-byte loads; any other length leaves single
-    elements, for Triton is told of divisibility by 16 or of none. Columns of packed int4 are such rows, whatever K is.
+    A row (or column) of a multiple of 16 elements keeps 16-byte loads; any other length leaves single elements, for
+    Triton is told of divisibility by 16 or of none, and a mask that may end anywhere is as bad as a row that may start
+    anywhere. Columns of packed int4 are such rows, whatever K is; rows of a group may start anywhere.
     """
-    element = math.ceil(min(dtype(problem.dtype).bytes, problem.b_bytes))
+    a_element, b_element = math.ceil(dtype(problem.dtype).bytes), math.ceil(problem.b_bytes)
     if not problem.aligned:
-        return element
-    if problem.strided:
-        return 16
+        return a_element, b_element
     a_length = problem.M if problem.a_layout == "col" else problem.K
     b_length = problem.K if problem.b_layout == "col" else problem.N
-    if problem.b_dtype == "int4" and problem.b_layout == "col":
-        b_length = 16 * math.ceil(b_length / 32)
-    return 16 if a_length % 16 == 0 and b_length % 16 == 0 else element
+    a_wide = a_length % 16 == 0 and not (problem.groups and problem.a_layout == "col")
+    b_wide = b_length % 16 == 0 or (problem.b_dtype == "int4" and problem.b_layout == "col")
+    return 16 if a_wide else a_element, 16 if b_wide else b_element
+
+
+def vector_bytes(problem: GemmProblem) -> int:
+    """The narrower of the operands' widest loads."""
+    return min(operand_vectors(problem))
 
 
 class Tiles(NamedTuple):
@@ -89,11 +93,11 @@ def operand_tiles(problem: GemmProblem, config: GemmConfig) -> Tiles:
 
 def tile_vector_bytes(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:
     """Widest load of the tiles of A and B: alignment's, or less where a tile is too small for all threads."""
-    widest = vector_bytes(problem)
+    a_widest, b_widest = operand_vectors(problem)
     tile = operand_tiles(problem, config)
     threads = config.num_warps * WARP_SIZE
     a_element, b_element = math.ceil(dtype(problem.dtype).bytes), math.ceil(problem.b_bytes)
-    return min(widest, max(a_element, tile.a // threads)), min(widest, max(b_element, tile.b // threads))
+    return min(a_widest, max(a_element, tile.a // threads)), min(b_widest, max(b_element, tile.b // threads))
 
 
 def keeps_operands_shared(problem: GemmProblem, config: GemmConfig, device: Device) -> bool:
@@ -113,8 +117,8 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
     tile = operand_tiles(problem, config)
     element = dtype(problem.dtype).bytes
     keeps_all = keeps_operands_shared(problem, config, device)
-    # int8 is mma.sync on sm_100 with Triton 3.6, and tcgen05 with 3.9; pieces of A under int4 lack a copy there.
-    fewer = device.arch // 10 == 10 and (problem.unit == "int8" or tile.a_count > 1)
+    # int8 is mma.sync on sm_100 with Triton 3.6, and tcgen05 with 3.9; A over weights may lack a copy there.
+    fewer = device.arch // 10 == 10 and (problem.unit == "int8" or problem.b_dtype is not None)
     stages = config.num_stages if keeps_all and not fewer else config.num_stages - 1
     b_stages = config.num_stages - 1 if problem.b_dtype is not None else stages
     if device.arch < 80:
@@ -122,15 +126,26 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
     a_vector, b_vector = tile_vector_bytes(problem, config)
     turned = keeps_all and device.arch // 10 == 9 and element == 1 and problem.a_layout == "col"
     b_turned = element == 1 and problem.b_layout == "row"
+    if config.TMA:
+        if device.arch < 90:
+            return 0  # plain loads, some of them turned in registers: for the interpreter, which has no limit
+        a_vector = b_vector = 16
     a_copies = stages if a_vector >= 4 and not turned else 1
     b_copies = b_stages if b_vector >= 4 and not b_turned else 1
-    total = 0
-    for size, count, copies in ((tile.a, tile.a_count, a_copies), (tile.b, tile.b_count, b_copies)):
-        if copies > 1 or size > 4 * WARP_SIZE * config.num_warps:
-            total += max(1, copies) * count * size
+    total = []
     if problem.b_dtype is not None and keeps_all:
-        total += int(tile.b / problem.b_bytes * element / tile.a_count)
-    return total
+        total.append(int(tile.b / problem.b_bytes * element / tile.a_count))
+        if b_copies <= 1:
+            tile = tile._replace(b=0)  # from registers to registers
+    for size, count, copies in ((tile.a, tile.a_count, a_copies), (tile.b, tile.b_count, b_copies)):
+        if copies > 1:
+            total.append(copies * count * size)
+        elif size > 4 * WARP_SIZE * config.num_warps:
+            total.append(size)  # the second of two takes the place of the first
+    # Of 8 bits or fewer, in halves and by descriptors, B takes the place of A, which is in registers by then.
+    if max(a_copies, b_copies) <= 1 and (problem.b_bytes <= 1 or tile.b_count > 1 or config.TMA):
+        return max(total, default=0)
+    return sum(total)
 
 
 def accumulators(config: GemmConfig) -> float:
@@ -172,8 +187,15 @@ def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None
     if config.TMA:
         if problem.b_dtype is not None:
             return f"TMA is for operands of one dtype, not {problem.dtype} by {problem.b_dtype}"
-        if vector_bytes(problem) < 16:
-            return "TMA needs pointers and rows (or columns) of A and B aligned to 16 bytes"
+        element = dtype(problem.dtype).bytes
+        starts = [] if problem.strided else [problem.M if problem.a_layout == "col" else problem.K]
+        starts += [] if problem.strided else [problem.K if problem.b_layout == "col" else problem.N]
+        if problem.gated == "halves" and problem.b_layout == "row":
+            starts.append(problem.N // 2)
+        if problem.groups and problem.a_layout == "col":
+            starts.append(1)  # a group may start at any row
+        if not problem.aligned or any(start * element % 16 for start in starts):
+            return "TMA needs tiles of A and B that start at 16 bytes, every row (or column) of them"
         if config.PERSISTENT and (problem.batch > 1 or problem.groups):
             return f"TMA with PERSISTENT is for one A and B, not batch={problem.batch} and groups={problem.groups}"
     # Positions are 32-bit, those of the last block's padding too, and so are those of the tiles in a group.
@@ -221,7 +243,8 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
         return f"num_stages={config.num_stages} is more than the K blocks there are"
     if 16 * 8 * config.num_warps > config.BLOCK_M * config.BLOCK_N:
         return f"{config.num_warps} warps on {config.BLOCK_M}×{config.BLOCK_N} leave less than one 16×8 mma each"
-    if config.num_stages > 1 and (device.arch < 80 or vector_bytes(problem) < 4):
+    copied = config.TMA or max(operand_vectors(problem)) >= 4
+    if config.num_stages > 1 and (device.arch < 80 or not copied):
         return "without cp.async (sm_80, 4-byte loads) more than 1 stage changes nothing: the code is the same"
     return None
 
@@ -308,9 +331,16 @@ def estimate(problem: GemmProblem, config: GemmConfig, device: Device) -> Resour
     else:
         rows, columns = warp_tile(config.BLOCK_M, config.BLOCK_N, config.num_warps)
         fragments = 2 * (rows + columns) * 32 / 128
-    addresses = 4 * tile_bytes / element if vector_bytes(problem) < 16 else 2.5 * tile_bytes / 16
+    if problem.b_dtype is not None and not keeps_operands_shared(problem, config, device):
+        fragments += 16  # weights on their way from bytes to operands
+    addresses = 0.0
+    for size, widest in zip((tile.a * tile.a_count, tile.b * tile.b_count), operand_vectors(problem), strict=True):
+        share = size / (config.num_warps * WARP_SIZE)
+        addresses += 2.5 * share / 16 if widest == 16 else 4 * share / widest
     if config.TMA and device.arch >= 90:
         addresses = 0.0  # one thread asks for a whole tile
+    elif config.PERSISTENT:
+        addresses += 24  # what the walk over tiles keeps
     if problem.group_size:
         held *= 2  # the sums of a group, before they are scaled
     registers = needed = held + fragments + addresses + 18
