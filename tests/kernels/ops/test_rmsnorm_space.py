@@ -196,7 +196,7 @@ def test_work_is_what_the_blocks_read_and_write():
         assert found.load_bytes * found.iterations * found.blocks == pytest.approx(
             walks * read + found.blocks * 1000 * 4
         )
-        assert found.panel_a.bytes * found.blocks == pytest.approx(read)
+        assert found.panel_a.bytes * found.blocks == pytest.approx(walks * read)
         assert found.panel_b.bytes == 4000
         assert found.epilogue_bytes * found.blocks == pytest.approx(37_000 * (2 + 4))
         assert found.dots == ()
@@ -227,6 +227,7 @@ SHAPES = {
     "a row": {"M": 1, "N": 4096},
     "heads": {"M": 65536, "N": 128},
     "rows": {"M": 4096, "N": 8192},
+    "wide rows": {"M": 4096, "N": 16384},
     "ragged": {"M": 4095, "N": 5104},
     "odd": {"M": 4095, "N": 8191},
     "long": {"M": 64, "N": 65536},
