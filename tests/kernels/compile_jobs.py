@@ -65,10 +65,11 @@ INSTRUCTIONS = {
     "cp.async": r"\bcp\.async\.\w+\.shared\.global",
     "bulk tensor": r"\bcp\.async\.bulk\.tensor",
     "mma.sync": r"\bmma\.sync",
-    "int8 mma": r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*\.(?:s8|i8)\b",
+    "int8 mma": r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*(?:\.s8|kind::i8)\b",
     "fp8 mma": r"\b(?:mma\.sync|wgmma\.mma_async)\S*\.e[45]m[32]\b",
     "wgmma": r"\bwgmma\.mma_async",
     "tcgen05": r"\btcgen05\.mma",
+    "shuffles": r"\bshfl\.",
     "narrow loads": r"\bld\.global(?:\.\w+)*\.[bus](?:8|16)\b",
     "wide loads": r"\bld\.global(?:\.\w+)*\.v4\.b32\b",
 }

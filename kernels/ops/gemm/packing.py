@@ -43,8 +43,10 @@ def pack_int4(q: Any) -> Any:
         raise ProblemError(
             f"q has values from {low} to {high}, and int4 is 0 to 15: signed weights are packed as q + 8"
         )
-    columns = xp.astype(xp.matrix_transpose(q), xp.uint8)
-    *lead, n, k = columns.shape
+    *lead, k, n = q.shape
+    # Through a flat array, which has the columns one after the other; element by element a view's order would stay.
+    flat = xp.reshape(xp.matrix_transpose(xp.astype(q, xp.uint8)), (-1,))
+    columns = xp.reshape(flat, (*lead, n, k))
     missing = -k % RUN
     if missing:
         filler = xp.full((*lead, n, missing), 8, dtype=xp.uint8, device=array_api_compat.device(q))

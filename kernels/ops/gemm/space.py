@@ -125,7 +125,9 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
         stages = b_stages = 1
     a_vector, b_vector = tile_vector_bytes(problem, config)
     turned = keeps_all and device.arch // 10 == 9 and element == 1 and problem.a_layout == "col"
-    b_turned = element == 1 and problem.b_layout == "row"
+    # Rows of half a gated tile's 16 bytes start at multiples of 8 (N / 2): weights so narrow are not copied ahead.
+    narrow = problem.b_dtype is not None and problem.gated == "halves" and config.BLOCK_N == 32
+    b_turned = problem.b_layout == "row" and (element == 1 or narrow)
     if config.TMA:
         if device.arch < 90:
             return 0  # plain loads, some of them turned in registers: for the interpreter, which has no limit
@@ -263,7 +265,7 @@ SPACE: Space[GemmProblem, GemmConfig] = Space(GemmConfig, AXES, fits, useful, CO
 
 def default(problem: GemmProblem, device: Device) -> GemmConfig:
     """What runs when nothing is known: fits every problem whose grid can be launched, and does not spill."""
-    copies = vector_bytes(problem) >= 4 and device.arch >= 80
+    copies = max(operand_vectors(problem)) >= 4 and device.arch >= 80
     least_n = 32 if problem.gated == "halves" else 16
     # The loop over int8 carries the operands of one step along K, packed and unpacked again: the deeper, the less.
     deep = 64 if problem.unit == "int8" else 32
