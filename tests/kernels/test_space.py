@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from tilewright.kernels import GemmConfig, GemmProblem, resolve_device
+from tilewright.kernels import AttentionProblem, Conv2dProblem, GemmConfig, GemmProblem, find_kernel, resolve_device
 from tilewright.kernels.catalogue import CATALOGUE
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import INPUT_DTYPES
@@ -247,3 +247,32 @@ def test_the_coarse_space_is_a_small_part_of_the_whole(problem):
     assert coarse
     assert set(coarse) < set(whole)
     assert len(list(SPACE.product(coarse=True))) * 5 < len(list(SPACE.product()))
+
+
+NARROWED = [
+    (find_kernel(op), problem, device)
+    for op, problems in {
+        "gemm": [
+            GemmProblem(M=1, N=1000, K=8),
+            GemmProblem(M=300, N=4096, K=768, dtype="fp8e5m2", b_layout="col"),
+            GemmProblem(M=700, N=96, K=64, groups=5, aligned=False),
+        ],
+        "conv2d": [
+            Conv2dProblem(N=1, H=9, W=9, C=3, K=48, R=3, S=3),
+            Conv2dProblem(N=8, H=28, W=28, C=64, K=64, R=3, S=3, groups=64),
+        ],
+        "attention": [
+            AttentionProblem(B=1, H=8, Hkv=2, Sq=1, Skv=4096, D=64),
+            AttentionProblem(B=4, H=8, Sq=300, Skv=300, D=40, causal=True, aligned=False),
+        ],
+    }.items()
+    for problem in problems
+    for device in (resolve_device("t4"), RTX3090, H100)
+]
+
+
+@pytest.mark.parametrize(("kernel", "problem", "device"), NARROWED, ids=lambda value: getattr(value, "board", None))
+def test_narrowed_axes_leave_out_nothing_useful(kernel, problem, device):
+    for coarse in (False, True):
+        whole = replace(kernel.space, narrow=None).configs(problem, device, coarse=coarse)
+        assert kernel.space.configs(problem, device, coarse=coarse) == whole

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, WARP_SIZE, Device
 from tilewright.kernels.dtypes import dtype
@@ -260,7 +261,37 @@ COARSE = {
     "TMA": (False,),
 }
 
-SPACE: Space[GemmProblem, GemmConfig] = Space(GemmConfig, AXES, fits, useful, COARSE)
+
+def narrow(problem: GemmProblem, device: Device, axes: Mapping[str, tuple[Any, ...]]) -> Mapping[str, tuple[Any, ...]]:
+    """The values of each axis that `useful` accepts with some values of the others."""
+    kept = dict(axes)
+    for name, size, smallest in (
+        ("BLOCK_M", problem.M, 16),
+        ("BLOCK_N", problem.N, 16),
+        ("BLOCK_K", problem.K, 32),
+    ):
+        most = max(smallest, 2 ** math.ceil(math.log2(size)))
+        kept[name] = tuple(block for block in axes[name] if block <= most)
+    tiles_m = problem.M // AXES["BLOCK_M"][0] + max(1, problem.groups)
+    k_blocks = math.ceil(problem.K / AXES["BLOCK_K"][0])
+    kept["GROUP_M"] = tuple(group for group in axes["GROUP_M"] if group == 1 or tiles_m > AXES["GROUP_M"][0])
+    kept["SPLIT_K"] = tuple(split for split in axes["SPLIT_K"] if split == 1 or k_blocks >= 4 * split)
+    # TMA is content with rows of 16 bytes, which no 16 elements may divide.
+    copies = device.arch >= 90 or (device.arch >= 80 and max(operand_vectors(problem)) >= 4)
+    kept["num_stages"] = tuple(stages for stages in axes["num_stages"] if stages == 1 or copies)
+    if device.arch < 90:
+        kept["TMA"] = (False,)
+    # Of tiles as large as PERSISTENT wants them, the most there can be.
+    shapes = ((64, 256), (128, 128), (256, 64))
+    count = max(
+        (problem.M // rows + max(1, problem.groups)) * math.ceil(problem.N / columns) for rows, columns in shapes
+    )
+    if count * problem.batch < 2 * device.sms:
+        kept["PERSISTENT"] = (False,)
+    return kept
+
+
+SPACE: Space[GemmProblem, GemmConfig] = Space(GemmConfig, AXES, fits, useful, COARSE, narrow)
 
 
 def default(problem: GemmProblem, device: Device) -> GemmConfig:
