@@ -16,6 +16,9 @@ from tilewright.tuning_db.record import Resources
 REGISTERS_PER_BLOCK = 65536
 """On every arch from sm_53 on (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
 
+SCHEDULERS = 4
+"""Of an SM, each with its own warps (same guide, "Compute Capabilities")."""
+
 LARGEST_TENSOR = 2**20
 """Elements of a tile: Triton's own limit."""
 
@@ -122,9 +125,12 @@ def useful(problem: RmsNormProblem, config: RmsNormConfig, device: Device) -> st
             return f"a block of {block} over a size of {size} is mostly padding"
     if not whole(problem, config) and config.BLOCK_N < 256:
         return f"BLOCK_N={config.BLOCK_N} walks along a row of {problem.N} in pieces of less than 256"
-    if config.BLOCK_M > 1 and math.ceil(problem.M / config.BLOCK_M) < device.sms:
+    blocks = math.ceil(problem.M / config.BLOCK_M)
+    if config.BLOCK_M > 1 and blocks < device.sms:
         return f"{config.BLOCK_M} rows a block leave some of {device.sms} SMs without any of {problem.M}"
     each = elements(config)
+    if blocks <= device.sms and config.num_warps < SCHEDULERS and each >= 8:
+        return f"{config.num_warps} warps, alone on their SM, leave some of its {SCHEDULERS} schedulers idle"
     if config.num_warps > 1 and each < 4:
         return f"{each:g} elements a thread: half of {config.num_warps} warps would do"
     if each > 64 or estimate(problem, config, device).spill_bytes:

@@ -130,6 +130,7 @@ def test_tolerance_grows_with_the_row_and_stays_below_what_a_wrong_one_shows():
         (RmsNormConfig(1, 128, 1), LLAMA, "in pieces of less than 256"),
         (RmsNormConfig(64, 512, 16), LLAMA, "leave some of 108 SMs without any of 4096"),
         (RmsNormConfig(1, 256, 4), LLAMA, "half of 4 warps would do"),
+        (RmsNormConfig(1, 1024, 2), RmsNormProblem(M=16, N=8192), "2 warps, alone on their SM, leave some of its 4"),
         (RmsNormConfig(1, 4096, 1), LLAMA, "leave none of its 255 registers"),
         (RmsNormConfig(1, 2048, 8, 4), LLAMA, "num_stages=4 is more than the tiles of a row"),
     ],
