@@ -6,7 +6,7 @@ import math
 
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
-from tilewright.kernels.ops.attention import combine, jit, reference, space
+from tilewright.kernels.ops.attention import combine, jit, reference, space, work
 from tilewright.kernels.ops.attention.features import FEATURES
 from tilewright.kernels.ops.attention.problem import SOFTCAP, AttentionProblem
 from tilewright.kernels.ops.attention.reference import STEPS
@@ -148,8 +148,8 @@ ATTENTION: Kernel[AttentionProblem, AttentionConfig] = Kernel(
     launches=launches,
     reference=reference.reference,
     tolerance=reference.tolerance,
-    estimate=space.estimate,
-    work=space.work,
+    estimate=work.estimate,
+    work=work.work,
     distance=reference.distance,
     supported=reference.supported,
     ragged=space.ragged,

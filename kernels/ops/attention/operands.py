@@ -222,29 +222,23 @@ def _check_strides(views: Mapping[str, View]) -> bool:
         view = views.get(name)
         if view is None:
             continue
-        if view.shape[-1] > 1 and view.strides[-1] != 1:
-            raise UnsupportedError(
-                f"{name} has strides {view.strides}: its last dimension must be contiguous; pass a copy"
-            )
-        if any(step < 0 for step in view.strides):
-            raise UnsupportedError(f"{name} has negative strides {view.strides}: pass a copy")
+        shape, steps = view.shape, view.strides
         gapless = all(
-            step == own or length == 1
-            for length, step, own in zip(view.shape, view.strides, dense_strides(view.shape), strict=True)
+            step == own or length == 1 for length, step, own in zip(shape, steps, dense_strides(shape), strict=True)
         )
-        if name in ("out", "lse") and not gapless:
-            reach = 1
-            for step, length in sorted(zip(view.strides, view.shape, strict=True)):
-                if length > 1 and step < reach:
-                    raise UnsupportedError(
-                        f"{name} has strides {view.strides} for shape {view.shape}: it overlaps itself"
-                    )
-                reach = max(reach, step * length)
-        if name == "lse":
-            if not gapless:
-                raise UnsupportedError(f"lse must be contiguous; its strides are {view.strides}")
-        else:
-            dense = dense and gapless
+        if name == "lse" and not gapless:
+            raise UnsupportedError(f"lse must be contiguous; its strides are {steps} for shape {shape}")
+        if shape[-1] > 1 and steps[-1] != 1:
+            raise UnsupportedError(f"{name} has strides {steps}: its last dimension must be contiguous; pass a copy")
+        if any(step < 0 for step in steps):
+            raise UnsupportedError(f"{name} has negative strides {steps}: pass a copy")
+        if name == "out" and not gapless:
+            reach = 0  # of the dimensions so far, from the first element to the last
+            for step, length in sorted(zip(steps, shape, strict=True)):
+                if length > 1 and step <= reach:
+                    raise UnsupportedError(f"out has strides {steps} for shape {shape}: it overlaps itself")
+                reach += step * (length - 1)
+        dense = dense and gapless
     return dense
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, WARP_SIZE, Device
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.attention.problem import SMALLEST_DIM, AttentionProblem
 from tilewright.kernels.problem import Config
 from tilewright.kernels.space import Space
-from tilewright.kernels.work import Panel, Work
-from tilewright.tuning_db.record import Resources
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,12 @@ CUT = 64
 """Rows from which on head dims are cut in two blocks. Lower tiles are for decoding, which waits for memory, not for
 padded dots, and which needs dots as wide as they can be, for its warps lie side by side along them."""
 
-MOST_ACCUMULATORS = 208
-"""Accumulators and scores of a thread, with which few kernels still compile without a spill."""
+MOST_NEEDED = 300
+"""Estimated registers of a thread with which some kernels still compile without a spill."""
 
-FMA_LOOP = 2048
-"""Most multiply-adds of a thread in one dot on CUDA cores, which is unrolled whole: 4096 take ptxas 20 s, and spill."""
+FMA_LOOP = 1024
+"""Most multiply-adds of a thread in one dot on CUDA cores, which is unrolled whole: with 4096, ptxas takes 10 s and
+spills."""
 
 
 def head_blocks(dim: int, rows: int, smallest: int) -> tuple[int, int]:
@@ -138,8 +139,10 @@ def shared_bytes(problem: AttentionProblem, config: AttentionConfig, device: Dev
     else:
         total = q + max(n * max(d) * element, 0 if element == 1 else n * max(dv) * element + weights)
     if ahead and in_place:
-        # One more buffer, for the block that is being read; of fp8 values it is of fp16.
-        total += k + (2 * n * max(dv) if element == 1 else v)
+        # One more buffer, for the block that is being read; of fp8 values it is of fp16. tcgen05 has none for keys in
+        # two blocks.
+        total += 0 if device.arch >= 100 and d[1] else k
+        total += 2 * n * max(dv) if element == 1 else v
     if problem.bias is not None and device.arch >= 80:
         term = int(dtype(problem.bias).bytes)
         if term >= 4 or (problem.aligned and (problem.strided or problem.Skv % 16 == 0)):
@@ -147,22 +150,37 @@ def shared_bytes(problem: AttentionProblem, config: AttentionConfig, device: Dev
     return total
 
 
-def accumulators(problem: AttentionProblem, config: AttentionConfig) -> float:
-    """fp32 accumulators per thread: of the result and of one block's scores."""
-    columns = sum(value_blocks(problem, config)) + config.BLOCK_N
-    return config.BLOCK_M * columns / (config.num_warps * WARP_SIZE)
+def registers_needed(problem: AttentionProblem, config: AttentionConfig, device: Device) -> float:
+    """Registers of a thread that would spare it every spill: accumulators, scores and their weights, queries, a 64-bit
+    address per copy of 16 bytes (or a narrower load's address, mask and data), and a base. The factors are read off 250
+    kernels compiled for sm_80 to sm_100."""
+    threads = config.num_warps * WARP_SIZE
+    m, n = config.BLOCK_M, config.BLOCK_N
+    d, dv = sum(head_blocks(problem.D, m, problem.smallest_dim)), sum(value_blocks(problem, config))
+    held, scores = m * dv / threads, m * n / threads
+    if problem.unit == "fp32" or not device.tensor_tflops:
+        # Dots are unrolled whole, and most of their operands are loaded before the first multiply-add.
+        return 50 + held + scores + 0.1 * m * n * max(d, dv) / threads
+    in_place, on_rows = unified(problem, config, device), along_rows(problem, config)
+    repeated = max(1.0, 16 * config.num_warps / m) if in_place or on_rows else 1.0  # warps with the same rows
+    element = int(dtype(problem.dtype).bytes)
+    queries = 0.0 if in_place or not on_rows else 0.4 * m * d * element / 4 / threads
+    loaded = n * (d + dv) / threads
+    addresses = 1.5 * loaded * element / 16 if vector_bytes(problem) == 16 else 0.8 * loaded
+    held_factor, score_factor = (1.0, 1.1) if in_place and device.arch // 10 == 10 else (1.3, 1.45)
+    return 55 + repeated * (held_factor * held + score_factor * scores + queries) + addresses
 
 
 def fits(problem: AttentionProblem, config: AttentionConfig, device: Device) -> str | None:
     """None, or the limit that the configuration breaks, with the values."""
-    for name in ("BLOCK_M", "BLOCK_N", "SPLIT_KV", "num_warps", "num_stages"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    for name, value in config.to_dict().items():
+        if name == "PACK":
+            if not isinstance(value, bool):
+                return f"PACK={value!r} must be true or false"
+        elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
             return f"{name}={value!r} must be an integer of at least 1"
-        if name != "num_stages" and value & (value - 1):
+        elif name != "num_stages" and value & (value - 1):
             return f"{name}={value} must be a power of two"
-    if type(config.PACK) is not bool:
-        return f"PACK={config.PACK!r} must be true or false"
     if min(config.BLOCK_M, config.BLOCK_N) < 16:
         return "the smallest tile of two dots is 16×16"
     if config.PACK and problem.kv_heads == problem.H:
@@ -222,19 +240,73 @@ def useful(problem: AttentionProblem, config: AttentionConfig, device: Device) -
         return f"{warps} warps of 8 columns are more than {n} keys or a head have"
     if device.arch // 10 in (9, 10) and m >= 64 and warps < 4 and problem.unit != "fp32":
         return f"{warps} warps are no warp group: no wgmma, no tcgen05"
-    if accumulators(problem, config) > MOST_ACCUMULATORS:
-        return f"{accumulators(problem, config):.0f} accumulators and scores a thread spill"
+    needed = registers_needed(problem, config, device)
+    if needed > MOST_NEEDED:
+        return f"about {needed:.0f} registers a thread are so many over {MAX_REGISTERS_PER_THREAD} that they spill"
     return None
 
 
 COARSE = {"BLOCK_M": (16, 64, 128), "BLOCK_N": (32, 64, 128), "SPLIT_KV": (1, 4, 16), "num_stages": (2, 3)}
 
-SPACE: Space[AttentionProblem, AttentionConfig] = Space(AttentionConfig, AXES, fits, useful, COARSE)
+
+def narrow(
+    problem: AttentionProblem, device: Device, axes: Mapping[str, tuple[Any, ...]]
+) -> Mapping[str, tuple[Any, ...]]:
+    """The axes without what is useless for a problem whatever the others are."""
+    kept = dict(axes)
+    if problem.kv_heads == problem.H or max(axes["BLOCK_M"]) <= problem.Sq:
+        kept["PACK"] = (False,)
+    # The fewest tiles there can be, and the fewest that leave a split no use.
+    least = problem.B * problem.kv_heads * math.ceil(problem.Sq / max(axes["BLOCK_M"]))
+    kept["SPLIT_KV"] = tuple(s for s in axes["SPLIT_KV"] if s == 1 or least * (s // 2) < 4 * device.sms)
+    if device.arch < 80 or vector_bytes(problem) < 4:
+        kept["num_stages"] = tuple(s for s in axes["num_stages"] if s == min(axes["num_stages"]))
+    return kept
+
+
+SPACE: Space[AttentionProblem, AttentionConfig] = Space(AttentionConfig, AXES, fits, useful, COARSE, narrow)
 
 
 def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
     """What runs when nothing is known: fits every problem whose grid can be launched, and does not spill."""
-    return AttentionConfig(16, 16)
+    group = problem.H // problem.kv_heads
+    pack = group > 1 and problem.Sq < CUT
+    rows = problem.Sq * (group if pack else 1)
+    wide = 2 ** math.ceil(math.log2(max(problem.D, problem.dim_v)))
+    copied = device.arch >= 80 and vector_bytes(problem) >= 4
+    stages = 2 if copied else 1
+    least = 16 if rows <= 16 else 32
+    # Each element that is loaded by itself takes an address, and each term of the scores registers of its own.
+    narrow = not problem.aligned or not copied
+    terms = problem.bias is not None or problem.softcap or problem.alibi
+    if problem.unit == "fp32" or not device.tensor_tflops:
+        # 512 multiply-adds a thread: more may spill.
+        m = 16 if narrow or terms or wide > 128 else least
+        config = AttentionConfig(m, 32 if wide <= 64 and not narrow else 16, PACK=pack, num_stages=stages)
+    elif rows <= 32:
+        n = 16 if narrow else 64 if wide <= 128 else 32
+        config = AttentionConfig(least, n, PACK=pack, num_stages=3 if copied else 1)
+        config = replace(config, SPLIT_KV=enough_splits(problem, config, device))
+    elif narrow:
+        config = AttentionConfig(min(64, 8192 // wide), 16, PACK=pack, num_warps=8, num_stages=stages)
+    elif wide > 128 and (device.arch // 10 not in (9, 10) or rows <= 64 or problem.bias is not None):
+        config = AttentionConfig(64, 16 if terms else 32, PACK=pack, num_warps=8, num_stages=stages)
+    elif rows <= 64:
+        config = AttentionConfig(64, 32, PACK=pack, num_stages=stages)
+    else:
+        n = 32 if wide > 128 or (terms and wide > 64) else 64
+        config = AttentionConfig(128, n, PACK=pack, num_warps=8, num_stages=stages)
+    while fits(problem, config, device) is not None and config.num_stages > 1:
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
+def enough_splits(problem: AttentionProblem, config: AttentionConfig, device: Device) -> int:
+    """Splits that give every SM two blocks, of four blocks of keys or more each."""
+    splits, blocks = 1, tiles(problem, config)
+    while splits < 64 and blocks * splits < 2 * device.sms and key_blocks(problem, config) >= 8 * splits:
+        splits *= 2
+    return splits
 
 
 def ragged(problem: AttentionProblem, config: AttentionConfig) -> AttentionProblem:
@@ -262,73 +334,3 @@ def ragged(problem: AttentionProblem, config: AttentionConfig) -> AttentionProbl
         window_left=None if problem.window_left is None else min(problem.window_left, keys // 2),
         window_right=None if problem.window_right is None else min(problem.window_right, queries // 2),
     )
-
-
-def estimate(problem: AttentionProblem, config: AttentionConfig, device: Device) -> Resources:
-    """Resources before anything is compiled."""
-    registers = needed = int(accumulators(problem, config)) + 60
-    spilled = 4 * int(max(0.0, needed - MAX_REGISTERS_PER_THREAD))
-    return Resources(
-        registers=min(MAX_REGISTERS_PER_THREAD, int(registers)),
-        spill_bytes=spilled,
-        stack_bytes=spilled,
-        shared_bytes=shared_bytes(problem, config, device),
-    )
-
-
-def work(problem: AttentionProblem, config: AttentionConfig) -> Work:
-    """The grid, the loop over keys and the bytes of one configuration.
-
-    Tiles see different numbers of keys; they are taken to be equal, at the mean, for the longest start first and the
-    shortest fill the last wave. Query heads that share keys share their panel of L2.
-    """
-    element = dtype(problem.dtype).bytes
-    heads = tile_heads(problem, config)
-    group = problem.H // problem.kv_heads // heads
-    queries, keys = problem.lengths()
-    rows = problem.Sq * heads
-    tiles_m = math.ceil(rows / config.BLOCK_M)
-    d = sum(head_blocks(problem.D, config.BLOCK_M, problem.smallest_dim))
-    dv = sum(value_blocks(problem, config))
-    # Keys that a query sees, of all there are of its sequence, and those in blocks that it has to visit.
-    seen = problem.flops() / (2 * problem.H * (problem.D + problem.dim_v)) / max(1, int(queries.sum()))
-    edge = config.BLOCK_N if problem.window_left is not None else 0.5 * config.BLOCK_N if problem.causal else 0.0
-    visited = min(float(keys.max()), seen + edge + (config.BLOCK_M / heads if problem.window_left is not None else 0.0))
-    blocks = max(1, math.ceil(visited / config.BLOCK_N))
-    in_block = min(config.BLOCK_N, visited)
-    load = in_block * (problem.D + problem.dim_v) * element
-    height = rows / tiles_m
-    term = 0.0 if problem.bias is None else dtype(problem.bias).bytes
-    scores = config.BLOCK_M * config.BLOCK_N
-    each = LANE_OPS + (SOFTCAP_OPS if problem.softcap else 0) + (2 if term else 0) + (3 if problem.alibi else 0)
-    return Work(
-        tiles_m=tiles_m,
-        tiles_n=1,
-        splits=config.SPLIT_KV,
-        batch=problem.B * problem.H // heads,
-        group_m=1,
-        iterations=math.ceil(blocks / config.SPLIT_KV),
-        tile_m=config.BLOCK_M,
-        tile_n=config.BLOCK_N,
-        tile_k=d,
-        num_warps=config.num_warps,
-        num_stages=max(1, config.num_stages - 1) if problem.page_size else config.num_stages,
-        # The second dot of fp8 is of fp16.
-        unit="fp16" if problem.dtype.startswith("fp8") else problem.unit,
-        operand_bytes=element,
-        load_bytes=load + height * in_block * term,
-        vector_bytes=vector_bytes(problem),
-        panel_a=Panel(height * (problem.D * element + visited * term) / config.SPLIT_KV),
-        panel_b=Panel(visited * (problem.D + problem.dim_v) * element / group / config.SPLIT_KV),
-        epilogue_bytes=height * (problem.dim_v * dtype(problem.output_dtype).bytes + (4 if problem.lse else 0)),
-        workspace_bytes=0.0 if config.SPLIT_KV == 1 else height * problem.dim_v * 4.0,
-        launches=1 if config.SPLIT_KV == 1 else 2,
-        second=(config.BLOCK_M, dv, config.BLOCK_N),
-        lane_ops=each * scores + config.BLOCK_M * dv,
-        special_ops=(3 if problem.softcap else 1) * scores + config.BLOCK_M,
-    )
-
-
-LANE_OPS = 5.0
-"""Of one score: maximum, multiply-add, sum, and its share of packing, masks and addresses."""
-SOFTCAP_OPS = 4.0

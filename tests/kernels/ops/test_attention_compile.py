@@ -1,0 +1,183 @@
+"""Compiled attention for GPUs that are not here: its instructions, what it takes, and that no default spills."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from tests.kernels.compiling import compiled, described
+from tilewright.kernels import resolve_device
+from tilewright.kernels.compile import HIDDEN_POINTERS
+from tilewright.kernels.ops.attention.launch import ATTENTION
+from tilewright.kernels.ops.attention.problem import AttentionProblem
+from tilewright.kernels.ops.attention.space import SPACE, AttentionConfig
+
+ARCHS = (80, 86, 89, 90, 100, 120)
+PREFILL = AttentionProblem(1, 32, 4096, 4096, 128, Hkv=8, causal=True)
+DECODE = AttentionProblem(8, 32, 1, 8192, 128, Hkv=8, page_size=16, kv_lens=True)
+PROJECTED = AttentionProblem(2, 8, 4096, 4096, 40, strided=True)
+
+
+def attention_on(arch, jobs):
+    return compiled(arch, [("attention", problem, config) for problem, config in jobs])
+
+
+def assert_clean(replies):
+    """No spill, nothing over a limit, no scratch of Triton's own, in the first launch or another."""
+    for reply in replies:
+        for launch in (reply, *reply["more"]):
+            assert launch.get("error") is None, (described(reply), launch.get("error"))
+            assert launch["over"] is None, (described(reply), launch["over"])
+            assert launch["scratch"] == 0
+        assert reply["estimate"] <= reply["resources"]["shared_bytes"], described(reply)
+
+
+@pytest.mark.parametrize("arch", [80, pytest.param(86, marks=pytest.mark.smoke), 89, 90, 100, 120])
+def test_keys_are_copied_ahead_and_multiplied_on_tensor_cores(arch):
+    prefill, decode, projected = attention_on(arch, [(PREFILL, None), (DECODE, None), (PROJECTED, None)])
+    tensor = {90: "wgmma", 100: "tcgen05"}.get(arch, "mma.sync")
+    for reply, expected in ((prefill, tensor), (decode, "mma.sync"), (projected, tensor)):
+        found = reply["instructions"]
+        assert found["cp.async"], described(reply)
+        assert not found["narrow loads"], described(reply)
+        # A warp group of wgmma or tcgen05 needs 64 rows.
+        assert [name for name in ("mma.sync", "wgmma", "tcgen05") if found[name]] == [expected], described(reply)
+    assert_clean((prefill, decode, projected))
+    assert len(decode["more"]) == 1
+    assert decode["more"][0]["name"] == "combine_kernel"
+
+
+@pytest.mark.smoke
+def test_the_entry_has_the_present_arguments_and_two_hidden_pointers():
+    every = replace(DECODE, alibi=True, sinks=True, softcap=True, bias="fp32", lse=True, strided=True, window_left=99)
+    replies = attention_on(86, [(replace(PREFILL, causal=False), None), (every, None)])
+    for reply in replies:
+        for launch in (reply, *reply["more"]):
+            sizes = {"i32": ".u32", "i64": ".u64"}
+            expected = [sizes.get(kind, ".u64") for kind in launch["arguments"]] + [".u64"] * HIDDEN_POINTERS
+            assert [kind.replace(".b", ".u") for kind in launch["parameters"]] == expected
+    plain, full = replies
+    # q, k, v; H, Sq, Skv; out.
+    assert plain["arguments"] == ["*fp16"] * 3 + ["i32"] * 3 + ["*fp16"]
+    assert (len(full["arguments"]), full["arguments"].count("i64")) == (30, 16)
+
+
+def test_no_mask_is_compiled_where_none_can_be_needed():
+    plain = AttentionProblem(1, 8, 1024, 1024, 64)
+    ragged = replace(plain, Skv=1023)
+    one, two = attention_on(86, [(plain, AttentionConfig(64, 64)), (ragged, AttentionConfig(64, 64))])
+    # The loop over whole blocks, and that loop and one over edges.
+    assert 2 * one["instructions"]["mma.sync"] == two["instructions"]["mma.sync"]
+
+
+def test_fp8_scores_are_multiplied_as_fp8_and_values_as_fp16():
+    problem = AttentionProblem(1, 8, 1024, 1024, 128, dtype="fp8e4m3")
+    (reply,) = attention_on(90, [(problem, AttentionConfig(128, 64, num_warps=8))])
+    found = reply["instructions"]
+    assert 0 < found["fp8 mma"] < found["wgmma"]
+
+
+def sampled(arch, count, seed):
+    """Problems and configurations worth trying on the arch's reference board, at random."""
+    device, draw = resolve_device(f"sm_{arch}"), random.Random(f"{arch} {seed}")
+    while count:
+        features = draw.choice([{}, {"causal": True}, {"bias": "fp16"}, {"softcap": True, "window_left": 300}])
+        if draw.random() < 0.3:
+            features = {"page_size": draw.choice([16, 64]), "kv_lens": True}
+        problem = AttentionProblem(
+            B=2,
+            H=8,
+            Sq=draw.choice([1, 4, 1000, 1024]),
+            Skv=1024,
+            D=draw.choice([40, 64, 80, 128, 256]),
+            Hkv=draw.choice([2, 8]),
+            dtype=draw.choice(["fp16", "fp16", "bf16", "fp8e5m2"]),
+            strided=draw.random() < 0.3,
+            **features,
+        )
+        config = draw.choice(SPACE.configs(problem, device))
+        count -= 1
+        yield problem, config
+
+
+def estimates_hold(arch, count, seed):
+    exact = 0
+    for reply in attention_on(arch, sampled(arch, count, seed)):
+        assert "error" not in reply, (described(reply), reply.get("error"))
+        real = reply["resources"]["shared_bytes"]
+        assert reply["estimate"] <= real, described(reply)
+        exact += reply["estimate"] >= 0.98 * real  # but for a few bytes: barriers, page numbers
+    return exact / count
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_estimated_shared_memory_is_never_over_the_real(arch):
+    assert estimates_hold(arch, 5, seed=0) > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("arch", ARCHS)
+def test_estimated_shared_memory_is_never_over_the_real_in_a_larger_sample(arch, seed):
+    assert estimates_hold(arch, 40, seed) > 0.5
+
+
+# The default configuration
+
+TERMS = {"softcap": True, "alibi": True, "sinks": True, "lse": True}
+FEATURES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "every term": {**TERMS, "bias": "fp32", "bias_heads": True, "causal": True, "window_left": 500},
+    "any strides": {**TERMS, "bias": "fp16", "causal": True, "strided": True},
+    "unaligned": {**TERMS, "bias": "fp16", "causal": True, "window_left": 500, "strided": True, "aligned": False},
+    "paged": {**TERMS, "causal": True, "kv_lens": True, "page_size": 16},
+    "paged, unaligned": {**TERMS, "kv_lens": True, "page_size": 16, "strided": True, "aligned": False},
+    "varlen": {"varlen": True, "causal": True, "alibi": True, "lse": True},
+}
+SHAPES = ((8, 8, 2048), (32, 8, 1), (32, 8, 5), (32, 8, 12))  # query heads, key heads, queries
+DIMS = (64, 128, 256, 40, 72, 80, 96, 160, 192)
+KINDS = ("fp16", "bf16", "fp32", "fp8e5m2", "fp8e4m3")
+
+
+def defaults(arch, rows):
+    """The problems of rows of the above that an arch has, each machine code once."""
+    device, seen = resolve_device(f"sm_{arch}"), set()
+    for features, (heads, kv_heads, queries), dim, kind in rows:
+        problem = AttentionProblem(4, heads, queries, 4096, dim, Hkv=kv_heads, dtype=kind, **FEATURES[features])
+        if ATTENTION.supported(problem, device) is None:
+            config = ATTENTION.default(problem, device)
+            code = tuple(launch.specialization for launch in ATTENTION.launches(problem, config))
+            if code not in seen:
+                seen.add(code)
+                yield problem, None
+
+
+@pytest.mark.parametrize("arch", [86, 90])
+def test_the_default_compiles_without_spills(arch):
+    rows = [
+        ("every term", SHAPES[0], 128, "fp16"),
+        ("unaligned", SHAPES[0], 128, "bf16"),
+        ("any strides", SHAPES[0], 80, "fp16"),
+        ("paged", SHAPES[2], 256, "fp16"),
+        ("paged, unaligned", SHAPES[1], 64, "fp8e5m2"),
+        ("every term", SHAPES[3], 64, "fp32"),
+        ("varlen", SHAPES[0], 256, "fp16"),
+    ]
+    assert_clean(attention_on(arch, defaults(arch, rows)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_default_compiles_without_spills_whatever_the_problem(arch):
+    jobs = list(defaults(arch, itertools.product(FEATURES, SHAPES, DIMS, KINDS)))
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for replies in threads.map(lambda part: attention_on(arch, jobs[part::8]), range(8)):
+            assert_clean(replies)
