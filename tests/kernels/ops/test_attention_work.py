@@ -27,7 +27,7 @@ from tilewright.kernels.ops.attention.space import (
     tile_heads,
     value_blocks,
 )
-from tilewright.kernels.prediction import occupancy, predict
+from tilewright.kernels.prediction import Term, occupancy, predict
 
 BOARDS = {device.board: device for device in CATALOGUE}
 LLAMA = AttentionProblem(1, 32, 4096, 4096, 128, Hkv=8, causal=True)
@@ -183,6 +183,22 @@ def test_splitting_the_keys_of_one_sequence_pays_and_of_many_does_not():
 
     assert time(replace(DECODE, B=1), split) < 0.5 * time(replace(DECODE, B=1), plain)
     assert time(replace(DECODE, B=512), split) > time(replace(DECODE, B=512), plain)
+
+
+def test_what_lies_beside_the_dots_decides_an_order():
+    # Every block of keys rescales 128 sums of each row: 32 keys at a time do it four times as often as 128.
+    board = BOARDS["a100"]
+    few, many = (
+        AttentionConfig(128, 32, num_warps=8, num_stages=3),
+        AttentionConfig(128, 128, num_warps=8, num_stages=3),
+    )
+
+    def time(config, *without):
+        resources = ATTENTION.estimate(LLAMA, config, board)
+        return predict(ATTENTION.work(LLAMA, config), resources, board, without=without).time_us
+
+    assert time(many) < 0.95 * time(few)
+    assert time(many, Term.BESIDE) > time(few, Term.BESIDE)
 
 
 # Resources, against what was compiled with Triton 3.9: of configurations drawn from the space, and some that spill
