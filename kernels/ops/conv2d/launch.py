@@ -25,6 +25,7 @@ def launches(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[Launch, ...]
     channels, filters = problem.C // groups, problem.K // groups
     tiles = math.ceil(problem.pixels / config.BLOCK_M) * math.ceil(filters / config.BLOCK_N) * groups
     split = config.SPLIT_K > 1 and not depthwise
+    nchw = problem.layout == "nchw"
 
     def pointer(name: str, kind: str | None) -> Argument:
         return Argument(name, kind and "*" + dtype(kind).triton, aligned=problem.aligned)
@@ -32,8 +33,9 @@ def launches(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[Launch, ...]
     def scalar(name: str, wanted: bool) -> Argument:
         return Argument(name, "*fp32" if wanted else None)
 
-    def size(name: str, value: int) -> Argument:
-        return Argument(name, "i32", value, aligned=value % 16 == 0)
+    def size(name: str, value: int, wanted: bool = False) -> Argument:
+        # Where divisibility changes no load or store it would only make more kernels.
+        return Argument(name, "i32", value, aligned=wanted and value % 16 == 0)
 
     arguments = (
         pointer("x_ptr", problem.dtype),
@@ -45,19 +47,18 @@ def launches(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[Launch, ...]
         scalar("alpha_ptr", problem.alpha),
         scalar("out_scale_ptr", problem.out_scale),
         size("N", problem.N),
-        size("H", problem.H),
-        size("W", problem.W),
-        size("C", channels),
-        size("K", filters),
-        size("P", problem.P),
-        size("Q", problem.Q),
+        size("H", problem.H, nchw),
+        size("W", problem.W, nchw),
+        size("C", channels, True),
+        size("K", filters, True),
+        size("P", problem.P, nchw),
+        size("Q", problem.Q, nchw),
         size("pad_top", problem.pad_top),
         size("pad_left", problem.pad_left),
         pointer("out_ptr", problem.output_dtype),
     )
     integers = problem.dtype == "int8"
-    # Of use in NCHW alone: elsewhere it would only make more kernels.
-    run = 1 if problem.layout == "nhwc" else min(16, problem.Q & -problem.Q)
+    run = min(16, problem.Q & -problem.Q) if nchw else 1
     window = (
         ("R", problem.R),
         ("S", problem.S),
@@ -65,7 +66,7 @@ def launches(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[Launch, ...]
         ("STRIDE_W", problem.stride_w),
         ("DILATION_H", problem.dilation_h),
         ("DILATION_W", problem.dilation_w),
-        ("NHWC", problem.layout == "nhwc"),
+        ("NHWC", not nchw),
         ("RUN", run),
         ("PADDED", problem.padded),
     )
