@@ -11,6 +11,7 @@ import functools
 import hashlib
 import heapq
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,14 @@ def record_key(kernel: Kernel[Any, Any], problem: Problem, device: Device, proto
         ptxas=ptxas_version(device.arch),
         protocol=protocol,
     )
+
+
+def prediction_protocol(kernel: Kernel[Any, Any]) -> str:
+    """Name and revision of how a kernel's times are predicted: part of the key of its predicted records. It changes
+    with the model, and with what the op tells it: the modules of its space, its estimate and its work."""
+    told = {function.__module__ for function in (kernel.space.fits, kernel.space.useful, kernel.estimate, kernel.work)}
+    hashes = " ".join(module_hash(sys.modules[name]) for name in sorted(told))
+    return f"{MODEL}-{hashlib.sha256(hashes.encode()).hexdigest()[:8]}"
 
 
 def _code_hash(kernel: Kernel[Any, Any]) -> str:
@@ -128,7 +137,7 @@ def answer(kernel: Kernel[Any, Any], problem: Problem, device: Device, database:
 
     found = database.best(
         record_key(kernel, problem, device),
-        predicted_protocol=MODEL,
+        predicted_protocol=prediction_protocol(kernel),
         near=functools.partial(_distance, kernel),
         accept=accept,
     )

@@ -165,7 +165,9 @@ def predict(work: Work, resources: Resources, device: Device, *, without: Collec
         moved = dram_bytes(work, device, blocks, without)
         demand = wave_demand(work, device, iteration, rate, busiest, moved, without)
         stalls = 0.0 if Term.PIPELINE in without else stall_cycles(work, device, demand.pipeline)
-        chain = work.iterations * (iteration.compute * iteration.idle + iteration.beside) + stalls
+        # A warp sits on one sub-partition: the work beside the dots of fewer than four leaves units without any.
+        beside = iteration.beside * max(1.0, SUBPARTITIONS / work.num_warps)
+        chain = work.iterations * (iteration.compute * iteration.idle + beside) + stalls
         busy = busy_cycles(demand, chain, stalls, busiest) + busiest * work.iterations * iteration.spills
         alone = alone_cycles(demand, chain, busiest) + work.iterations * iteration.spills
         ends = end_cycles(work, rate, without)

@@ -16,7 +16,13 @@ from tilewright.kernels.compile import ptxas_version, triton_version
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.kernel import Kernel
-from tilewright.kernels.lookup import check_supported, predictions, record_key
+from tilewright.kernels.lookup import (
+    TIMING_PROTOCOL,
+    check_supported,
+    prediction_protocol,
+    predictions,
+    record_key,
+)
 from tilewright.kernels.prediction import roofline_us
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
@@ -262,7 +268,8 @@ class _Run:
         report: _Reporter,
     ) -> Result:
         kernel, problem = find_kernel(workload.op), workload.problem
-        key = record_key(kernel, problem, self._device, self._protocol)
+        protocol = TIMING_PROTOCOL if self._device.live else prediction_protocol(kernel)
+        key = record_key(kernel, problem, self._device, protocol)
         known = {} if retune else self._known(kernel, key)
         if len(known) >= trials:
             return self._result(workload, kernel, key, cached=True)
@@ -293,10 +300,6 @@ class _Run:
         for config, outcome in runner.finalists(kernel, problem, best):
             self._keep(key, config, outcome)
         return self._result(workload, kernel, key, cached=False)
-
-    @property
-    def _protocol(self) -> str:
-        return _runner_class(self._device).protocol
 
     def _known(self, kernel: Kernel[Any, Any], key: Key) -> dict[Config, float | None]:
         return {

@@ -6,9 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from tilewright.kernels import Choice, GemmConfig, GemmProblem, choose, resolve_device
+from tilewright.kernels import KERNELS, Choice, GemmConfig, GemmProblem, choose, resolve_device
 from tilewright.kernels import lookup as lookup_module
-from tilewright.kernels.lookup import TIMING_PROTOCOL, candidates, fitting_config, predicted_best, record_key
+from tilewright.kernels.lookup import (
+    TIMING_PROTOCOL,
+    candidates,
+    fitting_config,
+    predicted_best,
+    prediction_protocol,
+    record_key,
+)
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.prediction import MODEL
 from tilewright.tuning_db.env import DB_DIR
@@ -35,7 +42,7 @@ def add(folder):
 
     def add(config, problem=PROBLEM, device=DEVICE, time_us=10.0, measured=True, resources=MODEST, text=None, **key):
         key |= {"problem": text} if text else {}
-        protocol = TIMING_PROTOCOL if measured else MODEL
+        protocol = TIMING_PROTOCOL if measured else prediction_protocol(GEMM)
         record = Record(
             key=replace(record_key(GEMM, problem, device, protocol), **key),
             config=config if isinstance(config, str) else config.to_json(),
@@ -234,3 +241,14 @@ def test_a_key_names_all_that_changes_the_answer(monkeypatch):
         record_key(GEMM, PROBLEM, device, protocol).digest() for device in (DEVICE, A10, A100) for protocol in "ab"
     }
     assert len(digests) == 6
+
+
+def test_predictions_are_another_protocol_when_what_an_op_tells_of_itself_changes(monkeypatch):
+    protocols = {kernel.name: prediction_protocol(kernel) for kernel in KERNELS}
+    assert len(set(protocols.values())) == len(KERNELS)
+    assert all(protocol.startswith(f"{MODEL}-") for protocol in protocols.values())
+    hashed = lookup_module.module_hash
+    monkeypatch.setattr(
+        lookup_module, "module_hash", lambda module: hashed(module) + module.__name__.rpartition(".")[2]
+    )
+    assert prediction_protocol(GEMM) != protocols["gemm"]

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import pytest
 
 from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.lookup import prediction_protocol
+from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.prediction import MODEL
@@ -60,7 +62,8 @@ def test_every_outcome_is_on_record_with_its_environment(tmp_path: Path) -> None
         ((_, environment),) = database.runs().values()
     assert len(records) == 3
     assert {record.provenance for record in records} == {Provenance.PREDICTED}
-    assert {record.key.protocol for record in records} == {environment.protocol} == {MODEL}
+    assert {record.key.protocol for record in records} == {prediction_protocol(GEMM)}
+    assert environment.protocol == MODEL
     assert {record.key.problem for record in records} == {GemmProblem.parse(SMALL).to_json()}
 
 
