@@ -45,6 +45,9 @@ FEATURES: dict[str, Conv2dProblem | Variant[Conv2dProblem, Conv2dConfig]] = {
     "1×1, NCHW": Conv2dProblem(N=2, H=4, W=8, C=32, K=48, R=1, S=1, layout="nchw", bias="fp16"),
     "1-D": Conv2dProblem(N=2, H=1, W=19, C=32, K=32, R=1, S=3, pad_left=1, pad_right=1),
     "split depth, deterministic": Variant(Conv2dProblem(**TAPS), Conv2dConfig(32, 32, 32, SPLIT_K=3)),
+    # The form of loop that was reported to be miscompiled: on a GPU this line is what shows that ours is not.
+    "eight warps": Variant(Conv2dProblem(**TAPS), Conv2dConfig(64, 32, 32, num_warps=8)),
+    "eight warps, folded": Variant(Conv2dProblem(**TAPS), Conv2dConfig(64, 32, 32, FOLD=True, num_warps=8)),
     # epilogue
     "alpha, bias, residual, activation": Conv2dProblem(
         **TAPS, alpha=True, bias="fp32", residual="fp16", activation="silu"

@@ -262,8 +262,8 @@ _DEPTHWISE = Conv2dConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, num_stages=1)
 def default(problem: Conv2dProblem, device: Device) -> Conv2dConfig:
     """What runs when nothing is known: fits every problem whose grid can be launched, and does not spill.
 
-    4 warps: loops of this form were reported to be miscompiled at 8 (pytorch/pytorch#173068), and what nobody has
-    checked should not depend on that.
+    4 warps: a loop over flattened taps was reported to be miscompiled at 8 (pytorch/pytorch#173068). The kernel's loop
+    has another form, but what runs unchecked should not depend on that.
     """
     if problem.depthwise:
         if problem.layout == "nhwc":
@@ -286,8 +286,8 @@ def default(problem: Conv2dProblem, device: Device) -> Conv2dConfig:
     copies = max(vector_bytes(problem, config)) >= 4 and device.arch >= 80
     wide = min(vector_bytes(problem, config)) == 16
     if problem.unit == "fp32" or not device.tensor_tflops:
-        # CUDA cores hold their operands in registers: larger tiles spill.
-        config = replace(config, BLOCK_M=32, BLOCK_N=32, num_stages=2 if copies else 1)
+        # CUDA cores hold their operands in registers: larger tiles spill, and so do as many single elements.
+        config = replace(config, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32 if wide else 16, num_stages=2 if copies else 1)
     elif not copies:
         config = replace(config, num_stages=1)
     elif wide and problem.pixels <= 32:
