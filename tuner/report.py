@@ -24,9 +24,15 @@ ABBREVIATIONS = {
     "BLOCK_K": "K",
     "GROUP_M": "group",
     "SPLIT_K": "split",
+    "SPLIT_KV": "split",
+    "PERSISTENT": "persistent",
+    "PACK": "packed",
+    "FOLD": "folded",
     "num_warps": "warps",
     "num_stages": "stages",
 }
+ABSENT_AS_1 = ("SPLIT_K", "SPLIT_KV", "GROUP_M")
+"""Choices that a 1 leaves out."""
 
 
 class ProgressView:
@@ -96,9 +102,9 @@ def short_config(config: dict[str, Any] | None) -> str:
         return "-"
     tile = [str(config[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in config]
     rest = [
-        f"{ABBREVIATIONS.get(name, name)} {value}"
+        ABBREVIATIONS.get(name, name) + ("" if value is True else f" {value}")
         for name, value in config.items()
-        if not name.startswith("BLOCK_") and not (name in ("SPLIT_K", "GROUP_M") and value == 1)
+        if not name.startswith("BLOCK_") and value is not False and not (value == 1 and name in ABSENT_AS_1)
     ]
     return " ".join(["×".join(tile), *rest])
 
