@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +46,9 @@ AXES = {
     "num_warps": (2, 4, 8),
     "num_stages": (1, 2, 3, 4, 5),
 }
+
+WITHOUT_DOTS = ("BLOCK_K", "GROUP_M", "SPLIT_K", "FOLD", "num_stages")
+"""Axes that the depthwise kernel has no use for: it takes the first value of each."""
 
 LEAST_FOR_TAPS = 64
 """From so many channels on, taps in blocks of channels waste little, and folding only costs address arithmetic."""
@@ -239,7 +244,7 @@ def useful(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str 
 
 
 def _useful_depthwise(problem: Conv2dProblem, config: Conv2dConfig) -> str | None:
-    for name in ("BLOCK_K", "GROUP_M", "SPLIT_K", "FOLD", "num_stages"):
+    for name in WITHOUT_DOTS:
         if getattr(config, name) != AXES[name][0]:
             return f"{name}={getattr(config, name)} changes nothing in a kernel without dots"
     for block, size in ((config.BLOCK_M, problem.pixels), (config.BLOCK_N, problem.K)):
@@ -253,7 +258,35 @@ def _useful_depthwise(problem: Conv2dProblem, config: Conv2dConfig) -> str | Non
 # Without 8 warps: a first call runs what it predicts unchecked; see `default`.
 COARSE = {"BLOCK_K": (16, 32, 64), "GROUP_M": (1,), "SPLIT_K": (1, 4), "num_warps": (2, 4), "num_stages": (1, 3, 4)}
 
-SPACE: Space[Conv2dProblem, Conv2dConfig] = Space(Conv2dConfig, AXES, fits, useful, COARSE)
+
+def narrow(
+    problem: Conv2dProblem, device: Device, axes: Mapping[str, tuple[Any, ...]]
+) -> Mapping[str, tuple[Any, ...]]:
+    """The values of each axis that `useful` accepts with some values of the others."""
+    kept = dict(axes)
+    if problem.depthwise:
+        kept |= {name: axes[name][:1] for name in WITHOUT_DOTS}
+    channels, filters = problem.group_channels, problem.K if problem.depthwise else problem.group_filters
+    for name, size, smallest in (
+        ("BLOCK_M", problem.pixels, 16),
+        ("BLOCK_N", filters, 16),
+        ("BLOCK_K", max(problem.depth, channels), 32),
+    ):
+        most = max(smallest, 2 ** math.ceil(math.log2(size)))
+        kept[name] = tuple(block for block in kept[name] if block <= most)
+    if not problem.depthwise:
+        if channels < 8:
+            kept["FOLD"] = (True,)
+        elif channels % 16 == 0 and channels >= LEAST_FOR_TAPS:
+            kept["FOLD"] = (False,)
+        steps = problem.R * problem.S * math.ceil(channels / AXES["BLOCK_K"][0])
+        kept["SPLIT_K"] = tuple(split for split in axes["SPLIT_K"] if split == 1 or steps >= 4 * split)
+        if device.arch < 80:
+            kept["num_stages"] = axes["num_stages"][:1]
+    return kept
+
+
+SPACE: Space[Conv2dProblem, Conv2dConfig] = Space(Conv2dConfig, AXES, fits, useful, COARSE, narrow)
 
 
 _DEPTHWISE = Conv2dConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, num_stages=1)
@@ -287,7 +320,8 @@ def default(problem: Conv2dProblem, device: Device) -> Conv2dConfig:
     wide = min(vector_bytes(problem, config)) == 16
     if problem.unit == "fp32" or not device.tensor_tflops:
         # CUDA cores hold their operands in registers: larger tiles spill, and so do as many single elements.
-        config = replace(config, BLOCK_M=32, BLOCK_N=32, BLOCK_K=32 if wide else 16, num_stages=2 if copies else 1)
+        depth_of_step = 32 if wide or dtype(problem.dtype).bytes == 1 else 16
+        config = replace(config, BLOCK_M=32, BLOCK_N=32, BLOCK_K=depth_of_step, num_stages=2 if copies else 1)
     elif not copies:
         config = replace(config, num_stages=1)
     elif wide and problem.pixels <= 32:
