@@ -117,7 +117,7 @@ def _assemble(source: ASTSource, arch: int, options: dict[str, Any]) -> Binary:
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, WARP_SIZE), options=options)
     except Exception as error:
-        raise CompileError(f"{type(error).__name__}: {_first_line(error)}") from error
+        raise CompileError(f"{type(error).__name__}: {_first_line(_innermost(error))}") from error
     metadata = compiled.metadata
     cubin = compiled.asm["cubin"]
     return Binary(
@@ -132,7 +132,14 @@ def _assemble(source: ASTSource, arch: int, options: dict[str, Any]) -> Binary:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _innermost(error: BaseException) -> BaseException:
+    """Triton's error in the device function where it arose: those around it say only where they call it."""
+    while type(error.__cause__) is type(error):
+        error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
     # ptxas says "ptxas /tmp/x.ptx, line 556; error   : Feature …"; Triton wraps its own reasons: "at 12:8: … error: …".
     from_ptxas = re.search(r"; (?:fatal|error) *: *(.+)", str(error))
     if from_ptxas:

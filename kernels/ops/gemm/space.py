@@ -112,8 +112,9 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
 
     Triton keeps a copy of each operand tile per stage, less the one that mma.sync has in registers already; one copy of
     a tile that cp.async can't bring, or that must be transposed through registers, as 8-bit B by rows, and for wgmma
-    8-bit A by columns (read off compiled kernels, 3.6 and 3.9). One copy of a word per thread may not be there at all:
-    it goes from thread to thread. Weights that become fp16 on their way to wgmma lie there once more as such.
+    8-bit A by columns (read off compiled kernels, 3.6 and 3.9). One copy of a word per thread, or of 16 columns, may
+    not be there at all: it goes from thread to thread. Weights that become fp16 on their way to wgmma lie there once
+    more as such.
     """
     tile = operand_tiles(problem, config)
     element = dtype(problem.dtype).bytes
@@ -143,10 +144,10 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
     for size, count, copies in ((tile.a, tile.a_count, a_copies), (tile.b, tile.b_count, b_copies)):
         if copies > 1:
             total.append(copies * count * size)
-        elif size > 4 * WARP_SIZE * config.num_warps:
+        elif size > 4 * WARP_SIZE * config.num_warps and config.BLOCK_K // tile.a_count > 16:
             total.append(size)  # the second of two takes the place of the first
     # Of 8 bits or fewer, in halves and by descriptors, B takes the place of A, which is in registers by then.
-    if max(a_copies, b_copies) <= 1 and (problem.b_bytes <= 1 or tile.b_count > 1 or config.TMA):
+    if not keeps_all and max(a_copies, b_copies) <= 1 and (problem.b_bytes <= 1 or tile.b_count > 1 or config.TMA):
         return max(total, default=0)
     return sum(total)
 
