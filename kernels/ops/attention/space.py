@@ -280,9 +280,10 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
     narrow = not problem.aligned or not copied
     terms = problem.bias is not None or problem.softcap or problem.alibi
     if problem.unit == "fp32" or not device.tensor_tflops:
-        # 512 multiply-adds a thread: more may spill.
+        # 512 multiply-adds a thread or fewer: more may spill.
         m = 16 if narrow or terms or wide > 128 else least
-        config = AttentionConfig(m, 32 if wide <= 64 and not narrow else 16, PACK=pack, num_stages=stages)
+        n, warps = 32 if wide <= 64 and not narrow else 16, 4 if wide <= 128 else 8
+        config = AttentionConfig(m, n, PACK=pack, num_warps=warps, num_stages=stages)
     elif rows <= 32:
         n = 16 if narrow else 64 if wide <= 128 else 32
         config = AttentionConfig(least, n, PACK=pack, num_stages=3 if copied else 1)
@@ -292,7 +293,7 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
     elif wide > 128 and (device.arch // 10 not in (9, 10) or rows <= 64 or problem.bias is not None):
         config = AttentionConfig(64, 16 if terms else 32, PACK=pack, num_warps=8, num_stages=stages)
     elif rows <= 64:
-        config = AttentionConfig(64, 32, PACK=pack, num_stages=stages)
+        config = AttentionConfig(64, 16 if terms and wide > 64 else 32, PACK=pack, num_stages=stages)
     else:
         n = 32 if wide > 128 or (terms and wide > 64) else 64
         config = AttentionConfig(128, n, PACK=pack, num_warps=8, num_stages=stages)
