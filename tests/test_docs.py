@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 
 from tilewright.kernels import KERNELS
@@ -44,17 +46,26 @@ def test_snippets_run(snippet: str, tmp_path: Path) -> None:
 
 
 def test_the_first_snippet_runs_on_numpy_arrays() -> None:
-    import numpy as np
-
     rng = np.random.default_rng(0)
-    x, w, b, r = (rng.standard_normal(shape, np.float32) for shape in ((4, 32), (32, 16), (16,), (4, 16)))
-    scope = {"x": x, "w": w, "b": b, "r": r}
+    shapes = {"x": (4, 32), "w": (32, 16), "b": (16,), "r": (4, 16), "weight": (32,)}
+    shapes |= {"image": (1, 4, 5, 8), "filters": (16, 3, 3, 8), "c": (16,)}
+    shapes |= {"q": (1, 4, 6, 16), "k": (1, 2, 9, 16), "v": (1, 2, 9, 16)}
+    scope = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    wide = {name: array.astype(np.float64) for name, array in scope.items()}
     exec(SNIPPETS[0], scope)
-    z = (x @ w + b + r).astype(np.float64)
-    from math import erf, sqrt
 
-    expected = z * 0.5 * (1 + np.vectorize(erf)(z / sqrt(2)))
-    np.testing.assert_allclose(scope["y"], expected, rtol=1e-5, atol=1e-5)
+    h = wide["x"] @ wide["w"] + wide["b"] + wide["r"]
+    wanted = {"y": h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))}
+    padded = np.pad(wide["image"], ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    wanted["z"] = np.maximum(np.einsum("npqcrs,krsc->npqk", windows, wide["filters"]) + wide["c"], 0)
+    scores = np.einsum("bhid,bhjd->bhij", wide["q"], wide["k"].repeat(2, axis=1)) / 4
+    scores[:, :, np.arange(6)[:, None] + 3 < np.arange(9)] = -np.inf
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
+    wanted["o"] = shares / shares.sum(-1, keepdims=True) @ wide["v"].repeat(2, axis=1)
+    wanted["n"] = wide["x"] / np.sqrt((wide["x"] ** 2).mean(-1, keepdims=True) + 1e-6) * wide["weight"]
+    for name, expected in wanted.items():
+        np.testing.assert_allclose(scope[name], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_every_option_is_documented() -> None:
