@@ -431,7 +431,8 @@ def work(problem: GemmProblem, config: GemmConfig) -> Work:
         lane_ops = weights * WEIGHT_OPERATIONS[problem.b_dtype, problem.dtype]
         if problem.group_size:
             lane_ops += config.BLOCK_M * config.BLOCK_N
-    vector = min(tile_vector_bytes(problem, config))
+    # Descriptors copy in width whatever the compiler is told of: rows of 16 bytes are enough.
+    vector = 16 if config.TMA else min(tile_vector_bytes(problem, config))
     return Work(
         tiles_m=tiles_m,
         tiles_n=tiles_n,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -15,7 +16,7 @@ from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, Device
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
-from tilewright.kernels.ops.gemm.space import AXES, GemmConfig, tile_vector_bytes
+from tilewright.kernels.ops.gemm.space import AXES, WEIGHT_OPERATIONS, GemmConfig, tile_vector_bytes
 from tilewright.kernels.prediction import occupancy
 from tilewright.tuning_db.record import Resources
 
@@ -103,6 +104,9 @@ def test_work_is_that_of_the_launch(case: tuple[GemmProblem, GemmConfig]) -> Non
     # Loads are wide only where the compiler is told that both operands' rows (or columns) start on 16 elements.
     aligned = {argument.name: argument.aligned for argument in launch.arguments}
     lengths = ("M" if problem.a_layout == "col" else "K", "K" if problem.b_layout == "col" else "N")
+    if config.TMA:
+        assert work.vector_bytes == 16
+        return
     if not all(aligned[name] for name in lengths):
         assert work.vector_bytes == dtype(problem.dtype).bytes
     threads = config.num_warps * 32
@@ -116,6 +120,42 @@ def test_a_tile_too_small_for_its_threads_is_loaded_narrowly() -> None:
     # 16·16 elements for 256 threads: one each, two bytes.
     assert tile_vector_bytes(problem, GemmConfig(16, 256, 16, num_warps=8)) == (2, 16)
     assert GEMM.work(problem, GemmConfig(16, 256, 16, num_warps=8)).vector_bytes == 2
+
+
+def test_gated_pairs_write_half_the_columns() -> None:
+    plain = GemmProblem(128, 256, 64)
+    config = GemmConfig(64, 64, 32)
+    for gated in ("halves", "interleaved"):
+        work = GEMM.work(replace(plain, gated=gated), config)
+        assert work == replace(GEMM.work(plain, config), epilogue_bytes=64 * 32 * 2)
+
+
+def test_weights_are_read_as_they_are_and_cost_instructions() -> None:
+    plain = GEMM.work(GemmProblem(64, 256, 1024), GemmConfig(64, 64, 32))
+    config = GemmConfig(64, 64, 32)
+    weights = GemmProblem(64, 256, 1024, b_dtype="int4", b_scale="group", group_size=32, b_zero=True)
+    work = GEMM.work(weights, config)
+    # Each iteration 64 columns of 32 nibbles, a scale and a zero point, under 64 rows of 32 fp16.
+    assert work.load_bytes == 64 * (32 / 2 + 4 + 1) + 64 * 32 * 2
+    assert work.panel_b.bytes == 64 * (1024 / 2 + 32 * 5)
+    assert work.panel_a == plain.panel_a
+    assert (plain.lane_ops, work.operand_bytes) == (0, 2)
+    # Two rows of warps make each operand twice; and every sum is scaled.
+    assert work.lane_ops == pytest.approx(2 * 64 * 32 * WEIGHT_OPERATIONS["int4", "fp16"] + 64 * 64)
+    by_column = GEMM.work(replace(weights, b_scale="column", group_size=0, b_zero=False), config)
+    assert by_column.panel_b.bytes == 64 * 1024 / 2
+    assert by_column.epilogue_bytes == plain.epilogue_bytes + 4 * 64
+
+
+def test_groups_of_rows_are_a_batch_within_the_grid() -> None:
+    problem = GemmProblem(1000, 256, 512, groups=8, bias="fp32")
+    config = GemmConfig(64, 64, 32)
+    work = GEMM.work(problem, config)
+    assert (work.batch, work.tiles_m, work.tiles_n) == (8, 2, 4)  # 125 rows each
+    (launch,) = GEMM.launches(problem, config)
+    assert launch.grid == ((1000 // 64 + 8) * 4, 1, 1)
+    assert work.blocks <= launch.grid[0]
+    assert work.epilogue_bytes == 62.5 * 64 * 2 + 64 * 4
 
 
 FP16 = GemmProblem(4096, 4096, 4096)
