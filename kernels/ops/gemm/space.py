@@ -111,10 +111,10 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
     its way out), never less.
 
     Triton keeps a copy of each operand tile per stage, less the one that mma.sync has in registers already; one copy of
-    a tile that cp.async can't bring, or that must be transposed through registers, as 8-bit B by rows, and for wgmma
-    8-bit A by columns (read off compiled kernels, 3.6 and 3.9). One copy of a word per thread, or of 16 columns, may
-    not be there at all: it goes from thread to thread. Weights that become fp16 on their way to wgmma lie there once
-    more as such.
+    a tile that cp.async can't bring, or that must be transposed through registers, as 8-bit B by rows, and 8-bit A by
+    columns for wgmma and of 16 bytes (read off compiled kernels, 3.6 and 3.9). One copy of a word per thread, or of 16
+    columns, may not be there at all: it goes from thread to thread. Weights that become fp16 on their way to wgmma lie
+    there once more as such.
     """
     tile = operand_tiles(problem, config)
     element = dtype(problem.dtype).bytes
@@ -126,7 +126,8 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
     if device.arch < 80:
         stages = b_stages = 1
     a_vector, b_vector = tile_vector_bytes(problem, config)
-    turned = keeps_all and device.arch // 10 == 9 and element == 1 and problem.a_layout == "col"
+    turned = problem.a_layout == "col" and element == 1
+    turned = turned and (config.BLOCK_M == 16 or (keeps_all and device.arch // 10 == 9))
     # Rows of half a gated tile's 16 bytes start at multiples of 8 (N / 2): weights so narrow are not copied ahead.
     narrow = problem.b_dtype is not None and problem.gated == "halves" and config.BLOCK_N == 32
     b_turned = problem.b_layout == "row" and (element == 1 or narrow)
