@@ -276,26 +276,30 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
     copied = device.arch >= 80 and vector_bytes(problem) >= 4
     stages = 2 if copied else 1
     least = 16 if rows <= 16 else 32
-    # Each element that is loaded by itself takes an address, and each term of the scores registers of its own.
+    # Each element that is loaded by itself takes an address, each term of the scores registers of its own, and
+    # mma.sync, unlike dots of a warp group, has the queries in registers.
+    groups = device.arch // 10 in (9, 10)
     narrow = not problem.aligned or not copied
     terms = problem.bias is not None or problem.softcap or problem.alibi
     if problem.unit == "fp32" or not device.tensor_tflops:
         # 512 multiply-adds a thread or fewer: more may spill.
         m = 16 if narrow or terms or wide > 128 else least
-        n, warps = 32 if wide <= 64 and not narrow else 16, 4 if wide <= 128 else 8
-        config = AttentionConfig(m, n, PACK=pack, num_warps=warps, num_stages=stages)
+        n, warps = 32 if wide <= 64 and not narrow else 16, 4 if m * wide < 4096 else 8
+        config = AttentionConfig(m, n, PACK=pack, num_warps=warps, num_stages=stages if wide <= 128 else 1)
     elif rows <= 32:
         n = 16 if narrow else 64 if wide <= 128 else 32
         config = AttentionConfig(least, n, PACK=pack, num_stages=3 if copied else 1)
         config = replace(config, SPLIT_KV=enough_splits(problem, config, device))
     elif narrow:
         config = AttentionConfig(min(64, 8192 // wide), 16, PACK=pack, num_warps=8, num_stages=stages)
-    elif wide > 128 and (device.arch // 10 not in (9, 10) or rows <= 64 or problem.bias is not None):
+    elif wide > 128 and (not groups or rows <= 64 or problem.bias is not None):
         config = AttentionConfig(64, 16 if terms else 32, PACK=pack, num_warps=8, num_stages=stages)
     elif rows <= 64:
         config = AttentionConfig(64, 16 if terms and wide > 64 else 32, PACK=pack, num_stages=stages)
     else:
-        n = 32 if wide > 128 or (terms and wide > 64) else 64
+        n = 32 if wide > 128 or terms else 64
+        if terms and wide > 64 and not groups:
+            n = 16
         config = AttentionConfig(128, n, PACK=pack, num_warps=8, num_stages=stages)
     while fits(problem, config, device) is not None and config.num_stages > 1:
         config = replace(config, num_stages=config.num_stages - 1)
