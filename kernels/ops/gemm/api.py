@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Arrays, Operation, Prepared
+from tilewright.kernels.call import Arrays, Operation, Prepared, integer
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.operands import (
     Matrix,
@@ -22,7 +23,7 @@ from tilewright.kernels.ops.gemm.operands import (
     scales_of,
     shapes_of,
 )
-from tilewright.kernels.ops.gemm.problem import GemmProblem
+from tilewright.kernels.ops.gemm.problem import OPERANDS, GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.problem import Output
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
@@ -97,6 +98,7 @@ def gemm(
     """
     check_config(config)
     arrays = (a, b, a_scale, b_scale, b_zero, bias, residual, factor(alpha), out_scale)
+    group_size = integer("group_size", group_size)
     options = (group_size, bias_axis, activation, gated, precision, out_dtype, config)
     return _GEMM(arrays, (out,), options)[0]
 
@@ -145,7 +147,8 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
     group_size, bias_axis, activation, gated, precision, out_dtype, config = options
     m, k, n, batch = shapes_of(views, gated=gated is not None, bias_axis=bias_axis)
     fields: dict[str, Any] = dtypes_of(views, out_dtype) | scales_of(views, n, group_size)
-    fields |= {"bias_axis": bias_axis, "gated": gated, "activation": activation or "none", "precision": precision}
+    fields |= {"bias_axis": bias_axis, "gated": gated, "precision": precision}
+    fields["activation"] = activation_name(activation)
     fields |= {name: name in views for name in SCALARS}
     # The result's dtype; and what never goes together is said before what these arrays' strides don't allow.
     result = GemmProblem(M=m, N=n, K=k, **fields)
@@ -200,7 +203,7 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
         b_broadcast=count > 1 and steps["b"] == 0,
         residual_broadcast=count > 1 and "residual" in steps and steps["residual"] == 0,
         strided=strided,
-        aligned=aligned(views, strides),
+        **alignments(views, strides),
         **fields,
     )
     return _GEMM.planned(problem, views, shapes={"out": shape}, strides=strides, config=config)
@@ -220,13 +223,28 @@ def check_row_scales(views: dict[str, View], matrices: int) -> None:
         raise UnsupportedError(f"a of shape {a} repeats one matrix and has a_scale for all: pass a copy")
 
 
-def aligned(views: dict[str, View], strides: dict[str, int]) -> bool:
-    """Whether all that is read or written in width starts at 16 bytes, every row of it."""
+def alignments(views: dict[str, View], strides: dict[str, int]) -> dict[str, Any]:
+    """Whether what is read or written in width starts at 16 bytes, every row of it: of the operands, whose copies to
+    shared memory hang on it, and apart from them of the other arrays, which cost little."""
     narrow = {"offsets", *SCALARS, *(name for name in SCALES if name in views and math.prod(views[name].shape) == 1)}
-    pointers = all(view.pointer % 16 == 0 for name, view in views.items() if name not in narrow)
-    return pointers and all(stride % 16 == 0 for stride in strides.values())
+    found = {"aligned": True, "end_aligned": True}
+    for name, view in views.items():
+        if name not in narrow:
+            found["aligned" if name in OPERANDS else "end_aligned"] &= view.pointer % 16 == 0
+    for name, stride in strides.items():
+        found["aligned" if name.partition("_")[0] in OPERANDS else "end_aligned"] &= stride % 16 == 0
+    return found
 
 
 OPTIONS = ("group_size", "bias_axis", "activation", "gated", "precision", "out_dtype", "config")
 
-_GEMM = Operation(GEMM, INPUTS, OPTIONS, _prepare, scalars=SCALARS, scalar_or_array=SCALES, in_place=("residual",))
+_GEMM = Operation(
+    GEMM,
+    INPUTS,
+    OPTIONS,
+    _prepare,
+    scalars=SCALARS,
+    scalar_or_array=SCALES,
+    in_place=("residual",),
+    required=("a", "b"),
+)

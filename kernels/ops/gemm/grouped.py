@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Operation, Prepared
-from tilewright.kernels.ops.gemm.api import INPUTS, OPTIONS, SCALARS, SCALES, aligned, check_config, factor
+from tilewright.kernels.call import Operation, Prepared, integer
+from tilewright.kernels.ops.gemm.api import INPUTS, OPTIONS, SCALARS, SCALES, alignments, check_config, factor
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.operands import (
     Matrix,
@@ -66,6 +67,7 @@ def grouped_gemm(
     """
     check_config(config)
     arrays = (a, b, a_scale, b_scale, b_zero, bias, residual, factor(alpha), out_scale, offsets)
+    group_size = integer("group_size", group_size)
     options = (group_size, bias_axis, activation, gated, precision, out_dtype, config)
     return _GROUPED(arrays, (out,), options)[0]
 
@@ -116,11 +118,10 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
         b_layout=matrices["b"].layout,
         bias_axis=bias_axis,
         gated=gated,
-        activation=activation or "none",
+        activation=activation_name(activation),
         precision=precision,
         strided=strided,
-        aligned=aligned(views, strides),
-        **fields,
+        **(fields | alignments(views, strides)),
     )
     return _GROUPED.planned(problem, views, shapes={"out": shape}, strides=strides, config=config)
 
@@ -133,4 +134,5 @@ _GROUPED = Operation(
     scalars=SCALARS,
     scalar_or_array=SCALES,
     in_place=("residual",),
+    required=("a", "b", "offsets"),
 )

@@ -6,7 +6,7 @@ from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
 from tilewright.kernels.ops.gemm import jit, reference, space
 from tilewright.kernels.ops.gemm.features import FEATURES
-from tilewright.kernels.ops.gemm.problem import GemmProblem
+from tilewright.kernels.ops.gemm.problem import OPERANDS, GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig, tiles
 
 FP8_SUM = 128
@@ -38,8 +38,11 @@ def launches(problem: GemmProblem, config: GemmConfig) -> tuple[Launch, ...]:
     split = config.SPLIT_K > 1
     kinds = {name: problem.dtype_of(name) for name in problem.shapes()}
 
+    def is_aligned(array: str) -> bool:
+        return problem.aligned if array in OPERANDS else problem.end_aligned
+
     def pointer(name: str, kind: str | None) -> Argument:
-        return Argument(f"{name}_ptr", kind and "*" + dtype(kind).triton, aligned=problem.aligned)
+        return Argument(f"{name}_ptr", kind and "*" + dtype(kind).triton, aligned=is_aligned(name))
 
     def scalar(name: str, kind: str | None, wanted: str | bool | None) -> Argument:
         # One element, or a number that the launcher keeps: nothing to load in width.
@@ -50,7 +53,7 @@ def launches(problem: GemmProblem, config: GemmConfig) -> tuple[Launch, ...]:
 
     def stride(name: str) -> Argument:
         absent = not problem.strided or (name.startswith("residual") and problem.residual is None)
-        return Argument(name, None if absent else "i64", aligned=problem.aligned)
+        return Argument(name, None if absent else "i64", aligned=is_aligned(name.partition("_")[0]))
 
     def scale(name: str, kind: str | None) -> Argument:
         return scalar(name, "fp32", True) if kind == "tensor" else pointer(name, kinds.get(name))

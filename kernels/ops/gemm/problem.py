@@ -38,6 +38,9 @@ GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPES = ("fp32", "fp16", "bf16")
 """Of scales that groups of weights share; all other scales are fp32."""
 
+OPERANDS = ("a", "b", "a_scale", "b_scale", "b_zero")
+"""Arrays that `aligned` speaks of; `end_aligned` is about the others."""
+
 LAYOUTS = ("row", "col")
 MOST_GROUPS = 1024
 """Groups of rows: every block looks through the offsets of all to find its own."""
@@ -80,9 +83,11 @@ class GemmProblem(FusedProblem):
     gated: str | None = None  # "halves" or "interleaved": how the columns of gate and up lie in N
     precision: str | None = None  # of fp32 operands: "ieee" or "tf32"
     strided: bool = False  # rows further apart than they are long: strides travel as arguments
-    aligned: bool = True  # every pointer to 16 bytes, every stride argument a multiple of 16 elements
+    aligned: bool = True  # of operands: pointers to 16 bytes, stride arguments multiples of 16 elements
+    end_aligned: bool = True  # the same of bias, residual and out
 
     def __post_init__(self) -> None:
+        self.check_types()
         for name in ("M", "N", "K", "batch"):
             size = getattr(self, name)
             if not 0 < size < 2**31:
@@ -231,10 +236,10 @@ class GemmProblem(FusedProblem):
             column_major = {"a": self.a_layout, "b": self.b_layout}.get(name) == "col"
             stored = (shape[0], shape[2], shape[1]) if column_major else shape
             values = self._values(name, stored, random)
-            pitch = None
+            pitch, aligned = None, self.aligned if name in OPERANDS else self.end_aligned
             if self.strided and name in ("a", "b", "residual"):
-                pitch = -(-stored[-1] // 16) * 16 + (16 if self.aligned else 1)
-            array = placed(values, pitch=pitch, aligned=self.aligned)
+                pitch = -(-stored[-1] // 16) * 16 + (16 if aligned else 1)
+            array = placed(values, pitch=pitch, aligned=aligned)
             arrays[name] = array.swapaxes(-1, -2) if column_major else array
         return arrays | self.epilogue_scalars()
 

@@ -301,7 +301,7 @@ def default(problem: GemmProblem, device: Device) -> GemmConfig:
     copies = max(operand_vectors(problem)) >= 4 and device.arch >= 80
     least_n = 32 if problem.gated == "halves" else 16
     # The loop over int8 carries the operands of one step along K, packed and unpacked again: the deeper, the less.
-    deep = 64 if problem.unit == "int8" else 32
+    deep = 64 if problem.unit == "int8" and vector_bytes(problem) == 16 else 32
     rows = problem.M if not problem.groups else math.ceil(problem.M / problem.groups)
     if problem.unit == "fp32" or not device.tensor_tflops:
         # CUDA cores hold their operands in registers: larger tiles spill.
@@ -329,8 +329,11 @@ def ragged(problem: GemmProblem, config: GemmConfig) -> GemmProblem:
     """A problem of at most two tiles a side whose last ones are cut, and a K that ends within a block, after splits of
     unequal length. A size that is a multiple of 16 stays one, for alignment decides which loads are compiled."""
 
+    # Rows of 16 bytes, which tensor descriptors need, may be no multiples of 16 elements.
+    described = 16 // int(dtype(problem.dtype).bytes) if config.TMA else 1
+
     def cut(size: int, block: int, blocks: int, least: int = 1) -> int:
-        kept = 16 if size % 16 == 0 else least
+        kept = 16 if size % 16 == 0 else max(least, described) if size % described == 0 else least
         if size % 16 and size < block:
             return size  # ragged as it is
         return (blocks - 1) * block + (block - kept if block > kept else block)
