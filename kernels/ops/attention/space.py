@@ -293,7 +293,7 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
     elif narrow:
         config = AttentionConfig(min(64, 8192 // wide), 16, PACK=pack, num_warps=8, num_stages=stages)
     elif wide > 128 and (not groups or rows <= 64 or problem.bias is not None):
-        config = AttentionConfig(64, 16 if terms else 32, PACK=pack, num_warps=8, num_stages=stages)
+        config = AttentionConfig(64, 16, PACK=pack, num_warps=8, num_stages=stages)
     elif rows <= 64:
         config = AttentionConfig(64, 16 if terms and wide > 64 else 32, PACK=pack, num_stages=stages)
     else:
