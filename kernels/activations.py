@@ -60,14 +60,20 @@ ACTIVATIONS: dict[str, Activation] = {
 ALIASES = {"gelu": "gelu_erf", "swish": "silu", "relu6": "clamp:0:6", "": "none"}
 
 
-@functools.cache
 def activation_name(name: str | None) -> str:
     """The canonical name of an activation, its parameters written out; None is `none`.
 
     Raises:
         UsageError: no activation has that name, or its parameters are missing, too many or no finite numbers.
     """
-    word, *given = ALIASES.get(name or "", name or "none").split(":")
+    if name is not None and not isinstance(name, str):
+        raise UsageError(f"activation={name!r} must be the name of one, such as 'gelu', or None")
+    return _canonical(name or "none")
+
+
+@functools.cache
+def _canonical(name: str) -> str:
+    word, *given = ALIASES.get(name, name).split(":")
     if word not in ACTIVATIONS:
         raise UsageError(f"unknown activation {name!r}; the names are {', '.join(ACTIVATIONS)}")
     _, defaults, required = ACTIVATIONS[word]

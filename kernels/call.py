@@ -23,7 +23,7 @@ from tilewright.kernels.interpreter import require_interpreter
 from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.problem import Config, Output, Problem
 from tilewright.kernels.runtime import Plan
-from tilewright.tuning_db.errors import ProblemError, UsageError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
 
 MOST_CALLS = 65536
 """Signatures an op remembers; a program with more (every shape new) prepares them again rather than grow for ever."""
@@ -54,7 +54,7 @@ class PlannedCall:
         pointers = {}
         for place, name in self.inputs:
             array = arrays[place]
-            pointers[name] = of(_on_device(kind, like, array, stream) if array.__class__ is float else array)
+            pointers[name] = of(_on_device(kind, like, name, array, stream) if array.__class__ is float else array)
         results = list(outs)
         for place, (name, output) in enumerate(self.outputs):
             if output is not None:
@@ -65,17 +65,74 @@ class PlannedCall:
         return tuple(results)
 
 
+MOST_NUMBERS = 4096
+"""Numbers kept on the device, of 512 bytes each. A program whose numbers change all the time should pass arrays; beyond
+this many it pays for each call's, as each is let go after its call."""
+
 _numbers: dict[tuple[Any, ...], Any] = {}
 
 
-def _on_device(kind: ArrayKind, like: Any, value: float, stream: int) -> Any:
+def _on_device(kind: ArrayKind, like: Any, name: str, value: float, stream: int) -> Any:
     """A number on the device, made once per value and stream, in whose order it is filled: a kernel takes no floats."""
     key = (kind, getattr(like, "device", None), stream, value)
     array = _numbers.get(key)
     if array is None:
-        # Kept for good, as a captured CUDA graph may read it: 512 bytes a value.
-        array = _numbers[key] = kind.scalar(like, value)
+        array = kind.scalar(like, _finite(name.removesuffix("_ptr"), value))
+        if len(_numbers) < MOST_NUMBERS:
+            _numbers[key] = array  # for good, as a captured CUDA graph may read it
     return array
+
+
+LARGEST = float(np.finfo(np.float32).max)
+"""Of finite numbers as kernels have them."""
+
+
+def _finite(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= LARGEST:
+        raise UsageError(f"{name}={value!r} must be a finite number of fp32")
+    return number
+
+
+def integer(name: str, value: Any) -> int | None:
+    """An option that is an integer or None, of Python's or NumPy's; as Python's, for 32 and 32.0 are equal keys.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise UsageError(f"{name}={value!r} must be an integer")
+    return int(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """An option that is true or false.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise UsageError(f"{name}={value!r} must be True or False")
+    return bool(value)
+
+
+def _kind(name: str, array: Any) -> ArrayKind:
+    try:
+        return kind_of(array)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{name}: {error}") from None
+
+
+def _view(name: str, array: Any) -> View:
+    try:
+        return kind_of(array).view(array)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{name}: {error}") from None
 
 
 class Operation:
@@ -92,14 +149,16 @@ class Operation:
         scalars: tuple[str, ...] = (),
         scalar_or_array: tuple[str, ...] = (),
         in_place: tuple[str, ...] = (),
+        required: tuple[str, ...] = (),
     ) -> None:
         """`inputs` and `outputs` are the names of the arrays, in the order of calls; the first input decides library,
         device and stream. Those in `scalars` are numbers or have one element, those in `scalar_or_array` are numbers or
         of any shape; an output may be one of those in `in_place`, element for element. `options` are the names of what
         else a call says: text, numbers, tuples of them, a configuration or None. `prepare` gets the views of the arrays
-        that are there, by name, and the options' values.
+        that are there, by name, and the options' values. Without `required`, the first input is.
         """
         self.kernel = kernel
+        self._required = required or inputs[:1]
         self._inputs, self._outputs = inputs, outputs
         self._options = options
         self._prepare = prepare
@@ -150,12 +209,13 @@ class Operation:
         if with_numbers is not arrays:
             return self(with_numbers, outs, options)
         self._refuse_libraries(kind, arrays, outs)
+        self._refuse_absent(arrays)
         self._refuse_options(options)
         views = self._views(kind, arrays, outs)
         call = self._prepare(kind, views, options)
         if len(self._calls) >= MOST_CALLS:
             self._calls.clear()
-        self._calls[_key(kind, arrays, outs, options)] = (call, self._guards(views, outs))
+        self._calls[_key(kind, arrays, outs, options)] = (call, self._guards(kind, views, outs))
         return self(arrays, outs, options)
 
     def planned(
@@ -195,7 +255,7 @@ class Operation:
             if array.__class__ is float and index in self._numbers:
                 views[name] = View(0, (1,), (1,), "fp32", next(iter(views.values())).device)
             elif array is not None:
-                views[name] = kind_of(array).view(array)
+                views[name] = _view(name, array)
         for index in self._scalars:
             scalar = views.get(self._inputs[index])
             if scalar is not None and (scalar.dtype != "fp32" or math.prod(scalar.shape) != 1):
@@ -207,14 +267,21 @@ class Operation:
             raise ProblemError(f"the arrays are on different GPUs: {sorted(ordinals)}")
         return views
 
-    def _guards(self, views: Mapping[str, View], outs: Arrays) -> tuple[Guard, ...]:
-        """A guard for each output that the caller gave."""
+    def _guards(self, kind: ArrayKind, views: Mapping[str, View], outs: Arrays) -> tuple[Guard, ...]:
+        """A guard for each output that the caller gave.
+
+        Raises:
+            UnsupportedError, ProblemError: an output overlaps itself, or may not be written.
+        """
         places = [(place, name) for place, name in enumerate(self._inputs + self._outputs) if name in views]
         guards = []
         for position, out in enumerate(outs):
             if out is None:
                 continue
             name, own = self._outputs[position], len(self._inputs) + position
+            _refuse_self_overlap(name, views[name])
+            if kind.host and not out.flags.writeable:
+                raise ProblemError(f"{name} is read-only")
             others = tuple(
                 (place, other, _reach(views[other]), other in self._in_place and views[other][1:] == views[name][1:])
                 for place, other in places
@@ -230,10 +297,15 @@ class Operation:
             if value is None or value.__class__ is float:
                 continue
             if isinstance(value, numbers.Real):
-                arrays = (*arrays[:index], float(value), *arrays[index + 1 :])
+                arrays = (*arrays[:index], _finite(self._inputs[index], value), *arrays[index + 1 :])
             elif isinstance(value, str | bytes | numbers.Number | list | tuple):
                 raise UsageError(f"{self._inputs[index]}={value!r} must be a real number or an array")
         return arrays
+
+    def _refuse_absent(self, arrays: Arrays) -> None:
+        for name in self._required:
+            if arrays[self._inputs.index(name)] is None:
+                raise ProblemError(f"{name} is missing")
 
     def _refuse_options(self, options: tuple[Any, ...]) -> None:
         for name, value in zip(self._options, options, strict=True):
@@ -245,7 +317,7 @@ class Operation:
     def _refuse_libraries(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> None:
         for index, (name, array) in enumerate(zip(self._inputs + self._outputs, arrays + outs, strict=True)):
             number = index in self._numbers and isinstance(array, numbers.Real)
-            if array is not None and not number and kind_of(array) is not kind:
+            if array is not None and not number and _kind(name, array) is not kind:
                 raise ProblemError(
                     f"{self._inputs[0]} is a {_type_name(arrays[0])} and {name} a {_type_name(array)}: pass arrays of "
                     f"one library"
@@ -292,6 +364,16 @@ class Guard(NamedTuple):
             # Reaching over each other they may still interleave, as the halves of one wide array do.
             if _share_memory(kind, array, out):
                 raise ProblemError(f"{self.name} may not share memory with {name}")
+
+
+def _refuse_self_overlap(name: str, view: View) -> None:
+    """Does nothing for an output that has every element once."""
+    reach = 1
+    for step, length in sorted(zip(view.strides, view.shape, strict=True)):
+        if length > 1:
+            if step < reach:
+                raise UnsupportedError(f"{name} has strides {view.strides} for shape {view.shape}: it overlaps itself")
+            reach = step * (length - 1) + reach
 
 
 def _reach(view: View) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple
 import numpy as np
 
 from tilewright.kernels.device import Device
-from tilewright.kernels.source import module_hash, source_hash
+from tilewright.kernels.source import called_hash, module_hash, source_hash
 from tilewright.kernels.space import C, P, Space
 from tilewright.kernels.work import Work
 from tilewright.tuning_db.record import Resources
@@ -129,7 +129,8 @@ class Kernel(Generic[P, C]):
 
     @cached_property
     def source_hash(self) -> str:
-        """Of the device code, every jit function of the op and every device function these call, and of the module that
-        makes launches of it."""
-        maker = module_hash(sys.modules[self.launches.__module__])
+        """Of the device code, every jit function of the op and every device function these call, and of what makes
+        launches of it: the module of `launches` with what its functions call of the op's, and that of the problem."""
+        module = sys.modules[self.launches.__module__]
+        maker = f"{module_hash(module)} {called_hash(module)} {module_hash(sys.modules[self.problem.__module__])}"
         return hashlib.sha256(f"{source_hash(*self.jit_functions)} {maker}".encode()).hexdigest()

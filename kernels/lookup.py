@@ -25,6 +25,7 @@ from tilewright.kernels.prediction import MODEL, Prediction, predict
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
 from tilewright.kernels.source import module_hash
+from tilewright.kernels.work import Work
 from tilewright.tuning_db.env import database_dir
 from tilewright.tuning_db.errors import DatabaseError, ProblemError, UnsupportedError
 from tilewright.tuning_db.record import Key, Provenance, Record
@@ -64,8 +65,9 @@ def record_key(kernel: Kernel[Any, Any], problem: Problem, device: Device, proto
 
 def prediction_protocol(kernel: Kernel[Any, Any]) -> str:
     """Name and revision of how a kernel's times are predicted: part of the key of its predicted records. It changes
-    with the model, and with what the op tells it: the modules of its space, its estimate and its work."""
+    with the model, and with what the op tells it: the modules of its problem, its space, its estimate and its work."""
     told = {function.__module__ for function in (kernel.space.fits, kernel.space.useful, kernel.estimate, kernel.work)}
+    told |= {kernel.problem.__module__, Work.__module__}
     hashes = " ".join(module_hash(sys.modules[name]) for name in sorted(told))
     return f"{MODEL}-{hashlib.sha256(hashes.encode()).hexdigest()[:8]}"
 

@@ -28,6 +28,15 @@ class _Value:
         """The fields by name, in the order a person writes them."""
         return {field.name: getattr(self, field.name) for field in _fields(type(self))}  # type: ignore[arg-type]  # a class is hashable
 
+    def check_types(self) -> None:
+        """Does nothing if every field is of a type that it may have: for a value made in Python, as `from_dict` checks.
+
+        Raises:
+            ProblemError: one isn't; the message has its value.
+        """
+        for name, kinds in _field_types(type(self)).items():  # type: ignore[arg-type]  # a class is hashable
+            _check_type(name, getattr(self, name), kinds)
+
     def to_json(self) -> str:
         """Canonical JSON: equal values give equal texts, in every process."""
         return canonical_json(self.to_dict())
@@ -53,10 +62,7 @@ class _Value:
         if missing:
             raise ProblemError(f"{cls.__name__} is missing {', '.join(missing)}")
         for name, value in values.items():
-            # bool is an int to Python, and never a size here.
-            if not isinstance(value, kinds[name]) or (isinstance(value, bool) and bool not in kinds[name]):
-                wanted = " or ".join(kind.__name__ for kind in kinds[name])
-                raise ProblemError(f"{name}={value!r} must be {wanted}")
+            _check_type(name, value, kinds[name])
         return cls(**values)
 
     @classmethod
@@ -146,7 +152,8 @@ class Problem(_Value, ABC):
                 with contextlib.suppress(ProblemError):
                     if type(self)(**fewer) == self:
                         values = fewer
-        return ",".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items())
+        words = {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
+        return ",".join(f"{name}={word}" for name, word in words.items())
 
 
 @cache
@@ -163,6 +170,13 @@ def _field_types(cls: type) -> dict[str, tuple[type, ...]]:
         hint = hints[field.name]
         kinds[field.name] = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return kinds
+
+
+def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    # bool is an int to Python, and never a size here.
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ProblemError(f"{name}={value!r} must be {wanted}")
 
 
 def _convert(name: str, word: str, kinds: tuple[type, ...]) -> Any:

@@ -22,12 +22,34 @@ import triton.language as tl
 def module_hash(module: ModuleType) -> str:
     """SHA-256, in hexadecimal, of a Python module's code: for what decides how device code is specialized or compiled
     without being part of it. Comments, docstrings and formatting don't change it."""
-    tree = ast.parse(inspect.getsource(module))
+    return hashlib.sha256(_python_text(inspect.getsource(module)).encode()).hexdigest()
+
+
+@cache
+def called_hash(module: ModuleType) -> str:
+    """SHA-256, in hexadecimal, of the plain functions of ops that the functions of a module use: what a module that
+    makes launches asks of its neighbours, such as how many tiles there are."""
+    digest = hashlib.sha256()
+    for function in [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.FunctionDef)]:
+        for node in ast.walk(function):
+            value = None
+            if isinstance(node, ast.Name):
+                value = vars(module).get(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                owner = vars(module).get(node.value.id)
+                value = getattr(owner, node.attr, None) if inspect.ismodule(owner) else None
+            if inspect.isfunction(value) and value.__module__.startswith("tilewright.kernels.ops."):
+                digest.update(_python_text(textwrap.dedent(inspect.getsource(value))).encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _python_text(source: str) -> str:
+    """Python code without comments, docstrings and formatting."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False):
             node.body = node.body[1:] or [ast.Pass()]
-    dump = ast.dump(tree, annotate_fields=False, include_attributes=False)
-    return hashlib.sha256(dump.encode()).hexdigest()
+    return ast.dump(tree, annotate_fields=False, include_attributes=False)
 
 
 @cache

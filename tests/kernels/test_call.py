@@ -165,3 +165,67 @@ def test_guards_know_what_to_look_at_and_how_far():
     # The number is nowhere yet.
     assert (guard.position, guard.name, guard.bytes) == (0, "out", (6 + 3) * 4)
     assert guard.others == ((0, "x", (6 + 3) * 4, False), (1, "y", (6 + 3) * 4, True))
+
+
+def test_what_is_missing_is_named():
+    op, _ = operation(required=("x", "y"))
+    with pytest.raises(ProblemError, match=r"^y is missing$"):
+        run(op)
+    out, _ = run(op, y=Y)
+    np.testing.assert_array_equal(out, X)
+
+
+@pytest.mark.parametrize("factor", [1e39, float("nan"), float("inf"), 10**400, np.float64(-1e300)])
+def test_numbers_that_fp32_has_not_are_refused(factor):
+    op, plan = operation()
+    with pytest.raises(UsageError, match=r"^factor=.* must be a finite number of fp32$"):
+        run(op, factor=factor)
+    assert plan.runs == []
+
+
+def test_numbers_are_not_kept_on_the_device_without_end(monkeypatch):
+    monkeypatch.setattr(calling, "_numbers", {})
+    monkeypatch.setattr(calling, "MOST_NUMBERS", 3)
+    op, _ = operation()
+    for factor in range(1, 9):
+        np.testing.assert_array_equal(run(op, factor=float(factor))[0], X * factor)
+    assert len(calling._numbers) == 3
+
+
+def test_an_argument_that_is_no_array_is_named():
+    op, _ = operation()
+    with pytest.raises(UnsupportedError, match=r"^y: arrays of dtype int64 are not supported"):
+        run(op, y=X.astype(np.int64))
+    with pytest.raises(UnsupportedError, match=r"^y: builtins.list is no array"):
+        run(op, y=[1.0])
+
+
+def test_an_output_that_overlaps_itself_or_is_read_only_is_refused():
+    op, plan = operation()
+    shared = np.lib.stride_tricks.as_strided(np.zeros(5, np.float32), (2, 3), (8, 4))
+    with pytest.raises(UnsupportedError, match=r"^out has strides \(2, 1\) for shape \(2, 3\): it overlaps itself$"):
+        run(op, out=shared)
+    frozen = np.zeros((2, 3), np.float32)
+    frozen.flags.writeable = False
+    with pytest.raises(ProblemError, match=r"^out is read-only$"):
+        run(op, out=frozen)
+    assert plan.runs == []
+
+
+@pytest.mark.parametrize(("value", "result"), [(None, None), (32, 32), (np.int64(32), 32)])
+def test_integers(value, result):
+    found = calling.integer("size", value)
+    assert (found, type(found)) == (result, type(result))
+
+
+@pytest.mark.parametrize("value", [32.0, "32", True, np.float32(32)])
+def test_what_is_no_integer(value):
+    with pytest.raises(UsageError, match=r"^size=.* must be an integer$"):
+        calling.integer("size", value)
+
+
+def test_flags():
+    assert calling.flag("causal", np.bool_(True)) is True
+    for value in ("no", 1, None, np.ones(2, bool)):
+        with pytest.raises(UsageError, match=r"^causal=.* must be True or False$"):
+            calling.flag("causal", value)

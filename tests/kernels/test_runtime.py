@@ -416,3 +416,27 @@ def test_an_interpreted_plan_runs_on_arrays_and_lends_zeroed_scratch():
         out = np.full((1, 5, 7), np.nan, np.float32)
         plan.run({"a_ptr": arrays["a"], "b_ptr": arrays["b"], "out_ptr": out}, {}, 0)
         np.testing.assert_allclose(out, GEMM.reference(problem, arrays)["out"], atol=1e-5)
+
+
+def test_launches_of_one_plan_follow_each_other_whoever_else_is_there(driver, monkeypatch):
+    """What the first leaves in scratch memory the second reads: another thread's may not come between."""
+    order = []
+
+    class Slow:
+        def __init__(self, name):
+            self.name = name
+
+        def launch(self, pointers, strides, stream):
+            order.append((threading.get_ident(), self.name))
+            time.sleep(0.01)
+
+    plans = [plan_of(driver, PLAIN) for _ in range(2)]
+    for plan in plans:
+        plan._loaded = [Slow("forward"), Slow("combine")]
+    threads = [threading.Thread(target=plan.run, args=({}, {}, 0)) for plan in plans * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [name for _, name in order] == ["forward", "combine"] * 4
+    assert all(first[0] == second[0] for first, second in zip(order[::2], order[1::2], strict=True))

@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from tilewright.kernels import AttentionProblem, Conv2dProblem, GemmConfig, GemmProblem, find_kernel, resolve_device
+from tilewright.kernels import (
+    AttentionConfig,
+    AttentionProblem,
+    Conv2dConfig,
+    Conv2dProblem,
+    GemmConfig,
+    GemmProblem,
+    find_kernel,
+    resolve_device,
+)
 from tilewright.kernels.catalogue import CATALOGUE
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import INPUT_DTYPES
@@ -276,3 +285,40 @@ def test_narrowed_axes_leave_out_nothing_useful(kernel, problem, device):
     for coarse in (False, True):
         whole = replace(kernel.space, narrow=None).configs(problem, device, coarse=coarse)
         assert kernel.space.configs(problem, device, coarse=coarse) == whole
+
+
+RAGGED = [
+    ("gemm", GemmProblem(M=4096, N=4096, K=4104), GemmConfig(128, 128, 64, TMA=True)),
+    ("gemm", GemmProblem(M=4096, N=4104, K=4096, b_layout="col"), GemmConfig(128, 128, 64, TMA=True, PERSISTENT=True)),
+    ("gemm", GemmProblem(M=100, N=1000, K=33), GemmConfig(64, 64, 32)),
+    (
+        "conv2d",
+        Conv2dProblem(N=1, H=223, W=223, C=64, K=64, R=3, S=3, stride_h=2, stride_w=2, pad_bottom=1, pad_right=1),
+        Conv2dConfig(64, 64, 32),
+    ),
+    (
+        "attention",
+        AttentionProblem(B=1, H=64, Hkv=1, Sq=8, Skv=512, D=64, window_left=100, window_right=4),
+        AttentionConfig(16, 64, PACK=True),
+    ),
+    (
+        "attention",
+        AttentionProblem(B=2, H=4, Sq=1, Skv=819, D=64, page_size=13, kv_lens=True, bias="fp16"),
+        AttentionConfig(16, 64),
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "problem", "config"), RAGGED, ids=lambda value: value if isinstance(value, str) else "")
+def test_the_ragged_problem_is_of_the_same_code_and_fits_where_the_problem_does(op, problem, config):
+    kernel = find_kernel(op)
+    assert kernel.space.fits(problem, config, H100) is None
+    small = kernel.ragged(problem, config)
+    assert kernel.space.fits(small, config, H100) is None
+    same = {"EVEN_M", "EVEN_N", "EVEN_K"}  # to differ there is what it is for
+    for one, other in zip(kernel.launches(problem, config), kernel.launches(small, config), strict=True):
+        assert [(each.name, each.type) for each in one.arguments] == [
+            (each.name, each.type) for each in other.arguments
+        ]
+        differ = {name for name, value in dict(one.constexprs).items() if dict(other.constexprs)[name] != value} - same
+        assert differ <= {"GROUP", "RUN", "MASKS"}, differ

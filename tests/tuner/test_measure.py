@@ -176,7 +176,7 @@ def test_every_op_is_measured_alike(gpu: SimulatedGpu, kernel: Kernel[Any, Any],
 
 def test_arrays_are_aligned_in_device_memory_as_the_problem_says(gpu: SimulatedGpu) -> None:
     for aligned in (True, False):
-        bench = Bench(gpu, GEMM, replace(PROBLEM, aligned=aligned, dtype="bf16"), 0)
+        bench = Bench(gpu, GEMM, replace(PROBLEM, aligned=aligned, end_aligned=aligned, dtype="bf16"), 0)
         addresses = [array.ctypes.data % 16 for array in bench._pointers[0].values()]
         assert all((address == 0) == aligned for address in addresses), addresses
 

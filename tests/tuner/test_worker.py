@@ -57,7 +57,7 @@ def test_a_refusal_by_the_compiler_is_a_reply_with_its_reason(compiler: Pool) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"op": "gem"}, "unknown kernel 'gem'; did you mean gemm? (kernels: gemm)"),
+        ({"op": "gem"}, "unknown kernel 'gem'; did you mean gemm? (kernels: gemm, conv2d, attention, rmsnorm)"),
         ({"problem": {"M": 0, "N": 1, "K": 1}}, "M=0 must be from 1 to 2147483647"),
         ({"config": {"BLOCK_M": 16}}, "GemmConfig is missing BLOCK_N, BLOCK_K"),
         ({"problem": None}, "TypeError: 'NoneType' object is not iterable"),

@@ -6,14 +6,19 @@ import math
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Operation, Prepared
+from tilewright.kernels.call import Operation, Prepared, flag
 from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.operands import SCALARS, Options, dense_strides, problem_of, strides_of
 from tilewright.kernels.ops.attention.problem import SOFTCAP
 from tilewright.kernels.ops.attention.reference import strides
 from tilewright.kernels.ops.attention.space import AttentionConfig
 from tilewright.tuning_db.errors import UsageError
+
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+"""Of normal fp32 numbers above 0."""
 
 
 def attention(
@@ -59,11 +64,11 @@ def attention(
         scale: factor on Q·Kᵀ, above 0; by default 1/√(head dim). Compiled in, as `softcap` is: once for each value.
         window: (left, right): a query sees so many keys before and behind its own place; None is no limit.
         softcap: scores become `softcap · tanh(score / softcap)`, before `bias` and `alibi_slopes`.
-        bias: (batch or 1, heads or 1, queries or 1, keys), fp16, bf16 or fp32: added to the scores. -inf masks.
+        bias: (batch or 1, heads or 1, queries or 1, keys), fp16, bf16, fp32 or fp8: added to the scores. -inf masks.
         alibi_slopes: (heads,), fp32: `slope · |distance|` is taken off a score (Press et al., arXiv:2108.12409).
         sinks: (heads,), fp32: one more score of each head, in the denominator (and log-sum-exp) alone.
         q_scale, k_scale, v_scale: what fp8 q, k and v are to be multiplied by: a number above 0, or an fp32 array of
-            one element on the GPU.
+            one element on the GPU, of 0 or more.
         cu_seqlens_q, cu_seqlens_k: (sequences + 1,), int32: where each sequence begins, and the number of tokens.
         max_seqlen_q, max_seqlen_k: the longest sequence, or a number above; needed with `cu_seqlens_q` and
             `cu_seqlens_k`, for to read it from the GPU would mean waiting. Queries beyond it are not computed.
@@ -92,15 +97,18 @@ def attention(
         raise UsageError(f"config must be an AttentionConfig, not {config!r}")
     if q_scale is not None or k_scale is not None or v_scale is not None:
         # All or none: a factor of 1 costs a load.
-        q_scale, k_scale, v_scale = (1.0 if factor is None else factor for factor in (q_scale, k_scale, v_scale))
+        q_scale, k_scale, v_scale = (
+            1.0 if factor is None else _positive(name, factor) if isinstance(factor, Real) else factor
+            for name, factor in (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale))
+        )
     options = Options(
-        bool(causal),
+        flag("causal", causal),
         _window(window),
         _positive("scale", scale),
         _positive("softcap", softcap),
         _size("max_seqlen_q", max_seqlen_q),
         _size("max_seqlen_k", max_seqlen_k),
-        bool(return_lse) or lse is not None,
+        flag("return_lse", return_lse) or lse is not None,
         out_dtype,
         config,
     )
@@ -134,8 +142,8 @@ def _size(name: str, value: Any, *, least: int = 1) -> int | None:
 def _positive(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        raise UsageError(f"{name}={value!r} must be a number above 0")
+    if isinstance(value, bool) or not isinstance(value, Real) or not SMALLEST <= float(value) <= LARGEST:
+        raise UsageError(f"{name}={value!r} must be a number above 0, of fp32")
     return float(value)
 
 
@@ -174,4 +182,6 @@ INPUTS = (
     "kv_lens",
 )
 
-_ATTENTION = Operation(ATTENTION, INPUTS, Options._fields, _prepare, outputs=("out", "lse"), scalars=SCALARS)
+_ATTENTION = Operation(
+    ATTENTION, INPUTS, Options._fields, _prepare, outputs=("out", "lse"), scalars=SCALARS, required=("q", "k", "v")
+)

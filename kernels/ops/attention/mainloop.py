@@ -64,10 +64,10 @@ def attend(
     MASKED: tl.constexpr,
 ):
     """What a tile of queries makes of some blocks of keys: the online softmax."""
-    # Scores are kept in base 2, where exp2 needs no factor; with nothing to add to them, they are scaled as late as
-    # that, by the subtraction's multiply-add.
-    EXTRA: tl.constexpr = SOFTCAP > 0 or bias_rows is not None or slope is not None
-    unit = 1.0 if EXTRA else scale
+    # Scores are kept in base 2, where exp2 needs no factor; with nothing to add to them and none to mask, they are
+    # scaled as late as that, by the subtraction's multiply-add. Of a masked one, -inf, a factor of 0 would make NaN.
+    EARLY: tl.constexpr = MASKED or SOFTCAP > 0 or bias_rows is not None or slope is not None
+    unit = 1.0 if EARLY else scale
     lane_n = tl.arange(0, BLOCK_N)
     lane_d = tl.arange(0, BLOCK_D)
     lane_dv = tl.arange(0, BLOCK_DV)
@@ -99,7 +99,7 @@ def attend(
         if TAIL_D > 0:
             k_tail = load_tile(k_rows[None, :] + tail_d[:, None], tail_mask_d, columns)
             scores = tl.dot(q_tail, k_tail, scores, input_precision="ieee")
-        if EXTRA:
+        if EARLY:
             scores *= scale
         if SOFTCAP > 0:
             # tanh; where exp2 overflows it is 1, and near 0 its error is 1e-7.

@@ -68,6 +68,7 @@ class AttentionProblem(Problem):
     aligned: bool = True  # every pointer, and every stride argument, a multiple of 16 bytes
 
     def __post_init__(self) -> None:
+        self.check_types()
         for name in ("B", "H", "Sq", "Skv"):
             size = getattr(self, name)
             if not 0 < size < 2**30:
@@ -173,11 +174,13 @@ class AttentionProblem(Problem):
     def flops(self) -> int:
         """2·(D + Dv) for each query head, query, and key it sees; the softmax is not counted, as is customary."""
         pairs = 0
-        for queries, keys in zip(*self.lengths(), strict=True):
+        # Each pair of lengths once: servers have thousands of sequences, and this is asked for every configuration.
+        lengths, counts = np.unique(np.stack(self.lengths(), axis=1), axis=0, return_counts=True)
+        for (queries, keys), count in zip(lengths, counts, strict=True):
             place = np.arange(queries) + (keys - queries)
             last = keys if self.right is None else np.minimum(keys, place + self.right + 1)
             first = 0 if self.window_left is None else np.maximum(0, place - self.window_left)
-            pairs += int(np.sum(np.maximum(0, last - first + np.zeros_like(place))))
+            pairs += int(count) * int(np.sum(np.maximum(0, last - first + np.zeros_like(place))))
         return 2 * self.H * (self.D + self.dim_v) * pairs
 
     def bytes_moved(self) -> int:

@@ -116,9 +116,9 @@ def _starts(lengths: Array) -> Array:
 def part(
     problem: AttentionProblem, arrays: Mapping[str, Array], random: np.random.Generator
 ) -> tuple[AttentionProblem, dict[str, Array], dict[str, tuple[Array, ...]]]:
-    """Some queries of the heads of the first and the last key head; see `AttentionProblem.part`."""
+    """Some queries of the heads of the first key head, the last, and two between; see `AttentionProblem.part`."""
     queries, keys = problem.lengths()
-    kv_heads = np.unique([0, problem.kv_heads - 1])
+    kv_heads = np.unique([0, *random.integers(0, problem.kv_heads, 2), problem.kv_heads - 1])
     group = problem.H // problem.kv_heads
     heads = (kv_heads[:, None] * group + np.arange(group)).reshape(-1)
     chosen = dict(arrays)

@@ -320,14 +320,18 @@ def ragged(problem: AttentionProblem, config: AttentionConfig) -> AttentionProbl
     is a multiple of 16 stays one, for alignment decides how a bias is loaded."""
     heads = problem.H // problem.kv_heads
     kv_heads = min(problem.kv_heads, 2)
-    queries = min(problem.Sq, max(2, (2 * config.BLOCK_M - 1) // tile_heads(problem, config)))
+    # Of three queries the first can still be kept from the last by a window to the right.
+    queries = min(problem.Sq, max(3, (2 * config.BLOCK_M - 1) // tile_heads(problem, config)))
     blocks = max(2, min(math.ceil(problem.Skv / config.BLOCK_N), 2 * config.SPLIT_KV + 1))
     kept = 16 if problem.Skv % 16 == 0 else 1
     keys = problem.Skv
     if problem.Skv % 16 == 0 or problem.Skv >= config.BLOCK_N:
         keys = (blocks - 1) * config.BLOCK_N + max(kept, config.BLOCK_N - kept)
     if problem.page_size:
-        keys = math.ceil(keys / problem.page_size) * problem.page_size
+        unit = problem.page_size if kept == 1 else math.lcm(problem.page_size, kept)
+        keys = math.ceil(keys / unit) * unit
+        if kept == 1 and keys % 16 == 0:
+            keys += problem.page_size
     return replace(
         problem,
         B=min(problem.B, 3 if problem.varlen or problem.kv_lens else 2),
@@ -337,5 +341,5 @@ def ragged(problem: AttentionProblem, config: AttentionConfig) -> AttentionProbl
         Skv=keys,
         # As much narrower that they still mask something.
         window_left=None if problem.window_left is None else min(problem.window_left, keys // 2),
-        window_right=None if problem.window_right is None else min(problem.window_right, queries // 2),
+        window_right=None if problem.window_right is None else min(problem.window_right, max(1, queries // 2)),
     )

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Arrays, Operation, PlannedCall, Prepared
+from tilewright.kernels.call import Arrays, Operation, PlannedCall, Prepared, integer
 from tilewright.kernels.dispatch import plan_for
 from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.conv2d.operands import (
@@ -100,7 +101,9 @@ def conv2d(
     """
     arrays = (x, w, x_scale, w_scale, bias, residual, _factor(alpha), out_scale)
     window = (_hashable(stride), _hashable(padding), _hashable(dilation))
-    return _CONV2D(arrays, (out,), (activation, *window, groups, layout, precision, out_dtype, _checked(config)))[0]
+    return _CONV2D(
+        arrays, (out,), (activation, *window, integer("groups", groups), layout, precision, out_dtype, _checked(config))
+    )[0]
 
 
 def conv1d(
@@ -136,7 +139,9 @@ def conv1d(
     """
     arrays = (x, w, x_scale, w_scale, bias, residual, _factor(alpha), out_scale)
     window = (_hashable(stride), _hashable(padding), _hashable(dilation))
-    return _CONV1D(arrays, (out,), (activation, *window, groups, layout, precision, out_dtype, _checked(config)))[0]
+    return _CONV1D(
+        arrays, (out,), (activation, *window, integer("groups", groups), layout, precision, out_dtype, _checked(config))
+    )[0]
 
 
 def _factor(alpha: Any) -> Any:
@@ -229,11 +234,11 @@ def _prepared(
             if len(views[name].shape) != 4:
                 raise ProblemError(f"{name} is {whole[name]} and must have 4 dimensions: {layout.upper()}")
             views[name] = nhwc(views[name], layout)
-    if not isinstance(groups, int) or isinstance(groups, bool):
-        raise UsageError(f"groups={groups!r} must be an integer")
+    if groups is None:
+        raise UsageError("groups=None must be an integer")
     fields = sizes_of(views, groups, whole) | window | dtypes_of(views, out_dtype)
     # What never goes together is said before what these arrays' strides don't allow.
-    made = Conv2dProblem(**fields, groups=groups, activation=activation or "none", precision=precision)
+    made = Conv2dProblem(**fields, groups=groups, activation=activation_name(activation), precision=precision)
     result = (made.N, made.P, made.Q, made.K)
     for name in ("residual", "out"):
         if name in views and views[name].shape != result:
@@ -244,7 +249,7 @@ def _prepared(
     problem = Conv2dProblem(
         **fields,
         groups=groups,
-        activation=activation or "none",
+        activation=activation_name(activation),
         precision=precision,
         layout=memory,
         w_layout=w_layout,
@@ -279,6 +284,15 @@ def _planned(
 
 
 _CONV2D, _CONV1D = (
-    Operation(CONV2D, INPUTS, OPTIONS, prepare, scalars=SCALARS, scalar_or_array=("w_scale",), in_place=("residual",))
+    Operation(
+        CONV2D,
+        INPUTS,
+        OPTIONS,
+        prepare,
+        scalars=SCALARS,
+        scalar_or_array=("w_scale",),
+        in_place=("residual",),
+        required=("x", "w"),
+    )
     for prepare in (_prepare, _prepare_row)
 )

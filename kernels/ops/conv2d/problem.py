@@ -73,6 +73,7 @@ class Conv2dProblem(FusedProblem):
     aligned: bool = True  # every pointer to 16 bytes
 
     def __post_init__(self) -> None:
+        self.check_types()
         self._check_sizes()
         put = object.__setattr__  # frozen: canonical spellings are set once, here
         if self.dtype not in INPUT_DTYPES:
@@ -319,8 +320,26 @@ def _spread(size: int, count: int, random: np.random.Generator) -> Array:
 @functools.lru_cache(maxsize=4096)
 def touched(length: int, outputs: int, taps: int, stride: int, dilation: int, pad: int) -> int:
     """How many of `length` positions the taps of any output see."""
-    at = np.unique(np.arange(outputs)[:, None] * stride + np.arange(taps) * dilation) - pad
-    return int(np.count_nonzero((at >= 0) & (at < length)))
+    # A tap sees every stride-th position: of those that agree modulo the stride, a run without gaps.
+    runs: dict[int, list[tuple[int, int]]] = {}
+    for tap in range(taps):
+        first, last = seen_by(tap, length, outputs, stride, dilation, pad)
+        if first <= last:
+            start, rest = divmod(tap * dilation - pad, stride)
+            runs.setdefault(rest, []).append((first + start, last + start))
+    total = 0
+    for found in runs.values():
+        end = min(start for start, _ in found) - 1
+        for start, last in sorted(found):
+            total += max(0, last - max(end, start - 1))
+            end = max(end, last)
+    return total
+
+
+def seen_by(tap: int, length: int, outputs: int, stride: int, dilation: int, pad: int) -> tuple[int, int]:
+    """The first and the last output whose tap of that number lies inside of `length` positions; none: last < first."""
+    offset = tap * dilation - pad
+    return max(0, -(offset // stride)), min(outputs - 1, (length - 1 - offset) // stride)
 
 
 def reference(problem: Conv2dProblem, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -353,6 +372,7 @@ def as_gemm(problem: Conv2dProblem) -> GemmProblem:
     p = problem
     fields: dict[str, Any] = {name: getattr(p, name) for name in ("dtype", "precision", "aligned", "bias", "residual")}
     fields |= {name: getattr(p, name) for name in ("activation", "alpha", "out_scale", "out_dtype")}
+    fields["end_aligned"] = p.aligned
     x_scale = "tensor" if p.x_scale else None
     if p.layout == "nhwc":
         fields |= {"a_scale": x_scale, "b_scale": "column" if p.w_scale == "channel" else p.w_scale}

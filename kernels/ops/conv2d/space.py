@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, WARP_SIZE, Device
 from tilewright.kernels.dtypes import dtype
-from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
+from tilewright.kernels.ops.conv2d.problem import Conv2dProblem, seen_by
 from tilewright.kernels.problem import Config
 from tilewright.kernels.space import Space
 from tilewright.kernels.work import Panel, Work, warp_tile
@@ -367,6 +365,9 @@ def ragged(problem: Conv2dProblem, config: Conv2dConfig) -> Conv2dProblem:
     wanted = min(problem.pixels, 2 * config.BLOCK_M - 3) // images
     columns = min(problem.Q, max(1, math.isqrt(wanted)))
     rows = min(problem.P, max(1, wanted // columns))
+    if not problem.padded:
+        # Padding that no tap reaches would be reached in a smaller image, by other code.
+        problem = replace(problem, pad_bottom=0, pad_right=0)
     return replace(
         problem,
         N=images,
@@ -386,8 +387,8 @@ def _length(outputs: int, taps: int, stride: int, dilation: int, pads: int) -> i
 @functools.lru_cache(maxsize=4096)
 def _inside(length: int, outputs: int, taps: int, stride: int, dilation: int, pad: int) -> float:
     """The share of all (output, tap) pairs along one dimension that lies inside the input."""
-    at = np.arange(outputs)[:, None] * stride + np.arange(taps) * dilation - pad
-    return float(np.mean((at >= 0) & (at < length)))
+    ends = [seen_by(tap, length, outputs, stride, dilation, pad) for tap in range(taps)]
+    return sum(max(0, last - first + 1) for first, last in ends) / (outputs * taps)
 
 
 def inside(problem: Conv2dProblem) -> float:

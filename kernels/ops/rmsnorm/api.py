@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Operation, Prepared
+from tilewright.kernels.call import LARGEST, Operation, Prepared, flag
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
 from tilewright.kernels.ops.rmsnorm.problem import EPS, RmsNormProblem
@@ -67,7 +67,7 @@ def rmsnorm(
     if config is not None and not isinstance(config, RmsNormConfig):
         raise UsageError(f"config must be a RmsNormConfig, not {config!r}")
     scaled_rows = isinstance(out_scale, str) and out_scale == "row"
-    options = (eps, weight_offset, out_dtype, scaled_rows, bool(return_residual), config)
+    options = (eps, weight_offset, out_dtype, scaled_rows, flag("return_residual", return_residual), config)
     arrays = (x, residual, weight, None if scaled_rows else out_scale)
     results = _RMSNORM(arrays, (out, residual_out, row_scale), options)
     there = tuple(result for result in results if result is not None)
@@ -171,8 +171,9 @@ def _check_row_scale(view: View, shape: tuple[int, ...], wanted: bool) -> None:
 
 def _constant(name: str, value: Any, *, least: float = -math.inf) -> float:
     """A number as the kernel has it, in fp32."""
-    if not isinstance(value, Real) or not math.isfinite(value) or value < least:
-        raise UsageError(f"{name}={value!r} must be a finite number{f' of at least {least:g}' if least == 0 else ''}")
+    if not isinstance(value, Real) or not abs(float(value)) <= LARGEST or value < least:
+        at_least = f" of at least {least:g}" if least == 0 else ""
+        raise UsageError(f"{name}={value!r} must be a finite number{at_least}")
     return float(np.float32(value))
 
 

@@ -59,6 +59,7 @@ class RmsNormProblem(FusedProblem):
     aligned: bool = True  # every pointer to 16 bytes, every stride argument a multiple of 16 elements
 
     def __post_init__(self) -> None:
+        self.check_types()
         for name in ("M", "N"):
             size = getattr(self, name)
             if not 0 < size < 2**31:

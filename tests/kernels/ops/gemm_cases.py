@@ -36,8 +36,8 @@ def out_for(problem):
     """Where a problem's result goes: laid out and aligned like its inputs."""
     gap = 0
     if problem.strided:
-        gap = -problem.columns_out % 16 + 16 if problem.aligned else 1
-    return Guarded.of(problem, gap=gap, offset=0 if problem.aligned else 1)
+        gap = -problem.columns_out % 16 + 16 if problem.end_aligned else 1
+    return Guarded.of(problem, gap=gap, offset=0 if problem.end_aligned else 1)
 
 
 def conforms(problem, config=None, seed=0):
@@ -100,5 +100,6 @@ def gemm_problems(draw, size, batches):
         precision=draw(one_of("ieee", "tf32")) if dtype == "fp32" else None,
         strided=draw(st.booleans()),
         aligned=draw(st.booleans()),
+        end_aligned=draw(st.booleans()),
         **fields,
     )

@@ -16,7 +16,7 @@ from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.attention.reference import strides, tolerance
 from tilewright.kernels.ops.attention.space import AttentionConfig
-from tilewright.tuning_db.errors import IllegalConfigError, ProblemError, RunError, UnsupportedError, UsageError
+from tilewright.tuning_db.errors import IllegalConfigError, ProblemError, UnsupportedError, UsageError
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_problems_that_can_not_be(fields, message):
 def test_a_read_only_out_is_not_written():
     out = np.zeros_like(Q)
     out.flags.writeable = False
-    with pytest.raises(RunError, match="outside every array that may be written"):
+    with pytest.raises(ProblemError, match=r"^out is read-only$"):
         attention(Q, K, K, out=out, config=SMALL)
 
 
@@ -314,3 +314,38 @@ def test_tolerance_grows_with_what_it_is_for():
         for kind in ("fp16", "bf16", "fp8e5m2"):
             bound = tolerance(AttentionProblem(1, 1, 16, keys, 64, dtype=kind, out_dtype="fp32"))["out"].absolute
             assert bound < 0.1 / np.sqrt(keys)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("q_scale", "k_scale"), [(0.0, 1.0), (1.0, 0.0), (1e-23, 1e-23)])
+def test_scales_of_all_zero_arrays_leave_every_key_the_same_share(q_scale, k_scale, causal):
+    """A product that is 0 in fp32: the amax of an array of zeros makes such scales."""
+    fp8 = np.dtype(DTYPES["fp8e5m2"].numpy)
+    q, k, v = (np.random.default_rng(seed).standard_normal((1, 2, 11, 32)).astype(fp8) for seed in range(3))
+    scales = {"q_scale": np.full(1, q_scale, np.float32), "k_scale": np.full(1, k_scale, np.float32)}
+    result = attention(q, k, v, causal=causal, out_dtype="fp32", **scales)
+    wide = v.astype(np.float64)
+    seen = np.arange(1, 12)[:, None] if causal else 11
+    wanted = (np.cumsum(wide, axis=2) if causal else wide.sum(2, keepdims=True)) / seen
+    np.testing.assert_allclose(result, np.broadcast_to(wanted, result.shape), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": "no"},
+        {"causal": np.array([0, 1])},
+        {"return_lse": "no"},
+        {"scale": True},
+        {"scale": 1e-46},
+        {"softcap": 1e39},
+        {"q_scale": 0.0},
+        {"k_scale": -1.0},
+    ],
+    ids=str,
+)
+def test_options_that_can_not_be_are_named(options):
+    with pytest.raises(UsageError) as caught:
+        attention(Q, K, K, **options)
+    assert str(caught.value).startswith(f"{next(iter(options))}=")
+    assert "\n" not in str(caught.value)

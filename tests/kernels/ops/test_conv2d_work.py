@@ -16,8 +16,9 @@ from tests.kernels.ops.test_conv2d import drawn
 from tilewright.kernels.catalogue import CATALOGUE
 from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, Device
 from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.ops.conv2d import space
 from tilewright.kernels.ops.conv2d.launch import CONV2D
-from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
+from tilewright.kernels.ops.conv2d.problem import Conv2dProblem, touched
 from tilewright.kernels.ops.conv2d.space import AXES, SPACE, Conv2dConfig, fits, ragged, tile_vector_bytes, vector_bytes
 from tilewright.kernels.prediction import occupancy, predict
 from tilewright.tuning_db.errors import ProblemError
@@ -422,3 +423,22 @@ def test_the_model_prefers_what_should_be_faster() -> None:
     assert time(late, Conv2dConfig(64, 64, 64, SPLIT_K=8)) < time(late, Conv2dConfig(64, 64, 64))
     # NHWC over NCHW, depthwise over a group a block.
     assert time(TAPS, Conv2dConfig(64, 64, 64)) < time(NCHW, Conv2dConfig(64, 64, 64))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 30), st.integers(1, 6), st.integers(1, 8), st.integers(1, 5), st.integers(0, 12), st.integers(0, 12)
+)
+def test_positions_that_taps_see_are_counted_without_looking_at_each(length, taps, stride, dilation, before, behind):
+    outputs = (length + before + behind - dilation * (taps - 1) - 1) // stride + 1
+    assume(outputs >= 1)
+    at = np.arange(outputs)[:, None] * stride + np.arange(taps) * dilation - before
+    inside = (at >= 0) & (at < length)
+    assert touched(length, outputs, taps, stride, dilation, before) == len(np.unique(at[inside]))
+    assert space._inside(length, outputs, taps, stride, dilation, before) == pytest.approx(inside.mean())
+
+
+def test_long_rows_cost_no_more_than_short_ones():
+    problem = Conv2dProblem(N=1, H=1, W=2**30, C=1, K=16, R=1, S=31, pad_left=15, pad_right=15)
+    assert problem.pixels_read() == 2**30
+    assert 0.99 < space.inside(problem) < 1

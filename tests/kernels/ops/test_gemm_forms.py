@@ -23,7 +23,7 @@ from tilewright.kernels.ops.gemm.launch import FLATTEN_WARPS, GEMM
 from tilewright.kernels.ops.gemm.packing import pack_int4, packed_rows
 from tilewright.kernels.ops.gemm.reference import tolerance
 from tilewright.kernels.ops.gemm.space import SPACE, default, fits
-from tilewright.tuning_db.errors import IllegalConfigError, ProblemError, UnsupportedError
+from tilewright.tuning_db.errors import IllegalConfigError, ProblemError, UnsupportedError, UsageError
 
 
 @pytest.fixture
@@ -102,6 +102,7 @@ def case_of(row):
         b_layout=row["layouts"][1],
         strided=row["memory"] == "strided",
         aligned=row["memory"] != "unaligned",
+        end_aligned=row["memory"] != "unaligned",
         **fields,
     )
     config = GemmConfig(16, 32, 32, SPLIT_K=row["split"], num_warps=2)
@@ -224,6 +225,7 @@ def test_arrays_of_a_problem_are_recognised_as_that_problem(operands, form, gate
         b_layout="col",
         strided=memory == "strided",
         aligned=memory != "unaligned",
+        end_aligned=memory != "unaligned",
         **fields,
     )
     monkeypatch.setattr(call.PlannedCall, "__call__", lambda *_: (None,))  # what it comes down to, not what comes out
@@ -625,3 +627,24 @@ def test_tolerances_of_forms():
     weights = GemmProblem(16, 16, 2**14, b_dtype="int4", b_scale="group", group_size=32, out_dtype="fp32")
     assert tolerance(weights)["out"].absolute < 0.1 / np.sqrt(weights.K)
     assert packed_rows(weights.K) == weights.K // 2
+
+
+def test_what_the_epilogue_touches_does_not_cost_the_operands_their_copies(problems):
+    wide = np.ones((40, 96), np.float16)
+    weights, bias = np.ones((40, 32), np.float16), np.ones(41, np.float16)
+    gemm(wide[:, :32], weights.T)
+    gemm(wide[:, :32], weights.T, bias=bias[1:])
+    gemm(wide[:, 1:33], weights.T)
+    assert [(problem.aligned, problem.end_aligned) for problem in problems] == [
+        (True, False),
+        (True, False),
+        (False, False),
+    ]
+
+
+@pytest.mark.parametrize("group_size", [32.0, "32", True, np.float32(32)])
+def test_a_group_size_that_is_no_integer_is_refused_and_spoils_no_other_call(group_size):
+    a, q, scale = np.ones((4, 64), np.float16), np.ones((64, 16), np.int8), np.ones((2, 16), np.float32)
+    with pytest.raises(UsageError, match=r"^group_size=.* must be an integer$"):
+        gemm(a, q, b_scale=scale, group_size=group_size)
+    np.testing.assert_array_equal(gemm(a, q, b_scale=scale, group_size=np.int64(32)), np.full((4, 16), 64))
