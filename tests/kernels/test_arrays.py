@@ -243,7 +243,7 @@ def test_parameters_and_derived_tensors_are_torchs(torch):
 
 def test_a_tensor_on_the_host_is_refused(torch):
     with pytest.raises(
-        UnsupportedError, match=r"^a torch tensor on cpu is not in a GPU's memory: move it with .cuda\(\)$"
+        UnsupportedError, match=r"^a: a torch tensor on cpu is not in a GPU's memory: move it with .cuda\(\)$"
     ):
         gemm(Tensor("cpu"), Tensor("cpu"))
 

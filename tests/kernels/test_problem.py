@@ -54,8 +54,8 @@ def test_the_text_of_a_problem_in_a_database_is_what_it_was():
     assert GemmProblem(16, 32, 64, bias="fp32", activation="gelu").to_json() == (
         '{"K":64,"M":16,"N":32,"a_broadcast":false,"a_layout":"row","a_scale":null,"activation":"gelu_erf"'
         ',"aligned":true,"alpha":false,"b_broadcast":false,"b_dtype":null,"b_layout":"row","b_scale":null'
-        ',"b_scale_dtype":"fp32","b_zero":false,"batch":1,"bias":"fp32","bias_axis":"n","dtype":"fp16","gated":null'
-        ',"group_size":0,"groups":0,"out_dtype":"fp16","out_scale":false,"precision":null,"residual":null'
+        ',"b_scale_dtype":"fp32","b_zero":false,"batch":1,"bias":"fp32","bias_axis":"n","dtype":"fp16"'
+        ',"end_aligned":true,"gated":null,"group_size":0,"groups":0,"out_dtype":"fp16","out_scale":false,"precision":null,"residual":null'
         ',"residual_broadcast":false,"strided":false}'
     )
 
@@ -195,7 +195,8 @@ def test_inputs_are_equal_for_equal_seeds_and_no_others():
 @pytest.mark.parametrize("kind", FLOATS)
 def test_inputs_have_the_problems_layout_alignment_and_padding(kind, strided, aligned):
     fused = {"bias": "fp32", "residual": "bf16", "residual_broadcast": True, "a_layout": "col"}
-    problem = GemmProblem(5, 6, 7, dtype=kind, batch=3, b_broadcast=True, strided=strided, aligned=aligned, **fused)
+    laid = {"strided": strided, "aligned": aligned, "end_aligned": aligned}
+    problem = GemmProblem(5, 6, 7, dtype=kind, batch=3, b_broadcast=True, **laid, **fused)
     arrays = problem.inputs(0)
     assert {name: array.shape for name, array in arrays.items()} == problem.shapes()
     assert problem.shapes() == {"a": (3, 5, 7), "b": (1, 7, 6), "bias": (6,), "residual": (1, 5, 6)}
