@@ -295,7 +295,9 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
     elif wide > 128 and (not groups or rows <= 64 or problem.bias is not None):
         config = AttentionConfig(64, 16, PACK=pack, num_warps=8, num_stages=stages)
     elif rows <= 64:
-        config = AttentionConfig(64, 16 if terms and wide > 64 else 32, PACK=pack, num_stages=stages)
+        # With a bias sm_100 spills a few bytes over 32 keys of heads of 64 too.
+        few = terms and (wide > 64 or device.arch // 10 == 10)
+        config = AttentionConfig(64, 16 if few else 32, PACK=pack, num_stages=stages)
     else:
         n = 32 if wide > 128 or terms else 64
         if terms and wide > 64 and not groups:
