@@ -321,8 +321,13 @@ def default(problem: Conv2dProblem, device: Device) -> Conv2dConfig:
         depth_of_step = 32 if wide or dtype(problem.dtype).bytes == 1 else 16
         config = replace(config, BLOCK_M=32, BLOCK_N=32, BLOCK_K=depth_of_step, num_stages=2 if copies else 1)
     elif not copies:
-        # Folded single elements have an address and a mask each: of 64 rows some spill on sm_80.
-        config = replace(config, BLOCK_M=32 if fold else config.BLOCK_M, num_stages=1)
+        # Folded single elements have an address and a mask each: of 64 rows and 32 deep some spill. Dots of a warp
+        # group need the rows.
+        config = replace(config, num_stages=1)
+        if fold and device.arch // 10 in (9, 10) and dtype(problem.dtype).bytes > 1:
+            config = replace(config, BLOCK_K=16)
+        elif fold:
+            config = replace(config, BLOCK_M=32)
     elif wide and problem.pixels <= 32:
         config = replace(config, BLOCK_M=16 if problem.pixels <= 16 else 32, num_stages=4)
     elif wide and depth % 64 == 0 and problem.dtype != "fp32":
