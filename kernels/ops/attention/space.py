@@ -287,16 +287,19 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
         n, warps = 32 if wide <= 64 and not narrow else 16, 4 if m * wide < 4096 else 8
         config = AttentionConfig(m, n, PACK=pack, num_warps=warps, num_stages=stages if wide <= 128 else 1)
     elif rows <= 32:
-        n = 16 if narrow else 64 if wide <= 128 else 32
+        n = 64 if wide <= 128 else 32
+        if least == 32 and (terms or wide > 128):
+            n //= 2
+        n = 16 if narrow else n
         config = AttentionConfig(least, n, PACK=pack, num_stages=3 if copied else 1)
         config = replace(config, SPLIT_KV=enough_splits(problem, config, device))
     elif narrow:
         config = AttentionConfig(min(64, 8192 // wide), 16, PACK=pack, num_warps=8, num_stages=stages)
     elif wide > 128 and (not groups or rows <= 64 or problem.bias is not None):
-        config = AttentionConfig(64, 16, PACK=pack, num_warps=8, num_stages=stages)
+        m, warps = (32, 4) if terms else (64, 8)
+        config = AttentionConfig(m, 16, PACK=pack, num_warps=warps, num_stages=stages)
     elif rows <= 64:
-        # With a bias sm_100 spills a few bytes over 32 keys of heads of 64 too.
-        few = terms and (wide > 64 or device.arch // 10 == 10)
+        few = wide > 64 or (terms and device.arch // 10 == 10)
         config = AttentionConfig(64, 16 if few else 32, PACK=pack, num_stages=stages)
     else:
         n = 32 if wide > 128 or terms else 64
