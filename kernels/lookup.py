@@ -53,7 +53,7 @@ def record_key(kernel: Kernel[Any, Any], problem: Problem, device: Device, proto
     """The key under which outcomes of this problem on this device are kept."""
     return Key(
         op=kernel.name,
-        kernel_hash=_code_hash(kernel),
+        kernel_hash=code_hash(kernel),
         problem=problem.to_json(),
         device=device.key,
         arch=device.arch,
@@ -72,8 +72,8 @@ def prediction_protocol(kernel: Kernel[Any, Any]) -> str:
     return f"{MODEL}-{hashlib.sha256(hashes.encode()).hexdigest()[:8]}"
 
 
-def _code_hash(kernel: Kernel[Any, Any]) -> str:
-    """Of the kernel's code and of the compile path, whose options shape the machine code as much."""
+def code_hash(kernel: Kernel[Any, Any]) -> str:
+    """SHA-256 of the kernel's code and of the compile path, whose options shape the machine code as much."""
     return hashlib.sha256(f"{kernel.source_hash} {module_hash(compile_path)}".encode()).hexdigest()
 
 

@@ -8,7 +8,6 @@ Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 import sys
@@ -17,13 +16,11 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
-from tilewright.tuning_db.errors import DatabaseError, TilewrightError, UsageError
+from tilewright.tuner.commands import db, exchange, listing
+from tilewright.tuner.commands.output import EXIT_FAILED, EXIT_USAGE, print_table
+from tilewright.tuning_db.errors import DatabaseError, PackError, TilewrightError, UsageError
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
@@ -67,7 +64,8 @@ def main() -> None:
     except TilewrightError as error:
         if debug:
             raise
-        _end(f"error: {error}", EXIT_USAGE if isinstance(error, UsageError | DatabaseError) else EXIT_FAILED)
+        mistake = isinstance(error, UsageError | DatabaseError | PackError)
+        _end(f"error: {error}", EXIT_USAGE if mistake else EXIT_FAILED)
     except Exception as error:
         if debug:
             raise
@@ -78,14 +76,6 @@ def main() -> None:
 def _end(line: str, status: int) -> None:
     print("autotune: " + " ".join(line.split()), file=sys.stderr)
     sys.exit(status)
-
-
-def _print_table(table: Table) -> None:
-    """Prints every cell whole: a terminal that is too narrow for a row breaks it, and nothing is cut."""
-    console = Console()
-    unbounded = console.options.update(max_width=10_000)
-    console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
-    console.print(table, crop=False)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -173,7 +163,7 @@ def cli(
     if as_json:
         click.echo(report.to_json(results))
     else:
-        _print_table(report.results_table(results))
+        print_table(report.results_table(results))
         if not quiet:
             for line in report.closing_lines(results, database_dir()):
                 errors.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -181,110 +171,13 @@ def cli(
         context.exit(EXIT_FAILED)
 
 
-@cli.command()
-def devices() -> None:
-    """List the boards that can be named, and the GPUs that are here."""
-    from tilewright.kernels.catalogue import CATALOGUE, REFERENCE_BOARDS
-    from tilewright.kernels.devices import live_devices
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("board", "arch", "name"):
-        table.add_column(name, no_wrap=True)
-    for name in ("SMs", "boost MHz", "GB/s", "L2 MiB", "shared/block KiB", "fp16 TFLOP/s"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    notes: dict[str, list[str]] = {}
-    for device in (*live_devices(), *CATALOGUE):
-        remarks = [device.live] if device.live else []
-        if not device.live and REFERENCE_BOARDS.get(device.arch) == device.board:
-            remarks.append(f"what {device.sm} means")
-        if device.note:
-            notes.setdefault(device.note, []).append(device.board)
-        table.add_row(
-            device.board,
-            device.sm,
-            device.name,
-            str(device.sms),
-            str(device.boost_mhz),
-            f"{device.bandwidth_gbs:.0f}",
-            f"{device.l2_bytes / 2**20:g}",
-            f"{device.shared_per_block / 2**10:g}",
-            f"{device.tflops('fp16'):g}",
-            "; ".join(remarks),
-        )
-    _print_table(table)
-    for note, boards in notes.items():
-        click.echo(f"{', '.join(boards)}: {note}")
-
-
-@cli.command()
-def suites() -> None:
-    """List the suites that can be named, and how many workloads of each op they have."""
-    from tilewright.tuner.suites import SUITES
-
-    ops = list(dict.fromkeys(workload.op for workload in SUITES["all"]))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("suite", no_wrap=True)
-    for name in ("workloads", *ops):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, workloads in SUITES.items():
-        counts = [sum(workload.op == op for workload in workloads) for op in ops]
-        table.add_row(name, str(len(workloads)), *(str(count or "") for count in counts))
-    _print_table(table)
-
-
-@cli.command()
-@click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
-@click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
-def show(device: str, db: str | None) -> None:
-    """Show what is on record for a device: the best result of every problem and toolchain."""
-
-    from tilewright.kernels.devices import resolve_device
-    from tilewright.tuner.report import short_config
-    from tilewright.tuning_db.env import database_dir
-    from tilewright.tuning_db.store import TuningDB
-
-    target = resolve_device(device)
-    with TuningDB.open(target.key, database_dir(db), read_only=True) as database:
-        records = list(database.best_of_each())
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("op", "problem", "configuration"):
-            table.add_column(name, no_wrap=True)
-        table.add_column("time µs", justify="right", no_wrap=True)
-        for name in ("provenance", "triton", "when"):
-            table.add_column(name, no_wrap=True)
-        for record in records:
-            assert record.times is not None
-            table.add_row(
-                record.key.op,
-                _problem_text(record.key.op, record.key.problem),
-                short_config(_fields(record.key.op, record.config)),
-                f"{record.times.median_us:.1f}",
-                str(record.provenance),
-                record.key.triton,
-                record.created_at[:19],
-            )
-        if records:
-            _print_table(table)
-        Console(stderr=True).print(
-            f"{len(records)} results on record in {database.path}", markup=False, highlight=False, soft_wrap=True
-        )
-
-
-def _problem_text(op: str, problem: str) -> str:
-    from tilewright.kernels.registry import find_kernel
-
-    try:
-        return str(find_kernel(op).problem.from_json(problem))
-    except UsageError:
-        return problem  # of a revision with other fields
-
-
-def _fields(op: str, config: str) -> dict[str, Any]:
-    from tilewright.kernels.registry import find_kernel
-
-    try:
-        fields: dict[str, Any] = find_kernel(op).space.config.from_json(config).to_dict()
-    except UsageError:
-        fields = json.loads(config)
-    return fields
+for command in (
+    listing.devices,
+    listing.suites,
+    listing.show,
+    exchange.export,
+    exchange.import_,
+    exchange.merge,
+    db.db,
+):
+    cli.add_command(command)

@@ -12,8 +12,17 @@ from tilewright.tuning_db.errors import UsageError
 DB_DIR = "TILEWRIGHT_DB_DIR"
 """Folder of the tuning databases; default: `tilewright` under the platform's user data directory."""
 
+PACK = "TILEWRIGHT_PACK"
+"""File of `autotune pack` whose configurations and compiled kernels are used before anything else; default: none."""
+
+FROZEN = "TILEWRIGHT_FROZEN"
+"""Whether all must come from the pack: nothing is compiled, searched or written. Off by default."""
+
 INTERPRET = "TRITON_INTERPRET"
 """Triton's own switch: kernels run on NumPy arrays in its interpreter. Must be set before Triton is imported."""
+
+_ON = {"1", "true", "on", "y", "yes"}
+_OFF = {"", "0", "false", "off", "n", "no"}
 
 
 def database_dir(override: str | os.PathLike[str] | None = None) -> Path:
@@ -31,9 +40,37 @@ def database_dir(override: str | os.PathLike[str] | None = None) -> Path:
         raise UsageError(f"the folder of the databases {os.fspath(chosen)!r} can't be found: {error}") from None
 
 
+def pack_file() -> Path | None:
+    """The pack that `$TILEWRIGHT_PACK` names; None without one."""
+    named = os.environ.get(PACK)
+    return Path(named) if named else None
+
+
+def frozen() -> bool:
+    """Whether `$TILEWRIGHT_FROZEN` is on.
+
+    Raises:
+        UsageError: it is neither on nor off: a misspelt lock must not be an open one.
+    """
+    word = os.environ.get(FROZEN, "").strip().lower()
+    if word not in _ON | _OFF:
+        raise UsageError(f"{FROZEN}={word!r} is neither on nor off: set it to 1, or to 0")
+    return word in _ON
+
+
+def refuse_if_frozen(what: str) -> None:
+    """Does nothing but where `$TILEWRIGHT_FROZEN` is on.
+
+    Raises:
+        UsageError: it is; the message says that `what` isn't done then.
+    """
+    if frozen():
+        raise UsageError(f"{FROZEN} is set: {what}; unset it to do so")
+
+
 def interpreting() -> bool:
     """Whether this process was told to interpret kernels, by Triton's own reading of the variable."""
-    return os.environ.get(INTERPRET, "").lower() in {"1", "true", "on", "y", "yes"}
+    return os.environ.get(INTERPRET, "").lower() in _ON
 
 
 def compiling_environment() -> dict[str, str]:

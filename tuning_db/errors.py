@@ -6,11 +6,14 @@
     │   ├── UnknownKernelError              no kernel or suite of that name
     │   ├── ProblemError                    malformed, missing or impossible problem; shapes that don't match
     │   ├── UnsupportedError (also NotImplementedError)   right in itself, but not on this device or in this kernel
-    │   └── IllegalConfigError              the configuration breaks a limit; the search skips this and nothing else
+    │   ├── IllegalConfigError              the configuration breaks a limit; the search skips this and nothing else
+    │   └── ExportFileError                 what is to be imported is no export, or a broken one
     ├── DatabaseError                       the tuning database
     │   ├── DatabaseCorruptError            not a database, or damaged; the next opening for writing sets it aside
     │   ├── DatabaseSchemaError             written by a newer Tilewright
     │   └── DatabaseAccessError             the file or folder can't be read or written
+    ├── PackError                           the pack can't be used: damaged, another device's, another revision's
+    │   └── NotPackedError                  the pack lacks what was asked for, and nothing may be compiled
     ├── MissingDependencyError (also ImportError)   an optional package or a GPU is needed and absent
     └── RunError                            the run itself failed: the command line exits 1
         ├── CompileError                    Triton or ptxas refused the kernel
@@ -51,6 +54,10 @@ class IllegalConfigError(UsageError):
     """The configuration breaks a limit of the problem or the device; the message names it."""
 
 
+class ExportFileError(UsageError):
+    """A file to import is no export of records, or a broken one; the message has file, line and value."""
+
+
 class DatabaseError(TilewrightError):
     """The tuning database can't be used."""
 
@@ -65,6 +72,14 @@ class DatabaseSchemaError(DatabaseError):
 
 class DatabaseAccessError(DatabaseError):
     """The file or its folder can't be read or written."""
+
+
+class PackError(TilewrightError):
+    """The pack can't be used: it is damaged, of another device, or of another revision of the kernels."""
+
+
+class NotPackedError(PackError):
+    """The pack lacks what was asked for, and this process may not compile it."""
 
 
 class MissingDependencyError(TilewrightError, ImportError):

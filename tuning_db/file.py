@@ -88,6 +88,22 @@ class DatabaseFile:
             self._check_usable()
             return [] if self._connection is None else self._connection.execute(sql, parameters).fetchall()
 
+    def read(self, action: Callable[[sqlite3.Connection], T]) -> T:
+        """What `action` returns, run in one read transaction: it sees one state of the file, whoever writes meanwhile.
+
+        A function for the reason that `write` takes one. While it runs SQLite can't shorten the WAL: be quick.
+        """
+        with self._lock, explained(self.path, note_damage=not self.read_only):
+            self._check_usable()
+            if self._connection is None:
+                raise DatabaseAccessError(f"there is no {self.path}: tune that device first, or name its folder (--db)")
+            try:
+                self._connection.execute("BEGIN")
+                return action(self._connection)
+            finally:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+
     def write(self, action: Callable[[sqlite3.Connection], T]) -> T:
         """What `action` returns, run in one write transaction: committed then, or rolled back if it raises.
 
@@ -110,6 +126,23 @@ class DatabaseFile:
                     connection.execute("ROLLBACK")
                 raise
             return result
+
+    def compact(self) -> None:
+        """Give the space of deleted rows back to the disk; left for another time where another process is in the way.
+
+        Raises:
+            DatabaseError: as `write`.
+        """
+        with self._lock, explained(self.path, note_damage=not self.read_only):
+            self._check_usable()
+            if self._connection is None or self.read_only:
+                raise UsageError(f"{self.path} was opened read-only")
+            try:
+                self._connection.execute("VACUUM")
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                    raise
 
     def close(self) -> None:
         """Close the connection; a second call does nothing."""
@@ -161,7 +194,7 @@ def explained(path: Path, *, note_damage: bool = False) -> Iterator[None]:
         if code in _DAMAGE:
             if note_damage:
                 with suppress(OSError):
-                    _mark(path).touch()
+                    damage_mark(path).touch()
             raise DatabaseCorruptError(
                 f"{path} is damaged or no database ({error}): the next run that writes to it sets it aside "
                 "and starts a fresh one"
@@ -206,7 +239,7 @@ def _is_ready(connection: sqlite3.Connection, path: Path) -> bool:
 
 def _connect_if_ready(path: Path) -> sqlite3.Connection | None:
     """Open for writing without the file lock; None if there is something to do that needs it."""
-    if not _has_content(path) or _mark(path).exists():
+    if not _has_content(path) or damage_mark(path).exists():
         return None
     if not os.access(path, os.W_OK):  # SQLite would open it read-only without a word, and fail at the first write
         raise DatabaseAccessError(f"{path}: {_ACCESS[sqlite3.SQLITE_READONLY]}")
@@ -268,7 +301,7 @@ def _initialise(path: Path) -> tuple[sqlite3.Connection, Path | None]:
         remains = _has_content(path) or any(Path(f"{path}{suffix}").exists() for suffix in SIDECARS)
         set_aside = _set_aside(path) if remains else None
         _create(path)
-        _mark(path).unlink(missing_ok=True)
+        damage_mark(path).unlink(missing_ok=True)
         return _connect(path, "mode=rw"), set_aside
 
 
@@ -276,11 +309,11 @@ def _repair(path: Path) -> sqlite3.Connection:
     """Under the lock: check a file that was marked as damaged, apply missing migrations, return to WAL."""
     connection = _connect(path, "mode=rw")
     try:
-        if _mark(path).exists():
+        if damage_mark(path).exists():
             findings = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if findings != "ok":
                 raise _damage(findings)
-            _mark(path).unlink()
+            damage_mark(path).unlink()
         if not _is_ready_after_migration(connection, path):
             # Someone's tool left it in another journal mode, which works as well, only slower. A reader in another
             # process makes the switch fail at once; then it is left to the next opening.
@@ -326,7 +359,8 @@ def _has_content(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
-def _mark(path: Path) -> Path:
+def damage_mark(path: Path) -> Path:
+    """The empty file that says that a program met damage in the one beside it."""
     return Path(f"{path}.damaged")
 
 

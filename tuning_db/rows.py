@@ -63,6 +63,13 @@ def row_to_record(row: Row) -> Record:
     )
 
 
+def insertion(table: str, row: Row, *, replace: bool = True) -> str:
+    """The statement that puts such a row into a table, in place of one that a unique index has already; or fails."""
+    names = row.keys()
+    values = ", ".join(f":{name}" for name in names)
+    return f"INSERT {'OR REPLACE ' if replace else ''}INTO {table} ({', '.join(names)}) VALUES ({values})"
+
+
 def environment_to_row(environment: Environment, started_at: str) -> dict[str, Any]:
     """The row of `runs`, without its id."""
     fields = {name: getattr(environment, name) for name in ENVIRONMENT}

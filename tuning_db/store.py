@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from tilewright.tuning_db.env import database_dir
 from tilewright.tuning_db.errors import DatabaseError, UsageError
 from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
 from tilewright.tuning_db.lookup import Near, answers, best_first, to_record
 from tilewright.tuning_db.record import Answer, Environment, Key, Provenance, Record, Status
-from tilewright.tuning_db.rows import environment_to_row, record_to_row, row_to_environment
+from tilewright.tuning_db.rows import environment_to_row, insertion, record_to_row, row_to_environment
 
 Accept = Callable[[Record], bool]
 """Rechecks a candidate (its resources on the device at hand, say) before it is answered."""
@@ -76,7 +76,7 @@ class TuningDB:
             DatabaseError: as `add`.
         """
         row = environment_to_row(environment, _now())
-        return self._file.write(lambda connection: int(connection.execute(_insert("runs", row), row).lastrowid or 0))
+        return self._file.write(lambda connection: int(connection.execute(insertion("runs", row), row).lastrowid or 0))
 
     def runs(self) -> dict[int, tuple[str, Environment]]:
         """Every run by its id: when it started (ISO 8601, UTC) and its environment."""
@@ -106,7 +106,7 @@ class TuningDB:
             if not connection.execute("SELECT 1 FROM runs WHERE id = ?", (run_id,)).fetchone():
                 raise UsageError(f"{self.path} has no run {run_id}: start_run gives the id")
             if rows:
-                connection.executemany(_insert("records", rows[0]), rows)
+                connection.executemany(insertion("records", rows[0]), rows)
 
         self._file.write(insert)
 
@@ -199,11 +199,6 @@ class TuningDB:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _insert(table: str, row: Mapping[str, Any]) -> str:
-    names = ", ".join(row)
-    return f"INSERT OR REPLACE INTO {table} ({names}) VALUES ({', '.join(f':{name}' for name in row)})"
 
 
 def _now() -> str:

@@ -1,0 +1,172 @@
+"""Commands that look after the database files: `autotune db path`, `stats`, `check`, `prune`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tilewright.tuner.commands.output import EXIT_FAILED, EXIT_USAGE, new_table, print_json, print_table, say
+from tilewright.tuning_db.errors import DatabaseError
+from tilewright.tuning_db.file import open_file, path_for
+from tilewright.tuning_db.upkeep import Overview
+
+_device = click.option("--device", metavar="NAME", help="As for autotune itself; by default every database there is.")
+_folder = click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
+
+
+@click.group()
+def db() -> None:
+    """Look after the tuning databases."""
+
+
+def _paths(device: str | None, folder: str | None) -> list[Path]:
+    """The file of a device, or every file there is."""
+    from tilewright.tuning_db.env import database_dir
+
+    where = database_dir(folder)
+    if device is None:
+        return sorted(where.glob("*.sqlite"))
+    from tilewright.kernels.devices import resolve_device
+
+    return [path_for(resolve_device(device).key, where)]
+
+
+@db.command()
+@_device
+@_folder
+def path(device: str | None, db: str | None) -> None:
+    """Print the folder of the databases, or the file of a device, whether or not it is there."""
+    from tilewright.tuning_db.env import database_dir
+
+    click.echo(database_dir(db) if device is None else _paths(device, db)[0])
+
+
+@db.command()
+@_device
+@_folder
+@_json
+@click.pass_context
+def stats(context: click.Context, device: str | None, db: str | None, as_json: bool) -> None:
+    """Show what the databases hold: records by status and provenance, revisions of kernels and toolchain, size."""
+    from tilewright.tuning_db.env import database_dir
+    from tilewright.tuning_db.upkeep import overview
+
+    views, unreadable = [], 0
+    for path in _paths(device, db):
+        try:
+            views.append(overview(path))
+        except DatabaseError as error:
+            say(f"autotune: error: {error}")
+            unreadable += 1
+    if as_json:
+        print_json({"folder": str(database_dir(db)), "databases": [_fields(view) for view in views]})
+    elif views:
+        numbers = ("records", "ok", "measured", "predicted", "problems", "revisions", "runs", "MiB")
+        table = new_table(("database",), numbers, ("newest",))
+        for view in views:
+            counts = (
+                sum(view.counts.values()),
+                sum(count for (status, _), count in view.counts.items() if status == "ok"),
+                sum(count for (_, provenance), count in view.counts.items() if provenance == "measured"),
+                sum(count for (_, provenance), count in view.counts.items() if provenance == "predicted"),
+                view.problems,
+                len(view.revisions),
+                view.runs,
+            )
+            size = f"{view.bytes / 2**20:.1f}"
+            table.add_row(view.path.name, *map(str, counts), size, (view.newest or "-")[:19])
+        print_table(table)
+    if not as_json:
+        say(f"databases in {database_dir(db)}: {len(views)}")
+    if unreadable:
+        context.exit(EXIT_USAGE)
+
+
+def _fields(view: Overview) -> dict[str, Any]:
+    return {
+        "path": str(view.path),
+        "devices": view.devices,
+        "bytes": view.bytes,
+        "records": view.records,
+        "problems": view.problems,
+        "runs": view.runs,
+        "oldest": view.oldest,
+        "newest": view.newest,
+        "counts": [
+            {"status": status, "provenance": provenance, "records": count}
+            for (status, provenance), count in view.counts.items()
+        ],
+        "revisions": [{**asdict(revision), "records": count} for revision, count in view.revisions.items()],
+    }
+
+
+@db.command()
+@_device
+@_folder
+@_json
+@click.pass_context
+def check(context: click.Context, device: str | None, db: str | None, as_json: bool) -> None:
+    """Check database files, page by page and record by record, without changing them; exit status 1 for a finding."""
+    from tilewright.tuning_db import upkeep
+
+    document = []
+    for path in _paths(device, db):
+        try:
+            findings = upkeep.check(path)
+        except DatabaseError as error:
+            findings = [str(error)]
+        document.append({"path": str(path), "ok": not findings, "findings": findings})
+        if not as_json:
+            for line in findings or ["ok"]:
+                click.echo(f"{path}: {line.removeprefix(f'{path}: ')}")
+    if as_json:
+        print_json({"databases": document})
+    elif not document:
+        say("there is no database to check")
+    if any(not each["ok"] for each in document):
+        context.exit(EXIT_FAILED)
+
+
+@db.command()
+@click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
+@_folder
+@click.option(
+    "--older-than",
+    type=click.IntRange(min=0),
+    metavar="DAYS",
+    help="Measured results of other revisions that are older go too.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@_json
+def prune(device: str, db: str | None, older_than: int | None, dry_run: bool, as_json: bool) -> None:
+    """Remove what nothing will ask for any more: predictions and failures of other kernel revisions and toolchains."""
+    from tilewright.kernels.devices import resolve_device
+    from tilewright.tuner.installation import is_current
+    from tilewright.tuning_db import upkeep
+    from tilewright.tuning_db.errors import DatabaseAccessError
+
+    target = resolve_device(device)
+    (path,) = _paths(device, db)
+    if not path.exists():
+        raise DatabaseAccessError(f"there is no {path}: nothing to prune")
+    before = None
+    if older_than is not None:
+        before = (datetime.now(UTC) - timedelta(days=older_than)).isoformat(timespec="microseconds")
+    file = open_file(path)
+    try:
+        pruned = upkeep.prune(file, lambda revision: is_current(revision, target.arch), before=before, dry_run=dry_run)
+    finally:
+        file.close()
+    if file.set_aside is not None:
+        say(f"a damaged database was set aside as {file.set_aside}")
+    if as_json:
+        print_json({"path": str(path), "dry_run": dry_run, **asdict(pruned)})
+    else:
+        would = "would be removed" if dry_run else "removed"
+        freed = "" if dry_run else f", {pruned.bytes / 2**20:.1f} MiB given back"
+        click.echo(f"{path}: {pruned.records} records and {pruned.runs} runs {would}{freed}")

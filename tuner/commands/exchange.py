@@ -1,0 +1,140 @@
+"""Commands that carry records from one place to another: `autotune export`, `autotune import`, `autotune merge`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from tilewright.tuner.commands.output import print_json, say
+from tilewright.tuning_db.atomic import whole_file
+from tilewright.tuning_db.errors import DatabaseCorruptError, UsageError
+from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
+from tilewright.tuning_db.merging import Merged
+from tilewright.tuning_db.merging import merge as merge_files
+
+STREAM = "-"
+
+
+@click.command()
+@click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
+@click.option("--kernel", "kernels", multiple=True, metavar="OP", help="Only records of this op; repeatable.")
+@click.option("--output", default=STREAM, metavar="FILE", help="Where to write; stdout by default, as with -.")
+@click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
+def export(device: str, kernels: tuple[str, ...], output: str, db: str | None) -> None:
+    """Write what is on record for a device as JSON lines, which `autotune import` reads."""
+    from tilewright.kernels.devices import resolve_device
+    from tilewright.kernels.registry import find_kernel
+    from tilewright.tuning_db import interchange
+    from tilewright.tuning_db.env import database_dir
+    from tilewright.tuning_db.snapshot import open_snapshot
+
+    ops = [find_kernel(name).name for name in kernels]
+    key = resolve_device(device).key
+    with open_snapshot(path_for(key, database_dir(db))) as file:
+        if output == STREAM:
+            count = interchange.export(file, key, sys.stdout.buffer, ops=ops)
+            sys.stdout.buffer.flush()
+        else:
+            with whole_file(Path(output)) as stream:
+                count = interchange.export(file, key, stream, ops=ops)
+    say(f"{count} records of {key} exported" + ("" if output == STREAM else f" to {output}"))
+
+
+@click.command("import")
+@click.argument("files", nargs=-1, required=True, metavar="FILE…")
+@click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
+def import_(files: tuple[str, ...], db: str | None, as_json: bool) -> None:
+    """Bring exports into the database of their device; - is stdin. Where one has what is on record, evidence decides.
+
+    Every file is read and checked to its end before the first record is kept.
+    """
+    from tilewright.tuner.installation import objection
+    from tilewright.tuning_db.env import database_dir
+    from tilewright.tuning_db.interchange import read_export
+
+    if files.count(STREAM) > 1:
+        raise UsageError("stdin (-) can be read once")
+    folder = database_dir(db)
+    with ExitStack() as stack:
+        staging = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tilewright-import-")))
+        staged = []
+        for number, name in enumerate(files):
+            with ExitStack() as reading:
+                stream = _opened(name, reading)
+                shown = "stdin" if name == STREAM else name
+                device, file = read_export(stream, shown, staging / f"{number}.sqlite", objection)
+            stack.callback(file.close)
+            staged.append((shown, device, file))
+        _merge_all(staged, folder, as_json)
+
+
+def _opened(name: str, stack: ExitStack) -> BinaryIO:
+    if name == STREAM:
+        return sys.stdin.buffer
+    try:
+        return stack.enter_context(Path(name).open("rb"))
+    except OSError as error:
+        raise UsageError(f"{name} can't be read: {error.strerror}") from None
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE…")
+@click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
+def merge(sources: tuple[str, ...], db: str | None, as_json: bool) -> None:
+    """Bring database files of another machine, or a folder of them, into the databases here; they stay as they are.
+
+    Where both have an outcome of the same configuration, evidence decides.
+    """
+    from tilewright.tuning_db.env import database_dir
+    from tilewright.tuning_db.snapshot import open_snapshot
+    from tilewright.tuning_db.upkeep import overview
+
+    paths = []
+    for source in map(Path, sources):
+        found = sorted(source.glob("*.sqlite")) if source.is_dir() else [source]
+        if not found:
+            raise UsageError(f"{source} has no database: name a file, or a folder of *.sqlite")
+        paths += found
+    with ExitStack() as stack:
+        opened = []
+        for path in paths:
+            try:
+                devices = overview(path).devices
+                file = stack.enter_context(open_snapshot(path))
+            except DatabaseCorruptError as error:
+                raise UsageError(f"{path} is no whole database; an export is for `autotune import`") from error
+            if len(devices) > 1:
+                raise UsageError(f"{path} has records of several devices, {' and '.join(devices)}: a file is of one")
+            opened += [(str(path), device, file) for device in devices]
+        _merge_all(opened, database_dir(db), as_json)
+
+
+def _merge_all(sources: list[tuple[str, str, DatabaseFile]], folder: Path, as_json: bool) -> None:
+    """Merges each source into the file of its device in `folder`, and says what became of its records."""
+    document = []
+    for name, device, source in sources:
+        target = open_file(path_for(device, folder))
+        try:
+            merged = merge_files(target, source, device)
+        finally:
+            target.close()
+        if target.set_aside is not None:
+            say(f"a damaged database was set aside as {target.set_aside}")
+        document.append({"source": name, "device": device, "db": str(target.path), **asdict(merged)})
+        if not as_json:
+            click.echo(f"{name}: {_described(merged)}; now in {target.path}")
+    if as_json:
+        print_json(document)
+
+
+def _described(merged: Merged) -> str:
+    counts = f"{merged.added} added, {merged.replaced} replaced, {merged.kept} with less evidence than what was there"
+    return f"{merged.total} records: {counts}, {merged.known} known"

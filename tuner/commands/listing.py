@@ -1,0 +1,106 @@
+"""Commands that list: `autotune devices`, `autotune suites`, `autotune show`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from tilewright.tuner.commands.output import new_table, print_table, say
+from tilewright.tuning_db.errors import UsageError
+
+
+@click.command()
+def devices() -> None:
+    """List the boards that can be named, and the GPUs that are here."""
+    from tilewright.kernels.catalogue import CATALOGUE, REFERENCE_BOARDS
+    from tilewright.kernels.devices import live_devices
+
+    numbers = ("SMs", "boost MHz", "GB/s", "L2 MiB", "shared/block KiB", "fp16 TFLOP/s")
+    table = new_table(("board", "arch", "name"), numbers, ("",))
+    notes: dict[str, list[str]] = {}
+    for device in (*live_devices(), *CATALOGUE):
+        remarks = [device.live] if device.live else []
+        if not device.live and REFERENCE_BOARDS.get(device.arch) == device.board:
+            remarks.append(f"what {device.sm} means")
+        if device.note:
+            notes.setdefault(device.note, []).append(device.board)
+        table.add_row(
+            device.board,
+            device.sm,
+            device.name,
+            str(device.sms),
+            str(device.boost_mhz),
+            f"{device.bandwidth_gbs:.0f}",
+            f"{device.l2_bytes / 2**20:g}",
+            f"{device.shared_per_block / 2**10:g}",
+            f"{device.tflops('fp16'):g}",
+            "; ".join(remarks),
+        )
+    print_table(table)
+    for note, boards in notes.items():
+        click.echo(f"{', '.join(boards)}: {note}")
+
+
+@click.command()
+def suites() -> None:
+    """List the suites that can be named, and how many workloads of each op they have."""
+    from tilewright.tuner.suites import SUITES
+
+    ops = list(dict.fromkeys(workload.op for workload in SUITES["all"]))
+    table = new_table(("suite",), ("workloads", *ops))
+    for name, workloads in SUITES.items():
+        counts = [sum(workload.op == op for workload in workloads) for op in ops]
+        table.add_row(name, str(len(workloads)), *(str(count or "") for count in counts))
+    print_table(table)
+
+
+@click.command()
+@click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
+@click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
+def show(device: str, db: str | None) -> None:
+    """Show what is on record for a device: the best result of every problem and toolchain."""
+
+    from tilewright.kernels.devices import resolve_device
+    from tilewright.tuner.report import short_config
+    from tilewright.tuning_db.env import database_dir
+    from tilewright.tuning_db.store import TuningDB
+
+    target = resolve_device(device)
+    with TuningDB.open(target.key, database_dir(db), read_only=True) as database:
+        records = list(database.best_of_each())
+        table = new_table(("op", "problem", "configuration"), ("time µs",), ("provenance", "triton", "when"))
+        for record in records:
+            assert record.times is not None
+            table.add_row(
+                record.key.op,
+                _problem_text(record.key.op, record.key.problem),
+                short_config(_fields(record.key.op, record.config)),
+                f"{record.times.median_us:.1f}",
+                str(record.provenance),
+                record.key.triton,
+                record.created_at[:19],
+            )
+        if records:
+            print_table(table)
+        say(f"{len(records)} results on record in {database.path}")
+
+
+def _problem_text(op: str, problem: str) -> str:
+    from tilewright.kernels.registry import find_kernel
+
+    try:
+        return str(find_kernel(op).problem.from_json(problem))
+    except UsageError:
+        return problem  # of a revision with other fields
+
+
+def _fields(op: str, config: str) -> dict[str, Any]:
+    from tilewright.kernels.registry import find_kernel
+
+    try:
+        fields: dict[str, Any] = find_kernel(op).space.config.from_json(config).to_dict()
+    except UsageError:
+        fields = json.loads(config)
+    return fields

@@ -1,0 +1,44 @@
+"""What of a database belongs to this installation: its kernels, its toolchain, its protocols."""
+
+from __future__ import annotations
+
+from tilewright.kernels.compile import ptxas_version, triton_version
+from tilewright.kernels.lookup import TIMING_PROTOCOL, code_hash, prediction_protocol
+from tilewright.kernels.registry import KERNELS
+from tilewright.tuning_db.errors import ProblemError
+from tilewright.tuning_db.record import Record
+from tilewright.tuning_db.upkeep import Revision
+
+_KERNELS = {kernel.name: kernel for kernel in KERNELS}
+
+
+def is_current(revision: Revision, arch: int) -> bool:
+    """Whether a search or a lookup for sm_<arch> asks for records of this revision as its own.
+
+    Raises:
+        CompileError: Triton's ptxas can't be asked for its version.
+    """
+    kernel = _KERNELS.get(revision.op)
+    return (
+        kernel is not None
+        and revision.kernel_hash == code_hash(kernel)
+        and (revision.triton, revision.ptxas) == (triton_version(), ptxas_version(arch))
+        and revision.protocol in (TIMING_PROTOCOL, prediction_protocol(kernel))
+    )
+
+
+def objection(record: Record) -> str | None:
+    """Why a record from elsewhere can't be one of these kernels; None for one that can, or that is of another revision,
+    whose fields nobody here knows."""
+    kernel = _KERNELS.get(record.key.op)
+    if kernel is None or record.key.kernel_hash != code_hash(kernel):
+        return None
+    try:
+        problem = kernel.problem.from_json(record.key.problem)
+        config = kernel.space.config.from_json(record.config)
+    except ProblemError as error:
+        return str(error)
+    for name, text, value in (("problem", record.key.problem, problem), ("config", record.config, config)):
+        if value.to_json() != text:
+            return f"{name}={text} is not written out: {value.to_json()}"
+    return None

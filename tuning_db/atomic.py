@@ -1,0 +1,42 @@
+"""Writing a file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from tilewright.tuning_db.errors import UsageError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose bytes become the file `path` when the block ends well; before that, and else, nothing changes.
+
+    They are written to a temporary file in the same folder, which is renamed. Permissions are those that the file had,
+    or that a new one gets.
+
+    Raises:
+        UsageError: the folder isn't there or can't be written, or `path` is a folder.
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: name a file in it")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        stream = temporary.open("xb")
+    except OSError as error:
+        raise UsageError(f"{path} can't be written ({error.strerror}): name a file in a folder that can") from None
+    try:
+        with stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        if path.exists():
+            temporary.chmod(path.stat().st_mode & 0o777)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,326 @@
+"""Records as JSON lines: what `autotune export` writes and `autotune import` reads; docs/interchange.md has the format.
+
+An export depends on what is on record and on nothing else: runs are numbered in the order of their content, records
+stand in the order of their keys. The same records give the same bytes, in whatever order they came to be there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tilewright.tuning_db import strict_json as is_
+from tilewright.tuning_db.errors import DatabaseCorruptError, ExportFileError
+from tilewright.tuning_db.file import DatabaseFile, open_file
+from tilewright.tuning_db.record import Environment, Key, Provenance, Record, Resources, Status, Times, canonical_json
+from tilewright.tuning_db.rows import (
+    ENVIRONMENT,
+    RESOURCES,
+    TIMES,
+    Row,
+    environment_to_row,
+    insertion,
+    record_to_row,
+    row_to_environment,
+    row_to_record,
+)
+
+FORMAT = "tilewright-records"
+VERSION = 1
+
+MOST_LINE_BYTES = 1 << 20
+"""Of one line: a record takes about 1 KB, most of it the problem."""
+
+MOST_RECORDS = 10_000_000
+MOST_RUNS = 100_000
+"""Of one file: hundreds of times what a board collects."""
+
+_PAGE = 1000  # rows in memory at a time
+_PAGE_BYTES = 1 << 23
+
+Objection = Callable[[Record], str | None]
+"""What speaks against a record that is well formed: a configuration that is none of its kernel's, say."""
+
+
+def _moment(value: Any) -> str | None:
+    fine = isinstance(value, str) and re.fullmatch(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?\+00:00", value, re.ASCII
+    )
+    return None if fine else "a time as 2026-01-31T12:00:00+00:00"
+
+
+_HEADER = {
+    "format": is_.one_of((FORMAT,)),
+    "version": is_.integer(1),
+    "device": is_.word,
+    "runs": is_.integer(0, MOST_RUNS),
+    "records": is_.integer(0, MOST_RECORDS),
+}
+_RUN = {
+    "run": is_.integer(1),
+    "started_at": _moment,
+    **dict.fromkeys(ENVIRONMENT, is_.text),
+    "extra": is_.anything,
+}
+_KEY = ("op", "kernel_hash", "arch", "triton", "ptxas", "protocol")  # the device is the header's, the problem an object
+_RECORD = {
+    "run": is_.integer(1),
+    **dict.fromkeys(_KEY, is_.word),
+    "arch": is_.integer(1, 9999),
+    "problem": is_.plain,
+    "config": is_.plain,
+    "status": is_.one_of([str(status) for status in Status]),
+    "provenance": is_.one_of([str(Provenance.MEASURED), str(Provenance.PREDICTED)]),
+    "message": is_.text,
+    "times": is_.optional(is_.anything),
+    "resources": is_.optional(is_.anything),
+    "predicted_us": is_.optional(is_.positive),
+    "created_at": _moment,
+}
+_TIMES = {**dict.fromkeys(TIMES, is_.positive), "samples": is_.integer(1)}
+_RESOURCES = dict.fromkeys(RESOURCES, is_.integer(0))
+
+
+def export(file: DatabaseFile, device: str, stream: BinaryIO, *, ops: Collection[str] = ()) -> int:
+    """Write the records of a file, or those of some ops, as JSON lines; gives how many. What others write meanwhile is
+    left out.
+
+    Raises:
+        DatabaseError: the file can't be read, or holds a row that is no record.
+        OSError: the stream can't be written.
+    """
+    chosen = f"op IN ({', '.join('?' * len(ops))})" if ops else "1"
+
+    def action(connection: sqlite3.Connection) -> int:
+        try:
+            return _export(connection, file.path, device, stream, chosen, tuple(ops))
+        except OSError as error:
+            raise _StreamError(error) from None  # no trouble of the database's, whose own are SQLite's
+
+    try:
+        return file.read(action)
+    except _StreamError as carrier:
+        raise carrier.error from None
+
+
+class _StreamError(Exception):
+    """Carries an error of the stream past those of the database."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _export(
+    connection: sqlite3.Connection, path: Path, device: str, stream: BinaryIO, chosen: str, ops: tuple[str, ...]
+) -> int:
+    (count,) = connection.execute(f"SELECT count(*) FROM records WHERE {chosen}", ops).fetchone()
+    query = f"SELECT * FROM runs WHERE id IN (SELECT run_id FROM records WHERE {chosen})"
+    runs = {row["id"]: canonical_json(_run_fields(row)) for row in connection.execute(query, ops)}
+    contents = sorted(set(runs.values()))
+    numbers = {content: number for number, content in enumerate(contents, 1)}
+
+    def write(line: dict[str, Any]) -> None:
+        stream.write(canonical_json(line).encode() + b"\n")
+
+    write({"format": FORMAT, "version": VERSION, "device": device, "runs": len(contents), "records": count})
+    for content, number in numbers.items():
+        write({"run": number, **json.loads(content)})
+    for row in in_key_order(connection, chosen, ops):
+        try:
+            write({"run": numbers[runs[row["run_id"]]], **_record_fields(row_to_record(row), device)})
+        except (ValueError, TypeError) as error:
+            raise DatabaseCorruptError(f"{path}: record {row['id']} is no record ({error}): delete that row") from error
+    return int(count)
+
+
+def in_key_order(
+    connection: sqlite3.Connection, where: str = "1", parameters: tuple[Any, ...] = ()
+) -> Iterator[sqlite3.Row]:
+    """The rows of `records` in the one order that doesn't hang on how they came there, a page in memory at a time."""
+    last = ("", "", "")
+    query = (
+        f"SELECT * FROM records WHERE {where} AND (key_digest, config, provenance) > (?, ?, ?) "
+        f"ORDER BY key_digest, config, provenance LIMIT {_PAGE}"
+    )
+    while True:
+        rows = connection.execute(query, (*parameters, *last)).fetchall()
+        yield from rows
+        if len(rows) < _PAGE:
+            return
+        last = (rows[-1]["key_digest"], rows[-1]["config"], rows[-1]["provenance"])
+
+
+def _run_fields(row: Row) -> dict[str, Any]:
+    environment = row_to_environment(row)
+    fields = {name: getattr(environment, name) for name in ENVIRONMENT}
+    return {"started_at": row["started_at"], **fields, "extra": dict(environment.extra)}
+
+
+def _record_fields(record: Record, device: str) -> dict[str, Any]:
+    if record.key.device != device:
+        raise ValueError(f"it is of {record.key.device}, and the file of {device}")
+    return {
+        **{name: getattr(record.key, name) for name in _KEY},
+        "problem": _parsed(record.key.problem),
+        "config": _parsed(record.config),
+        "status": str(record.status),
+        "provenance": str(record.provenance),
+        "message": record.message,
+        "times": record.times and {name: getattr(record.times, name) for name in TIMES},
+        "resources": record.resources and {name: getattr(record.resources, name) for name in RESOURCES},
+        "predicted_us": record.predicted_us,
+        "created_at": record.created_at,
+    }
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    values: Any = json.loads(text)
+    if not isinstance(values, dict) or canonical_json(values) != text:
+        raise ValueError(f"{is_.shown(text)} is no canonical JSON object")
+    return values
+
+
+def read_export(
+    stream: BinaryIO, name: str, staging: Path, objection: Objection = lambda record: None
+) -> tuple[str, DatabaseFile]:
+    """Read an export, all of it, into a fresh database file of its own at `staging`, from where it can be merged in one
+    transaction: a pipe may take its time, and a broken line may be the last. Gives the device's key and the open file.
+
+    However long the stream, a line and a page of records are in memory at a time.
+
+    Raises:
+        ExportFileError: it is no export, or one line of it is wrong; the message has `name`, the line and the value.
+        OSError: the stream can't be read.
+        DatabaseError: the staging file can't be written.
+    """
+    lines = _Lines(stream, name)
+    header = lines.header()
+    file = open_file(staging)
+    try:
+        runs: dict[int, int] = {}
+        for _ in range(header["runs"]):
+            runs.update(lines.run(file, runs))
+        remaining = header["records"]
+        while remaining:
+            rows = lines.records(remaining, header["device"], runs, objection)
+            file.write(partial(lines.keep, rows))
+            remaining -= len(rows)
+        lines.end()
+    except BaseException:
+        file.close()
+        raise
+    return header["device"], file
+
+
+class _Lines:
+    """The lines of an export, one after another, and where we are."""
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self._stream = stream
+        self._name = name
+        self._number = 0
+        self._bytes = 0
+
+    def header(self) -> dict[str, Any]:
+        values = self._next("the header")
+        if values.get("format") != FORMAT:
+            raise self._error(f"format={is_.shown(values.get('format'))}: this is no file of `autotune export`")
+        version = values.get("version")
+        if isinstance(version, int) and version > VERSION:
+            raise self._error(f"{version=} is a newer Tilewright's: upgrade tilewright (this one reads {VERSION})")
+        self._check(values, _HEADER)
+        return values
+
+    def run(self, file: DatabaseFile, known: dict[int, int]) -> dict[int, int]:
+        """One run, kept in `file`: its number and the id that it has there."""
+        values = self._next("a run")
+        self._check(values, _RUN)
+        if values["run"] in known:
+            raise self._error(f"run={values['run']} is given twice")
+        environment = Environment(**{name: values[name] for name in ENVIRONMENT}, extra=values["extra"])
+        row = environment_to_row(environment, values["started_at"])
+        return {values["run"]: file.write(lambda db: int(db.execute(insertion("runs", row), row).lastrowid or 0))}
+
+    def records(
+        self, most: int, device: str, runs: dict[int, int], objection: Objection
+    ) -> list[tuple[int, dict[str, Any]]]:
+        """Some of the records to come, at the most a page or `_PAGE_BYTES`: the line of each and its row."""
+        rows: list[tuple[int, dict[str, Any]]] = []
+        until = self._bytes + _PAGE_BYTES
+        while len(rows) < min(most, _PAGE) and self._bytes < until:
+            values = self._next("a record")
+            record = self._record(values, device)
+            if values["run"] not in runs:
+                raise self._error(f"run={values['run']} is no run of this file")
+            if (reason := objection(record)) is not None:
+                raise self._error(reason)
+            rows.append((self._number, record_to_row(record, runs[values["run"]], "")))
+        return rows
+
+    def keep(self, rows: list[tuple[int, dict[str, Any]]], connection: sqlite3.Connection) -> None:
+        """Puts rows where none of the same key, configuration and provenance is yet."""
+        for number, row in rows:
+            try:
+                connection.execute(insertion("records", row, replace=False), row)
+            except sqlite3.IntegrityError:
+                self._number = number
+                raise self._error("an earlier line has the same key, configuration and provenance") from None
+
+    def _record(self, values: dict[str, Any], device: str) -> Record:
+        self._check(values, _RECORD)
+        for name, fields in (("times", _TIMES), ("resources", _RESOURCES)):
+            if values[name] is not None:
+                self._check(values[name], fields, f"{name}.")
+        try:
+            return Record(
+                key=Key(
+                    problem=canonical_json(values["problem"]), device=device, **{name: values[name] for name in _KEY}
+                ),
+                config=canonical_json(values["config"]),
+                status=Status(values["status"]),
+                provenance=Provenance(values["provenance"]),
+                times=values["times"] and Times(**values["times"]),
+                resources=values["resources"] and Resources(**values["resources"]),
+                message=values["message"],
+                predicted_us=values["predicted_us"],
+                created_at=values["created_at"],
+            )
+        except ValueError as error:
+            raise self._error(str(error)) from None
+
+    def end(self) -> None:
+        """Does nothing at the end of the file."""
+        rest = self._stream.read(1)
+        if rest:
+            self._number += 1
+            raise self._error("there are more lines than the header says")
+
+    def _next(self, wanted: str) -> dict[str, Any]:
+        line = self._stream.readline(MOST_LINE_BYTES + 1)
+        self._number += 1
+        self._bytes += len(line)
+        if not line:
+            raise self._error(f"the file ends where {wanted} should be: it was cut short, or is no export")
+        if len(line) > MOST_LINE_BYTES:
+            raise self._error(f"the line is over {MOST_LINE_BYTES} bytes: {is_.shown(line[:40])}…")
+        if not line.endswith(b"\n"):
+            raise self._error(f"the line has no end: the file was cut short, after {is_.shown(line[-20:])}")
+        try:
+            return is_.read_object(line.rstrip(b"\r\n"))
+        except ValueError as error:
+            raise self._error(str(error)) from None
+
+    def _check(self, values: dict[str, Any], fields: dict[str, Any], prefix: str = "") -> None:
+        try:
+            is_.check_fields(values, fields)
+        except ValueError as error:
+            raise self._error(f"{prefix}{error}") from None
+
+    def _error(self, reason: str) -> ExportFileError:
+        return ExportFileError(f"{self._name}:{self._number}: {reason}")

@@ -1,0 +1,130 @@
+"""Bringing the records of one file into another of the same device, where two have an outcome of the same thing.
+
+Two records are rivals if key, configuration and provenance are equal: measured and predicted never are. The one with
+more evidence stays:
+
+1. a wrong result before all others: what was wrong once may be again;
+2. a time before a refusal by compiler or limits, and that before a crash or a timeout, which may be the machine's;
+3. of two times, that of more samples, then of less spread ((p90 - p10) / median);
+4. the newer one;
+5. of two that agree in all that, the one whose text sorts last: any rule will do that doesn't ask which came first.
+
+So the result of merging any number of files doesn't hang on their order, and merging one again changes nothing. A
+record keeps its run: where and with what it was made, and when.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tilewright.tuning_db.errors import DatabaseCorruptError, UsageError
+from tilewright.tuning_db.file import DatabaseFile
+from tilewright.tuning_db.interchange import in_key_order
+from tilewright.tuning_db.record import Status
+from tilewright.tuning_db.rows import Row, insertion, record_to_row, row_to_record
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What became of the records of a source."""
+
+    added: int = 0  # no rival
+    replaced: int = 0  # more evidence than the rival that was there
+    kept: int = 0  # less
+    known: int = 0  # there already, the same in every field
+
+    @property
+    def total(self) -> int:
+        """Records of the source."""
+        return self.added + self.replaced + self.kept + self.known
+
+
+_RANKS = {
+    Status.INCORRECT: 3,
+    Status.OK: 2,
+    Status.COMPILE_ERROR: 1,
+    Status.OUT_OF_RESOURCES: 1,
+    Status.INVALID: 1,
+    Status.RUNTIME_ERROR: 0,
+    Status.TIMEOUT: 0,
+}
+
+
+def merge(target: DatabaseFile, source: DatabaseFile, device: str) -> Merged:
+    """Bring the records of `source` into `target`, in one transaction: all of it or nothing.
+
+    Raises:
+        UsageError: a record is of another device than `device`, or both are one file.
+        DatabaseCorruptError: a row of `source` is no record.
+        DatabaseError: a file can't be read or written.
+    """
+    if target.path.exists() and target.path.samefile(source.path):
+        raise UsageError(f"{source.path} can't be merged into itself")
+    return source.read(lambda theirs: target.write(lambda ours: _merge(ours, theirs, source.path, device)))
+
+
+def _merge(ours: sqlite3.Connection, theirs: sqlite3.Connection, path: Path, device: str) -> Merged:
+    counts = dict.fromkeys(("added", "replaced", "kept", "known"), 0)
+    ids: dict[int, int] = {}
+    for row in in_key_order(theirs):
+        _check(row, path, device)
+        rival = ours.execute(
+            "SELECT * FROM records WHERE key_digest = ? AND config = ? AND provenance = ?",
+            (row["key_digest"], row["config"], row["provenance"]),
+        ).fetchone()
+        fate = _fate(row, rival, theirs, ours)
+        counts[fate] += 1
+        if fate in ("added", "replaced"):
+            if row["run_id"] not in ids:
+                ids[row["run_id"]] = _run_id(ours, _run(theirs, row))
+            arrived = {**_without_ids(row), "run_id": ids[row["run_id"]]}
+            ours.execute(insertion("records", arrived), arrived)
+    return Merged(**counts)
+
+
+def _check(row: sqlite3.Row, path: Path, device: str) -> None:
+    try:
+        record = row_to_record(row)
+        again = record_to_row(record, row["run_id"], "")
+    except (ValueError, TypeError) as error:
+        raise DatabaseCorruptError(f"{path}: record {row['id']} is no record ({error}): delete that row") from error
+    if again["key_digest"] != row["key_digest"]:
+        raise DatabaseCorruptError(f"{path}: record {row['id']} doesn't match its key: delete that row")
+    if record.key.device != device:
+        raise UsageError(f"{path}: record {row['id']} is of {record.key.device}, and to be merged with {device}'s")
+
+
+def _fate(row: Row, rival: Row | None, theirs: sqlite3.Connection, ours: sqlite3.Connection) -> str:
+    if rival is None:
+        return "added"
+    arriving, present = _weight(row, _run(theirs, row)), _weight(rival, _run(ours, rival))
+    return "known" if arriving == present else "replaced" if arriving > present else "kept"
+
+
+def _weight(row: Row, run: dict[str, Any]) -> tuple[Any, ...]:
+    """The evidence of a record: of two rivals the greater stays."""
+    samples, spread = 0, 0.0
+    if row["status"] == Status.OK and row["median_us"]:
+        samples, spread = row["samples"], (row["p90_us"] - row["p10_us"]) / row["median_us"]
+    content = [sorted(fields.items(), key=lambda field: field[0]) for fields in (_without_ids(row), run)]
+    return (_RANKS[Status(row["status"])], samples, -spread, row["created_at"], repr(content))
+
+
+def _run(connection: sqlite3.Connection, record: Row) -> dict[str, Any]:
+    """The run of a record, as it is in every file."""
+    return _without_ids(connection.execute("SELECT * FROM runs WHERE id = ?", (record["run_id"],)).fetchone())
+
+
+def _without_ids(row: Row) -> dict[str, Any]:
+    """What of a row is the same in every file."""
+    return {name: row[name] for name in row.keys() if name not in ("id", "run_id")}  # noqa: SIM118 - a sqlite3.Row
+
+
+def _run_id(ours: sqlite3.Connection, run: dict[str, Any]) -> int:
+    """The id of a run here, where it is added unless it is there."""
+    same = " AND ".join(f"{name} IS :{name}" for name in run)
+    known = ours.execute(f"SELECT id FROM runs WHERE {same}", run).fetchone()
+    return int(known["id"] if known else ours.execute(insertion("runs", run), run).lastrowid or 0)

@@ -1,0 +1,60 @@
+"""Reading a database file of any schema there ever was, without changing it."""
+
+from __future__ import annotations
+
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from tilewright.tuning_db import schema
+from tilewright.tuning_db.errors import DatabaseAccessError
+from tilewright.tuning_db.file import DatabaseFile, explained, open_file
+
+
+@contextmanager
+def open_snapshot(path: Path) -> Iterator[DatabaseFile]:
+    """A file to read: itself, or if its schema is an older one, a copy of it that was brought up to date.
+
+    Raises:
+        DatabaseAccessError: there is no such file, or it can't be read.
+        DatabaseCorruptError: it is damaged or no database.
+        DatabaseSchemaError: a newer Tilewright wrote it, or something else did.
+    """
+    if not path.exists():
+        raise DatabaseAccessError(f"there is no {path}: tune that device first, or name its folder (--db)")
+    with tempfile.TemporaryDirectory(prefix="tilewright-") as folder:
+        file = _opened(path, Path(folder))
+        try:
+            yield file
+        finally:
+            file.close()
+
+
+def _opened(path: Path, folder: Path) -> DatabaseFile:
+    with explained(path):
+        if not _is_older(path):
+            return open_file(path, read_only=True)
+        copy = folder / path.name
+        with closing(_reading(path)) as source, closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
+        return open_file(copy)
+
+
+def _is_older(path: Path) -> bool:
+    if path.is_dir() or path.stat().st_size == 0:
+        return False  # `open_file` knows what to say
+    with closing(_reading(path)) as connection:
+        return not schema.is_current(connection, path)
+
+
+def _reading(path: Path) -> sqlite3.Connection:
+    # Where SQLite can't make its side files, no other process can write either.
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master").fetchall()
+    except sqlite3.OperationalError:
+        connection.close()
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+    return connection

@@ -1,0 +1,198 @@
+"""Looking after a database file: what is in it, whether it is whole, and what of it can go."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from tilewright.tuning_db.errors import DatabaseCorruptError
+from tilewright.tuning_db.file import DatabaseFile, damage_mark, explained
+from tilewright.tuning_db.interchange import in_key_order
+from tilewright.tuning_db.record import Provenance, Status, canonical_json
+from tilewright.tuning_db.rows import row_to_record
+from tilewright.tuning_db.snapshot import open_snapshot
+
+MOST_FINDINGS = 20
+"""Told of one file: the first few say what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """What records have in common whose times compare but for problem and configuration."""
+
+    op: str
+    kernel_hash: str
+    triton: str
+    ptxas: str
+    protocol: str
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """What a database file holds."""
+
+    path: Path
+    devices: tuple[str, ...]  # one, or none of an empty file
+    bytes: int  # of the file, without SQLite's side files
+    runs: int
+    problems: int
+    counts: dict[tuple[Status, Provenance], int]
+    revisions: dict[Revision, int]  # and how many records of each
+    oldest: str | None  # ISO 8601, UTC
+    newest: str | None
+
+    @property
+    def records(self) -> int:
+        """Of every status and provenance."""
+        return sum(self.counts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What was removed, or would be."""
+
+    records: int
+    runs: int
+    bytes: int  # by which the file became smaller
+
+
+def overview(path: Path) -> Overview:
+    """What a file holds; changes nothing.
+
+    Raises:
+        DatabaseError: there is no such file, or it can't be read.
+    """
+    with open_snapshot(path) as file:
+        return file.read(lambda connection: _overview(connection, path))
+
+
+def _overview(connection: sqlite3.Connection, path: Path) -> Overview:
+    def one(query: str) -> sqlite3.Row:
+        row: sqlite3.Row = connection.execute(query).fetchone()
+        return row
+
+    grouped = "SELECT {0}, count(*) AS n FROM records GROUP BY {0} ORDER BY {0}"
+    counts = connection.execute(grouped.format("status, provenance")).fetchall()
+    revisions = connection.execute(grouped.format("op, kernel_hash, triton, ptxas, protocol")).fetchall()
+    oldest, newest = one("SELECT min(created_at), max(created_at) FROM records")
+    try:
+        return Overview(
+            path=path,
+            devices=tuple(row[0] for row in connection.execute("SELECT DISTINCT device FROM records ORDER BY device")),
+            bytes=path.stat().st_size,
+            runs=one("SELECT count(*) FROM runs")[0],
+            problems=one("SELECT count(*) FROM (SELECT DISTINCT op, problem FROM records)")[0],
+            counts={(Status(row[0]), Provenance(row[1])): row["n"] for row in counts},
+            revisions={Revision(*tuple(row)[:-1]): row["n"] for row in revisions},
+            oldest=oldest,
+            newest=newest,
+        )
+    except ValueError as error:
+        raise DatabaseCorruptError(f"{path} holds a row that is no record ({error}): `autotune db check`") from error
+
+
+def check(path: Path) -> list[str]:
+    """What is wrong with a file, the first `MOST_FINDINGS` in a line each; empty if nothing is. Changes nothing.
+
+    SQLite's own check of pages, tables and indexes; then every row: that it is a record, of the file's one device, with
+    canonical JSON, under its own key, of a run that there is.
+
+    Raises:
+        DatabaseAccessError: there is no such file, or it can't be read.
+        DatabaseSchemaError: a newer Tilewright wrote it, or something else did.
+    """
+    findings = []
+    if damage_mark(path).exists():
+        findings.append("a program met damage here before: the next run that writes to it checks it and sets it aside")
+    try:
+        with explained(path), open_snapshot(path) as file:
+            found = file.read(lambda connection: list(_findings(connection)))
+    except DatabaseCorruptError as error:
+        found = [str(error)]
+    return findings + found
+
+
+def _findings(connection: sqlite3.Connection) -> Iterator[str]:
+    damage = [row[0] for row in connection.execute(f"PRAGMA integrity_check({MOST_FINDINGS})")]
+    if damage != ["ok"]:
+        yield from damage
+        return  # what rows say then is no news
+    broken = connection.execute("PRAGMA foreign_key_check").fetchmany(MOST_FINDINGS)
+    yield from (f"record {row['rowid']} is of a run that there is not" for row in broken)
+    device = connection.execute("SELECT device FROM records ORDER BY id LIMIT 1").fetchone()
+    left = MOST_FINDINGS
+    for row in in_key_order(connection):
+        reason = _objection(row, device[0])
+        if reason is not None:
+            yield f"record {row['id']}: {reason}"
+            left -= 1
+            if not left:
+                yield "there may be more"
+                return
+
+
+def _objection(row: sqlite3.Row, device: str) -> str | None:
+    try:
+        record = row_to_record(row)
+        for name, text in (("problem", record.key.problem), ("config", record.config)):
+            if canonical_json(json.loads(text)) != text:
+                return f"its {name} is no canonical JSON: {text[:80]!r}"
+    except (ValueError, TypeError, AttributeError) as error:
+        return f"it is no record ({error})"
+    if record.key.digest() != row["key_digest"]:
+        return "it doesn't match its key"
+    if record.key.device != device:
+        return f"it is of {record.key.device}, and others of {device}"
+    return None
+
+
+def prune(
+    file: DatabaseFile, current: Callable[[Revision], bool], *, before: str | None = None, dry_run: bool = False
+) -> Pruned:
+    """Remove what no lookup and no search will ask for: predictions and failures of revisions that are not `current`.
+
+    Measured times of such revisions are evidence still, for an answer that is `transferred`; those made before the time
+    `before` (ISO 8601, UTC), if one is given, go too. Records of current revisions stay, all of them. Runs without a
+    record go once they are a day old. With `dry_run` it is only counted. All in one transaction; then the space is
+    given back.
+
+    Raises:
+        DatabaseError: the file can't be written.
+    """
+    size = file.path.stat().st_size
+    removed: list[int] = []
+
+    def action(connection: sqlite3.Connection) -> None:
+        removed[:] = _prune(connection, current, before)
+        if dry_run:
+            raise _CountedError  # which takes it all back
+
+    with suppress(_CountedError):
+        file.write(action)
+        file.compact()
+    records, runs = removed
+    return Pruned(records, runs, bytes=max(0, size - file.path.stat().st_size))
+
+
+class _CountedError(Exception):
+    """Enough is known."""
+
+
+def _prune(connection: sqlite3.Connection, current: Callable[[Revision], bool], before: str | None) -> tuple[int, int]:
+    names = "op, kernel_hash, triton, ptxas, protocol"
+    found = [Revision(*tuple(row)) for row in connection.execute(f"SELECT DISTINCT {names} FROM records")]
+    useless = "(provenance = 'predicted' OR status != 'ok' OR spill_bytes > 0 OR created_at < ?)"
+    query = f"DELETE FROM records WHERE ({names}) = (?, ?, ?, ?, ?) AND {useless}"
+    records = 0
+    for revision in found:
+        if not current(revision):
+            records += connection.execute(query, (*astuple(revision), before or "")).rowcount
+    # A run of today may still be waiting for its first record.
+    yesterday = (datetime.now(UTC) - timedelta(days=1)).isoformat()
+    orphans = "DELETE FROM runs WHERE started_at < ? AND id NOT IN (SELECT run_id FROM records)"
+    return records, connection.execute(orphans, (yesterday,)).rowcount
