@@ -20,20 +20,6 @@ COMMAND = (sys.executable, "-c", "from tilewright.tuner.cli import main; main()"
 SMALL = ("--device", "sm_86", "--problem", "M=64,N=64,K=128", "--trials", "2", "--jobs", "2")
 
 
-@pytest.fixture
-def autotune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs the command in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments: str | os.PathLike[str]) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["autotune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
-
-
 @pytest.mark.smoke
 def test_it_tunes_and_then_answers_from_the_cache(autotune, tmp_path: Path) -> None:
     status, out, err = autotune(*SMALL, "--db", tmp_path)
@@ -173,29 +159,6 @@ def test_a_defect_is_one_line_and_debug_shows_it(autotune, tmp_path: Path, monke
     monkeypatch.setattr(sys, "argv", ["autotune", *SMALL, "--debug", "--db", str(tmp_path)])
     with pytest.raises(RuntimeError):
         cli.main()
-
-
-@pytest.mark.smoke
-def test_devices_lists_every_board(autotune) -> None:
-    from tilewright.kernels.catalogue import CATALOGUE
-
-    status, out, _ = autotune("devices")
-    assert status == 0
-    assert {device.board for device in CATALOGUE} <= {line.split()[0] for line in out.splitlines()}
-
-
-@pytest.mark.smoke
-def test_suites_lists_every_suite_and_its_ops(autotune) -> None:
-    from tilewright.tuner.suites import SUITES
-
-    status, out, _ = autotune("suites")
-    assert status == 0
-    header, *rows = (line.split() for line in out.splitlines())
-    assert header[:2] == ["suite", "workloads"]
-    assert set(header[2:]) == {workload.op for workload in SUITES["all"]}
-    assert {row[0]: int(row[1]) for row in rows} == {name: len(suite) for name, suite in SUITES.items()}
-    for row in rows:
-        assert sum(map(int, row[2:])) == int(row[1])
 
 
 def test_a_kernel_of_a_suite(autotune, tmp_path: Path) -> None:

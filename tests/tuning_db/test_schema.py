@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -8,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from tilewright.tuning_db import DatabaseSchemaError, Key, Provenance, TuningDB, lookup, schema
+from tilewright.tuning_db.file import open_file
+from tilewright.tuning_db.interchange import export
 from tilewright.tuning_db.rows import environment_to_row, record_to_row
+
+SCHEMAS = Path(__file__).with_name("schemas")
+"""A file of each schema that was ever released, with rows, and what was exported from it then; see `make.py` there."""
 
 
 @pytest.fixture
@@ -77,6 +84,58 @@ def test_an_older_file_is_brought_up_to_date(tmp_path: Path, monkeypatch, enviro
         assert len(db.records(key)) == 1
         with closing(sqlite3.connect(db.path)) as connection:
             assert "note" in columns(connection, "runs")
+
+
+def test_there_is_a_file_of_every_former_schema() -> None:
+    kept = {path.stem for path in SCHEMAS.glob("*.sqlite")}
+    assert kept >= {step.__name__ for step in schema.STEPS[:-1]}
+    assert kept == {path.stem for path in SCHEMAS.glob("*.jsonl")}
+
+
+@pytest.mark.parametrize("kept", sorted(SCHEMAS.glob("*.sqlite")), ids=lambda path: path.stem)
+def test_a_file_of_a_former_schema_is_brought_up(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rtx3090-82sm.sqlite"
+    shutil.copy(kept, path)
+    steps = [step.__name__ for step in schema.STEPS]
+    with closing(sqlite3.connect(path)) as connection:
+        applied = [name for (name,) in connection.execute("SELECT name FROM _sqlite_migrations ORDER BY id")]
+        before = tables(connection)
+    # A released step is never edited: it makes what it made then.
+    assert applied == steps[: steps.index(kept.stem) + 1]
+    with monkeypatch.context() as patch, closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        patch.setattr(schema, "STEPS", schema.STEPS[: len(applied)])
+        schema.migrate(connection)
+        assert tables(connection) == before
+
+    with closing(open_file(path)) as file:
+        said = io.BytesIO()
+        export(file, "rtx3090-82sm", said)
+    assert said.getvalue() == kept.with_suffix(".jsonl").read_bytes()
+    with (
+        closing(sqlite3.connect(path)) as connection,
+        closing(sqlite3.connect(":memory:", isolation_level=None)) as new,
+    ):
+        schema.migrate(new)
+        assert tables(connection) == tables(new)
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    with TuningDB.open("rtx3090-82sm", tmp_path, read_only=True) as db:
+        measured = [record for record in db.find(op="gemm", provenance=Provenance.MEASURED) if record.times]
+        assert len(measured) == 2
+        answer = db.best(measured[0].key)
+        assert answer is not None
+        assert answer.record.times == min((record.times for record in measured), key=lambda times: times.median_us)
+        assert answer.provenance is Provenance.MEASURED
+
+
+def tables(connection: sqlite3.Connection) -> dict[str, set[tuple]]:
+    """Tables with their columns, indexes and views with their text: `ALTER TABLE` writes a table's otherwise."""
+    found: dict[str, set[tuple]] = {}
+    for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall():
+        if kind == "table":
+            found[name] = set(connection.execute(f"SELECT name, type, [notnull], pk FROM pragma_table_info('{name}')"))
+        else:
+            found[name] = {(" ".join((sql or "").split()),)}
+    return found
 
 
 @pytest.mark.parametrize("read_only", [False, True])

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.tuner.commands.test_exchange import DEVICE, fill, kept, record
+from tilewright.tuning_db import Provenance
+
+
+def test_path(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert autotune("db", "path", "--db", tmp_path) == (0, f"{tmp_path}\n", "")
+    monkeypatch.setenv("TILEWRIGHT_DB_DIR", str(tmp_path / "from variable"))
+    assert autotune("db", "path", "--device", "sm_86")[1] == f"{tmp_path}/from variable/rtx3090-82sm.sqlite\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stats(autotune, tmp_path: Path) -> None:
+    path = fill(tmp_path, record(3.0), record(2.0, tile=1))
+    status, out, err = autotune("db", "stats", "--db", tmp_path)
+    assert status == 0
+    header, row = out.splitlines()
+    cells = dict(zip(header.split(), row.split(), strict=True))
+    assert cells["database"] == "rtx3090-82sm.sqlite"
+    assert [cells[name] for name in ("records", "ok", "measured", "predicted", "problems")] == ["2", "2", "2", "0", "1"]
+    assert err == f"databases in {tmp_path}: 1\n"
+    status, out, _ = autotune("db", "stats", "--db", tmp_path, "--device", "rtx3090", "--json")
+    (database,) = json.loads(out)["databases"]
+    assert database["path"] == str(path)
+    assert database["devices"] == [DEVICE.key]
+    assert database["counts"] == [{"status": "ok", "provenance": "measured", "records": 2}]
+    assert [revision["op"] for revision in database["revisions"]] == ["gemm"]
+
+
+def test_stats_of_a_folder_with_a_file_that_cannot_be_read(autotune, tmp_path: Path) -> None:
+    fill(tmp_path, record(3.0))
+    (tmp_path / "a10-72sm.sqlite").write_text("no database " * 99)
+    status, out, err = autotune("db", "stats", "--db", tmp_path)
+    assert status == 2
+    assert "rtx3090-82sm.sqlite" in out
+    assert "a10-72sm.sqlite is damaged or no database" in err
+    assert autotune("db", "stats", "--db", tmp_path / "empty")[:2] == (0, "")
+
+
+def test_check(autotune, tmp_path: Path) -> None:
+    path = fill(tmp_path, record(3.0))
+    assert autotune("db", "check", "--db", tmp_path) == (0, f"{path}: ok\n", "")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE records SET op = 'conv2d'")
+    (tmp_path / "a10-72sm.sqlite").write_text("no database " * 99)
+    status, out, _ = autotune("db", "check", "--db", tmp_path)
+    assert status == 1
+    damaged, edited = out.splitlines()
+    assert damaged.startswith(f"{tmp_path}/a10-72sm.sqlite: is damaged or no database") or "a10-72sm.sqlite" in damaged
+    assert edited == f"{path}: record 1: it doesn't match its key"
+    status, out, _ = autotune("db", "check", "--db", tmp_path, "--device", "rtx3090", "--json")
+    assert status == 1
+    assert json.loads(out)["databases"] == [
+        {"path": str(path), "ok": False, "findings": ["record 1: it doesn't match its key"]}
+    ]
+
+
+def test_prune(autotune, tmp_path: Path) -> None:
+    current = record(3.0)
+    stale = replace(current, key=replace(current.key, kernel_hash="of old"), created_at="2025-01-01T00:00:00+00:00")
+    predicted = replace(stale, provenance=Provenance.PREDICTED)
+    path = fill(tmp_path, current, stale, predicted)
+    before = path.read_bytes()
+    status, out, _ = autotune("db", "prune", "--device", "rtx3090", "--db", tmp_path, "--dry-run")
+    assert (status, out) == (0, f"{path}: 1 records and 0 runs would be removed\n")
+    assert path.read_bytes() == before
+    status, out, _ = autotune("db", "prune", "--device", "rtx3090", "--db", tmp_path)
+    assert out.startswith(f"{path}: 1 records and 0 runs removed")
+    assert len(kept(tmp_path)) == 2
+    arguments = ("--older-than", "30", "--json")
+    status, out, _ = autotune("db", "prune", "--device", "rtx3090", "--db", tmp_path, *arguments)
+    document = json.loads(out)
+    assert (document["records"], document["dry_run"]) == (1, False)
+    assert kept(tmp_path) == [replace(current, created_at="")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("prune",), "Missing option '--device'"),
+        (("prune", "--device", "a10"), "a10-72sm.sqlite: nothing to prune"),
+        (("prune", "--device", "a10", "--older-than", "-1"), "--older-than"),
+        (("stats", "--device", "rtx309"), "no device is called"),
+        (("mend",), "No such command 'mend'"),
+    ],
+)
+def test_a_mistake_is_one_line(autotune, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    status, out, err = autotune("db", *arguments, *(() if "mend" in arguments else ("--db", tmp_path / "db")))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert not (tmp_path / "db").exists()

@@ -1,0 +1,170 @@
+"""Records from one folder to another: exports, imports and merges as people type them."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sqlite3
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tilewright.kernels import GemmProblem, resolve_device
+from tilewright.kernels.lookup import record_key
+from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.tuning_db import Environment, Provenance, Record, Resources, Status, Times, TuningDB
+
+DEVICE = resolve_device("rtx3090")
+PROBLEM = GemmProblem(64, 64, 128)
+
+
+def record(time_us: float, samples: int = 10, tile: int = 0) -> Record:
+    config = GEMM.space.configs(PROBLEM, DEVICE)[tile].to_json()
+    times, resources = Times(time_us, time_us, time_us, samples), Resources(64, 0, 0, 4096)
+    return Record(record_key(GEMM, PROBLEM, DEVICE), config, Status.OK, Provenance.MEASURED, times, resources)
+
+
+def fill(folder: Path, *records: Record) -> Path:
+    with TuningDB.open(DEVICE.key, folder) as db:
+        db.add_many(records, db.start_run(Environment("0.1.0", "3.9.0", "12.9.86", "3.12", folder.name, "cold-l2-1")))
+        return db.path
+
+
+def kept(folder: Path) -> list[Record]:
+    with TuningDB.open(DEVICE.key, folder, read_only=True) as db:
+        return [replace(record, created_at="") for record in db.find()]
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    def give(text: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text)))
+
+    return give
+
+
+def test_a_round_trip_gives_the_same_bytes(autotune, tmp_path: Path, stdin) -> None:
+    fill(tmp_path / "here", record(3.0), record(2.0, tile=1))
+    out = tmp_path / "out.jsonl"
+    status, text, err = autotune("export", "--device", "sm_86", "--db", tmp_path / "here", "--output", out)
+    assert (status, text) == (0, "")
+    assert err == f"2 records of rtx3090-82sm exported to {out}\n"
+    status, text, err = autotune("import", out, "--db", tmp_path / "there")
+    assert status == 0
+    assert text.startswith(f"{out}: 2 records: 2 added, 0 replaced, ")
+    assert kept(tmp_path / "there") == kept(tmp_path / "here")
+    status, text, err = autotune("export", "--device", "rtx3090", "--db", tmp_path / "there", "--kernel", "gemm")
+    assert text.encode() == out.read_bytes()
+    stdin(out.read_bytes())
+    status, text, err = autotune("import", "-", "--db", tmp_path / "there", "--json")
+    (document,) = json.loads(text)
+    assert document["source"] == "stdin"
+    assert (document["added"], document["known"]) == (0, 2)
+
+
+def test_evidence_decides(autotune, tmp_path: Path) -> None:
+    fill(tmp_path / "here", record(3.0, samples=10), record(5.0, samples=50, tile=1))
+    fill(tmp_path / "there", record(4.0, samples=20), record(2.0, samples=5, tile=1), record(9.0, tile=2))
+    status, text, _ = autotune("merge", tmp_path / "there", "--db", tmp_path / "here", "--json")
+    assert status == 0
+    (document,) = json.loads(text)
+    counts = {name: document[name] for name in ("added", "replaced", "kept", "known")}
+    assert counts == {"added": 1, "replaced": 1, "kept": 1, "known": 0}
+    assert sorted(each.times.median_us for each in kept(tmp_path / "here")) == [4.0, 5.0, 9.0]
+    with TuningDB.open(DEVICE.key, tmp_path / "here", read_only=True) as db:
+        assert [environment.host for _, environment in db.runs().values()] == ["here", "there"]
+
+
+def test_a_database_of_a_former_schema_is_merged_and_stays(autotune, tmp_path: Path) -> None:
+    schemas = Path(__file__).parents[2] / "tuning_db" / "schemas"
+    source = Path(shutil.copy(schemas / "s0001_runs_and_records.sqlite", tmp_path / "of old.sqlite"))
+    before = source.read_bytes()
+    assert autotune("merge", source, "--db", tmp_path / "here")[0] == 0
+    assert source.read_bytes() == before
+    text = autotune("export", "--device", "rtx3090", "--db", tmp_path / "here")[1]
+    assert text.encode() == (schemas / "s0001_runs_and_records.jsonl").read_bytes()
+
+
+def test_one_broken_file_of_several_leaves_all_as_it_was(autotune, tmp_path: Path) -> None:
+    path = fill(tmp_path / "here", record(3.0))
+    fill(tmp_path / "there", record(2.0, samples=99), record(1.0, tile=1))
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    autotune("export", "--device", "rtx3090", "--db", tmp_path / "there", "--output", good)
+    bad.write_bytes(good.read_bytes().replace(b'"median_us":2.0', b'"median_us":-2.0'))
+    before, records = path.read_bytes(), kept(tmp_path / "here")
+    for db in (tmp_path / "here", tmp_path / "new"):
+        status, out, err = autotune("import", good, bad, "--db", db)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"autotune: error: {bad}:")
+        assert "times.median_us=-2.0 must be a finite number above 0" in err
+    assert path.read_bytes() == before
+    assert kept(tmp_path / "here") == records
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_configuration_that_is_none_of_the_kernels_is_refused(autotune, tmp_path: Path) -> None:
+    fill(tmp_path / "here", replace(record(3.0), config='{"BLOCK_M":16}'))
+    out = tmp_path / "out.jsonl"
+    autotune("export", "--device", "rtx3090", "--db", tmp_path / "here", "--output", out)
+    status, _, err = autotune("import", out, "--db", tmp_path / "there")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "out.jsonl:3: GemmConfig is missing BLOCK_N" in err
+
+
+def test_a_newer_export_and_a_newer_database_are_refused_with_what_to_do(autotune, tmp_path: Path) -> None:
+    path = fill(tmp_path / "here", record(3.0))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("INSERT INTO _sqlite_migrations VALUES (99, 'tilewright', 's0999_future', 'some day')")
+    newer = tmp_path / "newer.jsonl"
+    newer.write_text('{"format":"tilewright-records","version":2}\n')
+    for command in (
+        ("export", "--device", "rtx3090", "--db", path.parent),
+        ("merge", path, "--db", tmp_path / "new"),
+        ("import", newer, "--db", tmp_path / "new"),
+    ):
+        status, out, err = autotune(*command)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "upgrade tilewright" in err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("export", "--device", "a10"), "a10-72sm.sqlite: tune that device first"),
+        (("export",), "Missing option '--device'"),
+        (("export", "--device", "rtx3090", "--kernel", "gem"), "did you mean gemm?"),
+        (("import",), "Missing argument"),
+        (("import", "absent.jsonl"), "absent.jsonl can't be read: No such file"),
+        (("import", "."), ". can't be read: Is a directory"),
+        (("import", "-", "-"), "stdin (-) can be read once"),
+        (("merge", "absent.sqlite"), "there is no absent.sqlite"),
+        (("merge", "{empty}"), "has no database: name a file, or a folder of *.sqlite"),
+        (("merge", "{text}"), "is no whole database; an export is for `autotune import`"),
+    ],
+)
+def test_a_mistake_is_one_line(autotune, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").write_text("a text " * 99)
+    places = {"empty": tmp_path / "empty", "text": tmp_path / "text"}
+    status, out, err = autotune(*(each.format(**places) for each in arguments), "--db", tmp_path / "db")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert not (tmp_path / "db").exists()
+
+
+def test_an_export_that_fails_leaves_the_file_there_was(autotune, tmp_path: Path) -> None:
+    path = fill(tmp_path / "here", record(3.0))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE records SET status = 'okay'")
+    out = tmp_path / "out.jsonl"
+    out.write_text("the one before")
+    status, _, err = autotune("export", "--device", "rtx3090", "--db", path.parent, "--output", out)
+    assert (status, err.count("\n")) == (2, 1)
+    assert out.read_text() == "the one before"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["here", "out.jsonl"]

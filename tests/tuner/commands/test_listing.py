@@ -1,0 +1,35 @@
+"""What the listing commands list; `autotune show` is tested with a run, in test_cli.py."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.smoke
+def test_devices_lists_every_board(autotune) -> None:
+    from tilewright.kernels.catalogue import CATALOGUE
+
+    status, out, _ = autotune("devices")
+    assert status == 0
+    assert {device.board for device in CATALOGUE} <= {line.split()[0] for line in out.splitlines()}
+
+
+@pytest.mark.smoke
+def test_suites_lists_every_suite_and_its_ops(autotune) -> None:
+    from tilewright.tuner.suites import SUITES
+
+    status, out, _ = autotune("suites")
+    assert status == 0
+    header, *rows = (line.split() for line in out.splitlines())
+    assert header[:2] == ["suite", "workloads"]
+    assert set(header[2:]) == {workload.op for workload in SUITES["all"]}
+    assert {row[0]: int(row[1]) for row in rows} == {name: len(suite) for name, suite in SUITES.items()}
+    for row in rows:
+        assert sum(map(int, row[2:])) == int(row[1])
+
+
+def test_show_of_a_device_that_nothing_is_on_record_for(autotune, tmp_path) -> None:
+    status, out, err = autotune("show", "--device", "a10", "--db", tmp_path)
+    assert (status, out) == (0, "")
+    assert err.startswith("0 results on record in ")
+    assert list(tmp_path.iterdir()) == []

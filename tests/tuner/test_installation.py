@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.tuner.commands.test_exchange import DEVICE, record
+from tilewright.kernels.lookup import prediction_protocol
+from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.tuner.installation import is_current, objection
+from tilewright.tuning_db.upkeep import Revision
+
+RECORD = record(3.0)
+CURRENT = Revision("gemm", RECORD.key.kernel_hash, RECORD.key.triton, RECORD.key.ptxas, RECORD.key.protocol)
+
+
+def test_what_a_search_asks_for_is_current() -> None:
+    assert is_current(CURRENT, DEVICE.arch)
+    assert is_current(replace(CURRENT, protocol=prediction_protocol(GEMM)), DEVICE.arch)
+
+
+@pytest.mark.parametrize("name", ["op", "kernel_hash", "triton", "ptxas", "protocol"])
+def test_anything_else_is_not(name: str) -> None:
+    assert not is_current(replace(CURRENT, **{name: "another"}), DEVICE.arch)
+    assert not is_current(replace(CURRENT, op="conv2d"), DEVICE.arch)
+
+
+def test_a_record_of_these_kernels_must_be_one_of_theirs() -> None:
+    key = RECORD.key
+    assert objection(RECORD) is None
+    assert "GemmProblem has no field 'm'" in str(objection(replace(RECORD, key=replace(key, problem='{"m":1}'))))
+    assert "GemmConfig is missing" in str(objection(replace(RECORD, config="{}")))
+    short = '{"K":128,"M":64,"N":64}'
+    assert f"problem={short} is not written out" in str(objection(replace(RECORD, key=replace(key, problem=short))))
+
+
+def test_a_record_of_others_may_be_anything() -> None:
+    for changes in ({"kernel_hash": "of old"}, {"op": "unheard of"}):
+        assert objection(replace(RECORD, key=replace(RECORD.key, **changes), config="{}")) is None

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tilewright.tuning_db import UsageError
+from tilewright.tuning_db.atomic import whole_file
+
+
+def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with whole_file(path) as stream:
+        stream.write(b"all of it")
+        assert not path.exists()
+    assert path.read_bytes() == b"all of it"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def interrupted(path: Path) -> None:
+    with whole_file(path) as stream:
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+
+def test_what_fails_leaves_all_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    for before in (None, b"the old one"):
+        if before is not None:
+            path.write_bytes(before)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(path)
+        assert (path.read_bytes() if path.exists() else None) == before
+        assert list(tmp_path.iterdir()) == ([path] if before else [])
+
+
+def test_permissions_stay(tmp_path: Path) -> None:
+    path, plain = tmp_path / "out", tmp_path / "plain"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    with whole_file(path) as stream:
+        stream.write(b"new")
+    assert path.stat().st_mode & 0o777 == 0o640
+    plain.write_bytes(b"")
+    with whole_file(tmp_path / "other"):
+        pass
+    assert (tmp_path / "other").stat().st_mode == plain.stat().st_mode
+
+
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a folder: name a file in it"), whole_file(tmp_path):
+        pass
+    with (
+        pytest.raises(UsageError, match=r"absent/out can't be written \(No such file"),
+        whole_file(tmp_path / "absent/out"),
+    ):
+        pass

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from tilewright.tuning_db import DatabaseSchemaError, Environment, Provenance, Status, TuningDB
+from tilewright.tuning_db.errors import DatabaseAccessError
+from tilewright.tuning_db.file import damage_mark
+from tilewright.tuning_db.upkeep import MOST_FINDINGS, Revision, check, overview, prune
+
+OLD, NEW = (
+    Revision("gemm", "rev-a", "3.9.0", "13.0.88", "graph-1"),
+    Revision("gemm", "rev-b", "3.9.0", "13.0.88", "graph-1"),
+)
+ANCIENT, RECENT = "2025-01-01T00:00:00.000000+00:00", "2026-01-01T00:00:00.000000+00:00"
+
+
+@pytest.fixture
+def filled(db: TuningDB, environment: Environment, make_record) -> TuningDB:
+    """Of each revision a measured, a predicted and a failed record; of the old one an older measured one too."""
+    run = db.start_run(environment)
+    for revision in ("rev-a", "rev-b"):
+        measured = make_record('{"n":1}', kernel_hash=revision, created_at=RECENT)
+        failed = replace(make_record('{"n":2}', None, status=Status.TIMEOUT, kernel_hash=revision), resources=None)
+        predicted = make_record('{"n":1}', provenance=Provenance.PREDICTED, kernel_hash=revision)
+        db.add_many([measured, failed, predicted], run)
+    db.add(
+        make_record('{"n":3}', kernel_hash="rev-a", created_at=ANCIENT, problem='{"M":1}'), db.start_run(environment)
+    )
+    return db
+
+
+def spoil(db: TuningDB, statement: str) -> None:
+    with closing(sqlite3.connect(db.path)) as other, other:
+        other.execute("PRAGMA foreign_keys = OFF")
+        other.execute(statement)
+
+
+def test_an_overview(filled: TuningDB, tmp_path: Path) -> None:
+    view = overview(filled.path)
+    assert (view.path, view.devices, view.runs, view.problems, view.records) == (filled.path, ("rtx3090-82",), 2, 2, 7)
+    assert view.counts == {
+        (Status.OK, Provenance.MEASURED): 3,
+        (Status.OK, Provenance.PREDICTED): 2,
+        (Status.TIMEOUT, Provenance.MEASURED): 2,
+    }
+    assert view.revisions == {OLD: 4, NEW: 3}
+    assert view.oldest == ANCIENT
+    assert view.newest is not None
+    assert view.newest > RECENT
+    assert view.bytes == filled.path.stat().st_size > 0
+    with TuningDB.open("a10-72", tmp_path) as empty:
+        view = overview(empty.path)
+        assert (view.devices, view.records, view.oldest, view.revisions) == ((), 0, None, {})
+    with pytest.raises(DatabaseAccessError, match="there is no"):
+        overview(tmp_path / "absent.sqlite")
+
+
+def test_a_whole_file_has_no_findings(filled: TuningDB, tmp_path: Path) -> None:
+    assert check(filled.path) == []
+    with TuningDB.open("a10-72", tmp_path) as empty:
+        assert check(empty.path) == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "finding"),
+    [
+        ("UPDATE records SET status = 'okay' WHERE id = 3", "record 3: it is no record ('okay' is not a valid Status)"),
+        ("UPDATE records SET median_us = NULL WHERE id = 3", "record 3: it is no record (a record has times exactly"),
+        ("UPDATE records SET op = 'conv2d' WHERE id = 3", "record 3: it doesn't match its key"),
+        ("UPDATE records SET config = '{ }' WHERE id = 3", "record 3: its config is no canonical JSON: '{ }'"),
+        ("UPDATE records SET config = 'x' WHERE id = 3", "record 3: it is no record (Expecting value"),
+        ("UPDATE records SET config = x'00' WHERE id = 3", "record 3: it is no record"),
+        ("UPDATE records SET device = 'a10-72' WHERE id = 3", "record 3: it doesn't match its key"),
+        ("UPDATE records SET run_id = 99 WHERE id = 3", "record 3 is of a run that there is not"),
+    ],
+)
+def test_a_row_that_someone_edited_is_found(filled: TuningDB, statement: str, finding: str) -> None:
+    spoil(filled, statement)
+    before = filled.path.read_bytes()
+    (found,) = check(filled.path)
+    assert found.startswith(finding)
+    assert filled.path.read_bytes() == before
+
+
+def test_a_stranger_among_the_records_is_found(filled: TuningDB, make_record) -> None:
+    filled.device = "a10-72"
+    filled.add(make_record(device="a10-72"), 1)
+    assert check(filled.path) == ["record 8: it is of a10-72, and others of rtx3090-82"]
+
+
+def test_not_every_bad_row_is_listed(db: TuningDB, run_id: int, make_record) -> None:
+    db.add_many((make_record(f'{{"n":{number}}}') for number in range(MOST_FINDINGS + 5)), run_id)
+    spoil(db, "UPDATE records SET status = 'okay'")
+    findings = check(db.path)
+    assert len(findings) == MOST_FINDINGS + 1
+    assert findings[-1] == "there may be more"
+
+
+def test_damaged_pages_are_found(filled: TuningDB, make_record) -> None:
+    filled.add_many((make_record(f'{{"k":{number}}}') for number in range(500)), 1)
+    filled.close()
+    size = filled.path.stat().st_size
+    with filled.path.open("r+b") as stream:
+        stream.seek(size // 2)
+        stream.write(b"\xff" * 8192)
+    findings = check(filled.path)
+    assert findings
+    assert all("\n" not in line for line in findings)
+    filled.path.write_bytes(b"nothing of the kind" * 99)
+    damage_mark(filled.path).touch()
+    marked, damage = check(filled.path)
+    assert "met damage here before" in marked
+    assert "is damaged or no database" in damage
+
+
+def test_a_newer_file_is_not_judged(filled: TuningDB) -> None:
+    spoil(filled, "INSERT INTO _sqlite_migrations VALUES (99, 'tilewright', 's0999_future', 'some day')")
+    with pytest.raises(DatabaseSchemaError, match="upgrade tilewright"):
+        check(filled.path)
+
+
+def left(db: TuningDB) -> list[tuple[str, str, str]]:
+    return sorted((record.key.kernel_hash, record.config, str(record.provenance)) for record in db.find())
+
+
+NEW_ONES = [("rev-b", '{"n":1}', "measured"), ("rev-b", '{"n":1}', "predicted"), ("rev-b", '{"n":2}', "measured")]
+
+
+def test_what_nothing_asks_for_goes(filled: TuningDB, make_record) -> None:
+    pruned = prune(filled._file, lambda revision: revision == NEW)
+    assert (pruned.records, pruned.runs) == (2, 0)
+    assert left(filled) == [("rev-a", '{"n":1}', "measured"), ("rev-a", '{"n":3}', "measured"), *NEW_ONES]
+    # What is left of the old revision still answers.
+    answer = filled.best(make_record(problem='{"M":1}').key)
+    assert answer is not None
+    assert answer.reason == "other revision"
+    assert prune(filled._file, lambda revision: revision == NEW).records == 0
+
+
+def test_what_is_older_goes_too(filled: TuningDB) -> None:
+    assert prune(filled._file, lambda revision: revision == NEW, before=RECENT).records == 3
+    assert left(filled) == [("rev-a", '{"n":1}', "measured"), *NEW_ONES]
+    assert prune(filled._file, lambda revision: True, before="9").records == 0
+
+
+def test_runs_go_with_their_last_record_but_not_one_of_today(filled: TuningDB) -> None:
+    filled.start_run(replace(next(iter(filled.runs().values()))[1], host="just started"))
+    spoil(filled, f"UPDATE runs SET started_at = '{ANCIENT}' WHERE id < 3")
+    pruned = prune(filled._file, lambda revision: False, before=datetime.now(UTC).isoformat())
+    assert (pruned.records, pruned.runs) == (7, 2)
+    assert [environment.host for _, environment in filled.runs().values()] == ["just started"]
+
+
+def test_a_dry_run_counts_and_changes_nothing(filled: TuningDB) -> None:
+    before = left(filled)
+    pruned = prune(filled._file, lambda revision: False, before=RECENT, dry_run=True)
+    assert pruned.records == 5
+    assert left(filled) == before
+
+
+def test_the_space_is_given_back(filled: TuningDB, make_record) -> None:
+    records = (
+        make_record(f'{{"k":{number}}}', kernel_hash="rev-a", provenance=Provenance.PREDICTED) for number in range(3000)
+    )
+    filled.add_many(records, 1)
+    filled._file.compact()
+    size = filled.path.stat().st_size
+    pruned = prune(filled._file, lambda revision: revision == NEW)
+    assert pruned.records == 3002
+    assert pruned.bytes == size - filled.path.stat().st_size > size // 2
+    assert check(filled.path) == []
