@@ -72,8 +72,9 @@ def compile_launch(launch: Launch, arch: int) -> Binary:
 
     Raises:
         CompileError: Triton or ptxas refused it; the message is the first line of their reason.
-        UsageError: this process interprets kernels, and a process does one or the other.
+        UsageError: this process interprets kernels, and a process does one or the other; or may not compile.
     """
+    env.refuse_if_frozen("nothing is compiled")
     if env.interpreting():
         raise UsageError(f"this process interprets kernels ({env.INTERPRET} is set) and can't compile: unset it")
     key = (launch.specialization, arch)

@@ -6,13 +6,21 @@ import functools
 import threading
 from typing import Any
 
+from tilewright.kernels.compile import Binary
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import live_devices, resolve_device
 from tilewright.kernels.kernel import Kernel, Launch
-from tilewright.kernels.lookup import Choice, candidates
+from tilewright.kernels.lookup import Choice, candidates, pack_for
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.runtime import GpuPlan, InterpretedPlan, Plan
-from tilewright.tuning_db.errors import CompileError, LaunchError, MissingDependencyError, UnsupportedError
+from tilewright.tuning_db import env
+from tilewright.tuning_db.errors import (
+    CompileError,
+    LaunchError,
+    MissingDependencyError,
+    NotPackedError,
+    UnsupportedError,
+)
 
 INTERPRETED_BOARD = "a100"
 """Whose limits hold in the interpreter, which has none: the oldest arch with every kernel's data types but fp8e4m3."""
@@ -40,6 +48,7 @@ def plan_for(
     Raises:
         UnsupportedError, IllegalConfigError: nothing can run the problem there, or not this configuration.
         CompileError, LaunchError: the compiler or the driver refused the caller's configuration, or the default.
+        PackError: the pack of this process can't be used, or lacks the problem where all must come from it.
     """
     key = (kernel.name, problem, ordinal, config, constants)
     ready = _plans.get(key)
@@ -74,12 +83,36 @@ def _prepare(
     refused: Exception | None = None
     for choice in candidates(kernel, problem, device, config=config):
         try:
-            launches = kernel.launches(problem, choice.config)
-            return GpuPlan(_with(launches, constants), device, ordinal), choice
+            launches = _with(kernel.launches(problem, choice.config), constants)
+            binaries = _packed(kernel, problem, device, choice, launches, constants)
+            return GpuPlan(launches, device, ordinal, binaries), choice
         except (UnsupportedError, CompileError, LaunchError) as error:
             refused = error  # a guess whose real code spills, doesn't compile or doesn't load: the next one
     assert refused is not None
     raise refused
+
+
+def _packed(
+    kernel: Kernel[Any, Any],
+    problem: Problem,
+    device: Device,
+    choice: Choice,
+    launches: tuple[Launch, ...],
+    constants: Constants,
+) -> tuple[Binary, ...] | None:
+    """The compiled kernels of the launches, if this process has a pack that has them all."""
+    pack = pack_for(kernel, device)
+    if pack is None:
+        return None
+    binaries = pack.binaries(launches)
+    if binaries is None and env.frozen():
+        numbers = "".join(f", {name.lower()}={value!r}" for name, value in constants)
+        raise NotPackedError(
+            f'{pack.path} lacks the kernel of {kernel.name} "{problem}" with {choice.config}{numbers}, and '
+            f"{env.FROZEN} is set: make the pack again, with --constant for numbers other than the defaults, or call "
+            "without `config`"
+        )
+    return binaries
 
 
 def _interpreted(

@@ -118,6 +118,8 @@ class Kernel(Generic[P, C]):
     features: Mapping[str, P | Variant[P, C]] = field(default_factory=dict)
     # Values of the stride arguments, from the strides of all arrays, in elements, by name; None: no launch has any.
     strides: Callable[[P, Mapping[str, tuple[int, ...]]], dict[str, int]] | None = None
+    # Names of the constexprs that a caller chooses and no problem holds; their values in `launches` are the defaults.
+    constants: Callable[[P], tuple[str, ...]] = lambda problem: ()
 
     @property
     def feature_cases(self) -> list[tuple[str, P, C | None]]:

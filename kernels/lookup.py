@@ -1,6 +1,7 @@
 """Which configuration a problem gets on a device, and on what evidence. Never tunes, never writes.
 
-The order: the caller's own configuration; a record (`tuning_db`: measured here, then transferred, then predicted by a
+The order: the caller's own configuration; the pack, if this process has one (`pack`), which is where it ends for a
+frozen one; a record (`tuning_db`: measured here, then transferred, then predicted by a
 tuning run that compiled it); this module's prediction; the default. A candidate that does not fit the device is passed
 over, whatever its evidence.
 """
@@ -21,13 +22,22 @@ from tilewright.kernels import compile as compile_path
 from tilewright.kernels.compile import ptxas_version, triton_version
 from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.pack import Pack, active_pack
 from tilewright.kernels.prediction import MODEL, Prediction, predict
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
 from tilewright.kernels.source import module_hash
 from tilewright.kernels.work import Work
+from tilewright.tuning_db import env
 from tilewright.tuning_db.env import database_dir
-from tilewright.tuning_db.errors import DatabaseError, ProblemError, UnsupportedError
+from tilewright.tuning_db.errors import (
+    DatabaseError,
+    IllegalConfigError,
+    NotPackedError,
+    PackError,
+    ProblemError,
+    UnsupportedError,
+)
 from tilewright.tuning_db.record import Key, Provenance, Record
 from tilewright.tuning_db.store import TuningDB
 
@@ -94,6 +104,7 @@ def choose(kernel: Kernel[Any, Any], problem: Problem, device: Device, *, config
     Raises:
         UnsupportedError: no configuration can run the problem on this device.
         IllegalConfigError: the caller's configuration does not fit.
+        PackError: the pack of this process can't be used, or lacks the problem where all must come from it.
     """
     return next(candidates(kernel, problem, device, config=config))
 
@@ -104,14 +115,57 @@ def candidates(
     """Configurations for a problem, best evidence first, read as far as they are asked for; the default is the last.
 
     Raises:
-        UnsupportedError, IllegalConfigError: as `choose`.
+        UnsupportedError, IllegalConfigError, PackError: as `choose`.
     """
     check_supported(kernel, problem, device)
     if config is not None:
         kernel.space.check(problem, config, device)
         yield Choice(config, None, "named by the caller")
         return
-    recorded = recorded_choice(kernel, problem, device, database_dir())
+    pack = pack_for(kernel, device)
+    if pack is not None:
+        packed = _packed_choice(pack, kernel, problem, device)
+        if packed is not None:
+            yield packed
+        if env.frozen():
+            return
+    yield from ranked(kernel, problem, device, database_dir())
+
+
+def pack_for(kernel: Kernel[Any, Any], device: Device) -> Pack | None:
+    """The pack of this process, if it has one.
+
+    Raises:
+        PackError: it is damaged, or of another device or revision.
+        UsageError: `$TILEWRIGHT_FROZEN` is on without one.
+    """
+    pack = active_pack()
+    if pack is not None:
+        pack.check(device.key, kernel.name, code_hash(kernel))
+    return pack
+
+
+def _packed_choice(pack: Pack, kernel: Kernel[Any, Any], problem: Problem, device: Device) -> Choice | None:
+    entry = pack.entry(kernel.name, problem.to_json())
+    if entry is None:
+        if env.frozen():
+            tune = f'autotune --device {device.board} --kernel {kernel.name} --problem "{problem}"'
+            raise NotPackedError(
+                f'{pack.path} lacks {kernel.name} "{problem}", and {env.FROZEN} is set: tune it ({tune}) and make the '
+                f"pack again (autotune pack), or unset {env.FROZEN}"
+            )
+        return None
+    try:
+        config = kernel.space.config.from_json(entry.config)
+        kernel.space.check(problem, config, device)
+    except (ProblemError, IllegalConfigError) as error:
+        raise PackError(f"{pack.path}: {error}; make it again with `autotune pack`") from None
+    return Choice(config, entry.provenance, f"packed: {entry.reason}", entry.time_us)
+
+
+def ranked(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path) -> Iterator[Choice]:
+    """As `candidates` without a pack and a caller's configuration, with the databases of `folder`."""
+    recorded = recorded_choice(kernel, problem, device, folder)
     if recorded is not None:
         yield recorded
     for prediction, predicted in predicted_best(kernel, problem, device, PREDICTED_CANDIDATES):

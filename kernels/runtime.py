@@ -77,16 +77,22 @@ _plan_lock = threading.Lock()
 class GpuPlan(Plan):
     """Loaded on one GPU."""
 
-    def __init__(self, launches: tuple[Launch, ...], device: Device, ordinal: int) -> None:
-        """Compiles and loads.
+    def __init__(
+        self,
+        launches: tuple[Launch, ...],
+        device: Device,
+        ordinal: int,
+        binaries: tuple[Binary, ...] | None = None,
+    ) -> None:
+        """Compiles, unless the launches' `binaries` are given, and loads.
 
         Raises:
             UnsupportedError: the code takes more than the device has, or spills.
             CompileError, LaunchError: the compiler or the driver refused it.
         """
         self._loaded = []
-        for launch in (each.on(device.sms) for each in launches):
-            binary = compile_launch(launch, device.arch)
+        for index, launch in enumerate(each.on(device.sms) for each in launches):
+            binary = compile_launch(launch, device.arch) if binaries is None else binaries[index]
             limit = over_limits(binary.resources, device, binary.num_warps)
             if limit is not None:
                 raise UnsupportedError(f"this configuration can't run on {device.board}: {limit}")

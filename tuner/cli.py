@@ -17,7 +17,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from tilewright.tuner.commands import db, exchange, listing
+from tilewright.tuner.commands import db, exchange, listing, pack
 from tilewright.tuner.commands.output import EXIT_FAILED, EXIT_USAGE, print_table
 from tilewright.tuning_db.errors import DatabaseError, PackError, TilewrightError, UsageError
 
@@ -179,5 +179,6 @@ for command in (
     exchange.import_,
     exchange.merge,
     db.db,
+    pack.pack,
 ):
     cli.add_command(command)

@@ -52,7 +52,11 @@ STDERR_BYTES = 16384
 REPLY_BYTES = 1 << 24
 """A longer reply is a worker gone wild."""
 
-_FAULTS = {"compile": (Status.COMPILE_ERROR, "the compiler"), "measure": (Status.RUNTIME_ERROR, "the measurement")}
+_FAULTS = {
+    "compile": (Status.COMPILE_ERROR, "the compiler"),
+    "build": (Status.COMPILE_ERROR, "the compiler"),
+    "measure": (Status.RUNTIME_ERROR, "the measurement"),
+}
 
 
 class Worker:

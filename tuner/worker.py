@@ -15,6 +15,7 @@ parent is gone or through with it, and it ends too, whatever it is doing.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -25,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any, BinaryIO
 
 from tilewright.tuning_db.errors import CompileError, TilewrightError
@@ -64,6 +66,30 @@ def compile_task(request: Request) -> Reply:
     }
 
 
+def build_task(request: Request) -> Reply:
+    """Compiles one configuration and hands the code over: what a pack is made of.
+
+    `{"op": …, "problem": {…}, "config": {…}, "constants": {"EPS": 1e-05}, "arch": 86}` gives `binaries`, one of each
+    launch: the fields of `Binary` without `arch` and `ptx`, the cubin in base64. A refusal as in `compile_task`.
+    """
+    from tilewright.kernels.compile import compile_launch
+    from tilewright.kernels.registry import find_kernel
+
+    kernel = find_kernel(request["op"])
+    problem = kernel.problem.from_dict(request["problem"])
+    config = kernel.space.config.from_dict(request["config"])
+    constants = tuple(request["constants"].items())
+    try:
+        launches = [launch.with_constants(constants) for launch in kernel.launches(problem, config)]
+        binaries = [asdict(compile_launch(launch, request["arch"])) for launch in launches]
+    except CompileError as error:
+        return {"status": Status.COMPILE_ERROR, "message": str(error)}
+    for binary in binaries:
+        del binary["arch"], binary["ptx"]
+        binary["cubin"] = base64.b64encode(binary["cubin"]).decode()
+    return {"status": Status.OK, "binaries": binaries}
+
+
 def measure_task(request: Request) -> Reply:
     """Checks and times one configuration on the GPU; see `tilewright.tuner.measure`."""
     from tilewright.tuner.measure import measure
@@ -86,6 +112,7 @@ def environment_task(request: Request) -> Reply:
 
 TASKS: Mapping[str, Task] = {
     "compile": compile_task,
+    "build": build_task,
     "measure": measure_task,
     "environment": environment_task,
 }

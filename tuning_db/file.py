@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tilewright.tuning_db import schema
+from tilewright.tuning_db.env import refuse_if_frozen
 from tilewright.tuning_db.errors import (
     DatabaseAccessError,
     DatabaseCorruptError,
@@ -165,12 +166,14 @@ def open_file(path: Path, *, read_only: bool = False) -> DatabaseFile:
         DatabaseCorruptError: read-only, and the file is damaged or no database.
         DatabaseSchemaError: it is a newer Tilewright's, or read-only an older one's.
         DatabaseAccessError: it can't be opened, made or written.
+        UsageError: for writing, where `$TILEWRIGHT_FROZEN` is on.
     """
     with explained(path):
         if path.is_dir():
             raise DatabaseAccessError(f"{path} is a folder, where a file should be: move it, or {_ELSEWHERE}")
         if read_only:
             return DatabaseFile(path, _connect_to_read(path), read_only=True)
+        refuse_if_frozen(f"nothing is written to {path}")
         if (connection := _connect_if_ready(path)) is not None:
             return DatabaseFile(path, connection, read_only=False)
         connection, set_aside = _initialise(path)

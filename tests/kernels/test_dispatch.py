@@ -42,7 +42,8 @@ def gpu(monkeypatch):
         plans: list = []  # noqa: RUF012
         seconds = 0.0
 
-    def plan(launches, device, ordinal):
+    def plan(launches, device, ordinal, binaries):
+        assert binaries is None
         time.sleep(Gpu.seconds)
         group = dict(launches[0].constexprs)["GROUP_M"]
         Gpu.plans.append((group, device, ordinal))

@@ -155,4 +155,5 @@ ATTENTION: Kernel[AttentionProblem, AttentionConfig] = Kernel(
     ragged=space.ragged,
     strides=reference.strides,
     features=FEATURES,
+    constants=lambda problem: ("SCALE", "SOFTCAP") if problem.softcap else ("SCALE",),
 )

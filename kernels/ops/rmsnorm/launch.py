@@ -75,4 +75,5 @@ RMSNORM: Kernel[RmsNormProblem, RmsNormConfig] = Kernel(
     ragged=space.ragged,
     features=FEATURES,
     strides=problem.strides,
+    constants=lambda problem: ("EPS", "WEIGHT_OFFSET"),
 )

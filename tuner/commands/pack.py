@@ -1,0 +1,103 @@
+"""`autotune pack`: the best configurations of a device and their compiled kernels in one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tilewright.tuner.commands.output import print_json, say
+from tilewright.tuning_db.errors import UsageError
+
+
+@click.command()
+@click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
+@click.option("--output", required=True, metavar="FILE", help="The pack to write.")
+@click.option("--kernel", "kernels", multiple=True, metavar="OP", help="Only problems of this op; repeatable.")
+@click.option(
+    "--problem",
+    "problems",
+    multiple=True,
+    metavar="KEY=VALUE,…",
+    help="A problem to pack; repeatable. By default, all that is on record for the device.",
+)
+@click.option("--suite", "suites", multiple=True, metavar="NAME", help="A suite to pack; repeatable.")
+@click.option(
+    "--constant",
+    "constants",
+    multiple=True,
+    metavar="NAME=NUMBER",
+    help="A number compiled in that is not the default, as eps=1e-5; repeatable.",
+)
+@click.option(
+    "--jobs", type=click.IntRange(min=1), metavar="N", help="Compiling processes; by default one per processor."
+)
+@click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
+def pack(
+    device: str,
+    output: str,
+    kernels: tuple[str, ...],
+    problems: tuple[str, ...],
+    suites: tuple[str, ...],
+    constants: tuple[str, ...],
+    jobs: int | None,
+    db: str | None,
+    as_json: bool,
+) -> None:
+    """Compile what programs on a device will run, and write it with its configurations to one file.
+
+    A program uses it where TILEWRIGHT_PACK names it; with TILEWRIGHT_FROZEN=1 it uses nothing else.
+    """
+    from tilewright.kernels.devices import resolve_device
+    from tilewright.kernels.registry import find_kernel
+    from tilewright.tuner.packing import build_pack, problems_on_record
+    from tilewright.tuner.suites import find_suite
+    from tilewright.tuner.tune import resolve_workloads
+    from tilewright.tuning_db.env import FROZEN, PACK, database_dir
+
+    target, folder = resolve_device(device), database_dir(db)
+    ops = [find_kernel(name).name for name in kernels]
+    values = _constants(constants)
+    if suites or problems:
+        named: list[Any] = [w for suite in suites for w in find_suite(suite) if not ops or w.op in ops]
+        workloads = resolve_workloads(target, kernels, [*named, *problems])
+        chosen = [(workload.op, workload.problem) for workload in workloads]
+    else:
+        chosen = problems_on_record(target, folder, ops)
+    packed = build_pack(target, chosen, Path(output), folder=folder, constants=values, jobs=jobs)
+    if as_json:
+        print_json(
+            {
+                "path": str(packed.path),
+                "device": packed.device,
+                "sha256": packed.sha256,
+                "bytes": packed.bytes,
+                "kernels": packed.kernels,
+                "problems": [
+                    {"op": entry.op, "problem": entry.problem, "config": entry.config}
+                    | {"provenance": entry.provenance, "reason": entry.reason, "time_us": entry.time_us}
+                    for entry in packed.entries
+                ],
+            }
+        )
+        return
+    counts = ", ".join(f"{count} {provenance}" for provenance, count in packed.counts().items() if count)
+    size = f"{packed.bytes / 2**20:.1f} MiB"
+    click.echo(
+        f"{output}: {len(packed.entries)} problems of {packed.device} ({counts}), {packed.kernels} kernels, {size}"
+    )
+    click.echo(f"SHA-256 {packed.sha256}")
+    say(f"Programs use it once you `export {PACK}={Path(output).absolute()}`, and nothing else with {FROZEN}=1")
+
+
+def _constants(texts: tuple[str, ...]) -> dict[str, list[float]]:
+    values: dict[str, list[float]] = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            values.setdefault(name.strip().upper(), []).append(float(number))
+        except ValueError:
+            raise UsageError(f"--constant {text!r} is not NAME=NUMBER, as in eps=1e-5") from None
+    return values

@@ -1,0 +1,242 @@
+"""Making a pack: choose, compile on the pool, check the limits, write. `tilewright.kernels.pack` is the format."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tilewright.kernels.compile import Binary, over_limits, ptxas_version, triton_version
+from tilewright.kernels.device import Device
+from tilewright.kernels.kernel import Kernel, Launch
+from tilewright.kernels.lookup import Choice, code_hash, ranked
+from tilewright.kernels.pack import Entry, Facts, Pack, specialization_digest, write_pack
+from tilewright.kernels.problem import Problem
+from tilewright.kernels.registry import KERNELS, find_kernel
+from tilewright.tuner.pool import Pool
+from tilewright.tuner.runner import COMPILE_TIMEOUT_S
+from tilewright.tuning_db.atomic import whole_file
+from tilewright.tuning_db.env import refuse_if_frozen
+from tilewright.tuning_db.errors import ProblemError, RunError, UsageError
+from tilewright.tuning_db.record import Provenance, Resources, Status
+from tilewright.tuning_db.store import TuningDB
+
+Constants = Mapping[str, Sequence[float]]
+"""By name, the values to pack beside the default of each constexpr that callers choose: `{"EPS": [1e-5]}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What a pack holds."""
+
+    path: Path
+    device: str
+    sha256: str  # of the file
+    bytes: int
+    kernels: int
+    entries: list[Entry]
+
+    def counts(self) -> dict[Provenance, int]:
+        """How many problems there are of each provenance."""
+        return {each: sum(entry.provenance is each for entry in self.entries) for each in Provenance}
+
+
+def problems_on_record(device: Device, folder: Path, ops: Sequence[str] = ()) -> list[tuple[str, Problem]]:
+    """Every problem that a device's database has a result for, with its op; of those that these kernels know.
+
+    Raises:
+        DatabaseError: the database can't be read.
+    """
+    known = {kernel.name: kernel for kernel in KERNELS if not ops or kernel.name in ops}
+    found: dict[tuple[str, Problem], None] = {}
+    with TuningDB.open(device.key, folder, read_only=True) as database:
+        for record in database.best_of_each():
+            kernel = known.get(record.key.op)
+            if kernel is None:
+                continue
+            try:
+                problem = kernel.problem.from_json(record.key.problem)
+            except ProblemError:
+                continue  # of another revision, with other fields
+            if kernel.supported(problem, device) is None:
+                found[kernel.name, problem] = None
+    return list(found)
+
+
+def build_pack(
+    device: Device,
+    problems: Iterable[tuple[str, Problem]],
+    output: Path,
+    *,
+    folder: Path,
+    constants: Constants | None = None,
+    jobs: int | None = None,
+) -> Packed:
+    """Compile what a program on `device` would run for each problem (an op's name and a `Problem`), and write the pack.
+
+    The choice is that of `tilewright.kernels.choose` with the databases of `folder`: the best record, else a
+    prediction, else the default; what turns out not to fit once it is compiled gives way to the next. The file is
+    written whole or not at all, and equal choices and code give equal bytes.
+
+    Raises:
+        UsageError: nothing to pack, a constant that no problem takes, or a file that can't be written.
+        RunError: no configuration of a problem compiles within the limits.
+        WorkerError: no worker process can be started.
+    """
+    refuse_if_frozen("no pack is made")
+    tasks = [_Task(find_kernel(op), problem, device, folder) for op, problem in dict.fromkeys(problems)]
+    if not tasks:
+        raise UsageError("there is nothing to pack: tune the device first, or name problems or a suite")
+    chosen = _checked(constants or {}, tasks)
+    binaries: dict[str, Binary] = {}
+    jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
+    with whole_file(output) as stream:
+        with Pool(min(jobs, len(tasks))) as pool:
+            _compile_all(pool, device, tasks, chosen, binaries)
+        facts = Facts(
+            device=device.key,
+            arch=device.arch,
+            tilewright=version("tilewright"),
+            triton=triton_version(),
+            ptxas=ptxas_version(device.arch),
+            revisions={task.kernel.name: code_hash(task.kernel) for task in tasks},
+        )
+        write_pack(stream, facts, [task.entry() for task in tasks], binaries)
+    content = output.read_bytes()
+    pack = Pack(output)
+    return Packed(
+        output, device.key, hashlib.sha256(content).hexdigest(), len(content), len(pack.specializations), pack.entries
+    )
+
+
+@dataclass
+class _Task:
+    """One problem on its way into the pack."""
+
+    kernel: Kernel[Any, Any]
+    problem: Problem
+    device: Device
+    folder: Path
+    choice: Choice | None = None
+    refusal: str = ""  # of the latest choice
+
+    def __post_init__(self) -> None:
+        self.choices: Iterator[Choice] = ranked(self.kernel, self.problem, self.device, self.folder)
+
+    def advance(self) -> None:
+        """Takes the next choice.
+
+        Raises:
+            RunError: there is none left.
+        """
+        self.choice = next(self.choices, None)
+        if self.choice is None:
+            raise RunError(f'no configuration of {self.kernel.name} "{self.problem}" can be packed: {self.refusal}')
+
+    def entry(self) -> Entry:
+        assert self.choice is not None
+        assert self.choice.provenance is not None
+        return Entry(
+            op=self.kernel.name,
+            problem=self.problem.to_json(),
+            config=self.choice.config.to_json(),
+            provenance=self.choice.provenance,
+            reason=self.choice.reason,
+            time_us=self.choice.time_us,
+        )
+
+
+def _checked(constants: Constants, tasks: Sequence[_Task]) -> Constants:
+    taken = {name for task in tasks for name in task.kernel.constants(task.problem)}
+    for name, values in constants.items():
+        if name not in taken:
+            known = ", ".join(sorted(each.lower() for each in taken)) or "none"
+            raise UsageError(f"no problem to pack takes a constant {name.lower()!r} (they take: {known})")
+        for value in values:
+            if not math.isfinite(value):
+                raise UsageError(f"{name.lower()}={value} must be a finite number")
+    return constants
+
+
+def _compile_all(
+    pool: Pool, device: Device, tasks: Sequence[_Task], constants: Constants, binaries: dict[str, Binary]
+) -> None:
+    """Gives every task a choice that compiles within limits, and `binaries` its code, by specialization."""
+    futures: dict[tuple[str, ...], Future[dict[str, Any]]] = {}
+    pending = list(tasks)
+    while pending:
+        builds = []
+        for task in pending:
+            task.advance()
+            builds += [_Build(task, variant) for variant in _variants(constants, task)]
+        for build in builds:
+            if build.digests not in futures:  # problems of different shapes often need the same code
+                futures[build.digests] = pool.submit(build.request(device.arch), COMPILE_TIMEOUT_S)
+        for future in as_completed({futures[build.digests] for build in builds}):
+            future.result()  # raises for a pool that can't work
+        refused: dict[int, _Task] = {}
+        for build in builds:
+            refusal, build.built = _outcome(futures[build.digests].result(), device)
+            if refusal:
+                build.task.refusal = refusal
+                refused[id(build.task)] = build.task
+        for build in builds:
+            if id(build.task) not in refused:
+                binaries.update(zip(build.digests, build.built, strict=True))
+        pending = list(refused.values())
+
+
+@dataclass
+class _Build:
+    """One choice of one problem with one set of constants."""
+
+    task: _Task
+    constants: tuple[tuple[str, float], ...]
+    built: list[Binary] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        assert self.task.choice is not None
+        launches: tuple[Launch, ...] = self.task.kernel.launches(self.task.problem, self.task.choice.config)
+        self.digests = tuple(specialization_digest(launch.with_constants(self.constants)) for launch in launches)
+
+    def request(self, arch: int) -> dict[str, Any]:
+        assert self.task.choice is not None
+        return {
+            "do": "build",
+            "op": self.task.kernel.name,
+            "problem": self.task.problem.to_dict(),
+            "config": self.task.choice.config.to_dict(),
+            "constants": dict(self.constants),
+            "arch": arch,
+        }
+
+
+def _variants(constants: Constants, task: _Task) -> Iterator[tuple[tuple[str, float], ...]]:
+    """Every combination of the defaults and the values given, of the constants that this problem takes."""
+    names = [name for name in task.kernel.constants(task.problem) if name in constants]
+    for values in itertools.product(*((None, *constants[name]) for name in names)):
+        yield tuple((name, value) for name, value in zip(names, values, strict=True) if value is not None)
+
+
+def _outcome(reply: Mapping[str, Any], device: Device) -> tuple[str, list[Binary]]:
+    """Why what a worker compiled can't be packed, "" if it can; and its binaries."""
+    if reply["status"] != Status.OK:
+        return str(reply.get("message") or reply["status"]), []
+    binaries = [
+        Binary(
+            **{**fields, "cubin": base64.b64decode(fields["cubin"]), "resources": Resources(**fields["resources"])},
+            arch=device.arch,
+            ptx="",
+        )
+        for fields in reply["binaries"]
+    ]
+    limits = (over_limits(binary.resources, device, binary.num_warps) for binary in binaries)
+    return next((limit for limit in limits if limit is not None), ""), binaries
