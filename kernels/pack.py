@@ -16,6 +16,7 @@ import os
 import struct
 import weakref
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -278,7 +279,10 @@ class Pack:
                 raise ValueError(f"it is no zip archive ({error})") from None
         if MANIFEST not in members:
             raise ValueError(f"it has no {MANIFEST}")
-        return members, self._content(members[MANIFEST], MOST_MANIFEST_BYTES)
+        text = self._content(members[MANIFEST], MOST_MANIFEST_BYTES)
+        if zlib.crc32(text) != members[MANIFEST].CRC:
+            raise ValueError(f"{MANIFEST} doesn't have its check sum")
+        return members, text
 
     def _cubin(self, digest: str, size: int) -> bytes:
         name = _member(digest)

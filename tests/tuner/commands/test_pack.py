@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.tuner.commands.test_exchange import fill, record
+from tilewright.kernels.pack import Pack
+from tilewright.tuner import packing
+
+
+@pytest.mark.smoke
+def test_what_is_on_record_is_packed(autotune, tmp_path: Path) -> None:
+    output = tmp_path / "out.pack"
+    fill(tmp_path / "db", record(3.0), record(2.0, tile=1))
+    status, out, err = autotune("pack", "--device", "sm_86", "--db", tmp_path / "db", "--output", output, "--jobs", "1")
+    assert status == 0
+    digest = hashlib.sha256(output.read_bytes()).hexdigest()
+    line, hash_line = out.splitlines()
+    assert line.startswith(f"{output}: 1 problems of rtx3090-82sm (1 measured), 1 kernels, ")
+    assert hash_line == f"SHA-256 {digest}"
+    assert f"export TILEWRIGHT_PACK={output}" in err
+    (entry,) = Pack(output).entries
+    assert (entry.op, entry.config, entry.time_us) == ("gemm", record(2.0, tile=1).config, 2.0)
+
+
+def test_named_problems_and_constants(autotune, tmp_path: Path) -> None:
+    output = tmp_path / "out.pack"
+    problem = ("--kernel", "rmsnorm", "--problem", "M=16,N=64")
+    arguments = ("--constant", "eps=1e-5", "--constant", "eps=0.5", "--json", "--jobs", "1", "--db", tmp_path)
+    status, out, err = autotune("pack", "--device", "a10", "--output", output, *problem, *arguments)
+    assert (status, err) == (0, "")
+    document = json.loads(out)
+    assert document["device"] == "a10-72sm"
+    assert document["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
+    assert document["bytes"] == output.stat().st_size
+    assert document["kernels"] == 3
+    (problem,) = document["problems"]
+    assert (problem["op"], problem["provenance"]) == ("rmsnorm", "predicted")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "there is nothing to pack: tune the device first, or name problems or a suite"),
+        (("--kernel", "gem"), "did you mean gemm?"),
+        (("--suite", "bert"), "unknown suite 'bert'"),
+        (("--problem", "M=1"), "missing N, K"),
+        (("--problem", "M=16,N=16,K=16", "--constant", "eps"), "--constant 'eps' is not NAME=NUMBER, as in eps=1e-5"),
+        (("--problem", "M=16,N=16,K=16", "--constant", "eps=1e-5"), "no problem to pack takes a constant 'eps'"),
+        (("--jobs", "0"), "--jobs"),
+    ],
+)
+def test_a_mistake_is_one_line(autotune, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    output = tmp_path / "out.pack"
+    status, out, err = autotune("pack", "--device", "a10", "--output", output, "--db", tmp_path / "db", *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_it_cannot_be_written(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "Pool", None)  # nothing is compiled for it
+    for output, reason in ((tmp_path, "is a folder"), (tmp_path / "absent" / "p", "can't be written (No such file")):
+        status, _, err = autotune("pack", "--device", "a10", "--output", output, "--problem", "M=16,N=16,K=16")
+        assert (status, err.count("\n")) == (2, 1)
+        assert reason in err
+
+
+def test_a_frozen_process_makes_no_pack_and_tunes_nothing(autotune, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TILEWRIGHT_FROZEN", "1")
+    problem = ("--problem", "M=16,N=16,K=16", "--db", tmp_path / "db")
+    for command in (("pack", "--device", "a10", "--output", tmp_path / "p", *problem), ("--device", "a10", *problem)):
+        status, out, err = autotune(*command)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "TILEWRIGHT_FROZEN is set: n" in err
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("TILEWRIGHT_FROZEN", "perhaps")
+    status, _, err = autotune("--device", "a10", *problem)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "TILEWRIGHT_FROZEN='perhaps' is neither on nor off" in err
