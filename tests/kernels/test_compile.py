@@ -482,3 +482,11 @@ def test_a_ptxas_that_can_not_be_run_is_named(monkeypatch):
     with pytest.raises(CompileError, match=r"^Triton's ptxas can't be run: no ptxas here$"):
         ptxas_version(86)
     ptxas_version.cache_clear()
+
+
+def test_a_frozen_process_compiles_nothing(monkeypatch):
+    monkeypatch.setenv("TILEWRIGHT_FROZEN", "1")
+    monkeypatch.setattr(compile.env, "interpreting", lambda: False)
+    monkeypatch.setattr(compile, "_compile", None)
+    with pytest.raises(UsageError, match="TILEWRIGHT_FROZEN is set: nothing is compiled"):
+        compile_launch(GEMM.launches(SQUARE, GemmConfig(16, 16, 32))[0], 86)

@@ -17,6 +17,7 @@ from tilewright.tuning_db.errors import (
     IllegalConfigError,
     LaunchError,
     MissingDependencyError,
+    NotPackedError,
     UnsupportedError,
 )
 from tilewright.tuning_db.record import Provenance
@@ -39,11 +40,12 @@ def gpu(monkeypatch):
 
     class Gpu:
         refuse: dict = {}  # noqa: RUF012 - set by each test
+        packed = None  # the binaries that a pack would give
         plans: list = []  # noqa: RUF012
         seconds = 0.0
 
     def plan(launches, device, ordinal, binaries):
-        assert binaries is None
+        assert binaries is Gpu.packed
         time.sleep(Gpu.seconds)
         group = dict(launches[0].constexprs)["GROUP_M"]
         Gpu.plans.append((group, device, ordinal))
@@ -162,3 +164,30 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(dispatch, "live_devices", lambda: (DEVICE,))
     assert dispatch._device(0) is DEVICE
     dispatch._device.cache_clear()
+
+
+class Packed:
+    """A pack that has the code of what has these constants."""
+
+    path = "a.pack"
+
+    def __init__(self, constants):
+        self.constants = constants
+
+    def binaries(self, launches):
+        return ("its code",) if dict(launches[0].constexprs)["ACTIVATION"] in self.constants else None
+
+
+def test_what_the_pack_has_is_not_compiled(gpu, monkeypatch):
+    monkeypatch.setattr(dispatch, "pack_for", lambda kernel, device: Packed(["none"]))
+    gpu.packed = ("its code",)
+    assert plan_for(GEMM, PROBLEM, 0)[0] == "plan 1"
+    gpu.packed = None
+    constants = (("ACTIVATION", "relu"),)
+    assert plan_for(GEMM, PROBLEM, 0, constants=constants)[0] == "plan 1"  # compiled: nothing forbids it
+    monkeypatch.setenv("TILEWRIGHT_FROZEN", "1")
+    forget_plans()
+    with pytest.raises(NotPackedError, match=r"lacks the kernel of gemm .* with GemmConfig.*, activation='relu', and "):
+        plan_for(GEMM, PROBLEM, 0, constants=constants)
+    with pytest.raises(NotPackedError, match=r"with --constant .*, or call without `config`"):
+        plan_for(GEMM, PROBLEM, 0, config=TILES[1], constants=constants)

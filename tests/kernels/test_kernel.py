@@ -117,3 +117,13 @@ def test_a_problem_is_no_further_from_itself_than_from_another() -> None:
     assert kernel.distance(one, near) == kernel.distance(near, one) == 1
     assert kernel.distance(one, far) is None
     assert kernel.distance(one, replace(near, activation="relu")) is None
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_numbers_that_a_caller_chooses_are_constexprs_of_a_launch(kernel: Kernel[Any, Any]) -> None:
+    device = resolve_device("h100")
+    for name, problem, config in kernel.feature_cases:
+        launches = kernel.launches(problem, config or kernel.default(problem, device))
+        defaults = dict(pair for launch in launches for pair in launch.constexprs)
+        for constant in kernel.constants(problem):
+            assert isinstance(defaults[constant], float), (name, constant)

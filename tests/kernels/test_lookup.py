@@ -11,15 +11,17 @@ from tilewright.kernels import lookup as lookup_module
 from tilewright.kernels.lookup import (
     TIMING_PROTOCOL,
     candidates,
+    code_hash,
     fitting_config,
     predicted_best,
     prediction_protocol,
     record_key,
 )
 from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.kernels.pack import Entry, Facts, write_pack
 from tilewright.kernels.prediction import MODEL
-from tilewright.tuning_db.env import DB_DIR
-from tilewright.tuning_db.errors import IllegalConfigError, UnsupportedError
+from tilewright.tuning_db.env import DB_DIR, FROZEN, PACK
+from tilewright.tuning_db.errors import IllegalConfigError, NotPackedError, PackError, UnsupportedError
 from tilewright.tuning_db.file import path_for
 from tilewright.tuning_db.record import Environment, Provenance, Record, Resources, Status, Times
 from tilewright.tuning_db.store import TuningDB
@@ -252,3 +254,63 @@ def test_predictions_are_another_protocol_when_what_an_op_tells_of_itself_change
         lookup_module, "module_hash", lambda module: hashed(module) + module.__name__.rpartition(".")[2]
     )
     assert prediction_protocol(GEMM) != protocols["gemm"]
+
+
+@pytest.fixture
+def pack(folder, monkeypatch):
+    """A pack that has PROBLEM with a configuration, made by `pack(config)`; named by the variable."""
+
+    def make(config, device=DEVICE, revision=None):
+        path = folder / f"{len(list(folder.iterdir()))}.pack"
+        facts = Facts(device.key, device.arch, "0", "3.9.0", "12", {"gemm": revision or code_hash(GEMM)})
+        text = config if isinstance(config, str) else config.to_json()
+        entry = Entry("gemm", PROBLEM.to_json(), text, Provenance.MEASURED, "exact", 3.0)
+        with path.open("wb") as stream:
+            write_pack(stream, facts, [entry], {})
+        monkeypatch.setenv(PACK, str(path))
+        return path
+
+    return make
+
+
+def test_a_pack_goes_before_all_but_the_callers_own(add, pack, monkeypatch):
+    add(TILES[1])
+    pack(TILES[0])
+    first, second, *_ = candidates(GEMM, PROBLEM, DEVICE)
+    assert (first.config, first.provenance, first.reason) == (TILES[0], Provenance.MEASURED, "packed: exact")
+    assert (first.time_us, second.config) == (3.0, TILES[1])
+    assert choose(GEMM, PROBLEM, DEVICE, config=TILES[2]).config == TILES[2]
+    other = replace(PROBLEM, activation="relu")
+    assert choose(GEMM, other, DEVICE).reason != "packed: exact"
+
+
+def test_for_a_frozen_process_the_pack_is_where_it_ends(add, pack, monkeypatch):
+    add(TILES[1])
+    path = pack(TILES[0])
+    monkeypatch.setenv(FROZEN, "1")
+    for name in ("ranked", "predicted_best", "recorded_choice"):
+        monkeypatch.setattr(lookup_module, name, None)
+    assert [choice.config for choice in candidates(GEMM, PROBLEM, DEVICE)] == [TILES[0]]
+    assert choose(GEMM, PROBLEM, DEVICE, config=TILES[2]).config == TILES[2]
+    other = replace(PROBLEM, activation="relu")
+    with pytest.raises(NotPackedError) as caught:
+        choose(GEMM, other, DEVICE)
+    said = str(caught.value)
+    assert said.startswith(f'{path} lacks gemm "{other}", and TILEWRIGHT_FROZEN is set: tune it (autotune --device rtx')
+    assert f'--kernel gemm --problem "{other}"' in said
+    assert GemmProblem.parse(str(other)) == other
+
+
+def test_a_pack_that_cannot_serve_is_no_silent_one(pack):
+    path = pack(TILES[0], device=A10)
+    with pytest.raises(PackError, match="is of a10-72sm, and this GPU is rtx3090-82sm"):
+        choose(GEMM, PROBLEM, DEVICE)
+    pack(TILES[0], revision="0" * 64)
+    with pytest.raises(PackError, match="is of another revision of gemm"):
+        choose(GEMM, PROBLEM, DEVICE)
+    for config, reason in ((GemmConfig(256, 256, 256), "does not fit"), ('{"BLOCK_M":16}', "is missing BLOCK_N")):
+        path = pack(config)
+        with pytest.raises(PackError, match=reason) as caught:
+            choose(GEMM, PROBLEM, DEVICE)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert str(caught.value).endswith("; make it again with `autotune pack`")

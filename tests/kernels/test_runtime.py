@@ -440,3 +440,13 @@ def test_launches_of_one_plan_follow_each_other_whoever_else_is_there(driver, mo
         thread.join()
     assert [name for _, name in order] == ["forward", "combine"] * 4
     assert all(first[0] == second[0] for first, second in zip(order[::2], order[1::2], strict=True))
+
+
+def test_given_code_is_loaded_and_nothing_compiled(driver, monkeypatch):
+    monkeypatch.setattr(runtime, "compile_launch", None)
+    launches = GEMM.launches(PLAIN, TILE)
+    given = replace(BINARY, cubin=b"given")
+    GpuPlan(launches, DEVICE, 0, (given,))
+    assert driver.modules == [(b"given", 0)]
+    with pytest.raises(UnsupportedError, match="8 B a thread spill"):
+        GpuPlan(launches, DEVICE, 0, (replace(given, resources=replace(BINARY.resources, spill_bytes=8)),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -44,6 +45,24 @@ def test_a_gemm_compiles_for_two_archs_at_once(compiler: Pool) -> None:
     assert 2 * tile <= ampere["resources"]["shared_bytes"] < 3 * tile
     assert 3 * tile <= hopper["resources"]["shared_bytes"] < 4 * tile
     assert compiler.starts <= 2
+
+
+def test_code_is_handed_over_for_each_launch(compiler: Pool) -> None:
+    problem = {"B": 1, "H": 8, "Sq": 1, "Skv": 1024, "D": 64, "dtype": "fp16"}
+    config = {"BLOCK_M": 16, "BLOCK_N": 64, "SPLIT_KV": 8, "num_warps": 4, "num_stages": 2}
+    request = {"do": "build", "op": "attention", "problem": problem, "config": config, "arch": 86}
+    first, second = (
+        compiler.submit({**request, "constants": constants}, timeout=120).result() for constants in ({}, {"SCALE": 0.5})
+    )
+    assert [binary["name"] for binary in first["binaries"]] == ["attention_kernel", "combine_kernel"]
+    for binary in first["binaries"]:
+        assert base64.b64decode(binary["cubin"])[:4] == b"\x7fELF"
+        assert set(binary) == {"name", "cubin", "num_warps", "shared_bytes", "scratch_bytes", "resources"}
+        assert binary["resources"]["registers"] > 0
+    assert first["binaries"][0]["cubin"] != second["binaries"][0]["cubin"]
+    assert first["binaries"][1] == second["binaries"][1]
+    refused = {**request, "problem": {**problem, "dtype": "fp8e4m3"}, "constants": {}}
+    assert compiler.submit(refused, timeout=120).result()["status"] == "compile_error"
 
 
 def test_a_refusal_by_the_compiler_is_a_reply_with_its_reason(compiler: Pool) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from tilewright.tuning_db import env
+from tilewright.tuning_db import UsageError, env
 
 
 def test_an_argument_goes_before_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,3 +41,33 @@ def test_a_compiling_environment_has_no_interpreter_switch(monkeypatch: pytest.M
     environment = env.compiling_environment()
     assert env.INTERPRET not in environment
     assert environment["OTHER"] == "kept"
+
+
+def test_the_pack_is_what_the_variable_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(env.PACK, raising=False)
+    assert env.pack_file() is None
+    monkeypatch.setenv(env.PACK, "")
+    assert env.pack_file() is None
+    monkeypatch.setenv(env.PACK, "/models/a.pack")
+    assert env.pack_file() == Path("/models/a.pack")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, False), ("", False), ("0", False), ("off", False), ("1", True), (" True ", True)]
+)
+def test_frozen_is_on_or_off(monkeypatch: pytest.MonkeyPatch, value: str | None, expected: bool) -> None:
+    monkeypatch.delenv(env.FROZEN, raising=False)
+    if value is not None:
+        monkeypatch.setenv(env.FROZEN, value)
+    assert env.frozen() is expected
+    if expected:
+        with pytest.raises(UsageError, match=r"^TILEWRIGHT_FROZEN is set: nothing is done; unset it to do so$"):
+            env.refuse_if_frozen("nothing is done")
+    else:
+        env.refuse_if_frozen("nothing is done")
+
+
+def test_a_misspelt_lock_is_no_open_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(env.FROZEN, "ture")
+    with pytest.raises(UsageError, match="TILEWRIGHT_FROZEN='ture' is neither on nor off: set it to 1, or to 0"):
+        env.frozen()

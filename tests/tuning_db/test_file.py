@@ -340,3 +340,59 @@ def test_use_after_fork_is_refused(db: TuningDB, key: Key, monkeypatch: pytest.M
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(UsageError, match="forked"):
         db.records(key)
+
+
+# Reading one state, giving space back, and a frozen process
+
+
+def test_a_read_sees_one_state(filled: Path) -> None:
+    def action(connection: sqlite3.Connection) -> list[int]:
+        counts = []
+        for _ in range(2):
+            counts.append(connection.execute("SELECT count(*) FROM records").fetchone()[0])
+            with closing(sqlite3.connect(filled)) as other, other:
+                other.execute("DELETE FROM records WHERE id = (SELECT max(id) FROM records)")
+        return counts
+
+    with closing(file.open_file(filled, read_only=True)) as opened:
+        assert opened.read(action) == [400, 400]
+        assert opened.rows("SELECT count(*) FROM records")[0][0] == 398
+        with pytest.raises(ZeroDivisionError):
+            opened.read(lambda connection: 1 // 0)
+        assert opened.read(action) == [398, 398]
+
+
+def test_a_read_of_what_is_not_there(tmp_path: Path) -> None:
+    absent = tmp_path / "a10-72.sqlite"
+    with closing(file.open_file(absent, read_only=True)) as opened, pytest.raises(DatabaseAccessError) as caught:
+        opened.read(lambda connection: None)
+    assert str(caught.value) == f"there is no {absent}: tune that device first, or name its folder (--db)"
+
+
+def test_space_is_given_back_unless_another_is_in_the_way(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file, "TIMEOUT_S", 0.1)
+    size = filled.stat().st_size
+    with closing(file.open_file(filled)) as opened:
+        opened.write(lambda connection: connection.execute("DELETE FROM records WHERE id > 10"))
+        with closing(sqlite3.connect(filled, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            opened.compact()
+            assert filled.stat().st_size == size
+            other.execute("ROLLBACK")
+        opened.compact()
+        assert filled.stat().st_size < size // 4
+        assert len(opened.rows("SELECT * FROM records")) == 10
+    with closing(file.open_file(filled, read_only=True)) as opened, pytest.raises(UsageError, match="read-only"):
+        opened.compact()
+
+
+def test_a_frozen_process_opens_nothing_for_writing(filled: Path, key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TILEWRIGHT_FROZEN", "1")
+    before = filled.read_bytes()
+    for path in (filled, filled.with_name("a10-72.sqlite")):
+        with pytest.raises(UsageError, match=f"TILEWRIGHT_FROZEN is set: nothing is written to {path}"):
+            file.open_file(path)
+    with TuningDB.open(DEVICE, filled.parent, read_only=True) as db:
+        assert len(list(db.find())) == 400
+    assert filled.read_bytes() == before
+    assert not filled.with_name("a10-72.sqlite").exists()

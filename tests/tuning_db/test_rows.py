@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilewright.tuning_db import (
+    DatabaseError,
     Environment,
     Key,
     Provenance,
@@ -18,7 +19,7 @@ from tilewright.tuning_db import (
     TuningDB,
     canonical_json,
 )
-from tilewright.tuning_db.rows import record_to_row, row_to_record
+from tilewright.tuning_db.rows import insertion, record_to_row, row_to_record
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 COUNT = st.integers(0, 2**40)
@@ -100,3 +101,13 @@ def test_environments_come_back(db: TuningDB, environment: Environment) -> None:
     assert runs[first][1] == environment
     assert runs[second][1] == replace(environment, driver="", cuda="", extra={})
     assert runs[first][0].endswith("+00:00")
+
+
+def test_a_row_takes_the_place_of_its_like_or_fails(db: TuningDB, make_record, run_id: int) -> None:
+    row = record_to_row(make_record(), run_id, "2026-01-01T00:00:00+00:00")
+    for _ in range(2):
+        db._file.write(lambda connection: connection.execute(insertion("records", row), row))
+    assert len(list(db.find())) == 1
+    statement = insertion("records", row, replace=False)
+    with pytest.raises(DatabaseError, match="UNIQUE"):
+        db._file.write(lambda connection: connection.execute(statement, row))
