@@ -63,26 +63,43 @@ def merge(target: DatabaseFile, source: DatabaseFile, device: str) -> Merged:
     """
     if target.path.exists() and target.path.samefile(source.path):
         raise UsageError(f"{source.path} can't be merged into itself")
-    return source.read(lambda theirs: target.write(lambda ours: _merge(ours, theirs, source.path, device)))
+
+    def action(theirs: sqlite3.Connection) -> Merged:
+        # Before the lock is taken: others wait to write for as long as it is held.
+        broken = theirs.execute("PRAGMA foreign_key_check").fetchone()
+        if broken:
+            raise DatabaseCorruptError(f"{source.path}: record {broken['rowid']} is of a run that there is not")
+        for row in in_key_order(theirs):
+            _check(row, source.path, device)
+        return target.write(lambda ours: _merge(ours, theirs))
+
+    return source.read(action)
 
 
-def _merge(ours: sqlite3.Connection, theirs: sqlite3.Connection, path: Path, device: str) -> Merged:
+def _merge(ours: sqlite3.Connection, theirs: sqlite3.Connection) -> Merged:
     counts = dict.fromkeys(("added", "replaced", "kept", "known"), 0)
-    ids: dict[int, int] = {}
+    arriving, present = _Runs(theirs), _Runs(ours)
+    ids: dict[int, int] = {}  # of their runs, here
+    put = ""
     for row in in_key_order(theirs):
-        _check(row, path, device)
-        rival = ours.execute(
-            "SELECT * FROM records WHERE key_digest = ? AND config = ? AND provenance = ?",
-            (row["key_digest"], row["config"], row["provenance"]),
-        ).fetchone()
-        fate = _fate(row, rival, theirs, ours)
+        rival = ours.execute(_RIVAL, (row["key_digest"], row["config"], row["provenance"])).fetchone()
+        if rival is None:
+            fate = "added"
+        else:
+            theirs_weighs, ours_weighs = _weight(row, arriving.of(row)), _weight(rival, present.of(rival))
+            fate = "known" if theirs_weighs == ours_weighs else "replaced" if theirs_weighs > ours_weighs else "kept"
         counts[fate] += 1
         if fate in ("added", "replaced"):
-            if row["run_id"] not in ids:
-                ids[row["run_id"]] = _run_id(ours, _run(theirs, row))
-            arrived = {**_without_ids(row), "run_id": ids[row["run_id"]]}
-            ours.execute(insertion("records", arrived), arrived)
+            run = row["run_id"]
+            if run not in ids:
+                ids[run] = _run_id(ours, arriving.of(row))
+            fields = {**_without_ids(row), "run_id": ids[run]}
+            put = put or insertion("records", fields)
+            ours.execute(put, fields)
     return Merged(**counts)
+
+
+_RIVAL = "SELECT * FROM records WHERE key_digest = ? AND config = ? AND provenance = ?"
 
 
 def _check(row: sqlite3.Row, path: Path, device: str) -> None:
@@ -97,13 +114,6 @@ def _check(row: sqlite3.Row, path: Path, device: str) -> None:
         raise UsageError(f"{path}: record {row['id']} is of {record.key.device}, and to be merged with {device}'s")
 
 
-def _fate(row: Row, rival: Row | None, theirs: sqlite3.Connection, ours: sqlite3.Connection) -> str:
-    if rival is None:
-        return "added"
-    arriving, present = _weight(row, _run(theirs, row)), _weight(rival, _run(ours, rival))
-    return "known" if arriving == present else "replaced" if arriving > present else "kept"
-
-
 def _weight(row: Row, run: dict[str, Any]) -> tuple[Any, ...]:
     """The evidence of a record: of two rivals the greater stays."""
     samples, spread = 0, 0.0
@@ -113,14 +123,33 @@ def _weight(row: Row, run: dict[str, Any]) -> tuple[Any, ...]:
     return (_RANKS[Status(row["status"])], samples, -spread, row["created_at"], repr(content))
 
 
-def _run(connection: sqlite3.Connection, record: Row) -> dict[str, Any]:
-    """The run of a record, as it is in every file."""
-    return _without_ids(connection.execute("SELECT * FROM runs WHERE id = ?", (record["run_id"],)).fetchone())
+class _Runs:
+    """The runs of a file, as they are in every file; the latest few are kept."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._known: dict[int, dict[str, Any]] = {}
+
+    def of(self, record: Row) -> dict[str, Any]:
+        """The run of a record."""
+        run = record["run_id"]
+        if run not in self._known:
+            if len(self._known) >= _MOST_RUNS:
+                self._known.clear()
+            query = "SELECT * FROM runs WHERE id = ?"
+            self._known[run] = _without_ids(self._connection.execute(query, (run,)).fetchone())
+        return self._known[run]
+
+
+_MOST_RUNS = 1000
 
 
 def _without_ids(row: Row) -> dict[str, Any]:
     """What of a row is the same in every file."""
-    return {name: row[name] for name in row.keys() if name not in ("id", "run_id")}  # noqa: SIM118 - a sqlite3.Row
+    fields = dict(row)
+    for name in ("id", "run_id"):
+        fields.pop(name, None)
+    return fields
 
 
 def _run_id(ours: sqlite3.Connection, run: dict[str, Any]) -> int:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from tilewright.tuning_db.env import database_dir
 from tilewright.tuning_db.errors import DatabaseError, UsageError
@@ -17,6 +17,9 @@ from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
 from tilewright.tuning_db.lookup import Near, answers, best_first, to_record
 from tilewright.tuning_db.record import Answer, Environment, Key, Provenance, Record, Status
 from tilewright.tuning_db.rows import environment_to_row, insertion, record_to_row, row_to_environment
+
+if TYPE_CHECKING:
+    from tilewright.tuning_db.merging import Merged
 
 Accept = Callable[[Record], bool]
 """Rechecks a candidate (its resources on the device at hand, say) before it is answered."""
@@ -109,6 +112,21 @@ class TuningDB:
                 connection.executemany(insertion("records", rows[0]), rows)
 
         self._file.write(insert)
+
+    def merge(self, source: TuningDB) -> Merged:
+        """Bring the records of another open file of this device into this one, with their runs, in one transaction.
+
+        Where both have an outcome of the same key, configuration and provenance, `tilewright.tuning_db.merging` says
+        which stays.
+
+        Raises:
+            UsageError: `source` is of another device, or this very file; or this one was opened read-only.
+            DatabaseCorruptError: a row of `source` is no record.
+            DatabaseError: a file can't be read or written.
+        """
+        from tilewright.tuning_db.merging import merge
+
+        return merge(self._file, source._file, self.device)
 
     def get(self, key: Key, config: str) -> Record | None:
         """The outcome of one configuration under one key, measured before predicted."""

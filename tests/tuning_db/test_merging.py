@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from tilewright.tuning_db import (
     UsageError,
 )
 from tilewright.tuning_db.interchange import export
-from tilewright.tuning_db.merging import Merged, merge
+from tilewright.tuning_db.merging import Merged
 
 DEVICE = "rtx3090-82"
 TIMES = Times(10.0, 9.5, 10.5, 20)
@@ -90,7 +92,7 @@ def test_the_one_with_more_evidence_stays(tmp_path: Path, environment, rival, st
             made(tmp_path / name, [rival(**mine)], environment) as target,
             made(tmp_path / f"{name} source", [rival(**theirs)], replace(environment, host="other")) as source,
         ):
-            assert merge(target._file, source._file, DEVICE) == fate
+            assert target.merge(source) == fate
             assert list(target.find()) == [rival(**stays)]
 
 
@@ -100,7 +102,7 @@ def test_measured_and_predicted_are_no_rivals(tmp_path: Path, environment, rival
         made(tmp_path / "a", [rival()], environment) as target,
         made(tmp_path / "b", [predicted], environment) as source,
     ):
-        assert merge(target._file, source._file, DEVICE) == Merged(added=1)
+        assert target.merge(source) == Merged(added=1)
         assert set(target.find()) == {rival(), predicted}
 
 
@@ -110,11 +112,11 @@ def test_a_record_keeps_its_run(tmp_path: Path, environment, make_record) -> Non
         made(tmp_path / "a", [make_record("{}")], environment) as target,
         made(tmp_path / "b", [make_record('{"n":1}'), make_record('{"n":2}')], other, moment(7)) as source,
     ):
-        merge(target._file, source._file, DEVICE)
+        target.merge(source)
         assert target.runs() == {1: (moment(0), environment), 2: (moment(7), other)}
         assert [record.config for record in target.find(run_id=2)] == ['{"n":1}', '{"n":2}']
         # Again: nothing new, and no second run like it.
-        assert merge(target._file, source._file, DEVICE) == Merged(known=2)
+        assert target.merge(source) == Merged(known=2)
         assert len(target.runs()) == 2
 
 
@@ -123,7 +125,7 @@ def test_a_run_none_of_whose_records_stayed_is_not_taken_along(tmp_path: Path, e
         made(tmp_path / "a", [rival(second=1)], environment) as target,
         made(tmp_path / "b", [rival()], replace(environment, host="other")) as source,
     ):
-        merge(target._file, source._file, DEVICE)
+        target.merge(source)
         assert len(target.runs()) == 1
 
 
@@ -152,7 +154,7 @@ def test_the_order_of_merging_does_not_matter(tmp_path_factory, environment, fil
     for number, order in enumerate(itertools.permutations(sources)):
         with TuningDB.open(DEVICE, folder / str(number)) as target:
             for source in (*order, *order):
-                merge(target._file, source._file, DEVICE)
+                target.merge(source)
             results.add(text_of(target))
     for source in sources:
         source.close()
@@ -176,21 +178,33 @@ def test_a_merge_is_whole_or_not_at_all(tmp_path: Path, environment, make_record
             column = change.split()[0]
             source._file.write(lambda db, change=change: db.execute(f"UPDATE records SET {change} WHERE id = {last}"))
             with pytest.raises(error, match=reason) as caught:
-                merge(target._file, source._file, DEVICE)
+                target.merge(source)
             assert f"record {last} " in str(caught.value)
             assert str(source.path) in str(caught.value)
             assert text_of(target) == before
             assert len(target.runs()) == 1
             restore = f"UPDATE records SET {column} = ? WHERE id = {last}"
             source._file.write(lambda db, old=old, column=column, restore=restore: db.execute(restore, (old[column],)))
-        assert merge(target._file, source._file, DEVICE) == Merged(added=8)
+        assert target.merge(source) == Merged(added=8)
+
+
+def test_a_source_with_a_record_of_no_run_is_refused(tmp_path: Path, environment, make_record) -> None:
+    with (
+        TuningDB.open(DEVICE, tmp_path / "a") as target,
+        made(tmp_path / "b", [make_record("{}")], environment) as source,
+    ):
+        with closing(sqlite3.connect(source.path)) as other, other:
+            other.execute("DELETE FROM runs")
+        with pytest.raises(DatabaseCorruptError, match="record 1 is of a run that there is not"):
+            target.merge(source)
+        assert list(target.find()) == []
 
 
 def test_another_device_and_itself_are_refused(tmp_path: Path, environment, make_record) -> None:
     with made(tmp_path / "a", [make_record("{}")], environment) as db:
         with pytest.raises(UsageError, match="can't be merged into itself"):
-            merge(db._file, db._file, DEVICE)
+            db.merge(db)
         with TuningDB.open("a10-72", tmp_path) as target:
             with pytest.raises(UsageError, match=f"record 1 is of {DEVICE}, and to be merged with a10-72's"):
-                merge(target._file, db._file, "a10-72")
+                target.merge(db)
             assert list(target.find()) == []
