@@ -14,11 +14,12 @@ import click
 import numpy as np
 import pytest
 
-from tilewright.kernels import KERNELS
+from tilewright.kernels import KERNELS, pack
 from tilewright.kernels.activations import ACTIVATIONS, ALIASES
 from tilewright.kernels.prediction import Term
 from tilewright.tuner.cli import cli
 from tilewright.tuner.suites import SUITES
+from tilewright.tuning_db import env, interchange
 from tilewright.tuning_db.env import compiling_environment
 from tilewright.tuning_db.record import Provenance, Status
 
@@ -68,14 +69,54 @@ def test_the_first_snippet_runs_on_numpy_arrays() -> None:
         np.testing.assert_allclose(scope[name], expected, rtol=1e-4, atol=1e-5)
 
 
+def commands(group: click.Group, path: str = "autotune") -> dict[str, click.Command]:
+    """Every command there is by what people type, subcommands of subcommands too."""
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found |= commands(command, f"{path} {name}")
+        else:
+            found[f"{path} {name}"] = command
+    return found
+
+
 def test_every_option_is_documented() -> None:
     text = DOCS["command-line.md"]
-    options = {o for command in (cli, *cli.commands.values()) for p in command.params for o in p.opts}
-    documented = set(re.findall(r"^\| `(--[a-z]+)", text, re.MULTILINE))
-    assert documented | {"--version"} == options
     assert isinstance(cli, click.Group)
-    for name in cli.commands:
-        assert f"autotune {name}" in text
+    named = commands(cli)
+    options = {
+        option
+        for command in (cli, *named.values())
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        for option in parameter.opts
+    }
+    documented = set(re.findall(r"^\| `(--[a-z-]+)", text, re.MULTILINE))
+    assert documented | {"--version"} == options
+    for name in named:
+        assert f"\n{name} " in text
+
+
+def test_every_environment_variable_is_documented() -> None:
+    for name in (env.DB_DIR, env.PACK, env.FROZEN, env.INTERPRET):
+        assert any(name in text for text in (README, *DOCS.values())), name
+
+
+def test_every_field_of_the_formats_is_documented() -> None:
+    for fields in (
+        interchange._HEADER,
+        interchange._RUN,
+        interchange._RECORD,
+        interchange._TIMES,
+        interchange._RESOURCES,
+    ):
+        for field in fields:
+            assert f"`{field}`" in DOCS["interchange.md"], field
+    for fields in (pack._FIELDS, pack._ENTRY, pack._KERNEL):
+        for field in fields:
+            assert f"`{field}`" in DOCS["packs.md"], field
+    assert f"version {interchange.VERSION}\n" in DOCS["interchange.md"]
+    assert f"version {pack.VERSION}\n" in DOCS["packs.md"]
 
 
 def test_every_name_a_user_can_type_is_documented() -> None:
