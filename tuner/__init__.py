@@ -12,15 +12,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tilewright.tuner.packing import build_pack
     from tilewright.tuner.suites import SUITES, Workload, find_suite
     from tilewright.tuner.tune import Progress, Result, Results, autotune
 
 _HOMES = {
     **dict.fromkeys(("autotune", "Results", "Result", "Progress"), "tilewright.tuner.tune"),
+    "build_pack": "tilewright.tuner.packing",
     **dict.fromkeys(("Workload", "SUITES", "find_suite"), "tilewright.tuner.suites"),
 }
 
-__all__ = ["autotune", "Results", "Result", "Progress", "Workload", "SUITES", "find_suite"]
+__all__ = ["autotune", "build_pack", "Results", "Result", "Progress", "Workload", "SUITES", "find_suite"]
 
 
 def __getattr__(name: str) -> Any:

@@ -44,12 +44,10 @@ def main() -> None:
         signal.signal(signal.SIGTERM, _terminate)
         # Click's own handling is used for its mistakes in arguments; ours are below.
         status = cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        _end("interrupted: finished trials are kept, the same command goes on from there", EXIT_INTERRUPTED)
-    except KeyboardInterrupt:
-        _end("interrupted: finished trials are kept, the same command goes on from there", EXIT_INTERRUPTED)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _end(f"interrupted: {_kept()}", EXIT_INTERRUPTED)
     except _TerminatedError:
-        _end("terminated: finished trials are kept, the same command goes on from there", EXIT_TERMINATED)
+        _end(f"terminated: {_kept()}", EXIT_TERMINATED)
     except click.ClickException as error:
         hint = f" (see {error.ctx.command_path} --help)" if isinstance(error, click.UsageError) and error.ctx else ""
         _end(f"error: {error.format_message()}{hint}", EXIT_USAGE)
@@ -71,6 +69,13 @@ def main() -> None:
             raise
         _end(f"error: {type(error).__name__}: {error} (a defect of Tilewright: --debug shows where)", EXIT_FAILED)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _kept() -> str:
+    """What an end before its time leaves. Subcommands write whole files and whole transactions."""
+    if set(sys.argv[1:]) & cli.commands.keys():
+        return "what was being written is as it was before"
+    return "finished trials are kept, the same command goes on from there"
 
 
 def _end(line: str, status: int) -> None:

@@ -11,6 +11,8 @@ from tilewright.tuning_db.errors import (
     DatabaseCorruptError,
     DatabaseError,
     DatabaseSchemaError,
+    NotPackedError,
+    PackError,
     TilewrightError,
     UsageError,
 )
@@ -48,4 +50,6 @@ __all__ = [
     "DatabaseCorruptError",
     "DatabaseSchemaError",
     "DatabaseAccessError",
+    "PackError",
+    "NotPackedError",
 ]

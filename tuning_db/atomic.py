@@ -17,13 +17,18 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A stream whose bytes become the file `path` when the block ends well; before that, and else, nothing changes.
 
     They are written to a temporary file in the same folder, which is renamed. Permissions are those that the file had,
-    or that a new one gets.
+    or that a new one gets. A link stays one, to a file that changed; a pipe or a terminal is written to as it is.
 
     Raises:
         UsageError: the folder isn't there or can't be written, or `path` is a folder.
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name a file in it")
+    if path.exists() and not path.is_file():
+        with path.open("wb") as stream:
+            yield stream
+        return
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         stream = temporary.open("xb")

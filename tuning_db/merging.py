@@ -25,6 +25,7 @@ from tilewright.tuning_db.file import DatabaseFile
 from tilewright.tuning_db.interchange import in_key_order
 from tilewright.tuning_db.record import Status
 from tilewright.tuning_db.rows import Row, insertion, record_to_row, row_to_record
+from tilewright.tuning_db.strict_json import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,9 @@ def _check(row: sqlite3.Row, path: Path, device: str) -> None:
     if again["key_digest"] != row["key_digest"]:
         raise DatabaseCorruptError(f"{path}: record {row['id']} doesn't match its key: delete that row")
     if record.key.device != device:
-        raise UsageError(f"{path}: record {row['id']} is of {record.key.device}, and to be merged with {device}'s")
+        raise UsageError(
+            f"{path}: record {row['id']} is of {shown(record.key.device)}, and to be merged with {device}'s"
+        )
 
 
 def _weight(row: Row, run: dict[str, Any]) -> tuple[Any, ...]:

@@ -133,7 +133,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"{shown(twice)} is given twice")
     for name, value in pairs:
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} is no finite number")
+            raise ValueError(f"{shown(name)} is no finite number")
     return values
 
 

@@ -16,6 +16,7 @@ from tilewright.tuning_db.interchange import in_key_order
 from tilewright.tuning_db.record import Provenance, Status, canonical_json
 from tilewright.tuning_db.rows import row_to_record
 from tilewright.tuning_db.snapshot import open_snapshot
+from tilewright.tuning_db.strict_json import shown
 
 MOST_FINDINGS = 20
 """Told of one file: the first few say what is wrong."""
@@ -141,13 +142,13 @@ def _objection(row: sqlite3.Row, device: str) -> str | None:
         record = row_to_record(row)
         for name, text in (("problem", record.key.problem), ("config", record.config)):
             if canonical_json(json.loads(text)) != text:
-                return f"its {name} is no canonical JSON: {text[:80]!r}"
+                return f"its {name} is no canonical JSON: {shown(text)}"
     except (ValueError, TypeError, AttributeError) as error:
         return f"it is no record ({error})"
     if record.key.digest() != row["key_digest"]:
         return "it doesn't match its key"
     if record.key.device != device:
-        return f"it is of {record.key.device}, and others of {device}"
+        return f"it is of {shown(record.key.device)}, and others of {shown(device)}"
     return None
 
 

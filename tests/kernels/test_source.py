@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import itertools
 import subprocess
@@ -207,3 +208,18 @@ def test_a_modules_hash_is_of_its_code(tmp_path, monkeypatch):
     same = hash_of("module_two", '"""C."""\n\nLIMIT = 1  # why\n\n\ndef f(x):\n    """D."""\n    return (x + LIMIT)\n')
     other = hash_of("module_three", '"""A."""\nLIMIT = 2\ndef f(x):\n    """B."""\n    return x + LIMIT\n')
     assert one == same != other
+
+
+def test_a_modules_hash_is_the_same_on_a_python_whose_trees_have_more_fields(tmp_path, monkeypatch):
+    """As 3.12's, whose functions and classes have type parameters, and 3.13's, which leaves empty fields out."""
+    monkeypatch.syspath_prepend(tmp_path)
+    hashes = []
+    for name, more in (("module_four", ()), ("module_five", ("params_of_tomorrow",))):
+        (tmp_path / f"{name}.py").write_text("class A:\n    def f(self, x, *, y=1.5):\n        return f'{x}{y}'\n")
+        monkeypatch.setattr(ast.FunctionDef, "_fields", (*ast.FunctionDef._fields, *more))
+        monkeypatch.setattr(ast.ClassDef, "_fields", (*ast.ClassDef._fields, *more))
+        for kind in (ast.FunctionDef, ast.ClassDef):
+            for field in more:
+                monkeypatch.setattr(kind, field, [], raising=False)
+        hashes.append(module_hash(importlib.import_module(name)))
+    assert len(set(hashes)) == 1

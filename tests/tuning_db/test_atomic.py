@@ -47,6 +47,20 @@ def test_permissions_stay(tmp_path: Path) -> None:
     assert (tmp_path / "other").stat().st_mode == plain.stat().st_mode
 
 
+def test_a_link_stays_and_a_device_is_written_to(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_bytes(b"old")
+    link.symlink_to(real)
+    with whole_file(link) as stream:
+        stream.write(b"new")
+    assert link.is_symlink()
+    assert real.read_bytes() == b"new"
+    nothing = Path("/dev/null").stat()
+    with whole_file(Path("/dev/null")) as stream:
+        stream.write(b"gone")
+    assert Path("/dev/null").stat().st_ino == nothing.st_ino
+
+
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a folder: name a file in it"), whole_file(tmp_path):
         pass

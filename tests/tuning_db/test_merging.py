@@ -205,6 +205,6 @@ def test_another_device_and_itself_are_refused(tmp_path: Path, environment, make
         with pytest.raises(UsageError, match="can't be merged into itself"):
             db.merge(db)
         with TuningDB.open("a10-72", tmp_path) as target:
-            with pytest.raises(UsageError, match=f"record 1 is of {DEVICE}, and to be merged with a10-72's"):
+            with pytest.raises(UsageError, match=f"record 1 is of '{DEVICE}', and to be merged with a10-72's"):
                 target.merge(db)
             assert list(target.find()) == []

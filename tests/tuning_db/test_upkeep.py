@@ -91,7 +91,7 @@ def test_a_row_that_someone_edited_is_found(filled: TuningDB, statement: str, fi
 def test_a_stranger_among_the_records_is_found(filled: TuningDB, make_record) -> None:
     filled.device = "a10-72"
     filled.add(make_record(device="a10-72"), 1)
-    assert check(filled.path) == ["record 8: it is of a10-72, and others of rtx3090-82"]
+    assert check(filled.path) == ["record 8: it is of 'a10-72', and others of 'rtx3090-82'"]
 
 
 def test_not_every_bad_row_is_listed(db: TuningDB, run_id: int, make_record) -> None:

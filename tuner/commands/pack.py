@@ -57,6 +57,8 @@ def pack(
     from tilewright.tuner.tune import resolve_workloads
     from tilewright.tuning_db.env import FROZEN, PACK, database_dir
 
+    if output == "-":
+        raise UsageError("a pack is a file that programs open by its name: --output can't be stdout (-)")
     target, folder = resolve_device(device), database_dir(db)
     ops = [find_kernel(name).name for name in kernels]
     values = _constants(constants)

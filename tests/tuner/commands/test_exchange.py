@@ -17,7 +17,7 @@ import pytest
 from tilewright.kernels import GemmProblem, resolve_device
 from tilewright.kernels.lookup import record_key
 from tilewright.kernels.ops.gemm.launch import GEMM
-from tilewright.tuning_db import Environment, Provenance, Record, Resources, Status, Times, TuningDB
+from tilewright.tuning_db import Environment, Provenance, Record, Resources, Status, Times, TuningDB, interchange
 
 DEVICE = resolve_device("rtx3090")
 PROBLEM = GemmProblem(64, 64, 128)
@@ -168,3 +168,18 @@ def test_an_export_that_fails_leaves_the_file_there_was(autotune, tmp_path: Path
     assert (status, err.count("\n")) == (2, 1)
     assert out.read_text() == "the one before"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["here", "out.jsonl"]
+
+
+def test_ctrl_c_says_what_it_leaves(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "here", record(3.0))
+    out = tmp_path / "out.jsonl"
+
+    def interrupted(file, device, stream, **options) -> int:
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(interchange, "export", interrupted)
+    status, _, err = autotune("export", "--device", "rtx3090", "--db", tmp_path / "here", "--output", out)
+    assert status == 130
+    assert err == "autotune: interrupted: what was being written is as it was before\n"
+    assert not out.exists()
