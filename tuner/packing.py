@@ -88,6 +88,7 @@ def build_pack(
 
     Raises:
         UsageError: nothing to pack, a constant that no problem takes, or a file that can't be written.
+        DatabaseError: the device's database can't be read.
         RunError: no configuration of a problem compiles within the limits.
         WorkerError: no worker process can be started.
     """
@@ -96,6 +97,8 @@ def build_pack(
     if not tasks:
         raise UsageError("there is nothing to pack: tune the device first, or name problems or a suite")
     chosen = _checked(constants or {}, tasks)
+    # A program goes on without a database that it can't read; what is packed must not hang on that unsaid.
+    TuningDB.open(device.key, folder, read_only=True).close()
     binaries: dict[str, Binary] = {}
     jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
     with whole_file(output) as stream:

@@ -21,7 +21,7 @@ from tilewright.tuner import packing
 from tilewright.tuner.packing import build_pack, problems_on_record
 from tilewright.tuning_db import Environment, Provenance, Record, Resources, Status, Times, TuningDB
 from tilewright.tuning_db.env import compiling_environment
-from tilewright.tuning_db.errors import PackError, RunError, UsageError
+from tilewright.tuning_db.errors import DatabaseCorruptError, PackError, RunError, UsageError
 
 ROOT = Path(__file__).parents[2]
 DEVICE = resolve_device("rtx3090")
@@ -264,6 +264,13 @@ def test_a_mistake_comes_before_any_compiling(choices, tmp_path: Path, monkeypat
         build_pack(DEVICE, rmsnorm, tmp_path / "p", folder=tmp_path, constants={"EPS": [float("nan")]})
     monkeypatch.setenv("TILEWRIGHT_FROZEN", "1")
     with pytest.raises(UsageError, match="TILEWRIGHT_FROZEN is set: no pack is made"):
+        build_pack(DEVICE, choices, tmp_path / "p", folder=tmp_path)
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_database_that_cannot_be_read_is_not_passed_over(choices, tmp_path: Path) -> None:
+    (tmp_path / f"{DEVICE.key}.sqlite").write_text("no database " * 99)
+    with pytest.raises(DatabaseCorruptError):
         build_pack(DEVICE, choices, tmp_path / "p", folder=tmp_path)
     assert not (tmp_path / "p").exists()
 

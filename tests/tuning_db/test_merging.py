@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import itertools
+import signal
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +28,7 @@ from tilewright.tuning_db import (
 )
 from tilewright.tuning_db.interchange import export
 from tilewright.tuning_db.merging import Merged
+from tilewright.tuning_db.upkeep import check
 
 DEVICE = "rtx3090-82"
 TIMES = Times(10.0, 9.5, 10.5, 20)
@@ -208,3 +212,65 @@ def test_another_device_and_itself_are_refused(tmp_path: Path, environment, make
             with pytest.raises(UsageError, match=f"record 1 is of '{DEVICE}', and to be merged with a10-72's"):
                 target.merge(db)
             assert list(target.find()) == []
+
+
+MERGER = """
+import os, signal, sys
+from pathlib import Path
+from tilewright.tuning_db import TuningDB, merging
+folder, sources, fatal = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
+inner = merging.in_key_order
+
+def in_key_order(*arguments):
+    in_key_order.passes += 1
+    for number, row in enumerate(inner(*arguments)):
+        if in_key_order.passes == 2 and number == fatal:  # the first is the check
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield row
+
+in_key_order.passes = 0
+merging.in_key_order = in_key_order
+for source in sources:
+    with TuningDB.open("rtx3090-82", folder) as db, TuningDB.open("rtx3090-82", Path(source), read_only=True) as other:
+        db.merge(other)
+"""
+
+
+def merger(folder: Path, sources: list[Path], fatal: int = -1) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", MERGER, folder, ",".join(map(str, sources)), str(fatal)])
+
+
+@pytest.fixture
+def sources(tmp_path: Path, environment, make_record) -> list[Path]:
+    """Three databases of 60 records each, of 90 configurations in all."""
+    folders = []
+    for place in range(3):
+        records = [
+            make_record(f'{{"n":{number}}}', 10.0 + place, created_at=moment(place))
+            for number in range(15 * place, 15 * place + 60)
+        ]
+        made(tmp_path / f"source {place}", records, replace(environment, host=f"host {place}")).close()
+        folders.append(tmp_path / f"source {place}")
+    return folders
+
+
+def test_processes_that_merge_at_once_lose_nothing(tmp_path: Path, sources: list[Path]) -> None:
+    orders = [sources, sources[::-1], [*sources[1:], sources[0]], sources]
+    mergers = [merger(tmp_path / "target", order) for order in orders]
+    assert [process.wait(60) for process in mergers] == [0] * 4
+    assert merger(tmp_path / "alone", sources).wait(60) == 0
+    with TuningDB.open(DEVICE, tmp_path / "target") as target, TuningDB.open(DEVICE, tmp_path / "alone") as alone:
+        assert len(list(target.find())) == 90
+        assert text_of(target) == text_of(alone)
+
+
+def test_a_merge_that_is_killed_leaves_what_was_there(tmp_path: Path, sources: list[Path]) -> None:
+    assert merger(tmp_path / "target", sources[:1]).wait(60) == 0
+    with TuningDB.open(DEVICE, tmp_path / "target") as target:
+        before = text_of(target)
+    assert merger(tmp_path / "target", sources[1:], fatal=50).wait(60) == -signal.SIGKILL
+    with TuningDB.open(DEVICE, tmp_path / "target") as target:
+        assert target.set_aside is None
+        assert text_of(target) == before
+        assert len(target.runs()) == 1
+        assert check(target.path) == []

@@ -113,6 +113,8 @@ def merge(sources: tuple[str, ...], db: str | None, as_json: bool) -> None:
                 raise UsageError(f"{path} is no whole database; an export is for `autotune import`") from error
             if len(devices) > 1:
                 raise UsageError(f"{path} has records of several devices, {' and '.join(devices)}: a file is of one")
+            if not devices:
+                say(f"{path} has no records")
             opened += [(str(path), device, file) for device in devices]
         _merge_all(opened, database_dir(db), as_json)
 

@@ -90,6 +90,13 @@ def test_a_database_of_a_former_schema_is_merged_and_stays(autotune, tmp_path: P
     assert text.encode() == (schemas / "s0001_runs_and_records.jsonl").read_bytes()
 
 
+def test_a_database_without_records_brings_none(autotune, tmp_path: Path) -> None:
+    path = fill(tmp_path / "empty")
+    status, out, err = autotune("merge", path, "--db", tmp_path / "here", "--json")
+    assert (status, json.loads(out), err) == (0, [], f"{path} has no records\n")
+    assert not (tmp_path / "here").exists()
+
+
 def test_one_broken_file_of_several_leaves_all_as_it_was(autotune, tmp_path: Path) -> None:
     path = fill(tmp_path / "here", record(3.0))
     fill(tmp_path / "there", record(2.0, samples=99), record(1.0, tile=1))
