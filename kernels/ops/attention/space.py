@@ -284,7 +284,8 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
     if problem.unit == "fp32" or not device.tensor_tflops:
         # 512 multiply-adds a thread or fewer: more may spill.
         m = 16 if narrow or terms or wide > 128 else least
-        n, warps = 32 if wide <= 64 and not narrow and not terms else 16, 4 if m * wide < (2048 if narrow else 4096) else 8
+        n = 32 if wide <= 64 and not narrow and not terms else 16
+        warps = 4 if m * wide < (2048 if narrow else 4096) else 8
         config = AttentionConfig(m, n, PACK=pack, num_warps=warps, num_stages=stages if wide <= 128 else 1)
     elif rows <= 32:
         n = 64 if wide <= 128 else 32
