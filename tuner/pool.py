@@ -17,11 +17,9 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -30,6 +28,7 @@ from concurrent.futures import CancelledError, Future
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from tilewright.tuner.temporary import WorkerFolder, remove_abandoned
 from tilewright.tuning_db.env import compiling_environment
 from tilewright.tuning_db.errors import UsageError, WorkerError
 from tilewright.tuning_db.record import Status
@@ -71,7 +70,7 @@ class Worker:
         self._turn = threading.RLock()  # one start or request at a time
         self._fate = threading.Lock()  # of birth, signal and burial: none is ever signalled that is not ours
         self._process: subprocess.Popen[bytes] | None = None
-        self._folder: str | None = None
+        self._folder: WorkerFolder | None = None
         self._closed = False
         self._given_up: WorkerError | None = None
         self._ready = False
@@ -127,7 +126,8 @@ class Worker:
             self.start()
             self._serial += 1
             self._stderr = b""
-            line = json.dumps({"id": self._serial, "request": dict(request)}).encode() + b"\n"
+            envelope = {"id": self._serial, "timeout": timeout, "request": dict(request)}
+            line = json.dumps(envelope).encode() + b"\n"
             try:
                 message = self._exchange(self._serial, line, timeout)
             except TimeoutError:
@@ -163,7 +163,7 @@ class Worker:
         with self._turn:
             self._bury()
             if self._folder is not None:
-                shutil.rmtree(self._folder, ignore_errors=True)
+                self._folder.remove()
                 self._folder = None
 
     def _spawn(self) -> None:
@@ -172,14 +172,14 @@ class Worker:
                 raise WorkerError("the worker is closed")
             if self._folder is None:
                 # A compiler that is killed leaves its temporary files behind: they go when the worker is closed.
-                self._folder = tempfile.mkdtemp(prefix="tilewright-")
+                self._folder = WorkerFolder()
             process = subprocess.Popen(
                 self._command,
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={**self._environment, "TMPDIR": self._folder},
+                env={**self._environment, "TMPDIR": str(self._folder.path)},
                 start_new_session=True,
             )
             self._process = process
@@ -280,14 +280,23 @@ class Worker:
 class Pool:
     """`jobs` workers that share one queue, first come first served. Use it as a context manager.
 
-    A process starts at its worker's first request, or at `start`. `command` starts one, in `environment`.
+    A process starts at its worker's first request, or at `start`. `command` starts one, in `environment`. Worker i
+    adds `fields[i]` to every request it takes up, such as the number of the GPU that is its own.
     """
 
     def __init__(
-        self, jobs: int, *, environment: Mapping[str, str] | None = None, command: Sequence[str] = COMMAND
+        self,
+        jobs: int,
+        *,
+        environment: Mapping[str, str] | None = None,
+        command: Sequence[str] = COMMAND,
+        fields: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if jobs < 1:
             raise UsageError(f"{jobs=} must be at least 1")
+        if fields and len(fields) != jobs:
+            raise UsageError(f"{jobs=} workers need as many {fields=}")
+        remove_abandoned()  # of runs that were killed
         self._workers = [Worker(command, environment) for _ in range(jobs)]
         self._changed = threading.Condition()  # guards all below
         self._waiting: deque[_Job] = deque()
@@ -296,7 +305,12 @@ class Pool:
         self._closed = False
         # Daemons: a pool that nobody closed must not keep the interpreter from its end, where atexit closes it.
         self._threads = [
-            threading.Thread(target=self._serve, args=(worker,), name=f"tilewright-worker-{index}", daemon=True)
+            threading.Thread(
+                target=self._serve,
+                args=(worker, fields[index] if fields else {}),
+                name=f"tilewright-worker-{index}",
+                daemon=True,
+            )
             for index, worker in enumerate(self._workers)
         ]
         for thread in self._threads:
@@ -364,10 +378,10 @@ class Pool:
     ) -> None:
         self.close()
 
-    def _serve(self, worker: Worker) -> None:
+    def _serve(self, worker: Worker, fields: Mapping[str, Any]) -> None:
         while (job := self._take()) is not None:
             try:
-                reply = worker.request(job.request, job.timeout)
+                reply = worker.request({**job.request, **fields}, job.timeout)
             except WorkerError as error:
                 self._give_up(job, error)
                 return

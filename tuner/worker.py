@@ -3,14 +3,16 @@
 One JSON object a line comes in on stdin, one goes out on a private copy of fd 1, numbered so that a reply can't be
 taken for another request's:
 
-    {"id": 7, "request": {"do": "compile", …}}      →  {"id": 7, "reply": {"status": "ok", …}}
-                                                    or {"id": 7, "error": "KeyError: 'arch'"}
+    {"id": 7, "timeout": 60.0, "request": {"do": "compile", …}}  →  {"id": 7, "reply": {"status": "ok", …}}
+                                                                 or {"id": 7, "error": "KeyError: 'arch'"}
 
 Line 0 is sent unasked, once everything is imported. Nothing is ever unpickled. `pool` is the other end.
 
 The process leads a session of its own. That gives its parent one process group to kill, ptxas included, and keeps
 the terminal's Ctrl-C from it without SIGINT being ignored, which every ptxas would inherit. When stdin ends, the
-parent is gone or through with it, and it ends too, whatever it is doing.
+parent is gone or through with it, and it ends too, whatever it is doing. In one case it can't see that: compilers hold
+Python's lock, and one that hangs holds it forever. Then SIGALRM ends it when the request's time is up, which it is
+the parent's to do.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ Reply = dict[str, Any]
 Task = Callable[[Request], Reply]
 
 LAST_WORD_SECONDS = 1.0
-"""How long a task may go on once stdin has ended."""
+"""How long a task may go on once stdin has ended, or its time is up."""
 
 
 def compile_task(request: Request) -> Reply:
@@ -127,6 +129,7 @@ def prepare() -> None:
 def serve(tasks: Mapping[str, Task], prepare: Callable[[], None] = lambda: None) -> None:
     """Answers requests until stdin ends."""
     requests, replies = _take_channels()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # death, which takes no lock
     prepare()
     inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     # Read apart from the work, so that the end of stdin is seen by a process that hangs.
@@ -166,6 +169,7 @@ def _receive(requests: BinaryIO, inbox: queue.SimpleQueue[bytes | None]) -> None
 def _answer(tasks: Mapping[str, Task], line: bytes) -> bytes:
     envelope = json.loads(line)
     request = envelope["request"]
+    signal.setitimer(signal.ITIMER_REAL, envelope["timeout"] + LAST_WORD_SECONDS)
     try:
         # A reply that JSON can't hold is the task's fault like any other.
         return _encode({"id": envelope["id"], "reply": tasks[request["do"]](request)})
@@ -173,6 +177,8 @@ def _answer(tasks: Mapping[str, Task], line: bytes) -> bytes:
         fault = _first_line(error)
     except Exception as error:  # noqa: BLE001 - whatever a task raises costs that task alone
         fault = f"{type(error).__name__}: {_first_line(error)}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return _encode({"id": envelope["id"], "error": fault})
 
 

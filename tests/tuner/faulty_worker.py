@@ -23,7 +23,7 @@ def environ(request: Request) -> Reply:
 def sleep(request: Request) -> Reply:
     start = time.monotonic()  # of the whole machine, so two processes' intervals compare
     time.sleep(request["seconds"])
-    return {"status": "ok", "start": start, "end": time.monotonic(), "pid": os.getpid()}
+    return {"status": "ok", "start": start, "end": time.monotonic(), "pid": os.getpid(), "said": request.get("say")}
 
 
 def chatter(request: Request) -> Reply:
@@ -76,6 +76,14 @@ def hang(request: Request) -> Reply:
             time.sleep(60)
 
 
+def lock(request: Request) -> Reply:
+    """A compiler that never ends and keeps Python's lock, as native code may; its number goes to the file `pids`."""
+    with open(request["pids"], "a") as file:  # noqa: PTH123
+        file.write(f"{os.getpid()}\n")
+    ctypes.PyDLL(None).sleep(600)
+    raise AssertionError("unreachable")
+
+
 def fail(request: Request) -> Reply:
     raise KeyError(request["key"])
 
@@ -95,6 +103,7 @@ FAULTS = {
     "die": die,
     "leave": leave,
     "hang": hang,
+    "lock": lock,
     "fail": fail,
     "not_json": not_json,
     # What the parent calls a fault depends on the task's name.

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 
 from tilewright.tuner.pool import Pool, Worker
+from tilewright.tuner.temporary import PREFIX
+from tilewright.tuner.worker import LAST_WORD_SECONDS
 from tilewright.tuning_db.env import compiling_environment
 from tilewright.tuning_db.errors import UsageError, WorkerError
 
@@ -221,6 +224,17 @@ def test_two_workers_work_at_the_same_time() -> None:
         assert max(first["start"], second["start"]) < min(first["end"], second["end"])
 
 
+def test_each_worker_adds_fields_of_its_own() -> None:
+    with Pool(2, command=FAULTY, fields=[{"say": "first"}, {"say": "second"}]) as pool:
+        pool.start()
+        request = {"do": "sleep", "seconds": 0.3, "say": "unheard"}
+        for _ in range(2):
+            replies = [future.result() for future in [pool.submit(request, timeout=30) for _ in range(2)]]
+            assert {reply["said"] for reply in replies} == {"first", "second"}
+    with pytest.raises(UsageError, match="jobs=3 workers need as many"):
+        Pool(3, fields=[{}, {}])
+
+
 def test_one_worker_answers_in_order(pool: Pool) -> None:
     futures = [pool.submit({"do": "sleep", "seconds": 0.01}, timeout=30) for _ in range(5)]
     starts = [future.result()["start"] for future in futures]
@@ -314,7 +328,7 @@ def run_parent(script: str, pids: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with run_parent(f"{PARENT}\nmain()", tmp_path / "pids") as parent:
         try:
             pids = read_pids(tmp_path / "pids", lines=2)  # two that hang, each with a child
@@ -323,6 +337,38 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
             parent.kill()
         parent.communicate(timeout=10)
     assert all(wait_for(lambda pid=pid: gone(pid)) for pid in pids)
+    # The temporary folders of its workers are still there, until a pool is made.
+    assert len(list(tmp_path.glob(f"{PREFIX}*"))) == 2
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    Pool(1, command=FAULTY).close()
+    assert not list(tmp_path.glob(f"{PREFIX}*"))
+
+
+def test_a_worker_whose_compiler_holds_the_lock_ends_with_its_time_where_the_parent_is_gone(tmp_path: Path) -> None:
+    script = """
+import sys
+from tilewright.tuner.pool import Pool
+Pool(1, command=sys.argv[2:]).submit({"do": "lock", "pids": sys.argv[1]}, 2.0).result()
+"""
+    with run_parent(script, tmp_path / "pids") as parent:
+        try:
+            (pid,) = read_pids(tmp_path / "pids")
+        finally:
+            parent.kill()
+        parent.communicate(timeout=10)
+    assert wait_for(lambda: gone(pid), 2.0 + LAST_WORD_SECONDS + 5)
+
+
+def test_a_worker_whose_compiler_holds_the_lock_is_killed_like_any_other(pool: Pool, tmp_path: Path) -> None:
+    reply = ask(pool, timeout=0.5, do="lock", pids=str(tmp_path / "pids"))
+    assert reply == {"status": "timeout", "message": "no answer in 0.5 s: killed"}
+    assert wait_for(lambda: gone(read_pids(tmp_path / "pids")[0]), 1)
+
+
+def test_a_request_leaves_no_alarm_behind(pool: Pool) -> None:
+    pid = ask(pool, timeout=0.2, **SAY)["pid"]
+    time.sleep(0.2 + LAST_WORD_SECONDS + 0.2)
+    assert ask(pool, **SAY)["pid"] == pid
 
 
 def test_control_c_ends_it_all_at_once(tmp_path: Path) -> None:

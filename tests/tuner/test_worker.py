@@ -104,7 +104,7 @@ def test_the_environment_names_what_compiles(compiler: Pool) -> None:
 
 
 def test_the_process_speaks_json_lines_and_ends_with_its_stdin() -> None:
-    requests = [{"id": 5, "request": {"do": "nothing"}}, {"id": 6, "request": {}}]
+    requests = [{"id": 5, "timeout": 60.0, "request": {"do": "nothing"}}, {"id": 6, "timeout": 60.0, "request": {}}]
     text = "".join(json.dumps(request) + "\n" for request in requests)
     done = subprocess.run(
         COMMAND, input=text, capture_output=True, text=True, timeout=60, env=compiling_environment(), check=True
