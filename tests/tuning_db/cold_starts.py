@@ -1,16 +1,19 @@
 """Processes that meet at a fresh file, each adding records, some killed at random moments.
 
     python tests/tuning_db/cold_starts.py FOLDER [PROCESSES=16] [ROUNDS=5] [SEED=0]
+    nice python tests/tuning_db/cold_starts.py $(mktemp -d) 32 100 | tail -n 1
 
 In each round PROCESSES open the same missing file at once, start a run and add records one by one, each noting in a
-journal what `add` has returned from. A third of them get SIGKILL: half of those while the file is being made, half
-when the journal has reached a random length, however fast the machine is. Prints one JSON line per round, for a test
-or a reader to judge: `lost` is what the journal has and the file has not. The processes are forked from one that has
-imported everything and opened nothing: what is tried is the file, not Python's start.
+journal what `add` has returned from. A third of them go on until they get SIGKILL: half of those while the file is
+being made, half when the journal has reached a random length, however fast the machine is. Prints one JSON line per
+round, for a test or a reader to judge: `lost` is what the journal has and the file has not. A last line sums up; the
+exit status is 1 if a process raised anything, a record was lost, or a file is not whole. The processes are forked from
+one that has imported everything and opened nothing: what is tried is the file, not Python's start.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -20,6 +23,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import filelock  # noqa: F401
 import sqlite_utils  # noqa: F401
@@ -34,12 +38,12 @@ ENVIRONMENT = Environment("0", "3.9.0", "13.0", "3.12", "lab", "graph-1")
 KEY = Key("gemm", "hash", "{}", DEVICE, 86, "3.9.0", "13.0", "graph-1")
 
 
-def work(folder: Path, journal: int, name: str) -> None:
+def work(folder: Path, journal: int, name: str, *, endless: bool) -> None:
     with TuningDB.open(DEVICE, folder) as db:
         if db.set_aside:
             raise RuntimeError(f"set aside {db.set_aside}")
         run_id = db.start_run(ENVIRONMENT)
-        for i in range(RECORDS):
+        for i in itertools.count() if endless else range(RECORDS):
             config = f"{name}-{i}"
             db.add(
                 Record(KEY, config, Status.OK, Provenance.MEASURED, Times.single(1.0), Resources(32, 0, 0, 0)), run_id
@@ -48,7 +52,7 @@ def work(folder: Path, journal: int, name: str) -> None:
             time.sleep(PAUSE_S)
 
 
-def run_round(folder: Path, processes: int, chance: random.Random) -> dict[str, object]:
+def run_round(folder: Path, processes: int, chance: random.Random) -> dict[str, Any]:
     folder.mkdir(parents=True)
     journal = os.open(folder / "journal", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
     doomed = chance.sample(range(processes), processes // 3)
@@ -61,7 +65,7 @@ def run_round(folder: Path, processes: int, chance: random.Random) -> dict[str, 
         pid = os.fork()
         if pid == 0:
             try:
-                work(folder, journal, f"{at}")
+                work(folder, journal, f"{at}", endless=at in doomed)
             except BaseException as error:  # noqa: BLE001 - a child never returns into the parent's code
                 os.write(2, f"{at}: {error!r}\n".encode())
                 os._exit(1)
@@ -69,7 +73,7 @@ def run_round(folder: Path, processes: int, chance: random.Random) -> dict[str, 
         pids.append(pid)
     for delay, at in early:
         time.sleep(max(0.0, began + delay - time.monotonic()))
-        os.kill(pids[at], signal.SIGKILL)  # a child that has ended is there until it is waited for
+        os.kill(pids[at], signal.SIGKILL)
     for length, at in late:
         while (folder / "journal").read_bytes().count(b"\n") < length and time.monotonic() < began + PATIENCE_S:
             time.sleep(0.001)
@@ -92,10 +96,31 @@ def run_round(folder: Path, processes: int, chance: random.Random) -> dict[str, 
     }
 
 
+def summary(rounds: list[dict[str, Any]]) -> dict[str, int | float]:
+    """Of all rounds together."""
+    codes = [code for each in rounds for code in each["codes"]]
+    return {
+        "rounds": len(rounds),
+        "processes": len(codes),
+        "killed": codes.count(-signal.SIGKILL),
+        "failed": sum(code not in (0, -signal.SIGKILL) for code in codes),
+        "finished": sum(each["finished"] for each in rounds),  # records
+        "lost": sum(len(each["lost"]) for each in rounds),
+        "damaged": sum(each["integrity"] != "ok" or bool(each["strangers"]) for each in rounds),
+        "seconds": round(sum(each["seconds"] for each in rounds), 1),
+    }
+
+
 def main(folder: str, processes: str = "16", rounds: str = "5", seed: str = "0") -> None:
     chance = random.Random(int(seed))
+    done = []
     for number in range(int(rounds)):
-        print(json.dumps(run_round(Path(folder) / str(number), int(processes), chance)), flush=True)
+        done.append(run_round(Path(folder) / str(number), int(processes), chance))
+        print(json.dumps(done[-1]), flush=True)
+    total = summary(done)
+    print(json.dumps(total), flush=True)
+    if total["failed"] or total["lost"] or total["damaged"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tuning_db import cold_starts
 from tilewright.tuning_db import Key, TuningDB
 
 PROCESSES, ROUNDS, RECORDS = 16, 5, 10
@@ -23,7 +24,7 @@ def test_cold_starts_at_one_fresh_file(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stderr == ""  # where a process says what it raised
-    rounds = [json.loads(line) for line in done.stdout.splitlines()]
+    *rounds, total = (json.loads(line) for line in done.stdout.splitlines())
     assert len(rounds) == ROUNDS
     for round_ in rounds:
         assert set(round_["codes"]) <= {0, -signal.SIGKILL}
@@ -33,8 +34,25 @@ def test_cold_starts_at_one_fresh_file(tmp_path: Path) -> None:
         assert round_["finished"] >= round_["codes"].count(0) * RECORDS
     killed = sum(round_["codes"].count(-signal.SIGKILL) for round_ in rounds)
     finished = sum(round_["finished"] for round_ in rounds)
-    assert killed >= ROUNDS  # else nothing was tried
+    assert killed == PROCESSES // 3 * ROUNDS
+    assert total.pop("seconds") > 0
+    assert total == {
+        "rounds": ROUNDS,
+        "processes": PROCESSES * ROUNDS,
+        "killed": killed,
+        "failed": 0,
+        "finished": finished,
+        "lost": 0,
+        "damaged": 0,
+    }
     assert finished > (PROCESSES * ROUNDS - killed) * RECORDS, "no process was killed between two records"
+
+
+def test_what_goes_wrong_at_cold_starts_is_counted() -> None:
+    whole = {"codes": [0, -9], "finished": 12, "lost": [], "integrity": "ok", "strangers": [], "seconds": 1.0}
+    bad = {"codes": [0, 1], "lost": ["3-4"], "integrity": "row 7 missing"}
+    total = cold_starts.summary([whole, {**whole, **bad}, {**whole, "strangers": ["a.sqlite.corrupt-1"]}])
+    assert (total["processes"], total["killed"], total["failed"], total["lost"], total["damaged"]) == (6, 2, 1, 1, 2)
 
 
 WRITER = """
