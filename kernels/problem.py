@@ -127,7 +127,8 @@ class Problem(_Value, ABC):
 
     @abstractmethod
     def outputs(self) -> dict[str, Output]:
-        """Every array of the result, by argument name; the main one first."""
+        """Every array of the result, by argument name; the main one first. One with the name of an input overwrites
+        it, with the same shape and dtype."""
 
     @abstractmethod
     def flops(self) -> int:

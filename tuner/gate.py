@@ -3,7 +3,8 @@
 It is NumPy alone; the arrays may come from a GPU or from the interpreter.
 
 Each output array lies between two guard zones, and everything, zones and padding between rows too, is filled with one
-byte before a run: `OutputLayout` is that, and `verdict` what two such runs, with different bytes, have to say:
+byte before a run (but for an array that the op overwrites, which is put there as it was): `OutputLayout` is that, and
+`verdict` what two such runs, with different bytes, have to say:
 
 1. nothing outside the array was written;
 2. every element was written: an element left alone holds another poison in each run;
@@ -147,6 +148,18 @@ class OutputLayout:
         start = -memory.ctypes.data % 256
         buffer = memory[start : start + self.nbytes]
         buffer.fill(byte)
+        return buffer
+
+    def holding(self, array: Array, byte: int) -> Bytes:
+        """A buffer as `allocate` makes it, with the array in its place: what an op is given to overwrite.
+
+        Raises:
+            ValueError: the array is of another shape or type.
+        """
+        if (array.shape, array.dtype) != (self.shape, self.dtype):
+            raise ValueError(f"{array.dtype} of {array.shape} can't be overwritten by {self.dtype} of {self.shape}")
+        buffer = self.allocate(byte)
+        self.array(buffer)[...] = array
         return buffer
 
     def trespass(self, buffer: Bytes, byte: int) -> str | None:

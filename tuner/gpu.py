@@ -142,14 +142,15 @@ class Gpu:
             return False
         return True
 
-    def cold_sampler(self, run: Callable[[int], None]) -> Sampler:
-        """Each sample one launch, `run(0)`, after a flush of L2."""
+    def cold_sampler(self, run: Callable[[int], None], prepare: Callable[[], None] = lambda: None) -> Sampler:
+        """Each sample one launch, `run(0)`, after a flush of L2; before that, and not timed, what `prepare` queues."""
         flush = self._flusher()
         while len(self._events) < MAX_SAMPLES:
             self._events.append((self._cupy.cuda.Event(), self._cupy.cuda.Event()))
 
         def sample(count: int) -> list[float]:
             for before, after in self._events[:count]:
+                prepare()
                 flush()
                 before.record(self._stream)
                 run(0)

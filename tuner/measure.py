@@ -7,6 +7,9 @@ A configuration is compiled and held against the device's limits, run twice thro
 (`timing`), and run through the gate once more on a small problem that its tiles don't divide, unless it turned out to
 be too slow to matter.
 
+An array that an op overwrites in place is an input and an output of one name. Every run begins with it as it was, the
+timed ones too: the copy that does so comes before the flush, outside of what is timed.
+
 After a fault in a kernel (an illegal address, a failed launch) every later call of the driver fails, so there is no
 going on: the reason goes to stderr and the process ends. `pool` makes a `runtime_error` with that reason of it, and
 starts another process for the next request.
@@ -53,6 +56,7 @@ def measure(request: Request) -> Reply:
         finalists: instead, configurations to time in turns.
         seed: of the inputs; 0 when left out.
         check: False leaves the gate out: for benchmarks that repeat a measurement.
+        skip_ragged: why the gate's second problem is left out, such as that its code doesn't compile; "" if it isn't.
         give_up_above_us: timing stops early above this.
 
     Returns:
@@ -80,12 +84,12 @@ def measure_on(gpu: Gpu, request: Request) -> Reply:
         if "finalists" in request:
             replies = _finalists(bench, configs, check)
             return {"status": Status.OK, "finalists": replies, "clocks": gpu.clocks()}
-        return _single(bench, configs[0], check, request.get("give_up_above_us"))
+        return _single(bench, configs[0], check, request.get("give_up_above_us"), request.get("skip_ragged", ""))
     except faults as error:
         return _fault(gpu, error)
 
 
-def _single(bench: Bench, config: Config, check: bool, give_up_above_us: float | None) -> Reply:
+def _single(bench: Bench, config: Config, check: bool, give_up_above_us: float | None, skip_ragged: str) -> Reply:
     trial = bench.prepare(config)
     if trial.plan is None:
         return trial.reply
@@ -95,9 +99,9 @@ def _single(bench: Bench, config: Config, check: bool, give_up_above_us: float |
     sampler, method = bench.sampler(trial.plan)
     timing = time_one(sampler, give_up_above_us=give_up_above_us)
     reply = {**trial.reply, **_times(timing), "method": method, "clocks": bench.gpu.clocks()}
-    if check and not timing.gave_up:
-        return _with_ragged(bench, config, reply)
-    return reply
+    if not check or timing.gave_up:
+        return reply
+    return {**reply, "ragged": f"skipped: {skip_ragged}"} if skip_ragged else _with_ragged(bench, config, reply)
 
 
 def _finalists(bench: Bench, configs: Sequence[Config], check: bool) -> list[Reply]:
@@ -165,23 +169,28 @@ class Bench:
         self.gpu, self.kernel, self.problem, self.seed = gpu, kernel, problem, seed
         self._arrays = problem.inputs(seed)
         self._expected = gate.expect(kernel, problem, self._arrays, seed)
+        outputs = problem.outputs()
+        self._overwritten = {name: array for name, array in self._arrays.items() if name in outputs}
         # Every configuration has the same arrays; the default stands for all.
         launches = kernel.launches(problem, kernel.default(problem, gpu.device))
         arguments = {each.name: each for launch in launches for each in launch.arguments if each.type is not None}
         self._layouts = {
             name: _layout(output, arguments[f"{name}_ptr"], padded=f"{name}_stride" in arguments)
-            for name, output in problem.outputs().items()
+            for name, output in outputs.items()
         }
         self._strides: dict[str, int] = {}
         if kernel.strides is not None:
             placed = {name: _in_elements(array) for name, array in self._arrays.items()}
             placed |= {name: layout.strides for name, layout in self._layouts.items()}
             self._strides = kernel.strides(problem, placed)
-        self._placed, self._slab_bytes = _place(self._arrays)
+        self._placed, self._slab_bytes = _place(
+            {name: array for name, array in self._arrays.items() if name not in self._overwritten}
+        )
         self._slabs: list[Any] = []
         self._outs: list[dict[str, Any]] = []
         self._pointers: list[dict[str, Any]] = []
         self._hosts: dict[str, list[gate.Bytes]] = {}
+        self._originals: dict[str, Any] = {}
         self._copies: int | None = None
         self._grow(1)
 
@@ -208,7 +217,11 @@ class Bench:
             }
         for run in range(2):
             for name, layout in self._layouts.items():
-                gpu.fill(self._outs[0][name], gate.poisons(layout.dtype)[run], layout.nbytes)
+                poison = gate.poisons(layout.dtype)[run]
+                if name in self._overwritten:
+                    gpu.upload(self._outs[0][name], layout.holding(self._overwritten[name], poison))
+                else:
+                    gpu.fill(self._outs[0][name], poison, layout.nbytes)
             plan.run(self._pointers[0], self._strides, gpu.stream)
             for name in self._layouts:
                 gpu.download(self._outs[0][name], self._hosts[name][run])
@@ -226,11 +239,23 @@ class Bench:
         def run(copy: int) -> None:
             plan.run(self._pointers[copy], self._strides, self.gpu.stream)
 
+        if self._overwritten:
+            # No replay: launches in a graph would find what the ones before them left.
+            return self.gpu.cold_sampler(run, self._restore), "events"
         if self._copies is None:
             self._copies = self._rotation()
         if self._copies == 0:
             return self.gpu.cold_sampler(run), "events"
         return self.gpu.replay_sampler(run, self._copies), "replay"
+
+    def _restore(self) -> None:
+        """Queues copies that make every overwritten array what it was."""
+        for name, array in self._overwritten.items():
+            layout = self._layouts[name]
+            if name not in self._originals:
+                self._originals[name] = self.gpu.allocate(layout.nbytes)
+                self.gpu.upload(self._originals[name], layout.holding(array, 0))
+            self.gpu.copy(self._outs[0][name], self._originals[name], layout.nbytes)
 
     def _rotation(self) -> int:
         """Copies that replays rotate over, made; 0 for none. Once per problem: its configurations have to compare."""

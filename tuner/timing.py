@@ -18,6 +18,8 @@ Short problems
     of launches.
 Tiny problems
     Where over `MOST_COPIES` copies would be needed, as long problems: their times hold the event pair.
+Ops that overwrite an input
+    As long problems too: what is overwritten is restored before every flush, which a graph of many launches could not.
 
 Which way is taken depends on problem and device and never on the configuration, so all configurations of a problem
 compare. The flush *reads* a buffer: one that writes leaves L2 full of modified lines, which the timed kernel would have

@@ -126,6 +126,15 @@ def test_a_cold_sample_is_a_flush_and_a_launch_between_two_events(gpu: Gpu, stan
     assert gpu._flush_memory[0].nbytes == flush_bytes(gpu.device.l2_bytes)
 
 
+def test_what_is_to_be_prepared_comes_before_the_flush_and_is_not_timed(gpu: Gpu, stand: Stand) -> None:
+    def prepare() -> None:
+        stand.put("prepare")
+        stand.us += 500.0
+
+    assert gpu.cold_sampler(stand.run, prepare)(2) == pytest.approx([KERNEL_US] * 2)
+    assert stand.queue == ["prepare", "flush", "event", "run 0", "event"] * 2
+
+
 def test_a_replay_rotates_over_the_copies_behind_one_that_is_not_counted(
     gpu: Gpu, stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,112 +3,29 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.tuner.in_place import HALVE, HalveProblem, lazy_kernel
+from tests.tuner.simulated_gpu import CudaError, SimulatedGpu
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.kernel import Kernel, Launch
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.registry import KERNELS
-from tilewright.kernels.runtime import InterpretedPlan
+from tilewright.kernels.runtime import InterpretedPlan, Plan
 from tilewright.tuner import measure as module
 from tilewright.tuner.measure import Bench, measure, measure_on
-from tilewright.tuner.pool import Pool
 from tilewright.tuning_db.errors import CompileError, LaunchError, ProblemError, UnknownKernelError, UnsupportedError
 from tilewright.tuning_db.record import Resources, Times
 
 PROBLEM = GemmProblem(M=40, N=48, K=64, bias="fp16", activation="relu")
 CONFIG = GemmConfig(32, 32, 32, num_stages=2)
-
-
-class CudaError(Exception):
-    """Stands for CuPy's."""
-
-
-class OutOfMemoryError(MemoryError):
-    """Likewise."""
-
-
-class SimulatedGpu:
-    """An A100 with so small an L2 that replays of small problems rotate over a few copies."""
-
-    errors = (CudaError, OutOfMemoryError)
-    stream = 0
-
-    def __init__(self) -> None:
-        self.device = replace(resolve_device("a100"), l2_bytes=4096)
-        self.uploads = self.releases = self.allocated = 0
-        self.limit = 1 << 40
-        self.dead = False
-        self.times_us: Iterator[float] = iter(lambda: 10.0, None)
-        self.replace: Callable[[Launch], Launch] = lambda launch: launch
-        self.refusal: Exception | None = None
-        self.loads: list[tuple[Launch, ...]] = []
-        self.copies: list[int] = []
-
-    def load(self, launches: tuple[Launch, ...]) -> InterpretedPlan:
-        self.loads.append(launches)
-        if self.refusal is not None:
-            raise self.refusal
-        return InterpretedPlan(tuple(self.replace(launch) for launch in launches))
-
-    def resources(self, launches: tuple[Launch, ...]) -> Resources:
-        return Resources(64, 0, 0, 8192)
-
-    def allocate(self, nbytes: int) -> Any:
-        self.allocated += nbytes
-        if self.allocated > self.limit:
-            raise OutOfMemoryError(f"Out of memory allocating {nbytes} bytes")
-        memory = np.full(nbytes + 256, 0xA5, np.uint8)
-        return memory[-memory.ctypes.data % 256 :][:nbytes]
-
-    def host_buffer(self, nbytes: int) -> Any:
-        return np.empty(nbytes, np.uint8)
-
-    def fill(self, memory: Any, byte: int, nbytes: int) -> None:
-        memory[:nbytes] = byte
-
-    def upload(self, memory: Any, data: Any) -> None:
-        self.uploads += 1
-        memory[: data.size] = data
-
-    def download(self, memory: Any, into: Any) -> None:
-        into[:] = memory[: into.size]
-
-    def copy(self, to: Any, source: Any, nbytes: int) -> None:
-        to[:nbytes] = source[:nbytes]
-
-    def argument(self, memory: Any, offset: int, dtype: np.dtype[Any], elements: int) -> Any:
-        return memory[offset : offset + elements * dtype.itemsize].view(dtype)
-
-    def release(self) -> None:
-        self.releases += 1
-
-    def alive(self) -> bool:
-        return not self.dead
-
-    def cold_sampler(self, run: Callable[[int], None]) -> Any:
-        run(0)
-        time_us = next(self.times_us)
-        return lambda count: [time_us] * count
-
-    def replay_sampler(self, run: Callable[[int], None], copies: int) -> Any:
-        for copy in range(copies):
-            run(copy)
-        self.copies.append(copies)
-        time_us = next(self.times_us)
-        return lambda count: [time_us] * count
-
-    def clocks(self) -> dict[str, Any]:
-        return {"sm_mhz": 1410}
 
 
 @pytest.fixture
@@ -223,6 +140,13 @@ def test_a_ragged_problem_whose_code_does_not_fit_is_skipped(gpu: SimulatedGpu) 
     assert reply["ragged"] == "skipped: 8 B a thread spill to local memory"
 
 
+def test_a_ragged_problem_whose_code_is_known_not_to_compile_is_never_loaded(gpu: SimulatedGpu) -> None:
+    reply = measure(request(skip_ragged="no answer in 60 s: killed"))
+    assert reply["status"] == "ok"
+    assert reply["ragged"] == "skipped: no answer in 60 s: killed"
+    assert len(gpu.loads) == 1
+
+
 def test_without_the_gate_nothing_is_looked_at(gpu: SimulatedGpu) -> None:
     gpu.replace = no_activation
     reply = measure(request(check=False))
@@ -309,22 +233,14 @@ def test_a_fault_that_stays_ends_the_process(gpu: SimulatedGpu, monkeypatch: pyt
         raise SystemExit
 
     monkeypatch.setattr(module, "end_process", end)
-    gpu.refusal, gpu.dead = CudaError("an illegal memory access\n was encountered"), True
+    gpu.refusal = CudaError("an illegal memory access\n was encountered")
+    monkeypatch.setattr(gpu, "alive", lambda: False)
     with pytest.raises(SystemExit):
         measure(request())
     assert said == ["an illegal memory access was encountered"]
 
 
-def test_the_pool_reports_a_dead_gpu_and_starts_another_process() -> None:
-    command = (sys.executable, "-P", str(Path(__file__).with_name("faulty_gpu.py")))
-    with Pool(1, command=command) as pool:
-        before = pool.submit({"do": "echo"}, timeout=60).result()["pid"]
-        reply = pool.submit({"do": "measure", **request()}, timeout=60).result()
-        after = pool.submit({"do": "echo"}, timeout=60).result()["pid"]
-    assert reply["status"] == "runtime_error"
-    assert reply["message"].endswith("error: cudaErrorIllegalAddress: an illegal memory access was encountered")
-    assert "exit status 70" in reply["message"]
-    assert before != after
+# What a pool makes of a dead GPU: `test_faults`.
 
 
 # What is kept between requests
@@ -377,4 +293,69 @@ def test_no_finalist_that_passes_is_no_failure(gpu: SimulatedGpu) -> None:
     assert [each["status"] for each in reply["finalists"]] == ["invalid"]
 
 
-# Odds and ends
+# Ops that overwrite an input
+
+
+IN_PLACE = {"op": "halve", "problem": {"N": 100}, "ordinal": 0}
+
+
+@pytest.fixture
+def seen(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Copies of what every launch of `halve` found in its array."""
+    found: list[Any] = []
+    load = gpu.load
+
+    class Watching(Plan):
+        def __init__(self, plan: Plan) -> None:
+            self.plan = plan
+
+        def run(self, pointers: Any, strides: Any, stream: int) -> None:
+            found.append(pointers["x_ptr"].copy())
+            self.plan.run(pointers, strides, stream)
+
+    monkeypatch.setattr(module, "find_kernel", lambda name: HALVE)
+    monkeypatch.setattr(gpu, "load", lambda launches: Watching(load(launches)))
+    return found
+
+
+def test_what_an_op_overwrites_is_restored_before_every_run(gpu: SimulatedGpu, seen: list[Any]) -> None:
+    reply = measure({**IN_PLACE, "config": {"BLOCK": 32}})
+    assert reply["status"] == "ok", reply["message"]
+    assert reply["ragged"] == "passed"
+    assert reply["method"] == "events"  # a graph of launches could not restore it
+    original = HalveProblem(100).inputs(0)["x"]
+    whole = [each for each in seen if each.size == 100]
+    assert len(whole) > 2 + reply["times"]["samples"]  # the gate's two, and warm-up
+    assert all(np.array_equal(each, original) for each in whole)
+    assert len(seen) == len(whole) + 2  # the gate's two on the ragged problem
+
+
+def test_finalists_that_overwrite_an_input_find_it_whole_in_every_round(gpu: SimulatedGpu, seen: list[Any]) -> None:
+    gpu.times_us = iter((30.0, 20.0))
+    reply = measure({**IN_PLACE, "finalists": [{"BLOCK": 32}, {"BLOCK": 64}]})
+    assert [each["times"]["median_us"] for each in reply["finalists"]] == [30.0, 20.0]
+    original = HalveProblem(100).inputs(0)["x"]
+    assert all(np.array_equal(each, original) for each in seen)
+
+
+def test_an_op_that_overwrites_half_of_its_input_is_incorrect(gpu: SimulatedGpu, seen: list[Any]) -> None:
+    gpu.replace = lambda launch: replace(launch, fn=lazy_kernel)
+    reply = measure({**IN_PLACE, "config": {"BLOCK": 32}})
+    assert reply["status"] == "incorrect"
+    assert reply["message"].startswith("50 of 100 elements (50.00%) are off")
+
+
+def test_without_restoring_two_runs_would_differ(
+    gpu: SimulatedGpu, seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the kernel used here would show it."""
+    upload, memories = gpu.upload, []
+
+    def once(memory: Any, data: Any) -> None:
+        if memory.ctypes.data not in memories:
+            memories.append(memory.ctypes.data)
+            upload(memory, data)
+
+    monkeypatch.setattr(gpu, "upload", once)
+    reply = measure({**IN_PLACE, "config": {"BLOCK": 32}})
+    assert reply["status"] == "incorrect"
