@@ -103,6 +103,13 @@ def _end(line: str, status: int) -> None:
 @click.option(
     "--jobs", type=click.IntRange(min=1), metavar="N", help="Compiling processes; by default one per processor."
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="Measuring processes, each with a GPU of the same board to itself; 1 by default.",
+)
 @click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
 @click.option("--retune", is_flag=True, help="Try again what is on record.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
@@ -119,6 +126,7 @@ def cli(
     trials: int | None,
     timeout: float | None,
     jobs: int | None,
+    workers: int,
     db: str | None,
     retune: bool,
     as_json: bool,
@@ -140,6 +148,7 @@ def cli(
         raise click.UsageError("--device is missing: name an arch (sm_86), a board (rtx3090) or a live GPU (cuda:0)")
     from tilewright.kernels.devices import resolve_device
     from tilewright.tuner import report
+    from tilewright.tuner.gpu_runner import equal_gpus
     from tilewright.tuner.suites import find_suite
     from tilewright.tuner.tune import autotune, resolve_workloads
     from tilewright.tuning_db.env import database_dir
@@ -152,6 +161,7 @@ def cli(
         chosen += problems
     # Before the first line is printed: a mistake is then the only line.
     workloads = resolve_workloads(target, kernels, chosen)
+    equal_gpus(target, workers)
     with report.ProgressView(errors, quiet, report.describe_device(target)) as progress:
         results = autotune(
             target,
@@ -159,6 +169,7 @@ def cli(
             trials=trials,
             timeout=timeout,
             jobs=jobs,
+            workers=workers,
             db=db,
             retune=retune,
             progress=progress,

@@ -1,95 +1,193 @@
-"""The runner that measures, on a live GPU.
+"""The runner that measures, on live GPUs.
 
-Compilers work ahead in parallel; one isolated process holds the GPU, checks each configuration's result and times it. A
-configuration that hangs or corrupts the device costs that process, which is started again.
+Compilers work ahead in parallel; for each GPU one isolated process holds it, checks each configuration's result and
+times it. A configuration that hangs or corrupts the device costs that process, which is started again.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright.kernels.device import Device
+from tilewright.kernels.devices import live_devices
 from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.lookup import TIMING_PROTOCOL
 from tilewright.kernels.prediction import predict
 from tilewright.kernels.problem import Config, Problem
 from tilewright.tuner.pool import Pool
-from tilewright.tuner.runner import Compiler, Outcome, Runner, compile_all
+from tilewright.tuner.runner import Compiler, Outcome, Runner, seconds_to
 from tilewright.tuner.timing import CLEARLY_SLOWER
+from tilewright.tuning_db.errors import UsageError
 from tilewright.tuning_db.record import Provenance, Resources, Status, Times
 
 MEASURE_TIMEOUT_S = 60.0
 """For the gate and the timing of one configuration; both bound themselves to a few seconds."""
 
 
+def equal_gpus(device: Device, count: int) -> tuple[Device, ...]:
+    """`count` live GPUs of one board, `device` first: those whose measurements go into one file.
+
+    Raises:
+        UsageError: there are fewer of them here, or the device is not here.
+    """
+    if count < 1:
+        raise UsageError(f"workers={count} must be at least 1")
+    if count == 1:
+        return (device,) if device.live else ()
+    if not device.live:
+        raise UsageError(f"workers={count} need a GPU each, and {device.board} is not here: its times are predicted")
+    others = [each for each in live_devices() if each.live != device.live]
+    equal = [device, *(each for each in others if each.key == device.key)]
+    if len(equal) < count:
+        strangers = [f"{each.live} is {each.key}" for each in others if each.key != device.key]
+        raise UsageError(
+            f"workers={count} need as many GPUs of {device.key}: here are {', '.join(each.live for each in equal)}"
+            + (f" ({'; '.join(strangers)})" if strangers else "")
+        )
+    return tuple(equal[:count])
+
+
+@dataclass(eq=False, slots=True)
+class _Trial:
+    """One configuration on its way through the compilers to a GPU."""
+
+    config: Config
+    code: Future[dict[str, Any]]
+    ragged: Future[dict[str, Any]] | None  # the code of the gate's second problem, if there is one
+    compiled: Outcome | None = None
+
+    def unfinished(self) -> list[Future[dict[str, Any]]]:
+        """What has to be compiled before it is known what becomes of the trial."""
+        return [future for future in (self.code, self.ragged) if future is not None and not future.done()]
+
+
+def _past(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
+
+
 class GpuRunner(Runner):
-    """Measures on the GPU that `device.live` names."""
+    """Measures on `gpus`, all of one board; by default on the one that `device.live` names.
+
+    Each GPU's next trial begins when the last outcome was taken, and so put on record: of a run that is killed, no
+    measurement is lost but those in progress, at most one a GPU.
+    """
 
     provenance = Provenance.MEASURED
     protocol = TIMING_PROTOCOL
 
-    def __init__(self, compiler: Compiler, device: Device, worker: Pool | None = None) -> None:
+    def __init__(
+        self, compiler: Compiler, device: Device, gpus: Sequence[Device] = (), workers: Pool | None = None
+    ) -> None:
         self._compiler = compiler
         self._device = device
-        self._ordinal = int(device.live.rpartition(":")[2])
-        self._worker = worker or Pool(1)
+        ordinals = [int(each.live.rpartition(":")[2]) for each in gpus or (device,)]
+        self._gpus = len(ordinals)
+        # A process has one GPU for as long as it lives, whatever the request.
+        self._workers = workers or Pool(self._gpus, fields=[{"ordinal": ordinal} for ordinal in ordinals])
         self._best_us: dict[Problem, float] = {}
 
     def run(
-        self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config]
+        self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config], deadline: float | None = None
     ) -> Iterator[tuple[Config, Outcome]]:
-        if kernel.ragged is not None:
-            # The gate's second problem, compiled in parallel: the measuring process finds it in Triton's cache.
-            for config in configs:
-                self._compiler.submit(kernel, kernel.ragged(problem, config), config)
-        for config, compiled in compile_all(self._compiler, kernel, problem, configs):
-            if compiled.status is not Status.OK:
-                yield config, compiled
-                continue
-            assert compiled.resources is not None
-            predicted_us = predict(kernel.work(problem, config), compiled.resources, self._device).time_us
-            best = self._best_us.get(problem)
-            request = {
-                **self._request(kernel, problem),
-                "config": config.to_dict(),
-                "check": True,
-                "give_up_above_us": None if best is None else best * CLEARLY_SLOWER,
-            }
-            outcome = self._outcome(self._worker.submit(request, MEASURE_TIMEOUT_S).result())
-            if outcome.times is not None:
-                self._best_us[problem] = min(outcome.times.median_us, best or outcome.times.median_us)
-            yield config, replace(outcome, resources=compiled.resources, predicted_us=predicted_us)
+        trials = [self._compile(kernel, problem, config) for config in configs]
+        measuring: dict[Future[dict[str, Any]], _Trial] = {}
+        while trials or measuring:
+            if _past(deadline):
+                self._withdraw(trials)
+                trials = []
+            for trial in list(trials):
+                compiled = self._compiled(trial)
+                if compiled is None:
+                    continue
+                if compiled.status is not Status.OK:
+                    trials.remove(trial)
+                    yield trial.config, compiled
+                elif len(measuring) < self._gpus and not _past(deadline):
+                    trials.remove(trial)
+                    measuring[self._measure(kernel, problem, trial)] = trial
+            compiling = [future for trial in trials for future in trial.unfinished()]
+            if measuring or compiling:
+                wait([*measuring, *compiling], seconds_to(deadline) if trials else None, FIRST_COMPLETED)
+            for future in [each for each in measuring if each.done()]:
+                trial = measuring.pop(future)
+                yield trial.config, self._measured(kernel, problem, trial, future.result())
 
     def finalists(
-        self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config]
+        self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config], deadline: float | None = None
     ) -> Iterator[tuple[Config, Outcome]]:
         if len(configs) < 2:
             return
+        timeout = MEASURE_TIMEOUT_S * len(configs)
+        if deadline is not None:
+            # The last trial may have used up what a run may take beyond its deadline.
+            timeout = min(timeout, deadline + MEASURE_TIMEOUT_S - time.monotonic())
+            if timeout <= 0:
+                return
         request = {**self._request(kernel, problem), "finalists": [config.to_dict() for config in configs]}
-        reply = self._worker.submit(request, MEASURE_TIMEOUT_S * len(configs)).result()
+        reply = self._workers.submit(request, timeout).result()
         # A result that was right once and is wrong now was never right; if the comparison as a whole failed, nobody
         # knows which of them did it, and each keeps what was measured of it alone.
         for config, one in zip(configs, reply.get("finalists", ()), strict=False):
-            resources = self._compiler.outcome(self._compiler.submit(kernel, problem, config).result()).resources
-            outcome = replace(self._outcome(one), resources=resources)
-            if resources is not None:
-                predicted_us = predict(kernel.work(problem, config), resources, self._device).time_us
+            outcome = self._outcome(one)
+            if outcome.resources is not None:
+                predicted_us = predict(kernel.work(problem, config), outcome.resources, self._device).time_us
                 outcome = replace(outcome, predicted_us=predicted_us)
             yield config, outcome
 
     def close(self) -> None:
-        self._worker.close()
+        self._workers.close()
 
-    def _request(self, kernel: Kernel[Any, Any], problem: Problem) -> dict[str, Any]:
-        return {
-            "do": "measure",
-            "op": kernel.name,
-            "problem": problem.to_dict(),
-            "ordinal": self._ordinal,
-            "seed": 0,
+    def _compile(self, kernel: Kernel[Any, Any], problem: Problem, config: Config) -> _Trial:
+        code = self._compiler.submit(kernel, problem, config)
+        ragged = None
+        if kernel.ragged is not None:
+            # In parallel, and where a compiler that crashes or hangs is a process of its own: the one that measures
+            # finds the code in Triton's cache.
+            ragged = self._compiler.submit(kernel, kernel.ragged(problem, config), config)
+        return _Trial(config, code, ragged)
+
+    def _compiled(self, trial: _Trial) -> Outcome | None:
+        """What compiling has shown; None until that is known."""
+        if trial.compiled is None and trial.code.done():
+            trial.compiled = self._compiler.outcome(trial.code.result())
+        if trial.compiled is not None and trial.compiled.status is Status.OK and trial.unfinished():
+            return None
+        return trial.compiled
+
+    def _withdraw(self, trials: Sequence[_Trial]) -> None:
+        for trial in trials:
+            for future in trial.unfinished():
+                self._compiler.withdraw(future)
+
+    def _measure(self, kernel: Kernel[Any, Any], problem: Problem, trial: _Trial) -> Future[dict[str, Any]]:
+        best = self._best_us.get(problem)
+        ragged = None if trial.ragged is None else self._compiler.outcome(trial.ragged.result())
+        request = {
+            **self._request(kernel, problem),
+            "config": trial.config.to_dict(),
+            "check": True,
+            "skip_ragged": "" if ragged is None or ragged.status is Status.OK else ragged.message,
+            "give_up_above_us": None if best is None else best * CLEARLY_SLOWER,
         }
+        return self._workers.submit(request, MEASURE_TIMEOUT_S)
+
+    def _measured(self, kernel: Kernel[Any, Any], problem: Problem, trial: _Trial, reply: Mapping[str, Any]) -> Outcome:
+        outcome = self._outcome(reply)
+        if outcome.times is not None:
+            self._best_us[problem] = min(outcome.times.median_us, self._best_us.get(problem, outcome.times.median_us))
+        assert trial.compiled is not None
+        assert trial.compiled.resources is not None
+        resources = trial.compiled.resources
+        predicted_us = predict(kernel.work(problem, trial.config), resources, self._device).time_us
+        return replace(outcome, resources=resources, predicted_us=predicted_us)
+
+    @staticmethod
+    def _request(kernel: Kernel[Any, Any], problem: Problem) -> dict[str, Any]:
+        return {"do": "measure", "op": kernel.name, "problem": problem.to_dict(), "seed": 0}
 
     @staticmethod
     def _outcome(reply: Mapping[str, Any]) -> Outcome:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,6 +66,14 @@ class Compiler:
             future = self._futures[key] = self._pool.submit(request, COMPILE_TIMEOUT_S)
         return future
 
+    def withdraw(self, future: Future[dict[str, Any]]) -> bool:
+        """Takes back what was submitted; False if a worker has taken it up already."""
+        if not future.cancel():
+            return False
+        # Compiled after all if it is asked for again.
+        self._futures = {key: each for key, each in self._futures.items() if each is not future}
+        return True
+
     def outcome(self, reply: dict[str, Any]) -> Outcome:
         """What a reply says of the configuration on this device: OK means that it compiled and is within limits."""
         status = Status(reply["status"])
@@ -80,8 +89,12 @@ class Compiler:
 class Runner(ABC):
     """Turns configurations into outcomes.
 
-    Guarantees: every configuration gets exactly one outcome, in any order; a bad one costs its own time and nothing
-    else. Not safe to share between threads. Raises `WorkerError` if no worker process can be started.
+    Guarantees:
+        - Every configuration gets exactly one outcome, in any order; a bad one costs its own time and nothing else.
+        - With a `deadline` (seconds of `time.monotonic`), those whose turn did not come by then get none, and the rest
+          comes within one trial's timeout of it.
+
+    Not safe to share between threads. Raises `WorkerError` if no worker process can be started.
     """
 
     provenance: Provenance
@@ -89,12 +102,12 @@ class Runner(ABC):
 
     @abstractmethod
     def run(
-        self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config]
+        self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config], deadline: float | None = None
     ) -> Iterator[tuple[Config, Outcome]]:
         """The outcomes, as they come."""
 
     def finalists(
-        self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config]
+        self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config], deadline: float | None = None
     ) -> Iterator[tuple[Config, Outcome]]:
         """New outcomes of the best few, compared more carefully; none where there is nothing more to learn."""
         return iter(())
@@ -114,9 +127,9 @@ class PredictionRunner(Runner):
         self._device = device
 
     def run(
-        self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config]
+        self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config], deadline: float | None = None
     ) -> Iterator[tuple[Config, Outcome]]:
-        for config, compiled in compile_all(self._compiler, kernel, problem, configs):
+        for config, compiled in self._compiled(kernel, problem, configs, deadline):
             if compiled.status is not Status.OK:
                 yield config, compiled
                 continue
@@ -124,15 +137,26 @@ class PredictionRunner(Runner):
             time_us = predict(kernel.work(problem, config), compiled.resources, self._device).time_us
             yield config, replace(compiled, times=Times.single(time_us), predicted_us=time_us)
 
+    def _compiled(
+        self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config], deadline: float | None
+    ) -> Iterator[tuple[Config, Outcome]]:
+        """Compiles in parallel and yields each configuration with what that showed, as they finish."""
+        waiting: dict[Future[dict[str, Any]], list[Config]] = {}
+        for config in configs:
+            waiting.setdefault(self._compiler.submit(kernel, problem, config), []).append(config)
+        while waiting:
+            late = deadline is not None and time.monotonic() >= deadline
+            if late:
+                waiting = {
+                    future: configs for future, configs in waiting.items() if not self._compiler.withdraw(future)
+                }
+            done, _ = wait(waiting, None if late else seconds_to(deadline), FIRST_COMPLETED)
+            for future in done:
+                outcome = self._compiler.outcome(future.result())
+                for config in waiting.pop(future):
+                    yield config, outcome
 
-def compile_all(
-    compiler: Compiler, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config]
-) -> Iterator[tuple[Config, Outcome]]:
-    """Compiles configurations in parallel and yields each with what that showed, as they finish."""
-    waiting: dict[Future[dict[str, Any]], list[Config]] = {}
-    for config in configs:
-        waiting.setdefault(compiler.submit(kernel, problem, config), []).append(config)
-    for future in as_completed(waiting):
-        outcome = compiler.outcome(future.result())
-        for config in waiting[future]:
-            yield config, outcome
+
+def seconds_to(deadline: float | None) -> float | None:
+    """Seconds left until a time of `time.monotonic`, as a timeout; None without one."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())

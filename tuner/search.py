@@ -9,6 +9,7 @@ outcomes give the same proposals.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,8 +28,7 @@ all there is to go by, most trials follow it; the rest look where it would not."
 class Search:
     """One problem's study.
 
-    `configs` are the configurations worth trying, best predicted first; `known` the times (None for failures) of those
-    tried in earlier runs, which are not proposed again.
+    `configs` are the configurations worth trying, best predicted first; `known` is what `learn` takes.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Search:
         default: Config,
         *,
         trials: int,
-        known: Mapping[Config, float | None],
+        known: Mapping[Config, float | None] = MappingProxyType({}),
         seed: int = 0,
     ) -> None:
         import optuna  # 0.3 s: not paid by a run that the cache answers
@@ -59,16 +59,20 @@ class Search:
         self._untried = {config: row for row, config in enumerate(pool)}
         self._places = np.array([self._place(config) for config in pool], dtype=float)
         self._pool = pool
+        self._seeds = pool[: max(1, round(trials * SEEDED_SHARE))]
+        self.learn(known)
+
+    def learn(self, known: Mapping[Config, float | None]) -> None:
+        """Takes in the times (None for failures) of configurations that this search has not proposed, and won't now."""
         for config, time_us in known.items():
             self._untried.pop(config, None)
             if time_us is not None and self._on_axes(config):
                 self._study.add_trial(
-                    optuna.trial.create_trial(
+                    self._optuna.trial.create_trial(
                         params=self._params(config), distributions=self._distributions, value=time_us
                     )
                 )
-        seeds = max(1, round(trials * SEEDED_SHARE))
-        self._seeds = [config for config in pool[:seeds] if config in self._untried]
+        self._seeds = [config for config in self._seeds if config in self._untried]
 
     def ask(self, count: int) -> list[tuple[optuna.trial.Trial, Config]]:
         """Up to `count` proposals, none of them proposed before; empty when every configuration was."""

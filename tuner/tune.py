@@ -26,7 +26,7 @@ from tilewright.kernels.lookup import (
 from tilewright.kernels.prediction import roofline_us
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
-from tilewright.tuner.gpu_runner import GpuRunner
+from tilewright.tuner.gpu_runner import GpuRunner, equal_gpus
 from tilewright.tuner.pool import Pool
 from tilewright.tuner.runner import Compiler, Outcome, PredictionRunner, Runner
 from tilewright.tuner.search import Search
@@ -107,6 +107,7 @@ def autotune(
     trials: int | None = None,
     timeout: float | None = None,
     jobs: int | None = None,
+    workers: int = 1,
     db: str | os.PathLike[str] | None = None,
     retune: bool = False,
     seed: int = 0,
@@ -124,9 +125,10 @@ def autotune(
             `kernels`, gemm by default). The default suite if left out.
         trials: configurations to have tried per workload, those of earlier runs included; by default `PREDICTED_TRIALS`
             or, on a live GPU, `MEASURED_TRIALS`.
-        timeout: seconds for the whole run; trials in flight are finished. A workload whose turn never came is answered
-            from what is on record, or has status `timeout`.
+        timeout: seconds for the whole run; trials in flight are finished, which takes one trial's timeout at most. A
+            workload whose turn never came is answered from what is on record, or has status `timeout`.
         jobs: compiling processes; by default one per processor this process may use.
+        workers: measuring processes, each with a GPU of its own: the device's and others of the same board.
         db: folder of the databases; see `database_dir`.
         retune: try again what is on record.
         seed: of the search.
@@ -148,13 +150,14 @@ def autotune(
     if jobs < 1:
         raise UsageError(f"{jobs=} must be at least 1")
     target = resolve_device(device) if isinstance(device, str) else device
+    gpus = equal_gpus(target, workers)
     workloads = resolve_workloads(target, kernels, problems)
     if trials is None:
         trials = MEASURED_TRIALS if target.live else PREDICTED_TRIALS
     deadline = None if timeout is None else start + timeout
     with TuningDB.open(target.key, database_dir(db)) as database:
         results = Results(target, database.path, set_aside=database.set_aside)
-        with _Run(target, database, jobs) as run:
+        with _Run(target, database, jobs, gpus) as run:
             for index, workload in enumerate(workloads):
                 share = None
                 if deadline is not None:
@@ -236,10 +239,11 @@ class _Reporter:
 class _Run:
     """One run on one device: its processes start with the first trial, so that a cached run pays for none."""
 
-    def __init__(self, device: Device, database: TuningDB, jobs: int) -> None:
+    def __init__(self, device: Device, database: TuningDB, jobs: int, gpus: Sequence[Device]) -> None:
         self._device = device
         self._database = database
         self._jobs = jobs
+        self._gpus = gpus
         self._pool: Pool | None = None
         self._compiler: Compiler | None = None
         self._runner: Runner | None = None
@@ -282,22 +286,31 @@ class _Run:
             return self._result(workload, kernel, key, cached=True)
         report.done = len(known)
         runner = self._started()
-        search = Search(kernel.space, configs, default, trials=trials, known=known, seed=seed)
-        tried = len(known)
-        # With a deadline a batch is no more than what runs at once: that much the time can be overrun.
-        batch = self._jobs if deadline is not None else BATCH_PER_JOB * self._jobs
+        search = Search(kernel.space, configs, default, trials=trials, seed=seed)
+        tried, proposed = len(known), 0
+        batch = BATCH_PER_JOB * max(self._jobs, len(self._gpus))
         while tried < trials and (deadline is None or time.monotonic() < deadline):
-            asked = search.ask(min(trials - tried, batch))
+            asked = search.ask(min(trials - proposed, batch))
             if not asked:
                 break
-            trial_of = {config: trial for trial, config in asked}
-            for config, outcome in runner.run(kernel, problem, list(trial_of)):
+            proposed += len(asked)
+            # The search begins anew in every run, and what it proposes that is on record is answered from there. So a
+            # run that was killed goes the way on which it was, with outcomes told in the order of the proposals.
+            times = {config: known.pop(config) for _, config in asked if config in known}
+            new = [config for _, config in asked if config not in times][: trials - tried]
+            if new:
+                search.learn(known)  # of other runs, with other budgets or seeds
+                known = {}
+            for config, outcome in runner.run(kernel, problem, new, deadline):
                 self._keep(key, config, outcome)
-                search.tell(trial_of[config], config, outcome.times.median_us if outcome.times else None)
+                times[config] = outcome.times.median_us if outcome.times else None
                 report.outcome(outcome)
-            tried += len(asked)
+            for trial, config in asked:
+                if config in times:
+                    search.tell(trial, config, times[config])
+            tried += len(new)
         best = [kernel.space.config.from_json(record.config) for record in self._database.top(key, FINALISTS)]
-        for config, outcome in runner.finalists(kernel, problem, best):
+        for config, outcome in runner.finalists(kernel, problem, best, deadline):
             self._keep(key, config, outcome)
         return self._result(workload, kernel, key, cached=False)
 
@@ -316,7 +329,7 @@ class _Run:
         if self._runner is None:
             self._pool = Pool(self._jobs)
             self._compiler = Compiler(self._pool, self._device)
-            self._runner = _runner_class(self._device)(self._compiler, self._device)
+            self._runner = _make_runner(self._compiler, self._device, self._gpus)
             self._run_id = self._database.start_run(_environment(self._device, self._runner))
         return self._runner
 
@@ -366,8 +379,8 @@ FINALISTS = 4
 """Configurations measured again, interleaved, at the end: the least of several noisy medians is 1 to 3 % too good."""
 
 
-def _runner_class(device: Device) -> type[PredictionRunner] | type[GpuRunner]:
-    return GpuRunner if device.live else PredictionRunner
+def _make_runner(compiler: Compiler, device: Device, gpus: Sequence[Device]) -> Runner:
+    return GpuRunner(compiler, device, gpus) if gpus else PredictionRunner(compiler, device)
 
 
 def _environment(device: Device, runner: Runner) -> Environment:

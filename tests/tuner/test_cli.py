@@ -73,6 +73,8 @@ def test_a_device_without_tensor_cores_says_so(autotune, tmp_path: Path) -> None
         (("--device", "sm_86", "--trials", "many"), "'many' is not a valid integer"),
         (("--device", "sm_86", "--timeout", "0"), "Invalid value for '--timeout': 0.0 is not in the range"),
         (("--device", "sm_86", "--jobs", "-2"), "Invalid value for '--jobs': -2 is not in the range"),
+        (("--device", "sm_86", "--workers", "0"), "Invalid value for '--workers': 0 is not in the range"),
+        (("--device", "sm_86", "--workers", "2"), "workers=2 need a GPU each, and rtx3090 is not here"),
         (("--device",), "--device"),
         ((), "--device is missing"),
         (("--devise", "sm_86"), "--devise"),
@@ -136,11 +138,11 @@ def test_a_run_in_which_nothing_worked_is_status_1(autotune, tmp_path: Path, mon
     from tilewright.tuning_db.record import Status
 
     class Refused(tune.PredictionRunner):
-        def run(self, kernel, problem, configs):
+        def run(self, kernel, problem, configs, deadline):
             for config in configs:
                 yield config, Outcome(Status.COMPILE_ERROR, message="ptxas refused it")
 
-    monkeypatch.setattr(tune, "_runner_class", lambda device: Refused)
+    monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: Refused(compiler, device))
     status, out, _ = autotune(*SMALL, "--quiet", "--db", tmp_path)
     assert status == 1
     assert "ptxas refused it" in out

@@ -1,19 +1,28 @@
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.tuner.simulated_worker import Scenario, read_journal, time_us
+from tests.tuner.simulation import GPUS, simulated, space
+from tests.tuner.simulation import PROBLEM as SMALL
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.lookup import TIMING_PROTOCOL
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.registry import find_kernel
-from tilewright.tuner.gpu_runner import GpuRunner
+from tilewright.tuner import gpu_runner
+from tilewright.tuner.gpu_runner import MEASURE_TIMEOUT_S, GpuRunner, equal_gpus
 from tilewright.tuner.runner import Compiler
 from tilewright.tuner.timing import CLEARLY_SLOWER
+from tilewright.tuner.tune import autotune
+from tilewright.tuning_db.errors import UsageError
 from tilewright.tuning_db.record import Provenance, Status
 
 pytestmark = pytest.mark.smoke
@@ -60,7 +69,7 @@ def measured(request: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def runner() -> GpuRunner:
     compiler = Compiler(FakePool(compiled), DEVICE)  # type: ignore[arg-type]
-    return GpuRunner(compiler, DEVICE, FakePool(measured))  # type: ignore[arg-type]
+    return GpuRunner(compiler, DEVICE, workers=FakePool(measured))  # type: ignore[arg-type]
 
 
 def test_what_compiles_is_checked_and_measured(runner: GpuRunner) -> None:
@@ -77,9 +86,9 @@ def test_what_compiles_is_checked_and_measured(runner: GpuRunner) -> None:
     assert found[64].times.median_us == 64
     assert found[64].resources.registers == 100
     assert found[64].predicted_us > 0
-    asked = runner._worker.requests  # type: ignore[attr-defined]
+    asked = runner._workers.requests  # type: ignore[attr-defined]
     assert sorted(request["config"]["BLOCK_M"] for request in asked) == [16, 64, 128]
-    assert all(request["do"] == "measure" and request["ordinal"] == 1 and request["check"] for request in asked)
+    assert all(request["do"] == "measure" and request["check"] and not request["skip_ragged"] for request in asked)
     assert runner.provenance is Provenance.MEASURED
     assert runner.protocol == TIMING_PROTOCOL
 
@@ -87,7 +96,7 @@ def test_what_compiles_is_checked_and_measured(runner: GpuRunner) -> None:
 def test_clearly_slower_ones_may_stop_early(runner: GpuRunner) -> None:
     for config in (GemmConfig(64, 64, 32), GemmConfig(128, 64, 32), GemmConfig(32, 64, 32)):
         list(runner.run(GEMM, PROBLEM, [config]))
-    limits = [request["give_up_above_us"] for request in runner._worker.requests]  # type: ignore[attr-defined]
+    limits = [request["give_up_above_us"] for request in runner._workers.requests]  # type: ignore[attr-defined]
     assert limits == [None, 64 * CLEARLY_SLOWER, 64 * CLEARLY_SLOWER]
 
 
@@ -101,7 +110,7 @@ def test_finalists_are_measured_again_together(runner: GpuRunner) -> None:
 def test_a_finalist_that_fails_the_second_time_is_an_outcome(runner: GpuRunner) -> None:
     wrong = {"status": "incorrect", "message": "out[0, 0] is 3, should be 2"}
     right = {"status": "ok", "times": {"median_us": 7.0, **TIMES}}
-    runner._worker.answer = lambda request: {"status": "ok", "finalists": [wrong, right]}  # type: ignore[attr-defined]
+    runner._workers.answer = lambda request: {"status": "ok", "finalists": [wrong, right]}  # type: ignore[attr-defined]
     configs = [GemmConfig(64, 64, 32), GemmConfig(128, 64, 32)]
     found = dict(runner.finalists(GEMM, PROBLEM, configs))
     assert found[configs[0]].status is Status.INCORRECT
@@ -111,10 +120,155 @@ def test_a_finalist_that_fails_the_second_time_is_an_outcome(runner: GpuRunner) 
 
 
 def test_a_comparison_that_fails_as_a_whole_takes_nothing_back(runner: GpuRunner) -> None:
-    runner._worker.answer = lambda request: {"status": "timeout", "message": "killed"}  # type: ignore[attr-defined]
+    runner._workers.answer = lambda request: {"status": "timeout", "message": "killed"}  # type: ignore[attr-defined]
     assert not list(runner.finalists(GEMM, PROBLEM, [GemmConfig(64, 64, 32), GemmConfig(128, 64, 32)]))
+
+
+def test_a_ragged_problem_that_breaks_the_compiler_does_not_break_the_measuring_process_too(
+    runner: GpuRunner,
+) -> None:
+    def ragged_hangs(request: dict[str, Any]) -> dict[str, Any]:
+        hangs = request["problem"] != PROBLEM.to_dict() and request["config"]["BLOCK_M"] == 64
+        return {"status": "timeout", "message": "no answer in 60 s: killed"} if hangs else compiled(request)
+
+    runner._compiler._pool.answer = ragged_hangs  # type: ignore[attr-defined]
+    found = dict(runner.run(GEMM, PROBLEM, [GemmConfig(64, 64, 32), GemmConfig(128, 64, 32)]))
+    assert {outcome.status for outcome in found.values()} == {Status.OK}
+    asked = runner._workers.requests  # type: ignore[attr-defined]
+    assert {request["config"]["BLOCK_M"]: request["skip_ragged"] for request in asked} == {
+        64: "no answer in 60 s: killed",
+        128: "",
+    }
+
+
+class HeldPool(FakePool):
+    """Answers when it is told to, and not before."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__(answer)
+        self.held: list[tuple[dict[str, Any], Future[dict[str, Any]]]] = []
+
+    def submit(self, request: dict[str, Any], timeout: float) -> Future[dict[str, Any]]:
+        self.requests.append({**request, "timeout": timeout})
+        future: Future[dict[str, Any]] = Future()
+        self.held.append((request, future))
+        return future
+
+    def let_go(self) -> None:
+        request, future = self.held.pop(0)
+        if future.set_running_or_notify_cancel():
+            future.set_result(self.answer(request))
+
+
+def test_a_gpu_gets_its_next_trial_when_the_last_outcome_was_taken() -> None:
+    pool = HeldPool(measured)
+    gpus = [replace(DEVICE, live=f"cuda:{ordinal}") for ordinal in (1, 0)]
+    runner = GpuRunner(Compiler(FakePool(compiled), DEVICE), DEVICE, gpus, pool)  # type: ignore[arg-type]
+    outcomes = runner.run(GEMM, PROBLEM, [GemmConfig(m, 64, 32) for m in (16, 32, 64, 128)])
+    taken = []
+    for begun in (2, 3, 4, 4):
+        threading.Timer(0.05, pool.let_go).start()
+        taken.append(next(outcomes))
+        assert len(pool.requests) == begun  # the next one is not begun before this one can be put on record
+    assert not list(outcomes)
+    assert len({config for config, _ in taken}) == 4
+
+
+def test_after_the_deadline_only_what_is_being_measured_is_finished() -> None:
+    pool, compilers = HeldPool(measured), HeldPool(compiled)
+    runner = GpuRunner(Compiler(compilers, DEVICE), DEVICE, workers=pool)  # type: ignore[arg-type]
+    outcomes = runner.run(
+        GEMM, PROBLEM, [GemmConfig(m, 64, 32) for m in (32, 64, 128)], deadline=time.monotonic() + 0.3
+    )
+    assert len(compilers.held) == 0
+    for _ in range(4):  # the first two configurations, each with its ragged problem
+        threading.Timer(0.02, compilers.let_go).start()
+    threading.Timer(0.6, pool.let_go).start()
+    ((config, outcome),) = outcomes
+    assert config.BLOCK_M == 32
+    assert outcome.status is Status.OK
+    assert len(pool.requests) == 1
+    # What nobody had begun to compile is not compiled.
+    assert len(compilers.held) == 2
+    assert all(future.cancelled() for _, future in compilers.held)
+
+
+def test_the_last_comparison_is_within_the_trial_that_may_overrun(runner: GpuRunner) -> None:
+    configs = [GemmConfig(64, 64, 32), GemmConfig(128, 64, 32)]
+    runner._workers = pool = HeldPool(measured)  # type: ignore[assignment]
+    now = time.monotonic()
+    for deadline, least, most in (
+        (None, 2 * MEASURE_TIMEOUT_S, 2 * MEASURE_TIMEOUT_S),
+        (now + 1e6, 2 * MEASURE_TIMEOUT_S, 2 * MEASURE_TIMEOUT_S),
+        (now + 5, MEASURE_TIMEOUT_S, MEASURE_TIMEOUT_S + 5),
+        (now - 20, MEASURE_TIMEOUT_S - 30, MEASURE_TIMEOUT_S - 20),
+    ):
+        threading.Timer(0.05, pool.let_go).start()
+        assert dict(runner.finalists(GEMM, PROBLEM, configs, deadline))
+        assert least <= pool.requests[-1]["timeout"] <= most
+    assert not list(runner.finalists(GEMM, PROBLEM, configs, now - MEASURE_TIMEOUT_S - 1))
+    assert len(pool.requests) == 4
+
+
+# Several GPUs
+
+
+TWO_OF_A_KIND = (
+    replace(DEVICE, live="cuda:0"),
+    replace(resolve_device("a10"), live="cuda:1"),
+    replace(DEVICE, live="cuda:2"),
+)
+
+
+def test_each_worker_has_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(gpu_runner, "Pool", lambda jobs, fields: made.append((jobs, fields)))
+    compiler = Compiler(FakePool(compiled), DEVICE)  # type: ignore[arg-type]
+    GpuRunner(compiler, DEVICE)
+    GpuRunner(compiler, DEVICE, [TWO_OF_A_KIND[2], TWO_OF_A_KIND[0]])
+    assert made == [(1, [{"ordinal": 1}]), (2, [{"ordinal": 2}, {"ordinal": 0}])]
+
+
+def test_gpus_of_the_same_board_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_runner, "live_devices", lambda: TWO_OF_A_KIND)
+    first, stranger, last = TWO_OF_A_KIND
+    assert equal_gpus(last, 1) == (last,)
+    assert equal_gpus(last, 2) == (last, first)
+    with pytest.raises(UsageError) as caught:
+        equal_gpus(first, 3)
+    assert str(caught.value) == (
+        "workers=3 need as many GPUs of h200-132sm: here are cuda:0, cuda:2 (cuda:1 is a10-72sm)"
+    )
+    with pytest.raises(UsageError, match="workers=2 need as many GPUs of a10-72sm: here are cuda:1 "):
+        equal_gpus(stranger, 2)
+
+
+def test_workers_need_a_gpu() -> None:
+    absent = resolve_device("h200")
+    assert equal_gpus(absent, 1) == ()
+    with pytest.raises(UsageError, match="workers=2 need a GPU each, and h200 is not here"):
+        equal_gpus(absent, 2)
+    with pytest.raises(UsageError, match="workers=0 must be at least 1"):
+        equal_gpus(absent, 0)
+
+
+def test_several_gpus_measure_at_once_and_each_configuration_once(tmp_path: Path) -> None:
+    compiling = Scenario(str(tmp_path / "compiling"))
+    measuring = Scenario(str(tmp_path / "measuring"), together=3)  # each waits until there are three
+    with simulated(compiling, measuring, tmp_path):
+        results = autotune(GPUS[1], problems=[SMALL], trials=25, jobs=2, workers=3, db=tmp_path / "db")
+    notes = read_journal(tmp_path / "measuring")
+    trials = [note for note in notes if note["config"] and note["moment"] == "begin"]
+    assert {note["ordinal"] for note in trials[:3]} == {0, 1, 2}
+    assert len({(note["pid"], note["ordinal"]) for note in notes}) == 3
+    measured_configs = [GemmConfig.from_dict(note["config"]) for note in trials]
+    assert len(measured_configs) == 25
+    assert set(measured_configs) == set(space())
+    assert results.results[0].config == min((config.to_dict() for config in space()), key=time_us)
+    # Compilers are shared: no more of them than were asked for.
+    assert len({note["pid"] for note in read_journal(tmp_path / "compiling")}) <= 2
 
 
 def test_closing_ends_the_worker(runner: GpuRunner) -> None:
     runner.close()
-    assert runner._worker.closed  # type: ignore[attr-defined]
+    assert runner._workers.closed  # type: ignore[attr-defined]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -93,3 +95,40 @@ def test_refused_configurations_do_not_count_as_compiled() -> None:
     for m in (32, 64):
         compiler.submit(GEMM, PROBLEM, GemmConfig(m, 64, 32))
     assert compiler.compiled == 1
+
+
+class SlowPool(FakePool):
+    """Answers one request after 0.4 s; the others stay in its queue."""
+
+    def submit(self, request: dict[str, Any], timeout: float) -> Future[dict[str, Any]]:
+        answered = super().submit(request, timeout).result()
+        future: Future[dict[str, Any]] = Future()
+        if len(self.requests) == 1:
+            future.set_running_or_notify_cancel()
+            threading.Timer(0.4, future.set_result, [answered]).start()
+        return future
+
+
+def test_after_the_deadline_only_what_is_being_compiled_is_finished() -> None:
+    pool = SlowPool()
+    compiler = Compiler(pool, DEVICE)  # type: ignore[arg-type]
+    runner = PredictionRunner(compiler, DEVICE)
+    configs = [GemmConfig(m, 64, 32) for m in (32, 64, 128)]
+    found = list(runner.run(GEMM, PROBLEM, configs, deadline=time.monotonic() + 0.1))
+    assert [config for config, _ in found] == configs[:1]
+    assert found[0][1].status is Status.OK
+    # What was taken back is compiled if it is asked for again, and what was not is remembered.
+    for config in configs:
+        compiler.submit(GEMM, PROBLEM, config)
+    assert len(pool.requests) == 5
+    assert compiler.compiled == 1
+
+
+def test_what_a_worker_has_taken_up_is_not_taken_back() -> None:
+    compiler = Compiler(SlowPool(), DEVICE)  # type: ignore[arg-type]
+    running = compiler.submit(GEMM, PROBLEM, GemmConfig(32, 64, 32))
+    waiting = compiler.submit(GEMM, PROBLEM, GemmConfig(64, 64, 32))
+    assert not compiler.withdraw(running)
+    assert compiler.withdraw(waiting)
+    assert running.result()["status"] == "ok"
+    assert waiting.cancelled()

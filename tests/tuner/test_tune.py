@@ -73,8 +73,10 @@ class CountingRunner(tune.PredictionRunner):
     asked: ClassVar[list[tuple[Any, GemmConfig]]] = []
     fail: ClassVar[bool] = False
 
-    def run(self, kernel: Any, problem: Any, configs: Any) -> Any:
+    def run(self, kernel: Any, problem: Any, configs: Any, deadline: Any = None) -> Any:
         for config in configs:
+            if deadline is not None and tune.time.monotonic() >= deadline:
+                return
             self.asked.append((problem, config))
             if self.fail:
                 yield config, Outcome(Status.COMPILE_ERROR, message="ptxas refused it")
@@ -87,7 +89,7 @@ class CountingRunner(tune.PredictionRunner):
 def counted(monkeypatch: pytest.MonkeyPatch) -> type[CountingRunner]:
     monkeypatch.setattr(CountingRunner, "asked", [])
     monkeypatch.setattr(CountingRunner, "fail", False)
-    monkeypatch.setattr(tune, "_runner_class", lambda device: CountingRunner)
+    monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: CountingRunner(compiler, device))
     return CountingRunner
 
 
@@ -157,8 +159,8 @@ def test_each_workload_gets_its_share_of_the_time(
     monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
     original = counted.run
 
-    def run(self: Any, kernel: Any, problem: Any, configs: Any) -> Any:
-        for outcome in original(self, kernel, problem, configs):
+    def run(self: Any, kernel: Any, problem: Any, configs: Any, deadline: Any = None) -> Any:
+        for outcome in original(self, kernel, problem, configs, deadline):
             now[0] += 1.0
             yield outcome
 
@@ -229,6 +231,8 @@ def test_what_can_be_asked_for() -> None:
         ({"timeout": -1.0}, UsageError, "timeout=-1.0"),
         ({"timeout": float("nan")}, UsageError, "timeout=nan"),
         ({"jobs": 0}, UsageError, "jobs=0"),
+        ({"workers": 0}, UsageError, "workers=0"),
+        ({"workers": 2}, UsageError, "workers=2 need a GPU each"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(

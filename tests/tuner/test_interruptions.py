@@ -1,0 +1,108 @@
+"""Runs that are killed anywhere, and go on; runs whose time is up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tuner.simulated_worker import Scenario, time_us
+from tests.tuner.simulation import BOARD, PROBLEM, ROOT, simulated, space
+from tilewright.tuner import gpu_runner, runner
+from tilewright.tuner.temporary import PREFIX
+from tilewright.tuner.tune import autotune
+
+SCRIPT = "tests.tuner.killed_runs"
+PER_RUN_S = 30.0
+
+
+def killed_runs(folder: Path, workers: int, trials: int, points: list[str]) -> list[dict[str, Any]]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", SCRIPT, str(folder / "runs"), str(workers), str(trials), "never", *points],
+        env={**environment, "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        timeout=PER_RUN_S * (len(points) + trials),
+        check=True,
+    )
+    assert done.stderr == ""
+    # What a killed run leaves behind goes when workers start the next time: no more can be there than of the last one.
+    assert len(list(temporary.glob(f"{PREFIX}*"))) <= 2 + workers
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+POINTS = {
+    1: [
+        *(f"{moment} add {number}" for moment in ("before", "after") for number in (1, 5, 12)),
+        "begin compile 1",
+        "begin measure 1",
+        "end compile 6",
+        "end measure 6",
+        *(f"{seconds} s" for seconds in (0.45, 0.6, 0.8)),
+    ],
+    3: ["before add 4", "after add 7", "begin measure 3", "end measure 6", "0.6 s"],
+}
+"""By the number of workers."""
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path, workers: int) -> None:
+    trials = 12  # of 25 configurations: which ones, and so the winner, is the search's choice
+    never, *killed = killed_runs(tmp_path, workers, trials, POINTS[workers])
+    assert never["codes"] == [0]
+    assert len(never["recorded"]) == trials
+    assert set(never["measured"].values()) == {1}
+    for case in killed:
+        first, last = case["codes"]
+        # A moment on the clock may be after the end, where the machine is fast.
+        assert first == -signal.SIGKILL or (first == 0 and case["point"].endswith(" s")), case["point"]
+        assert last == 0
+        assert case["integrity"] == "ok"
+        assert case["winner"] == never["winner"], case["point"]
+        assert case["recorded"] == never["recorded"], case["point"]
+        repeated = sum(case["measured"].values()) - trials
+        assert 0 <= repeated <= workers, case["point"]
+        if case["point"].startswith("after add") and workers == 1:
+            assert repeated == 0
+
+
+def test_a_run_that_is_killed_after_every_trial_ends_as_one_that_is_not(tmp_path: Path) -> None:
+    trials = 8
+    never, case = killed_runs(tmp_path, 1, trials, ["every add"])
+    assert case["codes"][: trials + 2] == [-signal.SIGKILL] * trials + [0, 0]
+    assert case["winner"] == never["winner"]
+    assert case["recorded"] == never["recorded"]
+    assert set(case["measured"].values()) == {1}
+
+
+TIMEOUT_S = 3.0
+TRIAL_TIMEOUT_S = 2.0
+
+
+@pytest.mark.parametrize("fault", ["", "endless kernel", "compiler hang"])
+def test_the_time_is_overrun_by_one_trial_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    monkeypatch.setattr(runner, "COMPILE_TIMEOUT_S", TRIAL_TIMEOUT_S)
+    monkeypatch.setattr(gpu_runner, "MEASURE_TIMEOUT_S", TRIAL_TIMEOUT_S)
+    best = min((config.to_dict() for config in space()), key=time_us)
+    faults = {config.to_json(): fault for config in space() if fault and config.to_dict() != best}
+    scenario = Scenario(str(tmp_path / "journal"), faults)
+    with simulated(scenario, scenario, tmp_path):
+        start = time.monotonic()
+        results = autotune(BOARD, problems=[PROBLEM], trials=25, timeout=TIMEOUT_S, jobs=8, db=tmp_path / "db")
+        elapsed = time.monotonic() - start
+    assert elapsed < TIMEOUT_S + TRIAL_TIMEOUT_S + 2.0
+    if fault:
+        # One after the other, the trials would have taken ten times as long, and more.
+        assert results.results[0].trials < 15
+    else:
+        assert results.results[0].trials == 25
