@@ -176,6 +176,8 @@ def cli(
         )
     if results.set_aside is not None:
         errors.print(f"a damaged database was set aside as {results.set_aside}", markup=False, soft_wrap=True)
+    for reason in results.lost_workers:
+        errors.print(f"the other workers did the work of one: {reason}", markup=False, soft_wrap=True)
     if as_json:
         click.echo(report.to_json(results))
     else:

@@ -19,7 +19,7 @@ from tilewright.kernels.lookup import TIMING_PROTOCOL
 from tilewright.kernels.prediction import predict
 from tilewright.kernels.problem import Config, Problem
 from tilewright.tuner.pool import Pool
-from tilewright.tuner.runner import Compiler, Outcome, Runner, seconds_to
+from tilewright.tuner.runner import Compiler, Outcome, Runner, is_past
 from tilewright.tuner.timing import CLEARLY_SLOWER
 from tilewright.tuning_db.errors import UsageError
 from tilewright.tuning_db.record import Provenance, Resources, Status, Times
@@ -65,10 +65,6 @@ class _Trial:
         return [future for future in (self.code, self.ragged) if future is not None and not future.done()]
 
 
-def _past(deadline: float | None) -> bool:
-    return deadline is not None and time.monotonic() >= deadline
-
-
 class GpuRunner(Runner):
     """Measures on `gpus`, all of one board; by default on the one that `device.live` names.
 
@@ -84,10 +80,9 @@ class GpuRunner(Runner):
     ) -> None:
         self._compiler = compiler
         self._device = device
-        ordinals = [int(each.live.rpartition(":")[2]) for each in gpus or (device,)]
+        ordinals = [each.live.rpartition(":")[2] for each in gpus or (device,)]
         self._gpus = len(ordinals)
-        # A process has one GPU for as long as it lives, whatever the request.
-        self._workers = workers or Pool(self._gpus, fields=[{"ordinal": ordinal} for ordinal in ordinals])
+        self._workers = workers or Pool(self._gpus, arguments=[("--gpu", ordinal) for ordinal in ordinals])
         self._best_us: dict[Problem, float] = {}
 
     def run(
@@ -96,7 +91,7 @@ class GpuRunner(Runner):
         trials = [self._compile(kernel, problem, config) for config in configs]
         measuring: dict[Future[dict[str, Any]], _Trial] = {}
         while trials or measuring:
-            if _past(deadline):
+            if is_past(deadline):
                 self._withdraw(trials)
                 trials = []
             for trial in list(trials):
@@ -106,12 +101,13 @@ class GpuRunner(Runner):
                 if compiled.status is not Status.OK:
                     trials.remove(trial)
                     yield trial.config, compiled
-                elif len(measuring) < self._gpus and not _past(deadline):
+                elif len(measuring) < self._gpus and not is_past(deadline):
                     trials.remove(trial)
                     measuring[self._measure(kernel, problem, trial)] = trial
             compiling = [future for trial in trials for future in trial.unfinished()]
             if measuring or compiling:
-                wait([*measuring, *compiling], seconds_to(deadline) if trials else None, FIRST_COMPLETED)
+                left = max(0.0, deadline - time.monotonic()) if trials and deadline is not None else None
+                wait([*measuring, *compiling], left, FIRST_COMPLETED)
             for future in [each for each in measuring if each.done()]:
                 trial = measuring.pop(future)
                 yield trial.config, self._measured(kernel, problem, trial, future.result())
@@ -137,6 +133,10 @@ class GpuRunner(Runner):
                 predicted_us = predict(kernel.work(problem, config), outcome.resources, self._device).time_us
                 outcome = replace(outcome, predicted_us=predicted_us)
             yield config, outcome
+
+    @property
+    def lost_workers(self) -> tuple[str, ...]:
+        return tuple(str(error) for error in self._workers.lost)
 
     def close(self) -> None:
         self._workers.close()

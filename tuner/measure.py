@@ -68,7 +68,7 @@ def measure(request: Request) -> Reply:
         UsageError: unknown kernel, malformed problem or configuration.
         MissingDependencyError: no such GPU.
     """
-    return measure_on(_gpu(request.get("ordinal", 0)), request)
+    return measure_on(use_gpu(request.get("ordinal", 0)), request)
 
 
 def measure_on(gpu: Gpu, request: Request) -> Reply:
@@ -354,7 +354,8 @@ def forget() -> None:
     _latest = None
 
 
-def _gpu(ordinal: int) -> Gpu:
+def use_gpu(ordinal: int) -> Gpu:
+    """The GPU of that number, taken into use by the first call; raises as `Gpu`."""
     if ordinal not in _gpus:
         _gpus[ordinal] = Gpu(ordinal)
     return _gpus[ordinal]

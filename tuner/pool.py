@@ -72,7 +72,8 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: WorkerFolder | None = None
         self._closed = False
-        self._given_up: WorkerError | None = None
+        self.given_up: WorkerError | None = None
+        """Why it will not be started again, if that is so."""
         self._ready = False
         self._serial = 0
         self._stderr = b""
@@ -86,8 +87,8 @@ class Worker:
             WorkerError: it can't be started, or the worker is closed.
         """
         with self._turn:
-            if self._given_up is not None:
-                raise self._given_up
+            if self.given_up is not None:
+                raise self.given_up
             if self._process is not None and self._ended():
                 self._bury()
             reason = ""
@@ -110,8 +111,8 @@ class Worker:
                     reason = last or f"it {manner}"
                 except OSError as error:
                     reason = str(error)
-            self._given_up = WorkerError(f"a worker process can't be started ({' '.join(self._command)}): {reason}")
-            raise self._given_up
+            self.given_up = WorkerError(f"a worker process can't be started ({' '.join(self._command)}): {reason}")
+            raise self.given_up
 
     def request(self, request: Mapping[str, Any], timeout: float) -> dict[str, Any]:
         """The worker's reply, or one that says why there is none: a mapping with a `status`, and a `message` unless ok.
@@ -280,8 +281,8 @@ class Worker:
 class Pool:
     """`jobs` workers that share one queue, first come first served. Use it as a context manager.
 
-    A process starts at its worker's first request, or at `start`. `command` starts one, in `environment`. Worker i
-    adds `fields[i]` to every request it takes up, such as the number of the GPU that is its own.
+    A process starts at its worker's first request, or at `start`. `command` starts one, in `environment`; worker i
+    has `arguments[i]` besides, such as the number of the GPU that is its own.
     """
 
     def __init__(
@@ -290,14 +291,15 @@ class Pool:
         *,
         environment: Mapping[str, str] | None = None,
         command: Sequence[str] = COMMAND,
-        fields: Sequence[Mapping[str, Any]] = (),
+        arguments: Sequence[Sequence[str]] = (),
     ) -> None:
         if jobs < 1:
             raise UsageError(f"{jobs=} must be at least 1")
-        if fields and len(fields) != jobs:
-            raise UsageError(f"{jobs=} workers need as many {fields=}")
+        if arguments and len(arguments) != jobs:
+            raise UsageError(f"{jobs=} workers need as many {arguments=}")
         remove_abandoned()  # of runs that were killed
-        self._workers = [Worker(command, environment) for _ in range(jobs)]
+        self.jobs = jobs
+        self._workers = [Worker((*command, *each), environment) for each in arguments or [()] * jobs]
         self._changed = threading.Condition()  # guards all below
         self._waiting: deque[_Job] = deque()
         self._serving = jobs  # workers not given up
@@ -305,12 +307,7 @@ class Pool:
         self._closed = False
         # Daemons: a pool that nobody closed must not keep the interpreter from its end, where atexit closes it.
         self._threads = [
-            threading.Thread(
-                target=self._serve,
-                args=(worker, fields[index] if fields else {}),
-                name=f"tilewright-worker-{index}",
-                daemon=True,
-            )
+            threading.Thread(target=self._serve, args=(worker,), name=f"tilewright-worker-{index}", daemon=True)
             for index, worker in enumerate(self._workers)
         ]
         for thread in self._threads:
@@ -321,6 +318,11 @@ class Pool:
     def starts(self) -> int:
         """Processes started so far: at most one per job, but for those that took the place of a dead one."""
         return sum(worker.starts for worker in self._workers)
+
+    @property
+    def lost(self) -> tuple[WorkerError, ...]:
+        """Why workers were given up, whose work the others do."""
+        return tuple(worker.given_up for worker in self._workers if worker.given_up is not None)
 
     def start(self, wait: bool = True) -> None:
         """Starts every process now; with `wait`, returns when all are ready.
@@ -378,10 +380,10 @@ class Pool:
     ) -> None:
         self.close()
 
-    def _serve(self, worker: Worker, fields: Mapping[str, Any]) -> None:
+    def _serve(self, worker: Worker) -> None:
         while (job := self._take()) is not None:
             try:
-                reply = worker.request({**job.request, **fields}, job.timeout)
+                reply = worker.request(job.request, job.timeout)
             except WorkerError as error:
                 self._give_up(job, error)
                 return

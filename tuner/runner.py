@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ class Compiler:
     """
 
     def __init__(self, pool: Pool, device: Device) -> None:
+        self.jobs = pool.jobs
         self._pool = pool
         self._device = device
         self._futures: dict[Any, Future[dict[str, Any]]] = {}
@@ -112,6 +114,11 @@ class Runner(ABC):
         """New outcomes of the best few, compared more carefully; none where there is nothing more to learn."""
         return iter(())
 
+    @property
+    def lost_workers(self) -> tuple[str, ...]:
+        """Why measuring processes were given up, whose work the others do."""
+        return ()
+
     def close(self) -> None:  # noqa: B027 - most runners have nothing of their own to end
         """Ends what the runner started."""
 
@@ -141,22 +148,22 @@ class PredictionRunner(Runner):
         self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config], deadline: float | None
     ) -> Iterator[tuple[Config, Outcome]]:
         """Compiles in parallel and yields each configuration with what that showed, as they finish."""
+        remaining = deque(configs)
         waiting: dict[Future[dict[str, Any]], list[Config]] = {}
-        for config in configs:
-            waiting.setdefault(self._compiler.submit(kernel, problem, config), []).append(config)
-        while waiting:
-            late = deadline is not None and time.monotonic() >= deadline
-            if late:
-                waiting = {
-                    future: configs for future, configs in waiting.items() if not self._compiler.withdraw(future)
-                }
-            done, _ = wait(waiting, None if late else seconds_to(deadline), FIRST_COMPLETED)
+        while True:
+            # No more than there are workers for: what else had finished would be lost if the run were killed.
+            while remaining and len(waiting) < self._compiler.jobs and not is_past(deadline):
+                config = remaining.popleft()
+                waiting.setdefault(self._compiler.submit(kernel, problem, config), []).append(config)
+            if not waiting:
+                return
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
                 outcome = self._compiler.outcome(future.result())
                 for config in waiting.pop(future):
                     yield config, outcome
 
 
-def seconds_to(deadline: float | None) -> float | None:
-    """Seconds left until a time of `time.monotonic`, as a timeout; None without one."""
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
+def is_past(deadline: float | None) -> bool:
+    """Whether a time of `time.monotonic` has come."""
+    return deadline is not None and time.monotonic() >= deadline

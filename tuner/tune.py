@@ -78,6 +78,7 @@ class Results:
     compiled: int = 0
     elapsed_s: float = 0.0
     set_aside: Path | None = None  # where a damaged database file was moved
+    lost_workers: tuple[str, ...] = ()  # why measuring processes were given up, whose work the others did
 
     def __iter__(self) -> Any:
         return iter(self.results)
@@ -168,7 +169,7 @@ def autotune(
                 result = run.tune(workload, trials, share, retune, seed, report)
                 results.results.append(result)
                 report.finished(result)
-            results.compiled = run.compiled
+            results.compiled, results.lost_workers = run.compiled, run.lost_workers
         results.elapsed_s = time.monotonic() - start
     return results
 
@@ -261,6 +262,10 @@ class _Run:
     @property
     def compiled(self) -> int:
         return self._compiler.compiled if self._compiler is not None else 0
+
+    @property
+    def lost_workers(self) -> tuple[str, ...]:
+        return self._runner.lost_workers if self._runner is not None else ()
 
     def tune(
         self,

@@ -1,4 +1,4 @@
-"""The child process of the tuner: a loop over requests, `python -P -m tilewright.tuner.worker`.
+"""The child process of the tuner: a loop over requests, `python -P -m tilewright.tuner.worker [--gpu N]`.
 
 One JSON object a line comes in on stdin, one goes out on a private copy of fd 1, numbered so that a reply can't be
 taken for another request's:
@@ -6,7 +6,8 @@ taken for another request's:
     {"id": 7, "timeout": 60.0, "request": {"do": "compile", …}}  →  {"id": 7, "reply": {"status": "ok", …}}
                                                                  or {"id": 7, "error": "KeyError: 'arch'"}
 
-Line 0 is sent unasked, once everything is imported. Nothing is ever unpickled. `pool` is the other end.
+Line 0 is sent unasked, once everything is imported, and GPU N is in use: one that can't be had is no fault of the
+configurations to be measured on it. Nothing is ever unpickled. `pool` is the other end.
 
 The process leads a session of its own. That gives its parent one process group to kill, ptxas included, and keeps
 the terminal's Ctrl-C from it without SIGINT being ignored, which every ptxas would inherit. When stdin ends, the
@@ -27,7 +28,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
@@ -93,7 +94,7 @@ def build_task(request: Request) -> Reply:
 
 
 def measure_task(request: Request) -> Reply:
-    """Checks and times one configuration on the GPU; see `tilewright.tuner.measure`."""
+    """Checks and times configurations on GPU `ordinal`; see `tilewright.tuner.measure`."""
     from tilewright.tuner.measure import measure
 
     reply: Reply = measure(request)
@@ -196,5 +197,23 @@ def _send(replies: BinaryIO, line: bytes) -> None:
         unsent = unsent[replies.write(unsent) :]
 
 
+def main(arguments: Sequence[str]) -> None:
+    """Serves; with `--gpu N`, measurements are on that GPU."""
+    if not arguments:
+        serve(TASKS, prepare)
+        return
+    option, number = arguments
+    assert option == "--gpu", arguments
+    ordinal = int(number)
+
+    def prepare_gpu() -> None:
+        from tilewright.tuner.measure import use_gpu
+
+        prepare()
+        use_gpu(ordinal)
+
+    serve({**TASKS, "measure": lambda request: measure_task({**request, "ordinal": ordinal})}, prepare_gpu)
+
+
 if __name__ == "__main__":
-    serve(TASKS, prepare)
+    main(sys.argv[1:])

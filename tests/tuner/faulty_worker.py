@@ -23,7 +23,7 @@ def environ(request: Request) -> Reply:
 def sleep(request: Request) -> Reply:
     start = time.monotonic()  # of the whole machine, so two processes' intervals compare
     time.sleep(request["seconds"])
-    return {"status": "ok", "start": start, "end": time.monotonic(), "pid": os.getpid(), "said": request.get("say")}
+    return {"status": "ok", "start": start, "end": time.monotonic(), "pid": os.getpid(), "arguments": sys.argv[1:]}
 
 
 def chatter(request: Request) -> Reply:

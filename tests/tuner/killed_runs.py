@@ -4,9 +4,10 @@
 
 A point is where the first run is killed: `before add 3` and `after add 3` (of the database, in the run itself), `begin
 compile 3`, `end measure 3` (in a worker's task, over all workers), `every add` (each run after its first new record),
-or `0.25 s` (after it began). Prints one JSON line per point, for a test to judge: how each run ended, the `winner` of
-the last, and how often each configuration was `measured` and is `recorded`. Runs are forked from a process that has
-imported everything.
+or `0.25 s` (after it began). `never` is not at all. With 0 workers the board is absent, and a trial is a compilation.
+Prints one JSON line per point, for a test to judge: how each run ended, the `winner` of the last, how many `trials`
+each configuration took in all runs together, and which are `recorded`. Runs are forked from a process that has imported
+everything.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import threading
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from tests.tuner.simulation import BOARD, PROBLEM, simulated
 from tilewright.tuner.tune import autotune
 from tilewright.tuning_db.record import Record
 from tilewright.tuning_db.store import TuningDB
+
+JOBS = 2
 
 
 def die_at(point: str) -> tuple[str, str, int] | None:
@@ -64,7 +68,10 @@ def run(folder: Path, number: int, workers: int, trials: int, point: str) -> int
             compiling = Scenario(str(folder / f"compiling-{number}"), kill_at=kill_at)
             measuring = Scenario(str(folder / f"measuring-{number}"), kill_at=kill_at)
             with simulated(compiling, measuring, folder):
-                results = autotune(BOARD, problems=[PROBLEM], trials=trials, jobs=2, workers=workers, db=folder / "db")
+                board = BOARD if workers else replace(BOARD, live="")
+                results = autotune(
+                    board, problems=[PROBLEM], trials=trials, jobs=JOBS, workers=max(1, workers), db=folder / "db"
+                )
             (folder / "winner").write_text(json.dumps(results.results[0].config))
         except BaseException as error:  # noqa: BLE001 - a child never returns into the parent's code
             os.write(2, f"{point or 'last'}: {error!r}\n".encode())
@@ -83,7 +90,8 @@ def try_point(folder: Path, workers: int, trials: int, point: str) -> dict[str, 
     elif point != "never":
         codes.append(run(folder, 0, workers, trials, point))
     codes.append(run(folder, len(codes), workers, trials, ""))
-    notes = [each for file in sorted(folder.glob("measuring-*")) for each in read_journal(file)]
+    trial = "measuring" if workers else "compiling"
+    notes = [each for file in sorted(folder.glob(f"{trial}-*")) for each in read_journal(file)]
     begun = [each["config"] for each in notes if each["moment"] == "begin" and each["config"]]
     with TuningDB.open(BOARD.key, folder / "db") as database:
         recorded = sorted(record.config for record in database.find())
@@ -94,7 +102,7 @@ def try_point(folder: Path, workers: int, trials: int, point: str) -> dict[str, 
         "point": point,
         "codes": codes,
         "winner": json.loads((folder / "winner").read_text()),
-        "measured": Counter(json.dumps(config, sort_keys=True, separators=(",", ":")) for config in begun),
+        "trials": Counter(json.dumps(config, sort_keys=True, separators=(",", ":")) for config in begun),
         "recorded": recorded,
         "integrity": integrity,
     }

@@ -1,6 +1,6 @@
 """A worker that compiles and measures nothing: it replays times that configurations decide, and goes wrong as told.
 
-    python -m tests.tuner.simulated_worker SCENARIO
+    python -m tests.tuner.simulated_worker SCENARIO [--gpu N]
 
 `SCENARIO` is the JSON file of a `Scenario`. With `real`, requests to measure go through `measure` on a `SimulatedGpu`,
 so that faults of the GPU are found by what finds them on one; else replies are made here (an endless kernel is the only
@@ -44,6 +44,7 @@ class Scenario:
     together: int = 0
     kill_at: tuple[str, str, int] | None = None  # ("measure", "begin", 3)
     real: bool = False
+    absent: Sequence[int] = ()  # GPUs that can't be taken into use
 
     def save(self, path: Path) -> Path:
         path.write_text(json.dumps(asdict(self)))
@@ -57,8 +58,9 @@ def time_us(config: Mapping[str, Any]) -> float:
 
 
 class Simulation:
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Scenario, ordinal: int) -> None:
         self.scenario = scenario
+        self.ordinal = ordinal
         self.measured = 0
 
     def compile(self, request: Request) -> Reply:
@@ -93,7 +95,7 @@ class Simulation:
             "moment": moment,
             "config": request.get("config"),
             "finalists": request.get("finalists"),
-            "ordinal": request.get("ordinal"),
+            "ordinal": self.ordinal,
             "pid": os.getpid(),
         }
         append(self.scenario.journal, entry)
@@ -142,7 +144,7 @@ def replayed(request: Request, fault: str, configs: Sequence[Mapping[str, Any]])
 def measured_for_real(request: Request, fault: str, configs: Sequence[Mapping[str, Any]]) -> Reply:
     from tilewright.tuner import measure
 
-    gpu: Any = measure._gpus[request["ordinal"]]
+    gpu: Any = measure._gpus[0]
     gpu.fault = fault
     if fault == "out of memory":
         measure.forget()  # so that something is allocated
@@ -151,18 +153,22 @@ def measured_for_real(request: Request, fault: str, configs: Sequence[Mapping[st
 
 
 def prepare_real() -> None:
-    """Interprets kernels in this process, and puts simulated GPUs in the place of four real ones."""
+    """Interprets kernels in this process, and puts a simulated GPU in the place of a real one."""
     os.environ["TRITON_INTERPRET"] = "1"
     from tests.tuner.simulated_gpu import SimulatedGpu
     from tilewright.tuner import measure
 
-    measure._gpus.update({ordinal: SimulatedGpu() for ordinal in range(4)})  # type: ignore[misc]
+    measure._gpus[0] = SimulatedGpu()  # type: ignore[assignment]
 
 
-def main(scenario_file: str) -> None:
-    simulation = Simulation(Scenario(**json.loads(Path(scenario_file).read_text())))
+def main(scenario_file: str, option: str = "--gpu", ordinal: str = "-1") -> None:
+    scenario = Scenario(**json.loads(Path(scenario_file).read_text()))
+    assert option == "--gpu"
+    if int(ordinal) in scenario.absent:
+        sys.exit(f"CUDARuntimeError: cuda:{ordinal} is busy or unavailable")
+    simulation = Simulation(scenario, int(ordinal))
     tasks = {"compile": simulation.compile, "measure": simulation.measure}
-    serve(tasks, prepare_real if simulation.scenario.real else lambda: None)
+    serve(tasks, prepare_real if scenario.real else lambda: None)
 
 
 if __name__ == "__main__":

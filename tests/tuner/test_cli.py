@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tuner.simulated_worker import Scenario
+from tests.tuner.simulation import GPUS, PROBLEM, simulated
 from tilewright.tuner import cli
 from tilewright.tuning_db.env import compiling_environment
 
@@ -43,6 +45,28 @@ def test_it_tunes_and_then_answers_from_the_cache(autotune, tmp_path: Path) -> N
     assert status == 0
     assert "M=64,N=64,K=128" in out
     assert "1 results on record" in err
+
+
+def test_several_workers_measure_and_one_that_cannot_is_named(
+    autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tilewright.kernels import devices
+
+    monkeypatch.setattr(devices, "resolve_device", lambda name: GPUS[0])
+    scenario = Scenario(str(tmp_path / "journal"), absent=[1])
+    with simulated(scenario, scenario, tmp_path):
+        arguments = ("--device", "cuda:0", "--problem", str(PROBLEM), "--trials", "4", "--jobs", "1", "--workers")
+        status, out, err = autotune(*arguments, "2", "--db", tmp_path / "db")
+        assert status == 0
+        assert out.rstrip().endswith("measured")
+        assert "the other workers did the work of one: " in err
+        assert "cuda:1 is busy or unavailable" in err
+        status, out, err = autotune(*arguments, "5", "--db", tmp_path / "other")
+    assert (status, out) == (2, "")
+    assert err.splitlines() == [
+        "autotune: error: workers=5 need as many GPUs of a100-108sm: here are cuda:0, cuda:1, cuda:2, cuda:3"
+    ]
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_device_without_tensor_cores_says_so(autotune, tmp_path: Path) -> None:

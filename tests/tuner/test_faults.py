@@ -19,7 +19,7 @@ from tilewright.tuning_db.record import Record, Status
 from tilewright.tuning_db.store import TuningDB
 
 COMPILE_TIMEOUT_S = 1.0
-MEASURE_TIMEOUT_S = 4.0  # interpreted kernels on a busy machine take one
+MEASURE_TIMEOUT_S = 3.0  # interpreted kernels on a busy machine take one
 
 EXPECTED = {
     "compiler abort": (
@@ -27,7 +27,7 @@ EXPECTED = {
         "the compiler aborted (SIGABRT): Pipeliner.cpp:42: Assertion `numStages > 1' failed.",
     ),
     "compiler hang": (Status.TIMEOUT, "no answer in 1 s: killed"),
-    "endless kernel": (Status.TIMEOUT, "no answer in 4 s: killed"),
+    "endless kernel": (Status.TIMEOUT, "no answer in 3 s: killed"),
     "illegal address": (
         Status.RUNTIME_ERROR,
         "the measurement ended with exit status 70: "

@@ -22,8 +22,9 @@ from tilewright.tuner.gpu_runner import MEASURE_TIMEOUT_S, GpuRunner, equal_gpus
 from tilewright.tuner.runner import Compiler
 from tilewright.tuner.timing import CLEARLY_SLOWER
 from tilewright.tuner.tune import autotune
-from tilewright.tuning_db.errors import UsageError
+from tilewright.tuning_db.errors import UsageError, WorkerError
 from tilewright.tuning_db.record import Provenance, Status
+from tilewright.tuning_db.store import TuningDB
 
 pytestmark = pytest.mark.smoke
 
@@ -35,6 +36,8 @@ TIMES = {"p10_us": 1.0, "p90_us": 99.0, "samples": 20}
 
 
 class FakePool:
+    jobs = 2
+
     def __init__(self, answer: Any) -> None:
         self.answer = answer
         self.requests: list[dict[str, Any]] = []
@@ -222,11 +225,11 @@ TWO_OF_A_KIND = (
 
 def test_each_worker_has_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(gpu_runner, "Pool", lambda jobs, fields: made.append((jobs, fields)))
+    monkeypatch.setattr(gpu_runner, "Pool", lambda jobs, arguments: made.append((jobs, arguments)))
     compiler = Compiler(FakePool(compiled), DEVICE)  # type: ignore[arg-type]
     GpuRunner(compiler, DEVICE)
     GpuRunner(compiler, DEVICE, [TWO_OF_A_KIND[2], TWO_OF_A_KIND[0]])
-    assert made == [(1, [{"ordinal": 1}]), (2, [{"ordinal": 2}, {"ordinal": 0}])]
+    assert made == [(1, [("--gpu", "1")]), (2, [("--gpu", "2"), ("--gpu", "0")])]
 
 
 def test_gpus_of_the_same_board_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +270,22 @@ def test_several_gpus_measure_at_once_and_each_configuration_once(tmp_path: Path
     assert results.results[0].config == min((config.to_dict() for config in space()), key=time_us)
     # Compilers are shared: no more of them than were asked for.
     assert len({note["pid"] for note in read_journal(tmp_path / "compiling")}) <= 2
+
+
+@pytest.mark.parametrize("absent", [[0], [0, 1]])
+def test_a_gpu_that_cannot_be_had_is_no_fault_of_the_configurations(tmp_path: Path, absent: list[int]) -> None:
+    scenario = Scenario(str(tmp_path / "journal"), absent=absent)
+    with simulated(scenario, scenario, tmp_path):
+        if absent == [0]:  # the other one does all the work
+            results = autotune(GPUS[0], problems=[SMALL], trials=6, jobs=1, workers=2, db=tmp_path / "db")
+            (lost,) = results.lost_workers
+            assert "--gpu 0" in lost
+            assert lost.endswith("CUDARuntimeError: cuda:0 is busy or unavailable")
+        else:
+            with pytest.raises(WorkerError, match=r"CUDARuntimeError: cuda:[01] is busy or unavailable"):
+                autotune(GPUS[0], problems=[SMALL], trials=6, jobs=1, workers=2, db=tmp_path / "db")
+    with TuningDB.open(GPUS[0].key, tmp_path / "db", read_only=True) as database:
+        assert [record.status for record in database.find()] == ([Status.OK] * 6 if absent == [0] else [])
 
 
 def test_closing_ends_the_worker(runner: GpuRunner) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.tuner.killed_runs import JOBS
 from tests.tuner.simulated_worker import Scenario, time_us
 from tests.tuner.simulation import BOARD, PROBLEM, ROOT, simulated, space
 from tilewright.tuner import gpu_runner, runner
@@ -21,6 +22,8 @@ from tilewright.tuner.tune import autotune
 
 SCRIPT = "tests.tuner.killed_runs"
 PER_RUN_S = 30.0
+TRIALS = 12
+"""Of 25 configurations: which ones, and so the winner, is the search's choice."""
 
 
 def killed_runs(folder: Path, workers: int, trials: int, points: list[str]) -> list[dict[str, Any]]:
@@ -42,26 +45,44 @@ def killed_runs(folder: Path, workers: int, trials: int, points: list[str]) -> l
 
 
 POINTS = {
+    0: ["before add 1", "before add 6", "after add 6", "end compile 3"],
     1: [
-        *(f"{moment} add {number}" for moment in ("before", "after") for number in (1, 5, 12)),
+        "before add 1",
+        "before add 5",
+        "after add 5",
+        "after add 12",
         "begin compile 1",
-        "begin measure 1",
-        "end compile 6",
         "end measure 6",
-        *(f"{seconds} s" for seconds in (0.45, 0.6, 0.8)),
+        "begin measure 13",  # the comparison of the best
+        "0.6 s",
     ],
-    3: ["before add 4", "after add 7", "begin measure 3", "end measure 6", "0.6 s"],
+    3: ["before add 4", "after add 7", "begin measure 3", "begin measure 13"],
 }
-"""By the number of workers."""
+"""By the number of workers; without any, nothing is measured."""
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", POINTS)
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path, workers: int) -> None:
-    trials = 12  # of 25 configurations: which ones, and so the winner, is the search's choice
-    never, *killed = killed_runs(tmp_path, workers, trials, POINTS[workers])
+    check_resumption(tmp_path, workers, POINTS[workers])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_can_be_killed_at_every_step(tmp_path: Path, workers: int) -> None:
+    steps = range(1, TRIALS + 1)
+    adds = [f"{moment} add {step}" for moment in ("before", "after") for step in steps]
+    tasks = [
+        f"{moment} {task} {step}" for task in ("compile", "measure") for moment in ("begin", "end") for step in steps
+    ]
+    times = [f"{0.2 + 0.05 * step:.2f} s" for step in range(16)]
+    check_resumption(tmp_path, workers, [*adds, *tasks, *times])
+
+
+def check_resumption(folder: Path, workers: int, points: list[str]) -> None:
+    never, *killed = killed_runs(folder, workers, TRIALS, points)
     assert never["codes"] == [0]
-    assert len(never["recorded"]) == trials
-    assert set(never["measured"].values()) == {1}
+    assert len(never["recorded"]) == TRIALS
+    assert set(never["trials"].values()) == {1}
     for case in killed:
         first, last = case["codes"]
         # A moment on the clock may be after the end, where the machine is fast.
@@ -70,19 +91,19 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path, workers: int)
         assert case["integrity"] == "ok"
         assert case["winner"] == never["winner"], case["point"]
         assert case["recorded"] == never["recorded"], case["point"]
-        repeated = sum(case["measured"].values()) - trials
-        assert 0 <= repeated <= workers, case["point"]
+        repeated = sum(case["trials"].values()) - sum(never["trials"].values())
+        assert 0 <= repeated <= (workers or JOBS), case["point"]
         if case["point"].startswith("after add") and workers == 1:
             assert repeated == 0
 
 
 def test_a_run_that_is_killed_after_every_trial_ends_as_one_that_is_not(tmp_path: Path) -> None:
-    trials = 8
+    trials = 5
     never, case = killed_runs(tmp_path, 1, trials, ["every add"])
     assert case["codes"][: trials + 2] == [-signal.SIGKILL] * trials + [0, 0]
     assert case["winner"] == never["winner"]
     assert case["recorded"] == never["recorded"]
-    assert set(case["measured"].values()) == {1}
+    assert set(case["trials"].values()) == {1}
 
 
 TIMEOUT_S = 3.0

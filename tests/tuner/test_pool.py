@@ -224,15 +224,14 @@ def test_two_workers_work_at_the_same_time() -> None:
         assert max(first["start"], second["start"]) < min(first["end"], second["end"])
 
 
-def test_each_worker_adds_fields_of_its_own() -> None:
-    with Pool(2, command=FAULTY, fields=[{"say": "first"}, {"say": "second"}]) as pool:
+def test_each_worker_has_arguments_of_its_own() -> None:
+    with Pool(2, command=FAULTY, arguments=[("--gpu", "3"), ("--gpu", "1")]) as pool:
         pool.start()
-        request = {"do": "sleep", "seconds": 0.3, "say": "unheard"}
         for _ in range(2):
-            replies = [future.result() for future in [pool.submit(request, timeout=30) for _ in range(2)]]
-            assert {reply["said"] for reply in replies} == {"first", "second"}
+            futures = [pool.submit({"do": "sleep", "seconds": 0.3}, timeout=30) for _ in range(2)]
+            assert sorted(future.result()["arguments"] for future in futures) == [["--gpu", "1"], ["--gpu", "3"]]
     with pytest.raises(UsageError, match="jobs=3 workers need as many"):
-        Pool(3, fields=[{}, {}])
+        Pool(3, arguments=[(), ()])
 
 
 def test_one_worker_answers_in_order(pool: Pool) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -12,6 +11,7 @@ from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.prediction import MODEL, predict
 from tilewright.kernels.registry import find_kernel
+from tilewright.tuner import runner as runner_module
 from tilewright.tuner.runner import Compiler, PredictionRunner
 from tilewright.tuning_db.record import Provenance, Resources, Status
 
@@ -25,6 +25,8 @@ FINE = {"registers": 100, "spill_bytes": 0, "stack_bytes": 0, "shared_bytes": 32
 
 class FakePool:
     """Answers as a pool of workers would, from a table of BLOCK_M; counts what it is asked."""
+
+    jobs = 2
 
     def __init__(self, replies: dict[int, dict[str, Any]] | None = None) -> None:
         self.replies = replies or {}
@@ -109,19 +111,31 @@ class SlowPool(FakePool):
         return future
 
 
-def test_after_the_deadline_only_what_is_being_compiled_is_finished() -> None:
-    pool = SlowPool()
-    compiler = Compiler(pool, DEVICE)  # type: ignore[arg-type]
-    runner = PredictionRunner(compiler, DEVICE)
-    configs = [GemmConfig(m, 64, 32) for m in (32, 64, 128)]
-    found = list(runner.run(GEMM, PROBLEM, configs, deadline=time.monotonic() + 0.1))
-    assert [config for config, _ in found] == configs[:1]
-    assert found[0][1].status is Status.OK
-    # What was taken back is compiled if it is asked for again, and what was not is remembered.
-    for config in configs:
-        compiler.submit(GEMM, PROBLEM, config)
-    assert len(pool.requests) == 5
-    assert compiler.compiled == 1
+def test_no_more_is_begun_than_there_are_workers_for_until_outcomes_are_taken() -> None:
+    pool = FakePool()
+    runner = PredictionRunner(Compiler(pool, DEVICE), DEVICE)  # type: ignore[arg-type]
+    outcomes = runner.run(GEMM, PROBLEM, [GemmConfig(m, 64, 32) for m in (16, 32, 64, 128)])
+    for taken in range(4):
+        next(outcomes)
+        assert len(pool.requests) <= taken + 2
+    assert not list(outcomes)
+    assert len(pool.requests) == 4
+
+
+def test_after_the_deadline_only_what_is_being_compiled_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(runner_module.time, "monotonic", lambda: now[0])
+    pool = FakePool()
+    runner = PredictionRunner(Compiler(pool, DEVICE), DEVICE)  # type: ignore[arg-type]
+    configs = [GemmConfig(m, 64, 32) for m in (16, 32, 64, 128)]
+    found = []
+    for config, outcome in runner.run(GEMM, PROBLEM, configs, deadline=10.0):
+        assert outcome.status is Status.OK
+        found.append(config)
+        now[0] += 11.0
+    assert sorted(config.BLOCK_M for config in found) == [16, 32]
+    assert len(pool.requests) == 2
+    assert not list(runner.run(GEMM, PROBLEM, configs, deadline=10.0))
 
 
 def test_what_a_worker_has_taken_up_is_not_taken_back() -> None:

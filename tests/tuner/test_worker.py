@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from tilewright.kernels.registry import KERNELS
+from tilewright.tuner import measure, worker
 from tilewright.tuner.pool import COMMAND, Pool
 from tilewright.tuning_db.env import compiling_environment
+from tilewright.tuning_db.errors import WorkerError
 
 PROBLEM = {"M": 64, "N": 64, "K": 128, "dtype": "fp16", "activation": "relu"}
 CONFIG = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 1, "num_warps": 4, "num_stages": 3}
@@ -115,3 +117,22 @@ def test_the_process_speaks_json_lines_and_ends_with_its_stdin() -> None:
         {"id": 6, "error": "KeyError: 'do'"},
     ]
     assert done.stderr == ""
+
+
+def test_a_gpu_that_is_not_there_is_told_at_the_start() -> None:
+    with Pool(1, arguments=[("--gpu", "99")]) as pool, pytest.raises(WorkerError, match="cuda:99"):
+        pool.start()
+
+
+def test_a_worker_with_a_gpu_takes_it_into_use_and_measures_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Any] = []
+    used: list[Any] = []
+    monkeypatch.setattr(worker, "serve", lambda tasks, prepare: served.append((tasks, prepare)))
+    monkeypatch.setattr(measure, "use_gpu", used.append)
+    monkeypatch.setattr(measure, "measure", lambda request: {"status": "ok", **request})
+    worker.main(["--gpu", "2"])
+    ((tasks, prepare),) = served
+    prepare()
+    assert used == [2]
+    assert tasks["measure"]({"do": "measure", "ordinal": 0}) == {"status": "ok", "do": "measure", "ordinal": 2}
+    assert tasks["compile"] is worker.TASKS["compile"]
