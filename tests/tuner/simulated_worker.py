@@ -61,6 +61,8 @@ class Simulation:
     def __init__(self, scenario: Scenario, ordinal: int) -> None:
         self.scenario = scenario
         self.ordinal = ordinal
+        self.journal = Path(scenario.journal)
+        self.parent = os.getppid()
         self.measured = 0
 
     def compile(self, request: Request) -> Reply:
@@ -98,34 +100,35 @@ class Simulation:
             "ordinal": self.ordinal,
             "pid": os.getpid(),
         }
-        append(self.scenario.journal, entry)
-        kill_at = self.scenario.kill_at
-        if kill_at is not None and (request["do"], moment) == tuple(kill_at[:2]):
-            number = sum(each["do"] == request["do"] and each["moment"] == moment for each in self.read())
-            if number == kill_at[2]:
-                os.kill(os.getppid(), signal.SIGKILL)
-
-    def read(self) -> list[dict[str, Any]]:
-        return read_journal(Path(self.scenario.journal))
+        end = append(self.scenario.journal, entry)
+        if self.scenario.kill_at is None:
+            return
+        so_far = read_journal(self.journal, end)
+        number = sum((each["do"], each["moment"]) == (request["do"], moment) for each in so_far)
+        # An orphan has another parent, which is left in peace.
+        if (request["do"], moment, number) == tuple(self.scenario.kill_at) and os.getppid() == self.parent:
+            os.kill(self.parent, signal.SIGKILL)
 
     def wait_for_the_others(self) -> None:
         deadline = time.monotonic() + PATIENCE_S
-        while len({each["pid"] for each in self.read() if each["do"] == "measure"}) < self.scenario.together:
+        while len({each["pid"] for each in read_journal(self.journal)}) < self.scenario.together:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no {self.scenario.together} measurements are running at once")
             time.sleep(0.01)
 
 
-def append(journal: str, entry: Mapping[str, Any]) -> None:
-    """One write to a file opened for appending: whole or not there."""
+def append(journal: str, entry: Mapping[str, Any]) -> int:
+    """One write to a file opened for appending: whole or not there. Where the entry ends."""
     descriptor = os.open(journal, os.O_APPEND | os.O_CREAT | os.O_WRONLY)
     os.write(descriptor, json.dumps(entry).encode() + b"\n")
+    end = os.lseek(descriptor, 0, os.SEEK_CUR)
     os.close(descriptor)
+    return end
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """What was noted so far, in order; nothing where there is no journal yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def read_journal(path: Path, end: int | None = None) -> list[dict[str, Any]]:
+    """What was noted, in order, up to `end`; nothing where there is no journal yet."""
+    return [json.loads(line) for line in path.read_bytes()[:end].splitlines()] if path.exists() else []
 
 
 def replayed(request: Request, fault: str, configs: Sequence[Mapping[str, Any]]) -> Reply:

@@ -67,6 +67,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path, workers: int)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_can_be_killed_at_every_step(tmp_path: Path, workers: int) -> None:
     steps = range(1, TRIALS + 1)
