@@ -53,6 +53,18 @@ def test_no_configuration_is_tried_twice_and_none_is_invalid() -> None:
     assert set(tried) == set(VALID) | {Pair(4, 4)}
 
 
+def test_what_is_learned_between_proposals_is_not_proposed_any_more() -> None:
+    search = Search(SPACE, VALID, Pair(4, 4), trials=100, seed=0)
+    first = [config for _, config in search.ask(3)]
+    learned = dict.fromkeys([config for config in VALID if config not in first][:5], 20.0)
+    search.learn(learned)
+    rest = [config for _, config in search.ask(100)]
+    assert {*first, *learned, *rest} == {*VALID, Pair(4, 4)}
+    assert len(first) + len(learned) + len(rest) == len({*VALID, Pair(4, 4)})
+    finished = [trial for trial in search._study.trials if trial.value is not None]
+    assert [trial.value for trial in finished] == [20.0] * 5
+
+
 def test_known_configurations_are_not_tried_again() -> None:
     known: dict[Config, float | None] = {config: time_of(config) for config in VALID[:5]}
     known[VALID[5]] = None

@@ -103,6 +103,12 @@ def test_a_larger_budget_tries_only_what_is_new(tmp_path: Path, counted: type[Co
     assert not again.results[0].cached
 
 
+def test_what_another_search_has_tried_is_not_tried_again(tmp_path: Path, counted: type[CountingRunner]) -> None:
+    autotune("rtx3090", problems=[SMALL], trials=6, seed=1, jobs=1, db=tmp_path)
+    results = autotune("rtx3090", problems=[SMALL], trials=15, seed=2, jobs=1, db=tmp_path)
+    assert results.results[0].trials == len(counted.asked) == len(set(counted.asked)) == 15
+
+
 def test_retune_tries_again_what_is_on_record(tmp_path: Path, counted: type[CountingRunner]) -> None:
     for _ in range(2):
         results = autotune("rtx3090", problems=[SMALL], trials=3, db=tmp_path, retune=True)
