@@ -177,23 +177,43 @@ def test_a_gpu_gets_its_next_trial_when_the_last_outcome_was_taken() -> None:
     assert len({config for config, _ in taken}) == 4
 
 
-def test_after_the_deadline_only_what_is_being_measured_is_finished() -> None:
-    pool, compilers = HeldPool(measured), HeldPool(compiled)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, which only the test moves."""
+    now = [0.0]
+    monkeypatch.setattr(gpu_runner.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_after_the_deadline_only_what_is_being_measured_is_finished(clock: list[float]) -> None:
+    def slowly(request: dict[str, Any]) -> dict[str, Any]:
+        clock[0] += 4.0
+        return measured(request)
+
+    compilers, pool = HeldPool(compiled), FakePool(slowly)
     runner = GpuRunner(Compiler(compilers, DEVICE), DEVICE, workers=pool)  # type: ignore[arg-type]
-    outcomes = runner.run(
-        GEMM, PROBLEM, [GemmConfig(m, 64, 32) for m in (32, 64, 128)], deadline=time.monotonic() + 0.3
-    )
-    assert len(compilers.held) == 0
-    for _ in range(4):  # the first two configurations, each with its ragged problem
-        threading.Timer(0.02, compilers.let_go).start()
-    threading.Timer(0.6, pool.let_go).start()
-    ((config, outcome),) = outcomes
-    assert config.BLOCK_M == 32
-    assert outcome.status is Status.OK
-    assert len(pool.requests) == 1
-    # What nobody had begun to compile is not compiled.
+    compiling = [GemmConfig(m, 64, 32) for m in (32, 64, 128, 16)]
+    for config in compiling[:3]:
+        runner._compile(GEMM, PROBLEM, config)
+    while compilers.held:
+        compilers.let_go()
+    # Three are compiled and one, the last, is in the queue. The third is begun after 8 s of 10.
+    outcomes = list(runner.run(GEMM, PROBLEM, compiling[3:] + compiling[:3], deadline=10.0))
+    assert [config for config, _ in outcomes] == compiling[:3]
+    assert len(pool.requests) == 3
     assert len(compilers.held) == 2
     assert all(future.cancelled() for _, future in compilers.held)
+
+
+def test_nothing_is_begun_when_the_deadline_came_while_an_outcome_was_taken(
+    runner: GpuRunner, clock: list[float]
+) -> None:
+    outcomes = runner.run(GEMM, PROBLEM, [GemmConfig(256, 64, 32), GemmConfig(64, 64, 32)], deadline=10.0)
+    config, outcome = next(outcomes)
+    assert (config.BLOCK_M, outcome.status) == (256, Status.COMPILE_ERROR)
+    clock[0] = 11.0
+    assert not list(outcomes)
+    assert not runner._workers.requests  # type: ignore[attr-defined]
 
 
 def test_the_last_comparison_is_within_the_trial_that_may_overrun(runner: GpuRunner) -> None:
