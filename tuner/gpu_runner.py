@@ -59,6 +59,7 @@ class _Trial:
     code: Future[dict[str, Any]]
     ragged: Future[dict[str, Any]] | None  # the code of the gate's second problem, if there is one
     compiled: Outcome | None = None
+    killed: str = ""  # the message, if the process was killed that measured it first
 
     def unfinished(self) -> list[Future[dict[str, Any]]]:
         """What has to be compiled before it is known what becomes of the trial."""
@@ -109,8 +110,13 @@ class GpuRunner(Runner):
                 left = max(0.0, deadline - time.monotonic()) if trials and deadline is not None else None
                 wait([*measuring, *compiling], left, FIRST_COMPLETED)
             for future in [each for each in measuring if each.done()]:
-                trial = measuring.pop(future)
-                yield trial.config, self._measured(kernel, problem, trial, future.result())
+                trial, reply = measuring.pop(future), future.result()
+                if reply.get("killed") and not trial.killed and not is_past(deadline):
+                    # By somebody else, as a rule: without a second try the best configuration may be lost to it.
+                    trial.killed = reply["message"]
+                    measuring[self._measure(kernel, problem, trial)] = trial
+                    continue
+                yield trial.config, self._measured(kernel, problem, trial, reply)
 
     def finalists(
         self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config], deadline: float | None = None
@@ -183,7 +189,10 @@ class GpuRunner(Runner):
         assert trial.compiled.resources is not None
         resources = trial.compiled.resources
         predicted_us = predict(kernel.work(problem, trial.config), resources, self._device).time_us
-        return replace(outcome, resources=resources, predicted_us=predicted_us)
+        message = outcome.message
+        if trial.killed and message != trial.killed:
+            message = f"{message}; at first, {trial.killed}".removeprefix("; ")
+        return replace(outcome, resources=resources, message=message, predicted_us=predicted_us)
 
     @staticmethod
     def _request(kernel: Kernel[Any, Any], problem: Problem) -> dict[str, Any]:

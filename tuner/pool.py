@@ -57,6 +57,8 @@ _FAULTS = {
     "measure": (Status.RUNTIME_ERROR, "the measurement"),
 }
 
+_KILLED = "was killed (SIGKILL), perhaps for want of memory"
+
 
 class Worker:
     """One worker process. Any thread may call any method; requests take turns.
@@ -117,7 +119,8 @@ class Worker:
     def request(self, request: Mapping[str, Any], timeout: float) -> dict[str, Any]:
         """The worker's reply, or one that says why there is none: a mapping with a `status`, and a `message` unless ok.
 
-        It comes within about `timeout` seconds of the process being ready.
+        It comes within about `timeout` seconds of the process being ready. `killed` is True in it if somebody else has
+        killed the process (SIGKILL), which may be no fault of the request.
 
         Raises:
             WorkerError: the process can't be started or killed, or the worker is closed.
@@ -125,6 +128,7 @@ class Worker:
         status, who = _FAULTS.get(str(request.get("do")), (Status.RUNTIME_ERROR, "the worker"))
         with self._turn:
             self.start()
+            killed = False
             self._serial += 1
             self._stderr = b""
             envelope = {"id": self._serial, "timeout": timeout, "request": dict(request)}
@@ -141,6 +145,7 @@ class Worker:
                 manner, last = self._obituary()
                 if self._closed:
                     raise WorkerError("the worker was closed while it worked") from None
+                killed = manner == _KILLED
                 fault = f"{who} {manner}: {last}" if last else f"{who} {manner}"
             except BaseException:
                 self._bury()  # an answer still to come would be taken for the next one
@@ -150,7 +155,7 @@ class Worker:
                     reply: dict[str, Any] = message["reply"]
                     return reply
                 fault = message["error"]
-            return {"status": status, "message": fault}
+            return {"status": status, "message": fault, **({"killed": True} if killed else {})}
 
     def kill(self) -> None:
         """Kills the process now, in the midst of a request if there is one; it is never started again."""
@@ -458,7 +463,7 @@ def _manner(returncode: int) -> str:
     if name == "SIGABRT":
         return f"aborted ({name})"
     if name == "SIGKILL":
-        return f"was killed ({name}), perhaps for want of memory"
+        return _KILLED
     return f"crashed ({name})"
 
 

@@ -34,9 +34,9 @@ PATIENCE_S = 30.0
 class Scenario:
     """What a run of the simulation is like.
 
-    `faults` has the fault of each configuration that has one. The first measurements of `together` processes wait for
-    each other. At the beginning or `end` of task number `kill_at` of its kind (`compile` or `measure`), counted over
-    all processes, the parent is killed.
+    `faults` has the fault of each configuration that has one: of FAULTS, or `killed at first`, which is only once. The
+    first measurements of `together` processes wait for each other. At the beginning or `end` of task number `kill_at`
+    of its kind (`compile` or `measure`), counted over all processes, the parent is killed.
     """
 
     journal: str  # every task is noted there as it begins and ends
@@ -85,8 +85,10 @@ class Simulation:
             self.wait_for_the_others()
         configs = request.get("finalists") or [request["config"]]
         fault = "" if "finalists" in request else self.scenario.faults.get(canonical_json(request["config"]), "")
-        if fault == "killed from outside":
+        if fault == "killed from outside" or (fault == "killed at first" and self.is_first(request)):
             subprocess.run(["kill", "-KILL", str(os.getpid())], check=True)
+        if fault == "killed at first":
+            fault = ""
         reply = (measured_for_real if self.scenario.real else replayed)(request, fault, configs)
         self.note(request, "end")
         return reply
@@ -108,6 +110,10 @@ class Simulation:
         # An orphan has another parent, which is left in peace.
         if (request["do"], moment, number) == tuple(self.scenario.kill_at) and os.getppid() == self.parent:
             os.kill(self.parent, signal.SIGKILL)
+
+    def is_first(self, request: Request) -> bool:
+        begun = [each for each in read_journal(self.journal) if each["moment"] == "begin"]
+        return sum(each["config"] == request["config"] for each in begun) == 1
 
     def wait_for_the_others(self) -> None:
         deadline = time.monotonic() + PATIENCE_S

@@ -144,6 +144,35 @@ def test_a_ragged_problem_that_breaks_the_compiler_does_not_break_the_measuring_
     }
 
 
+KILLED = {"status": "runtime_error", "message": "the measurement was killed (SIGKILL)", "killed": True}
+
+
+def test_a_process_that_somebody_has_killed_gets_a_second_try(runner: GpuRunner) -> None:
+    def killed_at_first(request: dict[str, Any]) -> dict[str, Any]:
+        begun = [each["config"] for each in runner._workers.requests]  # type: ignore[attr-defined]
+        block = request["config"]["BLOCK_M"]
+        return KILLED if block == 64 or begun.count(request["config"]) == 1 else measured(request)
+
+    runner._workers.answer = killed_at_first  # type: ignore[attr-defined]
+    configs = [GemmConfig(m, 64, 32) for m in (16, 64, 128)]
+    found = {config.BLOCK_M: outcome for config, outcome in runner.run(GEMM, PROBLEM, configs)}
+    assert {m: (outcome.status, outcome.message) for m, outcome in found.items()} == {
+        16: (Status.INCORRECT, f"out[0, 3] is 1, should be 2; at first, {KILLED['message']}"),
+        64: (Status.RUNTIME_ERROR, KILLED["message"]),
+        128: (Status.OK, f"at first, {KILLED['message']}"),
+    }
+    assert found[128].times.median_us == 128
+    assert len(runner._workers.requests) == 6  # type: ignore[attr-defined]
+
+
+def test_a_process_that_dies_by_itself_gets_no_second_try(runner: GpuRunner) -> None:
+    aborted = {"status": "runtime_error", "message": "the measurement aborted (SIGABRT)"}
+    runner._workers.answer = lambda request: aborted  # type: ignore[attr-defined]
+    ((_, outcome),) = runner.run(GEMM, PROBLEM, [GemmConfig(64, 64, 32)])
+    assert outcome.message == aborted["message"]
+    assert len(runner._workers.requests) == 1  # type: ignore[attr-defined]
+
+
 class HeldPool(FakePool):
     """Answers when it is told to, and not before."""
 

@@ -87,7 +87,8 @@ def test_a_death_is_a_reply_and_the_next_request_is_answered(
 ) -> None:
     assert ask(pool, **SAY)["said"] == "hello"
     starts = pool.starts
-    assert ask(pool, **request_) == {"status": status, "message": message}
+    killed = {"killed": True} if "SIGKILL" in message else {}
+    assert ask(pool, **request_) == {"status": status, "message": message, **killed}
     assert ask(pool, **SAY)["said"] == "hello"
     assert pool.starts == starts + 1
 
@@ -120,6 +121,7 @@ def test_a_worker_killed_from_outside_in_a_request(pool: Pool, tmp_path: Path) -
     assert future.result(timeout=10) == {
         "status": "runtime_error",
         "message": "the measurement was killed (SIGKILL), perhaps for want of memory",
+        "killed": True,
     }
     assert wait_for(lambda: gone(child))
 
