@@ -97,6 +97,13 @@ def _finite(name: str, value: Any) -> float:
     return number
 
 
+def factor(value: Any) -> Any:
+    """A factor, or None where it is 1: nothing is multiplied then."""
+    if value.__class__ is float:  # what it mostly is; asking the abstract class takes half a microsecond
+        return None if value == 1.0 else value
+    return None if isinstance(value, numbers.Real) and value == 1.0 else value
+
+
 def integer(name: str, value: Any) -> int | None:
     """An option that is an integer or None, of Python's or NumPy's; as Python's, for 32 and 32.0 are equal keys.
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Arrays, Operation, PlannedCall, Prepared, integer
+from tilewright.kernels.call import Arrays, Operation, PlannedCall, Prepared, factor, integer
 from tilewright.kernels.dispatch import plan_for
 from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.conv2d.operands import (
@@ -99,7 +98,7 @@ def conv2d(
         IllegalConfigError: `config` breaks a limit of the problem or the GPU.
         MissingDependencyError: CuPy or a GPU is needed and absent.
     """
-    arrays = (x, w, x_scale, w_scale, bias, residual, _factor(alpha), out_scale)
+    arrays = (x, w, x_scale, w_scale, bias, residual, factor(alpha), out_scale)
     window = (_hashable(stride), _hashable(padding), _hashable(dilation))
     return _CONV2D(
         arrays, (out,), (activation, *window, integer("groups", groups), layout, precision, out_dtype, _checked(config))
@@ -137,16 +136,11 @@ def conv1d(
 
     The rest, the result and the errors are as `conv2d` has them, with one dimension less.
     """
-    arrays = (x, w, x_scale, w_scale, bias, residual, _factor(alpha), out_scale)
+    arrays = (x, w, x_scale, w_scale, bias, residual, factor(alpha), out_scale)
     window = (_hashable(stride), _hashable(padding), _hashable(dilation))
     return _CONV1D(
         arrays, (out,), (activation, *window, integer("groups", groups), layout, precision, out_dtype, _checked(config))
     )[0]
-
-
-def _factor(alpha: Any) -> Any:
-    """alpha, or None where it is 1."""
-    return None if isinstance(alpha, Real) and alpha == 1.0 else alpha
 
 
 def _hashable(option: Any) -> Any:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Arrays, Operation, Prepared, integer
+from tilewright.kernels.call import Arrays, Operation, Prepared, factor, integer
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.operands import (
     Matrix,
@@ -111,13 +110,6 @@ def check_config(config: Any) -> None:
     """
     if config is not None and not isinstance(config, GemmConfig):
         raise UsageError(f"config must be a GemmConfig, not {config!r}")
-
-
-def factor(alpha: Any) -> Any:
-    """alpha, or None where it is 1."""
-    if alpha.__class__ is float:  # what it mostly is; asking the abstract class takes half a microsecond
-        return None if alpha == 1.0 else alpha
-    return None if isinstance(alpha, Real) and alpha == 1.0 else alpha
 
 
 @dataclass(frozen=True, slots=True)

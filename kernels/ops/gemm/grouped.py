@@ -6,8 +6,8 @@ from typing import Any
 
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Operation, Prepared, integer
-from tilewright.kernels.ops.gemm.api import INPUTS, OPTIONS, SCALARS, SCALES, alignments, check_config, factor
+from tilewright.kernels.call import Operation, Prepared, factor, integer
+from tilewright.kernels.ops.gemm.api import INPUTS, OPTIONS, SCALARS, SCALES, alignments, check_config
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.operands import (
     Matrix,
