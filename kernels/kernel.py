@@ -16,6 +16,7 @@ from tilewright.kernels.source import called_hash, module_hash, source_hash
 from tilewright.kernels.space import C, P, Space
 from tilewright.kernels.work import Work
 from tilewright.tuning_db.record import Resources
+from tilewright.tuning_db.shapes import Near, distance
 
 
 class Argument(NamedTuple):
@@ -110,7 +111,7 @@ class Kernel(Generic[P, C]):
     tolerance: Callable[[P], dict[str, Tolerance]]
     estimate: Callable[[P, C, Device], Resources]  # before anything is compiled
     work: Callable[[P, C], Work]  # what `prediction` needs to know
-    distance: Callable[[P, P], float | None]  # between problems whose best configurations compare; None: they don't
+    near: Callable[[P], Near]  # which other problems' best configurations are worth having for a problem
     supported: Callable[[P, Device], str | None]  # None, or why this device can't run it at all
     # A small problem of the same code paths that neither tile nor split divides: the tails the problem itself may lack.
     ragged: Callable[[P, C], P] | None = None
@@ -128,6 +129,10 @@ class Kernel(Generic[P, C]):
             (name, *feature) if isinstance(feature, Variant) else (name, feature, None)
             for name, feature in self.features.items()
         ]
+
+    def distance(self, problem: P, other: P) -> float | None:
+        """How far the shape of another problem is from that of one, in doublings; None where they don't compare."""
+        return distance(self.near(problem), problem.to_json(), other.to_json())
 
     @cached_property
     def source_hash(self) -> str:

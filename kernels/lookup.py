@@ -8,10 +8,8 @@ over, whatever its evidence.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import heapq
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.kernels import compile as compile_path
+from tilewright.kernels import identity
 from tilewright.kernels.compile import ptxas_version, triton_version
 from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.pack import Pack, active_pack
 from tilewright.kernels.prediction import MODEL, Prediction, predict
 from tilewright.kernels.problem import Config, Problem
-from tilewright.kernels.registry import find_kernel
 from tilewright.kernels.source import module_hash
 from tilewright.kernels.work import Work
 from tilewright.tuning_db import env
@@ -68,7 +66,7 @@ def record_key(kernel: Kernel[Any, Any], problem: Problem, device: Device, proto
         device=device.key,
         arch=device.arch,
         triton=triton_version(),
-        ptxas=ptxas_version(device.arch),
+        ptxas=identity.of_ptxas(device.arch, ptxas_version),
         protocol=protocol,
     )
 
@@ -76,6 +74,10 @@ def record_key(kernel: Kernel[Any, Any], problem: Problem, device: Device, proto
 def prediction_protocol(kernel: Kernel[Any, Any]) -> str:
     """Name and revision of how a kernel's times are predicted: part of the key of its predicted records. It changes
     with the model, and with what the op tells it: the modules of its problem, its space, its estimate and its work."""
+    return identity.of_code(kernel, "prediction", lambda: _prediction_protocol(kernel))
+
+
+def _prediction_protocol(kernel: Kernel[Any, Any]) -> str:
     told = {function.__module__ for function in (kernel.space.fits, kernel.space.useful, kernel.estimate, kernel.work)}
     told |= {kernel.problem.__module__, Work.__module__}
     hashes = " ".join(module_hash(sys.modules[name]) for name in sorted(told))
@@ -84,7 +86,23 @@ def prediction_protocol(kernel: Kernel[Any, Any]) -> str:
 
 def code_hash(kernel: Kernel[Any, Any]) -> str:
     """SHA-256 of the kernel's code and of the compile path, whose options shape the machine code as much."""
-    return hashlib.sha256(f"{kernel.source_hash} {module_hash(compile_path)}".encode()).hexdigest()
+
+    def compute() -> str:
+        return hashlib.sha256(f"{kernel.source_hash} {module_hash(compile_path)}".encode()).hexdigest()
+
+    return identity.of_code(kernel, "code", compute)
+
+
+def remember(kernel: Kernel[Any, Any], device: Device, database: TuningDB) -> None:
+    """Notes in the database what the first lookup of a later process would have to work out: see `identity`.
+
+    Raises:
+        DatabaseError: it can't be written.
+    """
+    code_hash(kernel)
+    prediction_protocol(kernel)
+    identity.of_ptxas(device.arch, ptxas_version)
+    identity.note(database, kernel, device.arch)
 
 
 def check_supported(kernel: Kernel[Any, Any], problem: Problem, device: Device) -> None:
@@ -188,20 +206,25 @@ def recorded_choice(kernel: Kernel[Any, Any], problem: Problem, device: Device, 
 def answer(kernel: Kernel[Any, Any], problem: Problem, device: Device, database: TuningDB) -> Choice | None:
     """What an open database answers for a problem: its best record that fits this device, with its provenance."""
 
+    identity.recall(database, kernel, device.arch)
+    accepted: list[Config] = []
+
     def accept(record: Record) -> bool:
-        return fitting_config(kernel, problem, device, record) is not None
+        config = fitting_config(kernel, problem, device, record)
+        if config is not None:
+            accepted.append(config)
+        return config is not None
 
     found = database.best(
         record_key(kernel, problem, device),
         predicted_protocol=prediction_protocol(kernel),
-        near=functools.partial(_distance, kernel),
+        near=kernel.near(problem),
         accept=accept,
     )
     if found is None:
         return None
-    config = fitting_config(kernel, problem, device, found.record)
     times = found.record.times
-    return Choice(config, found.provenance, found.reason, times.median_us if times else None, found.record)
+    return Choice(accepted[-1], found.provenance, found.reason, times.median_us if times else None, found.record)
 
 
 def fitting_config(kernel: Kernel[Any, Any], problem: Problem, device: Device, record: Record) -> Config | None:
@@ -236,19 +259,3 @@ def predicted_best(
     """The `count` configurations with the least predicted time, from estimated resources, of the coarse space: the call
     that asks is waiting, and `autotune` looks at the rest."""
     return heapq.nsmallest(count, predictions(kernel, problem, device, coarse=True), key=lambda pair: pair[0].time_us)
-
-
-@functools.lru_cache(maxsize=4096)
-def _parsed(op: str, text: str) -> Problem | None:
-    try:
-        problem: Problem = find_kernel(op).problem.from_json(text)
-    except ProblemError:
-        return None  # written by another revision, with other fields
-    return problem
-
-
-def _distance(kernel: Kernel[Any, Any], asked: str, found: str) -> float | None:
-    one, other = _parsed(kernel.name, asked), _parsed(kernel.name, found)
-    if one is None or other is None or json.loads(found).keys() != json.loads(asked).keys():
-        return None
-    return kernel.distance(one, other)

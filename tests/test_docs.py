@@ -159,3 +159,13 @@ def test_the_errors_and_public_names_have_docstrings() -> None:
             value = getattr(package, name)
             if inspect.isclass(value) or inspect.isfunction(value):
                 assert (value.__doc__ or "").strip(), f"{package.__name__}.{name}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_the_database_page_says_what_is_near(kernel) -> None:
+    (row,) = re.findall(rf"^\| `{kernel.name}` \|(.*)\|(.*)\|$", DOCS["tuning-database.md"], re.MULTILINE)
+    may_differ, multiples = (set(re.findall(r"\w+", cell)) for cell in row)
+    for problem in [feature[1] for feature in kernel.feature_cases]:
+        near = kernel.near(problem)
+        assert may_differ.issuperset(near.sizes + near.free)
+        assert multiples.issuperset(name for name, _ in near.multiples)

@@ -22,6 +22,7 @@ from tilewright.kernels.lookup import (
     prediction_protocol,
     predictions,
     record_key,
+    remember,
 )
 from tilewright.kernels.prediction import roofline_us
 from tilewright.kernels.problem import Config, Problem
@@ -279,6 +280,7 @@ class _Run:
         kernel, problem = find_kernel(workload.op), workload.problem
         protocol = TIMING_PROTOCOL if self._device.live else prediction_protocol(kernel)
         key = record_key(kernel, problem, self._device, protocol)
+        remember(kernel, self._device, self._database)
         known = {} if retune else self._known(kernel, key)
         if len(known) >= trials:
             return self._result(workload, kernel, key, cached=True)

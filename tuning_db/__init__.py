@@ -16,7 +16,6 @@ from tilewright.tuning_db.errors import (
     TilewrightError,
     UsageError,
 )
-from tilewright.tuning_db.lookup import Near
 from tilewright.tuning_db.record import (
     Answer,
     Environment,
@@ -28,6 +27,7 @@ from tilewright.tuning_db.record import (
     Times,
     canonical_json,
 )
+from tilewright.tuning_db.shapes import Near
 from tilewright.tuning_db.store import Accept, TuningDB
 
 __all__ = [

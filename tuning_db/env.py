@@ -76,3 +76,9 @@ def interpreting() -> bool:
 def compiling_environment() -> dict[str, str]:
     """This process's environment without the interpreter switch, for a process that compiles."""
     return {name: value for name, value in os.environ.items() if name != INTERPRET}
+
+
+def ptxas_chosen() -> bool:
+    """Whether Triton was told of another ptxas than its own, by its own variables."""
+    names = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_MOCK_PTX_VERSION")
+    return any(os.environ.get(name) for name in names)

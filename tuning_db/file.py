@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tilewright.tuning_db import schema
+from tilewright.tuning_db import schema, shapes
 from tilewright.tuning_db.env import refuse_if_frozen
 from tilewright.tuning_db.errors import (
     DatabaseAccessError,
@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 TIMEOUT_S = 30.0
 """How long to wait for other processes, for the file lock and for each transaction. Transactions take milliseconds."""
+
+_NOT_PLAIN = re.compile(r"[^a-z0-9_-]+")
 
 SIDECARS = ("-wal", "-shm", "-journal")
 
@@ -60,7 +62,7 @@ def path_for(device_key: str, folder: Path) -> Path:
     """
     if not device_key:
         raise UsageError(f"a device needs a name; got {device_key=}")
-    slug = re.sub(r"[^a-z0-9_-]+", "-", device_key.lower()).strip("-")[:100]
+    slug = _NOT_PLAIN.sub("-", device_key.lower()).strip("-")[:100]
     if slug != device_key:
         slug = f"{slug}-{hashlib.sha256(device_key.encode()).hexdigest()[:8]}".lstrip("-")
     return folder / f"{slug}.sqlite"
@@ -121,6 +123,7 @@ class DatabaseFile:
                 # Immediate: a deferred transaction that reads first may fail at its first write, without waiting.
                 connection.execute("BEGIN IMMEDIATE")
                 result = action(connection)
+                shapes.place(connection)
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:

@@ -8,8 +8,9 @@
 | 4    | another board of the same arch (its own file): this problem, else a near   | transferred |
 | 5    | predicted under this very key                                              | predicted   |
 
-Within steps 2-4: smaller distance, then fewer differences in the order revision, toolchain, protocol, then what was
-measured last. Records of one key stay together, fastest first, since times of different keys don't compare.
+Within steps 2-4: smaller distance (see `tilewright.tuning_db.shapes`), then fewer differences in the order revision,
+toolchain, protocol, then what was measured last. Records of one key stay together, fastest first, since times of
+different keys don't compare.
 
 Steps 2-5 leave out each configuration that has failed, or spilled, on this very problem, board, revision and
 toolchain: a guess from elsewhere doesn't outweigh what is known here.
@@ -17,11 +18,13 @@ toolchain: a guess from elsewhere doesn't outweigh what is known here.
 
 from __future__ import annotations
 
+import heapq
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from tilewright.tuning_db.errors import DatabaseCorruptError, DatabaseError
@@ -29,27 +32,22 @@ from tilewright.tuning_db.file import DatabaseFile, open_file
 from tilewright.tuning_db.record import Answer, Key, Provenance, Record
 from tilewright.tuning_db.rows import Row, row_to_record
 from tilewright.tuning_db.schema import ANSWERABLE
-
-Near = Callable[[str, str], float | None]
-"""Distance of two problems of one op, both canonical JSON, the one asked for first; None where they don't compare."""
+from tilewright.tuning_db.shapes import Near, nearest
 
 _FEW = 4
 
-_MEASURED = f"{ANSWERABLE} AND provenance = 'measured' AND op = ? AND arch = ?"
+_MEASURED = f"{ANSWERABLE} AND provenance = 'measured' AND op = ?1 AND arch = ?2 AND problem = ?3"
 
-# SELECT DISTINCT would read every index entry; this seeks from one problem to the next.
-_PROBLEMS = f"""
-    WITH RECURSIVE seen (problem) AS (
-        SELECT min(problem) FROM records WHERE {_MEASURED}
-        UNION ALL
-        SELECT (SELECT min(problem) FROM records WHERE {_MEASURED} AND problem > seen.problem)
-        FROM seen WHERE seen.problem IS NOT NULL
-    )
-    SELECT problem FROM seen WHERE problem IS NOT NULL
-"""
+# The last record of each key. GROUP BY would read every record of the problem; this seeks from key to key.
 _GROUPS = f"""
-    SELECT key_digest, kernel_hash, problem, device, triton, ptxas, protocol, max(created_at) AS newest
-    FROM records WHERE {_MEASURED} AND problem = ? GROUP BY key_digest
+    WITH RECURSIVE keys (digest) AS (
+        SELECT min(key_digest) FROM records WHERE {_MEASURED}
+        UNION ALL
+        SELECT (SELECT min(key_digest) FROM records WHERE {_MEASURED} AND key_digest > keys.digest)
+        FROM keys WHERE keys.digest IS NOT NULL
+    )
+    SELECT key_digest, kernel_hash, problem, device, triton, ptxas, protocol, created_at FROM keys
+    JOIN records ON id = (SELECT max(id) FROM records WHERE {_MEASURED} AND key_digest = keys.digest)
 """
 _BEST_FIRST = (
     f"SELECT * FROM records WHERE {ANSWERABLE} AND key_digest = ? AND provenance = ? ORDER BY median_us, id LIMIT ?"
@@ -153,12 +151,8 @@ def _ranked(
     files: Sequence[DatabaseFile], key: Key, near: Near | None, skipped: dict[Path, DatabaseError] | None = None
 ) -> Iterator[_Group]:
     """The groups of the same problem, or with `near` of all problems that compare, in order."""
-    places: list[tuple[float, str, DatabaseFile]] = []
-    for file in files:
-        with _noting(file, skipped):
-            places += [(distance, problem, file) for problem, distance in _problems(file, key, near)]
-    places.sort(key=lambda place: place[0])
-    for _, equally_far in groupby(places, key=lambda place: place[0]):
+    of_each = [_problems(file, key, near, skipped) for file in files]
+    for _, equally_far in groupby(heapq.merge(*of_each, key=itemgetter(0)), key=itemgetter(0)):
         found: list[_Group] = []
         for _, problem, file in equally_far:
             with _noting(file, skipped):
@@ -168,13 +162,16 @@ def _ranked(
         yield from found
 
 
-def _problems(file: DatabaseFile, key: Key, near: Near | None) -> Iterator[tuple[str, float]]:
+def _problems(
+    file: DatabaseFile, key: Key, near: Near | None, skipped: dict[Path, DatabaseError] | None
+) -> Iterator[tuple[float, str, DatabaseFile]]:
+    """The problems of one file that are asked, each with its distance, in order."""
     if near is None:
-        yield key.problem, 0.0
+        yield 0.0, key.problem, file
         return
-    for row in file.rows(_PROBLEMS, (key.op, key.arch, key.op, key.arch)):
-        if row["problem"] != key.problem and (distance := near(key.problem, row["problem"])) is not None:
-            yield row["problem"], distance
+    with _noting(file, skipped):
+        for problem, distance in nearest(file.rows, near, key.op, key.arch, key.problem):
+            yield distance, problem, file
 
 
 def _groups(file: DatabaseFile, key: Key, problem: str) -> Iterator[_Group]:
@@ -189,7 +186,7 @@ def _groups(file: DatabaseFile, key: Key, problem: str) -> Iterator[_Group]:
         names = ("other revision", "other toolchain", "other protocol")
         reasons += [name for name, changed in zip(names, differs, strict=True) if changed]
         if reasons:  # no difference at all is step 1, not a transfer
-            yield _Group(file, row["key_digest"], differs, row["newest"], ", ".join(reasons))
+            yield _Group(file, row["key_digest"], differs, row["created_at"], ", ".join(reasons))
 
 
 def _changes(asked: str, found: str) -> str:

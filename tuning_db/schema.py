@@ -2,6 +2,8 @@
 
     runs      where and with what a run was made
     records   every outcome: one row per (key, configuration, provenance)
+    shapes    every problem that was measured, split into class and sizes: see `tilewright.tuning_db.shapes`
+    identities  hashes and versions that are slow to work out, by a stamp of the files they come from
     best      view: the best record of each key, for people with a SQLite tool
 
 The steps are applied with `sqlite_utils.Migrations`, whose table `_sqlite_migrations` in the file names each step and
@@ -17,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tilewright.tuning_db import shapes
 from tilewright.tuning_db.errors import DatabaseSchemaError
 
 if TYPE_CHECKING:
@@ -103,7 +106,59 @@ def s0001_runs_and_records(db: Database) -> None:
     )
 
 
-STEPS: tuple[Callable[[Database], None], ...] = (s0001_runs_and_records,)
+def s0002_shapes_and_identities(db: Database) -> None:
+    """The nearest problems by an index, and a first lookup that needn't parse every kernel."""
+    db.table("shapes").create(
+        {
+            "id": int,
+            "op": str,
+            "arch": int,
+            "class": str,  # NULL until `shapes.place` has seen the row
+            "volume": float,  # sum of the log2 of the sizes
+            **{f"size{place}": int for place in range(16)},
+            "problem": str,  # JSON
+        },
+        pk="id",
+        not_null={"op", "arch", "problem"},
+    )
+    db.execute("CREATE UNIQUE INDEX one_shape ON shapes (op, arch, problem)")
+    # Near problems are of about one volume; and here is all that a query for them reads, so that it touches no row.
+    sizes = ", ".join(f"size{place}" for place in range(16))
+    db.execute(f"CREATE INDEX shapes_of_a_class ON shapes (op, arch, class, volume, {sizes})")
+    db.execute("CREATE INDEX unplaced ON shapes (id) WHERE class IS NULL")
+    # A row comes with the first record that can be answered and goes with the last, whatever wrote or deleted it. (OR
+    # IGNORE won't do: in a trigger the OR REPLACE of the statement that fired it holds instead.)
+    answerable = "status = 'ok' AND spill_bytes = 0 AND provenance = 'measured'"
+    db.execute(
+        """
+        CREATE TRIGGER shape_of_a_record AFTER INSERT ON records
+        WHEN NEW.status = 'ok' AND NEW.spill_bytes = 0 AND NEW.provenance = 'measured' AND NOT EXISTS (
+            SELECT 1 FROM shapes WHERE op = NEW.op AND arch = NEW.arch AND problem = NEW.problem
+        )
+        BEGIN
+            INSERT INTO shapes (op, arch, problem) VALUES (NEW.op, NEW.arch, NEW.problem);
+        END
+        """
+    )
+    db.execute(
+        f"""
+        CREATE TRIGGER shape_without_records AFTER DELETE ON records
+        BEGIN
+            DELETE FROM shapes WHERE op = OLD.op AND arch = OLD.arch AND problem = OLD.problem AND NOT EXISTS (
+                SELECT 1 FROM records
+                WHERE {answerable} AND op = OLD.op AND arch = OLD.arch AND problem = OLD.problem
+            );
+        END
+        """
+    )
+    db.execute(
+        f"INSERT INTO shapes (op, arch, problem) SELECT DISTINCT op, arch, problem FROM records WHERE {answerable}"
+    )
+    shapes.place(db.conn)
+    db.table("identities").create({"stamp": str, "value": str}, pk="stamp", not_null={"value"})
+
+
+STEPS: tuple[Callable[[Database], None], ...] = (s0001_runs_and_records, s0002_shapes_and_identities)
 """Every step in order. A released step is never edited: files were made by it."""
 
 

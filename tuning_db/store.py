@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Self
 from tilewright.tuning_db.env import database_dir
 from tilewright.tuning_db.errors import DatabaseError, UsageError
 from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
-from tilewright.tuning_db.lookup import Near, answers, best_first, to_record
+from tilewright.tuning_db.lookup import answers, best_first, to_record
 from tilewright.tuning_db.record import Answer, Environment, Key, Provenance, Record, Status
 from tilewright.tuning_db.rows import environment_to_row, insertion, record_to_row, row_to_environment
+from tilewright.tuning_db.shapes import Near
 
 if TYPE_CHECKING:
     from tilewright.tuning_db.merging import Merged
@@ -173,8 +174,9 @@ class TuningDB:
         """The best evidence there is for `key`, in the order of `tilewright.tuning_db.lookup`; None without any.
 
         `predicted_protocol` names the protocol of the predictions to fall back to, where `key` has that of
-        measurements. Without `near`, no other shape is asked. The first candidate that `accept` accepts is the answer;
-        it may be asked about a configuration more than once, each time with another record.
+        measurements. `near` says which problems may stand in for the key's; without it, no other shape is asked. The
+        first candidate that `accept` accepts is the answer; it may be asked about a configuration more than once, each
+        time with another record.
 
         Raises:
             DatabaseError: this file can't be read. Other boards' files that can't are noted in `skipped`.
@@ -205,6 +207,21 @@ class TuningDB:
         """How many records there are of each status and provenance."""
         rows = self._file.rows("SELECT status, provenance, count(*) AS n FROM records GROUP BY status, provenance")
         return {(Status(row["status"]), Provenance(row["provenance"])): row["n"] for row in rows}
+
+    def noted(self, stamp: str) -> str | None:
+        """What was noted under a stamp; see `note`."""
+        rows = self._file.rows("SELECT value FROM identities WHERE stamp = ?", (stamp,))
+        return rows[0]["value"] if rows else None
+
+    def note(self, values: Mapping[str, str]) -> None:
+        """Keep what was slow to work out, by stamps of what it was worked out from: hints for this machine, which are
+        never evidence.
+
+        Raises:
+            DatabaseError: as `add`.
+        """
+        query = "INSERT OR REPLACE INTO identities (stamp, value) VALUES (?, ?)"
+        self._file.write(lambda connection: connection.executemany(query, values.items()))
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.rmsnorm.problem import RmsNormProblem
 from tilewright.kernels.registry import KERNELS, find_kernel
+from tilewright.tuning_db.errors import UsageError
 
 pytestmark = pytest.mark.smoke
 
@@ -117,6 +119,48 @@ def test_a_problem_is_no_further_from_itself_than_from_another() -> None:
     assert kernel.distance(one, near) == kernel.distance(near, one) == 1
     assert kernel.distance(one, far) is None
     assert kernel.distance(one, replace(near, activation="relu")) is None
+
+
+# Of each op a problem, in which every size that may differ is there.
+PLACES = [
+    ("gemm", "M=64,N=256,K=1024,batch=4,a_layout=col"),
+    ("conv2d", "N=8,H=56,W=56,C=64,K=128,R=3,S=3,pad_top=1"),
+    ("conv2d", "N=8,H=56,W=56,C=64,K=128,R=3,S=3,groups=2"),
+    ("conv2d", "N=8,H=56,W=56,C=64,K=128,R=3,S=3,groups=64"),
+    ("attention", "B=4,H=32,Sq=2048,Skv=4096,D=128,Hkv=8,window_left=300,window_right=200,page_size=16,kv_lens=true"),
+    ("rmsnorm", "M=64,N=4096,weight=fp16"),
+]
+
+
+@pytest.mark.parametrize(("op", "text"), PLACES, ids=str)
+def test_what_may_differ_between_near_problems(op: str, text: str) -> None:
+    kernel = find_kernel(op)
+    problem = kernel.problem.parse(text)
+    near = kernel.near(problem)
+    values = problem.to_dict()
+    for name in near.sizes:
+        other = kernel.problem(**{**values, name: 2 * values[name]})
+        if not (name == "C" and values["groups"] > 2):  # another number of channels is then another number of groups
+            assert kernel.distance(problem, other) == kernel.distance(other, problem) == 1, name
+    for name in values.keys() - {*near.sizes, *near.free}:
+        for value in [2 * values[name] if isinstance(values[name], int) else None, 1, 2, True, "fp32", "col", "relu"]:
+            with contextlib.suppress(UsageError):
+                other = kernel.problem(**{**values, name: value})
+                if other != problem:
+                    assert kernel.distance(problem, other) is None, (name, value)
+
+
+def test_depthwise_layers_are_near_each_other_alone() -> None:
+    conv = find_kernel("conv2d")
+    slim, wide = (Conv2dProblem(N=1, H=56, W=56, C=c, K=c, R=3, S=3, groups=c) for c in (64, 128))
+    assert conv.distance(slim, wide) == conv.distance(wide, slim) == 2
+    for groups in (1, 2, 32):
+        other = Conv2dProblem(N=1, H=56, W=56, C=64, K=64, R=3, S=3, groups=groups)
+        assert conv.distance(slim, other) is conv.distance(other, slim) is None
+    # 16 filters for each channel are stored 16 bytes at a time, 8 are not.
+    many = [Conv2dProblem(N=1, H=56, W=56, C=64, K=64 * each, R=3, S=3, groups=64) for each in (1, 2, 16)]
+    assert conv.distance(many[0], many[1]) == 1
+    assert conv.distance(many[1], many[2]) is conv.distance(many[2], many[1]) is None
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)

@@ -231,18 +231,14 @@ def test_looking_up_writes_nothing(folder):
     assert list(folder.iterdir()) == []
 
 
-def test_a_key_names_all_that_changes_the_answer(monkeypatch):
+def test_a_key_is_in_plain_values():
+    """What changes it is in test_key.py."""
     key = record_key(GEMM, PROBLEM, DEVICE)
     assert (key.op, key.problem, key.device, key.arch) == ("gemm", PROBLEM.to_json(), "rtx3090-82sm", 86)
     assert key.protocol == TIMING_PROTOCOL
-    monkeypatch.setattr(lookup_module, "module_hash", lambda module: "another compile path")
-    assert record_key(GEMM, PROBLEM, DEVICE).kernel_hash != key.kernel_hash
     assert key.triton.startswith("3.")
     assert key.ptxas.count(".") == 2
-    digests = {
-        record_key(GEMM, PROBLEM, device, protocol).digest() for device in (DEVICE, A10, A100) for protocol in "ab"
-    }
-    assert len(digests) == 6
+    assert len(key.kernel_hash) == 64
 
 
 def test_predictions_are_another_protocol_when_what_an_op_tells_of_itself_changes(monkeypatch):
@@ -253,7 +249,7 @@ def test_predictions_are_another_protocol_when_what_an_op_tells_of_itself_change
     monkeypatch.setattr(
         lookup_module, "module_hash", lambda module: hashed(module) + module.__name__.rpartition(".")[2]
     )
-    assert prediction_protocol(GEMM) != protocols["gemm"]
+    assert prediction_protocol(replace(GEMM)) != protocols["gemm"]  # a copy: that of the registered one is remembered
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from tests.kernels.ops.gemm_cases import gemm_problems
 from tilewright.kernels import GemmConfig, GemmProblem
 from tilewright.kernels.dtypes import DTYPES
 from tilewright.kernels.epilogue import FLOATS
+from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.packing import pack_int4
 from tilewright.kernels.ops.gemm.problem import INPUT_DTYPES
-from tilewright.kernels.ops.gemm.reference import distance, reference
+from tilewright.kernels.ops.gemm.reference import reference
 from tilewright.kernels.registry import KERNELS
 from tilewright.tuning_db.errors import ProblemError, UsageError
 
@@ -343,13 +344,13 @@ def test_every_op_names_itself(kernel):
 
 def test_distance_counts_doublings():
     problem = GemmProblem(64, 256, 1024)
-    assert distance(problem, problem) == 0
-    assert distance(problem, replace(problem, M=128)) == 1
-    assert distance(problem, replace(problem, M=32, K=4096)) == 3
-    assert distance(problem, replace(problem, batch=8)) == 3
-    assert distance(problem, replace(problem, M=96)) == pytest.approx(math.log2(1.5))
-    assert distance(problem, replace(problem, K=16384)) == 4
-    assert distance(problem, replace(problem, K=16384, M=65)) is None
+    assert GEMM.distance(problem, problem) == 0
+    assert GEMM.distance(problem, replace(problem, M=128)) == 1
+    assert GEMM.distance(problem, replace(problem, M=32, K=4096)) == 3
+    assert GEMM.distance(problem, replace(problem, batch=8)) == 3
+    assert GEMM.distance(problem, replace(problem, M=96)) == pytest.approx(math.log2(1.5))
+    assert GEMM.distance(problem, replace(problem, K=16384)) == 4
+    assert GEMM.distance(problem, replace(problem, K=16384, M=65)) is None
 
 
 @pytest.mark.parametrize(
@@ -371,12 +372,12 @@ def test_distance_counts_doublings():
 )
 def test_what_compiles_to_other_code_is_no_neighbour(change):
     problem = GemmProblem(64, 256, 1024)
-    assert distance(problem, replace(problem, **change)) is None
-    assert distance(replace(problem, **change), problem) is None
+    assert GEMM.distance(problem, replace(problem, **change)) is None
+    assert GEMM.distance(replace(problem, **change), problem) is None
 
 
 def test_rows_count_for_alignment_only_where_columns_are_read():
     row, column = GemmProblem(64, 256, 1024), GemmProblem(64, 256, 1024, a_layout="col")
-    assert distance(row, replace(row, M=65)) is not None
-    assert distance(column, replace(column, M=65)) is None
-    assert distance(column, replace(column, M=80)) is not None
+    assert GEMM.distance(row, replace(row, M=65)) is not None
+    assert GEMM.distance(column, replace(column, M=65)) is None
+    assert GEMM.distance(column, replace(column, M=80)) is not None

@@ -137,7 +137,7 @@ def test_a_newer_database_is_refused_untouched(autotune, tmp_path: Path) -> None
     autotune(*SMALL, "--db", tmp_path)
     path = tmp_path / "rtx3090-82sm.sqlite"
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE _sqlite_migrations SET name = 's9999_of_tomorrow'")
+        connection.execute("UPDATE _sqlite_migrations SET name = 's9999_of_tomorrow' WHERE id = 1")
     connection.close()
     before = path.read_bytes()
     status, _, err = autotune(*SMALL, "--quiet", "--db", tmp_path)

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tilewright.tuning_db import Key, Provenance, Record, Status, TuningDB, canonical_json
+from tilewright.tuning_db import Key, Near, Provenance, Record, Status, TuningDB, canonical_json
 
 MEASURED, TRANSFERRED, PREDICTED = Provenance.MEASURED, Provenance.TRANSFERRED, Provenance.PREDICTED
 
@@ -14,11 +13,7 @@ def shape(m: int, **more: object) -> str:
     return canonical_json({"M": m, "N": 4096, "dtype": "fp16", **more})
 
 
-def near_in_m(asked: str, found: str) -> float | None:
-    """Distance in M; problems that differ in anything else don't compare."""
-    one, other = json.loads(asked), json.loads(found)
-    distance = abs(one.pop("M") - other.pop("M"))
-    return distance if one == other else None
+NEAR_IN_M = Near(("M",))
 
 
 # Every kind of evidence, best first: what differs from the question, and the answer's provenance and reason. Each is
@@ -75,7 +70,7 @@ def fill(tmp_path: Path, environment, make_record):
 def ask(tmp_path: Path, key: Key):
     def best(**options):
         with TuningDB.open(key.device, tmp_path, read_only=True) as db:
-            return db.best(key, **{"predicted_protocol": "model-1", "near": near_in_m, **options})
+            return db.best(key, **{"predicted_protocol": "model-1", "near": NEAR_IN_M, **options})
 
     return best
 
@@ -129,8 +124,10 @@ def test_the_nearest_shape_goes_first_in_whatever_order_they_are_stored(fill, as
 
 
 def test_equal_distances_go_to_the_newest(fill, ask) -> None:
-    fill({"problem": shape(12), "time_us": 1.0}, {"problem": shape(20), "time_us": 9.0})
-    assert ask().reason == "near shape M=16→20"
+    fill({"problem": shape(8), "time_us": 1.0}, {"problem": shape(32), "time_us": 9.0})
+    assert ask().reason == "near shape M=16→32"
+    fill({"problem": shape(8), "config": "later"})
+    assert ask().reason == "near shape M=16→8"
 
 
 def test_without_a_distance_no_other_shape_is_asked(fill, ask) -> None:
@@ -138,15 +135,10 @@ def test_without_a_distance_no_other_shape_is_asked(fill, ask) -> None:
     assert ask(near=None) is None
 
 
-def test_the_distance_is_asked_about_each_other_problem_once(fill, ask) -> None:
-    fill({}, {"problem": shape(12)}, {"problem": shape(12), "triton": "3.8.0"}, {"problem": shape(24)})
-    asked = []
-
-    def far(one: str, other: str) -> None:
-        asked.append((one, other))
-
-    assert ask(near=far, accept=lambda _: False) is None
-    assert asked == [(shape(16), shape(12)), (shape(16), shape(24))]
+def test_as_many_near_shapes_are_asked_as_there_are(fill, ask) -> None:
+    """More than are read at first."""
+    fill(*[{"problem": shape(m), "config": str(m)} for m in range(17, 60)])
+    assert ask(accept=lambda record: record.config == "59").reason == "near shape M=16→59"
 
 
 SPILLS = {"spills": 4}

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.tuning_db import DatabaseSchemaError, Key, Provenance, TuningDB, lookup, schema
+from tilewright.tuning_db import (
+    DatabaseSchemaError,
+    Key,
+    Near,
+    Provenance,
+    TuningDB,
+    canonical_json,
+    lookup,
+    schema,
+    shapes,
+)
 from tilewright.tuning_db.file import open_file
 from tilewright.tuning_db.interchange import export
 from tilewright.tuning_db.rows import environment_to_row, record_to_row
@@ -58,11 +68,11 @@ def test_applying_again_changes_nothing(raw: sqlite3.Connection) -> None:
 
 
 def test_a_step_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def s0002_breaks(db) -> None:
+    def s9999_breaks(db) -> None:
         db.table("halfway").create({"id": int}, pk="id")
         raise RuntimeError("broken step")
 
-    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, s0002_breaks))
+    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, s9999_breaks))
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         with pytest.raises(RuntimeError, match="broken step"):
             schema.migrate(connection)
@@ -74,16 +84,41 @@ def test_an_older_file_is_brought_up_to_date(tmp_path: Path, monkeypatch, enviro
     with TuningDB.open(key.device, tmp_path) as db:
         db.add(make_record(), db.start_run(environment))
 
-    def s0002_adds_a_note(db) -> None:
+    def s9999_adds_a_note(db) -> None:
         db.table("runs").add_column("note", str)
 
-    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, s0002_adds_a_note))
+    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, s9999_adds_a_note))
     with pytest.raises(DatabaseSchemaError, match="older Tilewright"):
         TuningDB.open(key.device, tmp_path, read_only=True)
     with TuningDB.open(key.device, tmp_path) as db:
         assert len(db.records(key)) == 1
         with closing(sqlite3.connect(db.path)) as connection:
             assert "note" in columns(connection, "runs")
+
+
+def test_problems_on_record_before_there_were_shapes_are_near(
+    tmp_path: Path, monkeypatch, environment, make_record, key: Key
+) -> None:
+    """A file of the first schema, as its own code filled it."""
+    problems = [canonical_json({"M": m, "N": 4096, "dtype": "fp16"}) for m in (17, 24)]
+    with closing(sqlite3.connect(tmp_path / f"{key.device}.sqlite", isolation_level=None)) as old:
+        monkeypatch.setattr(schema, "STEPS", schema.STEPS[:1])
+        old.execute("PRAGMA journal_mode = WAL")
+        schema.migrate(old)
+        rows = [record_to_row(make_record(problem=problem), 1, "2026") for problem in problems]
+        rows += [record_to_row(make_record(problem=problems[0], config="other"), 1, "2026")]
+        rows += [record_to_row(make_record(problem="[]", provenance=Provenance.PREDICTED), 1, "2026")]
+        for table, row in [("runs", environment_to_row(environment, "2026")), *[("records", row) for row in rows]]:
+            old.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES (:{', :'.join(row)})", row)
+    monkeypatch.undo()
+    with TuningDB.open(key.device, tmp_path) as db:
+        assert db.best(key) is None
+        answer = db.best(key, near=Near(("M",)))
+        assert answer is not None
+        assert answer.reason == "near shape M=16→17"
+        with closing(sqlite3.connect(db.path)) as connection:
+            placed = connection.execute("SELECT problem, size0, size1, size2 FROM shapes ORDER BY size0").fetchall()
+        assert placed == [(problems[0], 17, 4096, None), (problems[1], 24, 4096, None)]
 
 
 def test_there_is_a_file_of_every_former_schema() -> None:
@@ -188,11 +223,16 @@ def test_the_view_has_one_row_per_key(raw: sqlite3.Connection, db: TuningDB, run
     [
         (lookup._BEST_FIRST, 3, "best_first"),
         (lookup._GROUPS, 3, "measured_problems"),
-        (lookup._PROBLEMS, 4, "measured_problems"),
+        (
+            shapes._query(Near(("M",)), "gemm", 86, shapes.split('{"M":16}'), 1.0)[0],
+            10,
+            "COVERING INDEX shapes_of_a_class",
+        ),
+        ("SELECT id, problem FROM shapes WHERE class IS NULL", 0, "unplaced"),
         (lookup._REFUTED, 2, "one_outcome"),
     ],
 )
 def test_lookups_use_their_index(raw: sqlite3.Connection, query: str, parameters: int, index: str) -> None:
     plan = [row[3] for row in raw.execute(f"EXPLAIN QUERY PLAN {query}", [1] * parameters)]
     assert any(index in line for line in plan), plan
-    assert not any(line.startswith("SCAN records") for line in plan), plan
+    assert not any(line.startswith("SCAN records") or line == "SCAN shapes" for line in plan), plan

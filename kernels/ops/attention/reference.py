@@ -15,6 +15,7 @@ from tilewright.kernels.epilogue import ROUNDOFF, unsupported_dtype
 from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.ops.attention import samples
 from tilewright.kernels.ops.attention.problem import SOFTCAP, AttentionProblem
+from tilewright.tuning_db.shapes import Near
 
 Array = np.ndarray[Any, Any]
 
@@ -144,25 +145,8 @@ def supported(problem: AttentionProblem, device: Device) -> str | None:
     return unsupported_dtype((problem.dtype, problem.output_dtype, problem.bias), device)
 
 
-SHAPE = ("B", "H", "Sq", "Skv", "Hkv", "page_size", "window_left", "window_right")
-
-
-def distance(problem: AttentionProblem, other: AttentionProblem) -> float | None:
-    """How far apart the shapes of two problems are, if nothing but the shape differs; else None.
-
-    The sum of |log2| ratios of B, H, Sq, Skv, the group of a key head, page size and windows: 1 is one of them doubled.
-    Beyond 4 they are strangers. Head dims decide which tiles fit: they must be equal.
-    """
-    mine, theirs = problem.to_dict(), other.to_dict()
-    if any(mine[name] != theirs[name] for name in mine if name not in SHAPE):
-        return None
-    if problem.bias is not None and (problem.Skv % 16 == 0) != (other.Skv % 16 == 0):
-        return None  # its rows are loaded 16 bytes at a time, or not
-    total = abs(math.log2(problem.H / problem.kv_heads * other.kv_heads / other.H))
-    for name in SHAPE:
-        one, two = mine[name], theirs[name]
-        if (one is None) != (two is None) or (name == "page_size" and (one == 0) != (two == 0)):
-            return None
-        if one is not None and name != "Hkv":
-            total += abs(math.log2((one + (name != "B")) / (two + (name != "B"))))
-    return total if total <= 4 else None
+def near(problem: AttentionProblem) -> Near:
+    """Which attentions compare: those of other batch, heads, lengths, page size and windows. Head dims decide which
+    tiles fit, and must be equal; so must the alignment of keys where a bias is read, in rows of 16 bytes at a time."""
+    sizes = ("B", "H", "Hkv", "Sq", "Skv", "page_size", "window_left", "window_right")
+    return Near(sizes, multiples=(("Skv", 16),) if problem.bias is not None else ())

@@ -10,6 +10,7 @@ int8 in int32.
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.problem import Output
 from tilewright.kernels.samples import INTEGER_SPREAD, normal, placed
 from tilewright.tuning_db.errors import ProblemError
+from tilewright.tuning_db.shapes import Near
 
 Array = np.ndarray[Any, Any]
 
@@ -414,23 +416,22 @@ def supported(problem: Conv2dProblem, device: Device) -> str | None:
     return None
 
 
-SHAPE = ("N", "H", "W", "C", "K")
+def near(problem: Conv2dProblem) -> Near:
+    """Which convolutions compare: those of other images, channels and filters; taps, stride, padding and dilation must
+    be equal. A problem whose alignment differs compiles to other code and is no neighbour; nor is one of other groups,
+    unless both are depthwise: then they follow from the channels."""
+    multiples = (("C", 16), ("K", 16))
+    sizes = ("N", "H", "W", "C", "K")
+    if problem.groups == 1:
+        return Near(sizes, multiples=multiples)
+    if problem.depthwise:
+        return Near(sizes, ("groups",), multiples, accept=functools.partial(_like_groups, problem))
+    of_a_group = (("C", 16 * problem.groups), ("K", 16 * problem.groups))
+    return Near(sizes, multiples=multiples + of_a_group)
 
 
-def distance(problem: Conv2dProblem, other: Conv2dProblem) -> float | None:
-    """How far apart the shapes of two problems are, if nothing but images, channels and filters differs; else None.
-
-    The sum of |log2| ratios of N, H, W, C and K: 1 is one of them doubled. Beyond 4 they are strangers. A problem whose
-    alignment differs compiles to other code and is no neighbour; nor is one of other groups, unless both are depthwise.
-    """
-    mine, theirs = problem.to_dict(), other.to_dict()
-    skipped = (*SHAPE, "groups") if problem.depthwise and other.depthwise else SHAPE
-    if any(mine[name] != theirs[name] for name in mine if name not in skipped):
-        return None
-    if any(
-        (getattr(problem, name) % 16 == 0) != (getattr(other, name) % 16 == 0)
-        for name in ("C", "K", "group_channels", "group_filters")
-    ):
-        return None
-    total = sum(abs(math.log2(mine[name] / theirs[name])) for name in SHAPE)
-    return total if total <= 4 else None
+def _like_groups(problem: Conv2dProblem, found: str) -> bool:
+    """Whether another problem is depthwise too, with as many filters for each channel as far as alignment goes."""
+    other = json.loads(found)
+    of_a_group = other["K"] // other["groups"]
+    return bool(other["C"] == other["groups"]) and (of_a_group % 16 == 0) == (problem.group_filters % 16 == 0)

@@ -13,6 +13,7 @@ from tilewright.kernels.epilogue import epilogue_reference, rounded, unsupported
 from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.ops.gemm.packing import unpack_int4
 from tilewright.kernels.ops.gemm.problem import GemmProblem
+from tilewright.tuning_db.shapes import Near
 
 Array = np.ndarray[Any, Any]
 
@@ -107,18 +108,8 @@ def supported(problem: GemmProblem, device: Device) -> str | None:
     return None
 
 
-def distance(problem: GemmProblem, other: GemmProblem) -> float | None:
-    """How far apart the shapes of two problems are, if nothing but the shape differs; else None.
-
-    The sum of |log2| ratios of M, N, K and batch: 1 is one of them doubled. Beyond 4 they are strangers. A problem
-    whose alignment differs compiles to other code and is no neighbour.
-    """
-    mine, theirs = problem.to_dict(), other.to_dict()
-    shape = ("M", "N", "K", "batch")
-    if any(mine[name] != theirs[name] for name in mine if name not in shape):
-        return None
-    lengths = ("M", "N", "K") if problem.a_layout == "col" else ("N", "K")  # M is one where columns of A are read
-    if any((mine[name] % 16 == 0) != (theirs[name] % 16 == 0) for name in lengths):
-        return None
-    total = sum(abs(math.log2(mine[name] / theirs[name])) for name in shape)
-    return total if total <= 4 else None
+def near(problem: GemmProblem) -> Near:
+    """Which GEMMs compare: those of other M, N, K and batch. A problem whose alignment differs compiles to other code
+    and is no neighbour: N and K count there, and M where columns of A are read."""
+    lengths = ("M", "N", "K") if problem.a_layout == "col" else ("N", "K")
+    return Near(("M", "N", "K", "batch"), multiples=tuple((name, 16) for name in lengths))

@@ -26,6 +26,7 @@ from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.problem import Output
 from tilewright.kernels.samples import normal, placed
 from tilewright.tuning_db.errors import ProblemError
+from tilewright.tuning_db.shapes import Near
 
 Array = np.ndarray[Any, Any]
 
@@ -184,13 +185,7 @@ def supported(problem: RmsNormProblem, device: Device) -> str | None:
     return unsupported_dtype((problem.dtype, problem.output_dtype, problem.weight, problem.residual), device)
 
 
-def distance(problem: RmsNormProblem, other: RmsNormProblem) -> float | None:
-    """How far apart the shapes of two problems are, if nothing but the shape differs; else None.
-
-    The sum of |log2| ratios of M and N: 1 is one of them doubled. Beyond 4 they are strangers, and so are rows that
-    are and are not a multiple of 16 long, which compile to other code.
-    """
-    if replace(problem, M=other.M, N=other.N) != other or (problem.N % 16 == 0) != (other.N % 16 == 0):
-        return None
-    total = abs(math.log2(problem.M / other.M)) + abs(math.log2(problem.N / other.N))
-    return total if total <= 4 else None
+def near(problem: RmsNormProblem) -> Near:
+    """Which RMSNorms compare: those of other M and N. Rows that are and are not a multiple of 16 long compile to other
+    code."""
+    return Near(("M", "N"), multiples=(("N", 16),))

@@ -17,7 +17,6 @@ from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.problem import AttentionProblem
-from tilewright.kernels.ops.attention.reference import distance
 from tilewright.kernels.ops.attention.space import (
     AXES,
     SPACE,
@@ -395,12 +394,12 @@ def test_a_ragged_problem_is_small_cut_and_right(case, seed):
 
 
 def test_distance_counts_doublings():
-    assert distance(LLAMA, LLAMA) == 0
-    assert distance(LLAMA, replace(LLAMA, B=2)) == pytest.approx(1)
-    assert distance(LLAMA, replace(LLAMA, Sq=8193, Skv=8193)) == pytest.approx(2, abs=0.01)
-    assert distance(LLAMA, replace(LLAMA, H=64, Hkv=16)) == pytest.approx(1, abs=0.05)
-    assert distance(LLAMA, replace(LLAMA, Hkv=4)) == pytest.approx(1, abs=0.05)
-    assert distance(LLAMA, replace(LLAMA, B=64)) is None
+    assert ATTENTION.distance(LLAMA, LLAMA) == 0
+    assert ATTENTION.distance(LLAMA, replace(LLAMA, B=2)) == pytest.approx(1)
+    assert ATTENTION.distance(LLAMA, replace(LLAMA, Sq=8193, Skv=8193)) == pytest.approx(2, abs=0.01)
+    assert ATTENTION.distance(LLAMA, replace(LLAMA, H=64, Hkv=16)) == 2
+    assert ATTENTION.distance(LLAMA, replace(LLAMA, Hkv=4)) == 1
+    assert ATTENTION.distance(LLAMA, replace(LLAMA, B=64)) is None
     for change in (
         {"D": 64},
         {"dtype": "bf16", "out_dtype": "bf16"},
@@ -408,10 +407,13 @@ def test_distance_counts_doublings():
         {"softcap": True},
         {"lse": True},
     ):
-        assert distance(LLAMA, replace(LLAMA, **change)) is None
-    assert distance(LLAMA, replace(LLAMA, window_left=512)) is None
+        assert ATTENTION.distance(LLAMA, replace(LLAMA, **change)) is None
+    assert ATTENTION.distance(LLAMA, replace(LLAMA, window_left=512)) is None
     windowed = replace(LLAMA, window_left=511)
-    assert distance(windowed, replace(LLAMA, window_left=1023)) == pytest.approx(1)
+    assert ATTENTION.distance(windowed, replace(LLAMA, window_left=1022)) == pytest.approx(1)
+    paged = replace(LLAMA, page_size=16, kv_lens=True)
+    assert ATTENTION.distance(paged, replace(paged, page_size=64)) == 2
+    assert ATTENTION.distance(paged, replace(paged, page_size=0)) is None
     biased = replace(LLAMA, bias="fp16")
-    assert distance(biased, replace(biased, Skv=4097)) is None
-    assert distance(LLAMA, replace(LLAMA, Skv=4097)) == pytest.approx(0, abs=0.01)
+    assert ATTENTION.distance(biased, replace(biased, Skv=4097)) is None
+    assert ATTENTION.distance(LLAMA, replace(LLAMA, Skv=4097)) == pytest.approx(0, abs=0.01)

@@ -16,7 +16,7 @@ from tilewright.kernels import RmsNormConfig, RmsNormProblem, predict, resolve_d
 from tilewright.kernels.catalogue import CATALOGUE
 from tilewright.kernels.lookup import check_supported
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
-from tilewright.kernels.ops.rmsnorm.problem import INPUT_DTYPES, distance, reference, tolerance
+from tilewright.kernels.ops.rmsnorm.problem import INPUT_DTYPES, reference, tolerance
 from tilewright.kernels.ops.rmsnorm.space import AXES, SPACE, elements, estimate, fits, ragged, useful, whole, work
 from tilewright.kernels.prediction import roofline_us
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError
@@ -106,10 +106,10 @@ def test_a_part_of_a_result_is_that_of_whole_rows():
 
 def test_distance_is_of_the_shape_alone():
     near = RmsNormProblem(M=8192, N=4096, weight="fp16", residual="fp16", residual_out=True)
-    assert distance(LLAMA, LLAMA) == 0
-    assert distance(LLAMA, near) == distance(near, LLAMA) == 1
+    assert RMSNORM.distance(LLAMA, LLAMA) == 0
+    assert RMSNORM.distance(LLAMA, near) == RMSNORM.distance(near, LLAMA) == 1
     for other in ({"M": 16}, {"N": 4097}, {"N": 64}, {"weight": "fp32"}, {"residual_out": False}):
-        assert distance(LLAMA, RmsNormProblem(**{**LLAMA.to_dict(), **other})) is None
+        assert RMSNORM.distance(LLAMA, RmsNormProblem(**{**LLAMA.to_dict(), **other})) is None
 
 
 def test_tolerance_grows_with_the_row_and_stays_below_what_a_wrong_one_shows():
