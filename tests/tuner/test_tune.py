@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from tilewright.kernels.devices import resolve_device
-from tilewright.kernels.lookup import prediction_protocol
+from tilewright.kernels.lookup import TIMING_PROTOCOL, prediction_protocol
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
@@ -101,6 +101,33 @@ def test_a_larger_budget_tries_only_what_is_new(tmp_path: Path, counted: type[Co
     assert len(set(counted.asked)) == 6
     assert again.results[0].trials == 6
     assert not again.results[0].cached
+
+
+class MeasuringRunner(CountingRunner):
+    """As one that measures on a GPU."""
+
+    provenance = Provenance.MEASURED
+    protocol = TIMING_PROTOCOL
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["predicted", "measured"])
+def test_a_configuration_that_a_tuned_space_gains_is_the_only_one_tried(
+    tmp_path: Path, counted: type[CountingRunner], monkeypatch: pytest.MonkeyPatch, live: bool
+) -> None:
+    problem, device = GemmProblem.parse(SMALL), replace(DEVICE, live="cuda:0") if live else DEVICE
+    if live:
+        monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: MeasuringRunner(compiler, device))
+    default = GEMM.default(problem, device)
+    space = [default, *[config for config in GEMM.space.configs(problem, device) if config != default][:10]]
+    *few, added = space
+    for configs, tried in ((few, few), (few, []), (space, [added]), (space, [])):
+        monkeypatch.setattr(type(GEMM.space), "configs", lambda *_, configs=configs, **__: list(configs))
+        counted.asked.clear()
+        (result,) = autotune(device, problems=[problem], trials=100, jobs=1, db=tmp_path)
+        assert {config for _, config in counted.asked} == set(tried)
+        assert len(counted.asked) == len(tried)
+        assert result.trials == len(configs)
+        assert result.cached == (not tried)
 
 
 def test_what_another_search_has_tried_is_not_tried_again(tmp_path: Path, counted: type[CountingRunner]) -> None:
