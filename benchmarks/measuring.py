@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,18 @@ Row = tuple[str, float]
 
 def median_us(call: Callable[[], Any], repeats: int, rounds: int = 9) -> float:
     """Median over rounds of the mean time of a call, in microseconds, after one round that does not count."""
+    return statistics.median(rounds_us(call, repeats, rounds))
+
+
+def rounds_us(call: Callable[[], Any], repeats: int, rounds: int) -> list[float]:
+    """The mean time of a call in each round, in microseconds, after one round that does not count."""
     means = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
         for _ in range(repeats):
             call()
         means.append((time.perf_counter() - start) / repeats * 1e6)
-    return statistics.median(means[1:])
+    return means[1:]
 
 
 def environment() -> dict[str, Any]:
@@ -42,19 +47,32 @@ def environment() -> dict[str, Any]:
     }
 
 
-def finish(title: str, unit: str, rows: Sequence[Row], json_file: Path | None, **more: Any) -> None:
-    """Prints the table; writes the figures with their environment, and `more`, to `json_file` if there is one."""
+def finish(
+    title: str,
+    unit: str,
+    rows: Sequence[Row],
+    json_file: Path | None,
+    beside: Mapping[str, Mapping[str, float]] | None = None,
+    **more: Any,
+) -> None:
+    """Prints the table; writes the figures with their environment, and `more`, to `json_file` if there is one. `beside`
+    are further columns by their names, of what rows have there."""
     where = environment()
     table = Table(title=title)
     table.add_column("")
     table.add_column(unit, justify="right")
+    columns = beside or {}
+    for name in columns:
+        table.add_column(name, justify="right")
     for label, value in rows:
-        table.add_row(label, f"{value:.2f}")
+        more_cells = [f"{of[label]:.2f}" if label in of else "" for of in columns.values()]
+        table.add_row(label, f"{value:.2f}", *more_cells)
     console = Console()
     console.print(table)
     console.print(f"{where['cpu']}, {where['cores']} cores; Python {where['python']}, Triton {where['triton']}")
     if json_file is not None:
-        document = {"environment": where, "unit": unit, "results": dict(rows), **more}
+        columns_too = {name: dict(of) for name, of in columns.items()}
+        document = {"environment": where, "unit": unit, "results": dict(rows), **columns_too, **more}
         json_file.write_text(json.dumps(document, indent=2) + "\n")
         console.print(f"written to {json_file}")
 
