@@ -14,8 +14,12 @@ from tilewright.tuning_db.env import compiling_environment
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"cpu", "cores", "platform", "python", "tilewright", "triton"}
 BENCHMARKS = {
-    "cache_lookup": ["--records", "300"],
+    "cache_lookup": ["--records", "300", "--processes", "1"],
     "dispatch_overhead": [],
+    "lookup_regret": [
+        *("--seeds", "1", "--space", "benchmarks/replay/convolution__RTX_2080_Ti.npz"),
+        *("--space", "benchmarks/replay/convolution__RTX_Titan.npz"),
+    ],
     "compile_rate": ["--configs", "2", "--rounds", "1"],
 }
 
