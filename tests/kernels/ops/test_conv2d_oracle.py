@@ -88,9 +88,10 @@ def test_qlinear_conv(name):
     x_shape, w_shape, theirs, ours = case_of(name)
     random = np.random.default_rng(2)
     x = random.integers(0, 256, x_shape).astype(np.uint8)
-    w = random.integers(-127, 128, w_shape).astype(np.int8)
+    # Weights of 7 bits: on processors without VNNI ONNX Runtime adds pairs of u8 × s8 products in 16 bits, saturating.
+    w = random.integers(-63, 64, w_shape).astype(np.int8)
     # Results spread over 60 steps either way, so that one in thirty saturates.
-    x_scale, y_scale = np.float32(1 / 32), np.float32(math.sqrt(math.prod(w_shape[1:])) / 192)
+    x_scale, y_scale = np.float32(1 / 32), np.float32(math.sqrt(math.prod(w_shape[1:])) / 384)
     w_scale = random.uniform(2**-10, 2**-8, w_shape[0]).astype(np.float32)
     bias = random.integers(-9999, 9999, w_shape[0]).astype(np.int32)
     zero, zeros = np.full((), 128, np.uint8), np.zeros(w_shape[0], np.int8)
