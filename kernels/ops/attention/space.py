@@ -295,7 +295,8 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
         config = AttentionConfig(least, n, PACK=pack, num_stages=3 if copied else 1)
         config = replace(config, SPLIT_KV=enough_splits(problem, config, device))
     elif narrow:
-        config = AttentionConfig(min(64, 8192 // wide), 16, PACK=pack, num_warps=8, num_stages=stages)
+        m = min(64, (4096 if terms else 8192) // wide)
+        config = AttentionConfig(m, 16, PACK=pack, num_warps=8, num_stages=stages)
     elif wide > 128 and (not groups or rows <= 64 or problem.bias is not None):
         m, warps = (32, 4) if terms else (64, 8)
         config = AttentionConfig(m, 16, PACK=pack, num_warps=warps, num_stages=stages)
