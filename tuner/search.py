@@ -1,129 +1,166 @@
 """The search for one problem's configuration: an Optuna study over the configurations that are worth trying.
 
 Ask-and-tell, in batches, so that the compilers run in parallel. The first proposals are the best predicted
-configuration, the default one and the next best predicted; after those Optuna's sampler proposes, and each proposal is
-moved to the nearest configuration that is valid and untried, so that no trial is spent twice. With one seed, the same
-outcomes give the same proposals.
+configuration, the default one and what else the priors recommend; from then on `EnumeratedSampler` proposes from the
+list, none twice. With one seed, the same outcomes give the same proposals.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tilewright.kernels.problem import Config
-from tilewright.kernels.space import Space
 
 if TYPE_CHECKING:
     import optuna
 
-SEEDED_SHARE = 0.75
-"""Share of the trials that go to the best predicted configurations before the sampler takes over: while a prediction is
-all there is to go by, most trials follow it; the rest look where it would not."""
+RECOMMENDED = 3
+"""Configurations that the priors recommend to try first, at least one of each prior."""
+
+PLATEAU = 0.001
+"""Improvement expected of the best proposal, as a part of the time, below which a search has come to its end: timing
+noise is more."""
+
+PLATEAU_BATCHES = 2
+"""Batches in a row of which no proposal is expected to improve more, until the search ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Outcomes of configurations tried elsewhere: on another board, a near shape, by an earlier revision."""
+
+    reason: str
+    times_us: Mapping[Config, float]
 
 
 class Search:
     """One problem's study.
 
-    `configs` are the configurations worth trying, best predicted first; `known` is what `learn` takes.
+    Args:
+        axes: the values of each of a configuration's fields.
+        configs: the configurations worth trying.
+        default: tried among the first; it need not be one of `configs`. None where there is no such thing.
+        predicted_us: what each of `configs` is predicted to take; without it, nothing is.
+        evidence: what is known of the configurations elsewhere.
+        known: as `learn` takes it.
+        seed: of the search.
     """
 
     def __init__(
         self,
-        space: Space[Any, Any],
+        axes: Mapping[str, Sequence[Any]],
         configs: Sequence[Config],
-        default: Config,
+        default: Config | None = None,
         *,
-        trials: int,
+        predicted_us: Sequence[float] | None = None,
+        evidence: Sequence[Evidence] = (),
         known: Mapping[Config, float | None] = MappingProxyType({}),
         seed: int = 0,
     ) -> None:
         import optuna  # 0.3 s: not paid by a run that the cache answers
 
+        from tilewright.tuner.sampler import EnumeratedSampler
+
         # The study's log is the tuner's own progress; Optuna's would print a line for every trial.
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna = optuna
-        self._axes = {name: list(values) for name, values in space.axes.items()}
-        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
-            name: optuna.distributions.CategoricalDistribution(values) for name, values in self._axes.items()
+        self._names = list(axes)
+        self._pool = list(dict.fromkeys((*configs, *(() if default is None else (default,)))))
+        self._places = {config: place for place, config in enumerate(self._pool)}
+        self._untried = set(self._pool)
+        # A default off an axis puts its value on it.
+        self._axes = {
+            name: tuple(dict.fromkeys((*values, *(getattr(config, name) for config in self._pool))))
+            for name, values in axes.items()
         }
-        sampler = optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, constant_liar=True, n_startup_trials=max(1, trials // 2)
+        fields = [self._fields(config) for config in self._pool]
+        priors = []
+        if predicted_us is not None:
+            expected = dict(zip(configs, predicted_us, strict=True))
+            # Of a default that the space does not recommend nothing good is expected.
+            slowest = max(expected.values(), default=1.0)
+            priors.append(np.log([expected.get(config, slowest) for config in self._pool]))
+        priors += self._priors(evidence, seed)
+        self._sampler = EnumeratedSampler(
+            fields, axes=self._axes, priors=priors, first=self._first(default, priors), seed=seed
         )
-        self._study = optuna.create_study(sampler=sampler, direction="minimize")
-        # The best predicted before the default: of one trial, a program should get no less than of none.
-        pool = list(dict.fromkeys((*configs[:1], default, *configs[1:])))
-        self._untried = {config: row for row, config in enumerate(pool)}
-        self._places = np.array([self._place(config) for config in pool], dtype=float)
-        self._pool = pool
-        self._seeds = pool[: max(1, round(trials * SEEDED_SHARE))]
+        self._study = optuna.create_study(sampler=self._sampler, direction="minimize")
+        self._flat = 0
         self.learn(known)
 
+    @property
+    def finished(self) -> bool:
+        """Whether all were tried, or nothing better is expected: `PLATEAU`."""
+        return not self._untried or self._flat >= PLATEAU_BATCHES
+
     def learn(self, known: Mapping[Config, float | None]) -> None:
-        """Takes in the times (None for failures) of configurations that this search has not proposed, and won't now."""
+        """Takes in the times in µs (None for failures) of configurations that this search has not proposed, and won't
+        now."""
+        states = self._optuna.trial.TrialState
         for config, time_us in known.items():
-            self._untried.pop(config, None)
-            if time_us is not None and self._on_axes(config):
+            if config in self._untried:
+                self._untried.discard(config)
                 self._study.add_trial(
                     self._optuna.trial.create_trial(
-                        params=self._params(config), distributions=self._distributions, value=time_us
+                        params=self._fields(config),
+                        distributions=self._sampler.distributions,
+                        value=time_us,
+                        state=states.FAIL if time_us is None else states.COMPLETE,
                     )
                 )
-        self._seeds = [config for config in self._seeds if config in self._untried]
 
     def ask(self, count: int) -> list[tuple[optuna.trial.Trial, Config]]:
         """Up to `count` proposals, none of them proposed before; empty when every configuration was."""
         asked: list[tuple[optuna.trial.Trial, Config]] = []
-        while len(asked) < count and self._untried:
-            if self._seeds:
-                config = self._seeds.pop(0)
-                if self._on_axes(config):
-                    self._study.enqueue_trial(self._params(config))
-                trial = self._study.ask(self._distributions)
-            else:
-                trial = self._study.ask(self._distributions)
-                config = self._nearest(trial.params)
-            self._untried.pop(config, None)
+        improvement = 0.0
+        for _ in range(min(count, len(self._untried))):
+            trial = self._study.ask(self._sampler.distributions)
+            config = self._pool[self._sampler.row_of(trial.params)]
+            self._untried.discard(config)
+            improvement = max(improvement, self._sampler.expected_improvement)
             asked.append((trial, config))
+        self._flat = self._flat + 1 if improvement < PLATEAU else 0
         return asked
 
-    def tell(self, trial: optuna.trial.Trial, config: Config, time_us: float | None) -> None:
-        """The outcome of a proposal; None when it failed."""
-        states = self._optuna.trial.TrialState
+    def tell(self, trial: optuna.trial.Trial, time_us: float | None) -> None:
+        """The outcome of a proposal in µs; None when it failed."""
         if time_us is None:
-            self._study.tell(trial, state=states.FAIL)
-        elif self._on_axes(config) and trial.params != self._params(config):
-            # The trial was moved to another configuration: what is learned belongs there.
-            self._study.tell(trial, state=states.FAIL)
-            self._study.add_trial(
-                self._optuna.trial.create_trial(
-                    params=self._params(config), distributions=self._distributions, value=time_us
-                )
-            )
+            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
         else:
             self._study.tell(trial, time_us)
 
-    def _nearest(self, params: Mapping[str, Any]) -> Config:
-        """The untried configuration fewest steps along the axes away; the best predicted among equals."""
-        rows = np.fromiter(self._untried.values(), dtype=int)
-        wanted = np.array([self._axes[name].index(params[name]) for name in self._axes], dtype=float)
-        steps = np.abs(self._places[rows] - wanted).sum(axis=1)
-        nearest: Config = self._pool[rows[int(np.argmin(steps))]]
-        return nearest
+    def _first(self, default: Config | None, priors: Sequence[Any]) -> list[int]:
+        """The best by the first prior before the default: of one trial, a program should get no less than of none."""
+        best = [int(np.argmin(prior)) for prior in priors]
+        if priors:
+            best += map(int, np.argsort(np.mean(priors, axis=0), kind="stable")[:RECOMMENDED])
+        recommended = list(dict.fromkeys(best))[: max(RECOMMENDED, len(priors))]
+        tried_by_default = [] if default is None else [self._places[default]]
+        return [*recommended[:1], *tried_by_default, *recommended[1:]]
 
-    def _params(self, config: Config) -> dict[str, Any]:
-        return {name: getattr(config, name) for name in self._axes}
+    def _priors(self, evidence: Sequence[Evidence], seed: int) -> list[Any]:
+        """What each piece of evidence leads to expect of the pool, as logarithms."""
+        if not evidence:
+            return []
+        from tilewright.tuner.priors import prior_from_trials
+        from tilewright.tuner.surrogate import encode
 
-    def _on_axes(self, config: Config) -> bool:
-        return all(getattr(config, name) in values for name, values in self._axes.items())
+        elsewhere = [[(config, us) for config, us in each.times_us.items()] for each in evidence]
+        others = [config for trials in elsewhere for config, _ in trials]
+        features = encode(self._axes, [self._fields(config) for config in (*self._pool, *others)])
+        priors, start = [], len(self._pool)
+        for trials in elsewhere:
+            own = features[start : start + len(trials)]
+            start += len(trials)
+            log_times = np.array([math.log(time_us) for _, time_us in trials])
+            priors.append(prior_from_trials(features[: len(self._pool)], own, log_times, seed=seed))
+        return priors
 
-    def _place(self, config: Config) -> list[float]:
-        """Index of the configuration on each axis; a default off an axis lies beside its nearest value."""
-        place = []
-        for name, values in self._axes.items():
-            value = getattr(config, name)
-            place.append(float(values.index(value) if value in values else np.searchsorted(values, value)))
-        return place
+    def _fields(self, config: Config) -> dict[str, Any]:
+        return {name: getattr(config, name) for name in self._names}

@@ -287,16 +287,24 @@ class _Run:
         if deadline is not None and time.monotonic() >= deadline:
             # Ranking takes a few tenths of a second: a turn that never came doesn't pay for it.
             return self._result(workload, kernel, key, cached=bool(known))
-        configs = self._ranked(kernel, problem)
+        scored = sorted(predictions(kernel, problem, self._device), key=lambda pair: pair[0].time_us)
+        configs = [config for _, config in scored]
         default = kernel.default(problem, self._device)
         if not set(configs).union((default,)) - known.keys():
             return self._result(workload, kernel, key, cached=True)
         report.done = len(known)
         runner = self._started()
-        search = Search(kernel.space, configs, default, trials=trials, seed=seed)
+        search = Search(
+            kernel.space.axes,
+            configs,
+            default,
+            predicted_us=[prediction.time_us for prediction, _ in scored],
+            evidence=self._evidence(kernel, key) if self._device.live else (),
+            seed=seed,
+        )
         tried, proposed = len(known), 0
         batch = BATCH_PER_JOB * max(self._jobs, len(self._gpus))
-        while tried < trials and (deadline is None or time.monotonic() < deadline):
+        while tried < trials and not (stop_early and search.finished) and not is_past(deadline):
             asked = search.ask(min(trials - proposed, batch))
             if not asked:
                 break
@@ -314,7 +322,7 @@ class _Run:
                 report.outcome(outcome)
             for trial, config in asked:
                 if config in times:
-                    search.tell(trial, config, times[config])
+                    search.tell(trial, times[config])
             tried += len(new)
         best = [kernel.space.config.from_json(record.config) for record in self._database.top(key, FINALISTS)]
         for config, outcome in runner.finalists(kernel, problem, best, deadline):
@@ -326,11 +334,6 @@ class _Run:
             kernel.space.config.from_json(record.config): record.times.median_us if record.times else None
             for record in self._database.records(key)
         }
-
-    def _ranked(self, kernel: Kernel[Any, Any], problem: Problem) -> list[Config]:
-        """The configurations worth trying, best predicted first."""
-        scored = sorted(predictions(kernel, problem, self._device), key=lambda pair: pair[0].time_us)
-        return [config for _, config in scored]
 
     def _started(self) -> Runner:
         if self._runner is None:

@@ -1,0 +1,103 @@
+"""Search strategies that a replay compares: the tuner's own, and what others offer.
+
+A strategy is a function of a table, a budget, a seed and `observe`, which takes a row and returns its time in ms, NaN for
+a failure. It observes as many rows as the budget allows, none twice, and returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from benchmarks.replay_tables import Table
+from tilewright.tuner.search import Evidence, Search
+
+Observe = Callable[[int], float]
+Strategy = Callable[[Table, int, int, Observe], None]
+
+OURS = "tilewright"
+US_PER_MS = 1000.0
+
+
+def tilewright(table: Table, budget: int, seed: int, observe: Observe, evidence: Sequence[Evidence] = ()) -> None:
+    """The tuner's search, one proposal at a time, without a prediction or a default: a table has neither."""
+    search = Search(table.axes, table.configs, evidence=evidence, seed=seed)
+    rows = {config: row for row, config in enumerate(table.configs)}
+    for _ in range(budget):
+        for trial, config in search.ask(1):
+            time_ms = observe(rows[config])
+            search.tell(trial, None if np.isnan(time_ms) else time_ms * US_PER_MS)
+
+
+def evidence_of(source: Table, trials: int | None, seed: int) -> Evidence:
+    """What a run on another GPU left: `trials` configurations drawn at random, or all, with the times of those that
+    worked."""
+    rows = np.arange(len(source.times))
+    if trials is not None:
+        rows = np.random.default_rng(seed).choice(rows, min(trials, len(rows)), replace=False)
+    worked = rows[~np.isnan(source.times[rows])]
+    return Evidence(f"board {source.gpu}", {source.configs[row]: source.times[row] * US_PER_MS for row in worked})
+
+
+def random(table: Table, budget: int, seed: int, observe: Observe) -> None:
+    """Rows at random."""
+    for row in np.random.default_rng(seed).permutation(len(table.times))[:budget]:
+        observe(int(row))
+
+
+def optuna_tpe(table: Table, budget: int, seed: int, observe: Observe) -> None:
+    """Optuna's default sampler, moved to the nearest valid configuration that is untried."""
+    import optuna
+
+    _optuna(optuna.samplers.TPESampler(seed=seed), table, budget, observe)
+
+
+def optuna_gp(table: Table, budget: int, seed: int, observe: Observe) -> None:
+    """Optuna's Gaussian process (needs PyTorch), moved likewise."""
+    import optuna
+
+    _optuna(optuna.samplers.GPSampler(seed=seed, deterministic_objective=True), table, budget, observe)
+
+
+def _optuna(sampler: Any, table: Table, budget: int, observe: Observe) -> None:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # Axes of numbers by their place, so that a sampler knows their order.
+    distributions: dict[str, Any] = {
+        name: optuna.distributions.IntDistribution(0, len(values) - 1)
+        if all(isinstance(value, int | float) for value in values)
+        else optuna.distributions.CategoricalDistribution(range(len(values)))
+        for name, values in table.axes.items()
+    }
+    study = optuna.create_study(sampler=sampler)
+    untried = np.ones(len(table.times), dtype=bool)
+    for _ in range(budget):
+        trial = study.ask(distributions)
+        wanted = np.array([trial.params[name] for name in table.axes])
+        rows = np.flatnonzero(untried)
+        row = int(rows[np.argmin(np.abs(table.indices[rows] - wanted).sum(axis=1))])
+        untried[row] = False
+        time_ms = observe(row)
+        params = dict(zip(table.axes, map(int, table.indices[row]), strict=True))
+        if params == trial.params and not np.isnan(time_ms):
+            study.tell(trial, time_ms)
+            continue
+        # What is learned belongs to the configuration that was tried.
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        if not np.isnan(time_ms):
+            study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=time_ms))
+
+
+def available() -> tuple[dict[str, Strategy], dict[str, str]]:
+    """The strategies that can run here, by name, and why each of the others can't."""
+    found: dict[str, Strategy] = {OURS: tilewright, "random": random, "optuna-tpe": optuna_tpe}
+    missing = {}
+    if find_spec("torch") is None:
+        missing["optuna-gp"] = "PyTorch is not installed (pip install torch)"
+    else:
+        found["optuna-gp"] = optuna_gp
+    return found, missing

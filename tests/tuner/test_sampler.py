@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import optuna
+import pytest
+
+from tilewright.tuner.sampler import EnumeratedSampler
+from tilewright.tuning_db.errors import UsageError
+
+pytestmark = pytest.mark.smoke
+
+CONFIGS = [
+    {"m": m, "warps": w, "layout": layout}
+    for m, w, layout in itertools.product((16, 32, 64, 128), (1, 2, 4, 8), ("row", "col"))
+    if m * w < 512
+]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def time_of(config: dict) -> float:
+    return 10 + abs(np.log2(config["m"] / 64)) + 2 * abs(np.log2(config["warps"] / 4)) + (config["layout"] == "row")
+
+
+def objective(sampler: EnumeratedSampler):
+    def suggested(trial: optuna.Trial) -> float:
+        config = {name: trial.suggest_categorical(name, values) for name, values in sampler.axes.items()}
+        assert config in CONFIGS
+        return float(time_of(config))
+
+    return suggested
+
+
+def studied(trials: int, sampler: EnumeratedSampler, direction: str = "minimize") -> optuna.Study:
+    study = optuna.create_study(sampler=sampler, direction=direction)
+    study.optimize(objective(sampler), n_trials=trials)
+    return study
+
+
+def tried(study: optuna.Study) -> list[tuple]:
+    return [tuple(trial.params.values()) for trial in study.trials]
+
+
+def test_any_study_can_use_it() -> None:
+    study = studied(20, EnumeratedSampler(CONFIGS, seed=0))
+    assert len(set(tried(study))) == 20
+    assert study.best_params == {"m": 64, "warps": 4, "layout": "col"}
+
+
+def test_what_is_large_can_be_wanted() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler, direction="maximize")
+    study.optimize(lambda trial: 1000 / objective(sampler)(trial), n_trials=20)
+    assert study.best_params == {"m": 64, "warps": 4, "layout": "col"}
+
+
+def test_one_seed_gives_one_study() -> None:
+    assert tried(studied(15, EnumeratedSampler(CONFIGS, seed=1))) == tried(
+        studied(15, EnumeratedSampler(CONFIGS, seed=1))
+    )
+
+
+def test_proposals_asked_for_at_once_differ() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    seen = []
+    for _ in range(3):
+        asked = [study.ask(sampler.distributions) for _ in range(5)]
+        seen += [tuple(trial.params.values()) for trial in asked]
+        for trial in asked:
+            study.tell(trial, time_of(trial.params))
+    assert len(set(seen)) == 15
+
+
+def test_threads_get_different_proposals() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective(sampler), n_trials=16, n_jobs=4)
+    assert len(set(tried(study))) == 16
+
+
+def test_another_process_sees_what_is_running() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    studies = []
+    for _ in range(2):
+        sampler = EnumeratedSampler(CONFIGS, seed=0)
+        studies.append(
+            (optuna.create_study(sampler=sampler, storage=storage, study_name="one", load_if_exists=True), sampler)
+        )
+    asked = [study.ask(sampler.distributions).params for _ in range(4) for study, sampler in studies]
+    assert len({tuple(params.values()) for params in asked}) == 8
+
+
+def test_the_list_at_its_end_stops_the_study() -> None:
+    study = studied(100, EnumeratedSampler(CONFIGS, seed=0))
+    assert set(tried(study)) == {tuple(config.values()) for config in CONFIGS}
+    assert len(study.trials) <= len(CONFIGS) + 1
+
+
+def test_failed_and_pruned_trials_are_not_tried_again() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler)
+
+    def failing(trial: optuna.Trial) -> float:
+        value = objective(sampler)(trial)
+        if trial.number % 3 == 1:
+            raise ValueError
+        if trial.number % 3 == 2:
+            trial.report(value, 0)
+            raise optuna.TrialPruned
+        return value
+
+    study.optimize(failing, n_trials=len(CONFIGS), catch=ValueError)
+    assert len(set(tried(study))) == len(CONFIGS)
+
+
+def test_trials_of_another_list_are_passed_over() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    study.add_trial(
+        optuna.trial.create_trial(
+            params={"other": 1.0}, distributions={"other": optuna.distributions.FloatDistribution(0, 2)}, value=-3.0
+        )
+    )
+    study.optimize(objective(sampler), n_trials=8)
+    assert len(set(tried(study)[1:])) == 8
+
+
+def test_first_and_priors() -> None:
+    prior = np.log([time_of(config) for config in CONFIGS])
+    best = int(np.argmin(prior))
+    study = studied(3, EnumeratedSampler(CONFIGS, first=[3, best], priors=[prior]))
+    assert tried(study)[:2] == [tuple(CONFIGS[3].values()), tuple(CONFIGS[best].values())]
+
+
+def test_a_parameter_that_is_no_axis_is_drawn_at_random() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(lambda trial: objective(sampler)(trial) + trial.suggest_float("clock", 0, 1), n_trials=6)
+    assert len({trial.params["clock"] for trial in study.trials}) == 6
+
+
+def test_mistakes_are_told() -> None:
+    with pytest.raises(UsageError, match="at least one configuration; got none"):
+        EnumeratedSampler([])
+    with pytest.raises(UsageError, match=r"configuration \{'m': 1\} must have exactly the names m, n"):
+        EnumeratedSampler([{"m": 1, "n": 2}, {"m": 1}])
+    with pytest.raises(UsageError, match=r"m=3 is not on its axis \(1, 2\)"):
+        EnumeratedSampler([{"m": 3}], axes={"m": (1, 2)})
+    with pytest.raises(UsageError, match=r"configuration \{'m': 1\} is in the list twice"):
+        EnumeratedSampler([{"m": 1}, {"m": 1}])
+    with pytest.raises(UsageError, match=r"a prior of shape \(3,\) must have a value for each of 2"):
+        EnumeratedSampler([{"m": 1}, {"m": 2}], priors=[np.zeros(3)])
+    with pytest.raises(UsageError, match=r"\{'m': 5\} is no configuration of the list"):
+        EnumeratedSampler([{"m": 1}, {"m": 2}]).row_of({"m": 5})
+
+
+def test_an_objective_that_is_no_positive_number_is_refused() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    trial = study.ask(sampler.distributions)
+    study.tell(trial, -1.0)
+    with pytest.raises(UsageError, match=r"trial 0 has value -1.0: EnumeratedSampler needs positive ones"):
+        study.ask(sampler.distributions)
+
+
+def test_two_objectives_are_refused() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler, directions=["minimize", "minimize"])
+    with pytest.raises(UsageError, match="has one objective; the study has 2"):
+        study.ask(sampler.distributions)
