@@ -3,9 +3,9 @@
     python -m benchmarks.search_quality [--space FILE.npz ...] [--transfer DIR] [--budget 100] [--seeds 20] [--noise]
                                         [--strategy NAME ...] [--jobs N] [--json FILE]
 
-A search is told the measured time of each configuration that it tries; its score after n trials is the least time of the
-whole space over the least that it has found. The tuner's own search (`tilewright`) goes through the code that `autotune`
-runs, beside random search, Optuna's samplers and Kernel Tuner's best strategy, each with the same seeds.
+A search is told the measured time of each configuration that it tries; its score after n trials is the least time of
+the whole space over the least that it has found. The tuner's own search (`tilewright`) goes through the code that
+`autotune` runs, beside random search, Optuna's samplers and Kernel Tuner's best strategy, each with the same seeds.
 
 With `--transfer`, the tables in that folder of the same kernel on other GPUs are what earlier runs left: as strategy
 `tilewright+100` 100 trials of one other GPU, drawn at random; as `tilewright+tables` all that is known of all others.
@@ -195,16 +195,18 @@ def overall(spaces: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str,
         rows = [each[label] for each in spaces.values() if label in each]
         means[label] = {
             "spaces": len(rows),
-            **{
-                kind: {point: _mean(row[kind][point] for row in rows) for point in rows[0][kind]}
-                for kind in ("mean", "p10")
-            },
+            "mean": _at_each_point(rows, "mean"),
+            "p10": _at_each_point(rows, "p10"),
             # A space where most seeds never get there counts as infinitely many.
             "evals95": _median(row["evals95"] for row in rows),
             "evals98": _median(row["evals98"] for row in rows),
             "ms_per_trial": _mean(row["ms_per_trial"] for row in rows),
         }
     return means
+
+
+def _at_each_point(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, float]:
+    return {point: _mean(row[kind][point] for row in rows) for point in rows[0][kind]}
 
 
 def _mean(values: Any) -> float:
@@ -220,9 +222,9 @@ def printed(title: str, rows: dict[str, dict[str, Any]]) -> Printed:
     """Strategies by what they reach."""
     points = list(next(iter(rows.values()))["mean"])
     table = Printed(title=title)
-    table.add_column("mean / 10th percentile")
+    table.add_column("mean / 10th percentile", no_wrap=True)
     for heading in (*(f"@{point}" for point in points), "to 95 %", "to 98 %", "ms per trial"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for label, row in rows.items():
         cells = [f"{row['mean'][point]:.3f} / {row['p10'][point]:.3f}" for point in points]
         cells += ["never" if row[name] is None else f"{row[name]:g}" for name in ("evals95", "evals98")]
@@ -267,7 +269,7 @@ def main(
         if name not in strategies:
             reason = missing.get(name, f"there are {', '.join((*strategies, *missing))}")
             raise click.UsageError(f"strategy {name!r} can't run: {reason}")
-    console = Console()
+    console = Console(width=150)
     try:
         every = list(tasks(spaces or shipped(), transfer, chosen or tuple(strategies), budget, seeds, noise))
     except UsageError as error:

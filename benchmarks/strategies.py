@@ -1,7 +1,7 @@
 """Search strategies that a replay compares: the tuner's own, and what others offer.
 
-A strategy is a function of a table, a budget, a seed and `observe`, which takes a row and returns its time in ms, NaN for
-a failure. It observes as many rows as the budget allows, none twice, and returns.
+A strategy is a function of a table, a budget, a seed and `observe`, which takes a row and returns its time in ms, NaN
+for a failure. It observes as many rows as the budget allows, none twice, and returns.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def _prior_from_trials(features: Array, trials: Array, log_times: Array, draw: n
     process.fit(trials[order], (values - middle) / spread)
     posterior = Posterior(process, np.concatenate([features, trials[order]]))
     posterior.add(range(len(features), len(features) + len(order)))
-    expected = (middle + spread * posterior.mean((values - middle) / spread))[: len(features)]
+    expected: Array = (middle + spread * posterior.mean((values - middle) / spread))[: len(features)]
     places = {row.tobytes(): place for place, row in enumerate(np.ascontiguousarray(features))}
     for row, log_time in zip(np.ascontiguousarray(trials), log_times, strict=True):
         place = places.get(row.tobytes())

@@ -54,7 +54,7 @@ MOST_RANKED = 20_000
 """Configurations ranked at a time; of a longer list those near the best and a random part, drawn anew at every fit."""
 
 UNSURE = 0.02
-"""Variance added to that of whether a configuration works: of one just like a success, 1 in 5,000 is expected to fail."""
+"""Variance added to that of whether a configuration works: of one just like a success, 1 in 5,000 may fail."""
 
 LEAST_CHANCE = 1e-3
 """That anything works: a region is never ruled out."""
@@ -250,7 +250,8 @@ class _Model:
         values, middle, width = _standardised(worked)
         mean = middle + width * self._works.mean(values)
         deviation = np.sqrt((width * self._works.deviation()) ** 2 + UNSURE)
-        return np.maximum(ndtr((mean - 0.5) / deviation), LEAST_CHANCE)
+        chance: Array = np.maximum(ndtr((mean - 0.5) / deviation), LEAST_CHANCE)
+        return chance
 
 
 def _standardised(values: Array) -> tuple[Array, float, float]:
@@ -260,7 +261,7 @@ def _standardised(values: Array) -> tuple[Array, float, float]:
 
 
 def spread(features: Array, count: int, taken: Sequence[int], draw: np.random.Generator) -> list[int]:
-    """`count` rows far from each other and from `taken`: of 512 drawn at random, always the farthest from all so far."""
+    """`count` rows far from each other and from `taken`: of 512 drawn at random, always the farthest from those."""
     pool = draw.choice(len(features), min(512, len(features)), replace=False)
     chosen = list(taken)
     away = np.full(len(pool), np.inf)
@@ -316,4 +317,5 @@ def _expected_improvement(mean: Array, deviation: Array, best: float) -> Array:
     """Expectation of max(0, best - value) for normal values (Jones et al., 1998)."""
     z = (best - mean) / deviation
     gain: Any = deviation * (z * ndtr(z) + np.exp(-0.5 * z * z) / np.sqrt(2 * np.pi))
-    return np.maximum(gain, 0.0)
+    least: Array = np.maximum(gain, 0.0)
+    return least

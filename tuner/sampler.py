@@ -5,8 +5,8 @@
     study = optuna.create_study(sampler=sampler)
     study.optimize(lambda trial: measure(trial.suggest_categorical("BLOCK_M", sampler.axes["BLOCK_M"]), …), n_trials=30)
 
-Samplers that know axes and not the list propose what is invalid, or what was tried, and moving that to the nearest valid
-one makes them stick. This one ranks the whole list (`ranking`).
+Samplers that know axes and not the list propose what is invalid, or what was tried, and moving that to the nearest
+valid one makes them stick. This one ranks the whole list (`ranking`).
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ class GaussianProcess:
     """Hyperparameters of the process: a length scale for each feature, the variance and the noise's variance.
 
     Maximum a posteriori: length scales are log-normal around half the diagonal of the unit cube of the features, so
-    that of few trials none is believed to matter alone (Hvarfner et al., Vanilla Bayesian Optimization Performs Great in
-    High Dimensions, 2024); variance around 1, for values are standardised; noise around 1 %.
+    that of few trials none is believed to matter alone (Hvarfner et al., Vanilla Bayesian Optimization Performs Great
+    in High Dimensions, 2024); variance around 1, for values are standardised; noise around 1 %.
     """
 
     def __init__(self, features: int) -> None:
@@ -97,7 +97,8 @@ class GaussianProcess:
     @property
     def scales(self) -> Array:
         """Length scales, of (features)."""
-        return np.exp(self._log[: self._features])
+        scales: Array = np.exp(self._log[: self._features])
+        return scales
 
     @property
     def variance(self) -> float:
