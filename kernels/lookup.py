@@ -220,6 +220,7 @@ def answer(kernel: Kernel[Any, Any], problem: Problem, device: Device, database:
         predicted_protocol=prediction_protocol(kernel),
         near=kernel.near(problem),
         accept=accept,
+        incumbent=kernel.default(problem, device).to_json(),
     )
     if found is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import socket
@@ -29,11 +30,11 @@ from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner.gpu_runner import GpuRunner, equal_gpus
 from tilewright.tuner.pool import Pool
-from tilewright.tuner.runner import Compiler, Outcome, PredictionRunner, Runner
-from tilewright.tuner.search import Search
+from tilewright.tuner.runner import Compiler, Outcome, PredictionRunner, Runner, is_past
+from tilewright.tuner.search import Evidence, Search
 from tilewright.tuner.suites import SUITES, Workload
 from tilewright.tuning_db.env import database_dir
-from tilewright.tuning_db.errors import UsageError
+from tilewright.tuning_db.errors import ProblemError, UsageError
 from tilewright.tuning_db.record import Environment, Key, Provenance, Record, Status
 from tilewright.tuning_db.store import TuningDB
 
@@ -126,7 +127,7 @@ def autotune(
         problems: what to tune: problems, workloads, or texts as `"M=4096,N=4096,K=4096,dtype=fp16"` (of the one op in
             `kernels`, gemm by default). The default suite if left out.
         trials: configurations to have tried per workload, those of earlier runs included; by default `PREDICTED_TRIALS`
-            or, on a live GPU, `MEASURED_TRIALS`.
+            or, on a live GPU, `MEASURED_TRIALS` or as many as promise an improvement (`search.PLATEAU`).
         timeout: seconds for the whole run; trials in flight are finished, which takes one trial's timeout at most. A
             workload whose turn never came is answered from what is on record, or has status `timeout`.
         jobs: compiling processes; by default one per processor this process may use.
@@ -154,6 +155,8 @@ def autotune(
     target = resolve_device(device) if isinstance(device, str) else device
     gpus = equal_gpus(target, workers)
     workloads = resolve_workloads(target, kernels, problems)
+    # Asked for a number, a search makes that many trials; by default it ends before where nothing more is expected.
+    stop_early = trials is None and bool(target.live)
     if trials is None:
         trials = MEASURED_TRIALS if target.live else PREDICTED_TRIALS
     deadline = None if timeout is None else start + timeout
@@ -167,7 +170,7 @@ def autotune(
                     share = time.monotonic() + max(0.0, deadline - time.monotonic()) / (len(workloads) - index)
                 report = _Reporter(progress, workload.name, index, len(workloads), trials)
                 report.started()
-                result = run.tune(workload, trials, share, retune, seed, report)
+                result = run.tune(workload, trials, stop_early, share, retune, seed, report)
                 results.results.append(result)
                 report.finished(result)
             results.compiled, results.lost_workers = run.compiled, run.lost_workers
@@ -272,6 +275,7 @@ class _Run:
         self,
         workload: Workload,
         trials: int,
+        stop_early: bool,
         deadline: float | None,
         retune: bool,
         seed: int,
@@ -282,14 +286,18 @@ class _Run:
         key = record_key(kernel, problem, self._device, protocol)
         remember(kernel, self._device, self._database)
         known = {} if retune else self._known(kernel, key)
-        if len(known) >= trials:
+        progress = _SearchProgress(self._database, kernel, key)
+        default = kernel.default(problem, self._device)
+        if len(known) >= trials or (known and stop_early and progress.at_plateau):
+            if self._device.live and progress.interrupted and not is_past(deadline):
+                self._compare_finalists(kernel, problem, key, default, deadline)
+                progress.ended()
             return self._result(workload, kernel, key, cached=True)
         if deadline is not None and time.monotonic() >= deadline:
             # Ranking takes a few tenths of a second: a turn that never came doesn't pay for it.
             return self._result(workload, kernel, key, cached=bool(known))
         scored = sorted(predictions(kernel, problem, self._device), key=lambda pair: pair[0].time_us)
         configs = [config for _, config in scored]
-        default = kernel.default(problem, self._device)
         if not set(configs).union((default,)) - known.keys():
             return self._result(workload, kernel, key, cached=True)
         report.done = len(known)
@@ -299,9 +307,10 @@ class _Run:
             configs,
             default,
             predicted_us=[prediction.time_us for prediction, _ in scored],
-            evidence=self._evidence(kernel, key) if self._device.live else (),
+            evidence=self._evidence(kernel, problem, key) if self._device.live else (),
             seed=seed,
         )
+        progress.began()
         tried, proposed = len(known), 0
         batch = BATCH_PER_JOB * max(self._jobs, len(self._gpus))
         while tried < trials and not (stop_early and search.finished) and not is_past(deadline):
@@ -324,10 +333,43 @@ class _Run:
                 if config in times:
                     search.tell(trial, times[config])
             tried += len(new)
-        best = [kernel.space.config.from_json(record.config) for record in self._database.top(key, FINALISTS)]
-        for config, outcome in runner.finalists(kernel, problem, best, deadline):
-            self._keep(key, config, outcome)
+        self._compare_finalists(kernel, problem, key, default, deadline)
+        if not is_past(deadline):
+            progress.ended(plateau=stop_early and search.finished)
         return self._result(workload, kernel, key, cached=False)
+
+    def _compare_finalists(
+        self, kernel: Kernel[Any, Any], problem: Problem, key: Key, default: Config, deadline: float | None
+    ) -> None:
+        """Measures the best few and the default again, side by side, until the best of all is among those."""
+        runner, compared = self._started(), set[Config]()
+        for _ in range(FINALIST_ROUNDS):
+            best = [kernel.space.config.from_json(record.config) for record in self._database.top(key, FINALISTS)]
+            if not best or best[0] in compared:
+                return
+            kept = self._database.get(key, default.to_json())
+            finalists = list(
+                dict.fromkeys((*best, *([default] if kept is not None and kept.times is not None else [])))
+            )
+            compared.update(finalists)
+            for config, outcome in runner.finalists(kernel, problem, finalists, deadline):
+                self._keep(key, config, outcome)
+
+    def _evidence(self, kernel: Kernel[Any, Any], problem: Problem, key: Key) -> list[Evidence]:
+        """What was measured on other boards, of near shapes and by earlier revisions, as far as its configurations are
+        of this revision's kind."""
+        found = []
+        near = kernel.near(problem)
+        for reason, records in self._database.evidence(key, near=near, least=LEAST_EVIDENCE, most=MOST_EVIDENCE):
+            times_us = {}
+            for record in records:
+                with contextlib.suppress(ProblemError):  # of another revision, with other fields
+                    config = kernel.space.config.from_json(record.config)
+                    assert record.times is not None
+                    times_us[config] = record.times.median_us
+            if times_us:
+                found.append(Evidence(reason, times_us))
+        return found
 
     def _known(self, kernel: Kernel[Any, Any], key: Key) -> dict[Config, float | None]:
         return {
@@ -362,7 +404,8 @@ class _Run:
         problem = workload.problem
         records = self._database.records(key)
         blank = Result(workload.name, workload.op, problem.to_dict(), trials=len(records), cached=cached)
-        top = self._database.top(key, 1)
+        default = kernel.default(problem, self._device)
+        top = self._database.top(key, 1, incumbent=default.to_json())
         if not top:
             if not records:
                 return replace(blank, status=Status.TIMEOUT, message="the time was up before anything was tried")
@@ -386,7 +429,47 @@ class _Run:
 
 
 FINALISTS = 4
-"""Configurations measured again, interleaved, at the end: the least of several noisy medians is 1 to 3 % too good."""
+"""Configurations measured again, interleaved, at the end: the least of several noisy medians is 1 to 3 % too good. The
+default is measured again with them, for it stays unless it is beaten beyond noise."""
+
+FINALIST_ROUNDS = 3
+"""How often at the most: after the first, another that was measured once may seem the best."""
+
+LEAST_EVIDENCE = 8
+"""Configurations measured elsewhere that are enough to learn from."""
+
+MOST_EVIDENCE = 4
+"""Sources of evidence, the nearest ones: each costs a tenth of a second, and weights are fitted to few trials."""
+
+
+class _SearchProgress:
+    """How far the search under a key came, noted in the database: an aid to the next run, never evidence."""
+
+    def __init__(self, database: TuningDB, kernel: Kernel[Any, Any], key: Key) -> None:
+        self._database = database
+        self._stamp = f"search {key.digest()}"
+        # A plateau is one of this very space and prediction.
+        self._plateau = f"plateau {prediction_protocol(kernel)}"
+        self._noted = database.noted(self._stamp)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a run began to try configurations, and ended before it had compared the finalists."""
+        return self._noted == "began"
+
+    @property
+    def at_plateau(self) -> bool:
+        """Whether a run ended because it expected no improvement."""
+        return self._noted == self._plateau
+
+    def began(self) -> None:
+        self._note("began")
+
+    def ended(self, *, plateau: bool = False) -> None:
+        self._note(self._plateau if plateau else "ended")
+
+    def _note(self, value: str) -> None:
+        self._database.note({self._stamp: value})
 
 
 def _make_runner(compiler: Compiler, device: Device, gpus: Sequence[Device]) -> Runner:

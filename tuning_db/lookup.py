@@ -12,6 +12,9 @@ Within steps 2-4: smaller distance (see `tilewright.tuning_db.shapes`), then few
 toolchain, protocol, then what was measured last. Records of one key stay together, fastest first, since times of
 different keys don't compare.
 
+The incumbent, which is the default configuration, stays in its place among the outcomes of this very key unless the
+fastest beats it beyond noise: `Times.beats`.
+
 Steps 2-5 leave out each configuration that has failed, or spilled, on this very problem, board, revision and
 toolchain: a guess from elsewhere doesn't outweigh what is known here.
 """
@@ -52,6 +55,7 @@ _GROUPS = f"""
 _BEST_FIRST = (
     f"SELECT * FROM records WHERE {ANSWERABLE} AND key_digest = ? AND provenance = ? ORDER BY median_us, id LIMIT ?"
 )
+_INCUMBENT = f"SELECT * FROM records WHERE {ANSWERABLE} AND key_digest = ? AND provenance = ? AND config = ?"
 _REFUTED = """
     SELECT DISTINCT config FROM records
     WHERE key_digest IN (?, ?) AND (status != 'ok' OR spill_bytes > 0)
@@ -70,7 +74,12 @@ class _Group:
 
 
 def answers(
-    file: DatabaseFile, key: Key, predicted_protocol: str, near: Near | None, skipped: dict[Path, DatabaseError]
+    file: DatabaseFile,
+    key: Key,
+    predicted_protocol: str,
+    near: Near | None,
+    skipped: dict[Path, DatabaseError],
+    incumbent: str | None = None,
 ) -> Generator[Answer, None, None]:
     """Every answer to `key`, best first, read as far as it is consumed.
 
@@ -78,7 +87,7 @@ def answers(
     """
     digest = key.digest()
     predicted_digest = replace(key, protocol=predicted_protocol).digest()
-    for record in best_first(file, digest, Provenance.MEASURED):
+    for record in best_first(file, digest, Provenance.MEASURED, incumbent):
         yield Answer(record, Provenance.MEASURED, "exact")
     refuted = {row["config"] for row in file.rows(_REFUTED, (digest, predicted_digest))}
     for group in _transfers(file, key, near, skipped):
@@ -90,19 +99,37 @@ def answers(
             if group.file is file:
                 raise
             skipped[group.file.path] = error
-    for record in best_first(file, predicted_digest, Provenance.PREDICTED):
+    for record in best_first(file, predicted_digest, Provenance.PREDICTED, incumbent):
         if record.config not in refuted:
             yield Answer(record, Provenance.PREDICTED, "exact")
 
 
-def best_first(file: DatabaseFile, digest: str, provenance: Provenance) -> Iterator[Record]:
-    """The answerable records of one key and provenance, fastest first, no configuration twice.
+def evidence(
+    file: DatabaseFile, key: Key, near: Near | None, skipped: dict[Path, DatabaseError]
+) -> Generator[tuple[str, list[Record]], None, None]:
+    """What was measured under other keys that steps 2 to 4 would ask, in their order: the reason, and all the records
+    of one key. Read as far as it is consumed."""
+    for group in _transfers(file, key, near, skipped):
+        with _noting(group.file, None if group.file is file else skipped):
+            yield group.reason, list(best_first(group.file, group.digest, Provenance.MEASURED))
+
+
+def best_first(
+    file: DatabaseFile, digest: str, provenance: Provenance, incumbent: str | None = None
+) -> Iterator[Record]:
+    """The answerable records of one key and provenance, fastest first but for the incumbent, no configuration twice.
 
     The first few are read alone: mostly the first is taken, and there may be thousands.
     """
     seen: set[str] = set()
     for limit in (_FEW, -1):
         rows = file.rows(_BEST_FIRST, (digest, provenance, limit))
+        if rows and not seen and incumbent is not None and rows[0]["config"] != incumbent:
+            for row in file.rows(_INCUMBENT, (digest, provenance, incumbent)):
+                fastest, kept = to_record(file, rows[0]).times, to_record(file, row)
+                if fastest is not None and kept.times is not None and not fastest.beats(kept.times):
+                    seen.add(incumbent)
+                    yield kept
         for row in rows:
             if row["config"] not in seen:
                 seen.add(row["config"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -73,6 +74,14 @@ class Times:
     p10_us: float
     p90_us: float
     samples: int
+
+    def beats(self, other: Times) -> bool:
+        """Whether this is faster than the other beyond noise: by more than two standard errors of the difference of the
+        medians, taking the samples as normal (of which 80 % lie within 2.563 standard deviations, and whose median has
+        1.253 times the error of the mean)."""
+        errors = [1.253 * (times.p90_us - times.p10_us) / 2.563 for times in (self, other)]
+        variance = errors[0] ** 2 / self.samples + errors[1] ** 2 / other.samples
+        return other.median_us - self.median_us > 2 * math.sqrt(variance)
 
     @classmethod
     def single(cls, time_us: float) -> Times:

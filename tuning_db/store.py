@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 from tilewright.tuning_db.env import database_dir
 from tilewright.tuning_db.errors import DatabaseError, UsageError
 from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
-from tilewright.tuning_db.lookup import answers, best_first, to_record
+from tilewright.tuning_db.lookup import answers, best_first, evidence, to_record
 from tilewright.tuning_db.record import Answer, Environment, Key, Provenance, Record, Status
 from tilewright.tuning_db.rows import environment_to_row, insertion, record_to_row, row_to_environment
 from tilewright.tuning_db.shapes import Near
@@ -170,31 +171,47 @@ class TuningDB:
         predicted_protocol: str | None = None,
         near: Near | None = None,
         accept: Accept | None = None,
+        incumbent: str | None = None,
     ) -> Answer | None:
         """The best evidence there is for `key`, in the order of `tilewright.tuning_db.lookup`; None without any.
 
         `predicted_protocol` names the protocol of the predictions to fall back to, where `key` has that of
         measurements. `near` says which problems may stand in for the key's; without it, no other shape is asked. The
         first candidate that `accept` accepts is the answer; it may be asked about a configuration more than once, each
-        time with another record.
+        time with another record. `incumbent` is a configuration that outcomes of this very key must beat beyond noise.
 
         Raises:
             DatabaseError: this file can't be read. Other boards' files that can't are noted in `skipped`.
         """
-        with closing(answers(self._file, key, predicted_protocol or key.protocol, near, self.skipped)) as found:
+        protocol = predicted_protocol or key.protocol
+        with closing(answers(self._file, key, protocol, near, self.skipped, incumbent)) as found:
             return next((answer for answer in found if accept is None or accept(answer.record)), None)
 
-    def top(self, key: Key, k: int, *, predicted_protocol: str | None = None) -> list[Record]:
+    def evidence(
+        self, key: Key, *, near: Near | None = None, least: int = 1, most: int
+    ) -> list[tuple[str, list[Record]]]:
+        """What was measured elsewhere of `key`'s problem and those near it: a reason, and the answerable records of one
+        other key, fastest first. Up to `most` of these with at least `least` records, the nearest first.
+
+        Raises:
+            DatabaseError: as `best`.
+        """
+        with closing(evidence(self._file, key, near, self.skipped)) as found:
+            return list(islice((each for each in found if len(each[1]) >= least), most))
+
+    def top(
+        self, key: Key, k: int, *, predicted_protocol: str | None = None, incumbent: str | None = None
+    ) -> list[Record]:
         """The `k` best records of exactly this key, each of another configuration: measured, then predicted.
 
-        A prediction is left out where the configuration was measured, well or badly.
+        A prediction is left out where the configuration was measured, well or badly. `incumbent`: as in `best`.
         """
-        chosen = list(best_first(self._file, key.digest(), Provenance.MEASURED))[:k]
+        chosen = list(islice(best_first(self._file, key.digest(), Provenance.MEASURED, incumbent), k))
         predicted = replace(key, protocol=predicted_protocol or key.protocol)
         if len(chosen) < k:
             query = "SELECT config FROM records WHERE key_digest = ? AND provenance = 'measured'"
             measured = {row["config"] for row in self._file.rows(query, (key.digest(),))}
-            guesses = best_first(self._file, predicted.digest(), Provenance.PREDICTED)
+            guesses = best_first(self._file, predicted.digest(), Provenance.PREDICTED, incumbent)
             chosen += [record for record in guesses if record.config not in measured]
         return chosen[:k]
 
