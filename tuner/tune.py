@@ -7,7 +7,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -290,8 +290,7 @@ class _Run:
         default = kernel.default(problem, self._device)
         if len(known) >= trials or (known and stop_early and progress.at_plateau):
             if self._device.live and progress.interrupted and not is_past(deadline):
-                self._compare_finalists(kernel, problem, key, default, deadline)
-                progress.ended()
+                self._compare_finalists(kernel, problem, key, default, deadline, progress.ended())
             return self._result(workload, kernel, key, cached=True)
         if deadline is not None and time.monotonic() >= deadline:
             # Ranking takes a few tenths of a second: a turn that never came doesn't pay for it.
@@ -333,27 +332,37 @@ class _Run:
                 if config in times:
                     search.tell(trial, times[config])
             tried += len(new)
-        self._compare_finalists(kernel, problem, key, default, deadline)
         if not is_past(deadline):
-            progress.ended(plateau=stop_early and search.finished)
+            ended = progress.ended(plateau=stop_early and search.finished)
+            self._compare_finalists(kernel, problem, key, default, deadline, ended)
         return self._result(workload, kernel, key, cached=False)
 
     def _compare_finalists(
-        self, kernel: Kernel[Any, Any], problem: Problem, key: Key, default: Config, deadline: float | None
+        self,
+        kernel: Kernel[Any, Any],
+        problem: Problem,
+        key: Key,
+        default: Config,
+        deadline: float | None,
+        ended: Mapping[str, str],
     ) -> None:
-        """Measures the best few and the default again, side by side, until the best of all is among those."""
+        """Measures the best few and the default again, side by side, until the best of all is among those; notes with
+        the outcomes that the search has ended."""
         runner, compared = self._started(), set[Config]()
         for _ in range(FINALIST_ROUNDS):
             best = [kernel.space.config.from_json(record.config) for record in self._database.top(key, FINALISTS)]
-            if not best or best[0] in compared:
+            if best and best[0] in compared:
                 return
             kept = self._database.get(key, default.to_json())
             finalists = list(
                 dict.fromkeys((*best, *([default] if kept is not None and kept.times is not None else [])))
             )
+            outcomes = list(runner.finalists(kernel, problem, finalists, deadline))
+            if outcomes or not is_past(deadline):
+                self._keep_all(key, outcomes, ended)
+            if not outcomes:
+                return
             compared.update(finalists)
-            for config, outcome in runner.finalists(kernel, problem, finalists, deadline):
-                self._keep(key, config, outcome)
 
     def _evidence(self, kernel: Kernel[Any, Any], problem: Problem, key: Key) -> list[Evidence]:
         """What was measured on other boards, of near shapes and by earlier revisions, as far as its configurations are
@@ -386,19 +395,25 @@ class _Run:
         return self._runner
 
     def _keep(self, key: Key, config: Config, outcome: Outcome) -> None:
+        self._keep_all(key, [(config, outcome)], {})
+
+    def _keep_all(self, key: Key, outcomes: Iterable[tuple[Config, Outcome]], notes: Mapping[str, str]) -> None:
         assert self._runner is not None
         assert self._run_id is not None
-        record = Record(
-            key=key,
-            config=config.to_json(),
-            status=outcome.status,
-            provenance=self._runner.provenance,
-            times=outcome.times,
-            resources=outcome.resources,
-            message=outcome.message,
-            predicted_us=outcome.predicted_us,
-        )
-        self._database.add(record, self._run_id)
+        records = [
+            Record(
+                key=key,
+                config=config.to_json(),
+                status=outcome.status,
+                provenance=self._runner.provenance,
+                times=outcome.times,
+                resources=outcome.resources,
+                message=outcome.message,
+                predicted_us=outcome.predicted_us,
+            )
+            for config, outcome in outcomes
+        ]
+        self._database.add_many(records, self._run_id, notes)
 
     def _result(self, workload: Workload, kernel: Kernel[Any, Any], key: Key, *, cached: bool) -> Result:
         problem = workload.problem
@@ -463,13 +478,12 @@ class _SearchProgress:
         return self._noted == self._plateau
 
     def began(self) -> None:
-        self._note("began")
+        """Notes that configurations are being tried."""
+        self._database.note({self._stamp: "began"})
 
-    def ended(self, *, plateau: bool = False) -> None:
-        self._note(self._plateau if plateau else "ended")
-
-    def _note(self, value: str) -> None:
-        self._database.note({self._stamp: value})
+    def ended(self, *, plateau: bool = False) -> dict[str, str]:
+        """The note that the search has ended, to be kept with its last outcomes."""
+        return {self._stamp: self._plateau if plateau else "ended"}
 
 
 def _make_runner(compiler: Compiler, device: Device, gpus: Sequence[Device]) -> Runner:

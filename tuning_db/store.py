@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Self
 
 from tilewright.tuning_db.env import database_dir
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Accept = Callable[[Record], bool]
 """Rechecks a candidate (its resources on the device at hand, say) before it is answered."""
+
+_NOTE = "INSERT OR REPLACE INTO identities (stamp, value) VALUES (?, ?)"
 
 _PAGE = 1000  # rows per read of a long iteration: about 1 MB, and no read transaction stays open between
 
@@ -99,8 +101,8 @@ class TuningDB:
         """
         self.add_many([record], run_id)
 
-    def add_many(self, records: Iterable[Record], run_id: int) -> None:
-        """Keep outcomes, all or none, in one transaction; see `add`."""
+    def add_many(self, records: Iterable[Record], run_id: int, notes: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Keep outcomes, and notes as `note` does, all or none, in one transaction; see `add`."""
         rows = []
         for record in records:
             if record.key.device != self.device:
@@ -112,6 +114,7 @@ class TuningDB:
                 raise UsageError(f"{self.path} has no run {run_id}: start_run gives the id")
             if rows:
                 connection.executemany(insertion("records", rows[0]), rows)
+            connection.executemany(_NOTE, notes.items())
 
         self._file.write(insert)
 
@@ -237,8 +240,7 @@ class TuningDB:
         Raises:
             DatabaseError: as `add`.
         """
-        query = "INSERT OR REPLACE INTO identities (stamp, value) VALUES (?, ?)"
-        self._file.write(lambda connection: connection.executemany(query, values.items()))
+        self._file.write(lambda connection: connection.executemany(_NOTE, values.items()))
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

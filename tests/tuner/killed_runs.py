@@ -20,6 +20,7 @@ import sqlite3
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -45,17 +46,18 @@ def die_at(point: str) -> tuple[str, str, int] | None:
         return None
     match = re.fullmatch(r"(before|after) add (\d+)", point)
     assert match, point
-    add, calls = TuningDB.add, Counter[str]()
+    add, calls = TuningDB.add_many, Counter[str]()
 
-    def fatal(self: TuningDB, record: Record, run_id: int) -> None:
-        calls["add"] += 1
-        if match[1] == "before" and calls["add"] == int(match[2]):
+    def fatal(self: TuningDB, records: Iterable[Record], run_id: int, notes: Mapping[str, str]) -> None:
+        records = list(records)
+        calls["add"] += bool(records)
+        if records and match[1] == "before" and calls["add"] == int(match[2]):
             os.kill(os.getpid(), signal.SIGKILL)
-        add(self, record, run_id)
-        if match[1] == "after" and calls["add"] == int(match[2]):
+        add(self, records, run_id, notes)
+        if records and match[1] == "after" and calls["add"] == int(match[2]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    TuningDB.add = fatal  # type: ignore[method-assign]
+    TuningDB.add_many = fatal  # type: ignore[method-assign]
     return None
 
 
