@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import pytest
 
 from tilewright.kernels.devices import resolve_device
-from tilewright.kernels.lookup import TIMING_PROTOCOL, prediction_protocol
+from tilewright.kernels.lookup import TIMING_PROTOCOL, prediction_protocol, recorded_choice
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.prediction import MODEL
 from tilewright.kernels.registry import find_kernel
-from tilewright.tuner import tune
+from tilewright.tuner import search, tune
 from tilewright.tuner.runner import Outcome
 from tilewright.tuner.suites import SUITES, Workload
 from tilewright.tuner.tune import Progress, autotune, resolve_workloads
@@ -282,3 +282,121 @@ def test_configurations_read_back_from_the_database(tmp_path: Path, counted: typ
     (result,) = autotune("rtx3090", problems=[SMALL], trials=2, db=tmp_path)
     assert GemmConfig.from_dict(result.config).to_dict() == result.config
     assert json.loads(json.dumps(result.problem)) == result.problem
+
+
+LIVE = replace(DEVICE, live="cuda:0")
+
+
+@pytest.fixture
+def measured(counted: type[CountingRunner], monkeypatch: pytest.MonkeyPatch) -> type[CountingRunner]:
+    monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: MeasuringRunner(compiler, device))
+    monkeypatch.setattr(tune, "equal_gpus", lambda device, workers: (device,))
+    return counted
+
+
+def test_a_search_that_expects_nothing_more_ends_and_is_not_begun_again(
+    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "PLATEAU", 1e9)  # nothing that is expected is enough
+    (first,) = autotune(LIVE, problems=[SMALL], jobs=1, db=tmp_path)
+    assert 4 < first.trials == len(measured.asked) < tune.MEASURED_TRIALS
+    (second,) = autotune(LIVE, problems=[SMALL], jobs=1, db=tmp_path)
+    assert second == replace(first, cached=True)
+    assert len(measured.asked) == first.trials
+    # A number that was asked for is made.
+    (third,) = autotune(LIVE, problems=[SMALL], trials=first.trials + 3, jobs=1, db=tmp_path)
+    assert len(measured.asked) == third.trials == first.trials + 3
+
+
+def test_a_plateau_of_another_space_is_none(
+    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "PLATEAU", 1e9)
+    (first,) = autotune(LIVE, problems=[SMALL], jobs=1, db=tmp_path)
+    monkeypatch.setattr(tune, "prediction_protocol", lambda kernel: "another")
+    (second,) = autotune(LIVE, problems=[SMALL], jobs=1, db=tmp_path)
+    assert first.trials < tune.MEASURED_TRIALS
+    assert not second.cached
+
+
+def test_what_was_measured_of_near_shapes_is_evidence(
+    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    class SeenSearch(search.Search):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            given.append(options["evidence"])
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(tune, "Search", SeenSearch)
+    autotune(LIVE, problems=[SMALL], trials=12, jobs=1, db=tmp_path)
+    autotune(LIVE, problems=["M=128,N=64,K=128"], trials=2, jobs=1, db=tmp_path)
+    autotune(LIVE, problems=["M=128,N=128,K=128"], trials=2, jobs=1, db=tmp_path)
+    nothing, (near,), (farther,) = given
+    assert not nothing
+    assert near.reason == "near shape M=128→64"
+    assert near.times_us == {config: 1.0 + config.BLOCK_M for _, config in measured.asked[:12]}
+    assert farther.reason == "near shape M=128→64 N=128→64"  # two trials of another are no evidence
+
+
+def test_predictions_are_searched_without_evidence(tmp_path: Path, counted: type[CountingRunner]) -> None:
+    for problem in (SMALL, "M=128,N=64,K=128"):
+        autotune(DEVICE, problems=[problem], trials=9, jobs=1, db=tmp_path)
+    assert len(counted.asked) == 18
+
+
+class NoisyRunner(MeasuringRunner):
+    """Everything takes 10 µs, give or take one; but the default, which takes a little longer."""
+
+    compared: ClassVar[list[list[GemmConfig]]] = []
+    default_us: ClassVar[float] = 10.1
+
+    def _times(self, config: GemmConfig) -> Times:
+        median_us = self.default_us if config == GEMM.default(GemmProblem.parse(SMALL), DEVICE) else 10.0
+        return Times(median_us, median_us - 1, median_us + 1, 20)
+
+    def run(self, kernel: Any, problem: Any, configs: Any, deadline: Any = None) -> Any:
+        for config, outcome in super().run(kernel, problem, configs, deadline):
+            yield config, replace(outcome, times=self._times(config))
+
+    def finalists(self, kernel: Any, problem: Any, configs: Any, deadline: Any = None) -> Any:
+        self.compared.append(configs)
+        yield from self.run(kernel, problem, configs, deadline)
+
+
+@pytest.mark.parametrize(("default_us", "stays"), [(10.1, True), (13.0, False)])
+def test_the_default_stays_unless_it_is_beaten_beyond_noise(
+    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch, default_us: float, stays: bool
+) -> None:
+    monkeypatch.setattr(NoisyRunner, "compared", [])
+    monkeypatch.setattr(NoisyRunner, "default_us", default_us)
+    monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: NoisyRunner(compiler, device))
+    problem = GemmProblem.parse(SMALL)
+    default = GEMM.default(problem, DEVICE)
+    (result,) = autotune(LIVE, problems=[SMALL], trials=8, jobs=1, db=tmp_path)
+    assert (result.config == default.to_dict()) == stays
+    assert default in NoisyRunner.compared[0]
+    assert len(NoisyRunner.compared[0]) == tune.FINALISTS + 1
+    choice = recorded_choice(GEMM, problem, DEVICE, tmp_path)
+    assert choice is not None
+    assert (choice.config == default) == stays
+    assert choice.provenance is Provenance.MEASURED
+
+
+def test_one_that_only_seems_the_best_after_the_comparison_is_compared_too(
+    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first measurements flatter: all that is measured again turns out slower than the rest."""
+
+    class FlatteringRunner(NoisyRunner):
+        def _times(self, config: GemmConfig) -> Times:
+            again = any(config in finalists for finalists in self.compared)
+            return Times.single(20.0 + config.BLOCK_M if again else 10.0 + config.BLOCK_M / 100)
+
+    monkeypatch.setattr(NoisyRunner, "compared", [])
+    monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: FlatteringRunner(compiler, device))
+    autotune(LIVE, problems=[SMALL], trials=30, jobs=1, db=tmp_path)
+    assert len(NoisyRunner.compared) == tune.FINALIST_ROUNDS
+    assert all(len(each) >= tune.FINALISTS for each in NoisyRunner.compared)
+    assert not set(NoisyRunner.compared[0][:4]) & set(NoisyRunner.compared[1][:4])

@@ -53,9 +53,13 @@ def make_record() -> MakeRecord:
         return Record(
             key=replace(ASKED, **of_key),
             config=config,
-            times=None if time_us is None else Times.single(time_us),
             resources=Resources(registers=64, spill_bytes=spills, stack_bytes=0, shared_bytes=49152),
-            **{"status": Status.OK, "provenance": Provenance.MEASURED, **changes},
+            **{
+                "status": Status.OK,
+                "provenance": Provenance.MEASURED,
+                "times": None if time_us is None else Times.single(time_us),
+                **changes,
+            },
         )
 
     return make

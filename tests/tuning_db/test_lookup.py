@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.tuning_db import Key, Near, Provenance, Record, Status, TuningDB, canonical_json
+from tilewright.tuning_db import Key, Near, Provenance, Record, Status, Times, TuningDB, canonical_json
 
 MEASURED, TRANSFERRED, PREDICTED = Provenance.MEASURED, Provenance.TRANSFERRED, Provenance.PREDICTED
 
@@ -184,3 +184,63 @@ def test_a_copy_of_the_file_is_no_other_board(fill, ask, tmp_path: Path, key: Ke
     fill({})
     (tmp_path / f"{key.device}.sqlite").rename(tmp_path / "backup.sqlite")
     assert ask() is None
+
+
+def spread(median_us: float, width_us: float, samples: int = 30) -> Times:
+    return Times(median_us, median_us - width_us / 2, median_us + width_us / 2, samples)
+
+
+@pytest.mark.parametrize(
+    ("fastest", "incumbent", "answered"),
+    [
+        (spread(9.9, 1.0), spread(10.0, 1.0), "default"),  # 0.1 µs of difference, 0.25 µs of noise
+        (spread(9.0, 1.0), spread(10.0, 1.0), "fastest"),
+        (spread(9.9, 0.1), spread(10.0, 0.1), "fastest"),
+        (Times.single(9.999), Times.single(10.0), "fastest"),  # without noise any difference counts
+        (spread(9.0, 1.0), None, "fastest"),
+    ],
+)
+def test_the_incumbent_stays_unless_it_is_beaten_beyond_noise(
+    tmp_path: Path, key: Key, environment, make_record, fastest: Times, incumbent: Times | None, answered: str
+) -> None:
+    with TuningDB.open(key.device, tmp_path) as db:
+        run = db.start_run(environment)
+        db.add(make_record("fastest", times=fastest), run)
+        db.add(make_record("slowest", times=spread(11.0, 1.0)), run)
+        if incumbent is not None:
+            db.add(make_record("default", times=incumbent), run)
+        found = db.best(key, incumbent="default")
+        assert found is not None
+        assert found.record.config == answered
+        top = [record.config for record in db.top(key, 9, incumbent="default")]
+        assert top[0] == answered
+        assert sorted(top) == sorted(record.config for record in db.records(key))
+
+
+def test_an_incumbent_that_failed_gives_way(tmp_path: Path, key: Key, environment, make_record) -> None:
+    with TuningDB.open(key.device, tmp_path) as db:
+        run = db.start_run(environment)
+        db.add(make_record("fastest", times=spread(9.9, 1.0)), run)
+        db.add(make_record("default", times=None, status=Status.INCORRECT), run)
+        found = db.best(key, incumbent="default")
+        assert found is not None
+        assert found.record.config == "fastest"
+
+
+def test_evidence_is_what_the_steps_of_transfer_would_ask(fill, tmp_path: Path, key: Key) -> None:
+    fill({})  # this very key is no evidence for itself
+    fill(*({"problem": shape(12), "time_us": 9.0 - n} for n in range(3)))
+    fill({"kernel_hash": "rev-a"}, {"kernel_hash": "rev-a"}, {"device": "a10-72"}, {"device": "a10-72"})
+    fill({"problem": shape(24), "time_us": None, "status": Status.INCORRECT}, {"device": "h200-132", "arch": 90})
+    with TuningDB.open(key.device, tmp_path, read_only=True) as db:
+        found = db.evidence(key, near=NEAR_IN_M, most=9)
+        assert [(reason, len(records)) for reason, records in found] == [
+            ("other revision", 2),
+            ("near shape M=16→12", 3),
+            ("board a10-72", 2),
+        ]
+        times = [record.times for record in found[1][1]]
+        assert [each.median_us for each in times if each is not None] == [7.0, 8.0, 9.0]
+        assert [reason for reason, _ in db.evidence(key, near=NEAR_IN_M, least=3, most=9)] == ["near shape M=16→12"]
+        assert [reason for reason, _ in db.evidence(key, near=NEAR_IN_M, most=1)] == ["other revision"]
+        assert [reason for reason, _ in db.evidence(key, most=9)] == ["other revision", "board a10-72"]
