@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import dataclass, make_dataclass
 from functools import cached_property
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from tilewright.tuning_db.errors import UsageError
 
 SHIPPED = Path(__file__).with_name("replay")
+
+ARRAYS = ("X", "names", "dom", "time", "times")
 
 CHIPS = {"RTX_2080_Ti": "TU102", "RTX_Titan": "TU102"}
 """Chips of GPUs that share one: what was learned on one of them is no test of learning from another."""
@@ -66,32 +71,60 @@ def load(path: Path) -> Table:
     Raises:
         UsageError: it can't be read, or is no such table; the message says what is wrong.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("X", "names", "dom", "time", "times")}
-    except (OSError, KeyError, ValueError) as error:
-        raise UsageError(f"{path} is no replayed space: {error}") from None
-    names = [str(name) for name in arrays["names"]]
-    try:
-        values = json.loads(str(arrays["dom"]))
-        domains = [tuple(values[name]) for name in names] if isinstance(values, dict) else [tuple(v) for v in values]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: the values of its parameters can't be read: {error}") from None
-    indices, times = np.asarray(arrays["X"], dtype=int), np.asarray(arrays["time"], dtype=float)
-    sizes = np.array([len(domain) for domain in domains])
-    if (
-        indices.shape != (len(times), len(names))
-        or len(domains) != len(names)
-        or (indices < 0).any()
-        or (indices >= sizes).any()
-    ):
-        raise UsageError(f"{path}: X of shape {indices.shape} doesn't go with {len(names)} parameters of sizes {sizes}")
+    arrays = _arrays(path)
+    names = [str(name) for name in arrays["names"].ravel()]
+    domains = _domains(path, names, str(arrays["dom"]))
+    indices, times, repeats = arrays["X"], arrays["time"], arrays["times"]
+    sizes = [len(domain) for domain in domains]
+    if indices.dtype.kind not in "iu":
+        raise UsageError(f"{path}: X must hold indices; it holds {indices.dtype}")
+    if indices.shape != (len(times.ravel()), len(names)) or (indices < 0).any() or (indices >= np.array(sizes)).any():
+        raise UsageError(
+            f"{path}: X of shape {indices.shape} doesn't go with {times.size} times and parameters of {sizes} values"
+        )
     if len(np.unique(indices, axis=0)) != len(indices):
         raise UsageError(f"{path} has a configuration twice")
-    if not (times > 0).any():
+    try:
+        times, repeats = times.astype(float), repeats.astype(float)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path}: times must be numbers: {error}") from None
+    if times.ndim != 1 or repeats.ndim != 2 or len(repeats) != len(times):
+        raise UsageError(f"{path}: times of shape {repeats.shape} doesn't go with time of shape {times.shape}")
+    for name, values in (("time", times), ("times", repeats)):
+        wrong = values[~(np.isnan(values) | ((values > 0) & np.isfinite(values)))]
+        if len(wrong):
+            raise UsageError(f"{path}: {name} must be above 0, or NaN for a failure; it has {wrong[0]}")
+    if np.isnan(times).all():
         raise UsageError(f"{path} has no configuration that worked")
-    repeats = np.asarray(arrays["times"], dtype=float)
-    return Table(path.stem, dict(zip(names, domains, strict=True)), indices, times, repeats)
+    return Table(path.stem, dict(zip(names, domains, strict=True)), indices.astype(int), times, repeats)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in ARRAYS if name not in file]
+            if not missing:
+                return {name: file[name] for name in ARRAYS}
+    # What NumPy and the archive's reader raise for files of other kinds, and for truncated or damaged ones.
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
+        raise UsageError(f"{path} is no replayed space: {error}") from None
+    raise UsageError(f"{path} is no replayed space: it lacks {', '.join(missing)}")
+
+
+def _domains(path: Path, names: list[str], text: str) -> list[tuple[Any, ...]]:
+    """The values of each parameter, which have to be the fields of a configuration."""
+    for name in names:
+        if not name.isidentifier() or iskeyword(name) or names.count(name) > 1:
+            raise UsageError(f"{path}: parameter {name!r} must be an identifier of its own among {', '.join(names)}")
+    try:
+        found = json.loads(text)
+        values = [found[name] for name in names] if isinstance(found, dict) else list(found)
+        repeated = [each for each in values if not isinstance(each, list) or len(set(each)) != len(each)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: the values of its parameters can't be read: {error!r}") from None
+    if repeated or len(values) != len(names):
+        raise UsageError(f"{path}: dom must list different values for each of {', '.join(names)}; it is {text:.200}")
+    return [tuple(each) for each in values]
 
 
 def shipped() -> list[Path]:

@@ -15,7 +15,10 @@ such row.
 With `--noise` a search is told medians of 5 repeats drawn from those measured, and its score is the true one of the
 winner among its best 4, measured again 25 times: what a tuner on a GPU does.
 
-`ms per trial` is what a proposal costs the search, with everything else the machine does meanwhile.
+`ms per trial` is what a proposal costs the search, on one thread, with everything else the machine does meanwhile.
+
+Kernel Tuner comes with `pip install -e '.[bench]'`, and Optuna's Gaussian process needs `pip install torch`. What is not
+installed is left out, and named at the end.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ CACHED_TRIALS = 100
 REPEATS = 5
 FINALISTS = 4
 FINALIST_REPEATS = 25
+WARMING_TRIALS = 15  # Optuna's samplers draw the first 10 at random, and import what they need after those
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,20 @@ def _table(path: Path) -> Table:
     return load(path)
 
 
+@functools.cache
+def _warm(strategy: str) -> None:
+    """A short search, so that no measured one pays for a process's imports."""
+    side = 5
+    indices = np.array([divmod(row, side) for row in range(side**2)])
+    times = 1.0 + np.arange(side**2)
+    values = tuple(range(side))
+    table = Table("warm", {"x": values, "y": values}, indices, times, times[:, None])
+    available()[0][strategy](table, WARMING_TRIALS, 0, lambda row: float(times[row]))
+
+
 def run(task: Task) -> tuple[list[float], float]:
     """The score after each trial, and the milliseconds that the search took for one."""
+    _warm(task.strategy)
     table = _table(task.space)
     rows: list[int] = []
     told: list[float] = []
@@ -97,7 +113,7 @@ def run(task: Task) -> tuple[list[float], float]:
     strategy: Strategy = available()[0][task.strategy]
     if task.sources:
         evidence = [evidence_of(_table(source), task.cached, task.seed) for source in task.sources]
-        strategy = functools.partial(tilewright, evidence=evidence)
+        strategy = functools.partial(tilewright, evidence=[each for each in evidence if each.times_us])
     began = time.perf_counter()
     strategy(table, min(task.budget, len(table.times)), task.seed, observe)
     spent += time.perf_counter() - began
@@ -130,7 +146,8 @@ def _winner(table: Table, rows: Sequence[int], told: Sequence[float], draw: np.r
 def summary(scores: Sequence[Sequence[float]], ms: Sequence[float]) -> dict[str, Any]:
     """What is reported of one strategy on one space, from one row of scores a seed."""
     table = np.array(scores)
-    points = [point for point in CHECKPOINTS if point <= table.shape[1]]
+    budget = table.shape[1]
+    points = [*(point for point in CHECKPOINTS if point < budget), budget]
 
     def evaluations(wanted: float) -> float | None:
         """The median over seeds; None where most never get there."""
@@ -173,6 +190,9 @@ def tasks(
 
 def measure(every: Sequence[Task], jobs: int) -> dict[str, dict[str, dict[str, Any]]]:
     """The summary of each strategy on each space."""
+    # For the processes: threads of several searches on the same processors disturb each other. It is read when a process
+    # first imports NumPy or PyTorch.
+    os.environ["OMP_NUM_THREADS"] = "1"
     scores: dict[tuple[str, str], list[tuple[list[float], float]]] = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for done, (task, result) in enumerate(zip(every, pool.map(run, every, chunksize=4), strict=True)):
@@ -265,13 +285,21 @@ def main(
 ) -> None:
     """Replays searches on measured spaces."""
     strategies, missing = available()
+    chosen = tuple(dict.fromkeys(chosen))
     for name in chosen:
         if name not in strategies:
             reason = missing.get(name, f"there are {', '.join((*strategies, *missing))}")
             raise click.UsageError(f"strategy {name!r} can't run: {reason}")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise click.UsageError(f"{json_file} can't be written: there is no folder {json_file.parent}")
+    spaces = tuple(dict.fromkeys(spaces)) or tuple(shipped())
+    names = [path.stem for path in spaces]
+    for path in spaces:
+        if names.count(path.stem) > 1:
+            raise click.UsageError(f"more than one space is named {path.stem}: {', '.join(map(str, spaces))}")
     console = Console(width=150)
     try:
-        every = list(tasks(spaces or shipped(), transfer, chosen or tuple(strategies), budget, seeds, noise))
+        every = list(tasks(spaces, transfer, chosen or tuple(strategies), budget, seeds, noise))
     except UsageError as error:
         raise click.UsageError(str(error)) from None
     results = measure(every, jobs or len(os.sched_getaffinity(0)))

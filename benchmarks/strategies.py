@@ -6,7 +6,9 @@ for a failure. It observes as many rows as the budget allows, none twice, and re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random as python_random
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +22,10 @@ Strategy = Callable[[Table, int, int, Observe], None]
 
 OURS = "tilewright"
 US_PER_MS = 1000.0
+
+KERNEL_TUNER_STRATEGY = "adaptive_tabu_greywolf"
+KERNEL_TUNER_SINCE = (1, 5)
+"""The release whose interface between a strategy and its runner is used here."""
 
 
 def tilewright(table: Table, budget: int, seed: int, observe: Observe, evidence: Sequence[Evidence] = ()) -> None:
@@ -92,12 +98,87 @@ def _optuna(sampler: Any, table: Table, budget: int, observe: Observe) -> None:
             study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=time_ms))
 
 
+def kernel_tuner(table: Table, budget: int, seed: int, observe: Observe) -> None:
+    """Kernel Tuner's adaptive tabu grey wolf optimiser with its default options.
+
+    All is theirs (strategy, search space, cost function, budget) but the runner, which looks times up as their
+    simulation does. A strategy may propose what it has tried: that is answered from memory and costs no trial, there as
+    here. It ends by itself after 5000 proposals, repeated ones included; what is left of the budget goes to another run.
+    """
+    from kernel_tuner.interface import Options, strategy_map
+    from kernel_tuner.searchspace import Searchspace
+    from kernel_tuner.util import TuningBudget
+
+    # Their strategies draw from the generators of the process.
+    python_random.seed(seed)
+    np.random.seed(seed)
+    params = {name: list(values) for name, values in table.axes.items()}
+    configs = [tuple(getattr(config, name) for name in params) for config in table.configs]
+    known = {row: dict(zip(params, config, strict=True)) for row, config in enumerate(configs)}
+    space = Searchspace(None, None, None, from_cache={"tune_params": params, "cache": known})
+    trials = TuningBudget(max_fevals=budget)
+    options = Options(
+        objective=["time"],
+        objective_higher_is_better=[False],
+        strategy_options=Options(max_fevals=budget),
+        budget=trials,
+        verbose=False,
+    )
+    runner = _TableRunner({config: row for row, config in enumerate(configs)}, observe)
+    while not trials.is_done():
+        strategy_map[KERNEL_TUNER_STRATEGY].tune(space, runner, options)
+
+
+class _TableRunner:
+    """What Kernel Tuner's cost function asks of a runner, over a table."""
+
+    def __init__(self, rows: Mapping[tuple[Any, ...], int], observe: Observe) -> None:
+        self._rows = rows
+        self._observe = observe
+        self._results: dict[int, dict[str, Any]] = {}
+
+    def add_strategy_time(self, seconds: float) -> None:
+        """Theirs to account for; here the caller's clock does."""
+
+    def run(self, configs: Sequence[Sequence[Any]], options: Any) -> list[dict[str, Any] | None]:
+        """A result of each configuration; None for those that the budget has nothing left for."""
+        from kernel_tuner.util import RuntimeFailedConfig
+
+        results: list[dict[str, Any] | None] = []
+        for config in configs:
+            if options.budget.is_done():
+                results.append(None)
+                continue
+            row = self._rows[tuple(config)]
+            if row not in self._results:
+                time_ms = self._observe(row)
+                failed = np.isnan(time_ms)
+                self._results[row] = {"__error__": RuntimeFailedConfig()} if failed else {"time": time_ms}
+                options.budget.add_evaluations(1)
+            results.append(dict(self._results[row]))
+        return results
+
+
+STRATEGIES: dict[str, Strategy] = {
+    OURS: tilewright,
+    "random": random,
+    "optuna-tpe": optuna_tpe,
+    "optuna-gp": optuna_gp,
+    "kernel-tuner": kernel_tuner,
+}
+
+
 def available() -> tuple[dict[str, Strategy], dict[str, str]]:
     """The strategies that can run here, by name, and why each of the others can't."""
-    found: dict[str, Strategy] = {OURS: tilewright, "random": random, "optuna-tpe": optuna_tpe}
     missing = {}
     if find_spec("torch") is None:
         missing["optuna-gp"] = "PyTorch is not installed (pip install torch)"
+    try:
+        release = version("kernel-tuner")
+    except PackageNotFoundError:
+        missing["kernel-tuner"] = "Kernel Tuner is not installed (pip install -e '.[bench]')"
     else:
-        found["optuna-gp"] = optuna_gp
-    return found, missing
+        if tuple(map(int, release.split(".")[:2])) < KERNEL_TUNER_SINCE:
+            wanted = ".".join(map(str, KERNEL_TUNER_SINCE))
+            missing["kernel-tuner"] = f"Kernel Tuner {release} is older than {wanted} (pip install -e '.[bench]')"
+    return {name: strategy for name, strategy in STRATEGIES.items() if name not in missing}, missing
