@@ -9,7 +9,7 @@ from functools import cached_property
 from keyword import iskeyword
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 
@@ -101,14 +101,18 @@ def load(path: Path) -> Table:
 
 def _arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in ARRAYS if name not in file]
-            if not missing:
+        with path.open("rb") as stream:
+            if not is_zipfile(stream):
+                raise UsageError(f"{path} is no replayed space: it is no .npz archive, or a truncated one")
+            stream.seek(0)
+            with np.load(stream, allow_pickle=False) as file:
+                if missing := [name for name in ARRAYS if name not in file]:
+                    raise UsageError(f"{path} is no replayed space: it lacks {', '.join(missing)}")
                 return {name: file[name] for name in ARRAYS}
-    # What NumPy and the archive's reader raise for files of other kinds, and for truncated or damaged ones.
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
+    except UsageError:
+        raise
+    except (OSError, EOFError, ValueError, BadZipFile, zlib.error) as error:  # most of them of damaged files
         raise UsageError(f"{path} is no replayed space: {error}") from None
-    raise UsageError(f"{path} is no replayed space: it lacks {', '.join(missing)}")
 
 
 def _domains(path: Path, names: list[str], text: str) -> list[tuple[Any, ...]]:

@@ -17,8 +17,8 @@ winner among its best 4, measured again 25 times: what a tuner on a GPU does.
 
 `ms per trial` is what a proposal costs the search, on one thread, with everything else the machine does meanwhile.
 
-Kernel Tuner comes with `pip install -e '.[bench]'`, and Optuna's Gaussian process needs `pip install torch`. What is not
-installed is left out, and named at the end.
+Kernel Tuner comes with `pip install -e '.[bench]'`; Optuna's Gaussian process needs PyTorch too (`pip install torch`).
+What is not installed is left out and named at the end.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def run(task: Task) -> tuple[list[float], float]:
         spent += time.perf_counter() - began
         assert row not in rows, "a strategy may not try a configuration twice"
         rows.append(row)
-        told.append(_measured(table, row, draw, REPEATS) if task.noise else float(table.times[row]))
+        told.append(measured(table, row, draw, REPEATS) if task.noise else float(table.times[row]))
         began = time.perf_counter()
         return told[-1]
 
@@ -118,14 +118,14 @@ def run(task: Task) -> tuple[list[float], float]:
     strategy(table, min(task.budget, len(table.times)), task.seed, observe)
     spent += time.perf_counter() - began
     if task.noise:
-        scores = [_winner(table, rows[:count], told[:count], draw) for count in range(1, len(rows) + 1)]
+        scores = [winner(table, rows[:count], told[:count], draw) for count in range(1, len(rows) + 1)]
     else:
         scores = np.maximum.accumulate([table.fraction(row) for row in rows]).tolist()
     scores += scores[-1:] * (task.budget - len(scores))
     return scores, spent / len(rows) * 1e3
 
 
-def _measured(table: Table, row: int, draw: np.random.Generator, count: int) -> float:
+def measured(table: Table, row: int, draw: np.random.Generator, count: int) -> float:
     """The median of repeats drawn from those of a configuration; NaN for one that failed."""
     repeats = table.repeats[row]
     repeats = repeats[~np.isnan(repeats)]
@@ -134,12 +134,12 @@ def _measured(table: Table, row: int, draw: np.random.Generator, count: int) -> 
     return float(np.median(draw.choice(repeats, count))) if len(repeats) else float(table.times[row])
 
 
-def _winner(table: Table, rows: Sequence[int], told: Sequence[float], draw: np.random.Generator) -> float:
+def winner(table: Table, rows: Sequence[int], told: Sequence[float], draw: np.random.Generator) -> float:
     """The true score of the one that wins when the best few are measured again."""
     best = [place for place in np.argsort(told, kind="stable")[:FINALISTS] if not np.isnan(told[place])]
     if not best:
         return 0.0
-    again = [_measured(table, rows[place], draw, FINALIST_REPEATS) for place in best]
+    again = [measured(table, rows[place], draw, FINALIST_REPEATS) for place in best]
     return table.fraction(rows[best[int(np.argmin(again))]])
 
 
@@ -190,8 +190,7 @@ def tasks(
 
 def measure(every: Sequence[Task], jobs: int) -> dict[str, dict[str, dict[str, Any]]]:
     """The summary of each strategy on each space."""
-    # For the processes: threads of several searches on the same processors disturb each other. It is read when a process
-    # first imports NumPy or PyTorch.
+    # Of the processes started here: threads of several searches on the same processors disturb each other.
     os.environ["OMP_NUM_THREADS"] = "1"
     scores: dict[tuple[str, str], list[tuple[list[float], float]]] = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -252,6 +251,13 @@ def printed(title: str, rows: dict[str, dict[str, Any]]) -> Printed:
     return table
 
 
+def _mistake(message: str) -> click.ClickException:
+    """Ends the command with one line, where Click's own error would show the usage too."""
+    error = click.ClickException(message)
+    error.exit_code = 2
+    return error
+
+
 @click.command()
 @click.option(
     "--space",
@@ -289,19 +295,19 @@ def main(
     for name in chosen:
         if name not in strategies:
             reason = missing.get(name, f"there are {', '.join((*strategies, *missing))}")
-            raise click.UsageError(f"strategy {name!r} can't run: {reason}")
+            raise _mistake(f"strategy {name!r} can't run: {reason}")
     if json_file is not None and not json_file.parent.is_dir():
-        raise click.UsageError(f"{json_file} can't be written: there is no folder {json_file.parent}")
+        raise _mistake(f"{json_file} can't be written: there is no folder {json_file.parent}")
     spaces = tuple(dict.fromkeys(spaces)) or tuple(shipped())
     names = [path.stem for path in spaces]
     for path in spaces:
         if names.count(path.stem) > 1:
-            raise click.UsageError(f"more than one space is named {path.stem}: {', '.join(map(str, spaces))}")
+            raise _mistake(f"more than one space is named {path.stem}: {', '.join(map(str, spaces))}")
     console = Console(width=150)
     try:
         every = list(tasks(spaces, transfer, chosen or tuple(strategies), budget, seeds, noise))
     except UsageError as error:
-        raise click.UsageError(str(error)) from None
+        raise _mistake(str(error)) from None
     results = measure(every, jobs or len(os.sched_getaffinity(0)))
     for space, rows in results.items():
         console.print(printed(space, rows))
