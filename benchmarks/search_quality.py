@@ -315,7 +315,7 @@ def main(
     console.print(printed(f"mean over spaces, {seeds} seeds" + (", with noise" if noise else ""), means))
     if not chosen:
         for name, reason in missing.items():
-            console.print(f"{name} was left out: {reason}")
+            console.print(f"{name} was left out: {reason}", markup=False)  # reasons name extras in brackets
     if json_file is not None:
         document = {
             "environment": environment(),
@@ -326,7 +326,7 @@ def main(
             "results": means,
         }
         json_file.write_text(json.dumps(document, indent=2) + "\n")
-        console.print(f"written to {json_file}")
+        console.print(f"written to {json_file}", markup=False)
 
 
 if __name__ == "__main__":

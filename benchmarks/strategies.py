@@ -7,6 +7,7 @@ for a failure. It observes as many rows as the budget allows, none twice, and re
 from __future__ import annotations
 
 import random as python_random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -65,7 +66,10 @@ def optuna_gp(table: Table, budget: int, seed: int, observe: Observe) -> None:
     """Optuna's Gaussian process (needs PyTorch), moved likewise."""
     import optuna
 
-    _optuna(optuna.samplers.GPSampler(seed=seed, deterministic_objective=True), table, budget, observe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)
+    _optuna(sampler, table, budget, observe)
 
 
 def _optuna(sampler: Any, table: Table, budget: int, observe: Observe) -> None:

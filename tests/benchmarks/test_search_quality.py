@@ -156,7 +156,7 @@ def test_the_figures_are_written_as_json(folder: Path, tmp_path: Path, monkeypat
     arguments: list[object] = ["--budget", 15, "--seeds", 2, "--jobs", 1, "--json", figures, "--transfer", folder]
     for space in spaces:
         arguments += ["--space", space]
-    for strategy in ("random", "tilewright", "random"):
+    for strategy in ("random", "tilewright"):
         arguments += ["--strategy", strategy]
     result = command(*arguments)
     assert result.exit_code == 0, result.output
@@ -209,6 +209,32 @@ def test_a_strategy_that_is_not_installed_says_what_to_do(folder: Path, monkeypa
     result = command("--space", folder / "toy__A100.npz", "--strategy", "optuna-gp")
     assert result.exit_code == 2
     assert result.output.splitlines() == ["Error: strategy 'optuna-gp' can't run: it is absent (pip install it)"]
+
+
+def test_a_strategy_that_is_named_twice_runs_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import search_quality
+
+    asked: list[Task] = []
+
+    def measure(every: list[Task], jobs: int) -> dict[str, Any]:
+        asked.extend(every)
+        return {"toy": {"random": summary([[1.0]], [0.0])}}
+
+    monkeypatch.setattr(search_quality, "measure", measure)
+    result = command("--space", folder / "toy__A100.npz", "--seeds", 2, "--strategy", "random", "--strategy", "random")
+    assert result.exit_code == 0, result.output
+    assert [(task.strategy, task.seed) for task in asked] == [("random", 0), ("random", 1)]
+
+
+def test_what_was_left_out_is_named_at_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import search_quality, strategies
+
+    absent = {"kernel-tuner": "it is absent (pip install -e '.[bench]')"}
+    monkeypatch.setattr(search_quality, "available", lambda: ({"random": strategies.random}, absent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    result = command("--space", folder / "toy__A100.npz", "--budget", 3, "--seeds", 1, "--jobs", 1)
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1] == "kernel-tuner was left out: it is absent (pip install -e '.[bench]')"
 
 
 def test_tables_whose_axes_differ_are_not_learned_from(folder: Path) -> None:
