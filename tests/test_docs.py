@@ -46,6 +46,19 @@ def test_snippets_run(snippet: str, tmp_path: Path) -> None:
         assert run.stdout.strip() == expected
 
 
+def test_the_sampler_serves_any_study(tmp_path: Path) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", DOCS["search.md"], re.DOTALL)
+    shown = "\nprint(len(study.trials), study.best_params)"
+    run = subprocess.run(
+        [sys.executable, "-c", snippet + shown],
+        env=compiling_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout.strip() == "10 {'m': 64, 'warps': 4}", run.stderr
+
+
 def test_the_first_snippet_runs_on_numpy_arrays() -> None:
     rng = np.random.default_rng(0)
     shapes = {"x": (4, 32), "w": (32, 16), "b": (16,), "r": (4, 16), "weight": (32,)}

@@ -70,18 +70,27 @@ class Ranking:
         features: of every configuration of the list.
         priors: for each, the logarithm of the time it expects of every configuration, of (configurations).
         first: rows to try before any other, in this order.
+        starters: rows to try after those, far from them and from each other; by default `STARTERS_WITH_PRIOR`, or with
+            `first` `STARTERS` in all.
         seed: of what is drawn at random. The same seed and outcomes give the same proposals.
     """
 
     def __init__(
-        self, features: Array, *, priors: Sequence[Array] = (), first: Sequence[int] = (), seed: int = 0
+        self,
+        features: Array,
+        *,
+        priors: Sequence[Array] = (),
+        first: Sequence[int] = (),
+        starters: int | None = None,
+        seed: int = 0,
     ) -> None:
         self._features = features
         self._seed = seed
         self._first = list(dict.fromkeys(first))
         self._priors = np.stack([_flattened(prior) for prior in priors], axis=1) if priors else None
-        wanted = STARTERS_WITH_PRIOR if priors else max(0, STARTERS - len(self._first))
-        self._starters = [*self._first, *spread(features, wanted, self._first, np.random.default_rng(seed))]
+        if starters is None:
+            starters = STARTERS_WITH_PRIOR if priors else max(0, STARTERS - len(self._first))
+        self._starters = [*self._first, *spread(features, starters, self._first, np.random.default_rng(seed))]
         self._process = GaussianProcess(features.shape[1])
         self._working = GaussianProcess(features.shape[1])
         self._model: _Model | None = None

@@ -43,6 +43,7 @@ class EnumeratedSampler(BaseSampler):
             in this order.
         priors: for each, the logarithm of the objective it expects of every configuration, of (configurations).
         first: indices of configurations to try before any other.
+        starters: configurations to try after those, far from them and from each other; a few if left out.
         seed: the same seed and outcomes give the same proposals.
 
     Raises:
@@ -56,6 +57,7 @@ class EnumeratedSampler(BaseSampler):
         axes: Mapping[str, Sequence[Any]] | None = None,
         priors: Sequence[Array] = (),
         first: Sequence[int] = (),
+        starters: int | None = None,
         seed: int = 0,
     ) -> None:
         if not configs:
@@ -85,7 +87,7 @@ class EnumeratedSampler(BaseSampler):
                 raise UsageError(f"a prior of shape {np.shape(prior)} must have a value for each of {len(configs)}")
         self.features = encode(self.axes, self._configs)
         """Of every configuration, as the surrogate sees it: array of (configurations, features)."""
-        self._ranking = Ranking(self.features, priors=priors, first=first, seed=seed)
+        self._ranking = Ranking(self.features, priors=priors, first=first, starters=starters, seed=seed)
         self._independent = RandomSampler(seed=seed)
         self._lock = threading.Lock()
         self._proposed: dict[

@@ -48,6 +48,7 @@ class Search:
         default: tried among the first; it need not be one of `configs`. None where there is no such thing.
         predicted_us: what each of `configs` is predicted to take; without it, nothing is.
         evidence: what is known of the configurations elsewhere.
+        exploring: whether to try a few configurations that nothing speaks for: of no use where outcomes are predicted.
         known: as `learn` takes it.
         seed: of the search.
     """
@@ -60,6 +61,7 @@ class Search:
         *,
         predicted_us: Sequence[float] | None = None,
         evidence: Sequence[Evidence] = (),
+        exploring: bool = True,
         known: Mapping[Config, float | None] = MappingProxyType({}),
         seed: int = 0,
     ) -> None:
@@ -88,7 +90,12 @@ class Search:
             priors.append(np.log([expected.get(config, slowest) for config in self._pool]))
         priors += self._priors(evidence, seed)
         self._sampler = EnumeratedSampler(
-            fields, axes=self._axes, priors=priors, first=self._first(default, priors), seed=seed
+            fields,
+            axes=self._axes,
+            priors=priors,
+            first=self._first(default, priors),
+            starters=None if exploring else 0,
+            seed=seed,
         )
         self._study = optuna.create_study(sampler=self._sampler, direction="minimize")
         self._flat = 0

@@ -307,6 +307,7 @@ class _Run:
             default,
             predicted_us=[prediction.time_us for prediction, _ in scored],
             evidence=self._evidence(kernel, problem, key) if self._device.live else (),
+            exploring=bool(self._device.live),
             seed=seed,
         )
         progress.began()

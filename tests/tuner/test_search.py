@@ -49,6 +49,16 @@ def test_the_best_predicted_comes_first_then_the_default_then_the_next_best() ->
     assert run(made(), 4) == [predicted[0], DEFAULT, *predicted[1:3]]
 
 
+def test_a_search_that_does_not_explore_follows_its_prediction() -> None:
+    order = {config: time_of(config) for config in BIG}
+    best_first = sorted(BIG, key=order.__getitem__)
+    search = Search(
+        BIG_AXES, best_first, best_first[0], predicted_us=[order[c] for c in best_first], exploring=False, seed=0
+    )
+    tried = run(search, 12)
+    assert all(best_first.index(config) < 40 for config in tried)
+
+
 def test_without_a_prediction_the_default_comes_first() -> None:
     assert run(made(predicted_us=None), 3)[0] == DEFAULT
 
