@@ -35,18 +35,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import replay_tables
 from benchmarks.measuring import environment
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.lookup import check_supported, predictions, record_key
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner.suites import SUITES
 from tilewright.tuning_db.env import database_dir
-from tilewright.tuning_db.errors import ProblemError, RunError, UnknownKernelError, UnsupportedError
+from tilewright.tuning_db.errors import ProblemError, RunError, UnknownKernelError, UnsupportedError, UsageError
 from tilewright.tuning_db.record import Environment, Key, Provenance, Record, Resources, Status, Times, canonical_json
 from tilewright.tuning_db.shapes import FARTHEST
 from tilewright.tuning_db.store import TuningDB
 
-REPLAYS = Path(__file__).parent / "replay"
 ARCHS = {"RTX_2080_Ti": "sm_75", "RTX_Titan": "sm_75", "A6000": "sm_86", "RTX_3060_laptop": "sm_86"}
 """Of the GPUs in the tables; one that is not here has an arch of its own."""
 
@@ -85,17 +85,15 @@ class Space:
 
 
 def load(path: Path) -> Space:
-    """A table from its file."""
-    kernel, _, gpu = path.stem.partition("__")
-    with np.load(path, allow_pickle=False) as arrays:
-        names = [str(name) for name in arrays["names"]]
-        domains = json.loads(str(arrays["dom"]))
-        values = list(domains.values()) if isinstance(domains, dict) else domains
-        configs = [
-            canonical_json({name: values[j][row[j]] for j, name in enumerate(names)}) for row in arrays["X"].tolist()
-        ]
-        times = np.where(np.isnan(arrays["time"]), np.inf, arrays["time"] * 1e3).tolist()
-    return Space(kernel, gpu, dict(zip(configs, times, strict=True)))
+    """A table from its file.
+
+    Raises:
+        UsageError: it is no such table.
+    """
+    table = replay_tables.load(path)
+    configs = [canonical_json({name: getattr(config, name) for name in table.axes}) for config in table.configs]
+    times = np.where(np.isnan(table.times), np.inf, table.times * 1e3).tolist()
+    return Space(table.kernel, table.gpu, dict(zip(configs, times, strict=True)))
 
 
 def records_of(key: Key, trials: Iterable[tuple[str, float]]) -> Iterator[Record]:
@@ -335,7 +333,11 @@ def main(
     """Measures the regret of answers from elsewhere."""
     where = environment()
     console = Console(width=None if sys.stdout.isatty() else 120)
-    table, results = replayed([load(path) for path in files or sorted(REPLAYS.glob("*.npz"))], trials, seeds)
+    try:
+        spaces = [load(path) for path in files or replay_tables.shipped()]
+    except UsageError as error:
+        raise click.UsageError(str(error)) from None
+    table, results = replayed(spaces, trials, seeds)
     console.print(table)
     document: dict[str, Any] = {"environment": where, "unit": "fraction", "results": results}
     folder = database_dir(db)

@@ -88,6 +88,7 @@ def test_a_table_is_read_as_its_format_says(tmp_path: Path) -> None:
         names=np.array(["block", "pad"]),
         dom=np.array(json.dumps({"block": [16, 32], "pad": [False, True]})),
         time=np.array([0.5, np.nan]),
+        times=np.array([[0.5, 0.5], [np.nan, np.nan]]),
     )
     space = load(path)
     assert (space.kernel, space.gpu, space.least_us) == ("kernel", "GPU_X", 500.0)
