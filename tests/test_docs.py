@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 import re
 import subprocess
@@ -57,6 +58,20 @@ def test_the_sampler_serves_any_study(tmp_path: Path) -> None:
         timeout=120,
     )
     assert run.stdout.strip() == "10 {'m': 64, 'warps': 4}", run.stderr
+
+
+def test_figures_of_the_search_are_those_of_the_results() -> None:
+    document = json.loads((ROOT / "benchmarks" / "results" / "search_quality.json").read_text())
+    rows = re.findall(r"^\| ([a-z][\w+, -]*?) \| (0\..*) \| ([\d.]+) \|$", DOCS["search.md"], re.MULTILINE)
+    assert {name for name, _, _ in rows} == set(document["results"])
+    for name, cells, ms in rows:
+        result = document["results"][name]
+        shown = [f"{result['mean'][point]:.3f} / {result['p10'][point]:.3f}" for point in ("10", "30", "50", "100")]
+        assert cells.split(" | ") == shown
+        assert ms == f"{result['ms_per_trial']:.1f}"
+    noise = json.loads((ROOT / "benchmarks" / "results" / "search_quality_noise.json").read_text())
+    assert noise["noise"]
+    assert f"after 50 trials is {noise['results']['tilewright']['mean']['50']:.3f}" in DOCS["search.md"]
 
 
 def test_the_first_snippet_runs_on_numpy_arrays() -> None:
