@@ -111,6 +111,11 @@ def _end(line: str, status: int) -> None:
     help="Measuring processes, each with a GPU of the same board to itself; 1 by default.",
 )
 @click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
+@click.option(
+    "--storage",
+    metavar="URL",
+    help="Database in which runs on several hosts share the searches, as postgresql+psycopg://user@host/database.",
+)
 @click.option("--retune", is_flag=True, help="Try again what is on record.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
 @click.option("--quiet", is_flag=True, help="No progress; only the result.")
@@ -128,6 +133,7 @@ def cli(
     jobs: int | None,
     workers: int,
     db: str | None,
+    storage: str | None,
     retune: bool,
     as_json: bool,
     quiet: bool,
@@ -171,6 +177,7 @@ def cli(
             jobs=jobs,
             workers=workers,
             db=db,
+            storage=storage,
             retune=retune,
             progress=progress,
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,8 @@ class EnumeratedSampler(BaseSampler):
         first: indices of configurations to try before any other.
         starters: configurations to try after those, far from them and from each other; a few if left out.
         seed: the same seed and outcomes give the same proposals.
+        counts: which trials of a study say something of their configuration; all if left out. One that doesn't leaves
+            it untried.
 
     Raises:
         UsageError: an empty list, names that differ, or values that are not on the axes.
@@ -59,6 +61,7 @@ class EnumeratedSampler(BaseSampler):
         first: Sequence[int] = (),
         starters: int | None = None,
         seed: int = 0,
+        counts: Callable[[FrozenTrial], bool] = lambda trial: True,
     ) -> None:
         if not configs:
             raise UsageError("a sampler needs at least one configuration; got none")
@@ -89,6 +92,7 @@ class EnumeratedSampler(BaseSampler):
         """Of every configuration, as the surrogate sees it: array of (configurations, features)."""
         self._ranking = Ranking(self.features, priors=priors, first=first, starters=starters, seed=seed)
         self._independent = RandomSampler(seed=seed)
+        self._counts = counts
         self._lock = threading.Lock()
         self._proposed: dict[
             tuple[str, int], int
@@ -111,6 +115,11 @@ class EnumeratedSampler(BaseSampler):
             raise UsageError(f"{dict(params)} is no configuration of the list")
         return row
 
+    def propose(self, study: Study) -> int | None:
+        """The index in the list of what to try next, with no trial made for it; None when everything was tried."""
+        with self._lock:
+            return self._ranking.propose(*self._outcomes(study))
+
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All axes: they are proposed together."""
         return self.distributions
@@ -122,8 +131,7 @@ class EnumeratedSampler(BaseSampler):
         if not search_space:
             return {}
         with self._lock:
-            rows, values, pending = self._outcomes(study, trial)
-            row = self._ranking.propose(rows, values, pending)
+            row = self._ranking.propose(*self._outcomes(study, trial.number))
             if row is None:
                 row = 0
                 with contextlib.suppress(RuntimeError):  # of a study that isn't optimising
@@ -137,7 +145,7 @@ class EnumeratedSampler(BaseSampler):
         """A random value of a parameter that is no axis of the list."""
         return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
-    def _outcomes(self, study: Study, asking: FrozenTrial) -> tuple[list[int], list[float], list[int]]:
+    def _outcomes(self, study: Study, asking: int | None = None) -> tuple[list[int], list[float], list[int]]:
         """Rows tried, with what is to be small; and rows proposed whose outcomes are not known."""
         if len(study.directions) > 1:
             raise UsageError(f"{type(self).__name__} has one objective; the study has {len(study.directions)}")
@@ -145,7 +153,7 @@ class EnumeratedSampler(BaseSampler):
         known: dict[int, float] = {}
         pending: list[int] = []
         for trial in study.get_trials(deepcopy=False):
-            if trial.number == asking.number:
+            if trial.number == asking or not self._counts(trial):
                 continue
             row = self._row(trial.params)
             if row is None:

@@ -8,7 +8,7 @@ list, none twice. With one seed, the same outcomes give the same proposals.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from tilewright.kernels.problem import Config
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
 RECOMMENDED = 3
 """Configurations that the priors recommend to try first, at least one of each prior."""
@@ -39,8 +40,8 @@ class Evidence:
     times_us: Mapping[Config, float]
 
 
-class Search:
-    """One problem's study.
+class Candidates:
+    """The list of configurations that a search goes through, and the sampler that proposes from it.
 
     Args:
         axes: the values of each of a configuration's fields.
@@ -49,8 +50,13 @@ class Search:
         predicted_us: what each of `configs` is predicted to take; without it, nothing is.
         evidence: what is known of the configurations elsewhere.
         exploring: whether to try a few configurations that nothing speaks for: of no use where outcomes are predicted.
-        known: as `learn` takes it.
         seed: of the search.
+        counts: as `EnumeratedSampler` takes it.
+
+    Attributes:
+        pool: the configurations, none twice.
+        axes: the values of each field, with those that only the default has.
+        sampler: proposes from `pool`, by index.
     """
 
     def __init__(
@@ -62,85 +68,39 @@ class Search:
         predicted_us: Sequence[float] | None = None,
         evidence: Sequence[Evidence] = (),
         exploring: bool = True,
-        known: Mapping[Config, float | None] = MappingProxyType({}),
         seed: int = 0,
+        counts: Callable[[FrozenTrial], bool] = lambda trial: True,
     ) -> None:
-        import optuna  # 0.3 s: not paid by a run that the cache answers
-
         from tilewright.tuner.sampler import EnumeratedSampler
 
-        # The study's log is the tuner's own progress; Optuna's would print a line for every trial.
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._optuna = optuna
         self._names = list(axes)
-        self._pool = list(dict.fromkeys((*configs, *(() if default is None else (default,)))))
-        self._places = {config: place for place, config in enumerate(self._pool)}
-        self._untried = set(self._pool)
+        self.pool: list[Config] = list(dict.fromkeys((*configs, *(() if default is None else (default,)))))
+        self._places = {config: place for place, config in enumerate(self.pool)}
         # A default off an axis puts its value on it.
-        self._axes = {
-            name: tuple(dict.fromkeys((*values, *(getattr(config, name) for config in self._pool))))
+        self.axes = {
+            name: tuple(dict.fromkeys((*values, *(getattr(config, name) for config in self.pool))))
             for name, values in axes.items()
         }
-        fields = [self._fields(config) for config in self._pool]
         priors = []
         if predicted_us is not None:
             expected = dict(zip(configs, predicted_us, strict=True))
             # Of a default that the space does not recommend nothing good is expected.
             slowest = max(expected.values(), default=1.0)
-            priors.append(np.log([expected.get(config, slowest) for config in self._pool]))
+            priors.append(np.log([expected.get(config, slowest) for config in self.pool]))
         priors += self._priors(evidence, seed)
-        self._sampler = EnumeratedSampler(
-            fields,
-            axes=self._axes,
+        self.sampler = EnumeratedSampler(
+            [self.fields(config) for config in self.pool],
+            axes=self.axes,
             priors=priors,
             first=self._first(default, priors),
             starters=None if exploring else 0,
             seed=seed,
+            counts=counts,
         )
-        self._study = optuna.create_study(sampler=self._sampler, direction="minimize")
-        self._flat = 0
-        self.learn(known)
 
-    @property
-    def finished(self) -> bool:
-        """Whether all were tried, or nothing better is expected: `PLATEAU`."""
-        return not self._untried or self._flat >= PLATEAU_BATCHES
-
-    def learn(self, known: Mapping[Config, float | None]) -> None:
-        """Takes in the times in µs (None for failures) of configurations that this search has not proposed, and won't
-        now."""
-        states = self._optuna.trial.TrialState
-        for config, time_us in known.items():
-            if config in self._untried:
-                self._untried.discard(config)
-                self._study.add_trial(
-                    self._optuna.trial.create_trial(
-                        params=self._fields(config),
-                        distributions=self._sampler.distributions,
-                        value=time_us,
-                        state=states.FAIL if time_us is None else states.COMPLETE,
-                    )
-                )
-
-    def ask(self, count: int) -> list[tuple[optuna.trial.Trial, Config]]:
-        """Up to `count` proposals, none of them proposed before; empty when every configuration was."""
-        asked: list[tuple[optuna.trial.Trial, Config]] = []
-        improvement = 0.0
-        for _ in range(min(count, len(self._untried))):
-            trial = self._study.ask(self._sampler.distributions)
-            config = self._pool[self._sampler.row_of(trial.params)]
-            self._untried.discard(config)
-            improvement = max(improvement, self._sampler.expected_improvement)
-            asked.append((trial, config))
-        self._flat = self._flat + 1 if improvement < PLATEAU else 0
-        return asked
-
-    def tell(self, trial: optuna.trial.Trial, time_us: float | None) -> None:
-        """The outcome of a proposal in µs; None when it failed."""
-        if time_us is None:
-            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-        else:
-            self._study.tell(trial, time_us)
+    def fields(self, config: Config) -> dict[str, Any]:
+        """A configuration as a trial's parameters."""
+        return {name: getattr(config, name) for name in self._names}
 
     def _first(self, default: Config | None, priors: Sequence[Any]) -> list[int]:
         """The best by the first prior before the default: of one trial, a program should get no less than of none."""
@@ -160,14 +120,87 @@ class Search:
 
         elsewhere = [[(config, us) for config, us in each.times_us.items()] for each in evidence]
         others = [config for trials in elsewhere for config, _ in trials]
-        features = encode(self._axes, [self._fields(config) for config in (*self._pool, *others)])
-        priors, start = [], len(self._pool)
+        features = encode(self.axes, [self.fields(config) for config in (*self.pool, *others)])
+        priors, start = [], len(self.pool)
         for trials in elsewhere:
             own = features[start : start + len(trials)]
             start += len(trials)
             log_times = np.array([math.log(time_us) for _, time_us in trials])
-            priors.append(prior_from_trials(features[: len(self._pool)], own, log_times, seed=seed))
+            priors.append(prior_from_trials(features[: len(self.pool)], own, log_times, seed=seed))
         return priors
 
-    def _fields(self, config: Config) -> dict[str, Any]:
-        return {name: getattr(config, name) for name in self._names}
+
+class Search:
+    """One problem's study.
+
+    Args:
+        axes, configs, default, predicted_us, evidence, exploring, seed: as `Candidates` takes them.
+        known: as `learn` takes it.
+    """
+
+    def __init__(
+        self,
+        axes: Mapping[str, Sequence[Any]],
+        configs: Sequence[Config],
+        default: Config | None = None,
+        *,
+        predicted_us: Sequence[float] | None = None,
+        evidence: Sequence[Evidence] = (),
+        exploring: bool = True,
+        known: Mapping[Config, float | None] = MappingProxyType({}),
+        seed: int = 0,
+    ) -> None:
+        import optuna  # 0.3 s: not paid by a run that the cache answers
+
+        # The study's log is the tuner's own progress; Optuna's would print a line for every trial.
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna = optuna
+        self._candidates = Candidates(
+            axes, configs, default, predicted_us=predicted_us, evidence=evidence, exploring=exploring, seed=seed
+        )
+        self._sampler = self._candidates.sampler
+        self._untried = set(self._candidates.pool)
+        self._study = optuna.create_study(sampler=self._sampler, direction="minimize")
+        self._flat = 0
+        self.learn(known)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all were tried, or nothing better is expected: `PLATEAU`."""
+        return not self._untried or self._flat >= PLATEAU_BATCHES
+
+    def learn(self, known: Mapping[Config, float | None]) -> None:
+        """Takes in the times in µs (None for failures) of configurations that this search has not proposed, and won't
+        now."""
+        states = self._optuna.trial.TrialState
+        for config, time_us in known.items():
+            if config in self._untried:
+                self._untried.discard(config)
+                self._study.add_trial(
+                    self._optuna.trial.create_trial(
+                        params=self._candidates.fields(config),
+                        distributions=self._sampler.distributions,
+                        value=time_us,
+                        state=states.FAIL if time_us is None else states.COMPLETE,
+                    )
+                )
+
+    def ask(self, count: int) -> list[tuple[optuna.trial.Trial, Config]]:
+        """Up to `count` proposals, none of them proposed before; empty when every configuration was."""
+        asked: list[tuple[optuna.trial.Trial, Config]] = []
+        improvement = 0.0
+        for _ in range(min(count, len(self._untried))):
+            trial = self._study.ask(self._sampler.distributions)
+            config = self._candidates.pool[self._sampler.row_of(trial.params)]
+            self._untried.discard(config)
+            improvement = max(improvement, self._sampler.expected_improvement)
+            asked.append((trial, config))
+        self._flat = self._flat + 1 if improvement < PLATEAU else 0
+        return asked
+
+    def tell(self, trial: optuna.trial.Trial, time_us: float | None) -> None:
+        """The outcome of a proposal in µs; None when it failed."""
+        if time_us is None:
+            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(trial, time_us)

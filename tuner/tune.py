@@ -29,9 +29,12 @@ from tilewright.kernels.prediction import roofline_us
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner.gpu_runner import GpuRunner, equal_gpus
+from tilewright.tuner.installation import objection
 from tilewright.tuner.pool import Pool
 from tilewright.tuner.runner import Compiler, Outcome, PredictionRunner, Runner, is_past
 from tilewright.tuner.search import Evidence, Search
+from tilewright.tuner.shared import MOST_LOST, Claim, SharedSearch
+from tilewright.tuner.storage import Storage
 from tilewright.tuner.suites import SUITES, Workload
 from tilewright.tuning_db.env import database_dir
 from tilewright.tuning_db.errors import ProblemError, UsageError
@@ -44,6 +47,9 @@ is compiling. The default suite then takes about two minutes on 2 cores."""
 
 MEASURED_TRIALS = 48
 """Where they are measured: a minute a workload or less."""
+
+SHARED_POLL_S = 1.0
+"""Between two looks at what others in a storage have under way, when nothing is left to begin."""
 
 BATCH_PER_JOB = 2
 """Configurations asked for at a time, per compiling process: enough that none waits for another's end."""
@@ -112,6 +118,7 @@ def autotune(
     jobs: int | None = None,
     workers: int = 1,
     db: str | os.PathLike[str] | None = None,
+    storage: str | None = None,
     retune: bool = False,
     seed: int = 0,
     progress: Callable[[Progress], None] = lambda event: None,
@@ -133,13 +140,16 @@ def autotune(
         jobs: compiling processes; by default one per processor this process may use.
         workers: measuring processes, each with a GPU of its own: the device's and others of the same board.
         db: folder of the databases; see `database_dir`.
-        retune: try again what is on record.
+        storage: URL of a database, as SQLAlchemy takes it (`postgresql+psycopg://user@host/database`), in which this
+            run and others, on any host with a GPU of this board, share the searches. Each configuration is tried by one
+            of them, `trials` counts those of all, and each run ends with all outcomes in its own database.
+        retune: try again what is on record; not with a storage.
         seed: of the search.
         progress: called as a workload starts, after every outcome and as it ends, in the calling thread.
 
     Raises:
         UsageError: unknown names, malformed problems, numbers out of range.
-        DatabaseError: the database can't be used; finished outcomes are kept.
+        DatabaseError: the database or the storage can't be used; finished outcomes are kept.
         WorkerError: no worker process can be started.
     """
     start = time.monotonic()
@@ -152,6 +162,10 @@ def autotune(
     jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
     if jobs < 1:
         raise UsageError(f"{jobs=} must be at least 1")
+    if storage is not None and retune:
+        raise UsageError(
+            "retune and storage exclude each other: what others have tried in a storage is not tried again"
+        )
     target = resolve_device(device) if isinstance(device, str) else device
     gpus = equal_gpus(target, workers)
     workloads = resolve_workloads(target, kernels, problems)
@@ -160,9 +174,12 @@ def autotune(
     if trials is None:
         trials = MEASURED_TRIALS if target.live else PREDICTED_TRIALS
     deadline = None if timeout is None else start + timeout
-    with TuningDB.open(target.key, database_dir(db)) as database:
+    with contextlib.ExitStack() as stack:
+        # Before the database is made: a URL that can't be opened leaves nothing behind.
+        shared = None if storage is None else stack.enter_context(Storage(storage))
+        database = stack.enter_context(TuningDB.open(target.key, database_dir(db)))
         results = Results(target, database.path, set_aside=database.set_aside)
-        with _Run(target, database, jobs, gpus) as run:
+        with _Run(target, database, jobs, gpus, shared) as run:
             for index, workload in enumerate(workloads):
                 share = None
                 if deadline is not None:
@@ -244,7 +261,10 @@ class _Reporter:
 class _Run:
     """One run on one device: its processes start with the first trial, so that a cached run pays for none."""
 
-    def __init__(self, device: Device, database: TuningDB, jobs: int, gpus: Sequence[Device]) -> None:
+    def __init__(
+        self, device: Device, database: TuningDB, jobs: int, gpus: Sequence[Device], storage: Storage | None
+    ) -> None:
+        self._storage = storage
         self._device = device
         self._database = database
         self._jobs = jobs
@@ -288,7 +308,9 @@ class _Run:
         known = {} if retune else self._known(kernel, key)
         progress = _SearchProgress(self._database, kernel, key)
         default = kernel.default(problem, self._device)
-        if len(known) >= trials or (known and stop_early and progress.at_plateau):
+        # In a storage there may be outcomes of others, and others may wait for ours: it is asked in any case.
+        alone = self._storage is None
+        if alone and (len(known) >= trials or (known and stop_early and progress.at_plateau)):
             if self._device.live and progress.interrupted and not is_past(deadline):
                 self._compare_finalists(kernel, problem, key, default, deadline, progress.ended())
             return self._result(workload, kernel, key, cached=True)
@@ -297,19 +319,26 @@ class _Run:
             return self._result(workload, kernel, key, cached=bool(known))
         scored = sorted(predictions(kernel, problem, self._device), key=lambda pair: pair[0].time_us)
         configs = [config for _, config in scored]
-        if not set(configs).union((default,)) - known.keys():
+        if alone and not set(configs).union((default,)) - known.keys():
             return self._result(workload, kernel, key, cached=True)
+        expected: dict[str, Any] = {
+            "predicted_us": [prediction.time_us for prediction, _ in scored],
+            "evidence": self._evidence(kernel, problem, key) if self._device.live else (),
+            "exploring": bool(self._device.live),
+            "seed": seed,
+        }
+        if self._storage is not None:
+            with SharedSearch(self._storage, key, kernel.space.axes, configs, default, **expected) as shared:
+                tried, plateau = self._search_shared(
+                    shared, kernel, problem, key, trials, stop_early, deadline, progress, report
+                )
+            # On a GPU of this run's own: those of others differ by a percent or two, and one must compare all.
+            if progress.interrupted and not is_past(deadline):
+                self._compare_finalists(kernel, problem, key, default, deadline, progress.ended(plateau=plateau))
+            return self._result(workload, kernel, key, cached=not tried)
         report.done = len(known)
         runner = self._started()
-        search = Search(
-            kernel.space.axes,
-            configs,
-            default,
-            predicted_us=[prediction.time_us for prediction, _ in scored],
-            evidence=self._evidence(kernel, problem, key) if self._device.live else (),
-            exploring=bool(self._device.live),
-            seed=seed,
-        )
+        search = Search(kernel.space.axes, configs, default, **expected)
         progress.began()
         tried, proposed = len(known), 0
         batch = BATCH_PER_JOB * max(self._jobs, len(self._gpus))
@@ -337,6 +366,69 @@ class _Run:
             ended = progress.ended(plateau=stop_early and search.finished)
             self._compare_finalists(kernel, problem, key, default, deadline, ended)
         return self._result(workload, kernel, key, cached=False)
+
+    def _search_shared(
+        self,
+        search: SharedSearch,
+        kernel: Kernel[Any, Any],
+        problem: Problem,
+        key: Key,
+        trials: int,
+        stop_early: bool,
+        deadline: float | None,
+        progress: _SearchProgress,
+        report: _Reporter,
+    ) -> tuple[int, bool]:
+        """This run's part of a search in a storage, until `trials` configurations were tried by all runs in it; how
+        many it tried, and whether it ended because no improvement is expected."""
+        config_of = kernel.space.config.from_json
+        search.publish({config_of(text): entry for text, entry in self._database.entries(key).items()})
+        self._bring(search, key, progress)
+        # Proposals that others wait for the outcome of are out of their reach: no more than this run is busy with.
+        batch = BATCH_PER_JOB * len(self._gpus) if self._gpus else self._jobs
+        tried = 0
+        while not is_past(deadline):
+            report.done = search.tried
+            claims = search.ask(batch, trials, only_lost=stop_early and search.at_plateau())
+            if not claims:
+                if not search.waiting():
+                    break
+                # For their outcomes, or to retry what they are lost with.
+                left = SHARED_POLL_S if deadline is None else min(SHARED_POLL_S, deadline - time.monotonic())
+                time.sleep(max(0.0, left))
+                continue
+            runner = self._started()
+            progress.began()
+            by_config = {claim.config: claim for claim in claims if claim.lost < MOST_LOST}
+            given_up = [(claim, _lost(claim.lost)) for claim in claims if claim.lost >= MOST_LOST]
+            for claim, outcome in given_up:
+                self._tell(search, key, claim, outcome, report)
+            for config, outcome in runner.run(kernel, problem, list(by_config), deadline):
+                self._tell(search, key, by_config[config], outcome, report)
+                tried += 1
+            search.withdraw(claims)
+        self._bring(search, key, progress)
+        return tried, stop_early and search.at_plateau()
+
+    def _tell(self, search: SharedSearch, key: Key, claim: Claim, outcome: Outcome, report: _Reporter) -> None:
+        """Keeps an outcome here, and then where the others see it."""
+        self._keep(key, claim.config, outcome)
+        search.tell(claim, self._database.entry(key, claim.config.to_json()))
+        report.outcome(outcome)
+
+    def _bring(self, search: SharedSearch, key: Key, progress: _SearchProgress) -> None:
+        """Brings what others have tried, and is not on record here, into the database."""
+        here = {record.config for record in self._database.records(key)}
+        new = [entry for config, entry in search.outcomes().items() if config.to_json() not in here]
+        if not new:
+            return
+
+        def foreign(record: Record) -> str | None:
+            return objection(record) if record.key == key else "it is of another key than the study it was found in"
+
+        self._database.bring(new, f"study {search.name!r}", foreign)
+        # The best of all may be among them, and its time that of another GPU.
+        progress.began()
 
     def _compare_finalists(
         self,
@@ -470,7 +562,7 @@ class _SearchProgress:
 
     @property
     def interrupted(self) -> bool:
-        """Whether a run began to try configurations, and ended before it had compared the finalists."""
+        """Whether a run, this or an earlier one, began to try configurations and has not compared the finalists."""
         return self._noted == "began"
 
     @property
@@ -480,11 +572,16 @@ class _SearchProgress:
 
     def began(self) -> None:
         """Notes that configurations are being tried."""
-        self._database.note({self._stamp: "began"})
+        self._noted = "began"
+        self._database.note({self._stamp: self._noted})
 
     def ended(self, *, plateau: bool = False) -> dict[str, str]:
         """The note that the search has ended, to be kept with its last outcomes."""
         return {self._stamp: self._plateau if plateau else "ended"}
+
+
+def _lost(times: int) -> Outcome:
+    return Outcome(Status.RUNTIME_ERROR, message=f"the process that tried it was lost, {times} times: not tried again")
 
 
 def _make_runner(compiler: Compiler, device: Device, gpus: Sequence[Device]) -> Runner:

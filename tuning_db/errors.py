@@ -11,7 +11,8 @@
     ├── DatabaseError                       the tuning database
     │   ├── DatabaseCorruptError            not a database, or damaged; the next opening for writing sets it aside
     │   ├── DatabaseSchemaError             written by a newer Tilewright
-    │   └── DatabaseAccessError             the file or folder can't be read or written
+    │   ├── DatabaseAccessError             the file or folder can't be read or written
+    │   └── StorageError                    the storage that runs share can't be opened, read or written
     ├── PackError                           the pack can't be used: damaged, another device's, another revision's
     │   └── NotPackedError                  the pack lacks what was asked for, and nothing may be compiled
     ├── MissingDependencyError (also ImportError)   an optional package or a GPU is needed and absent
@@ -72,6 +73,10 @@ class DatabaseSchemaError(DatabaseError):
 
 class DatabaseAccessError(DatabaseError):
     """The file or its folder can't be read or written."""
+
+
+class StorageError(DatabaseError):
+    """The storage that runs on several hosts share can't be opened, read or written, or its driver is absent."""
 
 
 class PackError(TilewrightError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -108,6 +108,58 @@ def export(file: DatabaseFile, device: str, stream: BinaryIO, *, ops: Collection
         raise carrier.error from None
 
 
+Entry = dict[str, Any]
+"""One record with its run, for carriers that take outcomes one at a time: the fields of both lines of an export, under
+`run` and `record`, without the run's number."""
+
+
+def entries(file: DatabaseFile, key: Key, config: str | None = None) -> dict[str, Entry]:
+    """The outcomes of one key, or that of one configuration, by configurations (canonical JSON); of one both measured
+    and predicted, the former.
+
+    Raises:
+        DatabaseError: the file can't be read, or holds a row that is no record.
+    """
+
+    where, parameters = "key_digest = ?", [key.digest()]
+    if config is not None:
+        where, parameters = "key_digest = ? AND config = ?", [key.digest(), config]
+
+    def action(connection: sqlite3.Connection) -> dict[str, Entry]:
+        found: dict[str, Entry] = {}
+        for row in in_key_order(connection, where, tuple(parameters)):
+            if row["config"] in found:  # measured comes before predicted
+                continue
+            run = connection.execute("SELECT * FROM runs WHERE id = ?", (row["run_id"],)).fetchone()
+            try:
+                fields = _record_fields(row_to_record(row), key.device)
+            except (ValueError, TypeError) as error:
+                raise _no_record(file.path, row, error) from error
+            found[row["config"]] = {"run": _run_fields(run), "record": fields}
+        return found
+
+    return file.read(action)
+
+
+def write_entries(entries: Iterable[Entry], device: str, stream: BinaryIO) -> None:
+    """Writes entries of one device as an export, for `read_export` to check and read.
+
+    Raises:
+        ValueError: one has not the form of an entry.
+    """
+    numbers: dict[str, int] = {}
+    records = []
+    for entry in entries:
+        try:
+            number = numbers.setdefault(canonical_json(entry["run"]), len(numbers) + 1)
+            records.append(canonical_json({**entry["record"], "run": number}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{is_.shown(entry)} is no record with its run ({error})") from None
+    header = {"format": FORMAT, "version": VERSION, "device": device, "runs": len(numbers), "records": len(records)}
+    runs = [canonical_json({**json.loads(run), "run": number}) for run, number in numbers.items()]
+    stream.write("".join(f"{line}\n" for line in (canonical_json(header), *runs, *records)).encode())
+
+
 class _StreamError(Exception):
     """Carries an error of the stream past those of the database."""
 
@@ -135,8 +187,12 @@ def _export(
         try:
             write({"run": numbers[runs[row["run_id"]]], **_record_fields(row_to_record(row), device)})
         except (ValueError, TypeError) as error:
-            raise DatabaseCorruptError(f"{path}: record {row['id']} is no record ({error}): delete that row") from error
+            raise _no_record(path, row, error) from error
     return int(count)
+
+
+def _no_record(path: Path, row: sqlite3.Row, error: Exception) -> DatabaseCorruptError:
+    return DatabaseCorruptError(f"{path}: record {row['id']} is no record ({error}): delete that row")
 
 
 def in_key_order(

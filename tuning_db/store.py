@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Self
 
 from tilewright.tuning_db.env import database_dir
-from tilewright.tuning_db.errors import DatabaseError, UsageError
+from tilewright.tuning_db.errors import DatabaseError, ExportFileError, UsageError
 from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
 from tilewright.tuning_db.lookup import answers, best_first, evidence, to_record
 from tilewright.tuning_db.record import Answer, Environment, Key, Provenance, Record, Status
@@ -21,6 +23,7 @@ from tilewright.tuning_db.rows import environment_to_row, insertion, record_to_r
 from tilewright.tuning_db.shapes import Near
 
 if TYPE_CHECKING:
+    from tilewright.tuning_db.interchange import Entry
     from tilewright.tuning_db.merging import Merged
 
 Accept = Callable[[Record], bool]
@@ -132,6 +135,48 @@ class TuningDB:
         from tilewright.tuning_db.merging import merge
 
         return merge(self._file, source._file, self.device)
+
+    def entries(self, key: Key, config: str | None = None) -> dict[str, Entry]:
+        """Every outcome under one key, or that of one configuration, with its run, by configuration, in the form that
+        `bring` takes.
+
+        Raises:
+            DatabaseError: the file can't be read.
+        """
+        from tilewright.tuning_db.interchange import entries
+
+        return entries(self._file, key, config)
+
+    def entry(self, key: Key, config: str) -> Entry:
+        """One of `entries`.
+
+        Raises:
+            KeyError: the configuration is not on record.
+        """
+        return self.entries(key, config)[config]
+
+    def bring(
+        self, entries: Iterable[Entry], source: str, objection: Callable[[Record], str | None] = lambda record: None
+    ) -> Merged:
+        """Merge entries of this device, as `merge` does: all or none. `source` is what errors call their place;
+        `objection` may refuse a record, as with `interchange.read_export`.
+
+        Raises:
+            ExportFileError: one is no entry of this device, or was objected to.
+            DatabaseError: a file can't be read or written.
+        """
+        from tilewright.tuning_db.interchange import read_export, write_entries
+
+        stream = BytesIO()
+        try:
+            write_entries(entries, self.device, stream)
+        except ValueError as error:
+            raise ExportFileError(f"{source}: {error}") from None
+        stream.seek(0)
+        with TemporaryDirectory(prefix="tilewright-import-") as staging:
+            device, file = read_export(stream, source, Path(staging) / "entries.sqlite", objection)
+            with closing(file), TuningDB(device, file) as arriving:
+                return self.merge(arriving)
 
     def get(self, key: Key, config: str) -> Record | None:
         """The outcome of one configuration under one key, measured before predicted."""
