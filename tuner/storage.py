@@ -150,6 +150,7 @@ class Storage:
     def _opened(self, url: URL) -> optuna.storages.RDBStorage:
         from sqlalchemy import create_engine, inspect
         from sqlalchemy.exc import NoSuchModuleError
+        from sqlalchemy.pool import NullPool
 
         sqlite = url.get_backend_name() == "sqlite"
         if sqlite and url.database in (None, "", ":memory:"):
@@ -162,36 +163,35 @@ class Storage:
             # without an encoding (SQL_ASCII) texts would come as bytes.
             wanted = {"options": "-c timezone=utc", "client_encoding": "utf8", "connect_timeout": CONNECT_S}
             options |= {option: value for option, value in wanted.items() if option not in url.query}
-        # AssertionError: Optuna's, of a version that another process is about to write.
-        early: tuple[type[Exception], ...] = (*self._errors, AssertionError)
-        arguments = {"pool_pre_ping": True, "connect_args": options}
+        # Optuna's storage leaves connections open where it can't be made: until the tables are right, without a pool.
+        unpooled = {"poolclass": NullPool, "connect_args": options}
         try:
-            engine = create_engine(url, **arguments)
+            engine = create_engine(url, **unpooled)
         except NoSuchModuleError:
             raise StorageError(f"the storage {self.name} is of no kind that SQLAlchemy knows") from None
         except ImportError as error:
             raise StorageError(f"the storage {self.name} needs a Python driver ({error}): {DRIVERS}") from None
-        try:
-            with engine.connect():
-                pass
-            for attempt in range(ATTEMPTS):
-                try:
-                    # Tables that are there may be another Optuna's: none is added to them before that is known.
-                    made = inspect(engine).has_table("alembic_version")
-                    return self._storage(url, arguments, made)
-                except early:
-                    if attempt == ATTEMPTS - 1:
-                        raise
-                    time.sleep(random.uniform(0.02, 0.1) * 2**attempt)
-        finally:
-            engine.dispose()
-        raise AssertionError("unreachable")
+        with engine.connect():
+            pass
+        # AssertionError: Optuna's, of a version that another process is about to write.
+        early: tuple[type[Exception], ...] = (*self._errors, AssertionError)
+        for attempt in range(ATTEMPTS):
+            try:
+                # Tables that are there may be another Optuna's: none is added to them before that is known.
+                made = inspect(engine).has_table("alembic_version")
+                self._check_version(self._storage(url, unpooled, made))
+                break
+            except early:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                time.sleep(random.uniform(0.02, 0.1) * 2**attempt)
+        return self._storage(url, {"pool_pre_ping": True, "connect_args": options}, made=True)
 
     def _storage(self, url: URL, arguments: dict[str, Any], made: bool) -> optuna.storages.RDBStorage:
         # Optuna formats the URL as a template.
         text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
         with _quiet():
-            storage = self._optuna.storages.RDBStorage(
+            return self._optuna.storages.RDBStorage(
                 text,
                 engine_kwargs=dict(arguments),
                 heartbeat_interval=HEARTBEAT_S,
@@ -199,11 +199,11 @@ class Storage:
                 skip_table_creation=made,
                 skip_compatibility_check=True,
             )
+
+    def _check_version(self, storage: optuna.storages.RDBStorage) -> None:
         found, wanted = storage.get_current_version(), storage.get_head_version()
         if found != wanted:
             known = found in storage.get_all_versions()
-            storage.remove_session()
-            storage.engine.dispose()
             advice = (
                 "`optuna storage upgrade --storage URL` brings it up to date, once no run with another Optuna uses it"
                 if known
@@ -212,7 +212,6 @@ class Storage:
             raise StorageError(
                 f"the storage {self.name} has tables of another Optuna ({found}, and not {wanted}): {advice}"
             )
-        return storage
 
     def _shown(self, reason: str) -> str:
         for secret in self._secrets:

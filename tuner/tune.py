@@ -426,7 +426,8 @@ class _Run:
         def foreign(record: Record) -> str | None:
             return objection(record) if record.key == key else "it is of another key than the study it was found in"
 
-        self._database.bring(new, f"study {search.name!r}", foreign)
+        place = f"study {search.name!r} (`optuna delete-study` removes it)"
+        self._database.bring(new, place, foreign)
         # The best of all may be among them, and its time that of another GPU.
         progress.began()
 

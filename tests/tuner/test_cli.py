@@ -69,6 +69,25 @@ def test_several_workers_measure_and_one_that_cannot_is_named(
     assert not (tmp_path / "other").exists()
 
 
+def test_a_storage_is_shared_and_one_that_cannot_be_opened_is_one_line(autotune, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'studies.sqlite'}"
+    for host in ("one", "two"):
+        status, out, err = autotune(*SMALL, "--db", tmp_path / host, "--storage", url, "--json", "--quiet")
+        assert (status, err) == (0, "")
+        assert [result["cached"] for result in json.loads(out)["results"]] == [host == "two"]
+    missing = "sqlite:////nowhere/studies.sqlite"
+    for arguments, said in (
+        (("--storage", missing), f"the storage {missing} can't be opened: unable to open database file"),
+        (("--storage", "redis://:secret@host/0"), "the storage redis://host/0 is of no kind that SQLAlchemy knows"),
+        (("--storage", url, "--retune"), "retune and storage exclude each other"),
+    ):
+        status, out, err = autotune(*SMALL, "--db", tmp_path / "three", *arguments)
+        assert (status, out) == (2, "")
+        (line,) = err.splitlines()
+        assert line.startswith(f"autotune: error: {said}")
+    assert not (tmp_path / "three").exists()
+
+
 def test_a_device_without_tensor_cores_says_so(autotune, tmp_path: Path) -> None:
     status, _, err = autotune("--device", "sm_75", "--problem", "M=16,N=16,K=32", "--trials", "1", "--db", tmp_path)
     assert status == 0

@@ -174,3 +174,29 @@ def test_two_objectives_are_refused() -> None:
     study = optuna.create_study(sampler=sampler, directions=["minimize", "minimize"])
     with pytest.raises(UsageError, match="has one objective; the study has 2"):
         study.ask(sampler.distributions)
+
+
+def test_a_trial_that_does_not_count_leaves_its_configuration_untried() -> None:
+    sampler = EnumeratedSampler(CONFIGS[:3], counts=lambda trial: not trial.user_attrs)
+    study = optuna.create_study(sampler=sampler)
+    for config in CONFIGS[:3]:
+        void = optuna.trial.create_trial(
+            params=config,
+            distributions=sampler.distributions,
+            state=optuna.trial.TrialState.FAIL,
+            user_attrs={"void": True} if config is CONFIGS[1] else {},
+        )
+        study.add_trial(void)
+    assert sampler.propose(study) == 1
+    assert len(study.trials) == 3
+
+
+def test_what_is_proposed_without_a_trial_is_what_a_trial_would_get() -> None:
+    one, other = (EnumeratedSampler(CONFIGS, seed=3) for _ in range(2))
+    study = studied(10, one)
+    row = one.propose(study)
+    again = optuna.create_study(sampler=other)
+    again.add_trials(study.trials)
+    assert CONFIGS[row] == again.ask(other.distributions).params
+    study.add_trials([optuna.trial.create_trial(params=c, distributions=one.distributions, value=1.0) for c in CONFIGS])
+    assert one.propose(study) is None

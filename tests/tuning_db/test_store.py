@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tilewright.tuning_db import Environment, Key, Provenance, Record, Status, TuningDB, UsageError
+from tilewright.tuning_db.errors import ExportFileError
 
 PREDICTED = Provenance.PREDICTED
 
@@ -158,3 +160,66 @@ def test_threads_share_one_object(db: TuningDB, run_id: int, make_record, key: K
         thread.join()
     assert errors == []
     assert len(db.records(key)) == 80
+
+
+def test_outcomes_go_one_at_a_time_from_file_to_file(
+    db: TuningDB, run_id: int, make_record, key: Key, environment: Environment, tmp_path: Path
+) -> None:
+    second = db.start_run(replace(environment, host="other"))
+    db.add_many([make_record('{"x":1}'), make_record('{"x":2}', None, status=Status.TIMEOUT, message="slow")], run_id)
+    db.add(make_record('{"x":3}', 3.0), second)
+    db.add(make_record('{"x":4}', 3.0, op="conv2d"), second)
+    entries = db.entries(key)
+    assert list(entries) == ['{"x":1}', '{"x":2}', '{"x":3}']
+    assert db.entry(key, '{"x":3}') == entries['{"x":3}']
+    with TuningDB.open(key.device, tmp_path / "other") as other:
+        assert other.bring([entries['{"x":3}']], "here").added == 1
+        assert other.bring(entries.values(), "here").added == 2
+        assert other.bring(entries.values(), "here").known == 3
+        assert other.entries(key) == entries
+        assert [run for _, run in sorted(other.runs().values(), key=lambda each: each[1].host)] == [
+            environment,
+            replace(environment, host="other"),
+        ]
+
+
+def test_of_a_measured_and_a_predicted_outcome_the_measured_one_goes(
+    db: TuningDB, run_id: int, make_record, key
+) -> None:
+    db.add(make_record("{}", 1.0, provenance=PREDICTED), run_id)
+    db.add(make_record("{}", 2.0), run_id)
+    db.add(make_record("{}", 3.0, provenance=PREDICTED), run_id)
+    assert db.entry(key, "{}")["record"]["provenance"] == "measured"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda entry: {"run": entry["run"]}, "is no record with its run ('record')"),
+        (lambda entry: {**entry, "run": {**entry["run"], "extra": float("nan")}}, "is no record with its run"),
+        (lambda entry: {**entry, "record": {**entry["record"], "status": "fine"}}, "status='fine'"),
+        (lambda entry: {**entry, "record": [1]}, "is no record with its run"),
+        (lambda entry: "text", "is no record with its run"),
+    ],
+)
+def test_what_is_no_outcome_is_not_brought(
+    db, run_id, make_record, key: Key, tmp_path: Path, change, said: str
+) -> None:
+    db.add_many([make_record('{"x":1}'), make_record('{"x":2}')], run_id)
+    good, other = db.entries(key).values()
+    with TuningDB.open(key.device, tmp_path / "other") as target:
+        with pytest.raises(ExportFileError) as caught:
+            target.bring([good, change(other)], "there")
+        assert str(caught.value).startswith("there:")
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert target.entries(key) == {}
+
+
+def test_an_objection_keeps_an_outcome_out(db: TuningDB, run_id: int, make_record, key: Key, tmp_path: Path) -> None:
+    db.add(make_record('{"x":1}'), run_id)
+    with (
+        TuningDB.open(key.device, tmp_path / "other") as target,
+        pytest.raises(ExportFileError, match="not x=1"),
+    ):
+        target.bring(db.entries(key).values(), "there", lambda record: "not x=1" if '"x":1' in record.config else None)
