@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 
 from tests.tuner.postgres import PASSWORD, postgres
-from tests.tuner.shared_runs import CONFIGS, KEY, TRIALS, entry, opened
+from tests.tuner.shared_runs import CONFIGS, KEY, RACED, TRIALS, entry, opened
 from tests.tuner.simulated_worker import Scenario, read_journal, time_us
 from tests.tuner.simulation import BOARD, PROBLEM, ROOT, simulated, space
 from tilewright.kernels.problem import Config
@@ -29,7 +29,7 @@ from tilewright.tuner import storage as storage_module
 from tilewright.tuner.shared import MOST_LOST, Claim, SharedSearch
 from tilewright.tuner.storage import Storage
 from tilewright.tuner.tune import autotune
-from tilewright.tuning_db.errors import ExportFileError, UsageError
+from tilewright.tuning_db.errors import ExportFileError, StorageError, UsageError
 from tilewright.tuning_db.record import Record, Status, canonical_json
 from tilewright.tuning_db.store import TuningDB
 
@@ -339,6 +339,25 @@ def test_a_run_whose_time_is_up_keeps_no_claims(tmp_path: Path, url: str) -> Non
     assert not running
 
 
+def test_a_storage_that_fails_in_a_run_is_one_line_and_what_was_tried_is_kept(tmp_path: Path, url: str) -> None:
+    class Failing(SharedSearch):
+        """Its storage is broken after two outcomes."""
+
+        told = 0
+
+        def tell(self, claim: Claim, entry: Any) -> None:
+            super().tell(claim, entry)
+            self.told += 1
+            if self.told == 2:
+                with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection, connection:
+                    connection.execute("ALTER TABLE trials RENAME TO gone")
+
+    with mock.patch.object(tune, "SharedSearch", Failing), pytest.raises(StorageError) as caught:
+        run(tmp_path, url, "one", trials=8)
+    assert str(caught.value) == f"the storage {url} failed: no such table: trials"
+    assert len(records_of(tmp_path, "one")) == 2
+
+
 def test_an_outcome_that_somebody_has_edited_is_refused(tmp_path: Path, url: str) -> None:
     run(tmp_path, url, "one", trials=3)
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection, connection:
@@ -387,7 +406,7 @@ def test_processes_that_claim_as_fast_as_they_can_claim_each_configuration_once(
         ended = together("claim", tmp_path, url)
     assert {process.returncode for process in ended.values()} == {0}, ended
     claimed = [tuple(each) for process in ended.values() for each in json.loads(process.stdout)]
-    assert Counter(claimed) == Counter((config.x, config.y) for config in CONFIGS)
+    assert Counter(claimed) == Counter((config.x, config.y) for config in RACED)
 
 
 def test_several_processes_share_a_search_and_one_is_killed_in_a_trial(tmp_path: Path) -> None:
