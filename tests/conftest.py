@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 
 import pytest
@@ -30,6 +31,10 @@ if "triton" in sys.modules and "TRITON_INTERPRET" not in os.environ:
     pytest.exit("triton was imported before tests/conftest.py could set TRITON_INTERPRET: set it yourself", 4)
 gpu_wanted = for_a_gpu([*shlex.split(os.environ.get("PYTEST_ADDOPTS", "")), *sys.argv[1:]])
 os.environ.setdefault("TRITON_INTERPRET", "0" if gpu_wanted else "1")
+
+# A shell's background jobs ignore Ctrl-C, and what a test starts would ignore it too, and never end.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -145,15 +145,15 @@ class Ranking:
             weights = _weights(told[model.posterior.trials], known)
             prior = told @ weights
         rest = known - prior[model.posterior.trials]
-        middle, spread_ = rest.mean(), max(float(rest.std()), _LEAST_SPREAD)
-        values = (rest - middle) / spread_
+        middle, width = rest.mean(), max(float(rest.std()), _LEAST_SPREAD)
+        values = (rest - middle) / width
         if model.due:
             model.fit(values)
         places = model.places(waiting)
         model.posterior.add(places)
-        deviation = spread_ * model.posterior.deviation()
+        deviation = width * model.posterior.deviation()
         model.posterior.drop(len(places))
-        return prior + middle + spread_ * model.posterior.mean(values), deviation
+        return prior + middle + width * model.posterior.mean(values), deviation
 
     def _updated(self, tried: Rows, outcomes: Array, worked: NDArray[np.bool_]) -> _Model:
         """The model with these outcomes: the last one with what is new added, or a new one when a fit is due."""
