@@ -250,7 +250,9 @@ class _Model:
             return 1.0
         failed = set(self.places(self.failed))
         if self._works is None:
-            trials = self.places([*self.good, *self.failed])[-MOST_FITTED:]
+            trials = self.places([*self.good, *self.failed])
+            if len(trials) > MOST_FITTED:  # as many of both as there are of both
+                trials = [trials[place] for place in np.linspace(0, len(trials) - 1, MOST_FITTED).astype(int)]
             worked = np.array([place not in failed for place in trials], dtype=float)
             self._working.fit(self._features[trials], _standardised(worked)[0])
             self._works = Posterior(self._working, self._features)

@@ -80,6 +80,17 @@ def test_what_is_like_failures_is_less_likely_to_work() -> None:
     assert chance[np.isnan(TIMES)].mean() < 0.6 * chance[~np.isnan(TIMES)].mean()
 
 
+def test_of_many_trials_the_chance_knows_successes_and_failures_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking, "MOST_FITTED", 20)
+    failed, worked = np.flatnonzero(np.isnan(TIMES))[::2][:50], np.flatnonzero(~np.isnan(TIMES))[::2][:50]
+    processes = (GaussianProcess(FEATURES.shape[1]) for _ in range(2))
+    model = ranking._Model(*processes, FEATURES, worked, TIMES[worked], failed, np.arange(len(LIST)))
+    model.chance()
+    assert model._works is not None
+    assert len(model._works.trials) == 20
+    assert sum(bool(np.isnan(TIMES[row])) for row in model._works.trials) == 10
+
+
 def test_failures_leave_no_cliff_among_their_neighbours() -> None:
     """The best lies beside configurations that fail, and is found all the same."""
     neighbours = [row for row, config in enumerate(LIST) if sum(config[n] != LIST[BEST][n] for n in AXES) == 1]
