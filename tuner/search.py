@@ -134,7 +134,7 @@ class Search:
     """One problem's study.
 
     Args:
-        axes, configs, default, predicted_us, evidence, exploring, seed: as `Candidates` takes them.
+        axes, configs, default, options: as `Candidates` takes them.
         known: as `learn` takes it.
     """
 
@@ -144,20 +144,15 @@ class Search:
         configs: Sequence[Config],
         default: Config | None = None,
         *,
-        predicted_us: Sequence[float] | None = None,
-        evidence: Sequence[Evidence] = (),
-        exploring: bool = True,
         known: Mapping[Config, float | None] = MappingProxyType({}),
-        seed: int = 0,
+        **options: Any,
     ) -> None:
         import optuna  # 0.3 s: not paid by a run that the cache answers
 
         # The study's log is the tuner's own progress; Optuna's would print a line for every trial.
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna = optuna
-        self._candidates = Candidates(
-            axes, configs, default, predicted_us=predicted_us, evidence=evidence, exploring=exploring, seed=seed
-        )
+        self._candidates = Candidates(axes, configs, default, **options)
         self._sampler = self._candidates.sampler
         self._untried = set(self._candidates.pool)
         self._study = optuna.create_study(sampler=self._sampler, direction="minimize")
