@@ -142,7 +142,7 @@ class Gpu:
             return False
         return True
 
-    def cold_sampler(self, run: Callable[[int], None], prepare: Callable[[], None] = lambda: None) -> Sampler:
+    def cold_sampler(self, run: Callable[[int], Any], prepare: Callable[[], None] = lambda: None) -> Sampler:
         """Each sample one launch, `run(0)`, after a flush of L2; before that, and not timed, what `prepare` queues."""
         flush = self._flusher()
         while len(self._events) < MAX_SAMPLES:
@@ -159,12 +159,28 @@ class Gpu:
 
         return sample
 
-    def replay_sampler(self, run: Callable[[int], None], copies: int) -> Sampler:
+    def replay_sampler(self, run: Callable[[int], Any], copies: int) -> Sampler:
         """Each sample the mean over one replay of a graph of launches on every copy, `run(0)` to `run(copies - 1)`."""
         # Eagerly first: nothing may allocate in a capture, and the length of a replay has to be judged at full clocks.
         cold = self.cold_sampler(run)
         warm_up([cold])
         launches = replay_launches(min(cold(3)), copies)
+        replay = self.capture(run, launches, copies)
+
+        def sample(count: int) -> list[float]:
+            # One that is not counted keeps the GPU busy while the host, which takes its time over a large graph, queues
+            # those that are.
+            replay()
+            for before, after in self._events[:count]:
+                before.record(self._stream)
+                replay()
+                after.record(self._stream)
+            return [time_us / launches for time_us in self._elapsed(count)]
+
+        return sample
+
+    def capture(self, run: Callable[[int], Any], launches: int, copies: int) -> Callable[[], None]:
+        """A CUDA graph of so many launches, `run(0)` to `run(copies - 1)` in turn, as what queues a replay of it."""
         with self._stream:
             self._stream.begin_capture()
             try:
@@ -172,18 +188,7 @@ class Gpu:
                     run(index % copies)
             finally:
                 graph = self._stream.end_capture()
-
-        def sample(count: int) -> list[float]:
-            # One that is not counted keeps the GPU busy while the host, which takes its time over a large graph, queues
-            # those that are.
-            graph.launch(self._stream)
-            for before, after in self._events[:count]:
-                before.record(self._stream)
-                graph.launch(self._stream)
-                after.record(self._stream)
-            return [time_us / launches for time_us in self._elapsed(count)]
-
-        return sample
+        return lambda: graph.launch(self._stream)
 
     def _elapsed(self, count: int) -> list[float]:
         self._events[count - 1][1].synchronize()

@@ -1,0 +1,297 @@
+"""The GPU at hand with torch beside us on one stream: times in turns, peaks, dispatch, energy.
+
+A case's contenders are timed by the tuner's own protocol (`tilewright.tuner.timing`): cold L2, one launch between two
+events, or for short ones a CUDA graph that rotates over copies of all arrays; in rounds that run forwards and
+backwards, so that a drift falls on all alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.cases import Case, computes_all
+from benchmarks.contenders import Contender, arrays_of, libraries, ours
+from benchmarks.measuring import environment, median_us
+from tilewright.kernels import gemm
+from tilewright.kernels.arrays import require_cupy
+from tilewright.kernels.device import Device
+from tilewright.kernels.dispatch import forget_plans, plan_for
+from tilewright.kernels.prediction import roofline_us
+from tilewright.kernels.registry import find_kernel
+from tilewright.tuner.gpu import Gpu, read_kernel
+from tilewright.tuner.timing import Sampler, replay_copies, time_rounds
+from tilewright.tuning_db import env
+
+COPY_BYTES = 4 << 30
+"""Of the array whose copy gives the bandwidth: many times any L2."""
+
+MATMUL = 8192
+"""Size of the bf16 product that gives the arithmetic peak."""
+
+DISPATCH_CALLS = 300
+
+COMPARED = 1 << 24
+"""Elements of two results that are compared at the most."""
+
+ENERGY_S = 1.0
+"""Length of a closed loop: NVML's energy counter moves every 20 to 100 ms."""
+
+
+class Timed(NamedTuple):
+    """What came of one contender."""
+
+    median_us: float = 0.0
+    p10_us: float = 0.0
+    p90_us: float = 0.0
+    samples: int = 0
+    error: str = ""  # why there are no times
+    difference: float | None = None  # max |result - ours| / max |ours|; None where results don't compare
+
+
+class TorchGpu(Gpu):
+    """A `Gpu` whose graphs torch captures, so that its operators may allocate in them."""
+
+    def __init__(self, ordinal: int, torch: Any) -> None:
+        super().__init__(ordinal)
+        self._torch = torch
+        self.torch_stream = torch.cuda.ExternalStream(self.stream, device=ordinal)
+
+    def capture(self, run: Callable[[int], Any], launches: int, copies: int) -> Callable[[], None]:
+        """As `Gpu.capture`; `torch_stream` has to be torch's current one, also for the replays."""
+        graph = self._torch.cuda.CUDAGraph()
+        results: list[Any] = [None] * copies
+        graph.capture_begin(capture_error_mode="relaxed")
+        try:
+            for index in range(launches):
+                # As long as a copy's result is kept, the next one is written elsewhere: to cold memory.
+                results[index % copies] = run(index % copies)
+        finally:
+            graph.capture_end()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+class TorchBoard:
+    """The live GPU with torch.
+
+    Args:
+        ordinal: of the GPU.
+        db: folder of the tuning databases that our kernels are looked up in.
+
+    Raises:
+        MissingDependencyError, UnknownDeviceError: no GPU, or no CuPy.
+        ImportError: no torch.
+    """
+
+    def __init__(self, ordinal: int, db: Path) -> None:
+        import torch
+
+        os.environ[env.DB_DIR] = str(db)
+        forget_plans()
+        self.torch = torch
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.set_device(ordinal)
+        self.gpu = TorchGpu(ordinal, torch)
+        self.ordinal = ordinal
+
+    @property
+    def device(self) -> Device:
+        """The GPU."""
+        return self.gpu.device
+
+    @property
+    def simulated(self) -> bool:
+        """False: what this board gives was measured."""
+        return False
+
+    def environment(self) -> dict[str, Any]:
+        """Where figures are made."""
+        torch = self.torch
+        found = environment() | {
+            "gpu": torch.cuda.get_device_name(self.ordinal),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "host": platform.node(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        with contextlib.suppress(ImportError):
+            import pynvml
+
+            with contextlib.suppress(pynvml.NVMLError):
+                pynvml.nvmlInit()
+                found["driver"] = pynvml.nvmlSystemGetDriverVersion()
+                handle = pynvml.nvmlDeviceGetHandleByIndex(self.ordinal)
+                found["power_limit_w"] = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000
+        return found
+
+    def peaks(self) -> dict[str, float]:
+        """What the board reaches: a copy's GB/s, read and written, and TFLOP/s of a large bf16 product."""
+        torch = self.torch
+        with torch.cuda.stream(self.gpu.torch_stream):
+            source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+            source.random_(0, 256)
+            target = torch.empty_like(source)
+            copy = time_rounds([self.gpu.cold_sampler(partial(_copy, source, target))])[0].times
+            source = target = None
+            a, b = (torch.randn(MATMUL, MATMUL, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+            product = time_rounds([self.gpu.cold_sampler(lambda _: torch.mm(a, b.t()))])[0].times
+        torch.cuda.empty_cache()
+        return {
+            "copy_gbs": 2 * COPY_BYTES / copy.median_us / 1e3,
+            "matmul_tflops": 2 * MATMUL**3 / product.median_us / 1e6,
+        }
+
+    def chosen(self, case: Case) -> dict[str, Any]:
+        """The configuration that our function runs a case with, and what speaks for it."""
+        _, choice = plan_for(find_kernel(case.op), case.problem, self.ordinal)
+        return {
+            "config": choice.config.to_dict(),
+            "provenance": str(choice.provenance),
+            "reason": choice.reason,
+        }
+
+    def contenders(self, case: Case) -> list[Contender]:
+        """Ours as looked up, ours by default, and the library's."""
+        kernel = find_kernel(case.op)
+        default = kernel.default(case.problem, self.device)
+        return [ours(self.torch, case), ours(self.torch, case, default), *libraries(self.torch, case)]
+
+    def compare(self, case: Case, contenders: Sequence[Contender]) -> tuple[dict[str, Timed], str]:
+        """What came of each, timed in turns; and the method, `replay` or `events`."""
+        torch, gpu = self.torch, self.gpu
+        with torch.cuda.stream(gpu.torch_stream), torch.no_grad():
+            arrays = [arrays_of(torch, case)]
+            found: dict[str, Timed] = {}
+            differences: dict[str, float | None] = {}
+            ours_result: Any = None
+            for contender in contenders:
+                try:
+                    result = contender.call(arrays[0])
+                    torch.cuda.synchronize()
+                    ours_result = result if ours_result is None else ours_result
+                    comparable = computes_all(case, contender.role)
+                    differences[contender.name] = _difference(ours_result, result) if comparable else None
+                    del result
+                except Exception as error:  # noqa: BLE001 - whatever a library refuses a case with, others go on
+                    found[contender.name] = Timed(error=_one_line(error))
+            del ours_result
+            running = [each for each in contenders if each.name not in found]
+            footprint = case.problem.bytes_moved()
+            floor_us = roofline_us(case.problem.flops(), footprint, case.problem.unit, self.device)
+            copies = replay_copies(floor_us, footprint, self.device.l2_bytes) or 0
+            arrays += [{name: array.clone() for name, array in arrays[0].items()} for _ in range(copies - 1)]
+            samplers: dict[str, Sampler] = {}
+            for contender in running:
+                try:
+                    samplers[contender.name] = self._sampler(contender, arrays, copies)
+                except Exception as error:  # noqa: BLE001 - as above
+                    found[contender.name] = Timed(error=_one_line(error))
+            timings = time_rounds(list(samplers.values()))
+        for name, timing in zip(samplers, timings, strict=True):
+            found[name] = Timed(**dataclasses.asdict(timing.times), difference=differences[name])
+        samplers.clear()
+        arrays.clear()
+        torch.cuda.empty_cache()
+        gpu.release()
+        return {each.name: found[each.name] for each in contenders}, "replay" if copies else "events"
+
+    def _sampler(self, contender: Contender, arrays: Sequence[Any], copies: int) -> Sampler:
+        if copies:
+            return self.gpu.replay_sampler(lambda copy: contender.call(arrays[copy]), copies)
+        # As a graph too: some calls take the host longer than the flush before them takes the GPU.
+        replay = self.gpu.capture(lambda copy: contender.call(arrays[copy]), 1, 1)
+        return self.gpu.cold_sampler(lambda _: replay())
+
+    def dispatch(self) -> list[tuple[str, float]]:
+        """Host time of one call, in µs, the GPU kept from being waited for: ours, Triton's launcher, torch's."""
+        torch = self.torch
+        a, b, out = (torch.randn(128, 128, device="cuda", dtype=torch.float16) for _ in range(3))
+        buffer, flag = torch.zeros(4096, dtype=torch.int32, device="cuda"), torch.zeros(1, dtype=torch.int32).cuda()
+        cupy = require_cupy()
+        arrays = [cupy.from_dlpack(each) for each in (a, b, out)]
+        grid = read_kernel[(1,)]
+        calls: list[tuple[str, Callable[[], Any]]] = [
+            ("gemm(a, b, out=out), torch's arrays", lambda: gemm(a, b, out=out)),
+            ("gemm(a, b), torch's arrays", lambda: gemm(a, b)),
+            ("gemm(a, b, out=out), CuPy's arrays", lambda: gemm(arrays[0], arrays[1], out=arrays[2])),
+            ("torch.mm(a, b, out=out)", lambda: torch.mm(a, b, out=out)),
+            ("Triton's launcher, two arguments", lambda: grid(buffer, flag, BLOCK=4096)),
+        ]
+        rows = []
+        for label, call in calls:
+            call()
+            # The queue holds a thousand launches: within it, no call waits for the GPU.
+            rounds = []
+            for _ in range(9):
+                torch.cuda.synchronize()
+                rounds.append(median_us(call, DISPATCH_CALLS, rounds=1))
+            rows.append((label, sorted(rounds)[len(rounds) // 2]))
+        torch.cuda.synchronize()
+        return rows
+
+    def load(self, case: Case, contenders: Sequence[Contender]) -> dict[str, dict[str, float]]:
+        """A closed loop over a captured graph for `ENERGY_S` each: calls a second, and joules a call where NVML counts
+        energy."""
+        torch, gpu = self.torch, self.gpu
+        found = {}
+        footprint = case.problem.bytes_moved()
+        copies = min(64, 1 + 4 * self.device.l2_bytes // footprint)
+        with torch.cuda.stream(gpu.torch_stream), torch.no_grad():
+            arrays = [arrays_of(torch, case)]
+            arrays += [{name: array.clone() for name, array in arrays[0].items()} for _ in range(copies - 1)]
+            for contender in contenders:
+                contender.call(arrays[0])
+                graph = gpu.capture(lambda copy, contender=contender: contender.call(arrays[copy]), copies, copies)
+                graph()
+                torch.cuda.synchronize()
+                replays, before, start = 0, self._joules(), time.perf_counter()
+                while time.perf_counter() - start < ENERGY_S:
+                    for _ in range(4):
+                        graph()
+                    torch.cuda.synchronize()
+                    replays += 4
+                elapsed, after = time.perf_counter() - start, self._joules()
+                calls = replays * copies
+                found[contender.name] = {"calls_per_s": calls / elapsed}
+                if before is not None and after is not None:
+                    found[contender.name]["joules_per_call"] = (after - before) / calls
+                    found[contender.name]["watt"] = (after - before) / elapsed
+        torch.cuda.empty_cache()
+        return found
+
+    def clocks(self) -> dict[str, Any]:
+        """As `Gpu.clocks`."""
+        return self.gpu.clocks()
+
+    def _joules(self) -> float | None:
+        with contextlib.suppress(ImportError):
+            import pynvml
+
+            with contextlib.suppress(pynvml.NVMLError):
+                handle = pynvml.nvmlDeviceGetHandleByIndex(self.ordinal)
+                return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+        return None
+
+
+def _difference(ours_result: Any, result: Any) -> float | None:
+    if result.dim() == 4 and ours_result.dim() == 2:
+        result = result.permute(0, 2, 3, 1)  # of images, where ours are the rows of a GEMM
+    one, other = ours_result.reshape(-1)[:COMPARED].float(), result.reshape(-1)[:COMPARED].float()
+    return float((one - other).abs().max() / one.abs().max())
+
+
+def _copy(source: Any, target: Any, _: int) -> None:
+    target.copy_(source)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
