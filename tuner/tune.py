@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import socket
@@ -53,6 +54,9 @@ SHARED_POLL_S = 1.0
 
 BATCH_PER_JOB = 2
 """Configurations asked for at a time, per compiling process: enough that none waits for another's end."""
+
+ROUNDS = 4
+"""Batches of a search on a GPU at the least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +345,7 @@ class _Run:
         search = Search(kernel.space.axes, configs, default, **expected)
         progress.began()
         tried, proposed = len(known), 0
-        batch = BATCH_PER_JOB * max(self._jobs, len(self._gpus))
+        batch = self._batch(trials)
         while tried < trials and not (stop_early and search.finished) and not is_past(deadline):
             asked = search.ask(min(trials - proposed, batch))
             if not asked:
@@ -366,6 +370,14 @@ class _Run:
             ended = progress.ended(plateau=stop_early and search.finished)
             self._compare_finalists(kernel, problem, key, default, deadline, ended)
         return self._result(workload, kernel, key, cached=False)
+
+    def _batch(self, trials: int) -> int:
+        """Proposals at a time: work for all compilers, but of what is measured no more than leaves the search `ROUNDS`
+        times to learn from outcomes. A host of many processors would else propose all before it hears of any."""
+        batch = BATCH_PER_JOB * max(self._jobs, len(self._gpus))
+        if not self._gpus:
+            return batch
+        return min(batch, max(BATCH_PER_JOB * len(self._gpus), math.ceil(trials / ROUNDS)))
 
     def _search_shared(
         self,
