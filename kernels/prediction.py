@@ -4,7 +4,7 @@ The launch runs in waves of SMs · occupancy blocks. With r blocks on the busies
 
     busy  = overlap(max(r·compute + stalls / r, chain), r·beside, r·shared, r·issue, r·l2, dram, latency) + r·spills
     alone = overlap(chain, shared, issue, l2, dram / r, latency) + spills
-    first wave: busy + ends         later waves: max(busy, alone + ends)
+    first wave: busy + ends         later waves: max(busy, alone + follow)
 
 `compute` to `l2` are what the main loop of one block needs of its SM, `beside` its exponentials and other work between
 dots; `stalls` are its waits at barriers and, without a pipeline, for memory; `chain` is what one block computes and
@@ -31,7 +31,7 @@ from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.kernels.work import Dot, Panel, Work
 from tilewright.tuning_db.record import Resources
 
-MODEL = "roofline-2"
+MODEL = "roofline-3"
 """Name and revision of this model: part of every predicted record's key. Change it with any formula or constant."""
 
 
@@ -55,7 +55,7 @@ class Term(StrEnum):
     SPILLS = "spills"  # registers kept in local memory
 
 
-# Constants, none of them fitted to a result of ours. Cycles are SM clocks at boost; "gpu-benches" are the measured
+# Constants, none of them fitted to a result of ours but `BLOCK_GAP_CYCLES`. Cycles are SM clocks at boost; "gpu-benches" are the measured
 # tables of github.com/te42kyfo/gpu-benches.
 DRAM_EFFICIENCY = 0.9  # gpu-benches: 0.85 to 0.92 on A100, 0.92 to 0.98 on L40; a copy on H200: 4.3 of 4.8 TB/s
 COMPUTE_EFFICIENCY = 0.9  # of the dense peak, sustained by a full pipeline
@@ -86,6 +86,10 @@ MMA_INSTRUCTIONS = 1.5  # per mma.sync: itself, and register moves around every 
 BARRIER_CYCLES = 40  # per iteration: wait for the copies, then for the other warps (a judgement; no source)
 LAUNCH_US = 0.9  # between kernels of one stream: 3.8 - 2.9 µs (A. Gray, "Getting Started with CUDA Graphs", NVIDIA)
 BLOCK_START_CYCLES = 500  # some 300 instructions before the loop, most of them waiting for another (a judgement)
+BLOCK_GAP_CYCLES = {90: 9900}
+"""Between a block that has an SM to itself and its successor, beside what `end_cycles` has, by arch; nothing is known of
+the others. Measured on an H200 (Triton 3.6; benchmarks/results): 8192×8192×1024 of fp16 in tiles of 128×256 takes 332 µs
+and, persistent, 232; of the 6.7 µs a wave between them, 1.7 are the ends. At 4096³ it is 223 and 185."""
 ATOMIC_CYCLES = 2 * L2_LATENCY_CYCLES  # a fence until the partial tile is in L2, and the atomic there and back
 
 
@@ -173,7 +177,8 @@ def predict(work: Work, resources: Resources, device: Device, *, without: Collec
         ends = end_cycles(work, rate, without)
         # Blocks of the first wave start together: nothing hides their first loads. Later ones start where one ends.
         first = min(count, 1.0) if bound is None else 0.0
-        cycles += first * (busy + ends) + (count - first) * max(busy, alone + ends)
+        follow = follow_cycles(work, device, rate, ends, resident, without)
+        cycles += first * (busy + ends) + (count - first) * max(busy, alone + follow)
         traffic += count * moved
         if bound is None:
             bound = demand.longest if chain <= 1.25 * max(demand) else Term.PIPELINE
@@ -448,6 +453,18 @@ def end_cycles(work: Work, rate: float, without: Collection[Term] = ()) -> float
     elif Term.SPLIT_K not in without:
         cycles += work.workspace_bytes / rate + ATOMIC_CYCLES
     return cycles
+
+
+def follow_cycles(
+    work: Work, device: Device, rate: float, ends: float, resident: int, without: Collection[Term] = ()
+) -> float:
+    """Cycles between the loops of two tiles that an SM's place for a block computes one after the other: the ends of the
+    two blocks, and where one fills the SM, until it has gone and the other has come. A persistent block has asked for
+    its next operands when it comes to the epilogue."""
+    if work.persistent:
+        return 0.0 if Term.EPILOGUE in without else work.epilogue_bytes / rate
+    gap = BLOCK_GAP_CYCLES.get(device.arch, 0) if resident == 1 and Term.LAUNCH not in without else 0
+    return ends + gap
 
 
 def finish_cycles(work: Work, device: Device, without: Collection[Term] = ()) -> float:

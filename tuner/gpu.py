@@ -72,6 +72,7 @@ class Gpu:
         )
         self._ordinal = ordinal
         self._cupy.cuda.Device(ordinal).use()
+        self.address = str(runtime.deviceGetPCIBusId(ordinal))
         self._stream = self._cupy.cuda.Stream(non_blocking=True)
         self.stream = int(self._stream.ptr)
         self._events: list[tuple[Any, Any]] = []
@@ -216,7 +217,7 @@ class Gpu:
             return found
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByPciBusId(self._runtime.deviceGetPCIBusId(self._ordinal).encode())
+            handle = pynvml.nvmlDeviceGetHandleByPciBusId(self.address.encode())
             found["sm_mhz"] = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
             found["memory_mhz"] = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)
             found["celsius"] = pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)

@@ -6,6 +6,7 @@ times it. A configuration that hangs or corrupts the device costs that process, 
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -111,6 +112,11 @@ class GpuRunner(Runner):
                 wait([*measuring, *compiling], left, FIRST_COMPLETED)
             for future in [each for each in measuring if each.done()]:
                 trial, reply = measuring.pop(future), future.result()
+                if reply.get("busy") and not is_past(deadline):
+                    measuring[self._measure(kernel, problem, trial)] = trial  # other runs had the GPU all the time
+                    continue
+                if reply.get("busy"):
+                    continue  # its turn did not come
                 if reply.get("killed") and not trial.killed and not is_past(deadline):
                     # By somebody else, as a rule: without a second try the best configuration may be lost to it.
                     trial.killed = reply["message"]
@@ -123,14 +129,16 @@ class GpuRunner(Runner):
     ) -> Iterator[tuple[Config, Outcome]]:
         if len(configs) < 2:
             return
-        timeout = MEASURE_TIMEOUT_S * len(configs)
-        if deadline is not None:
-            # The last trial may have used up what a run may take beyond its deadline.
-            timeout = min(timeout, deadline + MEASURE_TIMEOUT_S - time.monotonic())
-            if timeout <= 0:
-                return
         request = {**self._request(kernel, problem), "finalists": [config.to_dict() for config in configs]}
-        reply = self._workers.submit(request, timeout).result()
+        reply: dict[str, Any] = {"busy": True}
+        while reply.get("busy"):
+            timeout = MEASURE_TIMEOUT_S * len(configs)
+            if deadline is not None:
+                # The last trial may have used up what a run may take beyond its deadline.
+                timeout = min(timeout, deadline + MEASURE_TIMEOUT_S - time.monotonic())
+                if timeout <= 0:
+                    return
+            reply = self._workers.submit(request, timeout).result()
         # A result that was right once and is wrong now was never right; if the comparison as a whole failed, nobody
         # knows which of them did it, and each keeps what was measured of it alone.
         for config, one in zip(configs, reply.get("finalists", ()), strict=False):
@@ -196,7 +204,9 @@ class GpuRunner(Runner):
 
     @staticmethod
     def _request(kernel: Kernel[Any, Any], problem: Problem) -> dict[str, Any]:
-        return {"do": "measure", "op": kernel.name, "problem": problem.to_dict(), "seed": 0}
+        # Of this process, for a worker's temporary files are in a folder of its own.
+        locks = tempfile.gettempdir()
+        return {"do": "measure", "op": kernel.name, "problem": problem.to_dict(), "seed": 0, "locks": locks}
 
     @staticmethod
     def _outcome(reply: Mapping[str, Any]) -> Outcome:

@@ -10,6 +10,9 @@ be too slow to matter.
 An array that an op overwrites in place is an input and an output of one name. Every run begins with it as it was, the
 timed ones too: the copy that does so comes before the flush, outside of what is timed.
 
+Runs that measure on one GPU take turns (`turns`): what only the processor does (inputs, references, code) is done
+before, what the GPU does is done in one turn for each configuration.
+
 After a fault in a kernel (an illegal address, a failed launch) every later call of the driver fails, so there is no
 going on: the reason goes to stderr and the process ends. `pool` makes a `runtime_error` with that reason of it, and
 starts another process for the next request.
@@ -21,6 +24,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -34,6 +38,7 @@ from tilewright.kernels.runtime import Plan
 from tilewright.tuner import gate
 from tilewright.tuner.gpu import Gpu
 from tilewright.tuner.timing import Sampler, Timing, replay_copies, time_one, time_rounds
+from tilewright.tuner.turns import BusyError, turn
 from tilewright.tuning_db.errors import CompileError, IllegalConfigError, LaunchError, UnsupportedError
 from tilewright.tuning_db.record import Status
 
@@ -42,6 +47,9 @@ Reply = dict[str, Any]
 
 ALIGNMENT = 256
 """Of every array in device memory, as the driver's own allocations are."""
+
+TURN_S = 20.0
+"""How long to wait for other runs' turns on the GPU: well within a request's time, so that a wait is no timeout."""
 
 EXIT_AFTER_FAULT = 70
 """Exit status of a process that a kernel's fault has ended (EX_SOFTWARE of sysexits.h)."""
@@ -58,11 +66,13 @@ def measure(request: Request) -> Reply:
         check: False leaves the gate out: for benchmarks that repeat a measurement.
         skip_ragged: why the gate's second problem is left out, such as that its code doesn't compile; "" if it isn't.
         give_up_above_us: timing stops early above this.
+        locks: the folder in which the runs of this host take turns; without it, none are taken.
 
     Returns:
         `status`, `message` unless ok, and as far as it got `resources` (fields of `Resources`), `times` (of `Times`),
         `gave_up`, `settled`, `method` (`replay` or `events`), `ragged` (what came of the gate's second problem) and
-        `clocks`. With finalists, `{"status": "ok", "finalists": [one such reply for each]}`.
+        `clocks`. With finalists, `{"status": "ok", "finalists": [one such reply for each]}`. Where other runs had the
+        GPU for `TURN_S`, `{"status": "timeout", "busy": True, …}`: nothing was tried.
 
     Raises:
         UsageError: unknown kernel, malformed problem or configuration.
@@ -81,16 +91,23 @@ def measure_on(gpu: Gpu, request: Request) -> Reply:
     faults: tuple[type[Exception], ...] = (LaunchError, *gpu.errors)
     try:
         bench = _bench(gpu, kernel, problem, seed)
-        if "finalists" in request:
-            replies = _finalists(bench, configs, check)
-            return {"status": Status.OK, "finalists": replies, "clocks": gpu.clocks()}
-        return _single(bench, configs[0], check, request.get("give_up_above_us"), request.get("skip_ragged", ""))
+        trials = [bench.prepare(config) for config in configs]
+        with turn(Path(request["locks"]) if "locks" in request else None, gpu.address, TURN_S):
+            bench.place()
+            if "finalists" in request:
+                replies = _finalists(bench, trials, check)
+                return {"status": Status.OK, "finalists": replies, "clocks": gpu.clocks()}
+            give_up_above_us, skip_ragged = request.get("give_up_above_us"), request.get("skip_ragged", "")
+            return _single(bench, configs[0], trials[0], check, give_up_above_us, skip_ragged)
+    except BusyError as error:
+        return {"status": Status.TIMEOUT, "busy": True, "message": str(error)}
     except faults as error:
         return _fault(gpu, error)
 
 
-def _single(bench: Bench, config: Config, check: bool, give_up_above_us: float | None, skip_ragged: str) -> Reply:
-    trial = bench.prepare(config)
+def _single(
+    bench: Bench, config: Config, trial: Trial, check: bool, give_up_above_us: float | None, skip_ragged: str
+) -> Reply:
     if trial.plan is None:
         return trial.reply
     reason = bench.gate(trial.plan) if check else None
@@ -104,9 +121,8 @@ def _single(bench: Bench, config: Config, check: bool, give_up_above_us: float |
     return {**reply, "ragged": f"skipped: {skip_ragged}"} if skip_ragged else _with_ragged(bench, config, reply)
 
 
-def _finalists(bench: Bench, configs: Sequence[Config], check: bool) -> list[Reply]:
+def _finalists(bench: Bench, trials: Sequence[Trial], check: bool) -> list[Reply]:
     """The replies of all, those that passed timed in turns. The gate's ragged problem is left to their first time."""
-    trials = [bench.prepare(config) for config in configs]
     replies = [trial.reply for trial in trials]
     samplers: dict[int, tuple[Sampler, str]] = {}
     for index, trial in enumerate(trials):
@@ -138,6 +154,7 @@ def _with_ragged(bench: Bench, config: Config, reply: Reply) -> Reply:
     if trial.plan is None:
         # Masks take registers and shared memory: that this problem's code does not fit is no fault of the other's.
         return {**reply, "ragged": f"skipped: {trial.reply['message']}"}
+    small.place()
     reason = small.gate(trial.plan)
     if reason is None:
         return {**reply, "ragged": "passed"}
@@ -192,6 +209,9 @@ class Bench:
         self._hosts: dict[str, list[gate.Bytes]] = {}
         self._originals: dict[str, Any] = {}
         self._copies: int | None = None
+
+    def place(self) -> None:
+        """Puts the arrays into device memory, if they are not there yet: the first of what the GPU is needed for."""
         self._grow(1)
 
     def prepare(self, config: Config) -> Trial:

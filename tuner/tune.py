@@ -139,8 +139,9 @@ def autotune(
             `kernels`, gemm by default). The default suite if left out.
         trials: configurations to have tried per workload, those of earlier runs included; by default `PREDICTED_TRIALS`
             or, on a live GPU, `MEASURED_TRIALS` or as many as promise an improvement (`search.PLATEAU`).
-        timeout: seconds for the whole run; trials in flight are finished, which takes one trial's timeout at most. A
-            workload whose turn never came is answered from what is on record, or has status `timeout`.
+        timeout: seconds for the whole run; trials in flight are finished, which takes one trial's timeout at most, and
+            on a GPU the default of a workload that was begun is measured in any case. A workload whose turn never came
+            is answered from what is on record, or has status `timeout`.
         jobs: compiling processes; by default one per processor this process may use.
         workers: measuring processes, each with a GPU of its own: the device's and others of the same board.
         db: folder of the databases; see `database_dir`.
@@ -366,6 +367,11 @@ class _Run:
                 if config in times:
                     search.tell(trial, times[config])
             tried += len(new)
+        if self._device.live and tried and self._database.get(key, default.to_json()) is None:
+            # Whatever the time: small tiles compile first, and what is measured is answered before what isn't.
+            for config, outcome in runner.run(kernel, problem, [default]):
+                self._keep(key, config, outcome)
+                report.outcome(outcome)
         if not is_past(deadline):
             ended = progress.ended(plateau=stop_early and search.finished)
             self._compare_finalists(kernel, problem, key, default, deadline, ended)

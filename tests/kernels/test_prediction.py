@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from dataclasses import replace
@@ -344,6 +345,20 @@ def test_ends_of_a_block() -> None:
     assert prediction.finish_cycles(split, A100) == pytest.approx(4 * (270 + 65536 / rate) + 32768 / rate)
 
 
+def test_one_tile_follows_another() -> None:
+    work = a_work(epilogue_bytes=64_000.0)
+    ends = prediction.end_cycles(work, 40.0)
+    follow = functools.partial(prediction.follow_cycles, rate=40.0, ends=ends)
+    # Another block, which on Hopper, where nobody else has the SM, has to come first.
+    assert follow(work, H200, resident=1) == ends + prediction.BLOCK_GAP_CYCLES[90]
+    assert follow(work, H200, resident=2) == follow(work, A100, resident=1) == ends
+    assert follow(work, H200, resident=1, without={Term.LAUNCH}) == ends
+    # The same block, whose next operands are on their way: what is left is the result's.
+    again = replace(work, persistent=True)
+    assert follow(again, H200, resident=1) == 1600
+    assert follow(again, H200, resident=1, without={Term.EPILOGUE}) == 0
+
+
 def test_dram_moves_bandwidth_times_time() -> None:
     # 2039 GB/s · 0.9 for a microsecond is 1.8351 MB, and 1410 cycles.
     assert prediction.dram_cycles(1.8351e6, A100) == pytest.approx(1410)
@@ -626,7 +641,8 @@ def best_of(problem: GemmProblem, device: Device) -> GemmConfig:
         ("a10", GemmConfig(128, 256, 32, 8, 1, 8, 4)),
         ("a100", GemmConfig(128, 256, 64, 8, 1, 8, 3)),
         ("rtx4090", GemmConfig(128, 128, 32, 8, 1, 4, 4)),
-        ("h200", GemmConfig(128, 256, 64, 8, 1, 8, 4)),
+        # Measured on an H200: benchmarks/results.
+        ("h200", GemmConfig(128, 256, 64, 8, 1, 8, 4, PERSISTENT=True, TMA=True)),
     ],
 )
 def test_large_square_problems_get_large_tiles(board: str, known: GemmConfig) -> None:
@@ -732,8 +748,9 @@ DECIDED = (
         "256 tiles fill 82 SMs three times over; split, they write 16 partial results of 32 MB and read them again",
     ),
     Decided(
-        Term.LAUNCH, ATTENTION_QK, H200, GemmConfig(256, 128, 64, 4, 1, 8, 2), GemmConfig(32, 128, 64, 4, 1, 8, 2),
-        "one iteration of K=64: 4096 blocks of 32 rows start up, or 512 of 256",
+        Term.LAUNCH, GemmProblem(2048, 2048, 32, batch=16), A100,
+        GemmConfig(128, 256, 32, 4, 1, 8, 2), GemmConfig(32, 32, 32, 4, 1, 8, 2),
+        "one iteration of K=32: 65,536 blocks of 32×32 start up, or 2,048 of 128×256",
     ),
     Decided(
         Term.EPILOGUE, RESNET_1X1, A10, GemmConfig(32, 256, 64, 4, 1, 8, 1), GemmConfig(128, 256, 64, 4, 1, 8, 1),

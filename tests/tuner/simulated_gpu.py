@@ -35,6 +35,7 @@ class SimulatedGpu:
 
     errors = (CudaError, OutOfMemoryError)
     stream = 0
+    address = "0000:00:00.0"
 
     def __init__(self) -> None:
         self.device = replace(resolve_device("a100"), l2_bytes=4096)

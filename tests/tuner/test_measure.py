@@ -94,6 +94,7 @@ def test_every_op_is_measured_alike(gpu: SimulatedGpu, kernel: Kernel[Any, Any],
 def test_arrays_are_aligned_in_device_memory_as_the_problem_says(gpu: SimulatedGpu) -> None:
     for aligned in (True, False):
         bench = Bench(gpu, GEMM, replace(PROBLEM, aligned=aligned, end_aligned=aligned, dtype="bf16"), 0)
+        bench.place()
         addresses = [array.ctypes.data % 16 for array in bench._pointers[0].values()]
         assert all((address == 0) == aligned for address in addresses), addresses
 
@@ -216,6 +217,7 @@ def test_out_of_memory_costs_one_reply(gpu: SimulatedGpu) -> None:
 
 def test_copies_that_do_not_fit_in_memory_leave_the_events(gpu: SimulatedGpu) -> None:
     bench = Bench(gpu, GEMM, PROBLEM, 0)
+    bench.place()
     gpu.limit = gpu.allocated + 30_000
     _, method = bench.sampler(InterpretedPlan(GEMM.launches(PROBLEM, CONFIG)))
     assert method == "events"
@@ -259,6 +261,7 @@ def test_inputs_are_made_once_per_problem_and_only_the_latest_are_kept(gpu: Simu
 
 def test_every_copy_that_replays_rotate_over_gives_the_same_result(gpu: SimulatedGpu) -> None:
     bench = Bench(gpu, GEMM, PROBLEM, 0)
+    bench.place()
     plan = InterpretedPlan(GEMM.launches(PROBLEM, CONFIG))
     _, method = bench.sampler(plan)
     assert method == "replay"

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from tilewright.kernels.ops.gemm.mainloop import described_sums, matrix_descriptor, sums
-from tilewright.kernels.ops.gemm.tail import partial_pointers, store_tile, sum_of_partials
+from tilewright.kernels.ops.gemm.tail import partial_pointers, store_in_pieces, sum_of_partials
 from tilewright.kernels.ops.gemm.weights import weight_sums
 
 
@@ -109,6 +109,7 @@ def gemm_kernel(
     PERSISTENT: tl.constexpr,  # a program goes on to tiles that are a whole grid further
     FLATTEN: tl.constexpr,  # and starts to load the next tile while it finishes one
     TMA: tl.constexpr,  # operands come by tensor descriptors
+    PIECES: tl.constexpr,  # of a tile's columns, for the epilogue: see `store_in_pieces`
 ):
     """out = activation(alpha · scales · (A·B) + bias + residual); with GATED, [g|u] = alpha · scales · (A·B) + bias and
     out = activation(g) · u + residual. One output tile, or one split of its K, a program."""
@@ -132,6 +133,7 @@ def gemm_kernel(
                 out_ptr, workspace_ptr, counters_ptr, A_COLUMN_MAJOR, B_COLUMN_MAJOR, A_BROADCAST, B_BROADCAST,
                 RESIDUAL_BROADCAST, EVEN_M, EVEN_N, EVEN_K, PRECISION, FP8_SUM, A_SCALE, B_SCALE, BIAS_AXIS, GATED,
                 ACTIVATION, WEIGHTS, GROUP_SIZE, GROUPS, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, TMA,
+                PIECES,
             )  # fmt: skip
     else:
         gemm_tile(
@@ -140,7 +142,7 @@ def gemm_kernel(
             a_batch_stride, b_batch_stride, residual_batch_stride, out_stride, out_batch_stride, out_ptr,
             workspace_ptr, counters_ptr, A_COLUMN_MAJOR, B_COLUMN_MAJOR, A_BROADCAST, B_BROADCAST, RESIDUAL_BROADCAST,
             EVEN_M, EVEN_N, EVEN_K, PRECISION, FP8_SUM, A_SCALE, B_SCALE, BIAS_AXIS, GATED, ACTIVATION, WEIGHTS,
-            GROUP_SIZE, GROUPS, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, TMA,
+            GROUP_SIZE, GROUPS, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, TMA, PIECES,
         )  # fmt: skip
 
 
@@ -200,6 +202,7 @@ def gemm_tile(
     GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
     TMA: tl.constexpr,
+    PIECES: tl.constexpr,
 ):
     """The tile of that number, or the split of its K that is the program's."""
     HALVES: tl.constexpr = GATED == "halves"
@@ -300,14 +303,14 @@ def gemm_tile(
             if HALVES:
                 second = sum_of_partials(workspace_ptr, place + 1, SPLIT_K, PARTS, BLOCK_M, COLUMNS)
             tl.store(counters_ptr + tile, 0)
-            store_tile(
+            store_in_pieces(
                 x, second, offsets_m, column, end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr, bias_ptr,
                 residual_base, residual_ld, out_scale_ptr, out_base, out_ld, A_SCALE, B_SCALE, BIAS_AXIS, GATED,
-                EVEN_M, EVEN_N, ACTIVATION,
+                EVEN_M, EVEN_N, ACTIVATION, PIECES,
             )  # fmt: skip
     else:
-        store_tile(
+        store_in_pieces(
             x, second, offsets_m, column, end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, residual_base,
             residual_ld, out_scale_ptr, out_base, out_ld, A_SCALE, B_SCALE, BIAS_AXIS, GATED, EVEN_M, EVEN_N,
-            ACTIVATION,
+            ACTIVATION, PIECES,
         )  # fmt: skip

@@ -113,6 +113,7 @@ def launches(problem: GemmProblem, config: GemmConfig) -> tuple[Launch, ...]:
                 ("PERSISTENT", config.PERSISTENT),
                 ("FLATTEN", config.PERSISTENT and config.num_warps <= FLATTEN_WARPS),
                 ("TMA", config.TMA),
+                ("PIECES", space.pieces(problem, config)),
             ),
             num_warps=config.num_warps,
             num_stages=config.num_stages,

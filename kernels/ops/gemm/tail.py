@@ -127,3 +127,59 @@ def store_tile(
         tl.store(out_pointers, y)
     else:
         tl.store(out_pointers, y, mask=mask_m & mask_n)
+
+
+@triton.jit
+def halved(x):
+    """The left and the right half of a tile's columns, each thread's in its own registers."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def store_in_pieces(
+    x,
+    second,
+    rows,
+    column,
+    end_m,
+    end_n,
+    alpha_ptr,
+    a_scale_ptr,
+    b_scale_ptr,
+    bias_ptr,
+    residual_base,
+    residual_ld,
+    out_scale_ptr,
+    out_base,
+    out_ld,
+    A_SCALE: tl.constexpr,
+    B_SCALE: tl.constexpr,
+    BIAS_AXIS: tl.constexpr,
+    GATED: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PIECES: tl.constexpr,  # 1, 2 or 4 pieces of the columns, one after the other
+):
+    """As `store_tile`, piece by piece: what an epilogue needs beside the sums, it needs for one piece at a time."""
+    if PIECES == 1:
+        store_tile(
+            x, second, rows, column, end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, residual_base,
+            residual_ld, out_scale_ptr, out_base, out_ld, A_SCALE, B_SCALE, BIAS_AXIS, GATED, EVEN_M, EVEN_N,
+            ACTIVATION,
+        )  # fmt: skip
+    else:
+        left, right = halved(x)
+        second_left, second_right = left, right
+        if GATED == "halves":
+            second_left, second_right = halved(second)
+        store_in_pieces(
+            left, second_left, rows, column, end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr, bias_ptr,
+            residual_base, residual_ld, out_scale_ptr, out_base, out_ld, A_SCALE, B_SCALE, BIAS_AXIS, GATED, EVEN_M,
+            EVEN_N, ACTIVATION, PIECES // 2,
+        )  # fmt: skip
+        store_in_pieces(
+            right, second_right, rows, column + left.shape[1], end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr,
+            bias_ptr, residual_base, residual_ld, out_scale_ptr, out_base, out_ld, A_SCALE, B_SCALE, BIAS_AXIS, GATED,
+            EVEN_M, EVEN_N, ACTIVATION, PIECES // 2,
+        )  # fmt: skip

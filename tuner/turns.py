@@ -1,0 +1,70 @@
+"""Processes that measure on one GPU take turns: a time taken while another's kernel runs is no time at all.
+
+Runs of one host that measure on the same GPU, of whichever user, find each other by a lock on a file named after it.
+The system drops the lock of a process that ends, in whatever way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+POLL_S = 0.002
+"""Between two tries for a GPU that is busy: a turn is some 50 ms."""
+
+
+class BusyError(Exception):
+    """Others had the GPU for as long as one waits for it."""
+
+
+@contextlib.contextmanager
+def turn(folder: Path | None, gpu: str, wait_s: float) -> Iterator[None]:
+    """The GPU to oneself, while the block runs.
+
+    Args:
+        folder: where the runs of a host leave their locks; None takes no lock.
+        gpu: what the GPU is called by everybody, such as its PCI address.
+        wait_s: how long to wait for it.
+
+    Raises:
+        BusyError: it took longer.
+    """
+    descriptor = None if folder is None else _opened(folder / f"tilewright-gpu-{gpu.replace(':', '-')}.lock")
+    if descriptor is None:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + wait_s
+        while not _locked(descriptor):
+            if time.monotonic() >= deadline:
+                raise BusyError(f"others measure on {gpu} since {wait_s:g} s")
+            time.sleep(POLL_S)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _opened(path: Path) -> int | None:
+    """The lock file; None where there can't be one: whoever measures there does so unprotected."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):  # another user's: he has done so
+        os.fchmod(descriptor, 0o666)
+    return descriptor
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether the lock is ours; it counts as ours where there are no locks, as on some network file systems."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
