@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
 from functools import cached_property
 from keyword import iskeyword
@@ -71,7 +72,7 @@ def load(path: Path) -> Table:
     Raises:
         UsageError: it can't be read, or is no such table; the message says what is wrong.
     """
-    arrays = _arrays(path)
+    arrays = read_arrays(path, ARRAYS)
     names = [str(name) for name in arrays["names"].ravel()]
     domains = _domains(path, names, str(arrays["dom"]))
     indices, times, repeats = arrays["X"], arrays["time"], arrays["times"]
@@ -99,16 +100,21 @@ def load(path: Path) -> Table:
     return Table(path.stem, dict(zip(names, domains, strict=True)), indices.astype(int), times, repeats)
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of these names in a file; it may have more.
+
+    Raises:
+        UsageError: it can't be read, or lacks one.
+    """
     try:
         with path.open("rb") as stream:
             if not is_zipfile(stream):
                 raise UsageError(f"{path} is no replayed space: it is no .npz archive, or a truncated one")
             stream.seek(0)
             with np.load(stream, allow_pickle=False) as file:
-                if missing := [name for name in ARRAYS if name not in file]:
+                if missing := [name for name in names if name not in file]:
                     raise UsageError(f"{path} is no replayed space: it lacks {', '.join(missing)}")
-                return {name: file[name] for name in ARRAYS}
+                return {name: file[name] for name in names}
     except UsageError:
         raise
     except (OSError, EOFError, ValueError, BadZipFile, zlib.error) as error:  # most of them of damaged files

@@ -21,12 +21,25 @@ from tilewright.kernels.prediction import predict
 from tilewright.kernels.problem import Config, Problem
 from tilewright.tuner.pool import Pool
 from tilewright.tuner.runner import Compiler, Outcome, Runner, is_past
-from tilewright.tuner.timing import CLEARLY_SLOWER
+from tilewright.tuner.timing import BUDGET_S, CLEARLY_SLOWER
 from tilewright.tuning_db.errors import UsageError
 from tilewright.tuning_db.record import Provenance, Resources, Status, Times
 
 MEASURE_TIMEOUT_S = 60.0
 """For the gate and the timing of one configuration; both bound themselves to a few seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What is spent on one configuration. A tuning run's, unless said otherwise; a survey of thousands spends less."""
+
+    check: bool = True  # whether results go through the correctness gate
+    ragged: bool = True  # whether the gate sees a second problem, which tiles don't divide
+    clearly_slower: float = CLEARLY_SLOWER  # times the least time so far: from there on a configuration is given up
+    budget_s: float = BUDGET_S  # for the samples, after warm-up
+
+
+TUNING = Effort()
 
 
 def equal_gpus(device: Device, count: int) -> tuple[Device, ...]:
@@ -78,8 +91,14 @@ class GpuRunner(Runner):
     protocol = TIMING_PROTOCOL
 
     def __init__(
-        self, compiler: Compiler, device: Device, gpus: Sequence[Device] = (), workers: Pool | None = None
+        self,
+        compiler: Compiler,
+        device: Device,
+        gpus: Sequence[Device] = (),
+        workers: Pool | None = None,
+        effort: Effort = TUNING,
     ) -> None:
+        self._effort = effort
         self._compiler = compiler
         self._device = device
         ordinals = [each.live.rpartition(":")[2] for each in gpus or (device,)]
@@ -158,7 +177,7 @@ class GpuRunner(Runner):
     def _compile(self, kernel: Kernel[Any, Any], problem: Problem, config: Config) -> _Trial:
         code = self._compiler.submit(kernel, problem, config)
         ragged = None
-        if kernel.ragged is not None:
+        if self._effort.ragged and kernel.ragged is not None:
             # In parallel, and where a compiler that crashes or hangs is a process of its own: the one that measures
             # finds the code in Triton's cache.
             ragged = self._compiler.submit(kernel, kernel.ragged(problem, config), config)
@@ -179,13 +198,17 @@ class GpuRunner(Runner):
 
     def _measure(self, kernel: Kernel[Any, Any], problem: Problem, trial: _Trial) -> Future[dict[str, Any]]:
         best = self._best_us.get(problem)
-        ragged = None if trial.ragged is None else self._compiler.outcome(trial.ragged.result())
+        skipped = "" if self._effort.ragged else "not wanted"
+        if trial.ragged is not None:
+            ragged = self._compiler.outcome(trial.ragged.result())
+            skipped = "" if ragged.status is Status.OK else ragged.message
         request = {
             **self._request(kernel, problem),
             "config": trial.config.to_dict(),
-            "check": True,
-            "skip_ragged": "" if ragged is None or ragged.status is Status.OK else ragged.message,
-            "give_up_above_us": None if best is None else best * CLEARLY_SLOWER,
+            "check": self._effort.check,
+            "skip_ragged": skipped,
+            "give_up_above_us": None if best is None else best * self._effort.clearly_slower,
+            "budget_s": self._effort.budget_s,
         }
         return self._workers.submit(request, MEASURE_TIMEOUT_S)
 

@@ -37,7 +37,7 @@ from tilewright.kernels.registry import find_kernel
 from tilewright.kernels.runtime import Plan
 from tilewright.tuner import gate
 from tilewright.tuner.gpu import Gpu
-from tilewright.tuner.timing import Sampler, Timing, replay_copies, time_one, time_rounds
+from tilewright.tuner.timing import BUDGET_S, Sampler, Timing, replay_copies, time_one, time_rounds
 from tilewright.tuner.turns import BusyError, turn
 from tilewright.tuning_db.errors import CompileError, IllegalConfigError, LaunchError, UnsupportedError
 from tilewright.tuning_db.record import Status
@@ -67,6 +67,7 @@ def measure(request: Request) -> Reply:
         skip_ragged: why the gate's second problem is left out, such as that its code doesn't compile; "" if it isn't.
         give_up_above_us: timing stops early above this.
         locks: the folder in which the runs of this host take turns; without it, none are taken.
+        budget_s: seconds for the samples of `config`; `BUDGET_S` when left out.
 
     Returns:
         `status`, `message` unless ok, and as far as it got `resources` (fields of `Resources`), `times` (of `Times`),
@@ -87,7 +88,7 @@ def measure_on(gpu: Gpu, request: Request) -> Reply:
     problem = kernel.problem.from_dict(request["problem"])
     named = request["finalists"] if "finalists" in request else [request["config"]]
     configs = [kernel.space.config.from_dict(each) for each in named]
-    seed, check = request.get("seed", 0), request.get("check", True)
+    seed = request.get("seed", 0)
     faults: tuple[type[Exception], ...] = (LaunchError, *gpu.errors)
     try:
         bench = _bench(gpu, kernel, problem, seed)
@@ -95,26 +96,26 @@ def measure_on(gpu: Gpu, request: Request) -> Reply:
         with turn(Path(request["locks"]) if "locks" in request else None, gpu.address, TURN_S):
             bench.place()
             if "finalists" in request:
-                replies = _finalists(bench, trials, check)
+                replies = _finalists(bench, trials, request.get("check", True))
                 return {"status": Status.OK, "finalists": replies, "clocks": gpu.clocks()}
-            give_up_above_us, skip_ragged = request.get("give_up_above_us"), request.get("skip_ragged", "")
-            return _single(bench, configs[0], trials[0], check, give_up_above_us, skip_ragged)
+            return _single(bench, configs[0], trials[0], request)
     except BusyError as error:
         return {"status": Status.TIMEOUT, "busy": True, "message": str(error)}
     except faults as error:
         return _fault(gpu, error)
 
 
-def _single(
-    bench: Bench, config: Config, trial: Trial, check: bool, give_up_above_us: float | None, skip_ragged: str
-) -> Reply:
+def _single(bench: Bench, config: Config, trial: Trial, request: Request) -> Reply:
+    check, skip_ragged = request.get("check", True), request.get("skip_ragged", "")
     if trial.plan is None:
         return trial.reply
     reason = bench.gate(trial.plan) if check else None
     if reason is not None:
         return {**trial.reply, "status": Status.INCORRECT, "message": reason}
     sampler, method = bench.sampler(trial.plan)
-    timing = time_one(sampler, give_up_above_us=give_up_above_us)
+    timing = time_one(
+        sampler, give_up_above_us=request.get("give_up_above_us"), budget_s=request.get("budget_s", BUDGET_S)
+    )
     reply = {**trial.reply, **_times(timing), "method": method, "clocks": bench.gpu.clocks()}
     if not check or timing.gave_up:
         return reply
