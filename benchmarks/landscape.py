@@ -67,13 +67,17 @@ FIRST = 16
 TURN_S = 12.0
 """Of the GPU for one problem: changing over (inputs, reference, copies to the GPU) is then a tenth of it or less."""
 
-WINDOW = 128
-"""Configurations of each problem that are compiled ahead: a turn's worth."""
+WINDOW = 96
+"""Configurations of each problem that are compiled ahead: about a turn's worth. More would be compiled in vain when the
+time is up."""
 
 LEAST_READY = 8
 """Compiled configurations that are worth changing over for."""
 
 SAVE_S = 20.0
+
+POLL_S = 1.0
+"""Between two looks at the clock while the compilers are waited for."""
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
@@ -170,8 +174,7 @@ def measure(
             return
         able = [survey for survey in unfinished if len(survey.ready) >= min(LEAST_READY, survey.left)]
         if not able:
-            left = SAVE_S if deadline is None else min(SAVE_S, max(0.0, deadline - time.monotonic()))
-            wait([future for survey in unfinished for future in survey.compiling], left, FIRST_COMPLETED)
+            wait([future for survey in unfinished for future in survey.compiling], POLL_S, FIRST_COMPLETED)
             tick()
             continue
         survey = min(able, key=lambda each: each.spent_s)
@@ -202,9 +205,7 @@ class Saver:
         self.save()
         done = sum(len(survey.landscape.rows) for survey in self._surveys) - self._before
         spent = now - self._start
-        each = "; ".join(
-            f"{survey.landscape.workload.partition(',')[0]} {_reached(survey)}" for survey in self._surveys
-        )
+        each = "; ".join(map(_reached, self._surveys))
         print(f"{spent:4.0f}{self._limit} s: {done} measured, {done / spent:.1f}/s: {each}", flush=True)
 
     def save(self) -> None:
@@ -214,8 +215,8 @@ class Saver:
 
 
 def _reached(survey: Survey) -> str:
-    landscape, best = survey.landscape, survey.landscape.best_us
-    return f"{landscape.workload} {len(landscape.rows)}/{survey.wanted}" + ("" if best is None else f" {best:.1f} µs")
+    best = survey.landscape.best_us
+    return f"{len(survey.landscape.rows)}/{survey.wanted}" + ("" if best is None else f" {best:.1f} µs")
 
 
 def prepare(

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.landscape_runs FOLDER KILL_AT [ARGUMENT …]
 
 `KILL_AT` is JSON: null, or what `Scenario.kill_at` takes for measurements; that gets this process killed. Arguments are
-the command's. The journal of measurements is `FOLDER/journal`.
+the command's. Files are saved after every outcome. The journal of measurements is `FOLDER/journal`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def main(folder: str, kill_at: str, *arguments: str) -> None:
     journal = str(Path(folder) / "journal")
     measuring = Scenario(journal, kill_at=json.loads(kill_at))
     sys.argv = ["landscape", *arguments]
-    with simulated_landscapes(Scenario(f"{journal}-compiling"), measuring, Path(folder)):
+    with (
+        simulated_landscapes(Scenario(f"{journal}-compiling"), measuring, Path(folder)),
+        mock.patch.object(landscape, "SAVE_S", 0.0),
+    ):
         landscape.main()
 
 

@@ -27,8 +27,8 @@ BENCHMARKS = {
     ],
 }
 
-OF_A_TEST_FILE = {"gpu"}
-"""Those that need more than a file of figures: `test_gpu.py`."""
+OF_A_TEST_FILE = {"gpu", "heuristics", "landscape", "prediction"}
+"""Those that need more than a file of figures: `test_gpu.py` and its siblings."""
 
 
 def test_every_benchmark_is_run_here() -> None:

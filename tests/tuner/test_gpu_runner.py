@@ -18,9 +18,9 @@ from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner import gpu_runner
-from tilewright.tuner.gpu_runner import MEASURE_TIMEOUT_S, GpuRunner, equal_gpus
+from tilewright.tuner.gpu_runner import MEASURE_TIMEOUT_S, Effort, GpuRunner, equal_gpus
 from tilewright.tuner.runner import Compiler
-from tilewright.tuner.timing import CLEARLY_SLOWER
+from tilewright.tuner.timing import BUDGET_S, CLEARLY_SLOWER
 from tilewright.tuner.tune import autotune
 from tilewright.tuning_db.errors import UsageError, WorkerError
 from tilewright.tuning_db.record import Provenance, Status
@@ -101,6 +101,20 @@ def test_clearly_slower_ones_may_stop_early(runner: GpuRunner) -> None:
         list(runner.run(GEMM, PROBLEM, [config]))
     limits = [request["give_up_above_us"] for request in runner._workers.requests]  # type: ignore[attr-defined]
     assert limits == [None, 64 * CLEARLY_SLOWER, 64 * CLEARLY_SLOWER]
+
+
+def test_a_survey_asks_for_less(runner: GpuRunner) -> None:
+    list(runner.run(GEMM, PROBLEM, [GemmConfig(64, 64, 32)]))
+    workers, compilers = FakePool(measured), FakePool(compiled)
+    effort = Effort(check=False, ragged=False, clearly_slower=20.0, budget_s=0.05)
+    survey = GpuRunner(Compiler(compilers, DEVICE), DEVICE, workers=workers, effort=effort)  # type: ignore[arg-type]
+    list(survey.run(GEMM, PROBLEM, [GemmConfig(64, 64, 32)]))
+    list(survey.run(GEMM, PROBLEM, [GemmConfig(32, 64, 32)]))
+    usual, one, other = (*runner._workers.requests, *workers.requests)  # type: ignore[attr-defined]
+    assert (usual["check"], usual["skip_ragged"], usual["budget_s"]) == (True, "", BUDGET_S)
+    assert (one["check"], one["skip_ragged"], one["budget_s"]) == (False, "not wanted", 0.05)
+    assert (one["give_up_above_us"], other["give_up_above_us"]) == (None, 64 * 20.0)
+    assert [request["problem"] for request in compilers.requests] == [PROBLEM.to_dict()] * 2  # no ragged one
 
 
 def test_finalists_are_measured_again_together(runner: GpuRunner) -> None:

@@ -20,6 +20,7 @@ from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.registry import KERNELS
 from tilewright.kernels.runtime import InterpretedPlan, Plan
 from tilewright.tuner import measure as module
+from tilewright.tuner import timing
 from tilewright.tuner.measure import Bench, measure, measure_on
 from tilewright.tuning_db.errors import CompileError, LaunchError, ProblemError, UnknownKernelError, UnsupportedError
 from tilewright.tuning_db.record import Resources, Times
@@ -55,6 +56,22 @@ def test_a_right_configuration_is_checked_and_timed(gpu: SimulatedGpu) -> None:
     }
     assert Times(**reply["times"]).median_us == 10.0
     assert Resources(**reply["resources"]).registers == 64
+
+
+def test_the_samples_take_the_budget_that_is_asked_for(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def time_one(sampler: Any, **options: Any) -> Any:
+        asked.append(options)
+        return timing.time_one(sampler, **options)
+
+    monkeypatch.setattr(module, "time_one", time_one)
+    measure(request())
+    measure(request(budget_s=0.05, give_up_above_us=20.0))
+    assert asked == [
+        {"give_up_above_us": None, "budget_s": timing.BUDGET_S},
+        {"give_up_above_us": 20.0, "budget_s": 0.05},
+    ]
 
 
 SHAPES = {
