@@ -6,8 +6,8 @@
 
 Several problems, each with a file of its own, share the time: all are compiled for in parallel on all processors, and
 the GPU turns to that problem which has had least of it, for `TURN_S` at a time, for changing over costs a second or
-two. The default configuration and the best predicted come first, the others in a random order of `--seed`: when the
-time is up each file holds a random sample, as large as was reached.
+two. The default configuration comes first, then what `--first` names and the best predicted, and then the others in a
+random order of `--seed`: when the time is up each file holds a random sample, as large as was reached.
 
 Configurations are compiled, checked and timed by what `autotune` does it with. Less is spent on each, though: the
 samples of one take `BUDGET_S`, the correctness gate sees the problem alone and not a ragged one besides, and only what
@@ -46,7 +46,7 @@ from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.lookup import check_supported, prediction_protocol, predictions, record_key
 from tilewright.kernels.ops.gemm.problem import GemmProblem
-from tilewright.kernels.problem import Config
+from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner.gpu_runner import Effort, GpuRunner
 from tilewright.tuner.pool import Pool
@@ -100,7 +100,7 @@ PRESETS: dict[str, tuple[Workload, ...]] = {
 class Survey:
     """One problem on its way: which configurations are still to come, which are being compiled, and the landscape."""
 
-    def __init__(self, landscape: Landscape, path: Path, sample: int | None) -> None:
+    def __init__(self, landscape: Landscape, path: Path, sample: int | None, named: Sequence[Config] = ()) -> None:
         self.landscape = landscape
         self.path = path
         self.spent_s = 0.0  # of the GPU
@@ -110,8 +110,13 @@ class Survey:
         default = kernel.default(problem, device)
         every = list(dict.fromkeys((*self._predicted_us, default)))
         landscape.size = len(every)
+        for config in named:
+            if config not in self._predicted_us:
+                raise UsageError(
+                    f"{config} is not worth trying on {problem}: --first takes configurations of the space"
+                )
         best = sorted(self._predicted_us, key=self._predicted_us.__getitem__)[:FIRST]
-        self._first = dict.fromkeys((default, *best))
+        self._first = dict.fromkeys((default, *named, *best))
         drawn = [every[at] for at in np.random.default_rng(landscape.seed).permutation(len(every))]
         self._places = {config: place for place, config in enumerate(drawn)}
         order = list(dict.fromkeys((*self._first, *drawn)))[:sample]
@@ -220,12 +225,20 @@ def _reached(survey: Survey) -> str:
 
 
 def prepare(
-    workload: Workload, device: Device, path: Path, effort: Effort, seed: int, sample: int | None, where: dict[str, Any]
+    workload: Workload,
+    device: Device,
+    path: Path,
+    effort: Effort,
+    seed: int,
+    sample: int | None,
+    where: dict[str, Any],
+    named: Sequence[Config] = (),
 ) -> Survey:
-    """The survey of one problem, which goes on from the file if there is one.
+    """The survey of one problem, which goes on from the file if there is one. What is `named` is measured first.
 
     Raises:
-        UsageError: the device can't run the problem, or the file is another landscape's.
+        UsageError: the device can't run the problem, the file is another landscape's, or what is named is not of the
+            space.
     """
     kernel = find_kernel(workload.op)
     check_supported(kernel, workload.problem, device)
@@ -246,7 +259,7 @@ def prepare(
             raise UsageError(f"{path} is another landscape: {objection}; name another file, or move this one away")
         landscape.rows = there.rows
         landscape.environments = [*there.environments, where]
-    return Survey(landscape, path, sample)
+    return Survey(landscape, path, sample, named)
 
 
 def chosen_workloads(
@@ -275,6 +288,27 @@ def chosen_workloads(
     if not chosen:
         raise UsageError("nothing to measure: name --problem, --workload or --preset")
     return list({workload.problem: workload for workload in reversed(chosen)}.values())[::-1]
+
+
+def named_configs(path: Path | None) -> dict[Problem, list[Config]]:
+    """The configurations of a file that is a list of `{"op": …, "problem": {…}, "configs": [{…}, …]}`, by problem.
+
+    Raises:
+        UsageError: it is no such file.
+    """
+    if path is None:
+        return {}
+    found: dict[Problem, list[Config]] = {}
+    try:
+        for entry in json.loads(path.read_bytes()):
+            kernel = find_kernel(entry["op"])
+            configs = [kernel.space.config.from_dict(each) for each in entry["configs"]]
+            found[kernel.problem.from_dict(entry["problem"])] = configs
+    except TilewrightError as error:
+        raise UsageError(f"{path}: {error}") from None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UsageError(f"{path} is no list of configurations: {error!r}") from None
+    return found
 
 
 def files(workloads: Sequence[Workload], device: Device, out: Path) -> list[Path]:
@@ -359,6 +393,12 @@ def summary(surveys: Sequence[Survey]) -> tuple[Table, dict[str, Any]]:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A file *.npz, or a folder for several.")
 @click.option("--device", "device_name", default="cuda:0", show_default=True, help="The GPU.")
 @click.option("--sample", type=click.IntRange(min=1), help="At most so many configurations of each problem.")
+@click.option(
+    "--first",
+    "first_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Configurations to measure before the others, as benchmarks.heuristics writes them.",
+)
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="For all together; no limit if left out.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Compiling processes; by default one per processor but one.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the random order.")
@@ -374,6 +414,7 @@ def command(
     out: Path,
     device_name: str,
     sample: int | None,
+    first_file: Path | None,
     minutes: float | None,
     jobs: int | None,
     seed: int,
@@ -388,10 +429,11 @@ def command(
     if json_file is not None and not json_file.parent.is_dir():
         raise UsageError(f"{json_file} can't be written: there is no folder {json_file.parent}")
     workloads = chosen_workloads(ops, problems, names, presets)
+    named = named_configs(first_file)
     effort = Effort(check=check, ragged=False, clearly_slower=HOPELESS, budget_s=BUDGET_S)
     where = {**environment(), "gpu": device.name, "source": device.source}
     surveys = [
-        prepare(workload, device, path, effort, seed, sample, where)
+        prepare(workload, device, path, effort, seed, sample, where, named.get(workload.problem, ()))
         for workload, path in zip(workloads, files(workloads, device, out), strict=True)
     ]
     # The process with the GPU needs a processor to itself: what queues samples must not wait.

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 from benchmarks import landscape as module
 from benchmarks import replay_tables, search_quality
-from benchmarks.landscape import BUDGET_S, FIRST, HOPELESS, PRESETS, chosen_workloads, files, measure
+from benchmarks.landscape import BUDGET_S, FIRST, HOPELESS, PRESETS, chosen_workloads, files, measure, named_configs
 from benchmarks.landscape_file import load
 from tests.benchmarks.landscape_runs import simulated_landscapes
 from tests.tuner.simulated_worker import Scenario, read_journal, time_us
@@ -212,6 +212,48 @@ def test_a_sample_has_the_first_and_then_others_by_the_seed(tmp_path: Path) -> N
         assert len(first) in (FIRST, FIRST + 1)
         drawn.append(set(landscape.rows) - first)
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_what_is_named_is_measured_before_the_others(tmp_path: Path) -> None:
+    predicted = {config: each.time_us for each, config in predictions(GEMM, PROBLEM, BOARD)}
+    slowest = max(predicted, key=predicted.__getitem__)
+    first = tmp_path / "first.json"
+    entry = {"op": "gemm", "problem": PROBLEM.to_dict(), "configs": [slowest.to_dict()]}
+    other = {"op": "gemm", "problem": replace(PROBLEM, M=32).to_dict(), "configs": []}
+    first.write_text(json.dumps([entry, other]))
+    out = tmp_path / "small__a100.npz"
+    options = [*SMALL, "--out", str(out), "--sample", "2", "--first", str(first), "--jobs", "1"]
+    with simulated_landscapes(Scenario(str(tmp_path / "c")), Scenario(str(tmp_path / "m")), tmp_path):
+        done = CliRunner().invoke(module.command, options)
+    assert done.exit_code == 0, done.output
+    assert list(load(out).rows) == [GEMM.default(PROBLEM, BOARD), slowest]
+    assert load(out).rows[slowest].first
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is no list of configurations: JSONDecodeError"),
+        ("[1]", "is no list of configurations: TypeError"),
+        ('[{"op": "gemm"}]', "is no list of configurations: KeyError('configs')"),
+        ('[{"op": "gem", "problem": {}, "configs": []}]', "unknown kernel 'gem'"),
+        ('[{"op": "gemm", "problem": {"M": 1}, "configs": [{"BLOCK": 1}]}]', "GemmConfig has no field 'BLOCK'"),
+    ],
+)
+def test_a_file_that_names_no_configurations_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "first.json"
+    path.write_text(text)
+    with pytest.raises(UsageError) as raised:
+        named_configs(path)
+    assert str(raised.value).startswith(str(path))
+    assert said in str(raised.value)
+
+
+def test_what_is_named_must_be_of_the_space(tmp_path: Path) -> None:
+    (workload,) = chosen_workloads([], [str(PROBLEM)], [], [])
+    odd = replace(space()[0], num_stages=7)
+    with pytest.raises(UsageError, match="num_stages=7.* is not worth trying on M=16,N=32,K=64"):
+        module.prepare(workload, BOARD, tmp_path / "x.npz", Effort(), 0, None, {}, [odd])
 
 
 class DoneCompiler:
