@@ -196,6 +196,19 @@ def test_failures_keep_their_status(tmp_path: Path) -> None:
     assert int(np.isnan(table.times).sum()) == 2
 
 
+@pytest.mark.parametrize(("check", "status"), [("--check", Status.INCORRECT), ("--no-check", Status.OK)])
+def test_results_are_checked_unless_told_not_to(tmp_path: Path, check: str, status: Status) -> None:
+    wrong = GEMM.default(PROBLEM, BOARD).to_json()
+    out = tmp_path / "small__a100.npz"
+    measuring = Scenario(str(tmp_path / "m"), {wrong: "wrong result"}, real=True)
+    with simulated_landscapes(Scenario(str(tmp_path / "c")), measuring, tmp_path):
+        done = CliRunner().invoke(module.command, [*SMALL, "--out", str(out), "--sample", "3", "--jobs", "1", check])
+    assert done.exit_code == 0, done.output
+    found = {config.to_json(): row.outcome.status for config, row in load(out).rows.items()}
+    assert found.pop(wrong) is status
+    assert list(found.values()) == [Status.OK, Status.OK]
+
+
 def test_a_sample_has_the_first_and_then_others_by_the_seed(tmp_path: Path) -> None:
     drawn = []
     for seed in (0, 0, 1):
