@@ -25,6 +25,7 @@ import contextlib
 import difflib
 import json
 import os
+import platform
 import re
 import signal
 import sys
@@ -41,7 +42,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.landscape_file import Landscape, Row, load
-from benchmarks.measuring import environment
+from benchmarks.measuring import board_environment, environment
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.lookup import check_supported, prediction_protocol, predictions, record_key
@@ -432,7 +433,14 @@ def command(
     workloads = chosen_workloads(ops, problems, names, presets)
     named = named_configs(first_file)
     effort = Effort(check=check, ragged=False, clearly_slower=HOPELESS, budget_s=BUDGET_S)
-    where = {**environment(), "gpu": device.name, "source": device.source}
+    where = {
+        **environment(),
+        **board_environment(int(device.live.rpartition(":")[2])),
+        "gpu": device.name,
+        "source": device.source,
+        "host": platform.node(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
     surveys = [
         prepare(workload, device, path, effort, seed, sample, where, named.get(workload.problem, ()))
         for workload, path in zip(workloads, files(workloads, device, out), strict=True)

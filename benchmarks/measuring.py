@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -45,6 +46,20 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("tilewright", "triton", "numpy")},
     }
+
+
+def board_environment(ordinal: int) -> dict[str, Any]:
+    """Driver and power limit (W) of a GPU of this machine, by NVML; nothing without it."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(ImportError):
+        import pynvml
+
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            found["driver"] = pynvml.nvmlSystemGetDriverVersion()
+            handle = pynvml.nvmlDeviceGetHandleByIndex(ordinal)
+            found["power_limit_w"] = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000
+    return found
 
 
 def finish(

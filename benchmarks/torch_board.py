@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.cases import Case, computes_all
 from benchmarks.contenders import Contender, arrays_of, libraries, ours
-from benchmarks.measuring import environment, median_us
+from benchmarks.measuring import board_environment, environment, median_us
 from tilewright.kernels import gemm
 from tilewright.kernels.arrays import require_cupy
 from tilewright.kernels.device import Device
@@ -123,15 +123,7 @@ class TorchBoard:
             "host": platform.node(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        with contextlib.suppress(ImportError):
-            import pynvml
-
-            with contextlib.suppress(pynvml.NVMLError):
-                pynvml.nvmlInit()
-                found["driver"] = pynvml.nvmlSystemGetDriverVersion()
-                handle = pynvml.nvmlDeviceGetHandleByIndex(self.ordinal)
-                found["power_limit_w"] = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000
-        return found
+        return found | board_environment(self.ordinal)
 
     def peaks(self) -> dict[str, float]:
         """What the board reaches: a copy's GB/s, read and written, and TFLOP/s of a large bf16 product."""
