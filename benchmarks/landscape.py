@@ -112,15 +112,14 @@ class Survey:
         default = kernel.default(problem, device)
         every = list(dict.fromkeys((*self._predicted_us, default)))
         landscape.size = len(every)
-        for config in named:
-            if config not in self._predicted_us:
-                raise UsageError(
-                    f"{config} is not worth trying on {problem}: --first takes configurations of the space"
-                )
         best = sorted(self._predicted_us, key=self._predicted_us.__getitem__)[:FIRST]
         self._first = dict.fromkeys((default, *named, *best))
         drawn = [every[at] for at in np.random.default_rng(landscape.seed).permutation(len(every))]
-        self._places = {config: place for place, config in enumerate(drawn)}
+        # What is named need not be listed, as long as it can run; it is behind all that may be drawn.
+        others = [config for config in named if config not in self._predicted_us and config != default]
+        for config in others:
+            kernel.space.check(problem, config, device)
+        self._places = {config: place for place, config in enumerate((*drawn, *others))}
         order = list(dict.fromkeys((*self._first, *drawn)))[:sample]
         self._queue = deque(config for config in order if config not in landscape.rows)
         self._window: dict[Config, Future[dict[str, Any]]] = {}
@@ -239,8 +238,7 @@ def prepare(
     """The survey of one problem, which goes on from the file if there is one. What is `named` is measured first.
 
     Raises:
-        UsageError: the device can't run the problem, the file is another landscape's, or what is named is not of the
-            space.
+        UsageError: the device can't run the problem or what is named, or the file is another landscape's.
     """
     kernel = find_kernel(workload.op)
     check_supported(kernel, workload.problem, device)

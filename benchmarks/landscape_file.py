@@ -43,8 +43,8 @@ class Row:
 
     outcome: Outcome
     predicted_us: float  # from estimated resources, before it was compiled; NaN of one that the space doesn't list
-    place: int  # in the random order of the whole list
-    first: bool  # ahead of its turn: it is the default, or among the best predicted
+    place: int  # in the random order of the whole list; behind all of it for one that isn't listed
+    first: bool  # ahead of its turn: it is the default, was named, or is among the best predicted
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -33,7 +34,7 @@ from tilewright.kernels.registry import find_kernel
 from tilewright.tuner import gpu_runner
 from tilewright.tuner.gpu_runner import Effort
 from tilewright.tuner.runner import Outcome
-from tilewright.tuning_db.errors import UsageError
+from tilewright.tuning_db.errors import IllegalConfigError, UsageError
 from tilewright.tuning_db.record import Status, Times, canonical_json
 
 SMALL = ["--op", "gemm", "--problem", str(PROBLEM)]
@@ -262,11 +263,21 @@ def test_a_file_that_names_no_configurations_is_refused(tmp_path: Path, text: st
     assert said in str(raised.value)
 
 
-def test_what_is_named_must_be_of_the_space(tmp_path: Path) -> None:
+def test_what_is_named_need_not_be_listed_but_must_run(tmp_path: Path) -> None:
     (workload,) = chosen_workloads([], [str(PROBLEM)], [], [])
-    odd = replace(space()[0], num_stages=7)
-    with pytest.raises(UsageError, match=r"num_stages=7.* is not worth trying on M=16,N=32,K=64"):
-        module.prepare(workload, BOARD, tmp_path / "x.npz", Effort(), 0, None, {}, [odd])
+    unlisted = replace(space()[0], num_stages=7)
+    too_large = replace(space()[0], BLOCK_M=256, BLOCK_N=256, BLOCK_K=256)
+    survey = module.prepare(workload, BOARD, tmp_path / "x.npz", Effort(), 0, None, {}, [unlisted])
+    survey.fill(DoneCompiler())  # type: ignore[arg-type]
+    list(survey.take(Clocked({"gemm": 1.0}), 100.0))  # type: ignore[arg-type]
+    assert survey.landscape.size == 25
+    assert list(survey.landscape.rows)[1] == unlisted
+    row = survey.landscape.rows[unlisted]
+    assert (row.place, row.first, math.isnan(row.predicted_us)) == (25, True, True)
+    survey.save()
+    assert load(tmp_path / "x.npz").rows[unlisted].place == 25
+    with pytest.raises(IllegalConfigError):
+        module.prepare(workload, BOARD, tmp_path / "y.npz", Effort(), 0, None, {}, [too_large])
 
 
 class DoneCompiler:
