@@ -11,7 +11,6 @@ got the package. `pip install -e '.[bench]'` installs it (NVIDIA's own licence).
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Sequence
@@ -87,8 +86,8 @@ def suggestions(problem: Problem, device: Device) -> list[GemmConfig] | None:
     return list(dict.fromkeys(nearest(wanted(kernel), plain) for kernel in found))[:COUNT]
 
 
-@functools.cache
 def _interface(board: str) -> tuple[Any, Any]:
+    # Not kept: one that lives to the end of the process fails as it goes, for ctypes has gone before.
     from nvMatmulHeuristics import nvMatmulHeuristics as library  # noqa: N813 - a module
 
     interface = library.NvMatmulHeuristicsInterfaceEx(
