@@ -10,8 +10,9 @@ The launch runs in waves of SMs · occupancy blocks. With r blocks on the busies
 dots; `stalls` are its waits at barriers and, without a pipeline, for memory; `chain` is what one block computes and
 waits, one after the other, with the tensor cores idle that only neighbours fill; `dram` is the traffic of the whole
 wave; `latency` is what waiting for tiles costs in spite of the pipeline. `ends` is a block's time before and after its
-loop, which neighbours hide once the blocks are no longer in step. Resources work at the same time, but never quite
-independently: overlap(x…) = (Σ x⁴)^¼ is the longest of them, and up to a fifth more when another is as long.
+loop, which neighbours hide once the blocks are no longer in step; `follow` is what lies between two tiles. Resources
+work at the same time, but never quite independently: overlap(x…) = (Σ x⁴)^¼ is the longest of them, and up to a fifth
+more when another is as long.
 
 `docs/prediction.md` derives each term, with its source. Each is a function below that can be called alone, and
 `predict(..., without={Term.X})` leaves one out, which is how the tests show that it decides something.
@@ -55,8 +56,8 @@ class Term(StrEnum):
     SPILLS = "spills"  # registers kept in local memory
 
 
-# Constants, none of them fitted to a result of ours but `BLOCK_GAP_CYCLES`. Cycles are SM clocks at boost; "gpu-benches" are the measured
-# tables of github.com/te42kyfo/gpu-benches.
+# Constants, none of them but `BLOCK_GAP_CYCLES` fitted to a result of ours. Cycles are SM clocks at boost; "gpu-benches"
+# are the measured tables of github.com/te42kyfo/gpu-benches.
 DRAM_EFFICIENCY = 0.9  # gpu-benches: 0.85 to 0.92 on A100, 0.92 to 0.98 on L40; a copy on H200: 4.3 of 4.8 TB/s
 COMPUTE_EFFICIENCY = 0.9  # of the dense peak, sustained by a full pipeline
 COMPUTE_EFFICIENCY_HOPPER = 0.82  # power holds the clock down: cuBLAS bf16 8192³ on H200 is 769 to 798 of 989 TFLOP/s
@@ -87,9 +88,9 @@ BARRIER_CYCLES = 40  # per iteration: wait for the copies, then for the other wa
 LAUNCH_US = 0.9  # between kernels of one stream: 3.8 - 2.9 µs (A. Gray, "Getting Started with CUDA Graphs", NVIDIA)
 BLOCK_START_CYCLES = 500  # some 300 instructions before the loop, most of them waiting for another (a judgement)
 BLOCK_GAP_CYCLES = {90: 9900}
-"""Between a block that has an SM to itself and its successor, beside what `end_cycles` has, by arch; nothing is known of
-the others. Measured on an H200 (Triton 3.6; benchmarks/results): 8192×8192×1024 of fp16 in tiles of 128×256 takes 332 µs
-and, persistent, 232; of the 6.7 µs a wave between them, 1.7 are the ends. At 4096³ it is 223 and 185."""
+"""Between a block that has an SM to itself and its successor, beside what `end_cycles` has, by arch; nothing is known
+of the others. Measured on an H200 (Triton 3.6; benchmarks/results): 8192×8192×1024 of fp16 in tiles of 128×256 takes
+332 µs and, persistent, 232; of the 6.7 µs a wave between them, 1.7 are the ends. At 4096³ it is 223 and 185."""
 ATOMIC_CYCLES = 2 * L2_LATENCY_CYCLES  # a fence until the partial tile is in L2, and the atomic there and back
 
 
@@ -458,9 +459,11 @@ def end_cycles(work: Work, rate: float, without: Collection[Term] = ()) -> float
 def follow_cycles(
     work: Work, device: Device, rate: float, ends: float, resident: int, without: Collection[Term] = ()
 ) -> float:
-    """Cycles between the loops of two tiles that an SM's place for a block computes one after the other: the ends of the
-    two blocks, and where one fills the SM, until it has gone and the other has come. A persistent block has asked for
-    its next operands when it comes to the epilogue."""
+    """Cycles between the loops of two tiles that are computed in one place, one after the other.
+
+    They are the ends of two blocks, and where one fills the SM, the time until it has gone and the other has come. A
+    persistent block has asked for its next operands when it comes to the epilogue.
+    """
     if work.persistent:
         return 0.0 if Term.EPILOGUE in without else work.epilogue_bytes / rate
     gap = BLOCK_GAP_CYCLES.get(device.arch, 0) if resident == 1 and Term.LAUNCH not in without else 0

@@ -1,4 +1,4 @@
-"""The library's ways compute what our kernels compute: each against the kernel's own reference, small, on a processor."""
+"""The library's ways compute what ours do: each against the kernel's own reference, small, on a processor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison on a GPU, rehearsed: every case goes through, every file is written, and each says that it is made up."""
+"""The comparison on a GPU, rehearsed: every case goes through, and every file says that its times are made up."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.registry import find_kernel
 
 ROW = {"family", "name", "op", "problem", "flops", "bytes", "ratio", "against", "contenders"}
-TIMED = {field for field in Timed._fields} | {"role"}
+TIMED = set(Timed._fields) | {"role"}
 
 
 @pytest.fixture(scope="module")

@@ -356,7 +356,7 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
     config = GemmConfig(128, 256, 64, GROUP_M=8, num_warps=8, num_stages=4, PERSISTENT=True, TMA=True)
     tiles_m, tiles_n = tiles(problem, config)
     # A third of a tile's columns idle cost more than the larger tile gains.
-    if tiles_m * tiles_n < 2 * device.sms or problem.N < 0.75 * tiles_n * config.BLOCK_N:
+    if tiles_m * tiles_n < 2 * device.sms or 0.75 * tiles_n * config.BLOCK_N > problem.N:
         return None
     return config if fits(problem, config, device) is None else None
 
