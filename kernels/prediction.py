@@ -56,8 +56,8 @@ class Term(StrEnum):
     SPILLS = "spills"  # registers kept in local memory
 
 
-# Constants, none of them but `BLOCK_GAP_CYCLES` fitted to a result of ours. Cycles are SM clocks at boost; "gpu-benches"
-# are the measured tables of github.com/te42kyfo/gpu-benches.
+# Constants, none of them but `BLOCK_GAP_CYCLES` fitted to a result of ours. Cycles are SM clocks at boost;
+# "gpu-benches" are the measured tables of github.com/te42kyfo/gpu-benches.
 DRAM_EFFICIENCY = 0.9  # gpu-benches: 0.85 to 0.92 on A100, 0.92 to 0.98 on L40; a copy on H200: 4.3 of 4.8 TB/s
 COMPUTE_EFFICIENCY = 0.9  # of the dense peak, sustained by a full pipeline
 COMPUTE_EFFICIENCY_HOPPER = 0.82  # power holds the clock down: cuBLAS bf16 8192³ on H200 is 769 to 798 of 989 TFLOP/s
