@@ -12,6 +12,9 @@ from tilewright.tuning_db.errors import UsageError
 DB_DIR = "TILEWRIGHT_DB_DIR"
 """Folder of the tuning databases; default: `tilewright` under the platform's user data directory."""
 
+SHIPPED = "TILEWRIGHT_SHIPPED"
+"""Folder of the shipped records, in place of the package's own; 0 leaves them out."""
+
 PACK = "TILEWRIGHT_PACK"
 """File of `autotune pack` whose configurations and compiled kernels are used before anything else; default: none."""
 
@@ -38,6 +41,15 @@ def database_dir(override: str | os.PathLike[str] | None = None) -> Path:
         return Path(chosen).expanduser()
     except RuntimeError as error:
         raise UsageError(f"the folder of the databases {os.fspath(chosen)!r} can't be found: {error}") from None
+
+
+def shipped_dir() -> Path | None:
+    """The folder of the records that come with the package, or of those that `$TILEWRIGHT_SHIPPED` names instead; None
+    where it is off."""
+    named = os.environ.get(SHIPPED, "").strip()
+    if not named or named.lower() in _ON:
+        return Path(__file__).parent / "shipped"
+    return None if named.lower() in _OFF else Path(named)
 
 
 def pack_file() -> Path | None:

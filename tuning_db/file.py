@@ -41,6 +41,8 @@ _NOT_PLAIN = re.compile(r"[^a-z0-9_-]+")
 
 SIDECARS = ("-wal", "-shm", "-journal")
 
+_IMMUTABLE = "mode=ro&immutable=1"
+
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _ELSEWHERE = "choose another folder with --db or $TILEWRIGHT_DB_DIR"
 _ACCESS = {
@@ -162,8 +164,9 @@ class DatabaseFile:
             raise UsageError(f"{self.path} was opened before this process was forked: open it again here")
 
 
-def open_file(path: Path, *, read_only: bool = False) -> DatabaseFile:
-    """Open a file, for writing made first where it is missing, set aside first where it is damaged.
+def open_file(path: Path, *, read_only: bool = False, immutable: bool = False) -> DatabaseFile:
+    """Open a file, for writing made first where it is missing, set aside first where it is damaged. One that is
+    `immutable`, which is read only, nobody ever writes to: SQLite then takes no locks and looks for no side files.
 
     Raises:
         DatabaseCorruptError: read-only, and the file is damaged or no database.
@@ -174,6 +177,9 @@ def open_file(path: Path, *, read_only: bool = False) -> DatabaseFile:
     with explained(path):
         if path.is_dir():
             raise DatabaseAccessError(f"{path} is a folder, where a file should be: move it, or {_ELSEWHERE}")
+        if immutable:
+            connection = _connect_checked(path, _IMMUTABLE) if _has_content(path) else None
+            return DatabaseFile(path, connection, read_only=True)
         if read_only:
             return DatabaseFile(path, _connect_to_read(path), read_only=True)
         refuse_if_frozen(f"nothing is written to {path}")
@@ -274,7 +280,7 @@ def _connect_to_read(path: Path) -> sqlite3.Connection | None:
         unwritable = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
         if not unwritable or _has_content(Path(f"{path}-wal")):
             raise
-        connection = _connect_checked(path, "mode=ro&immutable=1")
+        connection = _connect_checked(path, _IMMUTABLE)
     return connection
 
 

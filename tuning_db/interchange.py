@@ -29,6 +29,7 @@ from tilewright.tuning_db.rows import (
     row_to_environment,
     row_to_record,
 )
+from tilewright.tuning_db.selection import BestFew
 
 FORMAT = "tilewright-records"
 VERSION = 1
@@ -86,9 +87,11 @@ _TIMES = {**dict.fromkeys(TIMES, is_.positive), "samples": is_.integer(1)}
 _RESOURCES = dict.fromkeys(RESOURCES, is_.integer(0))
 
 
-def export(file: DatabaseFile, device: str, stream: BinaryIO, *, ops: Collection[str] = ()) -> int:
-    """Write the records of a file, or those of some ops, as JSON lines; gives how many. What others write meanwhile is
-    left out.
+def export(
+    file: DatabaseFile, device: str, stream: BinaryIO, *, ops: Collection[str] = (), best: BestFew | None = None
+) -> int:
+    """Write the records of a file, or those of some ops, or the best few, as JSON lines; gives how many. What others
+    write meanwhile is left out.
 
     Raises:
         DatabaseError: the file can't be read, or holds a row that is no record.
@@ -97,8 +100,13 @@ def export(file: DatabaseFile, device: str, stream: BinaryIO, *, ops: Collection
     chosen = f"op IN ({', '.join('?' * len(ops))})" if ops else "1"
 
     def action(connection: sqlite3.Connection) -> int:
+        condition = chosen
+        if best is not None:
+            connection.execute("CREATE TEMP TABLE few (id INTEGER PRIMARY KEY)")  # gone with the transaction
+            connection.executemany("INSERT INTO few VALUES (?)", [(row_id,) for row_id in best.ids(connection)])
+            condition += " AND id IN (SELECT id FROM few)"
         try:
-            return _export(connection, file.path, device, stream, chosen, tuple(ops))
+            return _export(connection, file.path, device, stream, condition, tuple(ops))
         except OSError as error:
             raise _StreamError(error) from None  # no trouble of the database's, whose own are SQLite's
 

@@ -9,14 +9,15 @@
 | 5    | predicted under this very key                                              | predicted   |
 
 Within steps 2-4: smaller distance (see `tilewright.tuning_db.shapes`), then fewer differences in the order revision,
-toolchain, protocol, then what was measured last. Records of one key stay together, fastest first, since times of
-different keys don't compare.
+toolchain, protocol, then what was measured here before what was shipped (`tilewright.tuning_db.shipped`), then what was
+measured last. Records of one key stay together, fastest first, since times of different keys don't compare. Shipped
+records of step 1 answer after all of this file's.
 
 The incumbent, which is the default configuration, stays in its place among the outcomes of this very key unless the
 fastest beats it beyond noise: `Times.beats`.
 
-Steps 2-5 leave out each configuration that has failed, or spilled, on this very problem, board, revision and
-toolchain: a guess from elsewhere doesn't outweigh what is known here.
+Shipped records and steps 2-5 leave out each configuration that has failed, or spilled, on this very problem, board,
+revision and toolchain: a guess from elsewhere doesn't outweigh what is known here.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -36,6 +38,7 @@ from tilewright.tuning_db.record import Answer, Key, Provenance, Record
 from tilewright.tuning_db.rows import Row, row_to_record
 from tilewright.tuning_db.schema import ANSWERABLE
 from tilewright.tuning_db.shapes import Near, nearest
+from tilewright.tuning_db.shipped import open_shipped, warn_of_unreadable
 
 _FEW = 4
 
@@ -64,13 +67,90 @@ _REFUTED = """
 
 @dataclass(frozen=True)
 class _Group:
-    """The measured records of one key, as evidence for another."""
+    """The measured records of one key, as evidence for another, or shipped ones for the very same."""
 
     file: DatabaseFile
     digest: str
     differs: tuple[bool, bool, bool]  # revision, toolchain, protocol
     newest: str
     reason: str
+    exact: bool
+    shipped: bool
+
+
+class _Files:
+    """The files that a question is put to: the device's own, the shipped one of the device, and those of other boards.
+    All but the first are opened when they are asked for; one that can't be read is left out, and noted in `skipped`.
+
+    Args:
+        own: of the device, in the user's folder.
+        shipped: the folder of the shipped files; None for none.
+        skipped: where to note what can't be read, with the reason.
+    """
+
+    def __init__(self, own: DatabaseFile, shipped: Path | None, skipped: dict[Path, DatabaseError]) -> None:
+        self.own = own
+        # Someone may name the folder of the shipped files as that of their own.
+        same = shipped is not None and shipped.resolve() == own.path.parent.resolve()
+        self._shipped_folder = None if same else shipped
+        self._skipped = skipped
+        self._opened: list[DatabaseFile] = []
+        self._shipped: list[DatabaseFile] = []
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._opened:
+            file.close()
+
+    @cached_property
+    def of_device(self) -> list[DatabaseFile]:
+        """The device's own file, and the shipped one where there is one."""
+        folder = self._shipped_folder
+        return [self.own, *([] if folder is None else self._open_shipped([folder / self.own.path.name]))]
+
+    @cached_property
+    def of_others(self) -> list[DatabaseFile]:
+        """Those of other boards."""
+        own, folder = self.own.path, self._shipped_folder
+        found = [file for path in sorted(own.parent.glob("*.sqlite")) if path != own for file in self._open(path)]
+        if folder is not None:
+            found += self._open_shipped(sorted(path for path in folder.glob("*.sqlite") if path.name != own.name))
+        return found
+
+    def is_shipped(self, file: DatabaseFile) -> bool:
+        """Whether a file is one that came with the package."""
+        return file in self._shipped
+
+    @contextmanager
+    def noting(self, file: DatabaseFile) -> Iterator[None]:
+        """Go on without a file that can't be read, and note why; fail where it is the device's own."""
+        try:
+            yield
+        except DatabaseError as error:
+            if file is self.own:
+                raise
+            self._note(file.path, error, shipped=self.is_shipped(file))
+
+    def _open(self, path: Path, *, shipped: bool = False) -> list[DatabaseFile]:
+        try:
+            file = open_shipped(path) if shipped else open_file(path, read_only=True)
+        except DatabaseError as error:
+            self._note(path, error, shipped=shipped)
+            return []
+        self._opened.append(file)
+        return [file]
+
+    def _open_shipped(self, paths: Sequence[Path]) -> list[DatabaseFile]:
+        found = [file for path in paths for file in self._open(path, shipped=True)]
+        self._shipped += found
+        return found
+
+    def _note(self, path: Path, error: DatabaseError, *, shipped: bool) -> None:
+        self._skipped[path] = error
+        if shipped:
+            warn_of_unreadable(path, error)
 
 
 def answers(
@@ -80,38 +160,48 @@ def answers(
     near: Near | None,
     skipped: dict[Path, DatabaseError],
     incumbent: str | None = None,
+    shipped: Path | None = None,
 ) -> Generator[Answer, None, None]:
     """Every answer to `key`, best first, read as far as it is consumed.
 
-    Files of other boards that can't be read are left out, and added to `skipped` with the reason.
+    `shipped` is the folder of the shipped files. Those, and files of other boards, that can't be read are left out, and
+    added to `skipped` with the reason.
     """
     digest = key.digest()
     predicted_digest = replace(key, protocol=predicted_protocol).digest()
     for record in best_first(file, digest, Provenance.MEASURED, incumbent):
         yield Answer(record, Provenance.MEASURED, "exact")
     refuted = {row["config"] for row in file.rows(_REFUTED, (digest, predicted_digest))}
-    for group in _transfers(file, key, near, skipped):
-        try:
-            for record in best_first(group.file, group.digest, Provenance.MEASURED):
-                if record.config not in refuted:
-                    yield Answer(record, Provenance.TRANSFERRED, group.reason)
-        except DatabaseError as error:
-            if group.file is file:
-                raise
-            skipped[group.file.path] = error
+    with _Files(file, shipped, skipped) as files:
+        for group in _transfers(files, key, near):
+            provenance = Provenance.MEASURED if group.exact else Provenance.TRANSFERRED
+            with files.noting(group.file):
+                for record in _of_group(group, incumbent):
+                    if record.config not in refuted:
+                        yield Answer(record, provenance, group.reason)
     for record in best_first(file, predicted_digest, Provenance.PREDICTED, incumbent):
         if record.config not in refuted:
             yield Answer(record, Provenance.PREDICTED, "exact")
 
 
 def evidence(
-    file: DatabaseFile, key: Key, near: Near | None, skipped: dict[Path, DatabaseError]
+    file: DatabaseFile,
+    key: Key,
+    near: Near | None,
+    skipped: dict[Path, DatabaseError],
+    shipped: Path | None = None,
 ) -> Generator[tuple[str, list[Record]], None, None]:
-    """What was measured under other keys that steps 2 to 4 would ask, in their order: the reason, and all the records
-    of one key. Read as far as it is consumed."""
-    for group in _transfers(file, key, near, skipped):
-        with _noting(group.file, None if group.file is file else skipped):
-            yield group.reason, list(best_first(group.file, group.digest, Provenance.MEASURED))
+    """What was measured elsewhere, and by steps 2 to 4 would be asked, in their order: the reason, and all the records
+    of one key. Shipped records of `key` itself come first. Read as far as it is consumed."""
+    with _Files(file, shipped, skipped) as files:
+        for group in _transfers(files, key, near):
+            with files.noting(group.file):
+                yield group.reason, list(_of_group(group))
+
+
+def _of_group(group: _Group, incumbent: str | None = None) -> Iterator[Record]:
+    """The records of a group, best first: times of another key say nothing of the incumbent's place under this one."""
+    return best_first(group.file, group.digest, Provenance.MEASURED, incumbent if group.exact else None)
 
 
 def best_first(
@@ -152,56 +242,43 @@ def to_record(file: DatabaseFile, row: Row) -> Record:
         ) from error
 
 
-def _transfers(file: DatabaseFile, key: Key, near: Near | None, skipped: dict[Path, DatabaseError]) -> Iterator[_Group]:
-    """Steps 2 to 4: the groups of records that could be carried over, best first."""
-    yield from _ranked([file], key, None)
+def _transfers(files: _Files, key: Key, near: Near | None) -> Iterator[_Group]:
+    """Shipped records of this very key, and steps 2 to 4: the groups of records that could be carried over, best
+    first."""
+    yield from _ranked(files, files.of_device, key, None)
     if near is not None:
-        yield from _ranked([file], key, near)
-    with ExitStack() as stack:
-        others = []
-        for path in sorted(file.path.parent.glob("*.sqlite")):
-            if path == file.path:
-                continue
-            try:
-                other = open_file(path, read_only=True)
-            except DatabaseError as error:
-                skipped[path] = error
-            else:
-                stack.callback(other.close)
-                others.append(other)
-        yield from _ranked(others, key, None, skipped)
-        if near is not None:
-            yield from _ranked(others, key, near, skipped)
+        yield from _ranked(files, files.of_device, key, near)
+    yield from _ranked(files, files.of_others, key, None)
+    if near is not None:
+        yield from _ranked(files, files.of_others, key, near)
 
 
-def _ranked(
-    files: Sequence[DatabaseFile], key: Key, near: Near | None, skipped: dict[Path, DatabaseError] | None = None
-) -> Iterator[_Group]:
+def _ranked(files: _Files, asked: Sequence[DatabaseFile], key: Key, near: Near | None) -> Iterator[_Group]:
     """The groups of the same problem, or with `near` of all problems that compare, in order."""
-    of_each = [_problems(file, key, near, skipped) for file in files]
+    of_each = [_problems(files, file, key, near) for file in asked]
     for _, equally_far in groupby(heapq.merge(*of_each, key=itemgetter(0)), key=itemgetter(0)):
         found: list[_Group] = []
         for _, problem, file in equally_far:
-            with _noting(file, skipped):
-                found += _groups(file, key, problem)
+            with files.noting(file):
+                found += _groups(file, key, problem, shipped=files.is_shipped(file))
         found.sort(key=lambda group: group.newest, reverse=True)
-        found.sort(key=lambda group: group.differs)
+        found.sort(key=lambda group: (group.differs, group.shipped))
         yield from found
 
 
 def _problems(
-    file: DatabaseFile, key: Key, near: Near | None, skipped: dict[Path, DatabaseError] | None
+    files: _Files, file: DatabaseFile, key: Key, near: Near | None
 ) -> Iterator[tuple[float, str, DatabaseFile]]:
     """The problems of one file that are asked, each with its distance, in order."""
     if near is None:
         yield 0.0, key.problem, file
         return
-    with _noting(file, skipped):
+    with files.noting(file):
         for problem, distance in nearest(file.rows, near, key.op, key.arch, key.problem):
             yield distance, problem, file
 
 
-def _groups(file: DatabaseFile, key: Key, problem: str) -> Iterator[_Group]:
+def _groups(file: DatabaseFile, key: Key, problem: str, *, shipped: bool) -> Iterator[_Group]:
     for row in file.rows(_GROUPS, (key.op, key.arch, problem)):
         differs = (
             row["kernel_hash"] != key.kernel_hash,
@@ -212,8 +289,11 @@ def _groups(file: DatabaseFile, key: Key, problem: str) -> Iterator[_Group]:
         reasons += [f"board {row['device']}"] if row["device"] != key.device else []
         names = ("other revision", "other toolchain", "other protocol")
         reasons += [name for name, changed in zip(names, differs, strict=True) if changed]
-        if reasons:  # no difference at all is step 1, not a transfer
-            yield _Group(file, row["key_digest"], differs, row["created_at"], ", ".join(reasons))
+        exact = not reasons
+        if exact and not shipped:
+            continue  # step 1, of this very file
+        words = [*(reasons or ["exact"]), *(["shipped"] if shipped else [])]
+        yield _Group(file, row["key_digest"], differs, row["created_at"], ", ".join(words), exact, shipped)
 
 
 def _changes(asked: str, found: str) -> str:
@@ -221,14 +301,3 @@ def _changes(asked: str, found: str) -> str:
     one, other = json.loads(asked), json.loads(found)
     names = sorted(one.keys() | other.keys())
     return " ".join(f"{name}={one.get(name)}→{other.get(name)}" for name in names if one.get(name) != other.get(name))
-
-
-@contextmanager
-def _noting(file: DatabaseFile, skipped: dict[Path, DatabaseError] | None) -> Iterator[None]:
-    """Go on without a file that can't be read, and note why; without `skipped`, fail."""
-    try:
-        yield
-    except DatabaseError as error:
-        if skipped is None:
-            raise
-        skipped[file.path] = error

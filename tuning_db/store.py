@@ -14,13 +14,14 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Self
 
-from tilewright.tuning_db.env import database_dir
+from tilewright.tuning_db.env import database_dir, shipped_dir
 from tilewright.tuning_db.errors import DatabaseError, ExportFileError, UsageError
 from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
 from tilewright.tuning_db.lookup import answers, best_first, evidence, to_record
 from tilewright.tuning_db.record import Answer, Environment, Key, Provenance, Record, Status
 from tilewright.tuning_db.rows import environment_to_row, insertion, record_to_row, row_to_environment
 from tilewright.tuning_db.shapes import Near
+from tilewright.tuning_db.shipped import open_shipped
 
 if TYPE_CHECKING:
     from tilewright.tuning_db.interchange import Entry
@@ -52,16 +53,17 @@ class TuningDB:
         path: the file.
         device: the key of its device.
         set_aside: where a damaged file was moved that `open` found in its place, if it did.
-        skipped: files of other boards that `best` could not ask, and why.
+        skipped: shipped files and those of other boards that `best` could not ask, and why.
     """
 
-    def __init__(self, device: str, file: DatabaseFile) -> None:
+    def __init__(self, device: str, file: DatabaseFile, shipped: Path | None = None) -> None:
         """Use `open`."""
         self.device = device
         self.path = file.path
         self.set_aside = file.set_aside
         self.skipped: dict[Path, DatabaseError] = {}
         self._file = file
+        self._shipped = shipped  # the folder of the shipped files, which `best` and `evidence` ask too
 
     @classmethod
     def open(cls, device_key: str, folder: Path | None = None, *, read_only: bool = False) -> Self:
@@ -77,7 +79,26 @@ class TuningDB:
             DatabaseAccessError: the file or folder can't be read, made or written, or was held locked for 30 s.
             UsageError: an empty key.
         """
-        return cls(device_key, open_file(path_for(device_key, folder or database_dir()), read_only=read_only))
+        file = open_file(path_for(device_key, folder or database_dir()), read_only=read_only)
+        return cls(device_key, file, shipped_dir())
+
+    @classmethod
+    def without_own(cls, device_key: str, folder: Path | None = None) -> Self:
+        """As `open` to read where the device has no file, whatever is in its place: for one that can't be read. Shipped
+        records and those of other boards answer still."""
+        path = path_for(device_key, folder or database_dir())
+        return cls(device_key, DatabaseFile(path, None, read_only=True), shipped_dir())
+
+    @classmethod
+    def open_shipped(cls, device_key: str) -> Self | None:
+        """The records of a device that were shipped with the package, alone, to read; None where there are none.
+
+        Raises:
+            DatabaseError: the file can't be read.
+        """
+        folder = shipped_dir()
+        path = None if folder is None else path_for(device_key, folder)
+        return cls(device_key, open_shipped(path)) if path is not None and path.exists() else None
 
     def start_run(self, environment: Environment) -> int:
         """Note where and with what the records that follow are made; the id goes to `add`.
@@ -223,28 +244,31 @@ class TuningDB:
     ) -> Answer | None:
         """The best evidence there is for `key`, in the order of `tilewright.tuning_db.lookup`; None without any.
 
+        Records that were shipped with the package are asked too, after this file's of the same rank.
+
         `predicted_protocol` names the protocol of the predictions to fall back to, where `key` has that of
         measurements. `near` says which problems may stand in for the key's; without it, no other shape is asked. The
         first candidate that `accept` accepts is the answer; it may be asked about a configuration more than once, each
         time with another record. `incumbent` is a configuration that outcomes of this very key must beat beyond noise.
 
         Raises:
-            DatabaseError: this file can't be read. Other boards' files that can't are noted in `skipped`.
+            DatabaseError: this file can't be read. Shipped files and other boards' that can't are noted in `skipped`.
         """
         protocol = predicted_protocol or key.protocol
-        with closing(answers(self._file, key, protocol, near, self.skipped, incumbent)) as found:
+        with closing(answers(self._file, key, protocol, near, self.skipped, incumbent, self._shipped)) as found:
             return next((answer for answer in found if accept is None or accept(answer.record)), None)
 
     def evidence(
         self, key: Key, *, near: Near | None = None, least: int = 1, most: int
     ) -> list[tuple[str, list[Record]]]:
         """What was measured elsewhere of `key`'s problem and those near it: a reason, and the answerable records of one
-        other key, fastest first. Up to `most` of these with at least `least` records, the nearest first.
+        other key, fastest first; also shipped records of `key` itself. Up to `most` of these with at least `least`
+        records, the nearest first.
 
         Raises:
             DatabaseError: as `best`.
         """
-        with closing(evidence(self._file, key, near, self.skipped)) as found:
+        with closing(evidence(self._file, key, near, self.skipped, self._shipped)) as found:
             return list(islice((each for each in found if len(each[1]) >= least), most))
 
     def top(

@@ -43,6 +43,24 @@ def test_a_compiling_environment_has_no_interpreter_switch(monkeypatch: pytest.M
     assert environment["OTHER"] == "kept"
 
 
+def test_shipped_records_are_the_packages_another_folders_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Path(env.__file__).parent / "shipped"
+    monkeypatch.delenv(env.SHIPPED)
+    assert env.shipped_dir() == own
+    expected = {
+        "": own,
+        "1": own,
+        "on": own,
+        "0": None,
+        "off": None,
+        "No": None,
+        "/site/records": Path("/site/records"),
+    }
+    for value, folder in expected.items():
+        monkeypatch.setenv(env.SHIPPED, value)
+        assert env.shipped_dir() == folder, value
+
+
 def test_the_pack_is_what_the_variable_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(env.PACK, raising=False)
     assert env.pack_file() is None

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tilewright.tuning_db import Key, Near, Provenance, Record, Status, Times, TuningDB, canonical_json
+from tilewright.tuning_db.env import SHIPPED
 
 MEASURED, TRANSFERRED, PREDICTED = Provenance.MEASURED, Provenance.TRANSFERRED, Provenance.PREDICTED
 
@@ -54,16 +58,30 @@ def fill(tmp_path: Path, environment, make_record):
     """Adds records to the files of their devices; the order of time is the order given."""
     count = 0
 
-    def add(*changes: dict) -> None:
+    def add(*changes: dict, folder: Path = tmp_path) -> None:
         nonlocal count
         for change in changes:
             count += 1
             change = {"config": f"{count:03}", "created_at": f"2026-01-01T00:{count:02}:00+00:00", **change}
             record = make_record(**change)
-            with TuningDB.open(record.key.device, tmp_path) as db:
+            with TuningDB.open(record.key.device, folder) as db:
                 db.add(record, db.start_run(environment))
 
     return add
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the shipped files."""
+    folder = tmp_path / "shipped"
+    monkeypatch.setenv(SHIPPED, str(folder))
+    return folder
+
+
+@pytest.fixture
+def ship(fill, shipped: Path):
+    """As `fill`, to the shipped files of their devices."""
+    return lambda *changes: fill(*changes, folder=shipped)
 
 
 @pytest.fixture
@@ -244,3 +262,129 @@ def test_evidence_is_what_the_steps_of_transfer_would_ask(fill, tmp_path: Path, 
         assert [reason for reason, _ in db.evidence(key, near=NEAR_IN_M, least=3, most=9)] == ["near shape M=16→12"]
         assert [reason for reason, _ in db.evidence(key, near=NEAR_IN_M, most=1)] == ["other revision"]
         assert [reason for reason, _ in db.evidence(key, most=9)] == ["other revision", "board a10-72"]
+
+
+@pytest.mark.parametrize("step", range(len(LADDER) - 1), ids=lambda step: LADDER[step][2])
+def test_shipped_records_answer_as_ones_own_do(ship, ask, tmp_path: Path, step: int) -> None:
+    slower_first = [{**change, "time_us": 1000.0 - at} for at, (change, _, _) in enumerate(LADDER)]
+    ship(*reversed(slower_first[step:]), *NEVER)
+    answer = ask()
+    _, provenance, reason = LADDER[step]
+    assert (answer.provenance, answer.reason) == (provenance, f"{reason}, shipped")
+    assert answer.record.times.median_us == 1000.0 - step
+    assert [path.name for path in tmp_path.iterdir()] == ["shipped"]
+
+
+@pytest.mark.parametrize("step", range(len(LADDER) - 1), ids=lambda step: LADDER[step][2])
+def test_of_one_rank_ones_own_answer_first(fill, ship, ask, step: int) -> None:
+    change, provenance, reason = LADDER[step]
+    fill({**change, "time_us": 9.0})
+    ship({**change, "time_us": 1.0}, LADDER[-1][0])
+    offered: list[Record] = []
+    answer = ask(accept=lambda record: not offered.append(record))
+    assert (answer.provenance, answer.reason, answer.record.times.median_us) == (provenance, reason, 9.0)
+    assert ask(accept=lambda record: record != offered[0]).reason == f"{reason}, shipped"
+
+
+@pytest.mark.parametrize("step", range(1, len(LADDER)), ids=lambda step: LADDER[step][2])
+def test_shipped_records_of_a_better_rank_answer_before_ones_own(fill, ship, ask, step: int) -> None:
+    fill(LADDER[step][0])
+    ship(LADDER[step - 1][0])
+    assert ask().reason == f"{LADDER[step - 1][2]}, shipped"
+
+
+@pytest.mark.parametrize("failure", [SPILLS, WRONG, TOO_BIG])
+def test_what_failed_here_is_not_answered_as_shipped(fill, ship, ask, failure: dict) -> None:
+    ship({"config": "bad", "time_us": 1.0}, {"config": "good", "time_us": 9.0})
+    assert ask().record.config == "bad"
+    fill({"config": "bad", **failure})
+    assert ask().record.config == "good"
+
+
+def test_among_shipped_records_too_the_incumbent_stays_unless_it_is_beaten(ship, ask) -> None:
+    ship({"config": "fastest", "times": spread(9.9, 1.0)}, {"config": "default", "times": spread(10.0, 1.0)})
+    assert ask().record.config == "fastest"
+    assert ask(incumbent="default").record.config == "default"
+    ship({"triton": "3.8.0", "config": "clearly fastest", "times": spread(1.0, 0.1)})
+    assert ask(incumbent="default").record.config == "default"
+
+
+def test_shipped_records_are_evidence_the_same_problem_first(fill, ship, tmp_path: Path, key: Key) -> None:
+    fill({}, {"kernel_hash": "rev-a"}, {"problem": shape(12)})
+    ship({"time_us": 2.0}, {"time_us": 1.0}, {"kernel_hash": "rev-a"}, {"device": "a10-72"})
+    with TuningDB.open(key.device, tmp_path, read_only=True) as db:
+        found = db.evidence(key, near=NEAR_IN_M, most=9)
+    assert [(reason, len(records)) for reason, records in found] == [
+        ("exact, shipped", 2),
+        ("other revision", 1),
+        ("other revision, shipped", 1),
+        ("near shape M=16→12", 1),
+        ("board a10-72, shipped", 1),
+    ]
+    assert [record.times.median_us for record in found[0][1] if record.times] == [1.0, 2.0]
+
+
+def test_shipped_records_can_be_left_out(ship, ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    ship({}, {"device": "a10-72"})
+    assert ask() is not None
+    monkeypatch.setenv(SHIPPED, "0")
+    assert ask() is None
+
+
+def test_the_shipped_folder_may_be_ones_own(ship, shipped: Path, key: Key) -> None:
+    ship({}, {"triton": "3.8.0"}, {"device": "a10-72"})
+    with TuningDB.open(key.device, shipped, read_only=True) as db:
+        offered: list[Record] = []
+        assert db.best(key, accept=lambda record: bool(offered.append(record))) is None
+        assert [record.key.device for record in offered] == [key.device, key.device, "a10-72"]
+        assert [reason for reason, _ in db.evidence(key, most=9)] == ["other toolchain", "board a10-72"]
+
+
+def edited(path: Path, statement: str) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(statement)
+
+
+UNREADABLE = {
+    "garbage": lambda path: path.write_bytes(b"this is no database" * 100),
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:5000]),
+    "another program's": lambda path: path.unlink() or edited(path, "CREATE TABLE notes (text)"),
+    "a newer Tilewright's": lambda path: edited(
+        path, "INSERT INTO _sqlite_migrations VALUES (99, 'tilewright', 's0999_future', 'some day')"
+    ),
+    "no records": lambda path: edited(path, "UPDATE records SET median_us = NULL"),
+    "a folder": lambda path: path.unlink() or path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("damage", UNREADABLE.values(), ids=UNREADABLE)
+@pytest.mark.parametrize("board", ["rtx3090-82", "a10-72"])
+def test_a_shipped_file_that_cannot_be_read_is_a_warning(
+    fill, ship, shipped: Path, tmp_path: Path, key: Key, damage, board: str
+) -> None:
+    fill({"provenance": PREDICTED, "protocol": "model-1"})
+    ship({"device": board})
+    path = shipped / f"{board}.sqlite"
+    damage(path)
+    before = None if path.is_dir() else path.read_bytes()
+    with TuningDB.open(key.device, tmp_path, read_only=True) as db:
+        with pytest.warns(RuntimeWarning) as warned:
+            answer = db.best(key, predicted_protocol="model-1")
+        assert answer is not None
+        assert answer.reason == "exact"
+        assert list(db.skipped) == [path]
+    for warning in warned:
+        text = str(warning.message)
+        assert text.startswith(
+            f"{path}: the records that were shipped with tilewright can't be read and are left out ("
+        )
+        assert text.endswith("): install it again, or set TILEWRIGHT_SHIPPED=0")
+        assert "\n" not in text
+    assert len(warned) == 1
+    assert (None if path.is_dir() else path.read_bytes()) == before
+
+
+def test_a_shipped_file_under_another_boards_name_answers_for_its_own(ship, ask, shipped: Path, key: Key) -> None:
+    ship({"device": "a10-72"})
+    shutil.move(shipped / "a10-72.sqlite", shipped / f"{key.device}.sqlite")
+    assert (ask().provenance, ask().reason) == (TRANSFERRED, "board a10-72, shipped")

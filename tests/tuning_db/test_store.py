@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tilewright.tuning_db import Environment, Key, Provenance, Record, Status, TuningDB, UsageError
+from tilewright.tuning_db.env import SHIPPED
 from tilewright.tuning_db.errors import ExportFileError
 
 PREDICTED = Provenance.PREDICTED
@@ -223,3 +224,31 @@ def test_an_objection_keeps_an_outcome_out(db: TuningDB, run_id: int, make_recor
         pytest.raises(ExportFileError, match="not x=1"),
     ):
         target.bring(db.entries(key).values(), "there", lambda record: "not x=1" if '"x":1' in record.config else None)
+
+
+def test_shipped_records_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment, make_record, key) -> None:
+    assert TuningDB.open_shipped(key.device) is None  # off
+    monkeypatch.setenv(SHIPPED, str(tmp_path))
+    assert TuningDB.open_shipped(key.device) is None
+    with TuningDB.open(key.device, tmp_path) as db:
+        db.add(make_record("a"), db.start_run(environment))
+    shipped = TuningDB.open_shipped(key.device)
+    assert shipped is not None
+    with shipped:
+        assert configs(shipped.best_of_each()) == ["a"]
+        with pytest.raises(UsageError, match="was opened read-only"):
+            shipped.note({"a": "b"})
+
+
+def test_without_ones_own_file_the_others_answer(tmp_path: Path, monkeypatch, environment, make_record, key) -> None:
+    monkeypatch.setenv(SHIPPED, str(tmp_path / "shipped"))
+    for folder, changes in ((tmp_path, {"device": "a10-72"}), (tmp_path / "shipped", {}), (tmp_path, {})):
+        record = make_record(folder.name, **changes)
+        with TuningDB.open(record.key.device, folder) as db:
+            db.add(record, db.start_run(environment))
+    (tmp_path / f"{key.device}.sqlite").write_bytes(b"no database" * 99)
+    with TuningDB.without_own(key.device, tmp_path) as db:
+        offered: list[Record] = []
+        assert db.best(key, accept=lambda record: bool(offered.append(record))) is None
+        assert configs(offered) == ["shipped", tmp_path.name]
+        assert db.skipped == {}
