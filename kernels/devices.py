@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from tilewright.kernels.catalogue import CATALOGUE, REFERENCE_BOARDS
@@ -20,6 +21,8 @@ _BOARDS = {device.board: device for device in CATALOGUE}
 
 _ARCH = re.compile(r"(?:sm|compute)?_?(?:(\d{1,2})\.(\d)|(\d{2,3}))[af]?")
 _LIVE = re.compile(r"cuda(?::(\d+))?")
+
+_KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 
 # A board's driver reports up to 9 % less than the nominal memory (ECC, reserved pages); boards that share name and SM
 # count but not memory differ by a third and more (RTX 3060 with 12 and 8 GB).
@@ -282,6 +285,44 @@ def _nvml_clocks(pci_bus_id: str) -> dict[str, int]:
         }
     except pynvml.NVMLError:
         return {}
+
+
+def driver_versions() -> tuple[str, str]:
+    """The versions of NVIDIA's driver and of the CUDA that it serves, `("580.65.06", "13.0")`; empty where unknown."""
+    return _nvml_driver() or _module_driver(), _cuda_of_driver()
+
+
+def _nvml_driver() -> str:
+    try:
+        import pynvml
+    except ImportError:
+        return ""
+    try:
+        pynvml.nvmlInit()
+        found = pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return ""
+    return found if isinstance(found, str) else str(found.decode())  # bytes in older bindings
+
+
+def _module_driver() -> str:
+    """What the kernel module says of itself: `NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul …`."""
+    try:
+        text = _KERNEL_MODULE.read_text()
+    except OSError:
+        return ""
+    found = re.search(r"^NVRM version:.*?\s(\d{3}\.\d+(?:\.\d+)?)\s", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _cuda_of_driver() -> str:
+    try:
+        import cupy
+
+        number = int(cupy.cuda.runtime.driverGetVersion())
+    except (ImportError, OSError, RuntimeError):
+        return ""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else ""
 
 
 def _one_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tilewright.kernels.compile import ptxas_version, triton_version
 from tilewright.kernels.device import Device
-from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.devices import driver_versions, resolve_device
 from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.lookup import (
     TIMING_PROTOCOL,
@@ -608,6 +608,7 @@ def _make_runner(compiler: Compiler, device: Device, gpus: Sequence[Device]) -> 
 
 
 def _environment(device: Device, runner: Runner) -> Environment:
+    driver, cuda = driver_versions() if device.live else ("", "")
     return Environment(
         tilewright=version("tilewright"),
         triton=triton_version(),
@@ -615,5 +616,7 @@ def _environment(device: Device, runner: Runner) -> Environment:
         python=platform.python_version(),
         host=socket.gethostname(),
         protocol=runner.protocol,
+        driver=driver,
+        cuda=cuda,
         extra={"device": device.name, "source": device.source},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -93,6 +94,11 @@ class Runtime(ModuleType):
 
     def deviceGetAttribute(self, attribute: str, index: int) -> int:  # noqa: N802
         return self._readings[index][1][attribute]
+
+    def driverGetVersion(self) -> int:  # noqa: N802
+        if self._error:
+            raise RuntimeError(self._error)
+        return 12090
 
     def deviceGetPCIBusId(self, index: int) -> str:  # noqa: N802
         return f"0000:0{index}:00.0"
@@ -364,6 +370,7 @@ def fake_nvml() -> ModuleType:
         "nvmlDeviceGetHandleByPciBusId": lambda bus_id: bus_id,
         "nvmlDeviceGetMaxClockInfo": lambda handle, clock: clocks[clock],
         "nvmlDeviceGetMemoryBusWidth": lambda handle: 2560,
+        "nvmlSystemGetDriverVersion": lambda: "580.65.06",
     }
     for name, member in members.items():
         setattr(nvml, name, member)
@@ -387,6 +394,42 @@ def test_without_nvml_the_clocks_stay_those_of_the_base_board(
     monkeypatch.setitem(sys.modules, "pynvml", None)
     (device,) = live_devices()
     assert "bandwidth scaled likewise" in device.source
+
+
+MODULES = {
+    "closed": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.133.20  Sun Mar 30 04:52:03 UTC 2025\nGCC version: 9",
+    "open": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build  (x@y)\nGCC version: 9",
+}
+
+
+@pytest.mark.parametrize("text", MODULES.values(), ids=MODULES)
+def test_the_drivers_version_is_nvmls_or_the_kernel_modules(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    machine.has(A100_SLICE)
+    monkeypatch.setattr(devices, "_KERNEL_MODULE", tmp_path / "version")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert devices.driver_versions() == ("", "12.9")
+    (tmp_path / "version").write_text(text)
+    assert devices.driver_versions() == ("570.133.20", "12.9")
+    nvml = fake_nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert devices.driver_versions() == ("580.65.06", "12.9")
+    nvml.nvmlSystemGetDriverVersion = lambda: b"580.65.06"  # type: ignore[attr-defined]
+    assert devices.driver_versions() == ("580.65.06", "12.9")
+
+    def unloaded() -> None:
+        raise nvml.NVMLError
+
+    nvml.nvmlInit = unloaded  # type: ignore[attr-defined]
+    machine.lacks_cupy()
+    assert devices.driver_versions() == ("570.133.20", "")
+
+
+def test_without_a_driver_its_version_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(devices, "_KERNEL_MODULE", tmp_path / "version")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert devices.driver_versions() == ("", "")
 
 
 @pytest.mark.gpu

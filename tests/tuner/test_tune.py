@@ -20,6 +20,7 @@ from tilewright.tuner import search, tune
 from tilewright.tuner.runner import Outcome
 from tilewright.tuner.suites import SUITES, Workload
 from tilewright.tuner.tune import Progress, autotune, resolve_workloads
+from tilewright.tuning_db.env import SHIPPED
 from tilewright.tuning_db.errors import ProblemError, UnknownKernelError, UnsupportedError, UsageError
 from tilewright.tuning_db.record import Provenance, Status, Times
 from tilewright.tuning_db.store import TuningDB
@@ -319,6 +320,18 @@ def test_a_plateau_of_another_space_is_none(
     assert not second.cached
 
 
+def test_a_run_on_a_gpu_notes_the_driver(
+    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "driver_versions", lambda: ("580.65.06", "13.0"))
+    for device, noted in ((LIVE, ("580.65.06", "13.0")), (DEVICE, ("", ""))):
+        folder = tmp_path / (device.live or "absent")
+        autotune(device, problems=[SMALL], trials=1, jobs=1, db=folder)
+        with TuningDB.open(device.key, folder, read_only=True) as database:
+            ((_, environment),) = database.runs().values()
+        assert (environment.driver, environment.cuda) == noted
+
+
 def test_what_was_measured_of_near_shapes_is_evidence(
     tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +351,31 @@ def test_what_was_measured_of_near_shapes_is_evidence(
     assert near.reason == "near shape M=128→64"
     assert near.times_us == {config: 1.0 + config.BLOCK_M for _, config in measured.asked[:12]}
     assert farther.reason == "near shape M=128→64 N=128→64"  # two trials of another are no evidence
+
+
+def test_shipped_records_are_evidence_for_a_search_that_measures_anew(
+    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    class SeenSearch(search.Search):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            given.append(options["evidence"])
+            super().__init__(*arguments, **options)
+
+    autotune(LIVE, problems=[SMALL], trials=12, jobs=1, db=tmp_path / "shipped")
+    (best,) = autotune(LIVE, problems=[SMALL], trials=12, jobs=1, db=tmp_path / "shipped")
+    shipped = list(measured.asked)
+    monkeypatch.setenv(SHIPPED, str(tmp_path / "shipped"))
+    monkeypatch.setattr(tune, "Search", SeenSearch)
+    measured.asked.clear()
+    (result,) = autotune(LIVE, problems=[SMALL], trials=4, jobs=1, db=tmp_path / "own")
+    ((evidence,),) = given
+    assert evidence.reason == "exact, shipped"
+    assert set(evidence.times_us) == {config for _, config in shipped}
+    assert not result.cached
+    assert result.trials == len(measured.asked) == 4
+    assert result.config == best.config  # which the evidence recommends to try
 
 
 def test_predictions_are_searched_without_evidence(tmp_path: Path, counted: type[CountingRunner]) -> None:
