@@ -1,7 +1,7 @@
 """Which configuration a problem gets on a device, and on what evidence. Never tunes, never writes.
 
 The order: the caller's own configuration; the pack, if this process has one (`pack`), which is where it ends for a
-frozen one; a record (`tuning_db`: measured here, then transferred, then predicted by a
+frozen one; a record (`tuning_db`: measured here, then shipped with the package, then transferred, then predicted by a
 tuning run that compiled it); this module's prediction; the default. A candidate that does not fit the device is passed
 over, whatever its evidence.
 """
@@ -194,13 +194,14 @@ def ranked(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: P
 
 
 def recorded_choice(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path) -> Choice | None:
-    """What the device's database answers, if anything. A database that can't be read answers nothing: a program that
-    runs a model goes on, with a prediction; `autotune` is where the damage is reported."""
+    """What the device's database answers, or what was shipped for the device, if anything. A database that can't be
+    read answers nothing: a program that runs a model goes on without it; `autotune` is where the damage is reported."""
     try:
         with TuningDB.open(device.key, folder, read_only=True) as database:
             return answer(kernel, problem, device, database)
     except DatabaseError:
-        return None
+        with TuningDB.without_own(device.key, folder) as database:
+            return answer(kernel, problem, device, database)
 
 
 def answer(kernel: Kernel[Any, Any], problem: Problem, device: Device, database: TuningDB) -> Choice | None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +80,24 @@ def test_every_package_is_packaged() -> None:
     found = {".".join(("tilewright", *path.parent.relative_to(ROOT).parts)) for path in SOURCES}
     assert set(listed) == found
     assert len(listed) == len(set(listed))
+
+
+def test_the_wheel_has_the_shipped_records(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in FLOORS:
+        shutil.copytree(ROOT / name, tree / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    (tree / "tuning_db" / "shipped" / "board-1sm.sqlite").write_bytes(b"records")
+    program = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        found = {Path(name).name for name in archive.namelist() if name.startswith("tilewright/tuning_db/shipped/")}
+        assert archive.read("tilewright/tuning_db/shipped/board-1sm.sqlite") == b"records"
+    assert found == {path.name for path in (tree / "tuning_db" / "shipped").glob("*.sqlite")}
 
 
 def test_every_package_has_a_docstring() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from tilewright.kernels.compile import ptxas_version, triton_version
+from tilewright.kernels.device import Device
 from tilewright.kernels.lookup import TIMING_PROTOCOL, code_hash, prediction_protocol
+from tilewright.kernels.problem import Config
 from tilewright.kernels.registry import KERNELS
 from tilewright.tuning_db.errors import ProblemError
 from tilewright.tuning_db.record import Record
@@ -25,6 +27,25 @@ def is_current(revision: Revision, arch: int) -> bool:
         and (revision.triton, revision.ptxas) == (triton_version(), ptxas_version(arch))
         and revision.protocol in (TIMING_PROTOCOL, prediction_protocol(kernel))
     )
+
+
+def is_of_this_code(revision: Revision) -> bool:
+    """Whether records of this revision are answered as measured, where the toolchain is theirs."""
+    kernel = _KERNELS.get(revision.op)
+    return kernel is not None and (revision.kernel_hash, revision.protocol) == (code_hash(kernel), TIMING_PROTOCOL)
+
+
+def default_config(op: str, problem: str, device: Device) -> str | None:
+    """The default configuration of a problem on a device, all in canonical JSON; None of a problem of another revision,
+    whose fields nobody here knows."""
+    kernel = _KERNELS.get(op)
+    if kernel is None:
+        return None
+    try:
+        default: Config = kernel.default(kernel.problem.from_json(problem), device)
+    except ProblemError:
+        return None
+    return default.to_json()
 
 
 def objection(record: Record) -> str | None:

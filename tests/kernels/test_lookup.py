@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -20,7 +23,7 @@ from tilewright.kernels.lookup import (
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.pack import Entry, Facts, write_pack
 from tilewright.kernels.prediction import MODEL
-from tilewright.tuning_db.env import DB_DIR, FROZEN, PACK
+from tilewright.tuning_db.env import DB_DIR, FROZEN, PACK, SHIPPED, compiling_environment
 from tilewright.tuning_db.errors import IllegalConfigError, NotPackedError, PackError, UnsupportedError
 from tilewright.tuning_db.file import path_for
 from tilewright.tuning_db.record import Environment, Provenance, Record, Resources, Status, Times
@@ -39,10 +42,28 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def shipped(tmp_path_factory, monkeypatch):
+    """The folder of the shipped files."""
+    folder = tmp_path_factory.mktemp("shipped")
+    monkeypatch.setenv(SHIPPED, str(folder))
+    return folder
+
+
+@pytest.fixture
 def add(folder):
     """Puts a record into the database of its device."""
 
-    def add(config, problem=PROBLEM, device=DEVICE, time_us=10.0, measured=True, resources=MODEST, text=None, **key):
+    def add(
+        config,
+        problem=PROBLEM,
+        device=DEVICE,
+        time_us=10.0,
+        measured=True,
+        resources=MODEST,
+        text=None,
+        folder=folder,
+        **key,
+    ):
         key |= {"problem": text} if text else {}
         protocol = TIMING_PROTOCOL if measured else prediction_protocol(GEMM)
         record = Record(
@@ -217,6 +238,82 @@ def test_a_damaged_database_answers_nothing_and_stays_as_it_is(add, unpredicted,
     before = path.read_bytes() if path.is_file() else None
     assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.DEFAULT
     assert (path.read_bytes() if path.is_file() else None) == before
+
+
+def test_a_fresh_installation_answers_from_the_shipped_records(add, folder, shipped):
+    add(TILES[0], time_us=7, folder=shipped)
+    add(TILES[1], problem=replace(PROBLEM, M=4096), triton="3.5.1", folder=shipped)
+    choice = choose(GEMM, PROBLEM, DEVICE)
+    assert (choice.config, choice.provenance, choice.reason) == (TILES[0], Provenance.MEASURED, "exact, shipped")
+    assert choice.time_us == 7
+    assert choose(GEMM, replace(PROBLEM, M=256), DEVICE).reason == "near shape M=256→128, shipped"
+    assert choose(GEMM, PROBLEM, A10).reason == f"board {DEVICE.key}, shipped"
+    other = choose(GEMM, replace(PROBLEM, M=4096), DEVICE)
+    assert (other.provenance, other.reason) == (Provenance.TRANSFERRED, "other toolchain, shipped")
+    assert list(folder.iterdir()) == []
+
+
+def test_what_was_tuned_here_goes_before_what_was_shipped(add, shipped):
+    add(TILES[0], time_us=1, folder=shipped)
+    add(TILES[1], time_us=9)
+    assert next(candidates(GEMM, PROBLEM, DEVICE)).config == TILES[1]
+    add(TILES[2], problem=replace(PROBLEM, M=256), measured=False, time_us=9)
+    assert choose(GEMM, replace(PROBLEM, M=256), DEVICE).provenance is Provenance.TRANSFERRED
+
+
+@pytest.mark.parametrize("triton", ["3.5.1", None])
+def test_shipped_records_are_held_to_the_limits_of_the_device(add, shipped, unpredicted, triton):
+    toolchain = {"triton": triton} if triton else {}
+    for tile, resources in enumerate(
+        (replace(MODEST, shared_bytes=DEVICE.shared_per_block + 1), replace(MODEST, registers=1024), MODEST)
+    ):
+        add(TILES[tile], time_us=1 + tile, resources=resources, folder=shipped, **toolchain)
+    assert choose(GEMM, PROBLEM, DEVICE).config == TILES[2]
+    add(TILES[2], resources=replace(MODEST, spill_bytes=8), folder=shipped, **toolchain)
+    assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.DEFAULT
+
+
+def test_where_ones_own_database_is_damaged_the_shipped_records_answer(add, folder, shipped):
+    add(TILES[0], folder=shipped)
+    path_for(DEVICE.key, folder).write_bytes(b"garbage" * 1000)
+    assert choose(GEMM, PROBLEM, DEVICE).reason == "exact, shipped"
+    path_for(DEVICE.key, shipped).write_bytes(b"garbage" * 1000)
+    with pytest.warns(RuntimeWarning, match="shipped with tilewright can't be read and are left out"):
+        assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.PREDICTED
+
+
+def test_a_broken_shipped_file_is_one_line_of_a_program(folder, shipped):
+    path_for(DEVICE.key, shipped).write_bytes(b"garbage" * 1000)
+    program = f"""
+from tilewright.kernels import GemmProblem, choose, resolve_device
+from tilewright.kernels.ops.gemm.launch import GEMM
+for rows in (64, 128, 64):
+    choose(GEMM, GemmProblem(rows, 4096, 4096), resolve_device({DEVICE.board!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=compiling_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("left out") == 1
+
+
+def test_many_processes_at_once_are_answered(add, folder, shipped):
+    add(TILES[0], folder=shipped)
+    before = sorted(shipped.iterdir())
+    program = f"""
+import json
+from tilewright.kernels import GemmProblem, choose, resolve_device
+from tilewright.kernels.ops.gemm.launch import GEMM
+choice = choose(GEMM, GemmProblem.from_json({PROBLEM.to_json()!r}), resolve_device({DEVICE.board!r}))
+print(json.dumps([choice.config.to_json(), choice.reason]))
+"""
+    started = [
+        subprocess.Popen([sys.executable, "-c", program], env=compiling_environment(), stdout=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    for process in started:
+        out, _ = process.communicate(timeout=120)
+        assert json.loads(out) == [TILES[0].to_json(), "exact, shipped"]
+    assert sorted(shipped.iterdir()) == before
+    assert list(folder.iterdir()) == []
 
 
 def test_another_boards_damage_harms_nothing(add, folder):

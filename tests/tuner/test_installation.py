@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from tests.tuner.commands.test_exchange import DEVICE, record
+from tests.tuner.commands.test_exchange import DEVICE, PROBLEM, record
 from tilewright.kernels.lookup import prediction_protocol
 from tilewright.kernels.ops.gemm.launch import GEMM
-from tilewright.tuner.installation import is_current, objection
+from tilewright.tuner.installation import default_config, is_current, is_of_this_code, objection
 from tilewright.tuning_db.upkeep import Revision
 
 RECORD = record(3.0)
@@ -37,3 +37,16 @@ def test_a_record_of_these_kernels_must_be_one_of_theirs() -> None:
 def test_a_record_of_others_may_be_anything() -> None:
     for changes in ({"kernel_hash": "of old"}, {"op": "unheard of"}):
         assert objection(replace(RECORD, key=replace(RECORD.key, **changes), config="{}")) is None
+
+
+def test_what_any_toolchain_may_answer_as_measured_is_of_this_code() -> None:
+    assert is_of_this_code(replace(CURRENT, triton="another", ptxas="another"))
+    for name in ("op", "kernel_hash", "protocol"):
+        assert not is_of_this_code(replace(CURRENT, **{name: "another"}))
+    assert not is_of_this_code(replace(CURRENT, protocol=prediction_protocol(GEMM)))
+
+
+def test_the_default_of_a_problem_on_record() -> None:
+    assert default_config("gemm", PROBLEM.to_json(), DEVICE) == GEMM.default(PROBLEM, DEVICE).to_json()
+    assert default_config("gemm", '{"of":"old"}', DEVICE) is None
+    assert default_config("unheard of", PROBLEM.to_json(), DEVICE) is None

@@ -36,6 +36,15 @@ def _paths(device: str | None, folder: str | None) -> list[Path]:
     return [path_for(resolve_device(device).key, where)]
 
 
+def _shipped_paths(device: str | None, folder: str | None) -> list[Path]:
+    """The shipped file of a device, or every one; none twice, should `folder` be theirs."""
+    from tilewright.tuning_db.shipped import shipped_paths
+
+    own = {path.resolve() for path in _paths(device, folder)}
+    names = {path.name for path in own}
+    return [p for p in shipped_paths() if p.resolve() not in own and (device is None or p.name in names)]
+
+
 @db.command()
 @_device
 @_folder
@@ -52,19 +61,22 @@ def path(device: str | None, db: str | None) -> None:
 @_json
 @click.pass_context
 def stats(context: click.Context, device: str | None, db: str | None, as_json: bool) -> None:
-    """Show what the databases hold: records by status and provenance, revisions of kernels and toolchain, size."""
+    """Show what the databases hold, shipped ones too: records by status and provenance, revisions of kernels and
+    toolchain, size."""
     from tilewright.tuning_db.env import database_dir
     from tilewright.tuning_db.upkeep import overview
 
+    shipped = _shipped_paths(device, db)
     views, unreadable = [], 0
-    for path in _paths(device, db):
+    for path in (*_paths(device, db), *shipped):
         try:
             views.append(overview(path))
         except DatabaseError as error:
             say(f"autotune: error: {error}")
             unreadable += 1
     if as_json:
-        print_json({"folder": str(database_dir(db)), "databases": [_fields(view) for view in views]})
+        databases = [{**_fields(view), "shipped": view.path in shipped} for view in views]
+        print_json({"folder": str(database_dir(db)), "databases": databases})
     elif views:
         numbers = ("records", "ok", "measured", "predicted", "problems", "revisions", "runs", "MiB")
         table = new_table(("database",), numbers, ("newest",))
@@ -79,10 +91,13 @@ def stats(context: click.Context, device: str | None, db: str | None, as_json: b
                 view.runs,
             )
             size = f"{view.bytes / 2**20:.1f}"
-            table.add_row(view.path.name, *map(str, counts), size, (view.newest or "-")[:19])
+            name = view.path.name + (" (shipped)" if view.path in shipped else "")
+            table.add_row(name, *map(str, counts), size, (view.newest or "-")[:19])
         print_table(table)
     if not as_json:
-        say(f"databases in {database_dir(db)}: {len(views)}")
+        count = sum(view.path in shipped for view in views)
+        more = f", and {count} shipped in {shipped[0].parent}" if count else ""
+        say(f"databases in {database_dir(db)}: {len(views) - count}{more}")
     if unreadable:
         context.exit(EXIT_USAGE)
 
@@ -111,11 +126,12 @@ def _fields(view: Overview) -> dict[str, Any]:
 @_json
 @click.pass_context
 def check(context: click.Context, device: str | None, db: str | None, as_json: bool) -> None:
-    """Check database files, page by page and record by record, without changing them; exit status 1 for a finding."""
+    """Check database files, shipped ones too, page by page and record by record, without changing them; exit status 1
+    for a finding."""
     from tilewright.tuning_db import upkeep
 
     document = []
-    for path in _paths(device, db):
+    for path in (*_paths(device, db), *_shipped_paths(device, db)):
         try:
             findings = upkeep.check(path)
         except DatabaseError as error:

@@ -7,7 +7,7 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import click
 
@@ -24,26 +24,61 @@ STREAM = "-"
 @click.command()
 @click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
 @click.option("--kernel", "kernels", multiple=True, metavar="OP", help="Only records of this op; repeatable.")
+@click.option(
+    "--best",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Only the N fastest measured configurations of each problem and toolchain, and the default.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["jsonl", "sqlite"]),
+    default="jsonl",
+    help="JSON lines, which `autotune import` reads, or a database to be shipped.",
+)
 @click.option("--output", default=STREAM, metavar="FILE", help="Where to write; stdout by default, as with -.")
 @click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
-def export(device: str, kernels: tuple[str, ...], output: str, db: str | None) -> None:
-    """Write what is on record for a device as JSON lines, which `autotune import` reads."""
+def export(device: str, kernels: tuple[str, ...], best: int | None, form: str, output: str, db: str | None) -> None:
+    """Write what is on record for a device as JSON lines, which `autotune import` reads, or as a database to be shipped
+    with the package."""
     from tilewright.kernels.devices import resolve_device
     from tilewright.kernels.registry import find_kernel
-    from tilewright.tuning_db import interchange
+    from tilewright.tuner.installation import default_config, objection
+    from tilewright.tuning_db import interchange, shipping
     from tilewright.tuning_db.env import database_dir
+    from tilewright.tuning_db.selection import BestFew
     from tilewright.tuning_db.snapshot import open_snapshot
 
     ops = [find_kernel(name).name for name in kernels]
-    key = resolve_device(device).key
-    with open_snapshot(path_for(key, database_dir(db))) as file:
+    target = resolve_device(device)
+    few = best and BestFew(best, lambda op, problem: default_config(op, problem, target))
+    chosen: dict[str, Any] = {"ops": ops, "best": few}
+    if form == "sqlite" and output == STREAM:
+        raise UsageError("a database is a file that is opened by its name: --output can't be stdout (-)")
+    with open_snapshot(path_for(target.key, database_dir(db))) as file:
         if output == STREAM:
-            count = interchange.export(file, key, sys.stdout.buffer, ops=ops)
+            count = interchange.export(file, target.key, sys.stdout.buffer, **chosen)
             sys.stdout.buffer.flush()
         else:
             with whole_file(Path(output)) as stream:
-                count = interchange.export(file, key, stream, ops=ops)
-    say(f"{count} records of {key} exported" + ("" if output == STREAM else f" to {output}"))
+                if form == "sqlite":
+                    count = shipping.write_database(file, target.key, stream, objection=objection, **chosen)
+                else:
+                    count = interchange.export(file, target.key, stream, **chosen)
+    say(f"{count} records of {target.key} exported" + ("" if output == STREAM else f" to {output}"))
+    if form == "sqlite":
+        _say_what_is_stale(Path(output))
+
+
+def _say_what_is_stale(path: Path) -> None:
+    """Of a file to be shipped: how much of it will never be answered as measured."""
+    from tilewright.tuner.installation import is_of_this_code
+    from tilewright.tuning_db.upkeep import overview
+
+    stale = sum(count for revision, count in overview(path).revisions.items() if not is_of_this_code(revision))
+    if stale:
+        say(f"{stale} of them are of other kernels or another timing protocol than these: answered as transferred only")
 
 
 @click.command("import")

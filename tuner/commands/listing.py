@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from typing import Any
 
 import click
@@ -60,7 +61,7 @@ def suites() -> None:
 @click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
 @click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
 def show(device: str, db: str | None) -> None:
-    """Show what is on record for a device: the best result of every problem and toolchain."""
+    """Show what is on record for a device: the best result of every problem and toolchain, tuned here or shipped."""
 
     from tilewright.kernels.devices import resolve_device
     from tilewright.tuner.report import short_config
@@ -68,23 +69,32 @@ def show(device: str, db: str | None) -> None:
     from tilewright.tuning_db.store import TuningDB
 
     target = resolve_device(device)
-    with TuningDB.open(target.key, database_dir(db), read_only=True) as database:
-        records = list(database.best_of_each())
-        table = new_table(("op", "problem", "configuration"), ("time µs",), ("provenance", "triton", "when"))
-        for record in records:
-            assert record.times is not None
-            table.add_row(
-                record.key.op,
-                _problem_text(record.key.op, record.key.problem),
-                short_config(_fields(record.key.op, record.config)),
-                f"{record.times.median_us:.1f}",
-                str(record.provenance),
-                record.key.triton,
-                record.created_at[:19],
-            )
-        if records:
-            print_table(table)
-        say(f"{len(records)} results on record in {database.path}")
+    folder = database_dir(db)
+    table = new_table(("op", "problem", "configuration"), ("time µs",), ("provenance", "triton", "from", "when"))
+    counts = []
+    with ExitStack() as stack:
+        databases = [("here", stack.enter_context(TuningDB.open(target.key, folder, read_only=True)))]
+        shipped = TuningDB.open_shipped(target.key)
+        if shipped is not None:
+            databases.append(("shipped", stack.enter_context(shipped)))
+        for place, database in databases:
+            records = database.best_of_each()
+            for record in records:
+                assert record.times is not None
+                table.add_row(
+                    record.key.op,
+                    _problem_text(record.key.op, record.key.problem),
+                    short_config(_fields(record.key.op, record.config)),
+                    f"{record.times.median_us:.1f}",
+                    str(record.provenance),
+                    record.key.triton,
+                    place,
+                    record.created_at[:19],
+                )
+            counts.append(f"{len(records)} {'results on record' if place == 'here' else 'shipped'} in {database.path}")
+    if table.row_count:
+        print_table(table)
+    say(", ".join(counts))
 
 
 def _problem_text(op: str, problem: str) -> str:

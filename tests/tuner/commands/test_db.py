@@ -46,6 +46,33 @@ def test_stats_of_a_folder_with_a_file_that_cannot_be_read(autotune, tmp_path: P
     assert autotune("db", "stats", "--db", tmp_path / "empty")[:2] == (0, "")
 
 
+def test_shipped_databases_are_shown_and_checked_too(autotune, tmp_path: Path, monkeypatch) -> None:
+    own, shipped = fill(tmp_path / "own", record(3.0)), fill(tmp_path / "shipped", record(2.0), record(1.0, tile=1))
+    (shipped.parent / "a10-72sm.sqlite").write_text("no database " * 99)
+    monkeypatch.setenv("TILEWRIGHT_SHIPPED", str(shipped.parent))
+    status, out, err = autotune("db", "stats", "--db", own.parent, "--device", "rtx3090")
+    assert status == 0
+    assert [line.rsplit(maxsplit=8)[0].split("  ")[0] for line in out.splitlines()[1:]] == [
+        "rtx3090-82sm.sqlite",
+        "rtx3090-82sm.sqlite (shipped)",
+    ]
+    assert err == f"databases in {own.parent}: 1, and 1 shipped in {shipped.parent}\n"
+    status, out, err = autotune("db", "stats", "--db", own.parent, "--json")
+    assert status == 2
+    assert "a10-72sm.sqlite is damaged or no database" in err
+    assert [(each["path"], each["shipped"]) for each in json.loads(out)["databases"]] == [
+        (str(own), False),
+        (str(shipped), True),
+    ]
+    status, out, _ = autotune("db", "check", "--db", own.parent)
+    assert status == 1
+    assert f"{own}: ok\n" in out
+    assert f"{shipped}: ok\n" in out
+    # Named as a folder of databases, it is shown as one, and once.
+    status, out, _ = autotune("db", "stats", "--db", shipped.parent, "--device", "rtx3090", "--json")
+    assert [each["shipped"] for each in json.loads(out)["databases"]] == [False]
+
+
 def test_check(autotune, tmp_path: Path) -> None:
     path = fill(tmp_path, record(3.0))
     assert autotune("db", "check", "--db", tmp_path) == (0, f"{path}: ok\n", "")

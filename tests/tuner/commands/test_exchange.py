@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from tilewright.kernels import GemmProblem, resolve_device
+from tilewright.kernels import GemmProblem, choose, resolve_device
 from tilewright.kernels.lookup import record_key
 from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.tuner.installation import default_config
 from tilewright.tuning_db import Environment, Provenance, Record, Resources, Status, Times, TuningDB, interchange
 
 DEVICE = resolve_device("rtx3090")
@@ -65,6 +66,53 @@ def test_a_round_trip_gives_the_same_bytes(autotune, tmp_path: Path, stdin) -> N
     (document,) = json.loads(text)
     assert document["source"] == "stdin"
     assert (document["added"], document["known"]) == (0, 2)
+
+
+def test_the_best_few_and_the_default(autotune, tmp_path: Path) -> None:
+    default = replace(record(9.0), config=str(default_config("gemm", PROBLEM.to_json(), DEVICE)))
+    others = [each for each in (record(2.0 + tile, tile=tile) for tile in range(4)) if each.config != default.config]
+    failed = replace(record(1.0, tile=4), status=Status.INCORRECT, times=None)
+    fill(tmp_path / "here", default, *others, failed)
+    out = tmp_path / "out.jsonl"
+    status, text, err = autotune(
+        "export", "--device", "rtx3090", "--db", tmp_path / "here", "--best", "2", "--output", out
+    )
+    assert (status, text, err) == (0, "", f"3 records of rtx3090-82sm exported to {out}\n")
+    assert autotune("import", out, "--db", tmp_path / "there")[0] == 0
+    assert {each.config for each in kept(tmp_path / "there")} == {default.config, *(o.config for o in others[:2])}
+
+
+def test_a_database_to_be_shipped_is_answered_from(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "here", record(3.0), record(2.0, tile=1), record(1.0, tile=2))
+    out = tmp_path / "shipped" / "rtx3090-82sm.sqlite"
+    command = ("export", "--device", "rtx3090", "--best", "1", "--format", "sqlite", "--output", out)
+    status, _, err = autotune(*command, "--db", tmp_path / "here")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "name a file in a folder that can" in err
+    out.parent.mkdir()
+    status, text, err = autotune(*command, "--db", tmp_path / "here")
+    assert (status, text) == (0, "")
+    assert err == f"1 records of rtx3090-82sm exported to {out}\n"
+    monkeypatch.setenv("TILEWRIGHT_SHIPPED", str(out.parent))
+    monkeypatch.setenv("TILEWRIGHT_DB_DIR", str(tmp_path / "fresh"))
+    choice = choose(GEMM, PROBLEM, DEVICE)
+    assert (choice.time_us, choice.reason) == (1.0, "exact, shipped")
+    first = out.read_bytes()
+    # The shipped folder is a folder of databases like any other: a file of it is made again from itself.
+    assert autotune(*command, "--db", out.parent)[0] == 0
+    assert out.read_bytes() == first
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_of_a_database_to_be_shipped_it_is_said_what_is_never_answered_as_measured(autotune, tmp_path: Path) -> None:
+    old = record(2.0)
+    fill(tmp_path, record(3.0, tile=1), replace(old, key=replace(old.key, kernel_hash="of old")))
+    out = tmp_path / "out.sqlite"
+    _, _, err = autotune("export", "--device", "rtx3090", "--format", "sqlite", "--output", out, "--db", tmp_path)
+    assert err.splitlines() == [
+        f"2 records of rtx3090-82sm exported to {out}",
+        "1 of them are of other kernels or another timing protocol than these: answered as transferred only",
+    ]
 
 
 def test_evidence_decides(autotune, tmp_path: Path) -> None:
@@ -146,6 +194,9 @@ def test_a_newer_export_and_a_newer_database_are_refused_with_what_to_do(autotun
         (("export", "--device", "a10"), "a10-72sm.sqlite: tune that device first"),
         (("export",), "Missing option '--device'"),
         (("export", "--device", "rtx3090", "--kernel", "gem"), "did you mean gemm?"),
+        (("export", "--device", "rtx3090", "--format", "sqlite"), "--output can't be stdout (-)"),
+        (("export", "--device", "rtx3090", "--best", "0"), "--best"),
+        (("export", "--device", "rtx3090", "--format", "csv"), "--format"),
         (("import",), "Missing argument"),
         (("import", "absent.jsonl"), "absent.jsonl can't be read: No such file"),
         (("import", "."), ". can't be read: Is a directory"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.tuner.commands.test_exchange import fill, record
+
 
 @pytest.mark.smoke
 def test_devices_lists_every_board(autotune) -> None:
@@ -33,3 +35,20 @@ def test_show_of_a_device_that_nothing_is_on_record_for(autotune, tmp_path) -> N
     assert (status, out) == (0, "")
     assert err.startswith("0 results on record in ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_show_says_what_was_tuned_here_and_what_was_shipped(autotune, tmp_path, monkeypatch) -> None:
+    shipped = fill(tmp_path / "shipped", record(3.0))
+    monkeypatch.setenv("TILEWRIGHT_SHIPPED", str(shipped.parent))
+    status, out, err = autotune("show", "--device", "rtx3090", "--db", tmp_path / "own")
+    assert status == 0
+    header, row = out.splitlines()
+    assert header.split()[-2:] == ["from", "when"]
+    assert row.split()[-2] == "shipped"
+    own = tmp_path / "own" / shipped.name
+    assert err == f"0 results on record in {own}, 1 shipped in {shipped}\n"
+    assert not own.exists()
+    fill(own.parent, record(4.0))
+    _, out, err = autotune("show", "--device", "rtx3090", "--db", own.parent)
+    assert [line.split()[-2] for line in out.splitlines()[1:]] == ["here", "shipped"]
+    assert err == f"1 results on record in {own}, 1 shipped in {shipped}\n"
