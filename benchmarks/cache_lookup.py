@@ -8,7 +8,7 @@ other, is made in a temporary folder. Then, on the processor alone:
 - warm: `plan_for` a problem that was planned before in this process, which is what a call pays whose arrays are new;
 - first of a process: `choose` in a process of its own that has done its imports and nothing else, so opening the file
   included; the same for a near shape, where no tuning run has noted the hash of the code, and where the user's own
-  database has that note alone and the answer is among the shipped records, 8 of each problem;
+  database has that note alone and the answer is among the shipped records, 16 of each problem;
 - open file: a later question in the process, on a connection that is there;
 - prediction: choose a configuration with no database at all, which ranks the coarse space.
 
@@ -43,7 +43,7 @@ from tilewright.tuning_db.shipping import write_database
 from tilewright.tuning_db.store import TuningDB
 
 CONFIGS_PER_PROBLEM = 100
-SHIPPED_PER_PROBLEM = 8
+SHIPPED_PER_PROBLEM = 16
 DEVICE = resolve_device("rtx3090")
 RESOURCES = Resources(registers=128, spill_bytes=0, stack_bytes=0, shared_bytes=32768)
 

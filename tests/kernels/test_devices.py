@@ -397,8 +397,8 @@ def test_without_nvml_the_clocks_stay_those_of_the_base_board(
 
 
 MODULES = {
-    "closed": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.133.20  Sun Mar 30 04:52:03 UTC 2025\nGCC version: 9",
-    "open": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build  (x@y)\nGCC version: 9",
+    "closed": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.133.20  Sun Mar 30 04:52:03 UTC 2025\nGCC: 9",
+    "open": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build  (x@y)\nGCC: 9",
 }
 
 
