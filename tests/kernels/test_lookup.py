@@ -280,6 +280,9 @@ def test_where_ones_own_database_is_damaged_the_shipped_records_answer(add, fold
     path_for(DEVICE.key, shipped).write_bytes(b"garbage" * 1000)
     with pytest.warns(RuntimeWarning, match="shipped with tilewright can't be read and are left out"):
         assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.PREDICTED
+    add(TILES[1], device=A10)
+    with pytest.warns(RuntimeWarning, match="left out"):
+        assert choose(GEMM, PROBLEM, DEVICE).reason == f"board {A10.key}"
 
 
 def test_a_broken_shipped_file_is_one_line_of_a_program(folder, shipped):
