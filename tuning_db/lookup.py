@@ -91,7 +91,7 @@ class _Files:
     def __init__(self, own: DatabaseFile, shipped: Path | None, skipped: dict[Path, DatabaseError]) -> None:
         self.own = own
         # Someone may name the folder of the shipped files as that of their own.
-        same = shipped is not None and shipped.resolve() == own.path.parent.resolve()
+        same = shipped is not None and shipped.absolute() == own.path.parent.absolute()
         self._shipped_folder = None if same else shipped
         self._skipped = skipped
         self._opened: list[DatabaseFile] = []
@@ -173,12 +173,18 @@ def answers(
         yield Answer(record, Provenance.MEASURED, "exact")
     refuted = {row["config"] for row in file.rows(_REFUTED, (digest, predicted_digest))}
     with _Files(file, shipped, skipped) as files:
-        for group in _transfers(files, key, near):
-            provenance = Provenance.MEASURED if group.exact else Provenance.TRANSFERRED
-            with files.noting(group.file):
-                for record in _of_group(group, incumbent):
+        for other in files.of_device[1:]:
+            with files.noting(other):
+                for record in best_first(other, digest, Provenance.MEASURED, incumbent):
                     if record.config not in refuted:
-                        yield Answer(record, provenance, group.reason)
+                        yield Answer(record, Provenance.MEASURED, "exact, shipped")
+        for group in _transfers(files, key, near):
+            if group.exact:
+                continue  # asked before, by its digest: a program waits
+            with files.noting(group.file):
+                for record in best_first(group.file, group.digest, Provenance.MEASURED):
+                    if record.config not in refuted:
+                        yield Answer(record, Provenance.TRANSFERRED, group.reason)
     for record in best_first(file, predicted_digest, Provenance.PREDICTED, incumbent):
         if record.config not in refuted:
             yield Answer(record, Provenance.PREDICTED, "exact")
@@ -196,12 +202,7 @@ def evidence(
     with _Files(file, shipped, skipped) as files:
         for group in _transfers(files, key, near):
             with files.noting(group.file):
-                yield group.reason, list(_of_group(group))
-
-
-def _of_group(group: _Group, incumbent: str | None = None) -> Iterator[Record]:
-    """The records of a group, best first: times of another key say nothing of the incumbent's place under this one."""
-    return best_first(group.file, group.digest, Provenance.MEASURED, incumbent if group.exact else None)
+                yield group.reason, list(best_first(group.file, group.digest, Provenance.MEASURED))
 
 
 def best_first(
