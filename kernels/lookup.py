@@ -258,6 +258,9 @@ def predictions(
 def predicted_best(
     kernel: Kernel[Any, Any], problem: Problem, device: Device, count: int
 ) -> list[tuple[Prediction, Config]]:
-    """The `count` configurations with the least predicted time, from estimated resources, of the coarse space: the call
-    that asks is waiting, and `autotune` looks at the rest."""
-    return heapq.nsmallest(count, predictions(kernel, problem, device, coarse=True), key=lambda pair: pair[0].time_us)
+    """The `count` configurations with the least predicted time, from estimated resources, of the coarse space and the
+    default: the call that asks is waiting, and `autotune` looks at the rest."""
+    default = kernel.default(problem, device)
+    known = predict(kernel.work(problem, default), kernel.estimate(problem, default, device), device)
+    others = (pair for pair in predictions(kernel, problem, device, coarse=True) if pair[1] != default)
+    return heapq.nsmallest(count, [*others, (known, default)], key=lambda pair: pair[0].time_us)

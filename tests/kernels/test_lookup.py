@@ -136,8 +136,9 @@ def test_predictions_are_the_fastest_of_the_space(monkeypatch):
     space = GEMM.space.configs(PROBLEM, DEVICE)[:200]
     kernel = replace(GEMM, space=replace(GEMM.space, axes={"BLOCK_M": (), "BLOCK_N": ()}))
     monkeypatch.setattr(type(kernel.space), "configs", lambda *_, **__: space)
-    best = predicted_best(kernel, PROBLEM, DEVICE, 200)
-    assert sorted(config.to_json() for _, config in best) == sorted(config.to_json() for config in space)
+    best = predicted_best(kernel, PROBLEM, DEVICE, 201)
+    whole = {*space, kernel.default(PROBLEM, DEVICE)}  # which a coarse space may lack
+    assert sorted(config.to_json() for _, config in best) == sorted(config.to_json() for config in whole)
     times = [prediction.time_us for prediction, _ in best]
     assert times == sorted(times)
     assert [config for _, config in predicted_best(kernel, PROBLEM, DEVICE, 3)] == [config for _, config in best[:3]]
