@@ -38,6 +38,13 @@ class Prepared(Protocol):
         """Puts the work on the current stream of the arrays' library; gives the outputs, None for absent ones."""
 
 
+MOST_NUMBERS = 4096
+"""Numbers kept on the device, of 512 bytes each. A program whose numbers change all the time should pass arrays; beyond
+this many it pays for each call's, as each is let go after its call."""
+
+_numbers: dict[tuple[Any, ...], Any] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedCall:
     """One plan over the call's arrays."""
@@ -46,6 +53,7 @@ class PlannedCall:
     inputs: tuple[tuple[int, str], ...]  # of each input that is there: its place, and its argument's name
     outputs: tuple[tuple[str, Output | None], ...]  # argument name of each output, and what a new array of it is
     strides: Mapping[str, int]
+    ordinal: int  # of the GPU; -1 for host memory
 
     def __call__(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> Arrays:
         like = arrays[0]
@@ -54,7 +62,7 @@ class PlannedCall:
         pointers = {}
         for place, name in self.inputs:
             array = arrays[place]
-            pointers[name] = of(_on_device(kind, like, name, array, stream) if array.__class__ is float else array)
+            pointers[name] = of(self._on_device(kind, like, name, array, stream) if array.__class__ is float else array)
         results = list(outs)
         for place, (name, output) in enumerate(self.outputs):
             if output is not None:
@@ -64,23 +72,16 @@ class PlannedCall:
         self.plan.run(pointers, self.strides, stream)
         return tuple(results)
 
-
-MOST_NUMBERS = 4096
-"""Numbers kept on the device, of 512 bytes each. A program whose numbers change all the time should pass arrays; beyond
-this many it pays for each call's, as each is let go after its call."""
-
-_numbers: dict[tuple[Any, ...], Any] = {}
-
-
-def _on_device(kind: ArrayKind, like: Any, name: str, value: float, stream: int) -> Any:
-    """A number on the device, made once per value and stream, in whose order it is filled: a kernel takes no floats."""
-    key = (kind, getattr(like, "device", None), stream, value)
-    array = _numbers.get(key)
-    if array is None:
-        array = kind.scalar(like, _finite(name.removesuffix("_ptr"), value))
-        if len(_numbers) < MOST_NUMBERS:
-            _numbers[key] = array  # for good, as a captured CUDA graph may read it
-    return array
+    def _on_device(self, kind: ArrayKind, like: Any, name: str, value: float, stream: int) -> Any:
+        """A number on the device, made once per value and stream, in whose order it is filled: a kernel takes no
+        floats."""
+        key = (kind, self.ordinal, stream, value)  # by number: CuPy's devices have no hash
+        array = _numbers.get(key)
+        if array is None:
+            array = kind.scalar(like, _finite(name.removesuffix("_ptr"), value))
+            if len(_numbers) < MOST_NUMBERS:
+                _numbers[key] = array  # for good, as a captured CUDA graph may read it
+        return array
 
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -251,7 +252,7 @@ class Operation:
             for name in self._outputs
         ]
         inputs = [(place, f"{name}_ptr") for place, name in enumerate(self._inputs) if name in views]
-        return PlannedCall(plan, tuple(inputs), tuple(outputs), strides or {})
+        return PlannedCall(plan, tuple(inputs), tuple(outputs), strides or {}, ordinal)
 
     def _views(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> dict[str, View]:
         """The arrays that are there, by name, all on one GPU."""

@@ -39,7 +39,7 @@ def operation(prepared=None, **options):
             prepared.append((views, values))
         outputs = (("out_ptr", Output((2, 3), "fp32")), ("extra_ptr", Output((2,), "fp16") if values[0] else None))
         inputs = tuple((place, f"{name}_ptr") for place, name in enumerate(("x", "y", "factor")) if name in views)
-        return PlannedCall(plan, inputs, outputs, {"x_stride": 3})
+        return PlannedCall(plan, inputs, outputs, {"x_stride": 3}, next(iter(views.values())).device)
 
     kernel = SimpleNamespace(name="scale")
     made = Operation(
@@ -190,6 +190,33 @@ def test_numbers_are_not_kept_on_the_device_without_end(monkeypatch):
     for factor in range(1, 9):
         np.testing.assert_array_equal(run(op, factor=float(factor))[0], X * factor)
     assert len(calling._numbers) == 3
+
+
+class OnCupysDevice(np.ndarray):
+    """Says where it is with an object that has no hash, as CuPy's arrays do."""
+
+    device = property(lambda self: {})
+
+
+def test_numbers_go_beside_arrays_whose_device_has_no_hash():
+    op, _ = operation()
+    mine = X.view(OnCupysDevice)
+    for factor in (2.0, 2, 3.0):
+        np.testing.assert_array_equal(run(op, mine, factor=factor)[0], X * factor)
+
+
+def test_a_number_is_kept_for_each_stream_of_each_device(monkeypatch):
+    monkeypatch.setattr(calling, "_numbers", {})
+
+    class Kind:
+        def scalar(self, like, value):
+            return [value]
+
+    kind = Kind()
+    calls = [PlannedCall(None, (), (), {}, ordinal) for ordinal in (0, 1)]
+    found = [call._on_device(kind, X, "factor_ptr", 2.0, stream) for call in calls for stream in (0, 77, 0)]
+    assert len({id(array) for array in found}) == 4
+    assert found[0] is found[2]
 
 
 def test_an_argument_that_is_no_array_is_named():

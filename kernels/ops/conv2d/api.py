@@ -274,7 +274,7 @@ def _planned(
             raise UsageError(f"{config} is for what runs as a GEMM, and {problem} does not: pass a Conv2dConfig")
         plan, _ = plan_for(CONV2D, problem, ordinal, config=config)
     inputs = tuple((place, names[name]) for place, name in enumerate(INPUTS) if name in views)
-    return PlannedCall(plan, inputs, (("out_ptr", Output(shape, problem.output_dtype)),), {})
+    return PlannedCall(plan, inputs, (("out_ptr", Output(shape, problem.output_dtype)),), {}, ordinal)
 
 
 _CONV2D, _CONV1D = (
