@@ -32,6 +32,7 @@ class SimulatedArray:
         steps = np.cumprod((1, *reversed(shape[1:])))[::-1] * self.itemsize
         self.strides = tuple(int(step) for step in steps)
         self.data = SimpleNamespace(ptr=address, device_id=0)
+        self.device = _Nothing()
 
 
 # `kind_of` goes by the module of an array's type.
@@ -39,11 +40,12 @@ SimulatedArray.__module__ = "cupy.simulated"
 
 
 class _Nothing:
-    """A context manager, module and device that does nothing."""
+    """A context manager, module, stream and device that does nothing."""
 
     ptr = 1
+    __hash__ = None  # type: ignore[assignment] # as CuPy's devices
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         pass
 
     def __enter__(self) -> _Nothing:
@@ -54,6 +56,9 @@ class _Nothing:
 
     def load(self, cubin: bytes) -> None:
         """As `cupy.cuda.Module.load`."""
+
+    def synchronize(self) -> None:
+        """As `cupy.cuda.Stream.synchronize`."""
 
 
 class SimulatedDriver(ModuleType):
@@ -87,7 +92,7 @@ def simulated_gpu(board: Device) -> Iterator[SimulatedDriver]:
         cuda=SimpleNamespace(
             Device=_Nothing,
             Module=_Nothing,
-            ExternalStream=_Nothing,
+            Stream=_Nothing,
             get_current_stream=lambda *_: stream,
             runtime=SimpleNamespace(getDevice=lambda: 0, getDeviceCount=lambda: 1),
         ),

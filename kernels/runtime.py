@@ -205,19 +205,27 @@ def _lend(cupy: Any, wanted: tuple[Scratch, ...], ordinal: int, stream: int) -> 
         key = (ordinal, stream, thread, scratch.numpy + scratch.name)
         array = _scratch.get(key)
         if array is None or array.size < scratch.elements:
-            with _scratch_lock, cupy.cuda.Device(ordinal), cupy.cuda.ExternalStream(stream, ordinal):
+            with _scratch_lock:
                 array = _scratch.get(key)  # as it is now: another thread may have been here
                 if array is not None and array.size >= scratch.elements:
                     lent[f"{scratch.name}_ptr"] = int(array.data.ptr)
                     continue
-                # Zeroed on the caller's stream, before the launch that needs it. The smaller one is kept alive by
-                # whatever graph holds its address, through this list.
+                # The smaller one is kept alive by whatever graph holds its address, through this list.
                 if array is not None:
                     _retired.append(array)
                 size = max(scratch.elements, 2 * array.size if array is not None else 0)
-                array = _scratch[key] = cupy.zeros(size, scratch.numpy)
+                array = _scratch[key] = _zeros(cupy, size, scratch.numpy, ordinal)
         lent[f"{scratch.name}_ptr"] = int(array.data.ptr)
     return lent
 
 
 _retired: list[Any] = []
+
+
+def _zeros(cupy: Any, size: int, dtype: str, ordinal: int) -> Any:
+    """An array that is zero on return, for any stream: memset on one of its own, so that a capture on the caller's
+    doesn't take the zeroing into its graph."""
+    with cupy.cuda.Device(ordinal), cupy.cuda.Stream(non_blocking=True) as own:
+        array = cupy.zeros(size, dtype)
+        own.synchronize()
+    return array

@@ -48,7 +48,7 @@ class Driver:
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
     def __init__(self):
-        self.launches, self.attributes, self.modules, self.zeroed = [], [], [], []
+        self.launches, self.attributes, self.modules, self.zeroed, self.waited = [], [], [], [], []
         self.slots = 0
         self.pause = lambda: None
         self.fail = None
@@ -69,6 +69,20 @@ class Driver:
             def __exit__(self, *_):
                 setattr(driver.state, self.name, self.before)
 
+        class Stream(Current):
+            """`cupy.cuda.Stream`, a new one."""
+
+            def __init__(self, *, non_blocking):
+                assert non_blocking, "it would wait for the legacy default stream, which a capture forbids"
+                super().__init__("stream", next(driver.addresses))
+
+            def __enter__(self):
+                super().__enter__()
+                return self
+
+            def synchronize(self):
+                driver.waited.append(self.value)
+
         class Module:
             """`cupy.cuda.Module`."""
 
@@ -88,7 +102,7 @@ class Driver:
             cuda=SimpleNamespace(
                 Module=Module,
                 Device=lambda ordinal: Current("device", ordinal),
-                ExternalStream=lambda stream, ordinal: Current("stream", stream),
+                Stream=Stream,
                 runtime=SimpleNamespace(getDevice=self.device),
             ),
         )
@@ -219,15 +233,24 @@ def scratch_of(driver, launch, problem, config):
     return values["workspace_ptr"], values["counters_ptr"]
 
 
-def test_scratch_is_zeroed_once_on_the_callers_stream_and_lent_again(driver):
+def test_scratch_is_zeroed_once_and_lent_again(driver):
     config = replace(TILE, SPLIT_K=4)
     plan = plan_of(driver, PLAIN, config, ordinal=1)
     plan.run(POINTERS, {}, 77)
     plan.run(POINTERS, {}, 77)
-    assert driver.zeroed == [(9 * 4 * 16 * 16, "float32", 1, 77), (9, "int32", 1, 77)]
+    assert [each[:3] for each in driver.zeroed] == [(9 * 4 * 16 * 16, "float32", 1), (9, "int32", 1)]
     one, other = (scratch_of(driver, launch, PLAIN, config) for launch in driver.launches)
     assert one == other
     assert len(set(one)) == 2
+
+
+def test_scratch_is_zero_before_it_is_lent_without_the_callers_stream(driver):
+    """On the caller's stream a capture would take the zeroing into its graph."""
+    plan_of(driver, PLAIN, replace(TILE, SPLIT_K=4)).run(POINTERS, {}, 77)
+    streams = [stream for *_, stream in driver.zeroed]
+    assert len(streams) == 2
+    assert driver.waited == streams
+    assert not {0, 77} & set(streams)
 
 
 def test_streams_and_devices_never_share_scratch(driver):
@@ -367,7 +390,7 @@ def test_code_that_takes_more_than_the_device_has_is_never_loaded(driver, monkey
 def test_code_that_needs_scratch_of_its_own_is_lent_it_for_every_block(driver, monkeypatch):
     monkeypatch.setattr(runtime, "compile_launch", lambda launch, arch: replace(BINARY, scratch_bytes=128))
     plan_of(driver, PLAIN).run(POINTERS, {}, 77)
-    assert driver.zeroed == [(9 * 128, "int8", 0, 77)]
+    assert [each[:3] for each in driver.zeroed] == [(9 * 128, "int8", 0)]
     global_scratch, profile_scratch = driver.launches[0].values[-2:]
     assert global_scratch not in (0, None)
     assert not profile_scratch
