@@ -70,6 +70,13 @@ def test_features_compile_without_spills(turn):
     compiles(ARCHS[1:][turn], FEATURES[turn::6])
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("part", range(8))
+def test_every_feature_compiles_without_spills_for_the_arch_that_gpu_tests_run_on(part):
+    """`tests/gpu/test_features.py` runs each there; spills come and go with Triton's version, so on the oldest too."""
+    compiles(90, FEATURES[part::8])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_mark_compiles_without_spills(arch):

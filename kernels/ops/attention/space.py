@@ -301,7 +301,7 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
         m, warps = (32, 4) if terms else (64, 8)
         config = AttentionConfig(m, 16, PACK=pack, num_warps=warps, num_stages=stages)
     elif rows <= 64:
-        few = wide > 64 or (terms and device.arch // 10 == 10) or (problem.bias is not None and groups)
+        few = wide > 64 or (groups and (problem.bias is not None or (terms and device.arch // 10 == 10)))
         config = AttentionConfig(64, 16 if few else 32, PACK=pack, num_stages=stages)
     else:
         n = 32 if wide > 128 or terms else 64

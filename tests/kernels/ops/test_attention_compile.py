@@ -135,6 +135,7 @@ FEATURES = {
     "plain": {},
     "causal": {"causal": True},
     "every term": {**TERMS, "bias": "fp32", "bias_heads": True, "causal": True, "window_left": 500},
+    "bias, odd keys": {"bias": "fp16", "bias_batch": True, "bias_heads": True, "Skv": 4095},
     "any strides": {**TERMS, "bias": "fp16", "causal": True, "strided": True},
     "unaligned": {**TERMS, "bias": "fp16", "causal": True, "window_left": 500, "strided": True, "aligned": False},
     "paged": {**TERMS, "causal": True, "kv_lens": True, "page_size": 16},
@@ -150,7 +151,8 @@ def defaults(arch, rows):
     """The problems of rows of the above that an arch has, each machine code once."""
     device, seen = resolve_device(f"sm_{arch}"), set()
     for features, (heads, kv_heads, queries), dim, kind in rows:
-        problem = AttentionProblem(4, heads, queries, 4096, dim, Hkv=kv_heads, dtype=kind, **FEATURES[features])
+        fields = {"Skv": 4096, **FEATURES[features]}
+        problem = AttentionProblem(4, heads, queries, D=dim, Hkv=kv_heads, dtype=kind, **fields)
         if ATTENTION.supported(problem, device) is None:
             config = ATTENTION.default(problem, device)
             code = tuple(launch.specialization for launch in ATTENTION.launches(problem, config))
@@ -163,6 +165,7 @@ def defaults(arch, rows):
 def test_the_default_compiles_without_spills(arch):
     rows = [
         ("every term", SHAPES[0], 128, "fp16"),
+        ("bias, odd keys", (4, 4, 33), 64, "fp16"),
         ("unaligned", SHAPES[0], 128, "bf16"),
         ("any strides", SHAPES[0], 80, "fp16"),
         ("paged", SHAPES[2], 256, "fp16"),
