@@ -39,7 +39,7 @@ from tilewright.tuning_db.errors import (
 from tilewright.tuning_db.record import Key, Provenance, Record
 from tilewright.tuning_db.store import TuningDB
 
-TIMING_PROTOCOL = "cold-l2-1"
+TIMING_PROTOCOL = "cold-l2-2"
 """Name and revision of how times are measured on a GPU: part of the key of every measured record."""
 
 PREDICTED_CANDIDATES = 4

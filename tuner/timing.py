@@ -1,4 +1,4 @@
-"""How times are measured on a GPU: the protocol `cold-l2-1`, whose name is part of every measured record's key.
+"""How times are measured on a GPU: the protocol `cold-l2-2`, whose name is part of every measured record's key.
 
 What is timed is one launch whose inputs are not in L2, as in a model, where the weights of the other layers have passed
 through the cache since the last time. The device's clock alone is read, between two events on one stream; times are in
@@ -6,6 +6,12 @@ microseconds.
 
 Warm-up
     Samples are taken and thrown away for `WARM_UP_S`, so that clocks have risen and code is loaded.
+Settling
+    A board that reaches its power limit goes on at full clocks until the limiter acts, some tens of milliseconds into
+    the load: an H200 (700 W) ran an 8192³ GEMM of fp16 in 2030 µs and from then on in 2330. So after the warm-up
+    windows of `WINDOW_S` are sampled until two in a row agree to `STEADY` and the load has lasted `SETTLE_S`; the last
+    one counts, those before it don't. Times taken apart can still differ by as much as the limiter does, which is why
+    finalists are compared in turns alone, after a load of `ROUNDS_SETTLE_S`.
 Long problems (at their roofline no shorter than `REPLAY_BELOW_US`)
     One sample is: flush L2, event, launch, event. The flush keeps the GPU busy while the host queues the rest, so the
     host is never what is timed. An event pair costs 1 to 3 µs by itself, under 3 % here.
@@ -26,9 +32,9 @@ compare. The flush *reads* a buffer: one that writes leaves L2 full of modified 
 to write back (60 MB on an H200, 14 µs of its bandwidth).
 
 Sampling ends when the median is known to `PRECISION`, at `MAX_SAMPLES`, or when the time budget is spent. A
-configuration whose fastest sample is above `give_up_above_us` after `GIVE_UP_SAMPLES` samples can't win any more: it is
-given up, with its times as they are. Finalists are timed in rounds, so that clocks which drift with temperature drift
-for all of them.
+configuration whose fastest of `GIVE_UP_SAMPLES` samples after the warm-up is above `give_up_above_us` can't win any
+more: it is given up, with its times as they are. Finalists are timed in rounds, so that clocks which drift with
+temperature drift for all of them.
 """
 
 from __future__ import annotations
@@ -44,6 +50,22 @@ from tilewright.tuning_db.record import Times
 
 WARM_UP_S = 0.025
 """A GPU that waited runs at a fraction of its clocks; they rise within some ten milliseconds of load."""
+
+WINDOW_S = 0.04
+"""20 launches of an 8192³ GEMM, 40 replays: enough for a median."""
+
+STEADY = 0.01
+"""By how much the medians of two windows may differ, relative to them: a step of the limiter is of 5 % or more."""
+
+SETTLE_S = 0.1
+"""Load before a configuration's samples may end, warm-up included. The limiter of an H200 was seen to act after 31 ms,
+and not yet after 46."""
+
+ROUNDS_SETTLE_S = 0.3
+"""The same before finalists': once a problem it may take longer."""
+
+MOST_SETTLE_S = 0.5
+"""Then samples count whether steady or not; a launch of 0.2 s has taken that long in its warm-up."""
 
 COLD_FACTOR = 4
 """L2 contents are replaced by reading this many times its size. Caches that replace at random keep e^-4 = 2 %."""
@@ -142,19 +164,22 @@ def time_one(
         budget_s: seconds for the samples; `GIVE_UP_SAMPLES` are taken whatever they cost.
         now: the host's clock.
     """
+    begun = now()
     warm_up([sample], now)
-    samples: list[float] = []
     start = now()
+    samples = [*sample(GIVE_UP_SAMPLES)]
+    if give_up_above_us is not None and min(samples) > give_up_above_us:
+        return Timing(statistics(samples), gave_up=True)
+    chunk = max(1, min(CHUNK, int(WINDOW_S * GIVE_UP_SAMPLES / max(now() - start, 1e-6))))
+    settled_load = _settle(lambda: [sample(chunk)], begun, SETTLE_S, now)
+    if settled_load is not None:
+        start, (samples,) = settled_load
     while True:
-        samples += sample(_chunk(len(samples), start, budget_s, now))
-        if len(samples) < GIVE_UP_SAMPLES:
-            continue
         times = statistics(samples)
-        if give_up_above_us is not None and min(samples) > give_up_above_us:
-            return Timing(times, gave_up=True)
         settled = len(samples) >= MIN_SAMPLES and uncertainty(times) <= PRECISION
         if settled or len(samples) >= MAX_SAMPLES or now() - start >= budget_s:
             return Timing(times, settled=settled)
+        samples += sample(_chunk(len(samples), start, budget_s, now))
 
 
 def time_rounds(
@@ -168,21 +193,49 @@ def time_rounds(
     if not samplers:
         return []
     budget = BUDGET_S * len(samplers) if budget_s is None else budget_s
+    begun = now()
     warm_up(samplers, now)
-    samples: list[list[float]] = [[] for _ in samplers]
-    start = now()
     order = list(range(len(samplers)))
-    while True:
-        for index in order:
-            samples[index] += samplers[index](1)
+
+    def take_turns() -> list[Sequence[float]]:
+        taken = {index: samplers[index](1) for index in order}
         order.reverse()
-        if len(samples[0]) < GIVE_UP_SAMPLES:
-            continue
-        all_times = [statistics(each) for each in samples]
-        enough = len(samples[0]) >= MIN_SAMPLES
-        settled = [enough and uncertainty(times) <= PRECISION for times in all_times]
-        if all(settled) or len(samples[0]) >= MAX_SAMPLES or now() - start >= budget:
-            return [Timing(times, settled=one) for times, one in zip(all_times, settled, strict=True)]
+        return [taken[index] for index in range(len(samplers))]
+
+    start, samples = _settle(take_turns, begun, ROUNDS_SETTLE_S, now) or (now(), [[] for _ in samplers])
+    while True:
+        if len(samples[0]) >= GIVE_UP_SAMPLES:
+            all_times = [statistics(each) for each in samples]
+            enough = len(samples[0]) >= MIN_SAMPLES
+            settled = [enough and uncertainty(times) <= PRECISION for times in all_times]
+            if all(settled) or len(samples[0]) >= MAX_SAMPLES or now() - start >= budget:
+                return [Timing(times, settled=one) for times, one in zip(all_times, settled, strict=True)]
+        for each, more in zip(samples, take_turns(), strict=True):
+            each += more
+
+
+def _settle(
+    take: Callable[[], Sequence[Sequence[float]]], begun: float, least_s: float, now: Clock
+) -> tuple[float, list[list[float]]] | None:
+    """Loads the GPU until it is steady: when the last window began, and its samples. None if the load that `begun` has
+    lasted so long already that nothing is gained."""
+    if now() - begun >= MOST_SETTLE_S:
+        return None
+    before: list[float] | None = None
+    while True:
+        start = now()
+        window = [[*each] for each in take()]
+        while now() - start < WINDOW_S and len(window[0]) < MAX_SAMPLES:
+            for each, more in zip(window, take(), strict=True):
+                each += more
+        medians = [statistics(each).median_us for each in window]
+        agree = before is not None and all(
+            abs(one - other) <= STEADY * other for one, other in zip(medians, before, strict=True)
+        )
+        load_s = now() - begun
+        if (agree and load_s >= least_s) or load_s >= MOST_SETTLE_S:
+            return start, window
+        before = medians
 
 
 def warm_up(samplers: Sequence[Sampler], now: Clock = time.perf_counter) -> None:
@@ -197,10 +250,7 @@ def warm_up(samplers: Sequence[Sampler], now: Clock = time.perf_counter) -> None
 
 
 def _chunk(taken: int, start: float, budget_s: float, now: Clock) -> int:
-    """How many samples to take next: few at first, to give up early; never so many that the budget is overrun by more
-    than one."""
-    if taken < GIVE_UP_SAMPLES:
-        return GIVE_UP_SAMPLES - taken
+    """How many samples to take next: never so many that the budget is overrun by more than one."""
     spent = now() - start
     affordable = int((budget_s - spent) / (spent / taken)) if spent > 0 else CHUNK
     next_look = MIN_SAMPLES if taken < MIN_SAMPLES else MAX_SAMPLES

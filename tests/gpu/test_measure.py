@@ -100,6 +100,10 @@ def test_split_k_passes_and_is_deterministic(worker: Pool, board: Device, dtype:
 
 # Honest times
 
+APART = 0.15
+"""By how much, relative to it, a time may differ from one taken later: by the board's clocks, which its power limit and
+temperature decide (`timing` has the figures). In turns, it falls on both alike."""
+
 
 @pytest.mark.parametrize(
     "problem",
@@ -110,16 +114,18 @@ def test_split_k_passes_and_is_deterministic(worker: Pool, board: Device, dtype:
     ],
     ids=str,
 )
-def test_the_same_configuration_twice_differs_within_its_spread(
+def test_the_same_configuration_twice_differs_within_its_spread_in_turns_and_by_the_clocks_apart(
     worker: Pool, board: Device, problem: GemmProblem
 ) -> None:
     config = default(problem, board)
-    apart = [ask(worker, problem, config)["times"] for _ in range(2)]
-    together = ask(worker, problem, None, finalists=[config.to_dict()] * 2)["finalists"]
-    for one, other, least in ((*apart, 0.03), (*(each["times"] for each in together), 0.01)):
+    apart = [ask(worker, problem, config) for _ in range(2)]
+    turns = ask(worker, problem, None, finalists=[config.to_dict()] * 2)
+    clocks = [reply["clocks"] for reply in (*apart, turns)]  # what a difference is from: MHz, W, reasons to throttle
+    for (one, other), least in ((turns["finalists"], 0.01), (apart, APART)):
+        one, other = one["times"], other["times"]
         spread = max(one["p90_us"] - one["p10_us"], other["p90_us"] - other["p10_us"])
         difference = abs(one["median_us"] - other["median_us"])
-        assert difference <= max(2 * spread, least * one["median_us"]), (one, other)
+        assert difference <= max(2 * spread, least * one["median_us"]), (one, other, clocks)
 
 
 def test_inputs_are_cold(worker: Pool, board: Device) -> None:
