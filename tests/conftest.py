@@ -1,7 +1,7 @@
 """Tests run kernels in Triton's interpreter; `-m gpu` selects those that need a GPU, and then kernels are compiled.
 
 A process does one or the other, so GPU tests are never selected together with others. `TRITON_INTERPRET`, where it is
-set, is left as it is.
+set, is left as it is: so xdist's workers, which don't know pytest's arguments, do as the process that starts them.
 """
 
 from __future__ import annotations
@@ -54,4 +54,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     except (MissingDependencyError, UnknownDeviceError) as error:
         pytest.skip(f"no GPU: {error}")
     if interpreting():
-        pytest.skip("this process interprets kernels: run `pytest -m gpu -n 0` with TRITON_INTERPRET unset")
+        pytest.skip("this process interprets kernels: run `pytest -m gpu` with TRITON_INTERPRET unset")
+    if item.get_closest_marker("alone") and int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+        pytest.skip("it needs the GPU for itself: run `pytest -m 'gpu and alone' -n 0`")

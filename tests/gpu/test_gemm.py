@@ -18,12 +18,6 @@ from tilewright.tuner.gate import compare
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def no_records(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was tuned on this machine is none of these tests' business."""
-    monkeypatch.setenv("TILEWRIGHT_DB_DIR", str(tmp_path_factory.getbasetemp() / "no-records"))
-
-
 def on_gpu(cupy: Any, array: np.ndarray[Any, Any]) -> Any:
     """The array in device memory, in its own layout. CuPy knows bf16 and fp8 as bytes at the least."""
     column_major = array.ndim > 1 and array.strides[-1] != array.itemsize

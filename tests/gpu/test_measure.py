@@ -105,6 +105,7 @@ APART = 0.15
 temperature decide (`timing` has the figures). In turns, it falls on both alike."""
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "problem",
     [
@@ -128,6 +129,7 @@ def test_the_same_configuration_twice_differs_within_its_spread_in_turns_and_by_
         assert difference <= max(2 * spread, least * one["median_us"]), (one, other, clocks)
 
 
+@pytest.mark.alone
 def test_inputs_are_cold(worker: Pool, board: Device) -> None:
     problem = GemmProblem(M=1, N=4096, K=4096, dtype="fp16", b_layout="col")  # 32 MiB: much of it would stay in L2
     reply = ask(worker, problem, default(problem, board))

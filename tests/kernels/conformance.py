@@ -45,12 +45,12 @@ class Guarded:
         numpy_dtype = np.dtype(dtype(kind).numpy)
         pitch = shape[-1] + gap
         size = math.prod(shape[:-1]) * pitch * numpy_dtype.itemsize
-        self._buffer = np.full(size + 2 * GUARD_BYTES + 64, SENTINEL, np.uint8)
-        start = GUARD_BYTES + -(self._buffer.ctypes.data + GUARD_BYTES) % 64 + offset * numpy_dtype.itemsize
-        whole = self._buffer[start : start + size].view(numpy_dtype).reshape(*shape[:-1], pitch)
+        self.buffer = np.full(size + 2 * GUARD_BYTES + 64, SENTINEL, np.uint8)
+        start = GUARD_BYTES + -(self.buffer.ctypes.data + GUARD_BYTES) % 64 + offset * numpy_dtype.itemsize
+        whole = self.buffer[start : start + size].view(numpy_dtype).reshape(*shape[:-1], pitch)
         self.array = whole[..., : shape[-1]]
         self.array[...] = np.iinfo(numpy_dtype).min if numpy_dtype.kind in "iu" else np.nan
-        self._outside = self._buffer.copy()
+        self._outside = self.buffer.copy()
         inside = self._outside[start : start + size].view(numpy_dtype).reshape(*shape[:-1], pitch)
         inside[..., : shape[-1]] = 0
 
@@ -61,8 +61,8 @@ class Guarded:
 
     def assert_intact(self) -> None:
         """Fails if a byte around the array has changed."""
-        now = self._buffer.copy()
-        first = self.array.ctypes.data - self._buffer.ctypes.data
+        now = self.buffer.copy()
+        first = self.array.ctypes.data - self.buffer.ctypes.data
         shadow = np.ndarray(self.array.shape, self.array.dtype, now.data, first, self.array.strides)
         shadow[...] = 0
         changed = np.flatnonzero(now != self._outside)

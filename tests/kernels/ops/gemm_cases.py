@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 from hypothesis import strategies as st
 
-from tests.kernels.conformance import ACTIVATION_NAMES, Guarded, check
-from tilewright.kernels import GemmProblem, gemm
+from tests.kernels.calls import gemm_outs as out_for
+from tests.kernels.calls import run_gemm as run
+from tests.kernels.conformance import ACTIVATION_NAMES, check
+from tilewright.kernels import GemmProblem
 from tilewright.kernels.epilogue import FLOATS, QUANTISED
-from tilewright.kernels.ops.gemm.grouped import grouped_gemm
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GROUP_SIZES, SCALE_DTYPES
-
-
-def run(problem, arrays, out=None, config=None):
-    """The public function on a problem's arrays."""
-    options = {name: arrays.get(name) for name in ("a_scale", "b_scale", "b_zero", "bias", "residual")}
-    options |= {name: float(arrays[name][0]) for name in ("alpha", "out_scale") if name in arrays}
-    options |= {name: getattr(problem, name) for name in ("bias_axis", "activation", "gated", "precision", "out_dtype")}
-    options |= {"group_size": problem.group_size or None, "out": out, "config": config}
-    a = arrays["a"]
-    if problem.groups:
-        for name in ("residual", "out"):
-            options[name] = None if options[name] is None else options[name][0]
-        if problem.a_scale == "row":
-            options["a_scale"] = options["a_scale"][0]
-        return grouped_gemm(a[0], arrays["b"], arrays["offsets"], **options)
-    if problem.a_broadcast and problem.b_broadcast:
-        # Else nothing says how long the batch is.
-        a = np.broadcast_to(a, (problem.batch, *a.shape[1:]))
-    return gemm(a, arrays["b"], **options)
-
-
-def out_for(problem):
-    """Where a problem's result goes: laid out and aligned like its inputs."""
-    gap = 0
-    if problem.strided:
-        gap = -problem.columns_out % 16 + 16 if problem.end_aligned else 1
-    return Guarded.of(problem, gap=gap, offset=0 if problem.end_aligned else 1)
 
 
 def conforms(problem, config=None, seed=0):

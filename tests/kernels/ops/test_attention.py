@@ -15,56 +15,21 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.conformance import Guarded, assert_close, check, pairwise
+from tests.kernels.calls import attention_outs as outs_for
+from tests.kernels.calls import run_attention as run
+from tests.kernels.conformance import assert_close, check, pairwise
 from tilewright.kernels.dispatch import forget_plans
-from tilewright.kernels.dtypes import DTYPES
 from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.ops.attention import combine, jit, mainloop, tiles
 from tilewright.kernels.ops.attention.api import attention
 from tilewright.kernels.ops.attention.launch import ATTENTION
-from tilewright.kernels.ops.attention.problem import SOFTCAP, AttentionProblem
+from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.attention.reference import heads_of, reference, tolerance
 from tilewright.kernels.ops.attention.space import AttentionConfig
 from tilewright.tuning_db.errors import RunError
 
 SMALL = AttentionConfig(16, 16)
-
-
-def run(problem, arrays, outs, config=None, **options):
-    """The public function on a problem's arrays."""
-    if problem.varlen:
-        options["max_seqlen_q"] = problem.Sq
-        if not problem.page_size:
-            options["max_seqlen_k"] = problem.Skv
-    return attention(
-        **{name: array for name, array in arrays.items() if name not in ("places",)},
-        causal=problem.causal,
-        window=(problem.window_left, problem.window_right),
-        softcap=SOFTCAP if problem.softcap else None,
-        return_lse=problem.lse,
-        out_dtype=problem.out_dtype,
-        **outs,
-        config=config,
-        **options,
-    )
-
-
-def outs_for(problem):
-    """Where a problem's results go: laid out and aligned like its inputs."""
-    outs = {}
-    for name, output in problem.outputs().items():
-        shape, offset, gap = output.shape, 0 if problem.aligned else 1, 0
-        if name == "out" and problem.strided:
-            vector = 16 // np.dtype(DTYPES[output.dtype].numpy).itemsize
-            gap = vector if problem.aligned else 1
-        tokens_first = problem.strided and not problem.varlen and name == "out"
-        if tokens_first:
-            shape = (shape[0], shape[2], shape[1], shape[3])
-        outs[name] = Guarded(shape, output.dtype, gap=gap, offset=offset)
-        if tokens_first:
-            outs[name].array = outs[name].array.swapaxes(1, 2)
-    return outs
 
 
 def conforms(problem, config=None, seed=0):

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.calls import run_conv2d as run
 from tests.kernels.conformance import ACTIVATION_NAMES, SIZES, Guarded, assert_close, check, pairwise
 from tilewright.kernels import interpreter, resolve_device
 from tilewright.kernels.dispatch import forget_plans
@@ -28,26 +29,6 @@ from tilewright.tuning_db.errors import ProblemError, RunError
 
 A100 = resolve_device("a100")
 SMALL = Conv2dConfig(16, 16, 32)
-
-
-def run(problem, arrays, out=None, config=None):
-    """The public function on a problem's arrays."""
-    return conv2d(
-        arrays["x"],
-        arrays["w"],
-        **{name: arrays.get(name) for name in ("x_scale", "w_scale", "bias", "residual", "out_scale")},
-        alpha=arrays.get("alpha", 1.0),
-        activation=problem.activation,
-        stride=(problem.stride_h, problem.stride_w),
-        padding=(problem.pad_top, problem.pad_left, problem.pad_bottom, problem.pad_right),
-        dilation=(problem.dilation_h, problem.dilation_w),
-        groups=problem.groups,
-        layout=problem.layout,
-        precision=problem.precision,
-        out_dtype=problem.out_dtype,
-        out=out,
-        config=config,
-    )
 
 
 def conforms(problem, config=None, seed=0):

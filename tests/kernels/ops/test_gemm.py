@@ -591,8 +591,8 @@ def test_a_guard_sees_one_byte_before_behind_and_between():
         guarded.assert_intact()
         row = np.lib.stride_tricks.as_strided(guarded.array[0, :1], (1,), (2,))
         np.lib.stride_tricks.as_strided(row, (1,), (2,))
-        start = guarded.array.ctypes.data - guarded._buffer.ctypes.data
-        guarded._buffer[start + 2 * position] ^= 1
+        start = guarded.array.ctypes.data - guarded.buffer.ctypes.data
+        guarded.buffer[start + 2 * position] ^= 1
         with pytest.raises(AssertionError, match="1 bytes around the output were written"):
             guarded.assert_intact()
 
