@@ -77,11 +77,13 @@ def conforms(cupy: Any, kernel: Kernel[Any, Any], problem: Any, config: Any = No
     for name, each in guarded.items():
         each.buffer[...] = cupy.asnumpy(buffers[name])
         each.assert_intact()
-    assert not fault(kernel, problem, expected, {name: each.array for name, each in guarded.items()})
+    reason = fault(kernel, problem, expected, {name: each.array for name, each in guarded.items()})
+    assert not reason, reason
     first, second = (
         {name: on_host(cupy, result) for name, result in call(problem, moved, None, config).items()} for _ in range(2)
     )
-    assert not fault(kernel, problem, expected, first)
+    reason = fault(kernel, problem, expected, first)
+    assert not reason, reason
     for name, array in first.items():
         assert array.tobytes() == second[name].tobytes(), f"{name} differs between two calls"
     for name, array in arrays.items():
