@@ -25,7 +25,7 @@ def test_every_head_dim_of_every_data_type(cupy: Any, board: Device, kind: str, 
         pytest.skip("fp8 dots take 32")
     problem = AttentionProblem(1, 4, 100, 129, dim, Hkv=2, dtype=kind, causal=True)
     skip_unless(ATTENTION, problem, board)
-    conforms(cupy, ATTENTION, problem)
+    conforms(cupy, ATTENTION, problem, ATTENTION.default(problem, board))
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -95,7 +95,8 @@ PROBLEMS = list(dict.fromkeys(problem_of(row) for row in pairwise(AXES)))
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_equals_the_reference(cupy: Any, board: Device, problem: AttentionProblem) -> None:
     skip_unless(ATTENTION, problem, board)
-    conforms(cupy, ATTENTION, problem)
+    # IEEE dots are unrolled whole: predicted configurations of theirs take many seconds to compile, and then may spill.
+    conforms(cupy, ATTENTION, problem, ATTENTION.default(problem, board) if problem.dtype == "fp32" else None)
 
 
 @pytest.mark.parametrize("pack", [False, True])
