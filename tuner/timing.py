@@ -61,7 +61,7 @@ SETTLE_S = 0.1
 """Load before a configuration's samples may end, warm-up included. The limiter of an H200 was seen to act after 31 ms,
 and not yet after 46."""
 
-ROUNDS_SETTLE_S = 0.3
+ROUNDS_SETTLE_S = 0.15
 """The same before finalists': once a problem it may take longer."""
 
 MOST_SETTLE_S = 0.5

@@ -110,6 +110,7 @@ def gemm_kernel(
     FLATTEN: tl.constexpr,  # and starts to load the next tile while it finishes one
     TMA: tl.constexpr,  # operands come by tensor descriptors
     PIECES: tl.constexpr,  # of a tile's columns, for the epilogue: see `store_in_pieces`
+    PAIRS: tl.constexpr,  # int4 weights are unpacked two at a time, by inline PTX
 ):
     """out = activation(alpha · scales · (A·B) + bias + residual); with GATED, [g|u] = alpha · scales · (A·B) + bias and
     out = activation(g) · u + residual. One output tile, or one split of its K, a program."""
@@ -133,7 +134,7 @@ def gemm_kernel(
                 out_ptr, workspace_ptr, counters_ptr, A_COLUMN_MAJOR, B_COLUMN_MAJOR, A_BROADCAST, B_BROADCAST,
                 RESIDUAL_BROADCAST, EVEN_M, EVEN_N, EVEN_K, PRECISION, FP8_SUM, A_SCALE, B_SCALE, BIAS_AXIS, GATED,
                 ACTIVATION, WEIGHTS, GROUP_SIZE, GROUPS, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, TMA,
-                PIECES,
+                PIECES, PAIRS,
             )  # fmt: skip
     else:
         gemm_tile(
@@ -143,6 +144,7 @@ def gemm_kernel(
             workspace_ptr, counters_ptr, A_COLUMN_MAJOR, B_COLUMN_MAJOR, A_BROADCAST, B_BROADCAST, RESIDUAL_BROADCAST,
             EVEN_M, EVEN_N, EVEN_K, PRECISION, FP8_SUM, A_SCALE, B_SCALE, BIAS_AXIS, GATED, ACTIVATION, WEIGHTS,
             GROUP_SIZE, GROUPS, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, TMA, PIECES,
+            PAIRS,
         )  # fmt: skip
 
 
@@ -203,6 +205,7 @@ def gemm_tile(
     SPLIT_K: tl.constexpr,
     TMA: tl.constexpr,
     PIECES: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """The tile of that number, or the split of its K that is the program's."""
     HALVES: tl.constexpr = GATED == "halves"
@@ -268,8 +271,8 @@ def gemm_tile(
     if WEIGHTS is not None:
         x, second = weight_sums(
             a_base, b_base, b_scale_ptr, b_zero_ptr, a_ld, b_ld, offsets_m, offsets_n, end_m, end_n, K, N, first, last,
-            WEIGHTS == "int4", GROUP_SIZE, A_COLUMN_MAJOR, B_COLUMN_MAJOR, EVEN_M, EVEN_N, EVEN_K, HALVES, BLOCK_M,
-            COLUMNS, BLOCK_K,
+            WEIGHTS == "int4", GROUP_SIZE, A_COLUMN_MAJOR, B_COLUMN_MAJOR, EVEN_M, EVEN_N, EVEN_K, HALVES, PAIRS,
+            BLOCK_M, COLUMNS, BLOCK_K,
         )  # fmt: skip
     elif TMA:
         if a_descriptor is None:

@@ -29,6 +29,7 @@ class GemmConfig(Config):
     num_stages: int = 3
     PERSISTENT: bool = False  # as many blocks as the SMs hold, each going from tile to tile
     TMA: bool = False  # operands come by tensor descriptors, whole tiles at a time
+    PAIRS: bool = False  # int4 weights are unpacked two at a time, by inline PTX
 
 
 AXES = {
@@ -41,6 +42,7 @@ AXES = {
     "num_stages": (1, 2, 3, 4, 5),
     "PERSISTENT": (False, True),
     "TMA": (False, True),
+    "PAIRS": (False, True),
 }
 
 
@@ -171,7 +173,7 @@ def pieces(problem: GemmProblem, config: GemmConfig) -> int:
 
 def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
     """None, or the limit that the configuration breaks, with the values."""
-    for name in ("PERSISTENT", "TMA"):
+    for name in ("PERSISTENT", "TMA", "PAIRS"):
         if not isinstance(getattr(config, name), bool):
             return f"{name}={getattr(config, name)!r} must be True or False"
     for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "SPLIT_K", "num_warps", "num_stages"):
@@ -187,6 +189,8 @@ def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None
     if min(config.BLOCK_M - 16, config.BLOCK_N - least_n, config.BLOCK_K - least_k) < 0:
         of = problem.b_dtype or problem.dtype
         return f"the smallest tile of a {of} dot is 16×{least_n}×{least_k}" + (" in halves" if least_n > 16 else "")
+    if config.PAIRS and (problem.b_dtype != "int4" or device.arch < 80):
+        return f"PAIRS is for int4 weights, from sm_80 on, not for b_dtype={problem.b_dtype} on {device.sm}"
     if problem.group_size % config.BLOCK_K:
         return f"BLOCK_K={config.BLOCK_K} does not divide group_size={problem.group_size}"
     if config.num_warps > 32:
@@ -272,6 +276,7 @@ COARSE = {
     "num_stages": (1, 3, 4),
     "PERSISTENT": (False,),
     "TMA": (False,),
+    "PAIRS": (False,),
 }
 
 
@@ -304,6 +309,8 @@ def narrow(problem: GemmProblem, device: Device, axes: Mapping[str, tuple[Any, .
     kept["num_stages"] = tuple(stages for stages in axes["num_stages"] if stages == 1 or copies)
     if device.arch < 90:
         kept["TMA"] = (False,)
+    if problem.b_dtype != "int4" or device.arch < 80:
+        kept["PAIRS"] = (False,)
     # Of tiles as large as PERSISTENT wants them, the most there can be.
     shapes = ((64, 256), (128, 128), (256, 64))
     count = max(
@@ -437,6 +444,9 @@ def estimate(problem: GemmProblem, config: GemmConfig, device: Device) -> Resour
 WEIGHT_OPERATIONS = {("int4", "fp16"): 3.4, ("int4", "bf16"): 4.7, ("int8", "fp16"): 4.2, ("int8", "bf16"): 4.2}
 """Instructions of one lane that make a weight an operand, counted in the SASS of compiled kernels for sm_86."""
 
+PAIRED_OPERATIONS = 13 / 8
+"""The same with PAIRS: 13 instructions for eight weights."""
+
 
 def work(problem: GemmProblem, config: GemmConfig) -> Work:
     """The grid, the loop and the bytes of one configuration. Groups of rows count as a batch, as if all were of one
@@ -468,7 +478,8 @@ def work(problem: GemmProblem, config: GemmConfig) -> Work:
         # Every row of warps makes its own operands, but for wgmma and tcgen05, which share them.
         repeats = config.BLOCK_M / warp_tile(config.BLOCK_M, config.BLOCK_N, config.num_warps)[0]
         weights = config.BLOCK_N * config.BLOCK_K * repeats
-        lane_ops = weights * WEIGHT_OPERATIONS[problem.b_dtype, problem.dtype]
+        each = PAIRED_OPERATIONS if config.PAIRS else WEIGHT_OPERATIONS[problem.b_dtype, problem.dtype]
+        lane_ops = weights * each
         if problem.group_size:
             lane_ops += config.BLOCK_M * config.BLOCK_N
     # Descriptors copy in width whatever the compiler is told of: rows of 16 bytes are enough.
