@@ -139,7 +139,7 @@ def limited(after_s: float, busy_us: float = 2330.0) -> Callable[[float], float]
 def test_times_are_those_under_a_load_that_lasts_whenever_the_limiter_acts(after_s: float) -> None:
     gpu, turns = Simulation(), Simulation()
     found = time_one(gpu.kernel(limited(after_s), 0.002), now=gpu.now)
-    both = time_rounds([turns.kernel(limited(after_s + 0.2), 0.002) for _ in range(2)], now=turns.now)
+    both = time_rounds([turns.kernel(limited(after_s + 0.05), 0.002) for _ in range(2)], now=turns.now)
     for each in (found, *both):
         assert each.settled
         assert each.times.median_us == pytest.approx(2330, rel=0.005)
