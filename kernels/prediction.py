@@ -172,7 +172,7 @@ def predict(work: Work, resources: Resources, device: Device, *, without: Collec
         stalls = 0.0 if Term.PIPELINE in without else stall_cycles(work, device, demand.pipeline)
         # A warp sits on one sub-partition: the work beside the dots of fewer than four leaves units without any.
         beside = iteration.beside * max(1.0, SUBPARTITIONS / work.num_warps)
-        chain = work.iterations * (iteration.compute * iteration.idle + beside) + stalls
+        chain = work.iterations * serial_cycles(work, iteration.compute * iteration.idle, beside) + stalls
         busy = busy_cycles(demand, chain, stalls, busiest) + busiest * work.iterations * iteration.spills
         alone = alone_cycles(demand, chain, busiest) + work.iterations * iteration.spills
         ends = end_cycles(work, rate, without)
@@ -243,6 +243,16 @@ def wave_demand(
         if Term.PIPELINE in without
         else work.iterations * latency_cycles(work, iteration, rate) / tiles_ahead(work, device),
     )
+
+
+def serial_cycles(work: Work, compute: float, beside: float) -> float:
+    """Cycles of one iteration of a block that runs alone: its dots and what lies beside them, one after the other, but
+    where the second dot runs during the latter."""
+    if not work.overlapped:
+        return compute + beside
+    first, second = work.tile_m * work.tile_n * work.tile_k, math.prod(work.second or (0,))
+    during = compute * second / (first + second)
+    return compute - during + max(during, beside)
 
 
 def stall_cycles(work: Work, device: Device, latency: float) -> float:

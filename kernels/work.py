@@ -85,6 +85,7 @@ class Work:
     second: tuple[int, int, int] | None = None  # rows, columns and depth of another dot
     lane_ops: float = 0.0  # fp32 and integer operations of single lanes on the CUDA cores
     special_ops: float = 0.0  # exponentials and the like of single lanes
+    overlapped: bool = False  # they run beside the second dot, not after the first and before the second
 
     @property
     def tiles(self) -> int:

@@ -23,15 +23,17 @@ ABBREVIATIONS = {
     "BLOCK_N": "N",
     "BLOCK_K": "K",
     "GROUP_M": "group",
+    "GROUP_H": "turns",
     "SPLIT_K": "split",
     "SPLIT_KV": "split",
     "PERSISTENT": "persistent",
     "PACK": "packed",
+    "OVERLAP": "overlapped",
     "FOLD": "folded",
     "num_warps": "warps",
     "num_stages": "stages",
 }
-ABSENT_AS_1 = ("SPLIT_K", "SPLIT_KV", "GROUP_M")
+ABSENT_AS_1 = ("SPLIT_K", "SPLIT_KV", "GROUP_M", "GROUP_H")
 """Choices that a 1 leaves out."""
 
 

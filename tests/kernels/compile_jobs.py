@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -57,6 +58,7 @@ def compiled(launch: Launch, arch: int, device: Device) -> dict[str, Any]:
         "parameters": re.findall(r"\.param (\.\w+)", entry[: entry.index(")")]),
         "arguments": [argument.type for argument in launch.arguments if argument.type is not None],
         "instructions": {name: len(re.findall(pattern, body)) for name, pattern in INSTRUCTIONS.items()},
+        "order": [name for name, _ in itertools.groupby(re.findall("|".join(ORDERED), body))],
         "log": log.getvalue(),
     }
 
@@ -73,6 +75,8 @@ INSTRUCTIONS = {
     "narrow loads": r"\bld\.global(?:\.\w+)*\.[bus](?:8|16)\b",
     "wide loads": r"\bld\.global(?:\.\w+)*\.v4\.b32\b",
 }
+ORDERED = (r"\bwgmma\.commit", r"\bwgmma\.wait", r"\bex2\b")
+"""What `order` lists, as often as one follows another."""
 
 
 if __name__ == "__main__":

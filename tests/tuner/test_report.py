@@ -142,6 +142,7 @@ def test_the_device_line_says_whether_it_measures() -> None:
         (GemmConfig(128, 64, 32, 1, PERSISTENT=True, TMA=True), "128×64×32 warps 4 stages 3 persistent TMA"),
         (Conv2dConfig(64, 32, 16, FOLD=True, SPLIT_K=2), "64×32×16 split 2 folded warps 4 stages 3"),
         (AttentionConfig(16, 64, SPLIT_KV=8, PACK=True), "16×64 split 8 packed warps 4 stages 2"),
+        (AttentionConfig(128, 64, GROUP_H=8, OVERLAP=True, TMA=True), "128×64 turns 8 overlapped TMA warps 4 stages 2"),
         (AttentionConfig(128, 64), "128×64 warps 4 stages 2"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -51,4 +51,9 @@ FEATURES: dict[str, AttentionProblem | Variant[AttentionProblem, AttentionConfig
     # decode
     "one query": AttentionProblem(**DECODE),
     "split keys, deterministic": Variant(AttentionProblem(**DECODE, lse=True), AttentionConfig(16, 32, SPLIT_KV=4)),
+    # prefill
+    "values multiplied during the next softmax": Variant(
+        AttentionProblem(**SMALL, causal=True), AttentionConfig(64, 16, OVERLAP=True)
+    ),
+    "tensor descriptors": Variant(AttentionProblem(**SMALL, causal=True), AttentionConfig(64, 16, TMA=True)),
 }

@@ -78,17 +78,28 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT_KV: tl.constexpr,
+    OVERLAP: tl.constexpr,  # the values of a block of keys are multiplied during the softmax of the next
+    TMA: tl.constexpr,  # keys and values come by tensor descriptors
+    GROUP_H: tl.constexpr,  # heads whose tiles take turns
     PACK: tl.constexpr,  # the rows of a tile are queries times the heads of a group
 ):
     """One tile of queries against all keys, or one split of them, a program."""
     HEADS: tl.constexpr = GROUP if PACK else 1  # of a tile
     split = tl.program_id(1)
     tiles = tl.cdiv(Sq * HEADS, BLOCK_M)
+    place = tl.program_id(0) // tiles  # among the heads of all sequences
     tile = tl.program_id(0) % tiles
+    if GROUP_H > 1:
+        # Tiles of one height in GROUP_H heads, then those of the next height.
+        group = tl.program_id(0) // (GROUP_H * tiles)
+        size = tl.minimum(tl.num_programs(0) // tiles - group * GROUP_H, GROUP_H)
+        within = tl.program_id(0) % (GROUP_H * tiles)
+        place = group * GROUP_H + within % size
+        tile = within // size
     if CAUSAL:
         tile = tiles - 1 - tile  # the longest rows first: short ones fill the last wave
-    tile_head = tl.program_id(0) // tiles % (H // HEADS)
-    batch = tl.program_id(0) // tiles // (H // HEADS)
+    tile_head = place % (H // HEADS)
+    batch = place // (H // HEADS)
     kv_head = tile_head if PACK else tile_head // GROUP
     first_q = 0
     first_k = 0
@@ -210,21 +221,26 @@ def attention_kernel(
         tail_dv = BLOCK_DV + tl.arange(0, TAIL_DV)
         tail_mask_dv = tail_dv[None, :] < DIM_V if BLOCK_DV + TAIL_DV > DIM_V else None
         accumulator_tail = tl.zeros((BLOCK_M, TAIL_DV), tl.float32)
+    k_descriptor, v_descriptor = None, None
+    if TMA:
+        # Rows behind the last, and columns behind those of the head, are read as zeros.
+        k_descriptor = tl.make_tensor_descriptor(k_base, [keys, DIM], [k_row, 1], [BLOCK_N, BLOCK_D])
+        v_descriptor = tl.make_tensor_descriptor(v_base, [keys, DIM_V], [v_row, 1], [BLOCK_N, BLOCK_DV])
 
     # First the blocks that every row sees whole, then those before and behind them: the order doesn't matter.
     m, total, accumulator, accumulator_tail = attend(
-        m, total, accumulator, accumulator_tail, q, q_tail, k_base, v_base, bias_rows, table, slope, mask_m, mask_d,
-        mask_dv, tail_mask_d, tail_mask_dv, query, keys, diagonal, window_left, window_right, k_batch, k_row, v_batch,
-        v_row, scale, whole, masked, whole, 0, SOFTCAP, CAUSAL, PAGE, BLOCK_D, TAIL_D, BLOCK_DV, TAIL_DV, BLOCK_N,
-        MASKED=False,
+        m, total, accumulator, accumulator_tail, q, q_tail, k_descriptor, v_descriptor, k_base, v_base, bias_rows,
+        table, slope, mask_m, mask_d, mask_dv, tail_mask_d, tail_mask_dv, query, keys, diagonal, window_left,
+        window_right, k_batch, k_row, v_batch, v_row, scale, whole, masked, whole, 0, SOFTCAP, CAUSAL, PAGE, BLOCK_D,
+        TAIL_D, BLOCK_DV, TAIL_DV, BLOCK_N, OVERLAP, TMA, MASKED=False, GUARDED=OVERLAP or TMA,
     )  # fmt: skip
     if MASKS:
         over = masked - whole
         m, total, accumulator, accumulator_tail = attend(
-            m, total, accumulator, accumulator_tail, q, q_tail, k_base, v_base, bias_rows, table, slope, mask_m, mask_d,
-            mask_dv, tail_mask_d, tail_mask_dv, query, keys, diagonal, window_left, window_right, k_batch, k_row,
-            v_batch, v_row, scale, first, last - over, whole, over, SOFTCAP, CAUSAL, PAGE, BLOCK_D, TAIL_D, BLOCK_DV,
-            TAIL_DV, BLOCK_N, MASKED=True,
+            m, total, accumulator, accumulator_tail, q, q_tail, k_descriptor, v_descriptor, k_base, v_base, bias_rows,
+            table, slope, mask_m, mask_d, mask_dv, tail_mask_d, tail_mask_dv, query, keys, diagonal, window_left,
+            window_right, k_batch, k_row, v_batch, v_row, scale, first, last - over, whole, over, SOFTCAP, CAUSAL, PAGE,
+            BLOCK_D, TAIL_D, BLOCK_DV, TAIL_DV, BLOCK_N, False, TMA, MASKED=True, GUARDED=OVERLAP or TMA,
         )  # fmt: skip
 
     divisor = tl.where(total == 0.0, 1.0, total)
@@ -233,9 +249,9 @@ def attention_kernel(
     if v_scale_ptr is not None:
         factor *= tl.load(v_scale_ptr)
     accumulator *= factor[:, None]
-    place = (batch_64 * H + head) * Sq + query  # in (batch, H, Sq)
+    row = (batch_64 * H + head) * Sq + query  # in (batch, H, Sq)
     if SPLIT_KV > 1:
-        part = place * SPLIT_KV + split
+        part = row * SPLIT_KV + split
         # The sum reads no partial result of a split that saw no key.
         used = (inside & (lse != -float("inf")))[:, None]
         partial = partial_ptr + part * DIM_V
@@ -260,5 +276,5 @@ def attention_kernel(
             store_tile(tail, to_output(accumulator_tail * factor[:, None], None, kind), mask_m, tail_mask_dv)
         if lse_ptr is not None:
             if VARLEN:
-                place = (first_q + query).to(tl.int64) * H + head
-            tl.store(lse_ptr + place, lse * LN2, mask=inside)
+                row = (first_q + query).to(tl.int64) * H + head
+            tl.store(lse_ptr + row, lse * LN2, mask=inside)

@@ -22,6 +22,9 @@ class AttentionConfig(Config):
     BLOCK_N: int  # keys of one iteration
     SPLIT_KV: int = 1  # blocks that share one tile's keys; deterministic, through a workspace and a second launch
     PACK: bool = False  # the heads of a group share a tile, and so each key's only read
+    GROUP_H: int = 1  # heads whose tiles take turns, so that long rows of all of them come before short ones
+    OVERLAP: bool = False  # the values of a block are multiplied during the softmax of the next
+    TMA: bool = False  # keys and values come by tensor descriptors, whole blocks at a time
     num_warps: int = 4
     num_stages: int = 2
 
@@ -31,6 +34,9 @@ AXES = {
     "BLOCK_N": (16, 32, 64, 128, 256),
     "SPLIT_KV": (1, 2, 4, 8, 16, 32, 64),
     "PACK": (False, True),
+    "GROUP_H": (1, 8, 32),
+    "OVERLAP": (False, True),
+    "TMA": (False, True),
     "num_warps": (2, 4, 8),
     "num_stages": (1, 2, 3, 4, 5),
 }
@@ -41,6 +47,9 @@ padded dots, and which needs dots as wide as they can be, for its warps lie side
 
 MOST_NEEDED = 300
 """Estimated registers of a thread with which some kernels still compile without a spill."""
+
+LARGEST_BOX = 256
+"""Most elements of a dimension that a tensor descriptor's load has (CUDA driver API, `cuTensorMapEncodeTiled`)."""
 
 FMA_LOOP = 1024
 """Most multiply-adds of a thread in one dot on CUDA cores, which is unrolled whole: with 4096, ptxas takes 10 s and
@@ -165,18 +174,22 @@ def registers_needed(problem: AttentionProblem, config: AttentionConfig, device:
     repeated = max(1.0, 16 * config.num_warps / m) if in_place or on_rows else 1.0  # warps with the same rows
     element = int(dtype(problem.dtype).bytes)
     queries = 0.0 if in_place or not on_rows else 0.4 * m * d * element / 4 / threads
-    loaded = n * (d + dv) / threads
+    loaded = 0.0 if config.TMA else n * (d + dv) / threads
     addresses = 1.5 * loaded * element / 16 if vector_bytes(problem) == 16 else 0.8 * loaded
     held_factor, score_factor = (1.0, 1.1) if in_place and device.arch // 10 == 10 else (1.3, 1.45)
+    if config.OVERLAP:
+        # The weights of the block before stay in fp32, and its values have addresses of their own.
+        addresses *= 2
+        score_factor += 0.35
     return 55 + repeated * (held_factor * held + score_factor * scores + queries) + addresses
 
 
 def fits(problem: AttentionProblem, config: AttentionConfig, device: Device) -> str | None:
     """None, or the limit that the configuration breaks, with the values."""
     for name, value in config.to_dict().items():
-        if name == "PACK":
+        if name in ("PACK", "OVERLAP", "TMA"):
             if not isinstance(value, bool):
-                return f"PACK={value!r} must be true or false"
+                return f"{name}={value!r} must be true or false"
         elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
             return f"{name}={value!r} must be an integer of at least 1"
         elif name != "num_stages" and value & (value - 1):
@@ -185,6 +198,13 @@ def fits(problem: AttentionProblem, config: AttentionConfig, device: Device) -> 
         return "the smallest tile of two dots is 16×16"
     if config.PACK and problem.kv_heads == problem.H:
         return f"PACK=True needs query heads that share key heads, and H={problem.H} are as many as Hkv={problem.Hkv}"
+    for name in ("OVERLAP", "TMA"):
+        if problem.page_size and getattr(config, name):
+            return f"{name} is for keys that lie one behind the other, not in pages of {problem.page_size}"
+    if config.TMA:
+        refused = _refused_by_descriptors(problem, config)
+        if refused is not None:
+            return refused
     if config.num_warps > 32:
         return f"num_warps={config.num_warps} is over the 32 of a block"
     held = config.BLOCK_M * sum(value_blocks(problem, config)) / (config.num_warps * WARP_SIZE)
@@ -199,9 +219,28 @@ def fits(problem: AttentionProblem, config: AttentionConfig, device: Device) -> 
     rows = problem.Sq * tile_heads(problem, config) + config.BLOCK_M
     if max(rows, problem.Skv + problem.Sq + config.BLOCK_N * (config.SPLIT_KV + 1)) >= 2**31:
         return f"positions in {problem.Sq} queries of {problem.H} heads and {problem.Skv} keys pass 32 bits"
+    if config.GROUP_H * math.ceil(rows / config.BLOCK_M) >= 2**31:
+        return f"tiles of GROUP_H={config.GROUP_H} heads of {problem.Sq} queries pass 32 bits"
     blocks = problem.B * problem.H * problem.Sq if config.SPLIT_KV > 1 else tiles(problem, config)
     if blocks >= 2**31:
         return f"{blocks} blocks are over the grid's {2**31 - 1}"
+    return None
+
+
+def _refused_by_descriptors(problem: AttentionProblem, config: AttentionConfig) -> str | None:
+    """None, or why tensor descriptors can't read the keys and values."""
+    element = dtype(problem.dtype).bytes
+    dense = () if problem.strided else (problem.D, problem.dim_v)
+    if not problem.aligned or any(dim * element % 16 for dim in dense):
+        return "TMA needs keys and values whose every row starts at 16 bytes"
+    for name, (block, tail) in (
+        ("D", head_blocks(problem.D, config.BLOCK_M, problem.smallest_dim)),
+        ("Dv", value_blocks(problem, config)),
+    ):
+        if tail not in (0, block):
+            return f"TMA reads blocks of one width, and {name} is computed as {block} and {tail}"
+        if max(config.BLOCK_N, block) > LARGEST_BOX:
+            return f"TMA reads at the most {LARGEST_BOX} rows and columns at once, not {config.BLOCK_N} and {block}"
     return None
 
 
@@ -212,6 +251,11 @@ def useful(problem: AttentionProblem, config: AttentionConfig, device: Device) -
     for block, size in ((m, rows), (n, problem.Skv)):
         if block > max(16, 2 ** math.ceil(math.log2(size))):
             return f"a block of {block} over a size of {size} is mostly padding"
+    places = problem.B * problem.H // tile_heads(problem, config)
+    if config.GROUP_H > 1 and (not problem.causal or tiles(problem, config) <= max(places, device.sms)):
+        return f"GROUP_H={config.GROUP_H} is for causal tiles of several lengths, more than run at once"
+    if any(places <= smaller < config.GROUP_H for smaller in AXES["GROUP_H"]):
+        return f"GROUP_H={config.GROUP_H} repeats a smaller one with {places} heads"
     if config.PACK and problem.Sq >= m:
         return f"{problem.Sq} queries fill a tile of {m} rows without the other heads"
     blocks = key_blocks(problem, config)
@@ -238,6 +282,14 @@ def useful(problem: AttentionProblem, config: AttentionConfig, device: Device) -
             return f"{warps} warps of 16 rows are more than {m} rows have"
     elif 8 * warps > min(n, sum(value_blocks(problem, config))):
         return f"{warps} warps of 8 columns are more than {n} keys or a head have"
+    if config.OVERLAP or config.TMA:
+        name = "OVERLAP" if config.OVERLAP else "TMA"
+        if device.arch // 10 != 9 or not unified(problem, config, device):
+            return f"{name} is for warp groups of wgmma (sm_90, 64 rows or more), which run beside other work"
+        if config.num_stages < 2:
+            return f"{name} without copies ahead (num_stages={config.num_stages}) has nothing to run beside"
+        if blocks // config.SPLIT_KV < 4:
+            return f"{name} takes longer to start than it saves in {blocks // config.SPLIT_KV} blocks of keys"
     if device.arch // 10 in (9, 10) and m >= 64 and warps < 4 and problem.unit != "fp32":
         return f"{warps} warps are no warp group: no wgmma, no tcgen05"
     needed = registers_needed(problem, config, device)
@@ -246,7 +298,15 @@ def useful(problem: AttentionProblem, config: AttentionConfig, device: Device) -
     return None
 
 
-COARSE = {"BLOCK_M": (16, 64, 128), "BLOCK_N": (32, 64, 128), "SPLIT_KV": (1, 4, 16), "num_stages": (2, 3)}
+COARSE = {
+    "BLOCK_M": (16, 64, 128),
+    "BLOCK_N": (32, 64, 128),
+    "SPLIT_KV": (1, 4, 16),
+    "GROUP_H": (1, 32),
+    "OVERLAP": (False,),
+    "TMA": (False,),
+    "num_stages": (2, 3),
+}
 
 
 def narrow(
@@ -259,6 +319,10 @@ def narrow(
     # The fewest tiles there can be, and the fewest that leave a split no use.
     least = problem.B * problem.kv_heads * math.ceil(problem.Sq / max(axes["BLOCK_M"]))
     kept["SPLIT_KV"] = tuple(s for s in axes["SPLIT_KV"] if s == 1 or least * (s // 2) < 4 * device.sms)
+    if not problem.causal:
+        kept["GROUP_H"] = tuple(size for size in axes["GROUP_H"] if size == 1)
+    if device.arch // 10 != 9 or problem.page_size or problem.unit == "fp32":
+        kept["OVERLAP"] = kept["TMA"] = (False,)
     if device.arch < 80 or vector_bytes(problem) < 4:
         kept["num_stages"] = tuple(s for s in axes["num_stages"] if s == min(axes["num_stages"]))
     return kept
@@ -310,7 +374,18 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
         config = AttentionConfig(128, n, PACK=pack, num_warps=8, num_stages=stages)
     while fits(problem, config, device) is not None and config.num_stages > 1:
         config = replace(config, num_stages=config.num_stages - 1)
-    return config
+    return replace(config, GROUP_H=enough_heads(problem, config, device))
+
+
+def enough_heads(problem: AttentionProblem, config: AttentionConfig, device: Device) -> int:
+    """Heads that have three tiles for every SM: where blocks are dealt out head by head, the long rows of the last one
+    begin when all others are about to end. By list scheduling, 64 heads of 16 causal tiles in turns take 1.03 times as
+    long as 264 blocks at once would at the best, head by head 1.28."""
+    each = math.ceil(problem.Sq * tile_heads(problem, config) / config.BLOCK_M)
+    if not problem.causal or tiles(problem, config) <= max(device.sms, tiles(problem, config) // each):
+        return 1
+    sizes = [size for size in AXES["GROUP_H"] if size > 1]
+    return next((size for size in sizes if size * each >= 3 * device.sms), sizes[-1])
 
 
 def enough_splits(problem: AttentionProblem, config: AttentionConfig, device: Device) -> int:

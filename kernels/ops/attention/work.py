@@ -90,5 +90,6 @@ def work(problem: AttentionProblem, config: AttentionConfig) -> Work:
         launches=1 if config.SPLIT_KV == 1 else 2,
         second=(config.BLOCK_M, dv, config.BLOCK_N),
         lane_ops=each * scores + (dv + ROW_OPS) * config.BLOCK_M,
+        overlapped=config.OVERLAP,
         special_ops=(3 if problem.softcap else 1) * scores + 4 * config.BLOCK_M,
     )

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.kernels.calls import attention_outs as outs_for
 from tests.kernels.calls import run_attention as run
 from tests.kernels.conformance import assert_close, check, pairwise
+from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.kernel import Tolerance
@@ -26,10 +27,12 @@ from tilewright.kernels.ops.attention.api import attention
 from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.attention.reference import heads_of, reference, tolerance
-from tilewright.kernels.ops.attention.space import AttentionConfig
+from tilewright.kernels.ops.attention.space import SPACE, AttentionConfig
+from tilewright.tuner.report import short_config
 from tilewright.tuning_db.errors import RunError
 
 SMALL = AttentionConfig(16, 16)
+H200 = resolve_device("h200")
 
 
 def conforms(problem, config=None, seed=0):
@@ -47,6 +50,10 @@ CONFIGS = (
     AttentionConfig(32, 16, SPLIT_KV=4),
     AttentionConfig(16, 16, PACK=True),
     AttentionConfig(32, 32, SPLIT_KV=2, PACK=True),
+    AttentionConfig(16, 16, OVERLAP=True),
+    AttentionConfig(64, 16, GROUP_H=8, OVERLAP=True, TMA=True),
+    AttentionConfig(32, 16, GROUP_H=4, SPLIT_KV=2, OVERLAP=True),
+    AttentionConfig(16, 32, TMA=True),
 )
 
 AXES = {
@@ -108,15 +115,21 @@ def problem_of(row):
     )
 
 
+def fitting(problem, config):
+    """A configuration without the choices that the problem has no place for."""
+    config = replace(config, PACK=config.PACK and problem.kv_heads < problem.H)
+    config = replace(config, OVERLAP=config.OVERLAP and not problem.page_size)
+    return config if SPACE.fits(problem, config, H200) is None else replace(config, TMA=False)
+
+
 def config_of(row):
-    """A row's configuration, without packing where there is nothing to pack."""
-    config, (heads, kv_heads) = row["config"], row["heads"]
-    return replace(config, PACK=False) if config is not None and heads == kv_heads else config
+    """A row's configuration, as far as it goes with the row's problem."""
+    return None if row["config"] is None else fitting(problem_of(row), row["config"])
 
 
 def described(row):
     config = config_of(row)
-    tile = "default" if config is None else f"{config.BLOCK_M}x{config.BLOCK_N}/{config.SPLIT_KV}"
+    tile = "default" if config is None else short_config(config.to_dict())
     return f"{problem_of(row)} on {tile}"
 
 
@@ -470,9 +483,12 @@ def problems(draw):
         draw(st.sampled_from([16, 32, 64])),
         draw(st.sampled_from([16, 32, 64])),
         SPLIT_KV=draw(st.sampled_from([1, 1, 2, 4, 8])),
-        PACK=group > 1 and draw(st.booleans()),
+        PACK=draw(st.booleans()),
+        GROUP_H=draw(st.sampled_from([1, 2, 8])),
+        OVERLAP=draw(st.booleans()),
+        TMA=draw(st.booleans()),
     )
-    return problem, config
+    return problem, fitting(problem, config)
 
 
 fuzz = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -518,15 +534,15 @@ DEFECTS = {
     "left edge taken for whole": ("tl.maximum(tl.cdiv(begin_of_all, BLOCK_N), first)", "first"),
     "right edge twice": ("block += tl.where(step < jump, 0, over)", "block += tl.where(step < jump, 0, over - 1)"),
     "accumulator not rescaled": (
-        "accumulator = tl.dot(p.to(v.dtype), v, accumulator * correction[:, None],",
-        "accumulator = tl.dot(p.to(v.dtype), v, accumulator,",
+        "accumulator = tl.dot(weights.to(v.dtype), v, accumulator * correction[:, None],",
+        "accumulator = tl.dot(weights.to(v.dtype), v, accumulator,",
     ),
     "tail not rescaled": ("v_tail, accumulator_tail * correction[:, None],", "v_tail, accumulator_tail,"),
-    "sum not rescaled": ("total = total * correction + tl.sum(p, 1)", "total = total + tl.sum(p, 1)"),
+    "sum not rescaled": ("total = total * correction + tl.sum(weights, 1)", "total = total + tl.sum(weights, 1)"),
     "highest score not kept": ("        m = higher\n", "        m = tl.maximum(m, 0.0 * higher)\n"),
     "weights in bf16": (
-        "p = tl.exp2(scores * unit - base[:, None])",
-        "p = tl.exp2(scores * unit - base[:, None]).to(tl.bfloat16).to(tl.float32)",
+        "weights = tl.exp2(scores * unit - base[:, None])",
+        "weights = tl.exp2(scores * unit - base[:, None]).to(tl.bfloat16).to(tl.float32)",
     ),
     "natural instead of binary": ("scale = SCALE * LOG2E", "scale = SCALE * 1.0"),
     "tail of the head dim": ("scores = tl.dot(q_tail, k_tail, scores,", "scores += 0.0 * tl.dot(q_tail, k_tail,"),
@@ -543,8 +559,8 @@ DEFECTS = {
     "sink in every split": ("m = tl.where(split == 0, tl.zeros", "m = tl.where(split >= 0, tl.zeros"),
     "sink forgotten": ("m = tl.where(split == 0, tl.zeros", "m = tl.where(split < 0, tl.zeros"),
     "log-sum-exp base 2": (
-        "tl.store(lse_ptr + place, lse * LN2, mask=inside)",
-        "tl.store(lse_ptr + place, lse, mask=inside)",
+        "tl.store(lse_ptr + row, lse * LN2, mask=inside)",
+        "tl.store(lse_ptr + row, lse, mask=inside)",
     ),
     "rows past the end written": (
         "store_tile(out, to_output(accumulator, None, kind), mask_m, mask_dv)",
@@ -563,6 +579,15 @@ DEFECTS = {
         "out = tl.sum(partial * weights[:, None], 0) / total",
         "out = tl.sum(partial, 0) / SPLIT_KV",
     ),
+    "heads of the last group": ("tl.num_programs(0) // tiles - group * GROUP_H, GROUP_H)", "GROUP_H, GROUP_H)"),
+    "tiles out of turn": ("tile = within // size", "tile = within // GROUP_H"),
+    "values of the block at hand": ("behind = tl.maximum(step - 1, lower) * BLOCK_N", "behind = step * BLOCK_N"),
+    "values of the last block twice": ("behind = (upper - 1) * BLOCK_N", "behind = (upper - 2) * BLOCK_N"),
+    "descriptor of the first keys": ("tl.make_tensor_descriptor(k_base,", "tl.make_tensor_descriptor(k_ptr,"),
+    "descriptor of the first values": ("tl.make_tensor_descriptor(v_base,", "tl.make_tensor_descriptor(v_ptr,"),
+    "descriptor of too many values": ("(v_base, [keys, DIM_V]", "(v_base, [keys + 1, DIM_V]"),
+    "tail of the keys by descriptor": ("k_descriptor.load([start, TAIL_D])", "k_descriptor.load([start, 0])"),
+    "tail of the values by descriptor": ("v_descriptor.load([start, TAIL_DV])", "v_descriptor.load([start, 0])"),
     "combined log-sum-exp of one split": ("(highest + tl.log2(total)) * LN2", "highest * LN2"),
 }
 
@@ -581,6 +606,10 @@ def exposing():
         AttentionProblem(1, 2, 17, 96, 16, softcap=True, bias="fp32", bias_heads=True, **wide),
         AttentionConfig(16, 16, SPLIT_KV=4),
     )
+    described = AttentionProblem(2, 2, 40, 70, 64, Dv=16, kv_lens=True, **wide)
+    yield AttentionProblem(3, 1, 40, 40, 16, causal=True, **wide), AttentionConfig(16, 16, GROUP_H=2)
+    yield described, AttentionConfig(64, 16, OVERLAP=True, TMA=True)
+    yield replace(described, D=120, Dv=128), AttentionConfig(64, 16, TMA=True)
     yield AttentionProblem(1, 1, 17, 33, 32, dtype="fp8e5m2", scales=True, out_dtype="fp32"), SMALL
     yield AttentionProblem(1, 1, 17, 33, 32, dtype="fp16", out_dtype="fp32"), SMALL
 

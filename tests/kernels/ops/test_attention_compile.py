@@ -82,6 +82,33 @@ def test_fp8_scores_are_multiplied_as_fp8_and_values_as_fp16():
     assert 0 < found["fp8 mma"] < found["wgmma"]
 
 
+@pytest.mark.smoke
+def test_values_are_multiplied_during_the_next_softmax(tmp_path):
+    tile = AttentionConfig(128, 64, OVERLAP=True, TMA=True, num_warps=8)
+    packed = replace(PREFILL, Skv=4000, varlen=True)
+    overlapped = [
+        (PREFILL, tile),
+        (PREFILL, replace(tile, TMA=False)),
+        (replace(PREFILL, causal=False, dtype="bf16"), replace(tile, BLOCK_N=32)),
+        (replace(PREFILL, D=64, window_left=999, lse=True), replace(tile, BLOCK_M=64, num_warps=4, num_stages=3)),
+        (packed, tile),
+    ]
+    plain = [(problem, replace(config, OVERLAP=False)) for problem, config in overlapped]
+    jobs = [("attention", problem, config) for problem, config in (*overlapped, *plain)]
+    replies = compiled(90, jobs, TRITON_DUMP_PTXAS_LOG="1", TRITON_CACHE_DIR=str(tmp_path))
+    for reply in replies:
+        assert "error" not in reply, (described(reply), reply["error"])
+        scores, values = ["wgmma.commit", "wgmma.wait"], ["wgmma.commit", "ex2"]
+        during = reply["order"][:4] == scores + values
+        assert during == reply["config"]["OVERLAP"], described(reply)
+        # ptxas says so where it waits for every wgmma after all.
+        assert "registers" in reply["log"], described(reply)
+        assert "serialized" not in reply["log"], described(reply)
+        assert reply["over"] is None, (described(reply), reply["over"])
+        assert bool(reply["scratch"]) == reply["config"]["TMA"], described(reply)
+        assert not (reply["config"]["TMA"] and reply["instructions"]["narrow loads"]), described(reply)
+
+
 def sampled(arch, count, seed):
     """Problems and configurations worth trying on the arch's reference board, at random."""
     device, draw = resolve_device(f"sm_{arch}"), random.Random(f"{arch} {seed}")

@@ -202,7 +202,7 @@ def test_what_lies_beside_the_dots_decides_an_order():
 
 # Resources, against what was compiled with Triton 3.9: of configurations drawn from the space, and some that spill
 
-# Problem, board, configuration; registers, spilled bytes, shared memory.
+# Problem, board, configuration and what else it does; registers, spilled bytes, shared memory.
 COMPILED = (
     ("Sq=1024,D=160,causal=true,window_left=512,softcap=true", "a100", (128, 64, 1, False, 8, 4), 255, 80, 163840),
     ("Sq=1024,D=64,dtype=bf16,bias=fp32", "a100", (64, 16, 1, False, 4, 1), 121, 0, 12288),
@@ -254,6 +254,14 @@ COMPILED = (
         744,
         16384,
     ),
+    ("Sq=1024,D=128,causal=true", "h200", (128, 64, 1, False, 8, 2, "OVERLAP"), 204, 0, 98304),
+    ("Sq=1024,D=128,dtype=bf16,causal=true", "h200", (128, 128, 1, False, 8, 2, "OVERLAP", "TMA"), 255, 0, 164864),
+    ("Sq=1024,D=64,causal=true", "h200", (64, 64, 1, False, 4, 3, "OVERLAP", "TMA"), 142, 0, 58368),
+    ("Sq=1024,D=64,Dv=128,causal=true,strided=true", "h200", (128, 64, 1, False, 8, 2, "TMA"), 155, 0, 66560),
+    ("Sq=1024,D=128,bias=fp16", "h200", (128, 64, 1, False, 8, 2, "OVERLAP", "TMA"), 218, 0, 114720),
+    ("Sq=1024,D=256,causal=true", "h200", (128, 32, 1, False, 8, 2, "OVERLAP", "TMA"), 236, 0, 131120),
+    ("Sq=1024,D=96,causal=true,window_left=512", "h200", (128, 32, 1, False, 8, 2, "OVERLAP"), 129, 0, 49152),
+    ("Sq=1024,D=128,dtype=fp8e4m3,causal=true", "h200", (128, 64, 1, False, 8, 2, "OVERLAP", "TMA"), 193, 0, 57368),
     ("Sq=1024,D=64,Dv=128,causal=true,strided=true", "b200", (32, 256, 1, False, 4, 2), 255, 408, 118784),
     ("Sq=1024,D=128,dtype=fp8e5m2", "b200", (32, 32, 1, False, 4, 2), 142, 0, 18432),
     ("Sq=1024,D=40,alibi=true,kv_lens=true", "b200", (64, 16, 1, False, 4, 2), 79, 0, 10808),
@@ -283,7 +291,10 @@ COMPILED = (
 def estimates():
     for fields, board, values, registers, spilled, shared in COMPILED:
         problem = AttentionProblem.parse(f"B=1,H=8,Hkv=2,Skv=1024,{fields}")
-        yield ATTENTION.estimate(problem, AttentionConfig(*values), BOARDS[board]), registers, spilled, shared
+        config = AttentionConfig(
+            *values[:4], num_warps=values[4], num_stages=values[5], **dict.fromkeys(values[6:], True)
+        )
+        yield ATTENTION.estimate(problem, config, BOARDS[board]), registers, spilled, shared
 
 
 def test_most_register_estimates_are_within_a_third():
@@ -352,6 +363,42 @@ def test_the_space_is_hundreds_of_configurations(problem, board):
         assert {config.PACK for config in configs} == {False}
 
 
+def test_what_overlapping_and_descriptors_can_not_do_says_why():
+    board, tile = BOARDS["h200"], AttentionConfig(128, 64, num_warps=8)
+    overlapped, described = replace(tile, OVERLAP=True), replace(tile, TMA=True)
+    paged = replace(DECODE, page_size=16)
+    assert "OVERLAP is for keys that lie one behind the other" in SPACE.fits(paged, overlapped, board)
+    assert "TMA is for keys that lie one behind the other" in SPACE.fits(paged, described, board)
+    starts = "whose every row starts at 16 bytes"
+    assert starts in SPACE.fits(replace(LLAMA, aligned=False), described, board)
+    assert starts in SPACE.fits(replace(LLAMA, D=100), described, board)
+    assert "and D is computed as 64 and 32" in SPACE.fits(replace(LLAMA, D=96, Dv=64), described, board)
+    assert "and Dv is computed as 64 and 16" in SPACE.fits(replace(LLAMA, Dv=72), described, board)
+    assert "at the most 256 rows" in SPACE.fits(replace(LLAMA, D=16), replace(described, BLOCK_N=512), board)
+    assert "OVERLAP=1 must be true or false" in SPACE.fits(LLAMA, replace(tile, OVERLAP=1), board)
+    for problem in (LLAMA, replace(LLAMA, D=120, strided=True), replace(LLAMA, D=128, varlen=True)):
+        assert SPACE.fits(problem, described, board) is None
+
+
+def test_long_rows_of_enough_heads_come_first():
+    board = BOARDS["h200"]
+    batch = AttentionProblem(4, 16, 2048, 2048, 128, causal=True)
+    assert ATTENTION.default(batch, board).GROUP_H == 32
+    assert ATTENTION.default(replace(batch, Sq=8192, Skv=8192), board).GROUP_H == 8
+    assert ATTENTION.default(replace(batch, causal=False), board).GROUP_H == 1
+    assert ATTENTION.default(replace(batch, B=1, Sq=512), board).GROUP_H == 1
+
+
+def test_what_runs_beside_the_second_dot_takes_less_time():
+    resources = ATTENTION.estimate(LLAMA, AttentionConfig(128, 128, num_warps=8), BOARDS["h200"])
+
+    def time(**choices):
+        work = ATTENTION.work(LLAMA, AttentionConfig(128, 128, num_warps=8, **choices))
+        return predict(work, resources, BOARDS["h200"]).time_us
+
+    assert time(OVERLAP=True) < 0.95 * time()
+
+
 def test_what_is_not_worth_trying_says_why():
     board = BOARDS["rtx3090"]
     for config, why in (
@@ -367,6 +414,21 @@ def test_what_is_not_worth_trying_says_why():
     short = AttentionProblem(1, 2, 10, 20, 64)
     assert "a block of 32 over a size of 10 is mostly" in SPACE.useful(short, AttentionConfig(32, 16), board)
     assert "a block of 64 over a size of 20 is mostly" in SPACE.useful(short, AttentionConfig(16, 64), board)
+    for config, why in (
+        (AttentionConfig(128, 64, OVERLAP=True, num_warps=8), "OVERLAP is for warp groups of wgmma"),
+        (AttentionConfig(128, 64, TMA=True, num_warps=8), "TMA is for warp groups of wgmma"),
+    ):
+        assert why in SPACE.useful(LLAMA, config, board)
+    hopper, tile = BOARDS["h200"], AttentionConfig(128, 64, OVERLAP=True, TMA=True, num_warps=8)
+    assert SPACE.useful(LLAMA, tile, hopper) is None
+    assert "without copies ahead" in SPACE.useful(LLAMA, replace(tile, num_stages=1), hopper)
+    assert "in 2 blocks of keys" in SPACE.useful(replace(LLAMA, Skv=100), tile, hopper)
+    whole = replace(LLAMA, causal=False)
+    assert "GROUP_H=8 is for causal tiles" in SPACE.useful(whole, replace(tile, GROUP_H=8), hopper)
+    assert "GROUP_H=8 is for causal tiles" in SPACE.useful(replace(LLAMA, Sq=512), replace(tile, GROUP_H=8), hopper)
+    assert "repeats a smaller one with 8 heads" in SPACE.useful(
+        replace(LLAMA, H=8, Sq=9000, Skv=9000), replace(tile, GROUP_H=32), hopper
+    )
     unaligned = replace(LLAMA, aligned=False)
     assert "without cp.async" in SPACE.useful(unaligned, AttentionConfig(64, 32, num_stages=2), board)
     ieee = replace(LLAMA, dtype="fp32", out_dtype="fp32")
