@@ -306,6 +306,11 @@ RAGGED = [
         AttentionProblem(B=2, H=4, Sq=1, Skv=819, D=64, page_size=13, kv_lens=True, bias="fp16"),
         AttentionConfig(16, 64),
     ),
+    (
+        "attention",
+        AttentionProblem(B=2, H=4, Sq=2048, Skv=2048, D=128, causal=True),
+        AttentionConfig(128, 64, GROUP_H=8, OVERLAP=True, TMA=True, num_warps=8),
+    ),
 ]
 
 

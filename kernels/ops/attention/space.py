@@ -404,7 +404,9 @@ def ragged(problem: AttentionProblem, config: AttentionConfig) -> AttentionProbl
     kv_heads = min(problem.kv_heads, 2)
     # Of three queries the first can still be kept from the last by a window to the right.
     queries = min(problem.Sq, max(3, (2 * config.BLOCK_M - 1) // tile_heads(problem, config)))
-    blocks = max(2, min(math.ceil(problem.Skv / config.BLOCK_N), 2 * config.SPLIT_KV + 1))
+    # What overlaps does so from one block of keys that is seen whole to the next.
+    most = 2 * config.SPLIT_KV + (3 if config.OVERLAP else 1)
+    blocks = max(2, min(math.ceil(problem.Skv / config.BLOCK_N), most))
     kept = 16 if problem.Skv % 16 == 0 else 1
     keys = problem.Skv
     if problem.Skv % 16 == 0 or problem.Skv >= config.BLOCK_N:
