@@ -45,11 +45,15 @@ INTERPRETED_SMS = 3
 """SMs that the interpreter has for kernels whose blocks walk over tiles: few, so that in small tests they do walk."""
 
 
+PLAIN = (("PAIRS", False),)
+"""Constexprs in the interpreter, which has no inline PTX: the plain form of the code, whose values are the same."""
+
+
 class InterpretedPlan(Plan):
     """Runs on NumPy arrays, in this process, at once."""
 
     def __init__(self, launches: tuple[Launch, ...]) -> None:
-        self._launches = tuple(launch.on(INTERPRETED_SMS) for launch in launches)
+        self._launches = tuple(launch.on(INTERPRETED_SMS).with_constants(PLAIN) for launch in launches)
 
     def run(self, pointers: Mapping[str, Any], strides: Mapping[str, int], stream: int) -> None:
         # Scratch of one name is one array for all launches of the plan: what one leaves there the next one reads.

@@ -175,7 +175,8 @@ def test_what_may_be_the_best_is_tried(problem, config):
 
 def test_every_configuration_of_the_space_runs_and_every_axis_is_used():
     seen = {name: Counter() for name in AXES}
-    for problem, device in ((GemmProblem(256, 4096, 4096), A100), (SQUARE, H100)):  # split, and persistent with TMA
+    weights = GemmProblem(16, 4096, 4096, b_dtype="int4", b_scale="group", group_size=128)  # in pairs
+    for problem, device in ((GemmProblem(256, 4096, 4096), A100), (SQUARE, H100), (weights, A100)):
         configs = SPACE.configs(problem, device)
         assert len(set(configs)) == len(configs)
         assert all(fits(problem, config, device) is None for config in configs)

@@ -8,7 +8,6 @@ from tilewright.kernels.ops.gemm import jit, reference, space
 from tilewright.kernels.ops.gemm.features import FEATURES
 from tilewright.kernels.ops.gemm.problem import OPERANDS, GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig, tiles
-from tilewright.tuning_db import env
 
 FP8_SUM = 128
 """Tensor cores of sm_90 add fp8 products with 14 bits; after this many the sum moves on to fp32 (the interval that
@@ -115,8 +114,7 @@ def launches(problem: GemmProblem, config: GemmConfig) -> tuple[Launch, ...]:
                 ("FLATTEN", config.PERSISTENT and config.num_warps <= FLATTEN_WARPS),
                 ("TMA", config.TMA),
                 ("PIECES", space.pieces(problem, config)),
-                # The interpreter has no inline PTX: there it is the plain form, whose values are the same.
-                ("PAIRS", config.PAIRS and not env.interpreting()),
+                ("PAIRS", config.PAIRS),
             ),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
