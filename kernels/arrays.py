@@ -119,8 +119,12 @@ class CupyKind(ArrayKind):
         return View(array.data.ptr, array.shape, _in_elements(array), dtype_name(array.dtype), array.data.device_id)
 
     def empty(self, like: Any, shape: tuple[int, ...], kind: str) -> Any:
+        wanted = np.dtype(dtype(kind).numpy)
         with self._cupy.cuda.Device(self._device(like)):
-            return self._cupy.empty(shape, dtype(kind).numpy)
+            if wanted.kind in "iuf":
+                return self._cupy.empty(shape, wanted)
+            # CuPy views memory as fp8, and makes no array of it.
+            return self._cupy.empty(shape, f"u{wanted.itemsize}").view(wanted)
 
     def scalar(self, like: Any, value: float) -> Any:
         with self._cupy.cuda.Device(self._device(like)):
@@ -169,7 +173,11 @@ class TorchKind(ArrayKind):
 
 class DlpackKind(CupyKind):
     """Any other array in a GPU's memory, seen through CuPy without a copy: JAX, and what has DLPack or
-    `__cuda_array_interface__`. The exchange orders the library's pending work before ours."""
+    `__cuda_array_interface__`.
+
+    DLPack's exchange orders the library's pending work before ours; the other interface does so only where it names a
+    stream, which JAX's doesn't: an array that comes that way is waited for.
+    """
 
     foreign = True
 
@@ -180,13 +188,20 @@ class DlpackKind(CupyKind):
         return super().pointer(self.adopt(array))
 
     def adopt(self, array: Any) -> Any:
-        if hasattr(array, "__cuda_array_interface__"):
-            return self._cupy.asarray(array)
+        other = hasattr(array, "__cuda_array_interface__")
         if hasattr(array, "__dlpack__"):
-            return self._cupy.from_dlpack(array)
-        raise UnsupportedError(
-            f"{type(array).__name__} is no array: pass NumPy, CuPy, torch or JAX arrays, or any with DLPack"
-        )
+            try:
+                return self._cupy.from_dlpack(array)
+            except (BufferError, RuntimeError, TypeError, ValueError):  # a type one of the two doesn't exchange
+                if not other:
+                    raise
+        if not other:
+            raise UnsupportedError(
+                f"{type(array).__name__} is no array: pass NumPy, CuPy, torch or JAX arrays, or any with DLPack"
+            )
+        if hasattr(array, "block_until_ready"):
+            array.block_until_ready()
+        return self._cupy.asarray(array)
 
     def give_back(self, array: Any, like: Any) -> Any:
         if array_api_compat.is_array_api_obj(like):

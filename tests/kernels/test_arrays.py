@@ -16,6 +16,7 @@ import pytest
 
 from tilewright.kernels import arrays, gemm
 from tilewright.kernels.arrays import CupyKind, DlpackKind, NumpyKind, TorchKind, View, kind_of, require_cupy
+from tilewright.kernels.dtypes import DTYPES
 from tilewright.tuning_db.env import compiling_environment
 from tilewright.tuning_db.errors import MissingDependencyError, ProblemError, UnsupportedError
 
@@ -117,6 +118,9 @@ class CupyArray:
         self.shape, self.strides, self.dtype, self.itemsize = host.shape, host.strides, host.dtype, host.itemsize
         self.data = SimpleNamespace(ptr=pointer, device_id=device)
 
+    def view(self, dtype):
+        return CupyArray(self.shape, dtype, self.data.device_id, self.data.ptr)
+
 
 CupyArray.__module__ = "cupy"
 
@@ -158,8 +162,11 @@ def test_cupy_makes_arrays_on_the_device_of_its_operand_and_asks_for_its_stream(
     kind = kind_of(CupyArray())
     kind.empty(CupyArray(device=1), (2, 3), "bf16")
     kind.scalar(CupyArray(device=1), 0.5)
-    assert cupy.made == [((2, 3), np.dtype(ml_dtypes.bfloat16), 1), ((1,), np.dtype(np.float32), 1)]
+    # CuPy takes bf16 and fp8 for the type of a view, and not all of them for that of a new array.
+    assert cupy.made == [((2, 3), np.dtype(np.uint16), 1), ((1,), np.dtype(np.float32), 1)]
     assert FakeDevice.current == 0
+    for name in ("bf16", "fp8e4m3", "fp8e5m2", "fp16", "int8"):
+        assert kind.empty(CupyArray(device=1), (2, 3), name).dtype == DTYPES[name].numpy
     assert kind.stream(CupyArray(device=1)) == 101
 
 
@@ -304,6 +311,36 @@ def test_arrays_with_dlpack_alone_are_seen_through_cupy_too(cupy):
     foreign = DlpackOnly()
     assert kind_of(foreign).adopt(foreign) is foreign.adopted
     assert kind_of(foreign).view(foreign.adopted).device == 1
+
+
+class Jax(DlpackOnly):
+    """An array that speaks both, without saying which stream its memory is ready on."""
+
+    __cuda_array_interface__: dict = {}
+    waits = 0
+
+    def block_until_ready(self):
+        self.waits += 1
+
+
+def test_dlpack_is_preferred_for_it_orders_streams(cupy, monkeypatch):
+    array = Jax()
+    monkeypatch.setattr(cupy, "asarray", lambda array: pytest.fail("unordered"))
+    assert kind_of(array).adopt(array) is array.adopted
+    assert array.waits == 0
+
+
+@pytest.mark.parametrize("error", [BufferError, RuntimeError, TypeError, ValueError])
+def test_what_dlpack_does_not_exchange_is_waited_for(cupy, monkeypatch, error):
+    def refusing(array):
+        raise error("no such type")
+
+    monkeypatch.setattr(cupy, "from_dlpack", refusing)
+    array = Jax()
+    assert kind_of(array).adopt(array) is array.adopted
+    assert array.waits == 1
+    with pytest.raises(error, match="no such type"):
+        kind_of(DlpackOnly()).adopt(DlpackOnly())
 
 
 def test_foreign_libraries_have_kinds_of_their_own(cupy):
