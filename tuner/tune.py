@@ -140,8 +140,8 @@ def autotune(
         trials: configurations to have tried per workload, those of earlier runs included; by default `PREDICTED_TRIALS`
             or, on a live GPU, `MEASURED_TRIALS` or as many as promise an improvement (`search.PLATEAU`).
         timeout: seconds for the whole run; trials in flight are finished, which takes one trial's timeout at most, and
-            on a GPU the default of a workload that was begun is measured in any case. A workload whose turn never came
-            is answered from what is on record, or has status `timeout`.
+            on a GPU the default of a workload that was begun, and what is predicted to be best, are measured in any
+            case. A workload whose turn never came is answered from what is on record, or has status `timeout`.
         jobs: compiling processes; by default one per processor this process may use.
         workers: measuring processes, each with a GPU of its own: the device's and others of the same board.
         db: folder of the databases; see `database_dir`.
@@ -367,9 +367,11 @@ class _Run:
                 if config in times:
                     search.tell(trial, times[config])
             tried += len(new)
-        if self._device.live and tried and self._database.get(key, default.to_json()) is None:
+        if self._device.live and tried:
             # Whatever the time: small tiles compile first, and what is measured is answered before what isn't.
-            for config, outcome in runner.run(kernel, problem, [default]):
+            least = dict.fromkeys((*configs[:1], default))
+            missing = [config for config in least if self._database.get(key, config.to_json()) is None]
+            for config, outcome in runner.run(kernel, problem, missing):
                 self._keep(key, config, outcome)
                 report.outcome(outcome)
         if not is_past(deadline):

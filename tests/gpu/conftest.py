@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+from collections.abc import Generator
 from typing import Any
 
 import pytest
 
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
+from tilewright.tuner.measure import EXIT_AFTER_FAULT
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +69,27 @@ def jax(board: Device) -> Any:
     except RuntimeError as error:
         pytest.skip(f"JAX finds no GPU: {error}")
     return module
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """After a kernel's fault every call of the driver fails in the process: the tests to come would fail for it too.
+
+    With several workers, another one takes this one's place, and the test that did it is said to have crashed its own.
+    """
+    result = yield
+    if "cupy" in sys.modules and _lost(sys.modules["cupy"]):
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(EXIT_AFTER_FAULT)
+        pytest.exit(f"{item.nodeid} has cost the process its GPU: run the others without it", EXIT_AFTER_FAULT)
+    return result
+
+
+def _lost(cupy: Any) -> bool:
+    """Whether a kernel's fault has made this process's GPU useless to it."""
+    try:
+        cupy.cuda.runtime.deviceSynchronize()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        # Without a GPU there is nothing to lose.
+        return "NoDevice" not in str(error) and "InsufficientDriver" not in str(error)
+    return False

@@ -101,7 +101,7 @@ def test_gated_pairs_cost_no_exchange_between_threads(arch, gated):
     problem = replace(SQUARE, gated=gated, activation="silu")
     (reply,) = replies(arch, [(problem, None)])
     assert reply["instructions"]["shuffles"] <= (arch == 90), described(reply)  # which warp of its group it is
-    assert reply["instructions"]["cp.async"], described(reply)
+    assert reply["instructions"]["cp.async"] or reply["instructions"]["bulk tensor"], described(reply)
     assert reply["over"] is None, described(reply)
 
 
