@@ -9,9 +9,9 @@
 | 5    | predicted under this very key                                              | predicted   |
 
 Within steps 2-4: smaller distance (see `tilewright.tuning_db.shapes`), then fewer differences in the order revision,
-toolchain, protocol, then what was measured here before what was shipped (`tilewright.tuning_db.shipped`), then what was
-measured last. Records of one key stay together, fastest first, since times of different keys don't compare. Shipped
-records of step 1 answer after all of this file's.
+toolchain, protocol, then what was measured here before what was shipped (`tilewright.tuning_db.shipped_records`),
+then what was measured last. Records of one key stay together, fastest first, since times of different keys don't
+compare. Shipped records of step 1 answer after all of this file's.
 
 The incumbent, which is the default configuration, stays in its place among the outcomes of this very key unless the
 fastest beats it beyond noise: `Times.beats`.
@@ -38,7 +38,7 @@ from tilewright.tuning_db.record import Answer, Key, Provenance, Record
 from tilewright.tuning_db.rows import Row, row_to_record
 from tilewright.tuning_db.schema import ANSWERABLE
 from tilewright.tuning_db.shapes import Near, nearest
-from tilewright.tuning_db.shipped import open_shipped, warn_of_unreadable
+from tilewright.tuning_db.shipped_records import open_shipped, warn_of_unreadable
 
 _FEW = 4
 

@@ -21,7 +21,7 @@ from tilewright.tuning_db.lookup import answers, best_first, evidence, to_record
 from tilewright.tuning_db.record import Answer, Environment, Key, Provenance, Record, Status
 from tilewright.tuning_db.rows import environment_to_row, insertion, record_to_row, row_to_environment
 from tilewright.tuning_db.shapes import Near
-from tilewright.tuning_db.shipped import open_shipped
+from tilewright.tuning_db.shipped_records import open_shipped
 
 if TYPE_CHECKING:
     from tilewright.tuning_db.interchange import Entry

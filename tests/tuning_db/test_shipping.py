@@ -13,7 +13,7 @@ from tilewright.tuning_db.errors import ExportFileError
 from tilewright.tuning_db.interchange import export
 from tilewright.tuning_db.schema import is_current
 from tilewright.tuning_db.selection import BestFew
-from tilewright.tuning_db.shipped import open_shipped
+from tilewright.tuning_db.shipped_records import open_shipped
 
 MOMENT = "2026-01-01T00:00:00+00:00"
 

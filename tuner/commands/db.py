@@ -38,7 +38,7 @@ def _paths(device: str | None, folder: str | None) -> list[Path]:
 
 def _shipped_paths(device: str | None, folder: str | None) -> list[Path]:
     """The shipped file of a device, or every one; none twice, should `folder` be theirs."""
-    from tilewright.tuning_db.shipped import shipped_paths
+    from tilewright.tuning_db.shipped_records import shipped_paths
 
     own = {path.resolve() for path in _paths(device, folder)}
     names = {path.name for path in own}

@@ -10,7 +10,7 @@ from tilewright.tuning_db import DatabaseCorruptError, Key, Provenance, Status, 
 from tilewright.tuning_db.env import SHIPPED, shipped_dir
 from tilewright.tuning_db.file import path_for
 from tilewright.tuning_db.schema import is_current
-from tilewright.tuning_db.shipped import open_shipped, shipped_paths, warn_of_unreadable
+from tilewright.tuning_db.shipped_records import open_shipped, shipped_paths, warn_of_unreadable
 from tilewright.tuning_db.upkeep import check
 
 
