@@ -24,6 +24,7 @@ def markdown(document: Document) -> str:
         lines += ["**Rehearsal: nothing here was measured.** Times are made up to try the benchmark without a GPU.", ""]
     lines += [
         f"{device['name']} ({device['key']}), {versions}; {environment.get('started', '')}".rstrip("; "),
+        *([f"Revision {environment['revision']}."] if environment.get("revision") else []),
         "",
         f"The board's own peaks in this run: a copy moves {peaks['copy_gbs']:.0f} GB/s (read and written), a bf16 "
         f"product of 8192 x 8192 x 8192 reaches {peaks['matmul_tflops']:.0f} TFLOP/s.",

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -60,6 +61,19 @@ def board_environment(ordinal: int) -> dict[str, Any]:
             handle = pynvml.nvmlDeviceGetHandleByIndex(ordinal)
             found["power_limit_w"] = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000
     return found
+
+
+def revision() -> str:
+    """The commit of this working tree, with a + where files differ from it; nothing where it is no repository."""
+    root = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"],
+            cwd=root, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip()
 
 
 def finish(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.cases import Case, computes_all
 from benchmarks.contenders import Contender, arrays_of, libraries, ours
-from benchmarks.measuring import board_environment, environment, median_us
+from benchmarks.measuring import board_environment, environment, median_us, revision
 from tilewright.kernels import gemm
 from tilewright.kernels.arrays import require_cupy
 from tilewright.kernels.device import Device
@@ -120,7 +119,7 @@ class TorchBoard:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "host": platform.node(),
+            "revision": revision(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         return found | board_environment(self.ordinal)

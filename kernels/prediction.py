@@ -178,7 +178,7 @@ def predict(work: Work, resources: Resources, device: Device, *, without: Collec
         ends = end_cycles(work, rate, without)
         # Blocks of the first wave start together: nothing hides their first loads. Later ones start where one ends.
         first = min(count, 1.0) if bound is None else 0.0
-        follow = follow_cycles(work, device, rate, ends, resident, without)
+        follow = follow_cycles(work, device, ends, resident, without)
         cycles += first * (busy + ends) + (count - first) * max(busy, alone + follow)
         traffic += count * moved
         if bound is None:
@@ -466,18 +466,17 @@ def end_cycles(work: Work, rate: float, without: Collection[Term] = ()) -> float
     return cycles
 
 
-def follow_cycles(
-    work: Work, device: Device, rate: float, ends: float, resident: int, without: Collection[Term] = ()
-) -> float:
+def follow_cycles(work: Work, device: Device, ends: float, resident: int, without: Collection[Term] = ()) -> float:
     """Cycles between the loops of two tiles that are computed in one place, one after the other.
 
     They are the ends of two blocks, and where one fills the SM, the time until it has gone and the other has come. A
-    persistent block has asked for its next operands when it comes to the epilogue.
+    persistent block stays, and has only its epilogue and the next pipeline to fill.
     """
+    if Term.LAUNCH in without:
+        return ends
     if work.persistent:
-        return 0.0 if Term.EPILOGUE in without else work.epilogue_bytes / rate
-    gap = BLOCK_GAP_CYCLES.get(device.arch, 0) if resident == 1 and Term.LAUNCH not in without else 0
-    return ends + gap
+        return ends - BLOCK_START_CYCLES
+    return ends + (BLOCK_GAP_CYCLES.get(device.arch, 0) if resident == 1 else 0)
 
 
 def finish_cycles(work: Work, device: Device, without: Collection[Term] = ()) -> float:

@@ -27,7 +27,7 @@ BENCHMARKS = {
     ],
 }
 
-OF_A_TEST_FILE = {"gpu", "heuristics", "landscape", "prediction"}
+OF_A_TEST_FILE = {"gpu", "heuristics", "landscape", "prediction", "performance"}
 """Those that need more than a file of figures: `test_gpu.py` and its siblings."""
 
 

@@ -348,15 +348,15 @@ def test_ends_of_a_block() -> None:
 def test_one_tile_follows_another() -> None:
     work = a_work(epilogue_bytes=64_000.0)
     ends = prediction.end_cycles(work, 40.0)
-    follow = functools.partial(prediction.follow_cycles, rate=40.0, ends=ends)
+    follow = functools.partial(prediction.follow_cycles, ends=ends)
     # Another block, which on Hopper, where nobody else has the SM, has to come first.
     assert follow(work, H200, resident=1) == ends + prediction.BLOCK_GAP_CYCLES[90]
     assert follow(work, H200, resident=2) == follow(work, A100, resident=1) == ends
-    assert follow(work, H200, resident=1, without={Term.LAUNCH}) == ends
-    # The same block, whose next operands are on their way: what is left is the result's.
+    # The same block, which has begun long ago.
     again = replace(work, persistent=True)
-    assert follow(again, H200, resident=1) == 1600
-    assert follow(again, H200, resident=1, without={Term.EPILOGUE}) == 0
+    assert follow(again, H200, resident=1) == ends - prediction.BLOCK_START_CYCLES
+    for one in (work, again):
+        assert follow(one, H200, resident=1, without={Term.LAUNCH}) == ends
 
 
 def test_dram_moves_bandwidth_times_time() -> None:

@@ -276,7 +276,7 @@ COARSE = {
     "num_stages": (1, 3, 4),
     "PERSISTENT": (False,),
     "TMA": (False,),
-    "PAIRS": (False,),
+    "PAIRS": (True,),
 }
 
 
@@ -347,6 +347,8 @@ def default(problem: GemmProblem, device: Device) -> GemmConfig:
         config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=deep if copies else 32, num_stages=4 if copies else 1)
     if problem.group_size:
         config = replace(config, BLOCK_K=min(config.BLOCK_K, problem.group_size))
+    if problem.b_dtype == "int4" and device.arch >= 80:
+        config = replace(config, PAIRS=True)
     config = replace(config, BLOCK_N=max(config.BLOCK_N, least_n))
     if device.arch // 10 == 9:
         config = _described(problem, device) or config

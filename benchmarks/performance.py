@@ -1,0 +1,73 @@
+"""Writes docs/performance.md from the result files: what was measured on GPUs, where, and with which command.
+
+    python -m benchmarks.performance
+
+Nothing in the page's tables is written by hand, and a test holds the page to the files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.comparison_report import markdown
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+
+HEAD = """# Performance
+
+Written by `python -m benchmarks.performance` from the files under `benchmarks/results/`; don't edit it.
+
+Each figure is of one run of `python -m benchmarks.gpu` on the board named. Our kernel and the library's ways are timed
+in turns, by the tuner's own protocol: L2 cold, one launch between two events or, where that would be too short, a CUDA
+graph over copies of all arrays; medians. A ratio is the library's time over ours, so above 1 we are faster, and each is
+taken against what its family's column says:
+
+- *best that computes the same*: the fastest of the library's ways to the very result, its own fused forms included;
+- *separate*: the library's product, and the epilogue by elementwise kernels;
+- *bare product*: the library's product alone, of bf16 weights.
+
+"ours" is what a program gets from the tuning database as it was after the command below; `measured`, `transferred` and
+`predicted` say on what evidence. "default" is what it gets from an installation that knows nothing of the problem.
+Bars are the project's own goals; "no" is a goal not reached yet.
+
+The tuning before each of these runs was short: some ten configurations of a problem, and of the convolutions often the
+default and no other. The kernels have changed since where the revision is not today's: the tables say what was
+measured, never what is expected.
+
+## Not measured
+
+Any other board; a TensorRT engine; whole models; the exhaustive landscapes (`python -m benchmarks.landscape`); anything
+under a profiler, so that causes of what falls short of a bar are not established.
+"""
+
+
+def page() -> str:
+    """The page as the result files have it."""
+    parts = [HEAD]
+    for path in sorted(RESULTS.glob("*/gpu.json")):
+        document: Mapping[str, Any] = json.loads(path.read_text())
+        if document["simulated"]:
+            raise ValueError(f"{path} is of a rehearsal: nothing in it was measured")
+        plots = "\n".join(
+            f"![{title}](../{(path.parent / name).relative_to(ROOT)})"
+            for title, name in (("Ratios by family", "ratios.png"), ("Roofline", "roofline.png"))
+            if (path.parent / name).exists()
+        )
+        name = document["device"]["name"]
+        parts.append(f"## {name}\n\n`{path.relative_to(ROOT)}`\n\n{plots}\n\n{markdown(document).rstrip()}\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Writes the page."""
+    PAGE.write_text(page())
+    print(f"written to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The page on performance says what the result files say, and each file is what the benchmark writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import performance
+from benchmarks.cases import FAMILIES
+from benchmarks.gpu import summary
+from tilewright.kernels.registry import find_kernel
+
+FILES = sorted(performance.RESULTS.glob("*/gpu.json"))
+
+
+def test_the_page_is_what_the_files_say() -> None:
+    assert performance.PAGE.read_text() == performance.page(), "run `python -m benchmarks.performance`"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_a_result_file_is_whole_and_was_measured(path: Path) -> None:
+    document = json.loads(path.read_text())
+    assert document["simulated"] is False
+    assert document["environment"]["gpu"] == document["device"]["name"]
+    assert document["environment"]["revision"]
+    assert document["families"] == [pytest.approx(entry) for entry in summary(document["cases"])]
+    assert {row["family"] for row in document["cases"]} <= {family.name for family in FAMILIES}
+    for row in document["cases"]:
+        assert find_kernel(row["op"]).problem.from_dict(row["problem"]).to_dict() == row["problem"]
+
+
+def test_a_rehearsal_makes_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "h200"
+    folder.mkdir()
+    (folder / "gpu.json").write_text(json.dumps({"simulated": True}))
+    monkeypatch.setattr(performance, "RESULTS", tmp_path)
+    with pytest.raises(ValueError, match="is of a rehearsal"):
+        performance.page()
