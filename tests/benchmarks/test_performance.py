@@ -38,3 +38,25 @@ def test_a_rehearsal_makes_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(performance, "RESULTS", tmp_path)
     with pytest.raises(ValueError, match="is of a rehearsal"):
         performance.page()
+
+
+README = (
+    ("gemm, large", "large GEMMs {}"),
+    ("gemm, small N and K", "small N and K {}"),
+    ("gemm, M up to 64", "up to 64 rows {}"),
+    ("gemm + swiglu, 4096 x 14336 x 4096", "SwiGLU {} against"),
+    ("gemm, int4 weights, M = 1, against bf16 ones", "int4 weights {} against bf16"),
+    ("conv2d, ResNet-50, batch 1", "convolutions {} at batch 1"),
+    ("conv2d, ResNet-50, batch 32", "and {} at batch 32"),
+    ("conv2d, depthwise", "depthwise {};"),
+    ("attention, prefill, d128, causal", "causal prefill {},"),
+    ("attention, decode", "decode {}."),
+)
+
+
+def test_the_readme_has_the_figures_of_the_file() -> None:
+    document = json.loads((performance.RESULTS / "h200" / "gpu.json").read_text())
+    ratios = {family["family"]: family["ratio"] for family in document["families"]}
+    readme = " ".join((performance.ROOT / "README.md").read_text().split())
+    for family, sentence in README:
+        assert sentence.format(f"{ratios[family]:.2f}") in readme, family
