@@ -22,7 +22,6 @@ from tilewright.kernels.lookup import (
     TIMING_PROTOCOL,
     check_supported,
     prediction_protocol,
-    predictions,
     record_key,
     remember,
 )
@@ -31,6 +30,7 @@ from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner.gpu_runner import GpuRunner, equal_gpus
 from tilewright.tuner.installation import objection
+from tilewright.tuner.outlook import Outlook
 from tilewright.tuner.pool import Pool
 from tilewright.tuner.runner import Compiler, Outcome, PredictionRunner, Runner, is_past
 from tilewright.tuner.search import Evidence, Search
@@ -184,7 +184,7 @@ def autotune(
         shared = None if storage is None else stack.enter_context(Storage(storage))
         database = stack.enter_context(TuningDB.open(target.key, database_dir(db)))
         results = Results(target, database.path, set_aside=database.set_aside)
-        with _Run(target, database, jobs, gpus, shared) as run:
+        with _Run(target, database, jobs, gpus, shared, [workload.problem for workload in workloads]) as run:
             for index, workload in enumerate(workloads):
                 share = None
                 if deadline is not None:
@@ -267,8 +267,15 @@ class _Run:
     """One run on one device: its processes start with the first trial, so that a cached run pays for none."""
 
     def __init__(
-        self, device: Device, database: TuningDB, jobs: int, gpus: Sequence[Device], storage: Storage | None
+        self,
+        device: Device,
+        database: TuningDB,
+        jobs: int,
+        gpus: Sequence[Device],
+        storage: Storage | None,
+        problems: Sequence[Problem],
     ) -> None:
+        self._outlook = Outlook(device, problems)
         self._storage = storage
         self._device = device
         self._database = database
@@ -283,6 +290,7 @@ class _Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._outlook.close()
         if self._runner is not None:
             self._runner.close()
         if self._pool is not None:
@@ -322,7 +330,7 @@ class _Run:
         if deadline is not None and time.monotonic() >= deadline:
             # Ranking takes a few tenths of a second: a turn that never came doesn't pay for it.
             return self._result(workload, kernel, key, cached=bool(known))
-        scored = sorted(predictions(kernel, problem, self._device), key=lambda pair: pair[0].time_us)
+        scored = self._outlook.of(problem)
         configs = [config for _, config in scored]
         if alone and not set(configs).union((default,)) - known.keys():
             return self._result(workload, kernel, key, cached=True)
