@@ -24,7 +24,10 @@ def markdown(document: Document) -> str:
         lines += ["**Rehearsal: nothing here was measured.** Times are made up to try the benchmark without a GPU.", ""]
     lines += [
         f"{device['name']} ({device['key']}), {versions}; {environment.get('started', '')}".rstrip("; "),
+        "",
         *([f"Revision {environment['revision']}."] if environment.get("revision") else []),
+        *([f"`{document['command']}`"] if document.get("command") else []),
+        *([document["tuned"]] if document.get("tuned") else []),
         "",
         f"The board's own peaks in this run: a copy moves {peaks['copy_gbs']:.0f} GB/s (read and written), a bf16 "
         f"product of 8192 x 8192 x 8192 reaches {peaks['matmul_tflops']:.0f} TFLOP/s.",
@@ -35,6 +38,9 @@ def markdown(document: Document) -> str:
     ]
     if document["load"]:
         lines += ["", *_load(document["load"])]
+    busy = environment.get("load_before")
+    if busy is not None:
+        lines += ["", f"Host times, on {environment['cores']} cores under a load of {busy:.0f}:"]
     lines += ["", *_table(["host time of a call", "µs"], [[k, f"{v:.1f}"] for k, v in document["dispatch_us"].items()])]
     if document.get("left_out"):
         lines += ["", f"Left out for want of time: {'; '.join(document['left_out'])}."]
@@ -49,8 +55,13 @@ def _families(families: Sequence[Mapping[str, Any]]) -> list[str]:
         copied = "" if family.get("of_copy") is None else f"{family['of_copy']:.0%} (bar {family['copy_bar']:.0%})"
         met = {True: "yes", False: "no", None: ""}[family["met"]]
         against = {"whole": "best that computes the same", "library": "bare product"}.get(family["against"], "separate")
-        rows.append([family["family"], against, f"{family['compared']}/{family['cases']}", ratio, bar, met, copied])
-    head = ["family", "against the library's", "cases", "ratio (geometric mean)", "bar", "met", "of copy bandwidth"]
+        best = "-" if family["best_ratio"] is None else f"{family['best_ratio']:.3f}"
+        count = f"{family['compared']}/{family['cases']}"
+        rows.append([family["family"], against, count, ratio, bar, met, best, copied])
+    head = [
+        *("family", "against the library's", "cases", "ratio (geometric mean)", "bar", "met"),
+        *("against the best that computes the same", "of copy bandwidth"),
+    ]
     return _table(head, rows)
 
 
@@ -63,7 +74,7 @@ def _cases(cases: Sequence[Mapping[str, Any]]) -> list[str]:
             ours, default = (case["contenders"].get(name, {}) for name in (OURS, DEFAULT))
             error = case.get("error") or ours.get("error")
             if error:
-                rows.append([family, case["name"], *[""] * 6, error])
+                rows.append([family, case["name"], *[""] * 7, error])
                 continue
             rival = case["contenders"].get(case["against"], {})
             chosen = case["chosen"]
@@ -75,12 +86,16 @@ def _cases(cases: Sequence[Mapping[str, Any]]) -> list[str]:
                     _us(default),
                     f"{case['against'] or ''} {_us(rival)}".strip(),
                     "" if case["ratio"] is None else f"{case['ratio']:.3f}",
+                    _best(case),
                     f"{case['tflops']:.0f}",
                     f"{case['gbs']:.0f}",
                     f"{chosen['provenance']}: {_config(chosen['config'])}",
                 ]
             )
-    head = ["family", "case", "ours, µs", "default", "rival, µs", "ratio", "TFLOP/s", "GB/s", "configuration"]
+    head = [
+        *("family", "case", "ours, µs", "default", "rival, µs", "ratio", "best that computes the same, if another"),
+        *("TFLOP/s", "GB/s", "configuration"),
+    ]
     return _table(head, rows)
 
 
@@ -99,6 +114,12 @@ def _load(entries: Sequence[Mapping[str, Any]]) -> list[str]:
                 ]
             )
     return _table(["closed loop over a CUDA graph", "", "calls/s", "mJ per call", "W"], rows)
+
+
+def _best(case: Mapping[str, Any]) -> str:
+    if case["best"] in (None, case["against"]):
+        return ""
+    return f"{case['best']} {_us(case['contenders'][case['best']])}: {case['best_ratio']:.3f}"
 
 
 def _us(timed: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from benchmarks.cases import Case, as_convolution
@@ -140,13 +141,17 @@ def _library_gemms(torch: Any, problem: GemmProblem) -> list[Contender]:
         return _library_int8(torch, problem)
     if problem.dtype.startswith("fp8"):
 
-        def scaled(arrays: Arrays) -> Any:
+        def scaled(fast: bool, arrays: Arrays) -> Any:
             kind = _kind(torch, problem.output_dtype)
             return torch._scaled_mm(
-                arrays["a"], arrays["w"].t(), arrays["a_scale"], arrays["b_scale"], out_dtype=kind, use_fast_accum=True
+                arrays["a"], arrays["w"].t(), arrays["a_scale"], arrays["b_scale"], out_dtype=kind, use_fast_accum=fast
             )
 
-        return [Contender("torch._scaled_mm, fast accumulation", "library", scaled)]
+        # Ours moves sums on to fp32 every 128 products; the fast way leaves them in the tensor cores' 14 bits.
+        return [
+            Contender("torch._scaled_mm", "library", partial(scaled, False)),
+            Contender("torch._scaled_mm, fast accumulation", "library", partial(scaled, True)),
+        ]
     plain = [Contender("cuBLAS", "library", lambda arrays: linear(arrays["a"], arrays["w"]))]
     if problem.b_dtype is not None:
         return plain  # against weights of the activations' own type
@@ -265,6 +270,19 @@ def _by_cublaslt(torch: Any, call: Call) -> Call:
 
 # conv2d
 
+BIASED = {
+    "none": ("biased", "T y, T b", "return T(float(y) + float(b));"),
+    "relu": ("biased_relu", "T y, T b", "float s = float(y) + float(b); return T(s > 0.0f ? s : 0.0f);"),
+    "clamp:0:6": ("biased_relu6", "T y, T b", "float s = float(y) + float(b); return T(fminf(fmaxf(s, 0.0f), 6.0f));"),
+}
+"""A bias and an activation in one kernel: its name, parameters and body."""
+
+
+def _biased(torch: Any, name: str, y: Any, bias: Any) -> Any:
+    """What `BIASED` computes, on a processor."""
+    sums = y + bias
+    return {"none": sums, "relu": sums.relu(), "clamp:0:6": sums.clamp(0, 6)}[name]
+
 
 def _convolution_arrays(torch: Any, problem: Conv2dProblem, device: str) -> dict[str, Any]:
     kind = _kind(torch, problem.dtype)
@@ -344,6 +362,14 @@ def _library_convolutions(torch: Any, problem: Conv2dProblem, *, flat: bool) -> 
         return pointwise(torch.nn.functional.conv2d(of["x"], of["w"], of.get("bias"), *window), of)
 
     found = [Contender("cuDNN", "library", bare), Contender("cuDNN + elementwise", "separate", separate)]
+    if problem.bias and not problem.residual and name in BIASED:
+        # torch adds a bias behind the convolution, in a pass of its own: here it shares one with the activation.
+        once = _jiterated(torch, *BIASED[name], partial(_biased, torch, name))
+
+        def apart(arrays: Arrays) -> Any:
+            return once(bare(arrays), arrays["bias"][:, None, None])
+
+        found.append(Contender("cuDNN + one elementwise", "separate", apart))
     if not torch.backends.cudnn.is_available() or name != "relu" or not problem.bias:
         return found
     if problem.residual:

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +48,9 @@ LOADED = (
     "attention, decode",
 )
 """Families whose first case runs in a closed loop, for energy and calls a second."""
+
+DIFFERENT = 0.05
+"""Part of the largest result by which two of bf16 or fp8 may be apart: what differs by more competes with nothing."""
 
 
 class Board(Protocol):
@@ -146,6 +151,7 @@ def run(board: Board, chosen: Sequence[Case], deadline: float, out: Path) -> dic
     device = board.device
     document: dict[str, Any] = {
         "simulated": board.simulated,
+        "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
         "environment": board.environment(),
         "device": {"key": device.key, "name": device.name, "arch": device.sm, "bandwidth_gbs": device.bandwidth_gbs},
         "peaks": board.peaks(),
@@ -192,6 +198,8 @@ def _compared(board: Board, case: Case, peaks: Mapping[str, float]) -> dict[str,
         "bytes": problem.bytes_moved(),
         "ratio": None,
         "against": None,
+        "best_ratio": None,
+        "best": None,
         "contenders": {},
     }
     try:
@@ -205,10 +213,7 @@ def _compared(board: Board, case: Case, peaks: Mapping[str, float]) -> dict[str,
     row["contenders"] = {name: {"role": roles[name], **timed._asdict()} for name, timed in found.items()}
     row["clocks"] = board.clocks()
     ours = found[OURS]
-    rival = best_rival(case, roles, found)
-    if rival is not None and not ours.error:
-        row["against"] = rival
-        row["ratio"] = found[rival].median_us / ours.median_us
+    rate(row, case, roles, found)
     if not ours.error:
         row["tflops"] = problem.flops() / ours.median_us / 1e6
         row["gbs"] = problem.bytes_moved() / ours.median_us / 1e3
@@ -220,6 +225,16 @@ def _compared(board: Board, case: Case, peaks: Mapping[str, float]) -> dict[str,
     return row
 
 
+def rate(row: dict[str, Any], case: Case, roles: Mapping[str, str], found: Mapping[str, Timed]) -> None:
+    """Adds to a case's row what ours is held against, and the best of the library's ways to the very result."""
+    whole = replace(case, family=replace(case.family, against="whole"))
+    ours = found[OURS]
+    for name, rated in (("against", case), ("best", whole)):
+        row[name] = None if ours.error else best_rival(rated, roles, found)
+    for name, rival in (("ratio", row["against"]), ("best_ratio", row["best"])):
+        row[name] = None if rival is None else found[rival].median_us / ours.median_us
+
+
 def best_rival(case: Case, roles: Mapping[str, str], found: Mapping[str, Timed]) -> str | None:
     """The fastest contender of the family's role; of `whole`, of those that compute the very function."""
     against = case.family.against
@@ -228,6 +243,7 @@ def best_rival(case: Case, roles: Mapping[str, str], found: Mapping[str, Timed])
         for name, timed in found.items()
         if roles[name] != "ours"
         and not timed.error
+        and not (timed.difference is not None and timed.difference > DIFFERENT)
         and (computes_all(case, roles[name]) if against == "whole" else roles[name] == against)
     ]
     return min(rivals, key=lambda name: found[name].median_us, default=None)
@@ -241,13 +257,14 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         ratios = [row["ratio"] for row in own if row["ratio"] is not None]
         if not own:
             continue
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+        mean = _mean(ratios)
         entry: dict[str, Any] = {
             "family": family.name,
             "against": family.against,
             "cases": len(own),
             "compared": len(ratios),
             "ratio": mean,
+            "best_ratio": _mean([row["best_ratio"] for row in own if row["best_ratio"] is not None]),
             "bar": family.bar,
             "met": None if family.bar is None or mean is None else mean >= family.bar,
         }
@@ -265,7 +282,12 @@ def _of_copy(family: Family, own: Sequence[Mapping[str, Any]]) -> float | None:
         for row in own
         if row.get("of_copy") is not None and (row["op"] != "attention" or row["bytes"] >= 1e9)
     ]
-    return math.exp(sum(map(math.log, parts)) / len(parts)) if parts else None
+    return _mean(parts)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """The geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 
 def _loaded(board: Board, case: Case, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,21 +28,32 @@ graph over copies of all arrays; medians. A ratio is the library's time over our
 taken against what its family's column says:
 
 - *best that computes the same*: the fastest of the library's ways to the very result, its own fused forms included;
-- *separate*: the library's product, and the epilogue by elementwise kernels;
+- *separate*: the library's product, and the epilogue by elementwise kernels of its own;
 - *bare product*: the library's product alone, of bf16 weights.
 
-"ours" is what a program gets from the tuning database as it was after the command below; `measured`, `transferred` and
-`predicted` say on what evidence. "default" is what it gets from an installation that knows nothing of the problem.
-Bars are the project's own goals; "no" is a goal not reached yet.
+Where a family is held against another, the best that computes the same has a column too.
 
-The tuning before each of these runs was short: some ten configurations of a problem, and of the convolutions often the
-default and no other. The kernels have changed since where the revision is not today's: the tables say what was
-measured, never what is expected.
+"ours" is what a program gets from the tuning database of the run; `measured`, `transferred` and `predicted` say on what
+evidence. "default" is the kernel's default configuration, which a program gets where neither a record nor a prediction
+is of use. Bars are the project's own goals; "no" is a goal not reached yet. The kernels may have changed since the
+revision named: the tables say what was measured, never what is expected.
+
+"The library" is what torch exposes of cuBLAS, cuDNN and its own attentions. Its ways are not all as good as they could
+be written:
+
+- torch adds a convolution's bias in a pass of its own, and has cuDNN's fused form for ReLU alone. Where there is none,
+  "cuDNN + elementwise" is two passes over the result; a later version of the benchmark has "one elementwise" beside it.
+- int8 products are finished by two elementwise kernels, one of which casts.
+- fp8: "fast accumulation" leaves sums in the tensor cores' 14 bits, ours go to fp32 every 128 products.
+
+To make such a run: `python -m benchmarks.gpu --trials 16 --minutes 10 --out DIR` tunes in half of the time and then
+compares. `benchmarks/results/*/records-*.jsonl.gz` has every configuration that was tried, as `autotune export` has it.
 
 ## Not measured
 
-Any other board; a TensorRT engine; whole models; the exhaustive landscapes (`python -m benchmarks.landscape`); anything
-under a profiler, so that causes of what falls short of a bar are not established.
+Any other board; a TensorRT engine; whole models; whole spaces (`python -m benchmarks.landscape`); other libraries than
+torch (FlashAttention-3, cuDNN's graphs); anything under a profiler, so that the causes of what falls short of a bar are
+not established.
 """
 
 

@@ -121,7 +121,7 @@ class CupyKind(ArrayKind):
     def empty(self, like: Any, shape: tuple[int, ...], kind: str) -> Any:
         wanted = np.dtype(dtype(kind).numpy)
         with self._cupy.cuda.Device(self._device(like)):
-            if wanted.kind in "iuf":
+            if wanted.isbuiltin == 1:
                 return self._cupy.empty(shape, wanted)
             # CuPy views memory as fp8, and makes no array of it.
             return self._cupy.empty(shape, f"u{wanted.itemsize}").view(wanted)

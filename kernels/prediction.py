@@ -89,8 +89,8 @@ LAUNCH_US = 0.9  # between kernels of one stream: 3.8 - 2.9 µs (A. Gray, "Getti
 BLOCK_START_CYCLES = 500  # some 300 instructions before the loop, most of them waiting for another (a judgement)
 BLOCK_GAP_CYCLES = {90: 9900}
 """Between a block that has an SM to itself and its successor, beside what `end_cycles` has, by arch; nothing is known
-of the others. Measured on an H200 (Triton 3.6; benchmarks/results): 8192×8192×1024 of fp16 in tiles of 128×256 takes
-332 µs and, persistent, 232; of the 6.7 µs a wave between them, 1.7 are the ends. At 4096³ it is 223 and 185."""
+of the others. Measured on an H200 (Triton 3.6; benchmarks/results/h200): 8192×8192×1024 of fp16 in tiles of 128×256
+takes 332 µs and, persistent, 232; of the 6.7 µs a wave between them, 1.7 are the ends. At 4096³ it is 223 and 185."""
 ATOMIC_CYCLES = 2 * L2_LATENCY_CYCLES  # a fence until the partial tile is in L2, and the atomic there and back
 
 

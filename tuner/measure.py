@@ -10,8 +10,8 @@ be too slow to matter.
 An array that an op overwrites in place is an input and an output of one name. Every run begins with it as it was, the
 timed ones too: the copy that does so comes before the flush, outside of what is timed.
 
-Runs that measure on one GPU take turns (`turns`): what only the processor does (inputs, references, code) is done
-before, what the GPU does is done in one turn for each configuration.
+Runs that measure on one GPU take turns (`turns`): inputs, references and code of the problem are made before, and what
+the GPU does is done in one turn for each configuration.
 
 After a fault in a kernel (an illegal address, a failed launch) every later call of the driver fails, so there is no
 going on: the reason goes to stderr and the process ends. `pool` makes a `runtime_error` with that reason of it, and

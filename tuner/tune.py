@@ -140,8 +140,9 @@ def autotune(
         trials: configurations to have tried per workload, those of earlier runs included; by default `PREDICTED_TRIALS`
             or, on a live GPU, `MEASURED_TRIALS` or as many as promise an improvement (`search.PLATEAU`).
         timeout: seconds for the whole run; trials in flight are finished, which takes one trial's timeout at most, and
-            on a GPU the default of a workload that was begun, and what is predicted to be best, are measured in any
-            case. A workload whose turn never came is answered from what is on record, or has status `timeout`.
+            on a GPU the default of a workload that was begun, and what is predicted to be best, are measured even then,
+            but with a storage. A workload whose turn never came is answered from what is on record, or has status
+            `timeout`.
         jobs: compiling processes; by default one per processor this process may use.
         workers: measuring processes, each with a GPU of its own: the device's and others of the same board.
         db: folder of the databases; see `database_dir`.
@@ -353,7 +354,7 @@ class _Run:
         runner = self._started()
         search = Search(kernel.space.axes, configs, default, **expected)
         progress.began()
-        tried, proposed = len(known), 0
+        tried, proposed, outcomes = len(known), 0, set(known)
         batch = self._batch(trials)
         while tried < trials and not (stop_early and search.finished) and not is_past(deadline):
             asked = search.ask(min(trials - proposed, batch))
@@ -369,16 +370,16 @@ class _Run:
                 known = {}
             for config, outcome in runner.run(kernel, problem, new, deadline):
                 self._keep(key, config, outcome)
+                outcomes.add(config)
                 times[config] = outcome.times.median_us if outcome.times else None
                 report.outcome(outcome)
             for trial, config in asked:
                 if config in times:
                     search.tell(trial, times[config])
             tried += len(new)
-        if self._device.live and tried:
-            # Whatever the time: small tiles compile first, and what is measured is answered before what isn't.
-            least = dict.fromkeys((*configs[:1], default))
-            missing = [config for config in least if self._database.get(key, config.to_json()) is None]
+        if self._device.live and proposed and is_past(deadline):
+            # Small tiles compile first, and what is measured is answered before what isn't, however bad it is.
+            missing = [config for config in dict.fromkeys((*configs[:1], default)) if config not in outcomes]
             for config, outcome in runner.run(kernel, problem, missing):
                 self._keep(key, config, outcome)
                 report.outcome(outcome)

@@ -1,7 +1,8 @@
 """Processes that measure on one GPU take turns: a time taken while another's kernel runs is no time at all.
 
-Runs of one host that measure on the same GPU, of whichever user, find each other by a lock on a file named after it.
-The system drops the lock of a process that ends, in whatever way.
+Runs of one host that measure on the same GPU find each other by a lock on a file named after it, in the folder for
+temporary files: those that have one folder for them, of whichever user. The system drops the lock of a process that
+ends, in whatever way.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 POLL_S = 0.002
-"""Between two tries for a GPU that is busy: a turn is some 50 ms."""
+"""Between two tries for a GPU that is busy: a turn is some tenths of a second."""
 
 
 class BusyError(Exception):
@@ -49,14 +50,34 @@ def turn(folder: Path | None, gpu: str, wait_s: float) -> Iterator[None]:
 
 
 def _opened(path: Path) -> int | None:
-    """The lock file; None where there can't be one: whoever measures there does so unprotected."""
+    """The lock file; None where there can't be one: whoever measures there does so unprotected.
+
+    It is opened for reading, which is enough for a lock, and made only where there is none: in a folder that everybody
+    writes to, Linux refuses to open another user's file with O_CREAT (`fs.protected_regular`).
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    for _ in range(2):
+        with contextlib.suppress(FileNotFoundError):
+            return _descriptor(path, flags)
+        try:
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            continue  # another process was faster
+        except OSError:
+            return None
+        with contextlib.suppress(OSError):
+            os.fchmod(descriptor, 0o644)  # whatever the umask: others have to read it
+        return descriptor
+    return None
+
+
+def _descriptor(path: Path, flags: int) -> int | None:
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        return os.open(path, flags)
+    except FileNotFoundError:
+        raise
     except OSError:
         return None
-    with contextlib.suppress(OSError):  # another user's: he has done so
-        os.fchmod(descriptor, 0o666)
-    return descriptor
 
 
 def _locked(descriptor: int) -> bool:

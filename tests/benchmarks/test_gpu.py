@@ -101,13 +101,18 @@ def test_the_rival_computes_the_whole_or_has_the_familys_role() -> None:
     assert gpu.best_rival(whole, roles, found) == "fused"
     assert gpu.best_rival(BARE, roles, found) == "bare"
     assert not computes_all(FUSED, "library")
+    different = found | {"fused": timed(10)._replace(difference=0.3)}
+    assert gpu.best_rival(whole, roles, different) == "apart"
+    row: dict[str, Any] = {}
+    gpu.rate(row, FUSED, roles, found)
+    assert row == {"against": "apart", "ratio": 11 / 9, "best": "fused", "best_ratio": 10 / 9}
     refused = found | {"fused": Timed(error="no")}
     assert gpu.best_rival(whole, roles, refused) == "apart"
     assert gpu.best_rival(whole, roles, {OURS: timed(9)}) is None
 
 
 def test_a_familys_figure_is_the_geometric_mean() -> None:
-    row: dict[str, Any] = {"family": LARGE.name, "op": "gemm", "bytes": 1, "of_copy": 0.5}
+    row: dict[str, Any] = {"family": LARGE.name, "op": "gemm", "bytes": 1, "of_copy": 0.5, "best_ratio": 1.5}
     (entry,) = gpu.summary([{**row, "ratio": 0.5}, {**row, "ratio": 2.0}, {**row, "ratio": None}])
     assert entry["ratio"] == pytest.approx(1.0)
     assert (entry["cases"], entry["compared"], entry["met"]) == (3, 2, True)

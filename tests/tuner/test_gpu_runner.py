@@ -158,6 +158,42 @@ def test_a_ragged_problem_that_breaks_the_compiler_does_not_break_the_measuring_
     }
 
 
+BUSY = {"status": "timeout", "busy": True, "message": "others measure on 0000:17:00.0 since 20 s"}
+
+
+def test_a_gpu_that_others_have_is_waited_for(runner: GpuRunner) -> None:
+    left = [3]
+
+    def busy_at_first(request: dict[str, Any]) -> dict[str, Any]:
+        left[0] -= 1
+        return BUSY if left[0] >= 0 else measured(request)
+
+    runner._workers.answer = busy_at_first  # type: ignore[attr-defined]
+    config = GemmConfig(64, 64, 32)
+    ((_, outcome),) = runner.run(GEMM, PROBLEM, [config])
+    assert (outcome.status, outcome.times.median_us) == (Status.OK, 64)
+    left[0] = 2
+    configs = [config, GemmConfig(128, 64, 32)]
+    assert [outcome.times.median_us for _, outcome in runner.finalists(GEMM, PROBLEM, configs)] == [7, 8]
+    assert all("locks" in request for request in runner._workers.requests)  # type: ignore[attr-defined]
+
+
+def test_when_the_time_is_up_a_busy_gpu_is_no_outcome(runner: GpuRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def past_after_asking(deadline: float | None) -> bool:
+        return bool(asked)
+
+    def busy(request: dict[str, Any]) -> dict[str, Any]:
+        asked.append(request)
+        return BUSY
+
+    monkeypatch.setattr(gpu_runner, "is_past", past_after_asking)
+    runner._workers.answer = busy  # type: ignore[attr-defined]
+    assert list(runner.run(GEMM, PROBLEM, [GemmConfig(64, 64, 32)], time.monotonic() + 60)) == []
+    assert len(asked) == 1
+
+
 KILLED = {"status": "runtime_error", "message": "the measurement was killed (SIGKILL)", "killed": True}
 
 

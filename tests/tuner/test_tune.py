@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from tilewright.kernels.devices import resolve_device
-from tilewright.kernels.lookup import TIMING_PROTOCOL, prediction_protocol, recorded_choice
+from tilewright.kernels.lookup import TIMING_PROTOCOL, prediction_protocol, predictions, recorded_choice
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
@@ -293,6 +293,57 @@ def measured(counted: type[CountingRunner], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: MeasuringRunner(compiler, device))
     monkeypatch.setattr(tune, "equal_gpus", lambda device, workers: (device,))
     return counted
+
+
+class LateRunner(MeasuringRunner):
+    """The time is up before the first two of a batch come out of the compiler: the default and the best predicted."""
+
+    late: ClassVar[list[bool]] = []
+
+    def run(self, kernel: Any, problem: Any, configs: Any, deadline: Any = None) -> Any:
+        if deadline is None:
+            yield from super().run(kernel, problem, configs)
+            return
+        yield from super().run(kernel, problem, configs[2:])
+        self.late.append(True)
+
+
+@pytest.mark.parametrize("retune", [False, True])
+def test_where_time_is_up_the_default_and_the_best_predicted_are_measured_all_the_same(
+    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch, retune: bool
+) -> None:
+    problem = GemmProblem.parse(SMALL)
+    default = GEMM.default(problem, DEVICE)
+    best = min(predictions(GEMM, problem, LIVE), key=lambda pair: pair[0].time_us)[1]
+    if retune:
+        autotune(LIVE, problems=[SMALL], trials=8, jobs=1, db=tmp_path)
+        measured.asked.clear()
+    monkeypatch.setattr(LateRunner, "late", [])
+    monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: LateRunner(compiler, device))
+    monkeypatch.setattr(tune, "is_past", lambda deadline: deadline is not None and bool(LateRunner.late))
+    autotune(LIVE, problems=[SMALL], trials=40, timeout=1000, jobs=8, db=tmp_path, retune=retune)
+    tried = [config for _, config in measured.asked]
+    assert set(tried[-2:]) == {best, default}
+    assert len(tried) == len(set(tried)) > 2
+
+
+def test_a_search_on_a_gpu_hears_of_outcomes_however_many_compile(
+    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+
+    class Noting(MeasuringRunner):
+        def run(self, kernel: Any, problem: Any, configs: Any, deadline: Any = None) -> Any:
+            batches.append(len(configs))
+            return super().run(kernel, problem, configs, deadline)
+
+    monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: Noting(compiler, device))
+    autotune(LIVE, problems=[SMALL], trials=40, jobs=64, db=tmp_path)
+    assert batches == [10] * 4
+    assert tune.ROUNDS == 4
+    batches.clear()
+    autotune(LIVE, problems=["M=32,N=32,K=64"], trials=8, jobs=1, db=tmp_path)
+    assert batches == [2] * 4
 
 
 def test_a_search_that_expects_nothing_more_ends_and_is_not_begun_again(

@@ -233,6 +233,8 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
     small = min(config.BLOCK_M, config.BLOCK_N) < 64 or config.num_warps < 4
     if config.TMA and (device.arch < 90 or small or config.num_stages < 2):
         return "TMA pays from sm_90 on, where a warp group computes one tile of 64 or more while others are copied"
+    if problem.b_dtype == "int4" and device.arch >= 80 and not config.PAIRS:
+        return "PAIRS unpacks int4 with a third to a half of the instructions"
     tiles_m, tiles_n = tiles(problem, config)
     if config.PERSISTENT:
         count = tiles_m * tiles_n * problem.batch
@@ -276,7 +278,6 @@ COARSE = {
     "num_stages": (1, 3, 4),
     "PERSISTENT": (False,),
     "TMA": (False,),
-    "PAIRS": (True,),
 }
 
 
@@ -311,6 +312,8 @@ def narrow(problem: GemmProblem, device: Device, axes: Mapping[str, tuple[Any, .
         kept["TMA"] = (False,)
     if problem.b_dtype != "int4" or device.arch < 80:
         kept["PAIRS"] = (False,)
+    else:
+        kept["PAIRS"] = (True,)
     # Of tiles as large as PERSISTENT wants them, the most there can be.
     shapes = ((64, 256), (128, 128), (256, 64))
     count = max(
@@ -364,8 +367,9 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
         return None
     config = GemmConfig(128, 256, 64, GROUP_M=8, num_warps=8, num_stages=4, PERSISTENT=True, TMA=True)
     tiles_m, tiles_n = tiles(problem, config)
-    # A third of a tile's columns idle cost more than the larger tile gains.
-    if tiles_m * tiles_n < 2 * device.sms or 0.75 * tiles_n * config.BLOCK_N > problem.N:
+    # Tiles of which a third is idle cost more than the larger tile gains.
+    idle = 0.75 * tiles_n * config.BLOCK_N > problem.N or 0.75 * tiles_m * config.BLOCK_M > problem.M
+    if tiles_m * tiles_n < 2 * device.sms or idle:
         return None
     return config if fits(problem, config, device) is None else None
 

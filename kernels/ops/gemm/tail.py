@@ -159,7 +159,7 @@ def store_in_pieces(
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    PIECES: tl.constexpr,  # 1, 2 or 4 pieces of the columns, one after the other
+    PIECES: tl.constexpr,  # 1, 2 or 4 pieces of the columns, one after the other; of gated halves 1
 ):
     """As `store_tile`, piece by piece: what an epilogue needs beside the sums, it needs for one piece at a time."""
     if PIECES == 1:
@@ -170,16 +170,13 @@ def store_in_pieces(
         )  # fmt: skip
     else:
         left, right = halved(x)
-        second_left, second_right = left, right
-        if GATED == "halves":
-            second_left, second_right = halved(second)
         store_in_pieces(
-            left, second_left, rows, column, end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr, bias_ptr,
+            left, left, rows, column, end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr, bias_ptr,
             residual_base, residual_ld, out_scale_ptr, out_base, out_ld, A_SCALE, B_SCALE, BIAS_AXIS, GATED, EVEN_M,
             EVEN_N, ACTIVATION, PIECES // 2,
         )  # fmt: skip
         store_in_pieces(
-            right, second_right, rows, column + left.shape[1], end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr,
+            right, right, rows, column + left.shape[1], end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr,
             bias_ptr, residual_base, residual_ld, out_scale_ptr, out_base, out_ld, A_SCALE, B_SCALE, BIAS_AXIS, GATED,
             EVEN_M, EVEN_N, ACTIVATION, PIECES // 2,
         )  # fmt: skip

@@ -4,6 +4,7 @@ of 8 and 4 bits, groups of rows, persistent blocks, tensor descriptors."""
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +23,7 @@ from tilewright.kernels.ops.gemm.grouped import grouped_gemm
 from tilewright.kernels.ops.gemm.launch import FLATTEN_WARPS, GEMM
 from tilewright.kernels.ops.gemm.packing import pack_int4, packed_rows
 from tilewright.kernels.ops.gemm.reference import tolerance
-from tilewright.kernels.ops.gemm.space import SPACE, default, fits
+from tilewright.kernels.ops.gemm.space import SPACE, default, fits, pieces
 from tilewright.tuning_db.errors import IllegalConfigError, ProblemError, UnsupportedError, UsageError
 
 
@@ -40,6 +41,35 @@ def problems(monkeypatch):
     monkeypatch.setattr(call, "plan_for", plan_for)
     yield seen
     forget_plans()
+
+
+# Large tiles, whose epilogue goes through them in pieces
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bias": "fp16", "activation": "relu"},
+        {"residual": "fp32", "alpha": True},
+        {"bias": "fp16", "gated": "interleaved", "activation": "silu", "residual": "fp16"},
+        {"dtype": "int8", "a_scale": "row", "b_scale": "column", "bias": "fp32"},
+        {"bias": "fp32", "bias_axis": "m", "out_dtype": "int8", "out_scale": True},
+    ],
+    ids=lambda fields: "-".join(fields),
+)
+@pytest.mark.parametrize("sizes", [(130, 150, 40), (256, 128, 64)], ids=["cut", "whole"])
+def test_epilogues_in_pieces(fields, sizes):
+    problem = GemmProblem(*sizes, **fields)
+    config = GemmConfig(128, 128, 32, num_warps=4)
+    assert pieces(problem, config) == 4
+    conforms(problem, config)
+
+
+def test_pieces_are_for_many_sums_and_what_is_fused():
+    plain, fused = GemmProblem(256, 256, 64), GemmProblem(256, 256, 64, bias="fp16")
+    large, small = GemmConfig(128, 256, 64, num_warps=8), GemmConfig(64, 128, 64, num_warps=8)
+    assert [pieces(problem, config) for problem in (plain, fused) for config in (large, small)] == [1, 1, 4, 1]
+    assert pieces(replace(fused, gated="halves"), large) == 1
 
 
 # Every form with every part of the epilogue, in pairs
