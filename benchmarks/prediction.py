@@ -184,6 +184,8 @@ def printed(title: str, methods: Mapping[str, Figures]) -> Table:
     for heading in ("Spearman", *(f"top-{count}" for count in TOPS)):
         table.add_column(heading, justify="right")
     for method, row in methods.items():
+        if "landscapes" in row:
+            method = f"{method} ({row['landscapes']})"  # not every method has every op
         cells = [row["spearman"], *(row["top"][str(count)] for count in TOPS)]
         table.add_row(method, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
     return table
@@ -219,7 +221,7 @@ def main(files: tuple[Path, ...], json_file: Path | None) -> None:
         failure.exit_code = 2
         raise failure from None
     average = means(results)
-    console.print(printed(f"mean of {len(results)} landscapes, model {MODEL}", average))
+    console.print(printed(f"means, of so many landscapes each, model {MODEL}", average))
     if not heuristics.installed():
         console.print(f"{HEURISTICS} was left out: it is not installed (pip install -e '.[bench]')", markup=False)
     if json_file is not None:

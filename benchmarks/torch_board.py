@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,6 +28,7 @@ from tilewright.kernels.prediction import roofline_us
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner.gpu import Gpu, read_kernel
 from tilewright.tuner.timing import Sampler, replay_copies, time_rounds
+from tilewright.tuner.turns import turn
 from tilewright.tuning_db import env
 
 COPY_BYTES = 4 << 30
@@ -39,6 +41,9 @@ DISPATCH_CALLS = 300
 
 COMPARED = 1 << 24
 """Elements of two results that are compared at the most."""
+
+TURN_S = 120.0
+"""How long a case waits for tuning runs on the same GPU."""
 
 ENERGY_S = 1.0
 """Length of a closed loop: NVML's energy counter moves every 20 to 100 ms."""
@@ -158,6 +163,10 @@ class TorchBoard:
 
     def compare(self, case: Case, contenders: Sequence[Contender]) -> tuple[dict[str, Timed], str]:
         """What came of each, timed in turns; and the method, `replay` or `events`."""
+        with turn(Path(tempfile.gettempdir()), self.gpu.address, TURN_S):
+            return self._compare(case, contenders)
+
+    def _compare(self, case: Case, contenders: Sequence[Contender]) -> tuple[dict[str, Timed], str]:
         torch, gpu = self.torch, self.gpu
         with torch.cuda.stream(gpu.torch_stream), torch.no_grad():
             arrays = [arrays_of(torch, case)]

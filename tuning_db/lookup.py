@@ -91,7 +91,7 @@ class _Files:
     def __init__(self, own: DatabaseFile, shipped: Path | None, skipped: dict[Path, DatabaseError]) -> None:
         self.own = own
         # Someone may name the folder of the shipped files as that of their own.
-        same = shipped is not None and shipped.absolute() == own.path.parent.absolute()
+        same = shipped is not None and shipped.resolve() == own.path.parent.resolve()
         self._shipped_folder = None if same else shipped
         self._skipped = skipped
         self._opened: list[DatabaseFile] = []
