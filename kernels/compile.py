@@ -67,8 +67,11 @@ def ptxas_version(arch: int) -> str:
     return match.group(1) if match else text.strip().splitlines()[-1]
 
 
-def compile_launch(launch: Launch, arch: int) -> Binary:
+def compile_launch(launch: Launch, arch: int, *, ptx_isa: int | None = None) -> Binary:
     """Machine code of a launch for sm_<arch>; from memory or Triton's on-disk cache where it is there already.
+
+    `ptx_isa` is the version of the PTX ISA, times ten, to write the PTX in, for a driver that reads it; by default that
+    of Triton's ptxas.
 
     Raises:
         CompileError: Triton or ptxas refused it; the message is the first line of their reason.
@@ -77,8 +80,8 @@ def compile_launch(launch: Launch, arch: int) -> Binary:
     env.refuse_if_frozen("nothing is compiled")
     if env.interpreting():
         raise UsageError(f"this process interprets kernels ({env.INTERPRET} is set) and can't compile: unset it")
-    key = (launch.specialization, arch)
-    binary = _binaries.pop(key, None) or _compile(launch, arch)
+    key = (launch.specialization, arch, ptx_isa)
+    binary = _binaries.pop(key, None) or _compile(launch, arch, ptx_isa)
     _binaries[key] = binary  # last in the dict: most recently used
     while len(_binaries) > MOST_BINARIES:
         _binaries.pop(next(iter(_binaries)), None)
@@ -91,7 +94,7 @@ thousands, and each but once."""
 _binaries: dict[tuple[Any, ...], Binary] = {}
 
 
-def _compile(launch: Launch, arch: int) -> Binary:
+def _compile(launch: Launch, arch: int, ptx_isa: int | None) -> Binary:
     signature = {argument.name: argument.type or "constexpr" for argument in launch.arguments}
     constexprs: dict[str, Any] = {argument.name: None for argument in launch.arguments if argument.type is None}
     constexprs.update(launch.constexprs)
@@ -103,6 +106,8 @@ def _compile(launch: Launch, arch: int) -> Binary:
     source = ASTSource(launch.fn, {name: signature[name] for name in names}, constexprs, attributes)
     # Its default flips in Triton 3.10.
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    if ptx_isa is not None:
+        options["ptx_version"] = ptx_isa
     binary = _assemble(source, arch, options)
     most = min(MAX_REGISTERS_PER_THREAD, REGISTERS_PER_BLOCK // (binary.num_warps * WARP_SIZE) // 8 * 8)
     if binary.resources.spill_bytes and binary.resources.registers < most:

@@ -193,6 +193,46 @@ def ranked(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: P
     yield Choice(default, Provenance.DEFAULT, "no evidence")
 
 
+def shortlist(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path, count: int) -> Iterator[Choice]:
+    """The first of `candidates`, up to `count` records of the very problem on this device, best first, and then the
+    other candidates: for who measures some and keeps the best. A configuration comes once for each thing that speaks
+    for it.
+
+    Raises:
+        UnsupportedError, PackError: as `candidates`.
+    """
+    check_supported(kernel, problem, device)
+    pack = pack_for(kernel, device)
+    packed = None if pack is None else _packed_choice(pack, kernel, problem, device)
+    if packed is not None:
+        yield packed
+    rest = ranked(kernel, problem, device, folder)
+    first = next(rest)
+    yield first
+    if first.record is not None:
+        yield from _records(kernel, problem, device, folder, count)
+    yield from rest
+
+
+def _records(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path, count: int) -> Iterator[Choice]:
+    """The best records of exactly this problem, device, revision and toolchain: measured, then predicted."""
+    try:
+        with TuningDB.open(device.key, folder, read_only=True) as database:
+            found = database.top(
+                record_key(kernel, problem, device),
+                count,
+                predicted_protocol=prediction_protocol(kernel),
+                incumbent=kernel.default(problem, device).to_json(),
+            )
+    except DatabaseError:
+        return  # as in `recorded_choice`
+    for record in found:
+        config = fitting_config(kernel, problem, device, record)
+        if config is not None:
+            time_us = record.times.median_us if record.times else None
+            yield Choice(config, record.provenance, "exact", time_us, record)
+
+
 def recorded_choice(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path) -> Choice | None:
     """What the device's database answers, or what was shipped for the device, if anything. A database that can't be
     read answers nothing: a program that runs a model goes on without it; `autotune` is where the damage is reported."""

@@ -1,0 +1,15 @@
+"""TensorRT plugins of the fused kernels, in the namespace `tilewright`.
+
+    import tilewright.kernels.tensorrt as plugins
+    plugins.register(device="sm_86")
+
+From then on TensorRT builds engines with `tilewright::Gemm` and its kin in them, of ONNX nodes or through its network
+API. Importing this imports no TensorRT.
+"""
+
+from __future__ import annotations
+
+from tilewright.kernels.tensorrt.catalogue import NAMESPACE, VERSION, plugin_attributes, plugin_name, plugins
+from tilewright.kernels.tensorrt.registration import register
+
+__all__ = ["register", "plugins", "plugin_name", "plugin_attributes", "NAMESPACE", "VERSION"]

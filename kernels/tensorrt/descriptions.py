@@ -1,0 +1,90 @@
+"""From TensorRT's descriptions of tensors to a `Case`, and from a launch plan to TensorRT's launch parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tilewright.kernels.tensorrt.case import Case, Profile
+from tilewright.kernels.tensorrt.expressions import Number, dimension, lowered
+from tilewright.kernels.tensorrt.operation import PluginVariant, Tensor
+from tilewright.kernels.tensorrt.plans import LaunchPlan
+from tilewright.kernels.tensorrt.types import canonical, member
+
+
+def symbolic(
+    variant: PluginVariant, descriptions: Sequence[Any]
+) -> tuple[dict[str, Tensor], dict[tuple[str, int], Any]]:
+    """The inputs, and TensorRT's expression of each of their dimensions, while shapes are worked out: constants are
+    known, if not even they are hidden yet."""
+    tensors, dims = {}, {}
+    for name, description in zip(variant.inputs, descriptions, strict=True):
+        sizes: list[Number] = []
+        for axis, expression in enumerate(description.shape_expr):
+            known = not expression.is_fake and expression.is_constant
+            sizes.append(int(expression.constant_value()) if known else dimension(name, axis))
+            dims[name, axis] = expression
+        tensors[name] = Tensor(name, tuple(sizes), canonical(description.dtype))
+    return tensors, dims
+
+
+def described_outputs(
+    variant: PluginVariant, descriptions: Sequence[Any], attributes: Mapping[str, Any], tensorrt: Any, plugin: Any
+) -> tuple[Any, ...]:
+    """The outputs' `TensorDesc`s.
+
+    Raises:
+        ProblemError, UsageError: ranks, dtypes or attributes that can't be.
+    """
+    tensors, dims = symbolic(variant, descriptions)
+    return tuple(
+        plugin.from_shape_expr(tuple(lowered(dim, dims, plugin) for dim in tensor.dims), member(tensorrt, tensor.dtype))
+        for tensor in variant.operation.outputs(tensors, attributes)
+    )
+
+
+def case_of(
+    variant: PluginVariant,
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    attributes: Mapping[str, Any],
+    formats: Sequence[str] | None = None,
+) -> Case:
+    """The case of descriptions with shapes; `formats` are those to take instead of their own.
+
+    Raises:
+        ProblemError, UsageError, UnsupportedError: they make none.
+    """
+    tensors = []
+    ranges: dict[str, dict[tuple[str, int], int]] = {"min": {}, "opt": {}, "max": {}}
+    for name, description in zip(variant.inputs, inputs, strict=True):
+        sizes: list[Number] = []
+        for axis, size in enumerate(description.shape):
+            sizes.append(int(size) if size >= 0 else dimension(name, axis))
+            if size < 0:
+                for which, found in ranges.items():
+                    found[name, axis] = int(getattr(description.shape, which)[axis])
+        tensors.append(Tensor(name, tuple(sizes), canonical(description.dtype)))
+    results = variant.operation.outputs({tensor.name: tensor for tensor in tensors}, attributes)
+    formats = formats or [description.format.name for description in (*inputs, *outputs)]
+    placed = [replace(tensor, format=name) for tensor, name in zip((*tensors, *results), formats, strict=True)]
+    count = len(tensors)
+    return Case(variant, tuple(placed[:count]), tuple(placed[count:]), dict(attributes), Profile(**ranges))
+
+
+def launch_parameters(plan: LaunchPlan, variant: PluginVariant, inputs: Sequence[Any], plugin: Any) -> tuple[Any, Any]:
+    """The plan's `KernelLaunchParams` and `SymIntExprs`."""
+    dims = {
+        (name, axis): expression
+        for name, description in zip(variant.inputs, inputs, strict=True)
+        for axis, expression in enumerate(description.shape_expr)
+    }
+    parameters = plugin.KernelLaunchParams()
+    parameters.grid_x, parameters.grid_y, parameters.grid_z = (lowered(number, dims, plugin) for number in plan.grid)
+    parameters.block_x = plan.threads
+    parameters.shared_mem = plan.shared_bytes
+    scalars = plugin.SymIntExprs(len(plan.scalars))
+    for index, (_, number) in enumerate(plan.scalars):
+        scalars[index] = plugin.SymInt32(lowered(number, dims, plugin))
+    return parameters, scalars

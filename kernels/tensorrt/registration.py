@@ -1,0 +1,205 @@
+"""`register`: every plugin in TensorRT's registry, once, with both implementations."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Union
+
+from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.tensorrt.catalogue import NAMESPACE, VERSION, plugins, typed
+from tilewright.kernels.tensorrt.context import Target, current, identity, set_current
+from tilewright.kernels.tensorrt.descriptions import case_of, described_outputs, launch_parameters
+from tilewright.kernels.tensorrt.jit import enqueue
+from tilewright.kernels.tensorrt.library import plugin_api, tensorrt
+from tilewright.kernels.tensorrt.operation import PluginVariant
+from tilewright.kernels.tensorrt.ptx import CUDA, cuda_of_driver, isa_for
+from tilewright.kernels.tensorrt.tactics import MOST
+from tilewright.kernels.tensorrt.types import TENSORRT_NAMES
+from tilewright.tuning_db import env
+from tilewright.tuning_db.errors import MissingDependencyError, UnsupportedError, UsageError
+
+_lock = threading.Lock()
+_registered: set[str] = set()
+
+
+def register(device: str | None = None, *, cuda: str | None = None, tactics: int = MOST) -> None:
+    """Makes every plugin known to TensorRT, in the namespace `tilewright`, and says what engines are built for.
+
+    A second call registers nothing again; it may name another device. Safe to call from many threads.
+
+    Args:
+        device: an arch, a board or a live GPU, as `autotune --device` takes it; by default the GPU at hand.
+        cuda: the CUDA version of the oldest driver that shall run the engines, as nvidia-smi prints it ("12.4"): their
+            kernels are PTX that it reads. By default that of the driver at hand if it is older than 12.8, else 12.8.
+        tactics: how many configurations of a kernel TensorRT is offered at the most; it compiles and times each.
+
+    Raises:
+        MissingDependencyError: TensorRT is not installed; or no device is named and there is no GPU.
+        UnsupportedError: TensorRT is too old.
+        UnknownDeviceError: no device has that name.
+        UsageError: no PTX that this driver reads knows the device; `tactics` is less than 1; or this process interprets
+            kernels.
+    """
+    if env.interpreting():
+        raise UsageError(f"{env.INTERPRET} is set: plugins are compiled; unset it before the first import of Triton")
+    if tactics < 1:
+        raise UsageError(f"{tactics=} must be an integer of at least 1")
+    trt, api = tensorrt(), plugin_api()
+    try:
+        resolved = resolve_device(device or "cuda:0")
+    except MissingDependencyError as error:
+        if device is not None:
+            raise
+        raise MissingDependencyError(
+            f"name the device to build for, register(device=…), for here is none: {error}"
+        ) from None
+    chosen = cuda or _default_cuda()
+    isa_for(resolved.arch, chosen)
+    with _lock:
+        set_current(Target(resolved, chosen, tactics))
+        for name, variant in plugins().items():
+            if name not in _registered:
+                _register(variant, trt, api)
+                _registered.add(name)
+
+
+def _default_cuda() -> str:
+    """12.8, or what the driver at hand reads, if that is older."""
+    try:
+        import cupy
+
+        live = cuda_of_driver(int(cupy.cuda.runtime.driverGetVersion()))
+    except Exception:  # noqa: BLE001 - no CuPy, no driver or no GPU: nothing here is too old
+        return CUDA
+    return min(live, CUDA, key=lambda version: tuple(map(int, version.split("."))))
+
+
+def _register(variant: PluginVariant, trt: Any, api: Any) -> None:
+    identifier = f"{NAMESPACE}::{variant.name}"
+    operation = variant.operation
+    attributes = {attribute.name: attribute.type for attribute in operation.attributes}
+    names, count = variant.inputs, len(variant.inputs)
+
+    def split(arguments: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any], Sequence[Any]]:
+        """Tensors, attributes by name, and what comes behind them."""
+        end = count + len(attributes)
+        return arguments[:count], dict(zip(attributes, arguments[count:end], strict=True)), arguments[end:]
+
+    def describe(*descriptions: Any, **given: Any) -> Any:
+        outputs = described_outputs(variant, descriptions, given, trt, api)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def autotune(*arguments: Any) -> Any:
+        inputs, given, (outputs,) = split(arguments)
+        return combinations(variant, inputs, outputs, given, api)
+
+    def aot(*arguments: Any) -> Any:
+        inputs, given, (outputs, tactic) = split(arguments)
+        plan = current().get(case_of(variant, inputs, outputs, given), int(tactic)).plan
+        return plan.name, plan.ptx, *launch_parameters(plan, variant, inputs, api)
+
+    def jit(*arguments: Any, stream: int) -> None:
+        inputs, given, (outputs,) = split(arguments)
+        enqueue(variant, inputs, outputs, given, stream)
+
+    results = 2 if "residual" in variant.optional and operation.title == "RmsNorm" else 1
+    described = tuple[(api.TensorDesc,) * results] if results > 1 else api.TensorDesc  # type: ignore[misc]
+    text = Union[str, bytes]  # noqa: UP007 - as TensorRT compares it
+    kernel = tuple[text, text, api.KernelLaunchParams, api.SymExprs]
+    _sign(describe, {**dict.fromkeys(names, api.TensorDesc), **attributes}, described)
+    _sign(autotune, dict.fromkeys((*names, *attributes, "outputs")), list[api.AutoTuneCombination])
+    _sign(aot, dict.fromkeys((*names, *attributes, "outputs", "tactic")), kernel)
+    _sign(jit, dict.fromkeys((*names, *attributes, "outputs", "stream")), None)
+    api.register(identifier)(describe)
+    api.autotune(identifier)(autotune)
+    api.aot_impl(identifier)(aot)
+    api.impl(identifier)(jit)
+    _watch_creator(trt.get_plugin_registry().get_creator(variant.name, VERSION, NAMESPACE), variant)
+
+
+def combinations(
+    variant: PluginVariant, inputs: Sequence[Any], outputs: Sequence[Any], attributes: Mapping[str, Any], api: Any
+) -> list[Any]:
+    """The types and formats that go together, with the tactics of each. Types are the network's own, which is typed.
+
+    Raises:
+        ProblemError, UsageError, UnsupportedError: there is none; the message says why not the linear one.
+    """
+    linear = case_of(variant, inputs, outputs, attributes, ["LINEAR"] * (len(inputs) + len(outputs)))
+    linear.check()
+    types = ",".join(TENSORRT_NAMES[tensor.dtype] for tensor in (*linear.inputs, *linear.outputs))
+    found, refused = [], None
+    for formats in variant.operation.formats(linear.tensors, linear.outputs, attributes):
+        try:
+            tactics = current().of(case_of(variant, inputs, outputs, attributes, formats))
+        except UnsupportedError as error:
+            refused = refused or error
+            continue
+        found.append(api.AutoTuneCombination(types, ",".join(formats), [tactic.number for tactic in tactics]))
+    if not found:
+        assert refused is not None
+        raise refused
+    return found
+
+
+def _sign(function: Callable[..., Any], parameters: Mapping[str, Any], result: Any) -> None:
+    """Gives a function the signature that TensorRT reads its tensors and attributes from."""
+    empty = inspect.Parameter.empty
+    function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind or empty)
+            for name, kind in parameters.items()
+        ],
+        return_annotation=result,
+    )
+
+
+def _watch_creator(creator: Any, variant: PluginVariant) -> None:
+    """Has every new plugin's attributes checked and put in order, and gives it an identity.
+
+    TensorRT passes attributes in the order in which they came, calls a plugin without one that it needs, and shares
+    timings between plugins that differ in their attributes or in their kernels' revision.
+    """
+    create = creator.create_plugin
+
+    @functools.wraps(create)
+    def checked(name: str, namespace: str, fields: Any, phase: Any, *request: Any) -> Any:
+        check_fields(variant, fields)
+        plugin = create(name, namespace, fields, phase, *request)
+        plugin.attrs = {
+            attribute.name: typed(
+                variant.name,
+                attribute.name,
+                attribute.type,
+                value.rstrip("\0") if isinstance(value := plugin.attrs[attribute.name], str) else value,
+            )
+            for attribute in variant.operation.attributes
+        }
+        suffix = identity(variant, plugin.attrs, current().target)
+        plugin.get_timing_cache_id = lambda: suffix
+        return plugin
+
+    creator.create_plugin = checked
+
+
+def check_fields(variant: PluginVariant, fields: Any) -> None:
+    """Does nothing if the fields are the plugin's attributes, each of its type.
+
+    Raises:
+        UsageError: one is missing, unknown or of another type.
+    """
+    declared = {attribute.name: attribute.type for attribute in variant.operation.attributes}
+    found = {field.name: field.type.name for field in fields}
+    for name in found:
+        if name not in declared:
+            raise UsageError(f"{variant.name} has no attribute {name!r}; it has {', '.join(declared)}")
+    missing = [f"{name} ({kind.__name__})" for name, kind in declared.items() if name not in found]
+    if missing:
+        raise UsageError(f"{variant.name} lacks the attributes {', '.join(missing)}: plugin_attributes() fills them in")
+    for name, kind in declared.items():
+        accepted = {int: ("INT",), float: ("FLOAT", "INT"), str: ("CHAR",)}[kind]
+        if not found[name].startswith(accepted):
+            raise UsageError(f"{variant.name}: attribute {name} is {found[name]} and must be {kind.__name__}")

@@ -1,0 +1,128 @@
+"""What plugins are built for, the numbers of tactics, and the identity of their timings."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from tests.kernels.tensorrt.cases import case
+from tilewright.kernels import resolve_device
+from tilewright.kernels.tensorrt import context
+from tilewright.kernels.tensorrt.catalogue import find_plugin, plugin_attributes
+from tilewright.kernels.tensorrt.context import Tactics, Target, current, evidence_stamp, identity, set_current
+from tilewright.kernels.tensorrt.tactics import Tactic
+from tilewright.tuning_db.env import DB_DIR
+from tilewright.tuning_db.errors import UsageError
+
+TARGET = Target(resolve_device("rtx3090"), "12.8", 8)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(DB_DIR, str(tmp_path))
+    monkeypatch.setattr(context, "_current", None)
+    return tmp_path
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    """The configurations that are known for each case, and the names of their kernels."""
+    known = []
+    monkeypatch.setattr(
+        context,
+        "tactics",
+        lambda *_, **__: [
+            Tactic(index, SimpleNamespace(config=config), SimpleNamespace(name=name))
+            for index, (config, name) in enumerate(known, 1)
+        ],
+    )
+    return known
+
+
+def gemm(*m, **attributes):
+    return case("Gemm", [((list(m), 64), "fp16"), ((64, 64), "fp16")], **attributes)
+
+
+def configs(found):
+    return {tactic.number: tactic.choice.config for tactic in found}
+
+
+def test_nothing_is_known_before_it_is_said():
+    with pytest.raises(UsageError, match=r"the plugins are not registered: call .*register\(\) first"):
+        current()
+
+
+def test_the_same_target_keeps_what_is_known():
+    set_current(TARGET)
+    first = current()
+    set_current(Target(TARGET.device, "12.8", 8))
+    assert current() is first
+    set_current(Target(TARGET.device, "12.4", 8))
+    assert current() is not first
+
+
+def test_a_second_profile_gives_new_numbers_to_what_is_new(evidence):
+    tactics = Tactics(TARGET)
+    evidence[:] = [("one", "k1"), ("two", "k2")]
+    assert configs(tactics.of(gemm(1, 8, 16))) == {1: "one", 2: "two"}
+    evidence[:] = [("three", "k3"), ("two", "k2")]
+    assert configs(tactics.of(gemm(1, 800, 1600))) == {3: "three", 2: "two"}
+    # One configuration, and yet another kernel: TensorRT keeps kernels by number.
+    evidence[:] = [("two", "k4")]
+    assert configs(tactics.of(gemm(1, 9, 16))) == {4: "two"}
+    assert tactics.get(gemm(1, 8, 16), 3).plan.name == "k3"
+
+
+def test_other_attributes_have_numbers_of_their_own(evidence):
+    tactics = Tactics(TARGET)
+    evidence[:] = [("one", "k1")]
+    tactics.of(gemm(1, 8, 16))
+    evidence[:] = [("two", "k2")]
+    assert configs(tactics.of(gemm(1, 8, 16, activation="relu"))) == {1: "two"}
+    assert tactics.get(gemm(1, 8, 16), 1).choice.config == "one"
+
+
+def test_a_number_that_nobody_gave(evidence):
+    evidence[:] = [("one", "k1")]
+    tactics = Tactics(TARGET)
+    assert tactics.get(gemm(1, 8, 16), 1).choice.config == "one"  # as the evidence has it, without being asked before
+    with pytest.raises(
+        UsageError, match=r"Gemm has no tactic 7 on rtx3090 \(it has 1\): the timing cache is of another"
+    ):
+        tactics.get(gemm(1, 8, 16), 7)
+
+
+def test_the_identity_of_timings(folder):
+    def of(name="Gemm", target=TARGET, **attributes):
+        return identity(find_plugin(name), plugin_attributes(name, **attributes), target)
+
+    first = of()
+    assert first == of()
+    others = {of("GemmBias"), of(activation="relu"), of(target=Target(resolve_device("a10"), "12.8", 8))}
+    others.add(of(target=Target(TARGET.device, "12.4", 8)))
+    (folder / "rtx3090-82sm.sqlite").write_bytes(b"records")
+    others.add(of())
+    assert len({first, *others}) == 6
+
+
+def test_the_identity_changes_with_the_kernels(monkeypatch):
+    plugin = find_plugin("Gemm")
+    first = identity(plugin, plugin_attributes("Gemm"), TARGET)
+    monkeypatch.setattr(context, "code_hash", lambda kernel: "another")
+    assert identity(plugin, plugin_attributes("Gemm"), TARGET) != first
+
+
+def test_evidence_changes_with_what_is_written_not_with_who_reads(folder):
+    assert evidence_stamp() == ""
+    file = folder / "a10-72sm.sqlite"
+    file.write_bytes(b"one")
+    first = evidence_stamp()
+    (folder / "a10-72sm.sqlite-wal").touch()
+    (folder / "a10-72sm.sqlite-shm").write_bytes(b"index")
+    assert evidence_stamp() == first
+    (folder / "a10-72sm.sqlite-wal").write_bytes(b"more")
+    second = evidence_stamp()
+    os.utime(file, (1, 1))
+    assert len({first, second, evidence_stamp()}) == 3

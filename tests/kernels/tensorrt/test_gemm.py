@@ -1,0 +1,137 @@
+"""The GEMM's plugins: which problem tensors make, and that launches for all sizes are right for each."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels.tensorrt.cases import case, check_launches
+from tilewright.kernels import GemmProblem
+from tilewright.tuning_db.errors import ProblemError, UsageError
+
+M = [1, 128, 1000]
+
+
+def test_a_layer_with_any_number_of_rows():
+    found = case("GemmBias", [((M, 256), "fp16"), ((256, 192), "fp16"), ((192,), "fp16")], activation="relu")
+    checked = check_launches(
+        found,
+        lambda m: GemmProblem(M=m, N=192, K=256, bias="fp16", activation="relu"),
+        [(size,) for size in (1, 15, 16, 17, 127, 128, 129, 1000)],
+    )
+    assert checked >= 20
+
+
+def test_leading_dimensions_under_one_matrix_are_rows():
+    found = case("Gemm", [((M, 7, 256), "bf16"), ((256, 192), "bf16")])
+    assert check_launches(found, lambda b: GemmProblem(M=7 * b, N=192, K=256, dtype="bf16"), [(1,), (16,), (33,)]) >= 20
+    found = case("Gemm", [((M, M, 256), "fp16"), ((1, 1, 256, 192), "fp16")])
+    assert check_launches(found, lambda b, s: GemmProblem(M=b * s, N=192, K=256), [(1, 1), (3, 5), (16, 64)]) >= 20
+
+
+def test_all_sizes_may_be_dynamic():
+    found = case("Gemm", [((M, M), "fp16"), ((M, M), "fp16")])
+    sizes = [(1, 1, 1, 1), (128, 64, 64, 256), (1000, 100, 100, 999), (33, 1000, 1000, 16)]
+    assert check_launches(found, lambda m, k, _, n: GemmProblem(M=m, N=n, K=k), sizes) >= 10
+
+
+@pytest.mark.parametrize("turned", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_transposed_operands_in_a_batch(turned):
+    a = (64, 96) if turned[0] else (96, 64)
+    b = (80, 64) if turned[1] else (64, 80)
+    found = case("Gemm", [((M, *a), "fp16"), ((M, *b), "fp16")], trans_a=turned[0], trans_b=turned[1])
+    layouts = {name: "col" if flag else "row" for name, flag in zip(("a_layout", "b_layout"), turned, strict=True)}
+    problem = {"M": 96, "N": 80, "K": 64, **layouts}
+    assert check_launches(found, lambda n, _: GemmProblem(batch=n, **problem), [(2, 2), (3, 3), (64, 64)]) >= 10
+    assert found.problem(found.profile.min) == GemmProblem(**problem)  # one of a batch that may be larger
+
+
+def test_broadcast_operands_and_residual():
+    found = case(
+        "GemmResidual", [((1, 96, 64), "fp16"), ((M, 64, 80), "fp16"), ((1, 96, 80), "bf16")], activation="silu"
+    )
+    problem = {"M": 96, "N": 80, "K": 64, "a_broadcast": True, "residual": "bf16", "residual_broadcast": True}
+    assert check_launches(found, lambda n: GemmProblem(batch=n, activation="silu", **problem), [(2,), (1000,)]) >= 10
+    found = case("Gemm", [((M, 64, 96), "fp16"), ((64, 80), "fp16")], trans_a=1)
+    problem = {"M": 96, "N": 80, "K": 64, "a_layout": "col", "b_broadcast": True}
+    assert check_launches(found, lambda n: GemmProblem(batch=n, **problem), [(2,), (17,)]) >= 10
+
+
+def test_gated_columns_halve_the_result():
+    found = case("Gemm", [((M, 64), "fp16"), ((64, 256), "fp16")], gated="halves", activation="silu")
+    assert found.outputs[0].dims[1] == 128
+    problem = {"N": 256, "K": 64, "gated": "halves", "activation": "silu"}
+    assert check_launches(found, lambda m: GemmProblem(M=m, **problem), [(1,), (128,), (77,)]) >= 10
+
+
+def test_scales_say_their_axis_by_their_shape():
+    def fields(a_scale, b_scale):
+        inputs = [((M, 64), "int8"), ((64, 32), "int8"), (a_scale, "fp32"), (b_scale, "fp32")]
+        found = case("GemmAScaleBScale", inputs, out_dtype="fp16")
+        problem = found.problem(found.profile.opt | dict.fromkeys(found.profile.opt, 128))
+        return problem.a_scale, problem.b_scale
+
+    assert fields((1,), (1,)) == ("tensor", "tensor")
+    assert fields((), (32,)) == ("tensor", "column")
+    assert fields((M,), (32,)) == ("row", "column")
+
+
+def test_weights_of_fewer_bits():
+    inputs = [((M, 128), "fp16"), ((64, 32), "int8"), ((2, 32), "bf16"), ((2, 32), "int8")]
+    found = case("GemmBScaleBZero", inputs, weights="int4", group_size=64)
+    assert found.problem(found.profile.opt) == GemmProblem(
+        M=128, N=32, K=128, b_dtype="int4", b_scale="group", group_size=64, b_scale_dtype="bf16", b_zero=True
+    )
+    found = case("GemmBScale", [((M, 128), "bf16"), ((32, 128), "int8"), ((32,), "fp32")], trans_b=1)
+    assert found.problem(found.profile.opt) == GemmProblem(
+        M=128, N=32, K=128, dtype="bf16", b_dtype="int8", b_layout="col", b_scale="column"
+    )
+
+
+def test_a_quantised_result():
+    inputs = [((M, 64), "fp8e4m3"), ((64, 32), "fp8e4m3"), ((1,), "fp32"), ((1,), "fp32"), ((1,), "fp32")]
+    found = case("GemmAScaleBScaleOutScale", inputs, out_dtype="fp8e4m3")
+    assert check_launches(
+        found,
+        lambda m: GemmProblem(
+            M=m, N=32, K=64, dtype="fp8e4m3", a_scale="tensor", b_scale="tensor", out_dtype="fp8e4m3", out_scale=True
+        ),
+        [(1,), (500,)],
+        board="rtx4090",
+    )
+
+
+def test_a_bias_of_rows():
+    found = case("GemmBias", [((64, 96), "fp16"), ((96, 80), "fp16"), ((64, 1), "fp16")])
+    assert found.problem({}) == GemmProblem(M=64, N=80, K=96, bias="fp16", bias_axis="m")
+
+
+@pytest.mark.parametrize(
+    ("plugin", "inputs", "attributes", "message"),
+    [
+        ("Gemm", [((8,), "fp16"), ((8, 8), "fp16")], {}, "a has 1 dimensions and must be"),
+        ("Gemm", [((8, 16), "fp16"), ((8, 8), "fp16")], {}, "b must have 16 rows for K=16"),
+        ("Gemm", [((2, 8, 8), "fp16"), ((3, 8, 8), "fp16")], {}, "leading dimensions must be equal"),
+        ("Gemm", [((2, 8, 8), "fp16"), ((2, 2, 8, 8), "fp16")], {}, "a has 3 dimensions and b 4"),
+        ("Gemm", [((8, 8), "fp16"), ((8, 8), "bf16")], {}, "dtype='fp16' with b_dtype='bf16'"),
+        ("Gemm", [((8, 8), "int32"), ((8, 8), "int32")], {}, "gemm takes fp16"),
+        ("Gemm", [((8, 8), "fp16"), ((8, 8), "fp16")], {"activation": "rely"}, "rely"),
+        ("Gemm", [((8, 8), "fp16"), ((8, 8), "fp16")], {"gated": "both"}, "gated='both' must be one of none, halves"),
+        ("Gemm", [((8, 8), "fp16"), ((8, 8), "fp16")], {"trans_a": 2}, "trans_a=2 must be 0 or 1"),
+        ("Gemm", [((8, 8), "fp16"), ((4, 8), "fp16")], {"weights": "int4"}, "packed in bytes"),
+        ("GemmBias", [((8, 8), "fp16"), ((8, 8), "fp16"), ((7,), "fp16")], {}, "bias is (7,) and must be (8,)"),
+        ("GemmResidual", [((8, 8), "fp16"), ((8, 8), "fp16"), ((4, 8), "fp16")], {}, "residual is (4, 8)"),
+        ("GemmAScale", [((8, 8), "fp16"), ((8, 8), "fp16"), ((1,), "fp16")], {}, "a_scale is fp16 and must be fp32"),
+        ("Gemm", [((8, 8), "fp16"), ((8, M), "fp16")], {"gated": "halves"}, "N of gated columns, dimension 1 of b"),
+        (
+            "GemmBScale",
+            [((8, M), "fp16"), ((64, 8), "int8"), ((8,), "fp32")],
+            {},
+            "K of quantised weights, dimension 1 of a, must be static: it is dynamic",
+        ),
+    ],
+)
+def test_what_can_not_be_is_refused_in_one_line(plugin, inputs, attributes, message):
+    with pytest.raises((ProblemError, UsageError)) as caught:
+        case(plugin, inputs, **attributes).check()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,185 @@
+"""The plugins in TensorRT's own registry: their whole life, on its real bindings, without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.kernels.tensorrt import jobs, stubs
+from tests.kernels.tensorrt.lives import Job, check, defaults, lead
+from tests.kernels.tensorrt.records import put
+from tilewright.kernels import GemmConfig, GemmProblem, resolve_device
+from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.kernels.tensorrt import plugin_attributes, plugins, register
+from tilewright.tuning_db.errors import UsageError
+
+needs_bindings = pytest.mark.skipif(stubs.missing() is not None, reason=str(stubs.missing()))
+ARCHS = (80, 86, 89, 90, 120)
+LAYER = jobs.gemm("fp16")
+
+
+@needs_bindings
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_contract(arch, tmp_path):
+    """Every op, with data types that change from arch to arch, and some tactics of each."""
+    chosen = jobs.some(arch)
+    answers = lead(f"sm_{arch}", chosen, tactics=3, TILEWRIGHT_DB_DIR=str(tmp_path))
+    for job, answer in zip(chosen, answers, strict=True):
+        check(job, answer, f"sm_{arch}")
+
+
+@needs_bindings
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_contract_in_full(arch, tmp_path):
+    """Every op with every data type and every tactic, through Python and through C++."""
+    chosen = jobs.every(arch)
+    chosen += [Job(**{**vars(job), "through": "python"}) for job in chosen]
+    answers = lead(f"sm_{arch}", chosen, TILEWRIGHT_DB_DIR=str(tmp_path))
+    for job, answer in zip(chosen, answers, strict=True):
+        check(job, answer, f"sm_{arch}")
+        configs = [one["config"] for one in answer["known"]]
+        assert any(config.to_dict() in configs for config in defaults(job, f"sm_{arch}"))
+
+
+@needs_bindings
+def test_an_aligned_gemm_copies_in_width(tmp_path):
+    """Static sizes that 16 divides are told to the compiler: rows may be any number."""
+    inputs = [((jobs.ROWS, 512), "fp16"), ((512, 768), "fp16")]
+    job = Job("Gemm", inputs, lambda m: GemmProblem(M=m, N=768, K=512), sizes=((128,),))
+    (answer,) = lead("sm_86", [job], tactics=3, TILEWRIGHT_DB_DIR=str(tmp_path))
+    check(job, answer, "sm_86")
+    for tactic in answer["formats"][0]["tactics"]:
+        assert tactic["copies"] > 0
+        assert tactic["narrow"] == 0
+
+
+@needs_bindings
+def test_the_cache_decides_the_tactics(tmp_path):
+    """Tactic 1 is the cached best; another cache makes other tactics, and another identity of their timings."""
+    device = resolve_device("sm_86")
+    problem = LAYER.problem(128)
+    tiles = [GemmConfig(32, 32, 32, GROUP_M=1, num_warps=2, num_stages=stages) for stages in (2, 3)]
+    seen = []
+    for time_us, config in ((20.0, tiles[0]), (10.0, tiles[1])):
+        put(tmp_path, GEMM, problem, device, config, time_us)
+        (answer,) = lead("sm_86", [LAYER], tactics=3, TILEWRIGHT_DB_DIR=str(tmp_path))
+        check(LAYER, answer, "sm_86")
+        known = {one["number"]: one for one in answer["known"]}
+        assert known[1]["config"] == config.to_dict()
+        assert (known[1]["provenance"], known[1]["reason"]) == ("measured", "exact")
+        seen.append(answer)
+    assert {one["number"]: one["config"] for one in seen[1]["known"]}[2] == tiles[0].to_dict()
+    assert seen[0]["timing_id"] != seen[1]["timing_id"]
+
+
+@needs_bindings
+def test_attributes_in_any_order_and_a_timing_identity_of_their_own(tmp_path):
+    names = list(plugin_attributes("GemmBias"))
+    turned = LAYER.to_dict() | {"order": names[::-1]}
+    other = LAYER.to_dict() | {"attributes": {"activation": "relu"}}
+    through_python = LAYER.to_dict() | {"through": "python"}
+    found = lead("sm_86", [LAYER, turned, other, through_python], tactics=1, TILEWRIGHT_DB_DIR=str(tmp_path))
+    check(LAYER, found[1], "sm_86")
+    kernels = [answer["formats"][0]["tactics"][0]["name"] for answer in found]
+    assert kernels[0] == kernels[1] == kernels[3] != kernels[2]
+    ids = [answer["timing_id"] for answer in found]
+    assert ids[0] == ids[1] == ids[3] != ids[2]
+    assert ids[0].startswith("tilewright-")
+    assert {answer["kind"] for answer in found} == {"_TemplateAOTPlugin"}
+
+
+def raw(**changed: Any) -> dict[str, Any]:
+    """The layer with other attributes, as they come."""
+    given = plugin_attributes("GemmBias") | changed
+    return LAYER.to_dict() | {"raw": {name: value for name, value in given.items() if value is not None}}
+
+
+def with_inputs(*inputs: Any) -> dict[str, Any]:
+    return LAYER.to_dict() | {"inputs": [{"dims": list(dims), "dtype": dtype} for dims, dtype in inputs]}
+
+
+@needs_bindings
+def test_wrong_use_gets_one_clear_line(tmp_path):
+    rows = jobs.ROWS
+    wrong = {
+        "GemmBias lacks the attributes activation (str): plugin_attributes() fills them in": raw(activation=None),
+        "GemmBias: attribute trans_a is FLOAT32 and must be int": raw(trans_a=1.0),
+        "GemmBias: attribute activation is INT64 and must be str": raw(activation=1),
+        "GemmBias has no attribute 'colour'; it has activation": raw(colour=1),
+        "fp8e4m3 needs sm_89": with_inputs(((rows, 128), "fp8e4m3"), ((128, 192), "fp8e4m3"), ((192,), "fp16")),
+        "tensors of INT64 are not supported": with_inputs(
+            ((rows, 128), "INT64"), ((128, 192), "fp16"), ((192,), "fp16")
+        ),
+        "b must have 128 rows for K=128": with_inputs(((rows, 128), "fp16"), ((64, 192), "fp16"), ((192,), "fp16")),
+        "N of gated columns, dimension 1 of b, must be static: it is dynamic": with_inputs(
+            ((rows, 128), "fp16"), ((128, rows), "fp16"), ((rows,), "fp16")
+        )
+        | {"attributes": {"gated": "halves"}, "sizes": [[1, 2, 2]]},
+    }
+    asked = [job | {"through": "python"} for job in wrong.values()]
+    for (message, _), answer in zip(
+        wrong.items(), lead("sm_86", asked, tactics=1, TILEWRIGHT_DB_DIR=str(tmp_path)), strict=True
+    ):
+        assert message in answer["error"], message
+        assert "\n" not in answer["error"]
+
+
+@needs_bindings
+def test_errors_reach_the_builder_through_cxx_too(tmp_path):
+    job = with_inputs(((jobs.ROWS, 128), "fp16"), ((64, 192), "fp16"), ((192,), "fp16"))
+    (answer,) = lead("sm_86", [job], tactics=1, TILEWRIGHT_DB_DIR=str(tmp_path))
+    assert "returned" in answer["error"]
+
+
+@needs_bindings
+def test_registering_again_and_from_many_threads(tmp_path):
+    script = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from tilewright.kernels.tensorrt.context import current
+start = threading.Barrier(8)
+def register(index):
+    start.wait()
+    plugins.register("sm_86", tactics=2)
+with ThreadPoolExecutor(8) as pool:
+    list(pool.map(register, range(8)))
+assert current().target.device.board == "rtx3090"
+kept = current()
+plugins.register("sm_86", tactics=2)
+assert current() is kept
+plugins.register("a10", tactics=2)
+assert current().target.device.board == "a10"
+registry = trt.get_plugin_registry()
+assert all(registry.get_creator(name, "1", "tilewright") is not None for name in plugins.plugins())
+"""
+    lead("sm_86", [], script=script, TILEWRIGHT_DB_DIR=str(tmp_path))
+
+
+@needs_bindings
+def test_python_plugins_too(tmp_path):
+    """With the other preference the very same nodes become plugins that launch from Python."""
+    script = """
+plugins.register("sm_86")
+kept = fields(plugins.plugin_attributes("GemmBias"))
+creator = trt.get_plugin_registry().get_creator("GemmBias", "1", "tilewright")
+collection = trt.PluginFieldCollection(kept)
+request = trt.QuickPluginCreationRequest.PREFER_JIT
+made = creator.create_plugin("GemmBias", "tilewright", collection, trt.TensorRTPhase.BUILD, request)
+assert type(made).__name__ == "_TemplateJITPlugin"
+assert made.expects_tactic is False
+# All attributes go into the engine: what runs it makes the plugin of these.
+assert [field.name for field in made.get_fields_to_serialize()] == list(plugins.plugin_attributes("GemmBias"))
+"""
+    lead("sm_86", [], script=script, TILEWRIGHT_DB_DIR=str(tmp_path))
+
+
+def test_a_process_that_interprets_registers_nothing():
+    with pytest.raises(UsageError, match="TRITON_INTERPRET is set: plugins are compiled"):
+        register("sm_86")
+
+
+def test_there_are_plugins():
+    assert {"Gemm", "Conv2d", "Attention", "RmsNorm"} <= set(plugins())

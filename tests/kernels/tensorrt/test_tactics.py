@@ -1,0 +1,138 @@
+"""Which configurations become tactics, and in which order. What a compiler says of them is made up here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.kernels.tensorrt.cases import case
+from tests.kernels.tensorrt.records import put
+from tilewright.kernels import GemmConfig, GemmProblem, resolve_device
+from tilewright.kernels.compile import Binary
+from tilewright.kernels.lookup import choose
+from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.kernels.tensorrt import tactics as tactics_module
+from tilewright.kernels.tensorrt.tactics import MOST, launch_plan, tactics
+from tilewright.tuning_db.env import DB_DIR
+from tilewright.tuning_db.errors import CompileError, UnsupportedError
+from tilewright.tuning_db.record import Provenance, Resources
+
+DEVICE = resolve_device("rtx3090")
+PROBLEM = GemmProblem(M=128, N=768, K=512)
+TILES = [GemmConfig(64, 64, 32, GROUP_M=group) for group in range(1, 12)]
+RESOURCES = Resources(128, 0, 0, 32768)
+ENTRY = ".version 8.7\n.target sm_86\n.visible .entry k(\n{})\n{{\n{}\n}}\n"
+
+
+def compiled(launch, arch, *, ptx_isa):
+    """A kernel with as many parameters as it has arguments, and Triton's two."""
+    count = sum(1 for argument in launch.arguments if argument.type is not None) + 2
+    parameters = ",".join(f"\t.param .u64 k_param_{index}" for index in range(count))
+    ptx = ENTRY.format(parameters, launch.constexprs)  # another one for every configuration
+    return Binary("k", arch, b"", ptx, launch.num_warps, 32768, 0, RESOURCES)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(DB_DIR, str(tmp_path))
+    monkeypatch.setattr(tactics_module, "compile_launch", compiled)
+    return tmp_path
+
+
+def found(folder, m=(1, 128, 1000), most=MOST):
+    asked = case("Gemm", [((list(m), 512), "fp16"), ((512, 768), "fp16")])
+    return tactics(asked, DEVICE, folder, cuda="12.8", most=most)
+
+
+def configs(*arguments, **keywords):
+    return [tactic.choice.config for tactic in found(*arguments, **keywords)]
+
+
+def test_without_a_cache_the_prediction_and_the_default(folder):
+    chosen = found(folder)
+    assert [tactic.number for tactic in chosen] == list(range(1, len(chosen) + 1))
+    assert chosen[0].choice.config == choose(GEMM, PROBLEM, DEVICE).config
+    assert {tactic.choice.provenance for tactic in chosen[:4]} == {Provenance.PREDICTED}
+    assert GEMM.default(PROBLEM, DEVICE) in configs(folder)
+    assert len(set(configs(folder))) == len(chosen)
+
+
+def test_the_cached_best_is_tactic_1_and_the_others_follow_by_time(folder):
+    for config, time_us in ((TILES[2], 30), (TILES[0], 10), (TILES[1], 20)):
+        put(folder, GEMM, PROBLEM, DEVICE, config, time_us)
+    assert configs(folder)[:3] == TILES[:3]
+    put(folder, GEMM, PROBLEM, DEVICE, TILES[3], 5)
+    assert configs(folder)[:4] == [TILES[3], *TILES[:3]]
+
+
+def test_the_default_is_among_any_number(folder):
+    for time_us, config in enumerate(TILES, 1):
+        put(folder, GEMM, PROBLEM, DEVICE, config, time_us)
+    default = GEMM.default(PROBLEM, DEVICE)
+    assert default not in TILES
+    for most in (2, 5, MOST):
+        assert configs(folder, most=most) == [*TILES[: most - 1], default]
+    assert configs(folder, most=1) == [default]
+
+
+def test_both_ends_of_the_range_have_a_word(folder):
+    put(folder, GEMM, replace(PROBLEM, M=1000), DEVICE, TILES[5], 5)
+    put(folder, GEMM, replace(PROBLEM, M=1), DEVICE, TILES[6], 5)
+    chosen = configs(folder)
+    assert {TILES[5], TILES[6]} <= set(chosen)
+    assert configs(folder, m=(128, 128, 128))[0] == choose(GEMM, PROBLEM, DEVICE).config
+
+
+def test_records_that_need_scratch_memory_are_passed_over(folder):
+    put(folder, GEMM, PROBLEM, DEVICE, GemmConfig(64, 64, 32, SPLIT_K=4), 1)
+    put(folder, GEMM, PROBLEM, DEVICE, TILES[0], 2)
+    assert configs(folder)[0] == TILES[0]
+
+
+def test_what_does_not_compile_is_passed_over(folder, monkeypatch):
+    put(folder, GEMM, PROBLEM, DEVICE, TILES[0], 1)
+    put(folder, GEMM, PROBLEM, DEVICE, TILES[1], 2)
+
+    def fails(launch, arch, *, ptx_isa):
+        if dict(launch.constexprs)["GROUP_M"] == TILES[0].GROUP_M and dict(launch.constexprs)["BLOCK_M"] == 64:
+            raise CompileError("ptxas: no")
+        return compiled(launch, arch, ptx_isa=ptx_isa)
+
+    monkeypatch.setattr(tactics_module, "compile_launch", fails)
+    assert configs(folder)[0] == TILES[1]
+
+
+@pytest.mark.parametrize(
+    ("binary", "message"),
+    [
+        ({"resources": replace(RESOURCES, spill_bytes=8)}, "8 B a thread spill"),
+        ({"resources": replace(RESOURCES, shared_bytes=2**20)}, "1048576 B of shared memory"),
+        ({"scratch_bytes": 128}, "needs 128 B of scratch memory"),
+    ],
+)
+def test_without_any_tactic_the_reason_is_given(folder, monkeypatch, binary, message):
+    monkeypatch.setattr(
+        tactics_module, "compile_launch", lambda *given, ptx_isa: replace(compiled(*given, ptx_isa=ptx_isa), **binary)
+    )
+    with pytest.raises(UnsupportedError, match=rf"^Gemm M=128,N=768,K=512 has no tactic on rtx3090: .*{message}"):
+        found(folder)
+
+
+def test_a_data_type_that_the_device_lacks(folder):
+    asked = case("Gemm", [((64, 64), "fp8e4m3"), ((64, 64), "fp8e4m3")])
+    with pytest.raises(UnsupportedError, match="fp8e4m3 needs sm_89"):
+        tactics(asked, DEVICE, folder, cuda="12.8")
+
+
+def test_a_persistent_grid_is_at_most_what_the_device_holds():
+    asked = case("Gemm", [(([1, 4096, 10000], 512), "fp16"), ((512, 768), "fp16")])
+    config = GemmConfig(128, 128, 32, num_warps=8, PERSISTENT=True)
+    plan = launch_plan(asked, config, DEVICE, cuda="12.8")
+    (place,) = asked.profile.opt
+    for m in (1, 4096, 9999):
+        (launch,) = GEMM.launches(replace(PROBLEM, M=m), config)
+        assert plan.grid_at({place: m}) == launch.on(DEVICE.sms).grid
+    assert plan.grid_at({place: 9999}) == (DEVICE.sms, 1, 1)
+    assert plan.scalars_at({place: 9999}) == (9999, 768, 512)
+    assert (plan.threads, plan.shared_bytes, plan.inputs, plan.outputs) == (256, 32768, ("a", "b"), ("out",))
