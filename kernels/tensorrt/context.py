@@ -6,18 +6,19 @@ One for the process, as TensorRT's registry is; replaced as a whole, so that a t
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tilewright.kernels.compile import triton_version
 from tilewright.kernels.device import Device
 from tilewright.kernels.lookup import code_hash
 from tilewright.kernels.pack import active_pack
 from tilewright.kernels.tensorrt.case import Case
-from tilewright.kernels.tensorrt.operation import PluginVariant
+from tilewright.kernels.tensorrt.expressions import is_static
+from tilewright.kernels.tensorrt.operation import PluginVariant, Tensor
 from tilewright.kernels.tensorrt.tactics import Tactic, tactics
 from tilewright.tuning_db.env import database_dir
 from tilewright.tuning_db.errors import UsageError
@@ -34,13 +35,29 @@ class Target:
     tactics: int
 
 
+class _Place(NamedTuple):
+    """What numbers of tactics belong to."""
+
+    plugin: str
+    attributes: str  # canonical JSON
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    evidence: str
+
+
+def _written(tensor: Tensor) -> str:
+    """A tensor as people write it: `a: fp16[?, 512] LINEAR`."""
+    dims = ", ".join(str(dim) if is_static(dim) else "?" for dim in tensor.dims)
+    return f"{tensor.name}: {tensor.dtype}[{dims}] {tensor.format}"
+
+
 @dataclass
 class Tactics:
     """The tactics by number of each case that TensorRT has asked about; safe to share between threads."""
 
     target: Target
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _known: dict[Hashable, dict[int, Tactic]] = field(default_factory=dict)
+    _known: dict[_Place, dict[int, Tactic]] = field(default_factory=dict)
 
     def of(self, case: Case) -> list[Tactic]:
         """The tactics of a case. Cases that differ in their profile alone share numbers: TensorRT keeps a kernel by its
@@ -82,9 +99,32 @@ class Tactics:
             )
         return tactic
 
-    def _key(self, case: Case) -> Hashable:
+    def described(self) -> list[dict[str, Any]]:
+        """What is known, in plain values: for each case its tensors, and the configuration behind each number."""
+        with self._lock:
+            return [
+                {
+                    "plugin": name,
+                    "attributes": json.loads(attributes),
+                    "inputs": [_written(tensor) for tensor in inputs],
+                    "outputs": [_written(tensor) for tensor in outputs],
+                    "tactics": {
+                        str(number): {
+                            "config": tactic.choice.config.to_dict(),
+                            "provenance": str(tactic.choice.provenance or "default"),
+                            "reason": tactic.choice.reason,
+                            "time_us": tactic.choice.time_us,
+                            "kernel": tactic.plan.name,
+                        }
+                        for number, tactic in known.items()
+                    },
+                }
+                for (name, attributes, inputs, outputs, _), known in self._known.items()
+            ]
+
+    def _key(self, case: Case) -> _Place:
         attributes = canonical_json(case.attributes)
-        return (case.variant.name, attributes, case.inputs, case.outputs, evidence_stamp())
+        return _Place(case.variant.name, attributes, case.inputs, case.outputs, evidence_stamp())
 
 
 def identity(variant: PluginVariant, attributes: dict[str, Any], target: Target) -> str:

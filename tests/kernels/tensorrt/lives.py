@@ -98,7 +98,7 @@ def check(job: Job, answer: dict[str, Any], board: str) -> None:
         for tactic in each["tactics"]:
             config = configs[tactic["number"]]
             for index, problem in enumerate(problems):
-                seen = _as_formats(problem, formats)
+                seen = as_formats(problem, formats)
                 (launch,) = kernel.launches(seen, config)
                 _check_tactic(tactic, index, launch.with_constants(job.constants).on(device.sms), config)
             assert tactic["ptxas"] == ""
@@ -118,7 +118,7 @@ def _check_tactic(tactic: dict[str, Any], index: int, launch: Launch, config: An
     assert tactic["parameters"] == ["u64" if argument.is_pointer else "u32" for argument in present]
 
 
-def _as_formats(problem: Problem, formats: tuple[str, ...]) -> Problem:
+def as_formats(problem: Problem, formats: tuple[str, ...]) -> Problem:
     """The problem with its arrays in those formats."""
     if set(formats) == {"LINEAR"}:
         return problem

@@ -1,0 +1,201 @@
+"""`build_engine`: from an ONNX file with plugin nodes to an engine file, where TensorRT's builder is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tilewright.kernels.compile import triton_version
+from tilewright.kernels.lookup import code_hash
+from tilewright.kernels.tensorrt.catalogue import NAMESPACE, OPERATIONS
+from tilewright.kernels.tensorrt.context import current
+from tilewright.kernels.tensorrt.library import tensorrt
+from tilewright.kernels.tensorrt.registration import register
+from tilewright.kernels.tensorrt.tactics import MOST
+from tilewright.tuning_db.atomic import whole_file
+from tilewright.tuning_db.errors import MissingDependencyError, RunError, UsageError
+
+Shape = tuple[int, ...]
+Range = tuple[Shape, Shape, Shape]
+
+# TensorRT keeps the expressions of the build in progress in a global of its Python module.
+_building = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine file, and the file that says what it was made of."""
+
+    path: Path
+    provenance_path: Path
+    provenance: Mapping[str, Any]
+
+
+def build_engine(
+    onnx_path: str | Path,
+    engine_path: str | Path,
+    *,
+    device: str | None = None,
+    cuda: str | None = None,
+    profiles: Mapping[str, Range] | None = None,
+    implementation: str = "aot",
+    timing_cache: str | Path | None = None,
+    workspace_bytes: int | None = None,
+    tactics: int = MOST,
+) -> Engine:
+    """Builds the engine of an ONNX file, with the plugins registered; writes it, and beside it `<engine>.json`.
+
+    The network is strongly typed: data types are those of the file. One build at a time: others wait.
+
+    Args:
+        onnx_path: the model. Nodes of the domain `tilewright` become plugins.
+        engine_path: the file to write.
+        device, cuda, tactics: as `register` takes them. TensorRT builds for the GPU at hand, so the device is that.
+        profiles: of every input with a dynamic dimension its least, best and largest shape.
+        implementation: "aot": kernels are compiled into the engine, which runs without Python. "jit": they are launched
+            from Python, with each shape's own configuration, by a process that has called `register`.
+        timing_cache: a file that TensorRT reads timings from and writes them to.
+        workspace_bytes: the most device memory that a layer may ask for while it runs; by default TensorRT's own limit.
+
+    Raises:
+        MissingDependencyError: no TensorRT is installed, or one without a builder; or there is no GPU.
+        UsageError: no such file, a model that TensorRT can't read, inputs without a profile.
+        RunError: TensorRT could not build the engine; the message is its first error.
+    """
+    if implementation not in ("aot", "jit"):
+        raise UsageError(f"{implementation=} must be aot or jit")
+    source, target = Path(onnx_path), Path(engine_path)
+    if not source.is_file():
+        raise UsageError(f"there is no file {source}")
+    register(device, cuda=cuda, tactics=tactics)
+    trt = tensorrt()
+    with _building:
+        return _build(trt, source, target, dict(profiles or {}), implementation, timing_cache, workspace_bytes)
+
+
+def _build(
+    trt: Any,
+    source: Path,
+    target: Path,
+    profiles: dict[str, Range],
+    implementation: str,
+    timing_cache: str | Path | None,
+    workspace_bytes: int | None,
+) -> Engine:
+    logger, errors = collecting_logger(trt)
+    try:
+        builder = trt.Builder(logger)
+    except TypeError as error:
+        raise MissingDependencyError(
+            f'this TensorRT {trt.__version__} has no builder: pip install "tilewright[tensorrt]" ({error})'
+        ) from None
+    preference = f"PREFER_{implementation.upper()}_PYTHON_PLUGINS"
+    flags = [getattr(trt.NetworkDefinitionCreationFlag, name) for name in ("STRONGLY_TYPED", preference)]
+    network = builder.create_network(sum(1 << int(flag) for flag in flags))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(source)):
+        found = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)]
+        raise UsageError(f"TensorRT can't read {source}: {_first(found + errors)}")
+    config = builder.create_builder_config()
+    if workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+    _set_profile(builder, network, config, profiles)
+    cache = None if timing_cache is None else Path(timing_cache)
+    _read_timings(config, cache)
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise RunError(f"TensorRT could not build {source}: {_first(errors)}")
+    if cache is not None:
+        with whole_file(cache) as stream:
+            stream.write(bytes(config.get_timing_cache().serialize()))
+    provenance = _provenance(trt, source, bytes(serialized), profiles, implementation)
+    beside = target.with_name(f"{target.name}.json")
+    with whole_file(target) as stream:
+        stream.write(bytes(serialized))
+    with whole_file(beside) as stream:
+        stream.write(json.dumps(provenance, indent=1).encode())
+    return Engine(target, beside, provenance)
+
+
+def collecting_logger(trt: Any) -> tuple[Any, list[str]]:
+    """A logger for TensorRT that keeps errors, in the list, and says nothing."""
+    errors: list[str] = []
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+                errors.append(message)
+
+    return Logger(), errors
+
+
+def _first(errors: list[str]) -> str:
+    """The first error, in one line."""
+    return " ".join(errors[0].split()) if errors else "it gave no reason"
+
+
+def _set_profile(builder: Any, network: Any, config: Any, profiles: dict[str, Range]) -> None:
+    inputs = {network.get_input(index).name: network.get_input(index) for index in range(network.num_inputs)}
+    for name in profiles:
+        if name not in inputs:
+            raise UsageError(f"the model has no input {name!r}; it has {', '.join(inputs)}")
+    dynamic = {name: tuple(tensor.shape) for name, tensor in inputs.items() if -1 in tuple(tensor.shape)}
+    missing = [f"{name} {shape}" for name, shape in dynamic.items() if name not in profiles]
+    if missing:
+        raise UsageError(f"profiles lacks the least, best and largest shape of {', '.join(missing)}")
+    if not dynamic:
+        return
+    profile = builder.create_optimization_profile()
+    for name, shape in dynamic.items():
+        least, best, largest = profiles[name]
+        for each in (least, best, largest):
+            if len(each) != len(shape) or any(
+                wanted not in (-1, size) for wanted, size in zip(shape, each, strict=True)
+            ):
+                raise UsageError(f"the profile {each} of {name} does not go with its shape {shape}")
+        if any(not low <= middle <= high for low, middle, high in zip(least, best, largest, strict=True)):
+            raise UsageError(f"the profile of {name} must grow: {least}, {best}, {largest}")
+        profile.set_shape(name, least, best, largest)
+    config.add_optimization_profile(profile)
+
+
+def _read_timings(config: Any, cache: Path | None) -> None:
+    if cache is None:
+        return
+    try:
+        known = cache.read_bytes()
+    except FileNotFoundError:
+        known = b""
+    except OSError as error:
+        raise UsageError(f"the timing cache {cache} can't be read ({error.strerror})") from None
+    # Timings of another GPU or version are refused by TensorRT, and begun anew.
+    if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+
+
+def _provenance(
+    trt: Any, source: Path, engine: bytes, profiles: dict[str, Range], implementation: str
+) -> dict[str, Any]:
+    """What the engine was made of, in plain values."""
+    tactics = current()
+    return {
+        "model": {"path": str(source.resolve()), "sha256": hashlib.sha256(source.read_bytes()).hexdigest()},
+        "engine": {"sha256": hashlib.sha256(engine).hexdigest(), "bytes": len(engine)},
+        "tensorrt": str(trt.__version__),
+        "triton": triton_version(),
+        "device": tactics.target.device.key,
+        "cuda": tactics.target.cuda,
+        "implementation": implementation,
+        "profiles": {name: [list(shape) for shape in shapes] for name, shapes in profiles.items()},
+        "kernels": {operation.kernel.name: code_hash(operation.kernel) for operation in OPERATIONS},
+        "namespace": NAMESPACE,
+        "tactics": tactics.described(),
+    }

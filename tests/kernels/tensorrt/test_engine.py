@@ -1,0 +1,112 @@
+"""Building an engine: what TensorRT is asked for, and what becomes of its failures. No builder is here: it is made up,
+but for the one test that asks the real bindings."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.kernels.tensorrt import stubs
+from tests.kernels.tensorrt.fake_tensorrt import Fake
+from tests.kernels.tensorrt.lives import lead
+from tilewright.kernels import resolve_device
+from tilewright.kernels.tensorrt import build_engine, engine
+from tilewright.kernels.tensorrt.context import Tactics, Target
+from tilewright.tuning_db.errors import MissingDependencyError, RunError, UsageError
+
+PROFILE = {"x": ((1, 512), (64, 512), (512, 512))}
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"a model")
+    return path
+
+
+@pytest.fixture
+def build(model, monkeypatch):
+    """Builds by a TensorRT that fails at one step, or not; gives the engine, or raises."""
+    asked = []
+    monkeypatch.setattr(engine, "register", lambda device, **given: asked.append((device, given)))
+    monkeypatch.setattr(engine, "current", lambda: Tactics(Target(resolve_device("rtx3090"), "12.8", 8)))
+
+    def build(fails="", inputs=None, **given):
+        fake = Fake(inputs or {"x": (-1, 512), "mask": (1, 1)}, fails)
+        monkeypatch.setattr(engine, "tensorrt", lambda: fake)
+        given = {"profiles": PROFILE} | given
+        return build_engine(model, model.with_name("model.engine"), **given), fake, asked
+
+    return build
+
+
+def test_an_engine_and_what_it_was_made_of(build):
+    made, fake, asked = build(device="cuda:0", cuda="12.4", tactics=3, workspace_bytes=2**20)
+    assert asked == [("cuda:0", {"cuda": "12.4", "tactics": 3})]
+    assert made.path.read_bytes() == b"the engine"
+    flags = [1 << 1 | 1 << 2]  # strongly typed, and plugins ahead of time
+    assert fake.did[:3] == [("flags", *flags), ("memory", "workspace", 2**20), ("shape", "x", *PROFILE["x"])]
+    assert ("profile",) in fake.did
+    written = json.loads(made.provenance_path.read_text())
+    assert written == json.loads(json.dumps(made.provenance))
+    assert (written["device"], written["cuda"], written["tensorrt"]) == ("rtx3090-82sm", "12.8", "11.4.0")
+    assert written["profiles"] == {"x": [[1, 512], [64, 512], [512, 512]]}
+    assert set(written["kernels"]) == {"gemm", "conv2d", "attention", "rmsnorm"}
+    assert made.provenance_path.name == "model.engine.json"
+
+
+def test_python_plugins_are_asked_for(build):
+    assert build(implementation="jit")[1].did[0] == ("flags", 1 << 1 | 1 << 3)
+
+
+def test_without_dynamic_inputs_there_is_no_profile(build):
+    assert ("profile",) not in build(inputs={"x": (8, 512)}, profiles={})[1].did
+
+
+def test_timings_are_read_and_written(build, tmp_path):
+    cache = tmp_path / "timings"
+    assert ("timings", b"") in build(timing_cache=cache)[1].did
+    assert cache.read_bytes() == b"timings"
+    assert ("timings", b"timings") in build(timing_cache=cache)[1].did
+    # Those of another GPU are begun anew.
+    assert [each for each in build("cache", timing_cache=cache)[1].did if each[0] == "timings"][-1] == ("timings", b"")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"fails": "builder"}, MissingDependencyError, r"this TensorRT 11.4.0 has no builder: pip install"),
+        ({"fails": "parse"}, UsageError, r"TensorRT can't read .*model.onnx: node 3: no such op$"),
+        ({"fails": "build"}, RunError, r"could not build .*model.onnx: no tactic for layer 1$"),
+        ({"implementation": "both"}, UsageError, "implementation='both' must be aot or jit"),
+        ({"profiles": {}}, UsageError, r"profiles lacks the least, best and largest shape of x \(-1, 512\)"),
+        ({"profiles": {"y": PROFILE["x"]}}, UsageError, "the model has no input 'y'; it has x, mask"),
+        ({"profiles": {"x": ((1, 5), (2, 5), (3, 5))}}, UsageError, r"\(1, 5\) of x does not go with its shape"),
+        ({"profiles": {"x": ((9, 512), (2, 512), (3, 512))}}, UsageError, "the profile of x must grow"),
+    ],
+)
+def test_failures_leave_nothing_behind(build, model, given, error, message):
+    with pytest.raises(error, match=message) as caught:
+        build(**given)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in model.parent.iterdir()] == ["model.onnx"]
+
+
+def test_no_such_model(tmp_path):
+    with pytest.raises(UsageError, match=r"there is no file .*none.onnx"):
+        build_engine(tmp_path / "none.onnx", tmp_path / "engine")
+
+
+@pytest.mark.skipif(stubs.missing() is not None, reason=str(stubs.missing()))
+def test_bindings_without_a_builder_say_so(model):
+    script = f"""
+from tilewright.tuning_db.errors import MissingDependencyError
+try:
+    plugins.build_engine({str(model)!r}, {str(model)!r} + ".engine", device="sm_86")
+except MissingDependencyError as error:
+    assert "has no builder: pip install" in str(error), error
+else:
+    raise AssertionError("an engine without a builder")
+"""
+    lead("sm_86", [], script=script)
