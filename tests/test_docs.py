@@ -18,6 +18,8 @@ import pytest
 from tilewright.kernels import KERNELS, pack
 from tilewright.kernels.activations import ACTIVATIONS, ALIASES
 from tilewright.kernels.prediction import Term
+from tilewright.kernels.tensorrt import build_engine, plugins, register
+from tilewright.kernels.tensorrt.catalogue import OPERATIONS
 from tilewright.tuner.cli import cli
 from tilewright.tuner.suites import SUITES
 from tilewright.tuning_db import env, interchange
@@ -162,6 +164,20 @@ def test_every_name_a_user_can_type_is_documented() -> None:
         assert f"`{provenance}`" in README
 
 
+def test_every_plugin_is_documented() -> None:
+    text = DOCS["tensorrt.md"]
+    assert f"lists all {len(plugins())}" in text
+    for operation in OPERATIONS:
+        (row,) = re.findall(rf"^\| `{operation.title}` \| `\w+` \(.*$", text, re.MULTILINE)
+        for name in (*operation.required, *(name for group in operation.optional for name in group)):
+            assert f"`{name}`" in row, f"{operation.title}: {name}"
+        for attribute in operation.attributes:
+            assert f"`{attribute.name}`" in text, f"{operation.title}: {attribute.name}"
+    for function in (register, build_engine):
+        for name in inspect.signature(function).parameters:
+            assert name in text, f"{function.__name__}: {name}"
+
+
 def test_every_term_of_the_model_is_documented() -> None:
     for term in Term:
         assert term.name in DOCS["prediction.md"] or term.value in DOCS["prediction.md"]
@@ -181,8 +197,9 @@ def test_every_file_the_architecture_names_exists() -> None:
 
 def test_the_errors_and_public_names_have_docstrings() -> None:
     from tilewright import kernels, tuner, tuning_db
+    from tilewright.kernels import tensorrt
 
-    for package in (kernels, tuner, tuning_db):
+    for package in (kernels, tensorrt, tuner, tuning_db):
         for name in package.__all__:
             value = getattr(package, name)
             if inspect.isclass(value) or inspect.isfunction(value):

@@ -6,6 +6,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, Union
 
 from tilewright.kernels.devices import resolve_device
@@ -168,7 +169,7 @@ def _watch_creator(creator: Any, variant: PluginVariant) -> None:
     @functools.wraps(create)
     def checked(name: str, namespace: str, fields: Any, phase: Any, *request: Any) -> Any:
         check_fields(variant, fields)
-        plugin = create(name, namespace, fields, phase, *request)
+        plugin = create(name, namespace, [_plain(field) for field in fields], phase, *request)
         plugin.attrs = {
             attribute.name: typed(
                 variant.name,
@@ -183,6 +184,12 @@ def _watch_creator(creator: Any, variant: PluginVariant) -> None:
         return plugin
 
     creator.create_plugin = checked
+
+
+def _plain(field: Any) -> Any:
+    """A field whose number is one: TensorRT 10.16 makes an int of an array of one, which NumPy 2.4 no longer does."""
+    number = field.type.name != "CHAR" and field.data.size == 1
+    return SimpleNamespace(name=field.name, type=field.type, data=field.data[0] if number else field.data)
 
 
 def check_fields(variant: PluginVariant, fields: Any) -> None:
