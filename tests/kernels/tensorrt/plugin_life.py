@@ -347,7 +347,7 @@ def as_number(symbol: Symbol, names: tuple[str, ...]) -> Any:
 
 
 def assembled(ptx: str, arch: int) -> str:
-    """What Triton's ptxas has against the PTX: nothing."""
+    """Why Triton's ptxas refuses the PTX; nothing if it does not, whatever it remarks."""
     target = next(line.split()[1].rstrip(",") for line in ptx.splitlines() if line.startswith(".target"))
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     tool = folder / ("ptxas-blackwell" if arch >= 90 and (folder / "ptxas-blackwell").exists() else "ptxas")
@@ -357,7 +357,7 @@ def assembled(ptx: str, arch: int) -> str:
         done = subprocess.run(
             [tool, f"--gpu-name={target}", file.name, "-o", os.devnull], capture_output=True, text=True, check=False
         )
-    return f"{done.stdout}{done.stderr}".strip()
+    return "" if done.returncode == 0 else f"{done.returncode}: {done.stdout}{done.stderr}"
 
 
 def live(job: dict[str, Any]) -> dict[str, Any]:
