@@ -14,6 +14,11 @@ from typing import Any
 pointer, i32, i64, boolean = c.c_void_p, c.c_int32, c.c_int64, c.c_bool
 _kept: list[Any] = []  # for as long as the process lives: TensorRT holds addresses of these
 
+
+def keep(value: Any) -> None:
+    _kept.append(value)
+
+
 _runtime = c.CDLL("libstdc++.so.6")
 _CLASS_TYPE = c.addressof(c.c_void_p.in_dll(_runtime, "_ZTVN10__cxxabiv117__class_type_infoE")) + 2 * c.sizeof(pointer)
 
@@ -38,7 +43,15 @@ class InterfaceInfo(c.Structure):
     _fields_ = [("kind", c.c_char_p), ("major", i32), ("minor", i32)]
 
 
-SIZES = {Dims: 72, TensorDescription: 88, DynamicTensorDescription: 304, DimsExpressions: 72}
+class Field(c.Structure):
+    _fields_ = [("name", c.c_char_p), ("data", pointer), ("type", i32), ("length", i32)]
+
+
+class FieldCollection(c.Structure):
+    _fields_ = [("count", i32), ("fields", c.POINTER(Field))]
+
+
+SIZES = {Dims: 72, TensorDescription: 88, DynamicTensorDescription: 304, DimsExpressions: 72, Field: 24}
 assert {kind: c.sizeof(kind) for kind in SIZES} == SIZES
 
 

@@ -62,12 +62,8 @@ def fields(attributes: Mapping[str, Any]) -> list[Any]:
     return made
 
 
-def create(name: str, attributes: Mapping[str, Any]) -> tuple[Any, list[Any]]:
-    creator = trt.get_plugin_registry().get_creator(name, plugins.VERSION, plugins.NAMESPACE)
-    kept = fields(attributes)
-    collection = trt.PluginFieldCollection(kept)
-    request = trt.QuickPluginCreationRequest.PREFER_AOT
-    return creator.create_plugin(name, plugins.NAMESPACE, collection, trt.TensorRTPhase.BUILD, request), kept
+def creator_of(name: str) -> Any:
+    return trt.get_plugin_registry().get_creator(name, plugins.VERSION, plugins.NAMESPACE)
 
 
 class Inputs:
@@ -104,8 +100,12 @@ class Inputs:
 class ThroughPython:
     """The methods of TensorRT's Python classes."""
 
-    def __init__(self, plugin: Any, inputs: Inputs) -> None:
-        self.plugin, self.inputs = plugin, inputs
+    def __init__(self, name: str, attributes: Mapping[str, Any], inputs: Inputs) -> None:
+        self.inputs, self._fields = inputs, fields(attributes)
+        request = trt.QuickPluginCreationRequest.PREFER_AOT
+        collection = trt.PluginFieldCollection(self._fields)
+        build = trt.TensorRTPhase.BUILD
+        self.plugin = creator_of(name).create_plugin(name, plugins.NAMESPACE, collection, build, request)
         self.builder, made = cxx.python_expressions(trt)
         self.shapes = [self._dims([made(symbol) for symbol in symbols]) for symbols in inputs.symbols()]
 
@@ -193,17 +193,44 @@ class ThroughPython:
 class ThroughCxx:
     """The virtual functions of `IPluginV3` and `IPluginV3QuickAOTBuild`, which lead into Python."""
 
-    CORE, BUILD = 0, 1
+    BUILD = 1  # of the capabilities
 
-    def __init__(self, plugin: Any, inputs: Inputs) -> None:
-        self.inputs, self._kept = inputs, [plugin]
-        # An object with several C++ bases has an address for each: values and their holders, in turn.
-        places = c.cast(c.cast(id(plugin), c.POINTER(cxx.pointer))[2], c.POINTER(cxx.pointer))
-        kinds = {
-            cxx.call(places[2 * index], 1, cxx.InterfaceInfo).kind.decode(): places[2 * index] for index in range(4)
-        }
-        self.build = cxx.call(kinds["PLUGIN"], 4, cxx.pointer, (cxx.i32, self.BUILD))
+    def __init__(self, name: str, attributes: Mapping[str, Any], inputs: Inputs) -> None:
+        self.inputs = inputs
+        # A Python object's C++ one follows the header that every Python object has.
+        creator = c.cast(id(creator_of(name)), c.POINTER(cxx.pointer))[2]
+        if cxx.call(creator, 1, cxx.InterfaceInfo).kind != b"PLUGIN CREATOR_V3QUICK":
+            raise RuntimeError("the creator's virtual functions are not those of IPluginCreatorV3Quick")
+        self._fields = [self._field(*each) for each in attributes.items()]
+        collection = cxx.FieldCollection(len(self._fields), (cxx.Field * len(self._fields))(*self._fields))
+        self.plugin = cxx.call(
+            creator,
+            4,
+            cxx.pointer,
+            (c.c_char_p, name.encode()),
+            (c.c_char_p, plugins.NAMESPACE.encode()),
+            _array(collection),
+            _int(int(trt.TensorRTPhase.BUILD)),
+            _int(int(trt.QuickPluginCreationRequest.PREFER_AOT)),
+        )
+        if self.plugin is None:
+            raise RuntimeError("createPlugin returned null")
+        self.build = self._builder_side(self.plugin)
         self.shapes = (cxx.DimsExpressions * len(inputs.ranges))(*map(self._dims, inputs.symbols()))
+
+    def _builder_side(self, plugin: int) -> int:
+        """The `IPluginV3QuickAOTBuild` of an `IPluginV3`."""
+        return int(cxx.call(plugin, 4, cxx.pointer, (cxx.i32, self.BUILD)))
+
+    @staticmethod
+    def _field(name: str, value: Any) -> cxx.Field:
+        kinds = {int: (c.c_int64, "INT64"), float: (c.c_float, "FLOAT32")}
+        if isinstance(value, str):
+            kept, kind, length = c.create_string_buffer(value.encode()), "CHAR", len(value)
+        else:
+            kept, kind, length = kinds[type(value)][0](value), kinds[type(value)][1], 1
+        cxx.keep(kept)
+        return cxx.Field(name.encode(), c.addressof(kept), int(getattr(trt.PluginFieldType, kind)), length)
 
     @staticmethod
     def _dims(symbols: list[Symbol]) -> cxx.DimsExpressions:
@@ -274,6 +301,7 @@ class ThroughCxx:
 
     def kernel(self, tactic: int, described: Any) -> dict[str, Any]:
         count, total = len(self.inputs.ranges), len(described)
+        self.build = self._builder_side(cxx.call(self.plugin, 5, cxx.pointer))  # a clone, as a builder that times it
         self._checked(17, _int(tactic))
         recorder = cxx.LaunchParameters()
         places = ((cxx.pointer, recorder.address), (cxx.pointer, recorder.extra_address), (cxx.pointer, cxx.BUILDER))
@@ -364,9 +392,9 @@ def live(job: dict[str, Any]) -> dict[str, Any]:
     """One plugin's life, and what TensorRT has got of it in the end."""
     attributes = job["raw"] if "raw" in job else plugins.plugin_attributes(job["plugin"], **job["attributes"])
     order = job.get("order", list(attributes))
-    plugin, kept = create(job["plugin"], {name: attributes[name] for name in order})
     inputs = Inputs(job["inputs"])
-    life: Any = {"python": ThroughPython, "c++": ThroughCxx}[job["through"]](plugin, inputs)
+    kind: Any = {"python": ThroughPython, "c++": ThroughCxx}[job["through"]]
+    life = kind(job["plugin"], {name: attributes[name] for name in order}, inputs)
     types = life.output_types()
     shapes = life.output_shapes()
     outputs = []
@@ -384,8 +412,7 @@ def live(job: dict[str, Any]) -> dict[str, Any]:
         ],
         "timing_id": life.timing_id(),
         "formats": [],
-        "kept": len(kept),
-        "kind": type(plugin).__name__,
+        "kind": type(life.plugin).__name__,
     }
     target = current().target
     for combination in life.combinations(linear):
