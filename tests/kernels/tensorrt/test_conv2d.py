@@ -45,6 +45,13 @@ def test_uneven_padding_and_dilation_of_any_image():
     assert check_launches(found, lambda h, w: Conv2dProblem(H=h, W=w, **fields, **NCHW), sizes) >= 5
 
 
+def test_rows_that_only_some_images_have_even():
+    """Images of the odd size that stands for all others have rows of 224 pixels here, and others don't."""
+    found = case("Conv2d", [((1, 16, SIDE, SIDE), "fp16"), ((16, 16, 2, 2), "fp16")])
+    fields = {"N": 1, "C": 16, "K": 16, "R": 2, "S": 2, **NCHW}
+    assert check_launches(found, lambda h, w: Conv2dProblem(H=h, W=w, **fields), [(8, 8), (9, 10), (224, 225)]) >= 10
+
+
 @pytest.mark.parametrize(
     ("groups", "filters"), [(4, 64), (32, 32), (32, 64)], ids=["groups", "depthwise", "multiplier"]
 )
