@@ -55,7 +55,7 @@ def build_engine(
     Args:
         onnx_path: the model. Nodes of the domain `tilewright` become plugins.
         engine_path: the file to write.
-        device, cuda, tactics: as `register` takes them. TensorRT builds for the GPU at hand, so the device is that.
+        device, cuda, tactics: as `register` takes them; the device must be the GPU at hand, for which TensorRT builds.
         profiles: of every input with a dynamic dimension its least, best and largest shape.
         implementation: "aot": kernels are compiled into the engine, which runs without Python. "jit": they are launched
             from Python, with each shape's own configuration, by a process that has called `register`.
@@ -64,24 +64,26 @@ def build_engine(
 
     Raises:
         MissingDependencyError: no TensorRT is installed, or one without a builder; or there is no GPU.
-        UsageError: no such file, a model that TensorRT can't read, inputs without a profile.
+        UsageError: no such file, a model that TensorRT can't read, inputs without a profile, a device that isn't here.
         RunError: TensorRT could not build the engine; the message is its first error.
     """
     if implementation not in ("aot", "jit"):
         raise UsageError(f"{implementation=} must be aot or jit")
-    source, target = Path(onnx_path), Path(engine_path)
+    source = Path(onnx_path)
     if not source.is_file():
         raise UsageError(f"there is no file {source}")
     register(device, cuda=cuda, tactics=tactics)
     trt = tensorrt()
     with _building:
-        return _build(trt, source, target, dict(profiles or {}), implementation, timing_cache, workspace_bytes)
+        return _build(
+            trt, source, Path(engine_path), dict(profiles or {}), implementation, timing_cache, workspace_bytes
+        )
 
 
 def _build(
     trt: Any,
     source: Path,
-    target: Path,
+    path: Path,
     profiles: dict[str, Range],
     implementation: str,
     timing_cache: str | Path | None,
@@ -94,6 +96,9 @@ def _build(
         raise MissingDependencyError(
             f'this TensorRT {trt.__version__} has no builder: pip install "tilewright[tensorrt]" ({error})'
         ) from None
+    target = current().target.device
+    if not target.live:
+        raise UsageError(f"TensorRT builds for the GPU at hand, and {target.board} is not here: leave device out")
     preference = f"PREFER_{implementation.upper()}_PYTHON_PLUGINS"
     flags = [getattr(trt.NetworkDefinitionCreationFlag, name) for name in ("STRONGLY_TYPED", preference)]
     network = builder.create_network(sum(1 << int(flag) for flag in flags))
@@ -114,12 +119,12 @@ def _build(
         with whole_file(cache) as stream:
             stream.write(bytes(config.get_timing_cache().serialize()))
     provenance = _provenance(trt, source, bytes(serialized), profiles, implementation)
-    beside = target.with_name(f"{target.name}.json")
-    with whole_file(target) as stream:
+    beside = path.with_name(f"{path.name}.json")
+    with whole_file(path) as stream:
         stream.write(bytes(serialized))
     with whole_file(beside) as stream:
         stream.write(json.dumps(provenance, indent=1).encode())
-    return Engine(target, beside, provenance)
+    return Engine(path, beside, provenance)
 
 
 def collecting_logger(trt: Any) -> tuple[Any, list[str]]:

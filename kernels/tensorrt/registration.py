@@ -41,8 +41,8 @@ def register(device: str | None = None, *, cuda: str | None = None, tactics: int
         MissingDependencyError: TensorRT is not installed; or no device is named and there is no GPU.
         UnsupportedError: TensorRT is too old.
         UnknownDeviceError: no device has that name.
-        UsageError: no PTX that this driver reads knows the device; `tactics` is less than 1; or this process interprets
-            kernels.
+        UsageError: no PTX that this driver reads knows the device, or the driver at hand is older; `tactics` is less
+            than 1; or this process interprets kernels.
     """
     if env.interpreting():
         raise UsageError(f"{env.INTERPRET} is set: plugins are compiled; unset it before the first import of Triton")
@@ -57,8 +57,13 @@ def register(device: str | None = None, *, cuda: str | None = None, tactics: int
         raise MissingDependencyError(
             f"name the device to build for, register(device=…), for here is none: {error}"
         ) from None
-    chosen = cuda or _default_cuda()
-    isa_for(resolved.arch, chosen)
+    live = _live_cuda()
+    chosen = cuda or min(filter(None, (live, CUDA)), key=_numbers)
+    isa = isa_for(resolved.arch, chosen)
+    if resolved.live and live is not None and isa > isa_for(resolved.arch, live):
+        raise UsageError(
+            f"{cuda=} is newer than the driver at hand, which is of CUDA {live}: leave it out, or update that"
+        )
     with _lock:
         set_current(Target(resolved, chosen, tactics))
         for name, variant in plugins().items():
@@ -67,15 +72,19 @@ def register(device: str | None = None, *, cuda: str | None = None, tactics: int
                 _registered.add(name)
 
 
-def _default_cuda() -> str:
-    """12.8, or what the driver at hand reads, if that is older."""
+def _live_cuda() -> str | None:
+    """The CUDA version of the driver at hand; None without one."""
     try:
         import cupy
 
-        live = cuda_of_driver(int(cupy.cuda.runtime.driverGetVersion()))
-    except Exception:  # noqa: BLE001 - no CuPy, no driver or no GPU: nothing here is too old
-        return CUDA
-    return min(live, CUDA, key=lambda version: tuple(map(int, version.split("."))))
+        number = int(cupy.cuda.runtime.driverGetVersion())
+    except Exception:  # noqa: BLE001 - no CuPy, or one that finds no driver
+        return None
+    return cuda_of_driver(number) if number else None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def _register(variant: PluginVariant, trt: Any, api: Any) -> None:

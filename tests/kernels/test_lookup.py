@@ -19,6 +19,7 @@ from tilewright.kernels.lookup import (
     predicted_best,
     prediction_protocol,
     record_key,
+    shortlist,
 )
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.pack import Entry, Facts, write_pack
@@ -130,6 +131,24 @@ def test_candidates_end_with_the_default(add):
     ]
     times = [choice.time_us for choice in found[1:5]]
     assert times == sorted(times)
+
+
+def test_the_shortlist_has_every_record_of_the_problem(add, folder):
+    def configs(count=8):
+        return [choice.config for choice in shortlist(GEMM, PROBLEM, DEVICE, folder, count)]
+
+    guesses = configs()
+    assert guesses == [choice.config for choice in candidates(GEMM, PROBLEM, DEVICE)]
+    add(TILES[3], problem=replace(PROBLEM, M=256), time_us=1)
+    # What is carried over has no records beside it: those are of another problem.
+    assert configs() == [TILES[3], *guesses]
+    for config, time_us in ((TILES[0], 30), (TILES[1], 10), (TILES[2], 20)):
+        add(config, time_us=time_us)
+    assert configs() == [TILES[1], TILES[1], TILES[2], TILES[0], *guesses]
+    assert configs(2) == [TILES[1], TILES[1], TILES[2], *guesses]
+    add(TILES[4], time_us=1, resources=replace(MODEST, spill_bytes=4))
+    add(TILES[5], time_us=1, measured=False)
+    assert configs() == [TILES[1], TILES[1], TILES[2], TILES[0], TILES[5], *guesses]
 
 
 def test_predictions_are_the_fastest_of_the_space(monkeypatch):

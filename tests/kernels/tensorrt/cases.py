@@ -6,13 +6,19 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.dtypes import DTYPES
+from tilewright.kernels.interpreter import interpret
 from tilewright.kernels.kernel import Launch
 from tilewright.kernels.problem import Problem
+from tilewright.kernels.runtime import INTERPRETED_SMS
 from tilewright.kernels.tensorrt.case import Case, Profile
 from tilewright.kernels.tensorrt.catalogue import find_plugin, plugin_attributes
 from tilewright.kernels.tensorrt.expressions import dimension, evaluate
 from tilewright.kernels.tensorrt.operation import Tensor
+from tilewright.tuner.gate import compare
 
 Dim = int | list[int]
 Inputs = Sequence[tuple[Sequence[Dim], str]]
@@ -80,6 +86,36 @@ def check_launches(
                 output = expected.outputs()[tensor.name]
                 assert (_product(shape), tensor.dtype) == (_product(output.shape), output.dtype)
     return checked
+
+
+def check_results(
+    found: Case, problem: Callable[..., Problem], sizes: Sequence[tuple[int, ...]], config: Any, *, board: str = "a100"
+) -> None:
+    """The code for all sizes gives the reference's results for each, in the interpreter, with the grid and the scalars
+    that TensorRT works out."""
+    assert found.refusal(config, resolve_device(board)) is None
+    kernel, launch = found.kernel, found.launch(config)
+    scalars = dict(found.scalars(launch))
+    for values in sizes:
+        at = dict(zip(found.profile.opt, values, strict=True))
+        expected = problem(*values)
+        arrays = expected.inputs(0)
+        outputs = {
+            name: np.full(output.shape, 7, DTYPES[output.dtype].numpy) for name, output in expected.outputs().items()
+        }
+        arguments: dict[str, Any] = dict(launch.constexprs)
+        for argument in launch.arguments:
+            if argument.type is None:
+                arguments[argument.name] = None
+            elif argument.is_pointer:
+                arguments[argument.name] = (arrays | outputs)[argument.name.removesuffix("_ptr")]
+            else:
+                arguments[argument.name] = evaluate(scalars[argument.name], at)
+        grid = min(evaluate(found.grid(config), at), launch.blocks_per_sm * INTERPRETED_SMS or 2**31)
+        interpret(launch.fn, (grid, 1, 1), arguments)
+        wanted, tolerances = kernel.reference(expected, arrays), kernel.tolerance(expected)
+        for name, output in outputs.items():
+            assert compare(output, wanted[name], tolerances[name]) is None, (str(expected), name)
 
 
 def _check_general(general: Launch, special: Launch) -> None:

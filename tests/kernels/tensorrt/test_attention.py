@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from tests.kernels.tensorrt.cases import case, check_launches
-from tilewright.kernels import AttentionProblem
+from tests.kernels.tensorrt.cases import case, check_launches, check_results
+from tilewright.kernels import AttentionConfig, AttentionProblem
 from tilewright.tuning_db.errors import ProblemError, UsageError
 
 B = [1, 2, 16]
@@ -82,6 +82,21 @@ def test_values_of_another_width():
     found = case("Attention", [((2, 4, 64, 96), "bf16"), ((2, 4, 64, 96), "bf16"), ((2, 4, 64, 128), "bf16")])
     assert found.outputs[0].dims == (2, 4, 64, 128)
     assert found.problem({}) == AttentionProblem(B=2, H=4, Sq=64, Skv=64, D=96, Dv=128, dtype="bf16")
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_code_for_all_sizes_is_right_for_each(pack):
+    length = [1, 33, 64]
+    found = case(
+        "Attention", [(([1, 2, 2], heads, length, 32), "fp16") for heads in (4, 2, 2)], causal=1, window_left=20
+    )
+    problem = {"H": 4, "Hkv": 2, "D": 32, "causal": True, "window_left": 20}
+    check_results(
+        found,
+        lambda b, q, _, k, *__: AttentionProblem(B=b, Sq=q, Skv=k, **problem),
+        [six(*each) for each in ((1, 1, 1), (2, 33, 33), (1, 1, 64), (2, 16, 40))],
+        AttentionConfig(32, 32, PACK=pack),
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kernels.tensorrt.cases import case, check_launches
-from tilewright.kernels import Conv2dProblem
+from tests.kernels.tensorrt.cases import case, check_launches, check_results
+from tilewright.kernels import Conv2dConfig, Conv2dProblem
 from tilewright.tuning_db.errors import ProblemError, UsageError
 
 N = [1, 8, 64]
@@ -89,6 +89,22 @@ def test_formats_are_channels_last_where_nothing_is_padded():
     inputs = [((1, 16, 8, 8), "int8"), ((16, 16, 1, 1), "int8"), ((1, 16, 8, 8), "fp32"), ((1,), "fp32")]
     mixed = ("HWC16", "LINEAR", "HWC", "LINEAR", "HWC8")
     assert formats("Conv2dResidualXScale", inputs, out_dtype="fp16")[1] == mixed
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("groups", [1, 16], ids=["dense", "depthwise"])
+def test_code_for_all_sizes_is_right_for_each(last, groups):
+    side, formats = [4, 8, 12], ("HWC8", "LINEAR", "HWC8") if last else ()
+    inputs = [(([1, 2, 2], 16, side, side), "fp16"), ((16, 16 // groups, 2, 2), "fp16")]
+    attributes = {"stride_w": 2, "pad_top": 1, "groups": groups}
+    found = case("Conv2d", inputs, formats=formats, **attributes)
+    fields = {"C": 16, "K": 16, "R": 2, "S": 2, "layout": "nhwc" if last else "nchw", "w_layout": "kcrs", **attributes}
+    check_results(
+        found,
+        lambda n, h, w: Conv2dProblem(N=n, H=h, W=w, **fields),
+        [(1, 4, 4), (2, 8, 7), (1, 5, 12), (2, 12, 12)],
+        Conv2dConfig(32, 16, 16),
+    )
 
 
 @pytest.mark.parametrize(

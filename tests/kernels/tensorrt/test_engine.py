@@ -4,6 +4,7 @@ but for the one test that asks the real bindings."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -30,9 +31,10 @@ def build(model, monkeypatch):
     """Builds by a TensorRT that fails at one step, or not; gives the engine, or raises."""
     asked = []
     monkeypatch.setattr(engine, "register", lambda device, **given: asked.append((device, given)))
-    monkeypatch.setattr(engine, "current", lambda: Tactics(Target(resolve_device("rtx3090"), "12.8", 8)))
 
-    def build(fails="", inputs=None, **given):
+    def build(fails="", inputs=None, live="cuda:0", **given):
+        device = replace(resolve_device("rtx3090"), live=live)
+        monkeypatch.setattr(engine, "current", lambda: Tactics(Target(device, "12.8", 8)))
         fake = Fake(inputs or {"x": (-1, 512), "mask": (1, 1)}, fails)
         monkeypatch.setattr(engine, "tensorrt", lambda: fake)
         given = {"profiles": PROFILE} | given
@@ -77,6 +79,7 @@ def test_timings_are_read_and_written(build, tmp_path):
     ("given", "error", "message"),
     [
         ({"fails": "builder"}, MissingDependencyError, r"this TensorRT 11.4.0 has no builder: pip install"),
+        ({"live": ""}, UsageError, "TensorRT builds for the GPU at hand, and rtx3090 is not here: leave device out"),
         ({"fails": "parse"}, UsageError, r"TensorRT can't read .*model.onnx: node 3: no such op$"),
         ({"fails": "build"}, RunError, r"could not build .*model.onnx: no tactic for layer 1$"),
         ({"implementation": "both"}, UsageError, "implementation='both' must be aot or jit"),

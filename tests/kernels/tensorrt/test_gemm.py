@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kernels.tensorrt.cases import case, check_launches
-from tilewright.kernels import GemmProblem
+from tests.kernels.tensorrt.cases import case, check_launches, check_results
+from tilewright.kernels import GemmConfig, GemmProblem
 from tilewright.tuning_db.errors import ProblemError, UsageError
 
 M = [1, 128, 1000]
@@ -103,6 +103,27 @@ def test_a_quantised_result():
 def test_a_bias_of_rows():
     found = case("GemmBias", [((64, 96), "fp16"), ((96, 80), "fp16"), ((64, 1), "fp16")])
     assert found.problem({}) == GemmProblem(M=64, N=80, K=96, bias="fp16", bias_axis="m")
+
+
+@pytest.mark.parametrize(
+    "config", [GemmConfig(32, 32, 32, num_stages=2), GemmConfig(32, 32, 32, PERSISTENT=True)], ids=str
+)
+def test_code_for_all_sizes_is_right_for_each(config):
+    small = [1, 33, 64]
+    found = case("GemmBias", [((small, small), "fp16"), ((small, 48), "fp16"), ((48,), "fp32")], activation="relu")
+    check_results(
+        found,
+        lambda m, k, _: GemmProblem(M=m, N=48, K=k, bias="fp32", activation="relu"),
+        [(1, 1, 1), (32, 64, 64), (33, 40, 40), (64, 33, 33)],
+        config,
+    )
+    found = case("GemmResidual", [((small, 40, 32), "bf16"), ((small, 32, 16), "bf16"), ((small, 40, 16), "bf16")])
+    check_results(
+        found,
+        lambda n, *_: GemmProblem(M=40, N=16, K=32, batch=n, dtype="bf16", residual="bf16"),
+        [(1, 1, 1), (3, 3, 3)],
+        config,
+    )
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,41 @@ assert [field.name for field in made.get_fields_to_serialize()] == list(plugins.
     lead("sm_86", [], script=script, TILEWRIGHT_DB_DIR=str(tmp_path))
 
 
+@needs_bindings
+def test_what_register_refuses(tmp_path):
+    script = """
+from tilewright.kernels.tensorrt import registration
+from tilewright.tuning_db.errors import MissingDependencyError, TilewrightError, UnknownDeviceError, UsageError
+from dataclasses import replace
+from tilewright.kernels import resolve_device
+def refused(kind, message, *given, **named):
+    try:
+        plugins.register(*given, **named)
+    except TilewrightError as error:
+        assert isinstance(error, kind) and message in str(error) and chr(10) not in str(error), error
+    else:
+        raise AssertionError(message)
+registration._live_cuda = lambda: None
+registration.resolve_device = lambda name: exec("raise MissingDependencyError('no GPU')")
+refused(MissingDependencyError, "name the device to build for, register(device=")
+refused(MissingDependencyError, "no GPU", "cuda:0")
+registration.resolve_device = resolve_device
+refused(UnknownDeviceError, "no device is called 'rtx9999'", "rtx9999")
+refused(UsageError, "sm_120 needs PTX 8.7, and the driver of CUDA 12.4 reads up to 8.4", "sm_120", cuda="12.4")
+refused(UsageError, "tactics=0 must be an integer of at least 1", "sm_86", tactics=0)
+registration.resolve_device = lambda name: replace(resolve_device("sm_86"), live="cuda:0")
+registration._live_cuda = lambda: "12.4"
+refused(UsageError, "cuda='12.8' is newer than the driver at hand, which is of CUDA 12.4", cuda="12.8")
+plugins.register()
+assert current().target.cuda == "12.4"  # the older of the driver's and the default
+registration._live_cuda = lambda: "13.0"
+plugins.register()
+assert current().target.cuda == "12.8"
+registration.resolve_device = resolve_device
+"""
+    lead("sm_86", [], script=script, TILEWRIGHT_DB_DIR=str(tmp_path))
+
+
 def test_a_process_that_interprets_registers_nothing():
     with pytest.raises(UsageError, match="TRITON_INTERPRET is set: plugins are compiled"):
         register("sm_86")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kernels.tensorrt.cases import case, check_launches
-from tilewright.kernels import RmsNormProblem
+from tests.kernels.tensorrt.cases import case, check_launches, check_results
+from tilewright.kernels import RmsNormConfig, RmsNormProblem
 from tilewright.tuning_db.errors import ProblemError, UsageError
 
 M = [1, 64, 4096]
@@ -23,6 +23,17 @@ def test_the_sum_is_a_second_result():
     assert [(tensor.name, tensor.dtype) for tensor in found.outputs] == [("out", "int8"), ("residual_out", "fp32")]
     problem = {"N": 512, "residual": "fp32", "residual_out": True, "out_dtype": "int8", "out_scale": True}
     assert check_launches(found, lambda m, _: RmsNormProblem(M=m, **problem), [(1, 1), (100, 100)]) >= 4
+
+
+def test_code_for_all_sizes_is_right_for_each():
+    found = case("RmsNormResidualWeight", [((M, 96), "bf16"), ((M, 96), "bf16"), ((96,), "fp16")])
+    problem = {"N": 96, "dtype": "bf16", "residual": "bf16", "weight": "fp16", "residual_out": True}
+    check_results(
+        found,
+        lambda m, _: RmsNormProblem(M=m, **problem),
+        [(1, 1), (8, 8), (13, 13)],
+        RmsNormConfig(BLOCK_M=4, BLOCK_N=128),
+    )
 
 
 @pytest.mark.parametrize(
