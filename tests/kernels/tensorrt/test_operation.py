@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tilewright.kernels.tensorrt.catalogue import OPERATIONS
+from tests.kernels.tensorrt.cases import case, check_launches
+from tests.kernels.tensorrt.variants import jobs
+from tilewright.kernels.tensorrt.catalogue import OPERATIONS, plugins
 from tilewright.kernels.tensorrt.expressions import dimension
 from tilewright.kernels.tensorrt.operation import Tensor, check_fp32, check_shape, choice, flag
 from tilewright.tuning_db.errors import ProblemError, UsageError
@@ -27,6 +29,22 @@ def test_inputs_stand_as_the_kernel_has_them(operation):
     for variant in operation.variants():
         places = [wanted.index(name) for name in variant.inputs]
         assert places == sorted(places), variant.name
+
+
+JOBS = jobs()
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_plugin_is_launched_as_this_package_launches(name):
+    job = JOBS[name]
+    found = case(job.plugin, job.inputs, **job.attributes)
+    assert check_launches(found, job.problem, job.sizes, board="rtx4090", most=4)
+
+
+def test_every_plugin_has_data_types():
+    assert {name.split()[0] for name in JOBS} == set(plugins())
+    for dtype in ("fp16", "bf16", "fp32", "int8", "fp8e4m3"):
+        assert sum(name.endswith(f" {dtype}") for name in JOBS) > 20
 
 
 def test_those_that_come_together_have_one_name():

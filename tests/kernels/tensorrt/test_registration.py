@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.tensorrt import jobs, stubs
+from tests.kernels.tensorrt import jobs, stubs, variants
 from tests.kernels.tensorrt.lives import Job, check, defaults, lead
 from tests.kernels.tensorrt.records import put
 from tilewright.kernels import GemmConfig, GemmProblem, resolve_device
@@ -42,6 +42,24 @@ def test_the_contract_in_full(arch, tmp_path):
         check(job, answer, f"sm_{arch}")
         configs = [one["config"] for one in answer["known"]]
         assert any(config.to_dict() in configs for config in defaults(job, f"sm_{arch}"))
+
+
+@needs_bindings
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_contract_of_every_plugin(arch, tmp_path):
+    """Every plugin with every data type that it takes and the arch has, and its first tactic."""
+    device = resolve_device(f"sm_{arch}")
+    chosen = [
+        job
+        for job in variants.jobs().values()
+        if variants.kernel_of(job).supported(job.problem(*job.sizes[0]), device) is None
+    ]
+    answers = lead(f"sm_{arch}", chosen, tactics=1, TILEWRIGHT_DB_DIR=str(tmp_path))
+    for job, answer in zip(chosen, answers, strict=True):
+        linear = answer | {"formats": answer.get("formats", [])[:1]}  # what else there is depends on the data types
+        check(job, linear, f"sm_{arch}")
 
 
 @needs_bindings
