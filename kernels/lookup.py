@@ -215,22 +215,26 @@ def shortlist(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder
 
 
 def _records(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path, count: int) -> Iterator[Choice]:
-    """The best records of exactly this problem, device, revision and toolchain: measured, then predicted."""
-    try:
-        with TuningDB.open(device.key, folder, read_only=True) as database:
-            found = database.top(
-                record_key(kernel, problem, device),
-                count,
-                predicted_protocol=prediction_protocol(kernel),
-                incumbent=kernel.default(problem, device).to_json(),
+    """The best records of exactly this problem, device, revision and toolchain: measured, then predicted; those that
+    were made here, then those that were shipped."""
+    key, protocol = record_key(kernel, problem, device), prediction_protocol(kernel)
+    incumbent = kernel.default(problem, device).to_json()
+    for shipped in (False, True):
+        try:
+            database = (
+                TuningDB.open_shipped(device.key) if shipped else TuningDB.open(device.key, folder, read_only=True)
             )
-    except DatabaseError:
-        return  # as in `recorded_choice`
-    for record in found:
-        config = fitting_config(kernel, problem, device, record)
-        if config is not None:
-            time_us = record.times.median_us if record.times else None
-            yield Choice(config, record.provenance, "exact", time_us, record)
+            if database is None:
+                continue
+            with database:
+                found = database.top(key, count, predicted_protocol=protocol, incumbent=incumbent)
+        except DatabaseError:
+            continue  # as in `recorded_choice`
+        for record in found:
+            config = fitting_config(kernel, problem, device, record)
+            if config is not None:
+                time_us = record.times.median_us if record.times else None
+                yield Choice(config, record.provenance, "exact, shipped" if shipped else "exact", time_us, record)
 
 
 def recorded_choice(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path) -> Choice | None:

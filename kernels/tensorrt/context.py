@@ -23,6 +23,7 @@ from tilewright.kernels.tensorrt.tactics import Tactic, tactics
 from tilewright.tuning_db.env import database_dir
 from tilewright.tuning_db.errors import UsageError
 from tilewright.tuning_db.record import canonical_json
+from tilewright.tuning_db.shipped import shipped_paths
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,10 @@ def identity(variant: PluginVariant, attributes: dict[str, Any], target: Target)
 
 
 def evidence_stamp() -> str:
-    """Changes with the databases, other boards' too, and with the pack: with all that numbers tactics."""
+    """Changes with the databases, other boards' and shipped ones too, and with the pack: with all that numbers
+    tactics."""
     pack = active_pack()
-    files = sorted(database_dir().glob("*.sqlite*")) + ([Path(pack.path)] if pack is not None else [])
+    files = sorted(database_dir().glob("*.sqlite*")) + shipped_paths() + ([Path(pack.path)] if pack is not None else [])
     return " ".join(filter(None, map(_stamp, files)))
 
 

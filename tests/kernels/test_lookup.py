@@ -133,7 +133,7 @@ def test_candidates_end_with_the_default(add):
     assert times == sorted(times)
 
 
-def test_the_shortlist_has_every_record_of_the_problem(add, folder):
+def test_the_shortlist_has_every_record_of_the_problem(add, folder, shipped):
     def configs(count=8):
         return [choice.config for choice in shortlist(GEMM, PROBLEM, DEVICE, folder, count)]
 
@@ -149,6 +149,8 @@ def test_the_shortlist_has_every_record_of_the_problem(add, folder):
     add(TILES[4], time_us=1, resources=replace(MODEST, spill_bytes=4))
     add(TILES[5], time_us=1, measured=False)
     assert configs() == [TILES[1], TILES[1], TILES[2], TILES[0], TILES[5], *guesses]
+    add(TILES[6], time_us=1, folder=shipped)
+    assert configs() == [TILES[1], TILES[1], TILES[2], TILES[0], TILES[5], TILES[6], *guesses]
 
 
 def test_predictions_are_the_fastest_of_the_space(monkeypatch):

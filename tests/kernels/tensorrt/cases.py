@@ -13,7 +13,7 @@ from tilewright.kernels.dtypes import DTYPES
 from tilewright.kernels.interpreter import interpret
 from tilewright.kernels.kernel import Launch
 from tilewright.kernels.problem import Problem
-from tilewright.kernels.runtime import INTERPRETED_SMS
+from tilewright.kernels.runtime import INTERPRETED_SMS, PLAIN
 from tilewright.kernels.tensorrt.case import Case, Profile
 from tilewright.kernels.tensorrt.catalogue import find_plugin, plugin_attributes
 from tilewright.kernels.tensorrt.expressions import dimension, evaluate
@@ -94,7 +94,7 @@ def check_results(
     """The code for all sizes gives the reference's results for each, in the interpreter, with the grid and the scalars
     that TensorRT works out."""
     assert found.refusal(config, resolve_device(board)) is None
-    kernel, launch = found.kernel, found.launch(config)
+    kernel, launch = found.kernel, found.launch(config).with_constants(PLAIN)
     scalars = dict(found.scalars(launch))
     for values in sizes:
         at = dict(zip(found.profile.opt, values, strict=True))

@@ -114,7 +114,16 @@ def test_the_identity_changes_with_the_kernels(monkeypatch):
     assert identity(plugin, plugin_attributes("Gemm"), TARGET) != first
 
 
-def test_evidence_changes_with_what_is_written_not_with_who_reads(folder):
+def test_shipped_records_are_evidence_too(folder, monkeypatch):
+    first = evidence_stamp()
+    (folder / "shipped").mkdir()
+    (folder / "shipped" / "a10-72sm.sqlite").write_bytes(b"records")
+    monkeypatch.setattr(context, "shipped_paths", lambda: list((folder / "shipped").iterdir()))
+    assert evidence_stamp() != first
+
+
+def test_evidence_changes_with_what_is_written_not_with_who_reads(folder, monkeypatch):
+    monkeypatch.setattr(context, "shipped_paths", list)
     assert evidence_stamp() == ""
     file = folder / "a10-72sm.sqlite"
     file.write_bytes(b"one")
