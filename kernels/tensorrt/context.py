@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,13 +38,26 @@ class Target:
 
 
 class _Place(NamedTuple):
-    """What numbers of tactics belong to."""
+    """What numbers of tactics belong to: a case, whatever its profile."""
 
     plugin: str
     attributes: str  # canonical JSON
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, case: Case) -> _Place:
+        """The place of a case."""
+        return cls(case.variant.name, canonical_json(case.attributes), case.inputs, case.outputs)
+
+
+@dataclass
+class _Known:
+    """The tactics of a place by number, and those of each profile, by the evidence there was."""
+
     evidence: str
+    numbers: dict[int, Tactic] = field(default_factory=dict)
+    of_profile: dict[Hashable, list[Tactic]] = field(default_factory=dict)
 
 
 def _written(tensor: Tensor) -> str:
@@ -58,57 +72,76 @@ class Tactics:
 
     target: Target
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _known: dict[_Place, dict[int, Tactic]] = field(default_factory=dict)
+    _known: dict[_Place, _Known] = field(default_factory=dict)
+    _asked: dict[_Place, None] = field(default_factory=dict)  # since `begin`, in order
+
+    def begin(self) -> None:
+        """What is `described` begins here: at a build."""
+        with self._lock:
+            self._asked.clear()
 
     def of(self, case: Case) -> list[Tactic]:
-        """The tactics of a case. Cases that differ in their profile alone share numbers: TensorRT keeps a kernel by its
-        number, whatever the profile, so one that comes with a second profile gets a number of its own.
+        """The tactics of a case, as the evidence is now. Cases that differ in their profile alone share numbers:
+        TensorRT keeps a kernel by its number, whatever the profile, so one that comes with a second profile gets a
+        number of its own.
 
         Raises:
             UnsupportedError, ProblemError, UsageError: as `tactics`.
         """
-        found = tactics(case, self.target.device, database_dir(), cuda=self.target.cuda, most=self.target.tactics)
-        key = self._key(case)
+        place, evidence = _Place.of(case), evidence_stamp()
+        profile = tuple(
+            tuple(sorted(sizes.items())) for sizes in (case.profile.min, case.profile.opt, case.profile.max)
+        )
         with self._lock:
-            known = self._known.setdefault(key, {})
-            numbers = {(tactic.choice.config, tactic.plan.name): number for number, tactic in known.items()}
+            self._asked[place] = None
+            known = self._known.get(place)
+            if known is not None and known.evidence == evidence and profile in known.of_profile:
+                return known.of_profile[profile]  # TensorRT asks how many there are, and then which
+        found = tactics(case, self.target.device, database_dir(), cuda=self.target.cuda, most=self.target.tactics)
+        with self._lock:
+            known = self._known.get(place)
+            if known is None or known.evidence != evidence:
+                known = self._known[place] = _Known(evidence)
+            numbers = {(tactic.choice.config, tactic.plan.name): number for number, tactic in known.numbers.items()}
             numbered = []
             for tactic in found:
-                number = numbers.get((tactic.choice.config, tactic.plan.name)) or len(known) + 1
-                known[number] = Tactic(number, tactic.choice, tactic.plan)
-                numbered.append(known[number])
+                number = numbers.get((tactic.choice.config, tactic.plan.name)) or len(known.numbers) + 1
+                known.numbers[number] = Tactic(number, tactic.choice, tactic.plan)
+                numbered.append(known.numbers[number])
+            known.of_profile[profile] = numbered
         return numbered
 
     def get(self, case: Case, number: int) -> Tactic:
-        """The tactic that `of` gave this number.
+        """The tactic that `of` gave this number, whatever has been tuned since.
 
         Raises:
             UsageError: it gave none; this plugin was made in another process, or for another device.
         """
+        place = _Place.of(case)
         with self._lock:
-            tactic = self._known.get(self._key(case), {}).get(number)
-        if tactic is not None:
-            return tactic
-        self.of(case)
+            asked = place in self._known
+        if not asked:
+            self.of(case)
         with self._lock:
-            tactic = self._known[self._key(case)].get(number)
-        if tactic is None:
-            known = ", ".join(map(str, self._known[self._key(case)]))
-            raise UsageError(
-                f"{case.variant.name} has no tactic {number} on {self.target.device.board} (it has {known}): "
-                "the timing cache is of another time; delete it"
-            )
-        return tactic
+            numbers = self._known[place].numbers
+            if number in numbers:
+                return numbers[number]
+            known = ", ".join(map(str, numbers))
+        raise UsageError(
+            f"{case.variant.name} has no tactic {number} on {self.target.device.board} (it has {known}): the timing "
+            "cache is of another time; delete it"
+        )
 
     def described(self) -> list[dict[str, Any]]:
-        """What is known, in plain values: for each case its tensors, and the configuration behind each number."""
+        """What was asked since `begin`, in plain values: for each case its tensors, and the configuration behind each
+        number."""
         with self._lock:
             return [
                 {
-                    "plugin": name,
-                    "attributes": json.loads(attributes),
-                    "inputs": [_written(tensor) for tensor in inputs],
-                    "outputs": [_written(tensor) for tensor in outputs],
+                    "plugin": place.plugin,
+                    "attributes": json.loads(place.attributes),
+                    "inputs": [_written(tensor) for tensor in place.inputs],
+                    "outputs": [_written(tensor) for tensor in place.outputs],
                     "tactics": {
                         str(number): {
                             "config": tactic.choice.config.to_dict(),
@@ -117,15 +150,12 @@ class Tactics:
                             "time_us": tactic.choice.time_us,
                             "kernel": tactic.plan.name,
                         }
-                        for number, tactic in known.items()
+                        for number, tactic in self._known[place].numbers.items()
                     },
                 }
-                for (name, attributes, inputs, outputs, _), known in self._known.items()
+                for place in self._asked
+                if place in self._known
             ]
-
-    def _key(self, case: Case) -> _Place:
-        attributes = canonical_json(case.attributes)
-        return _Place(case.variant.name, attributes, case.inputs, case.outputs, evidence_stamp())
 
 
 def identity(variant: PluginVariant, attributes: dict[str, Any], target: Target) -> str:
@@ -138,6 +168,7 @@ def identity(variant: PluginVariant, attributes: dict[str, Any], target: Target)
         triton_version(),
         target.device.key,
         target.cuda,
+        str(target.tactics),
         evidence_stamp(),
     )
     return f"tilewright-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}"

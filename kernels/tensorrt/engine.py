@@ -99,6 +99,7 @@ def _build(
     target = current().target.device
     if not target.live:
         raise UsageError(f"TensorRT builds for the GPU at hand, and {target.board} is not here: leave device out")
+    current().begin()
     preference = f"PREFER_{implementation.upper()}_PYTHON_PLUGINS"
     flags = [getattr(trt.NetworkDefinitionCreationFlag, name) for name in ("STRONGLY_TYPED", preference)]
     network = builder.create_network(sum(1 << int(flag) for flag in flags))

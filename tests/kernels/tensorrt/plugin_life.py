@@ -445,18 +445,16 @@ def live(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def known_tactics() -> list[dict[str, Any]]:
-    """Everything that the plugins know of their tactics: what their numbers stand for."""
+    """What the plugins' numbers of tactics stand for."""
     return [
         {
-            "plugin": key[0],
-            "formats": [tensor.format for tensor in (*key[2], *key[3])],
-            "number": number,
-            "config": tactic.choice.config.to_dict(),
-            "provenance": tactic.choice.provenance,
-            "reason": tactic.choice.reason,
+            "plugin": case["plugin"],
+            "formats": [tensor.split()[-1] for tensor in (*case["inputs"], *case["outputs"])],
+            "number": int(number),
+            **tactic,
         }
-        for key, numbers in current()._known.items()
-        for number, tactic in numbers.items()
+        for case in current().described()
+        for number, tactic in case["tactics"].items()
     ]
 
 
@@ -466,9 +464,9 @@ if __name__ == "__main__":
     plugins.register(asked["device"], tactics=asked["tactics"])
     answers = []
     for job in asked["jobs"]:
+        current().begin()
         try:
             answers.append(live(job) | {"known": known_tactics()})
         except Exception as error:  # noqa: BLE001 - whatever it is, the test is to see it
             answers.append({"error": f"{type(error).__name__}: {error}"})
-        current()._known.clear()
     Path(sys.argv[1]).write_text(json.dumps(answers))  # stdout is where TensorRT logs

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.kernels.tensorrt.cases import case
-from tilewright.kernels import resolve_device
+from tilewright.kernels import Choice, GemmConfig, resolve_device
 from tilewright.kernels.tensorrt import context
 from tilewright.kernels.tensorrt.catalogue import find_plugin, plugin_attributes
 from tilewright.kernels.tensorrt.context import Tactics, Target, current, evidence_stamp, identity, set_current
@@ -26,18 +26,25 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+class Evidence(list):
+    """How often it was asked for, too."""
+
+    times = 0
+
+
 @pytest.fixture
 def evidence(monkeypatch):
     """The configurations that are known for each case, and the names of their kernels."""
-    known = []
-    monkeypatch.setattr(
-        context,
-        "tactics",
-        lambda *_, **__: [
+    known = Evidence()
+
+    def tactics(*_, **__):
+        known.times += 1
+        return [
             Tactic(index, SimpleNamespace(config=config), SimpleNamespace(name=name))
             for index, (config, name) in enumerate(known, 1)
-        ],
-    )
+        ]
+
+    monkeypatch.setattr(context, "tactics", tactics)
     return known
 
 
@@ -75,6 +82,42 @@ def test_a_second_profile_gives_new_numbers_to_what_is_new(evidence):
     assert tactics.get(gemm(1, 8, 16), 3).plan.name == "k3"
 
 
+def test_evidence_is_asked_once_for_each_profile_until_it_changes(evidence, folder):
+    tactics = Tactics(TARGET)
+    evidence[:] = [("one", "k1")]
+    for largest in (16, 16, 32, 16):
+        tactics.of(gemm(1, 8, largest))
+    assert evidence.times == 2
+    evidence[:] = [("two", "k2"), ("one", "k1")]
+    (folder / "rtx3090-82sm.sqlite").write_bytes(b"records")
+    # A build that has begun goes on with the numbers it was given.
+    assert tactics.get(gemm(1, 8, 16), 1).choice.config == "one"
+    assert configs(tactics.of(gemm(1, 8, 16))) == {1: "two", 2: "one"}
+    assert tactics.get(gemm(1, 8, 16), 1).choice.config == "two"
+
+
+def test_what_a_build_asked_is_described(evidence):
+    tactics = Tactics(TARGET)
+    choice = Choice(GemmConfig(64, 64, 32), None, "named", 3.5)
+    evidence[:] = []
+    tactics.of(gemm(1, 8, 16))
+    tactics.begin()
+    assert tactics.described() == []
+    tactics.of(gemm(1, 8, 16, activation="relu"))
+    tactics._known[next(iter(tactics._asked))].numbers[1] = Tactic(1, choice, SimpleNamespace(name="k"))
+    (found,) = tactics.described()
+    assert (found["plugin"], found["attributes"]["activation"]) == ("Gemm", "relu")
+    assert found["inputs"] == ["a: fp16[?, 64] LINEAR", "b: fp16[64, 64] LINEAR"]
+    assert found["outputs"] == ["out: fp16[?, 64] LINEAR"]
+    assert found["tactics"]["1"] == {
+        "config": choice.config.to_dict(),
+        "provenance": "default",
+        "reason": "named",
+        "time_us": 3.5,
+        "kernel": "k",
+    }
+
+
 def test_other_attributes_have_numbers_of_their_own(evidence):
     tactics = Tactics(TARGET)
     evidence[:] = [("one", "k1")]
@@ -101,10 +144,10 @@ def test_the_identity_of_timings(folder):
     first = of()
     assert first == of()
     others = {of("GemmBias"), of(activation="relu"), of(target=Target(resolve_device("a10"), "12.8", 8))}
-    others.add(of(target=Target(TARGET.device, "12.4", 8)))
+    others |= {of(target=Target(TARGET.device, "12.4", 8)), of(target=Target(TARGET.device, "12.8", 4))}
     (folder / "rtx3090-82sm.sqlite").write_bytes(b"records")
     others.add(of())
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 7
 
 
 def test_the_identity_changes_with_the_kernels(monkeypatch):
