@@ -66,6 +66,44 @@ def creator_of(name: str) -> Any:
     return trt.get_plugin_registry().get_creator(name, plugins.VERSION, plugins.NAMESPACE)
 
 
+def created(name: str, attributes: Mapping[str, Any], request: str) -> tuple[Any, list[Any]]:
+    """A plugin, and its fields, which must be kept."""
+    kept = fields(attributes)
+    asked = getattr(trt.QuickPluginCreationRequest, request)
+    collection = trt.PluginFieldCollection(kept)
+    return creator_of(name).create_plugin(name, plugins.NAMESPACE, collection, trt.TensorRTPhase.BUILD, asked), kept
+
+
+def enqueue(plugin: Any, tensors: list[tuple[list[int], Any, int]], inputs: int, stream: int, through: str) -> None:
+    """Has a plugin launch on tensors of (shape, data type, address), the first of them inputs."""
+    strides = [[int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))] for shape, _, _ in tensors]
+    if through == "python":
+        described = []
+        for shape, dtype, _ in tensors:
+            one = trt.PluginTensorDesc()
+            one.dims, one.type, one.format, one.scale = trt.Dims(shape), dtype, trt.TensorFormat.LINEAR, 1.0
+            described.append(one)
+        addresses = [address for _, _, address in tensors]
+        groups = [(each[:inputs], each[inputs:]) for each in (described, addresses, list(map(tuple, strides)))]
+        plugin.enqueue(*groups[0], *groups[1], *groups[2], stream)
+        return
+    places = c.cast(c.cast(id(plugin), c.POINTER(cxx.pointer))[2], c.POINTER(cxx.pointer))
+    kinds = {cxx.call(places[2 * index], 1, cxx.InterfaceInfo).kind: places[2 * index] for index in range(4)}
+    runtime = cxx.call(kinds[b"PLUGIN"], 4, cxx.pointer, _int(2))
+    described = [cxx.TensorDescription(_plain(shape), int(dtype), 0, 1.0) for shape, dtype, _ in tensors]
+    arrays: list[Any] = []
+    for kind, values in (
+        (cxx.TensorDescription, described),
+        (cxx.pointer, [address for _, _, address in tensors]),
+        (cxx.Dims, list(map(_plain, strides))),
+    ):
+        arrays += [(kind * len(part))(*part) for part in (values[:inputs], values[inputs:])]
+    counts = (_int(inputs), _int(len(tensors) - inputs))
+    code = cxx.call(runtime, 5, cxx.i32, *map(_array, arrays), *counts, (cxx.pointer, stream))
+    if code != 0:
+        raise RuntimeError(f"enqueue returned {code}")
+
+
 class Inputs:
     """The inputs of a job, and names for its dynamic dimensions."""
 
@@ -101,11 +139,8 @@ class ThroughPython:
     """The methods of TensorRT's Python classes."""
 
     def __init__(self, name: str, attributes: Mapping[str, Any], inputs: Inputs) -> None:
-        self.inputs, self._fields = inputs, fields(attributes)
-        request = trt.QuickPluginCreationRequest.PREFER_AOT
-        collection = trt.PluginFieldCollection(self._fields)
-        build = trt.TensorRTPhase.BUILD
-        self.plugin = creator_of(name).create_plugin(name, plugins.NAMESPACE, collection, build, request)
+        self.inputs = inputs
+        self.plugin, self._fields = created(name, attributes, "PREFER_AOT")
         self.builder, made = cxx.python_expressions(trt)
         self.shapes = [self._dims([made(symbol) for symbol in symbols]) for symbols in inputs.symbols()]
 

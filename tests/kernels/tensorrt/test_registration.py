@@ -182,11 +182,7 @@ def test_python_plugins_too(tmp_path):
     """With the other preference the very same nodes become plugins that launch from Python."""
     script = """
 plugins.register("sm_86")
-kept = fields(plugins.plugin_attributes("GemmBias"))
-creator = trt.get_plugin_registry().get_creator("GemmBias", "1", "tilewright")
-collection = trt.PluginFieldCollection(kept)
-request = trt.QuickPluginCreationRequest.PREFER_JIT
-made = creator.create_plugin("GemmBias", "tilewright", collection, trt.TensorRTPhase.BUILD, request)
+made, kept = created("GemmBias", plugins.plugin_attributes("GemmBias"), "PREFER_JIT")
 assert type(made).__name__ == "_TemplateJITPlugin"
 assert made.expects_tactic is False
 # All attributes go into the engine: what runs it makes the plugin of these.
@@ -226,6 +222,30 @@ registration._live_cuda = lambda: "13.0"
 plugins.register()
 assert current().target.cuda == "12.8"
 registration.resolve_device = resolve_device
+"""
+    lead("sm_86", [], script=script, TILEWRIGHT_DB_DIR=str(tmp_path))
+
+
+@needs_bindings
+def test_python_plugins_launch_what_tensorrt_hands_over(tmp_path):
+    """bf16, which TensorRT's own array interface refuses, on TensorRT's stream."""
+    script = """
+from types import SimpleNamespace
+from tilewright.kernels.tensorrt import jit
+launched = []
+def plan_for(kernel, problem, ordinal, *, constants):
+    return SimpleNamespace(run=lambda *given: launched.append((str(problem), *given))), None
+jit.plan_for = plan_for
+jit.require_cupy = lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0)))
+plugins.register("sm_86")
+made, kept = created("GemmBias", plugins.plugin_attributes("GemmBias", activation="relu"), "STRICT_JIT")
+shapes = ([5, 64], 4096), ([64, 32], 8192), ([32], 512), ([5, 32], 1024)
+tensors = [(shape, trt.bfloat16, address) for shape, address in shapes]
+for stream, through in ((77, "python"), (99, "c++")):
+    enqueue(made, tensors, 3, stream, through)
+addresses = {"a_ptr": 4096, "b_ptr": 8192, "bias_ptr": 512, "out_ptr": 1024}
+problem = "M=5,N=32,K=64,dtype=bf16,bias=bf16,activation=relu"
+assert launched == [(problem, addresses, {}, stream) for stream in (77, 99)], launched
 """
     lead("sm_86", [], script=script, TILEWRIGHT_DB_DIR=str(tmp_path))
 
