@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from tests.kernels.tensorrt.records import put
 from tilewright.kernels import GemmConfig, GemmProblem, resolve_device
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.tensorrt import plugin_attributes, plugins, register
+from tilewright.tuning_db.env import compiling_environment
 from tilewright.tuning_db.errors import UsageError
 
 needs_bindings = pytest.mark.skipif(stubs.missing() is not None, reason=str(stubs.missing()))
@@ -72,6 +75,51 @@ def test_an_aligned_gemm_copies_in_width(tmp_path):
     for tactic in answer["formats"][0]["tactics"]:
         assert tactic["copies"] > 0
         assert tactic["narrow"] == 0
+
+
+@pytest.mark.parametrize("arch", [86, 90])
+def test_what_is_taken_out_of_the_ptx_leaves_the_same_machine_code(arch):
+    """Hidden pointers, line numbers, debug sections: ptxas makes the same instructions of it without them."""
+    script = f"""
+import re, subprocess, tempfile
+from pathlib import Path
+import triton
+from tilewright.kernels import GemmProblem, resolve_device
+from tilewright.kernels.compile import compile_launch
+from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.kernels.tensorrt.ptx import parameter_types, prepared
+problem = GemmProblem(M=128, N=128, K=128, bias="fp16")
+(launch,) = GEMM.launches(problem, GEMM.default(problem, resolve_device("sm_{arch}")))
+binary = compile_launch(launch, {arch}, ptx_isa=87)
+name, ptx = prepared(binary, 7)
+assert binary.ptx.count("\\n") > 1.5 * ptx.count("\\n")
+assert len(parameter_types(binary.ptx, binary.name)) == 9 and len(parameter_types(ptx, name)) == 7
+tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ptxas = next(each for each in (tools / "ptxas-blackwell", tools / "ptxas") if each.exists())
+def instructions(text):
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(text)
+        subprocess.run([ptxas, "--gpu-name=sm_{arch}{"a" if arch >= 90 else ""}", source, "-o", cubin], check=True)
+        dumped = subprocess.run([tools / "cuobjdump", "--dump-sass", cubin], capture_output=True, text=True, check=True)
+    return [re.sub(r"\\s+", " ", line) for line in dumped.stdout.splitlines() if "/*" in line]
+before, after = instructions(binary.ptx), instructions(ptx)
+assert len(before) > 100 and before == after
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=compiling_environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@needs_bindings
+@pytest.mark.parametrize("arch", [86, 90])
+def test_ptx_is_written_for_the_driver_that_is_named(arch, tmp_path):
+    script = f"plugins.register('sm_{arch}', cuda='12.4', tactics=1)"
+    (answer,) = lead("", [LAYER], script=script, TILEWRIGHT_DB_DIR=str(tmp_path))
+    (tactic,) = answer["formats"][0]["tactics"]
+    assert tactic["version"] == ["8.4"]
+    assert tactic["ptxas"] == ""
 
 
 @needs_bindings
