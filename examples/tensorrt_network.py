@@ -34,7 +34,7 @@ def build(weights: np.ndarray, bias: np.ndarray) -> bytes:
     w = network.add_constant(weights.shape, weights).get_output(0)
     b = network.add_constant(bias.shape, bias).get_output(0)
     gemm = getattr(tensorrt.plugin.op.tilewright, plugins.plugin_name("gemm", "bias"))
-    attributes = plugins.plugin_attributes("GemmBias", activation="gelu_tanh")
+    attributes = plugins.plugin_attributes("FusedGemmBias", activation="gelu_tanh")
     layer = network.add_plugin(gemm(x, w, b, **attributes))
     layer.get_output(0).name = "y"
     network.mark_output(layer.get_output(0))

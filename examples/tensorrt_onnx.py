@@ -25,7 +25,7 @@ ROWS = (1, 128, 1024)  # least, best and largest
 
 
 def model() -> onnx.ModelProto:
-    """y = gelu(x · w + b), x of (rows, K): one `tilewright::GemmBias`."""
+    """y = gelu(x · w + b), x of (rows, K): one `tilewright::FusedGemmBias`."""
     random = np.random.default_rng(0)
     name = plugins.plugin_name("gemm", "bias")
     attributes = plugins.plugin_attributes(name, activation="gelu_tanh")

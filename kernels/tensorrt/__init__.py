@@ -3,8 +3,8 @@
     import tilewright.kernels.tensorrt as plugins
     plugins.register(device="sm_86")
 
-From then on TensorRT builds engines with `tilewright::Gemm` and its kin in them, of ONNX nodes or through its network
-API. Importing this imports no TensorRT.
+From then on TensorRT builds engines with `tilewright::FusedGemm` and its kin in them, of ONNX nodes or through its
+network API. Importing this imports no TensorRT.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention as a plugin: `Attention`, over (batch, heads, sequence, head dim) tensors."""
+"""Attention as a plugin: `FusedAttention`, over (batch, heads, sequence, head dim) tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tilewright.tuning_db.errors import ProblemError, UsageError
 class AttentionPlugin(PluginOperation):
     """`softmax(scale · Q·Kᵀ + bias) · V`, q of (B, H, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv)."""
 
-    title = "Attention"
+    title = "FusedAttention"
     kernel = ATTENTION
     required = ("q", "k", "v")
     optional = (("bias",), ("alibi_slopes",), ("sinks",), ("q_scale", "k_scale", "v_scale"), ("kv_lens",))

@@ -40,7 +40,7 @@ def find_plugin(name: str) -> PluginVariant:
 
 
 def plugin_name(op: str, *inputs: str) -> str:
-    """The name of an op's plugin that takes these optional inputs: `plugin_name("gemm", "bias")` is `GemmBias`.
+    """The name of an op's plugin that takes these optional inputs: `plugin_name("gemm", "bias")` is `FusedGemmBias`.
 
     Raises:
         UsageError: there is no such op, or no plugin of it with these inputs.

@@ -1,4 +1,4 @@
-"""The 2-D convolution as a plugin: `Conv2d`, in NCHW and, where TensorRT's formats allow it, in NHWC memory."""
+"""The 2-D convolution as a plugin: `FusedConv2d`, in NCHW and, where TensorRT's formats allow it, in NHWC memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WINDOW = (
 class Conv2dPlugin(PluginOperation):
     """`activation(x_scale · w_scale · (x ∗ w) + bias + residual) / out_scale`, x NCHW, w (K, C/groups, R, S)."""
 
-    title = "Conv2d"
+    title = "FusedConv2d"
     kernel = CONV2D
     required = ("x", "w")
     optional = (("bias",), ("residual",), ("x_scale",), ("w_scale",), ("out_scale",))

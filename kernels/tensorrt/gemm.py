@@ -1,4 +1,4 @@
-"""The GEMM as a plugin: `Gemm`, with scales, zero points, bias, residual and a quantised result as inputs."""
+"""The GEMM as a plugin: `FusedGemm`, with scales, zero points, bias, residual and a quantised result as inputs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Form(NamedTuple):
 class GemmPlugin(PluginOperation):
     """`activation(a_scale · b_scale · (A·B) + bias + residual) / out_scale`, A (…, M, K), B (K, N) or (…, K, N)."""
 
-    title = "Gemm"
+    title = "FusedGemm"
     kernel = GEMM
     required = ("a", "b")
     optional = (("a_scale",), ("b_scale",), ("b_zero",), ("bias",), ("residual",), ("out_scale",))

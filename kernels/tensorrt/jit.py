@@ -49,7 +49,7 @@ def enqueue(
     if plan is None:
         with _lock:
             plan = _plans[key] = _prepared(variant, inputs, outputs, attributes, aligned, ordinal)
-    names = (*variant.inputs, *(("out", "residual_out")[: len(outputs)]))
+    names = (*variant.inputs, *variant.outputs)
     plan.run({f"{name}_ptr": tensor.data_ptr for name, tensor in zip(names, tensors, strict=True)}, {}, stream)
 
 

@@ -1,7 +1,7 @@
 """What a plugin is to TensorRT, op by op: its tensors, its attributes, and how they become a problem.
 
 `PluginOperation` is the contract. One operation has a plugin for every set of optional inputs, for TensorRT has no
-optional ones: `Gemm`, `GemmBias`, `GemmBiasResidual`, and so on, in the order of the kernel's arguments.
+optional ones: `FusedGemm`, `FusedGemmBias`, `FusedGemmBiasResidual`, and so on, in the order of the kernel's arguments.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class PluginOperation(ABC):
     attributes: ClassVar[tuple[Attribute, ...]]
     # Which optional inputs need another one.
     needs: ClassVar[Mapping[str, str]] = {}
-    # Where the optional inputs stand among all, by the kernel's order; by default behind the required ones.
-    order: ClassVar[tuple[str, ...]] = ()
+    # Outputs beside `out` that an optional input brings with it.
+    brings: ClassVar[Mapping[str, str]] = {}
 
     def variants(self) -> tuple[PluginVariant, ...]:
         """The plugin of every set of optional inputs."""
@@ -93,11 +93,6 @@ class PluginOperation(ABC):
                 if all(needed in names for name, needed in self.needs.items() if name in names):
                     found.append(PluginVariant(self, tuple(name for group in chosen for name in group)))
         return tuple(found)
-
-    def inputs(self, optional: tuple[str, ...]) -> tuple[str, ...]:
-        """All inputs, in the order in which TensorRT and the kernel have them."""
-        names = self.required + optional
-        return tuple(name for name in self.order if name in names) if self.order else names
 
     @abstractmethod
     def outputs(self, tensors: Tensors, attributes: Attributes) -> tuple[Tensor, ...]:
@@ -164,8 +159,13 @@ class PluginVariant:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """All input tensors, in order."""
-        return self.operation.inputs(self.optional)
+        """All input tensors, in the order in which TensorRT and the kernel have them."""
+        return self.operation.required + self.optional
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """All output tensors, in order."""
+        return "out", *(self.operation.brings[name] for name in self.optional if name in self.operation.brings)
 
 
 def choice(attributes: Attributes, name: str, known: Mapping[str, Any]) -> Any:

@@ -115,7 +115,7 @@ def _register(variant: PluginVariant, trt: Any, api: Any) -> None:
         inputs, given, (outputs,) = split(arguments)
         enqueue(variant, inputs, outputs, given, stream)
 
-    results = 2 if "residual" in variant.optional and operation.title == "RmsNorm" else 1
+    results = len(variant.outputs)
     described = tuple[(api.TensorDesc,) * results] if results > 1 else api.TensorDesc  # type: ignore[misc]
     text = Union[str, bytes]  # noqa: UP007 - as TensorRT compares it
     kernel = tuple[text, text, api.KernelLaunchParams, api.SymExprs]

@@ -1,8 +1,10 @@
-"""RMSNorm as a plugin: `RmsNorm`, over the last dimension; with a residual, the sum is a second output."""
+"""RMSNorm as a plugin: `FusedRmsNorm`, over the last dimension; with a residual, the sum is a second output."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
 from tilewright.kernels.ops.rmsnorm.problem import EPS, RmsNormProblem
@@ -25,10 +27,11 @@ from tilewright.tuning_db.errors import UsageError
 class RmsNormPlugin(PluginOperation):
     """`h / √(mean(h²) + eps) · (weight_offset + weight) / out_scale`, h = x + residual, x of (…, N)."""
 
-    title = "RmsNorm"
+    title = "FusedRmsNorm"
     kernel = RMSNORM
     required = ("x",)
     optional = (("residual",), ("weight",), ("out_scale",))
+    brings: ClassVar[Mapping[str, str]] = {"residual": "residual_out"}
     attributes = (
         Attribute("eps", EPS, "added to the mean of squares"),
         Attribute("weight_offset", 0.0, "added to the weight: 1 for Gemma's"),

@@ -15,10 +15,10 @@ ROWS = [1, 128, 1000]
 def gemm(dtype: str, through: str = "c++") -> Job:
     """A layer with a dynamic number of rows; what is quantised has its scales."""
     inputs: list[tuple[Any, str]] = [((ROWS, 128), dtype), ((128, 192), dtype)]
-    plugin, fields = "GemmBias", {"dtype": dtype, "bias": dtype, "activation": "gelu_tanh"}
+    plugin, fields = "FusedGemmBias", {"dtype": dtype, "bias": dtype, "activation": "gelu_tanh"}
     out = {"fp8e4m3": "bf16", "int8": "fp16"}.get(dtype, dtype)
     if dtype in ("int8", "fp8e4m3"):
-        plugin = "GemmAScaleBScaleBias"
+        plugin = "FusedGemmAScaleBScaleBias"
         inputs += [((1,), "fp32"), ((192,), "fp32")]
         fields |= {"a_scale": "tensor", "b_scale": "column", "out_dtype": out}
     fields["bias"] = out
@@ -28,7 +28,7 @@ def gemm(dtype: str, through: str = "c++") -> Job:
         inputs,
         lambda m: GemmProblem(M=m, N=192, K=128, **fields),
         sizes=((1,), (128,), (129,), (1000,)),
-        attributes={"activation": "gelu_tanh", "out_dtype": out if plugin != "GemmBias" else "default"},
+        attributes={"activation": "gelu_tanh", "out_dtype": out if plugin != "FusedGemmBias" else "default"},
         through=through,
     )
 
@@ -37,7 +37,7 @@ def weights(packed: bool, through: str = "c++") -> Job:
     """Weights of 8 or 4 bits under fp16, in groups."""
     fields: dict[str, Any] = {"b_dtype": "int4" if packed else "int8", "b_scale": "group", "group_size": 64}
     return Job(
-        "GemmBScale",
+        "FusedGemmBScale",
         [((ROWS, 128), "fp16"), ((64 if packed else 128, 192), "int8"), ((2, 192), "fp16")],
         lambda m: GemmProblem(M=m, N=192, K=128, b_scale_dtype="fp16", **fields),
         sizes=((1,), (128,), (1000,)),
@@ -53,9 +53,9 @@ def conv2d(dtype: str, through: str = "c++") -> Job:
     quantised = dtype in ("int8", "fp8e4m3")
     inputs.append(((64,), out))
     fields: dict[str, Any] = {"dtype": dtype, "bias": out, "activation": "relu", "layout": "nchw", "w_layout": "kcrs"}
-    plugin = "Conv2dBias"
+    plugin = "FusedConv2dBias"
     if quantised:
-        plugin = "Conv2dBiasXScaleWScale"
+        plugin = "FusedConv2dBiasXScaleWScale"
         inputs += [((1,), "fp32"), ((64,), "fp32")]
         fields |= {"x_scale": True, "w_scale": "channel", "out_dtype": out}
     last = {"fp32": "HWC", "fp16": "HWC8", "bf16": "HWC8", "int8": "HWC16", "fp8e4m3": "HWC16"}
@@ -79,7 +79,7 @@ def attention(dtype: str, through: str = "c++") -> Job:
     scales = dtype == "fp8e4m3"
     inputs += [((1,), "fp32")] * 3 if scales else []
     return Job(
-        "AttentionScales" if scales else "Attention",
+        "FusedAttentionScales" if scales else "FusedAttention",
         inputs,
         lambda q, k, v: AttentionProblem(B=2, H=4, Hkv=2, Sq=q, Skv=k, D=64, dtype=dtype, causal=True, scales=scales),
         sizes=((1, 1, 1), (64, 64, 64), (65, 65, 65), (500, 500, 500)),
@@ -92,7 +92,7 @@ def attention(dtype: str, through: str = "c++") -> Job:
 def rmsnorm(dtype: str, through: str = "c++") -> Job:
     """With residual and weight, and its sum as a second result."""
     return Job(
-        "RmsNormResidualWeight",
+        "FusedRmsNormResidualWeight",
         [((BATCH, 7, 512), dtype), ((BATCH, 7, 512), dtype), ((512,), dtype)],
         lambda x, residual: RmsNormProblem(
             M=7 * x, N=512, dtype=dtype, residual=dtype, weight=dtype, residual_out=True

@@ -4,7 +4,7 @@ Without a builder and without a GPU: only the builder's own objects, its express
 here (`cxx`). Run as a script it writes what became of the jobs on stdin to the file it is given, for the tests' own
 process interprets kernels:
 
-    {"plugin": "GemmBias", "through": "python" or "c++", "attributes": {…},
+    {"plugin": "FusedGemmBias", "through": "python" or "c++", "attributes": {…},
      "inputs": [{"dims": [[1, 128, 4096], 512], "dtype": "fp16"}, …], "sizes": [[64], …]}
 
 A dimension that is a list is dynamic: least, best and largest. `sizes` are those to evaluate at, one number for each
@@ -381,7 +381,6 @@ def recorded(found: Mapping[str, Any], plugin: str) -> LaunchPlan:
     """A launch plan of what TensorRT was given, and of nothing else."""
     variant = find_plugin(plugin)
     launch = found["launch"]
-    outputs = ("out", "residual_out") if "Residual" in plugin and plugin.startswith("RmsNorm") else ("out",)
     return LaunchPlan(
         name=found["name"],
         ptx=found["ptx"],
@@ -390,7 +389,7 @@ def recorded(found: Mapping[str, Any], plugin: str) -> LaunchPlan:
         shared_bytes=launch["shared_mem"].at({}),
         inputs=variant.inputs,
         scalars=tuple((str(place), as_number(symbol, variant.inputs)) for place, symbol in enumerate(found["scalars"])),
-        outputs=outputs,
+        outputs=variant.outputs,
         origin={"plugin": plugin, "trt": trt.__version__, "triton": triton.__version__},
     )
 

@@ -19,19 +19,19 @@ def test_sizes_that_stand_for_all():
 
 
 def test_split_k_and_two_launches_are_left_out():
-    found = case("Gemm", [((M, 512), "fp16"), ((512, 64), "fp16")])
+    found = case("FusedGemm", [((M, 512), "fp16"), ((512, 64), "fp16")])
     with pytest.raises(
         UnsupportedError, match=r"needs scratch memory \(workspace, counters\), and TensorRT gives none"
     ):
         found.launch(GemmConfig(32, 32, 32, SPLIT_K=4))
-    attention = case("Attention", [((1, 2, 16, 64), "fp16")] + [((1, 2, 512, 64), "fp16")] * 2)
+    attention = case("FusedAttention", [((1, 2, 16, 64), "fp16")] + [((1, 2, 512, 64), "fp16")] * 2)
     with pytest.raises(UnsupportedError, match="takes 2 launches, and TensorRT makes one"):
         attention.launch(AttentionConfig(16, 32, SPLIT_KV=4))
 
 
 def test_a_configuration_that_breaks_a_limit_anywhere_in_the_range_is_refused():
     # Rows of 16 bytes are what descriptors need, and not all of these columns make such.
-    found = case("Gemm", [((64, 64), "fp16"), ((64, [8, 64, 128]), "fp16")])
+    found = case("FusedGemm", [((64, 64), "fp16"), ((64, [8, 64, 128]), "fp16")])
     reason = found.refusal(GemmConfig(64, 64, 64, TMA=True), DEVICE)
     assert "TMA needs tiles of A and B that start at 16 bytes" in reason
     assert found.refusal(GemmConfig(64, 64, 64), DEVICE) is None
@@ -39,11 +39,11 @@ def test_a_configuration_that_breaks_a_limit_anywhere_in_the_range_is_refused():
 
 
 def test_a_grid_past_the_largest_size_is_refused():
-    found = case("Conv2d", [(([1, 1, 2**20], 8, 64, 64), "fp16"), ((8, 8, 1, 1), "fp16")])
+    found = case("FusedConv2d", [(([1, 1, 2**20], 8, 64, 64), "fp16"), ((8, 8, 1, 1), "fp16")])
     assert found.refusal(Conv2dConfig(16, 16, 16), DEVICE) is not None
 
 
 def test_outputs_are_those_of_the_problem():
-    found = case("Gemm", [((M, 64), "fp16"), ((64, 64), "fp16")])
+    found = case("FusedGemm", [((M, 64), "fp16"), ((64, 64), "fp16")])
     found.check()
     assert [tensor.name for tensor in found.outputs] == ["out"]

@@ -12,11 +12,11 @@ from tilewright.tuning_db.errors import UsageError
 def test_names():
     assert len(plugins()) == 48 + 32 + 32 + 8
     assert all(find_plugin(name).name == name for name in plugins())
-    assert plugin_name("gemm") == "Gemm"
-    assert plugin_name("gemm", "residual", "bias") == "GemmBiasResidual"
-    assert plugin_name("attention", "q_scale", "k_scale", "v_scale") == "AttentionScales"
-    with pytest.raises(UsageError, match=r"there is no plugin 'GemmBais'; did you mean GemmBias\?"):
-        find_plugin("GemmBais")
+    assert plugin_name("gemm") == "FusedGemm"
+    assert plugin_name("gemm", "residual", "bias") == "FusedGemmBiasResidual"
+    assert plugin_name("attention", "q_scale", "k_scale", "v_scale") == "FusedAttentionScales"
+    with pytest.raises(UsageError, match=r"there is no plugin 'FusedGemmBais'; did you mean FusedGemmBias\?"):
+        find_plugin("FusedGemmBais")
     with pytest.raises(UsageError, match="there are no plugins of 'relu'; there are of gemm, conv2d"):
         plugin_name("relu")
     with pytest.raises(UsageError, match="no plugin of gemm takes b_zero: the optional inputs are a_scale, b_scale"):
@@ -24,9 +24,9 @@ def test_names():
 
 
 def test_attributes():
-    found = plugin_attributes("RmsNorm", eps=1e-5)
+    found = plugin_attributes("FusedRmsNorm", eps=1e-5)
     assert found == {"eps": 1e-5, "weight_offset": 0.0, "out_dtype": "default"}
-    assert plugin_attributes("Attention", scale=2)["scale"] == 2.0
+    assert plugin_attributes("FusedAttention", scale=2)["scale"] == 2.0
     for name in plugins():
         assert set(map(type, plugin_attributes(name).values())) <= {int, float, str}
 
@@ -34,12 +34,12 @@ def test_attributes():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"activate": "relu"}, "Gemm has no attribute 'activate'; it has activation, gated"),
-        ({"activation": 3}, "Gemm: activation=3 must be str, not int"),
-        ({"trans_a": 1.0}, "Gemm: trans_a=1.0 must be int, not float"),
-        ({"trans_a": True}, "Gemm: trans_a=True must be int, not bool"),
+        ({"activate": "relu"}, "FusedGemm has no attribute 'activate'; it has activation, gated"),
+        ({"activation": 3}, "FusedGemm: activation=3 must be str, not int"),
+        ({"trans_a": 1.0}, "FusedGemm: trans_a=1.0 must be int, not float"),
+        ({"trans_a": True}, "FusedGemm: trans_a=True must be int, not bool"),
     ],
 )
 def test_wrong_attributes(given, message):
     with pytest.raises(UsageError, match=message):
-        plugin_attributes("Gemm", **given)
+        plugin_attributes("FusedGemm", **given)

@@ -49,7 +49,7 @@ def evidence(monkeypatch):
 
 
 def gemm(*m, **attributes):
-    return case("Gemm", [((list(m), 64), "fp16"), ((64, 64), "fp16")], **attributes)
+    return case("FusedGemm", [((list(m), 64), "fp16"), ((64, 64), "fp16")], **attributes)
 
 
 def configs(found):
@@ -106,7 +106,7 @@ def test_what_a_build_asked_is_described(evidence):
     tactics.of(gemm(1, 8, 16, activation="relu"))
     tactics._known[next(iter(tactics._asked))].numbers[1] = Tactic(1, choice, SimpleNamespace(name="k"))
     (found,) = tactics.described()
-    assert (found["plugin"], found["attributes"]["activation"]) == ("Gemm", "relu")
+    assert (found["plugin"], found["attributes"]["activation"]) == ("FusedGemm", "relu")
     assert found["inputs"] == ["a: fp16[?, 64] LINEAR", "b: fp16[64, 64] LINEAR"]
     assert found["outputs"] == ["out: fp16[?, 64] LINEAR"]
     assert found["tactics"]["1"] == {
@@ -132,18 +132,18 @@ def test_a_number_that_nobody_gave(evidence):
     tactics = Tactics(TARGET)
     assert tactics.get(gemm(1, 8, 16), 1).choice.config == "one"  # as the evidence has it, without being asked before
     with pytest.raises(
-        UsageError, match=r"Gemm has no tactic 7 on rtx3090 \(it has 1\): the timing cache is of another"
+        UsageError, match=r"FusedGemm has no tactic 7 on rtx3090 \(it has 1\): the timing cache is of another"
     ):
         tactics.get(gemm(1, 8, 16), 7)
 
 
 def test_the_identity_of_timings(folder):
-    def of(name="Gemm", target=TARGET, **attributes):
+    def of(name="FusedGemm", target=TARGET, **attributes):
         return identity(find_plugin(name), plugin_attributes(name, **attributes), target)
 
     first = of()
     assert first == of()
-    others = {of("GemmBias"), of(activation="relu"), of(target=Target(resolve_device("a10"), "12.8", 8))}
+    others = {of("FusedGemmBias"), of(activation="relu"), of(target=Target(resolve_device("a10"), "12.8", 8))}
     others |= {of(target=Target(TARGET.device, "12.4", 8)), of(target=Target(TARGET.device, "12.8", 4))}
     (folder / "rtx3090-82sm.sqlite").write_bytes(b"records")
     others.add(of())
@@ -151,10 +151,10 @@ def test_the_identity_of_timings(folder):
 
 
 def test_the_identity_changes_with_the_kernels(monkeypatch):
-    plugin = find_plugin("Gemm")
-    first = identity(plugin, plugin_attributes("Gemm"), TARGET)
+    plugin = find_plugin("FusedGemm")
+    first = identity(plugin, plugin_attributes("FusedGemm"), TARGET)
     monkeypatch.setattr(context, "code_hash", lambda kernel: "another")
-    assert identity(plugin, plugin_attributes("Gemm"), TARGET) != first
+    assert identity(plugin, plugin_attributes("FusedGemm"), TARGET) != first
 
 
 def test_shipped_records_are_evidence_too(folder, monkeypatch):

@@ -15,7 +15,7 @@ from tilewright.tuning_db.errors import UnsupportedError
 
 DataType = Enum("DataType", "FLOAT HALF BF16 INT8 INT32 FP8 FP4")
 Format = Enum("Format", "LINEAR HWC8")
-GEMM = find_plugin("Gemm")
+GEMM = find_plugin("FusedGemm")
 
 
 class Size:
@@ -52,17 +52,19 @@ def test_shapes_while_they_are_worked_out():
 
 
 def test_a_case_has_the_range_of_what_is_dynamic():
-    found = case_of(GEMM, [described((-1, 64)), described((64, 32))], [described((-1, 32))], plugin_attributes("Gemm"))
+    found = case_of(
+        GEMM, [described((-1, 64)), described((64, 32))], [described((-1, 32))], plugin_attributes("FusedGemm")
+    )
     assert found.profile.max == {("a", 0): 4096}
     assert found.problem(found.profile.opt) == GemmProblem(M=128, N=32, K=64)
     assert [tensor.format for tensor in (*found.inputs, *found.outputs)] == ["LINEAR"] * 3
     formats = ["HWC8", "LINEAR", "HWC8"]
     found = case_of(
-        GEMM, [described((-1, 64)), described((64, 32))], [described((-1, 32))], plugin_attributes("Gemm"), formats
+        GEMM, [described((-1, 64)), described((64, 32))], [described((-1, 32))], plugin_attributes("FusedGemm"), formats
     )
     assert [tensor.format for tensor in (*found.inputs, *found.outputs)] == formats
 
 
 def test_data_types_that_kernels_lack():
     with pytest.raises(UnsupportedError, match="tensors of FP4 are not supported"):
-        case_of(GEMM, [described((8, 64), DataType.FP4), described((64, 32))], [], plugin_attributes("Gemm"))
+        case_of(GEMM, [described((8, 64), DataType.FP4), described((64, 32))], [], plugin_attributes("FusedGemm"))

@@ -12,7 +12,7 @@ M = [1, 128, 1000]
 
 
 def test_a_layer_with_any_number_of_rows():
-    found = case("GemmBias", [((M, 256), "fp16"), ((256, 192), "fp16"), ((192,), "fp16")], activation="relu")
+    found = case("FusedGemmBias", [((M, 256), "fp16"), ((256, 192), "fp16"), ((192,), "fp16")], activation="relu")
     checked = check_launches(
         found,
         lambda m: GemmProblem(M=m, N=192, K=256, bias="fp16", activation="relu"),
@@ -22,14 +22,14 @@ def test_a_layer_with_any_number_of_rows():
 
 
 def test_leading_dimensions_under_one_matrix_are_rows():
-    found = case("Gemm", [((M, 7, 256), "bf16"), ((256, 192), "bf16")])
+    found = case("FusedGemm", [((M, 7, 256), "bf16"), ((256, 192), "bf16")])
     assert check_launches(found, lambda b: GemmProblem(M=7 * b, N=192, K=256, dtype="bf16"), [(1,), (16,), (33,)]) >= 20
-    found = case("Gemm", [((M, M, 256), "fp16"), ((1, 1, 256, 192), "fp16")])
+    found = case("FusedGemm", [((M, M, 256), "fp16"), ((1, 1, 256, 192), "fp16")])
     assert check_launches(found, lambda b, s: GemmProblem(M=b * s, N=192, K=256), [(1, 1), (3, 5), (16, 64)]) >= 20
 
 
 def test_all_sizes_may_be_dynamic():
-    found = case("Gemm", [((M, M), "fp16"), ((M, M), "fp16")])
+    found = case("FusedGemm", [((M, M), "fp16"), ((M, M), "fp16")])
     sizes = [(1, 1, 1, 1), (128, 64, 64, 256), (1000, 100, 100, 999), (33, 1000, 1000, 16)]
     assert check_launches(found, lambda m, k, _, n: GemmProblem(M=m, N=n, K=k), sizes) >= 10
 
@@ -38,7 +38,7 @@ def test_all_sizes_may_be_dynamic():
 def test_transposed_operands_in_a_batch(turned):
     a = (64, 96) if turned[0] else (96, 64)
     b = (80, 64) if turned[1] else (64, 80)
-    found = case("Gemm", [((M, *a), "fp16"), ((M, *b), "fp16")], trans_a=turned[0], trans_b=turned[1])
+    found = case("FusedGemm", [((M, *a), "fp16"), ((M, *b), "fp16")], trans_a=turned[0], trans_b=turned[1])
     layouts = {name: "col" if flag else "row" for name, flag in zip(("a_layout", "b_layout"), turned, strict=True)}
     problem = {"M": 96, "N": 80, "K": 64, **layouts}
     assert check_launches(found, lambda n, _: GemmProblem(batch=n, **problem), [(2, 2), (3, 3), (64, 64)]) >= 10
@@ -47,17 +47,17 @@ def test_transposed_operands_in_a_batch(turned):
 
 def test_broadcast_operands_and_residual():
     found = case(
-        "GemmResidual", [((1, 96, 64), "fp16"), ((M, 64, 80), "fp16"), ((1, 96, 80), "bf16")], activation="silu"
+        "FusedGemmResidual", [((1, 96, 64), "fp16"), ((M, 64, 80), "fp16"), ((1, 96, 80), "bf16")], activation="silu"
     )
     problem = {"M": 96, "N": 80, "K": 64, "a_broadcast": True, "residual": "bf16", "residual_broadcast": True}
     assert check_launches(found, lambda n: GemmProblem(batch=n, activation="silu", **problem), [(2,), (1000,)]) >= 10
-    found = case("Gemm", [((M, 64, 96), "fp16"), ((64, 80), "fp16")], trans_a=1)
+    found = case("FusedGemm", [((M, 64, 96), "fp16"), ((64, 80), "fp16")], trans_a=1)
     problem = {"M": 96, "N": 80, "K": 64, "a_layout": "col", "b_broadcast": True}
     assert check_launches(found, lambda n: GemmProblem(batch=n, **problem), [(2,), (17,)]) >= 10
 
 
 def test_gated_columns_halve_the_result():
-    found = case("Gemm", [((M, 64), "fp16"), ((64, 256), "fp16")], gated="halves", activation="silu")
+    found = case("FusedGemm", [((M, 64), "fp16"), ((64, 256), "fp16")], gated="halves", activation="silu")
     assert found.outputs[0].dims[1] == 128
     problem = {"N": 256, "K": 64, "gated": "halves", "activation": "silu"}
     assert check_launches(found, lambda m: GemmProblem(M=m, **problem), [(1,), (128,), (77,)]) >= 10
@@ -66,7 +66,7 @@ def test_gated_columns_halve_the_result():
 def test_scales_say_their_axis_by_their_shape():
     def fields(a_scale, b_scale):
         inputs = [((M, 64), "int8"), ((64, 32), "int8"), (a_scale, "fp32"), (b_scale, "fp32")]
-        found = case("GemmAScaleBScale", inputs, out_dtype="fp16")
+        found = case("FusedGemmAScaleBScale", inputs, out_dtype="fp16")
         problem = found.problem(found.profile.opt | dict.fromkeys(found.profile.opt, 128))
         return problem.a_scale, problem.b_scale
 
@@ -77,11 +77,11 @@ def test_scales_say_their_axis_by_their_shape():
 
 def test_weights_of_fewer_bits():
     inputs = [((M, 128), "fp16"), ((64, 32), "int8"), ((2, 32), "bf16"), ((2, 32), "int8")]
-    found = case("GemmBScaleBZero", inputs, weights="int4", group_size=64)
+    found = case("FusedGemmBScaleBZero", inputs, weights="int4", group_size=64)
     assert found.problem(found.profile.opt) == GemmProblem(
         M=128, N=32, K=128, b_dtype="int4", b_scale="group", group_size=64, b_scale_dtype="bf16", b_zero=True
     )
-    found = case("GemmBScale", [((M, 128), "bf16"), ((32, 128), "int8"), ((32,), "fp32")], trans_b=1)
+    found = case("FusedGemmBScale", [((M, 128), "bf16"), ((32, 128), "int8"), ((32,), "fp32")], trans_b=1)
     assert found.problem(found.profile.opt) == GemmProblem(
         M=128, N=32, K=128, dtype="bf16", b_dtype="int8", b_layout="col", b_scale="column"
     )
@@ -89,7 +89,7 @@ def test_weights_of_fewer_bits():
 
 def test_a_quantised_result():
     inputs = [((M, 64), "fp8e4m3"), ((64, 32), "fp8e4m3"), ((1,), "fp32"), ((1,), "fp32"), ((1,), "fp32")]
-    found = case("GemmAScaleBScaleOutScale", inputs, out_dtype="fp8e4m3")
+    found = case("FusedGemmAScaleBScaleOutScale", inputs, out_dtype="fp8e4m3")
     assert check_launches(
         found,
         lambda m: GemmProblem(
@@ -101,7 +101,7 @@ def test_a_quantised_result():
 
 
 def test_a_bias_of_rows():
-    found = case("GemmBias", [((64, 96), "fp16"), ((96, 80), "fp16"), ((64, 1), "fp16")])
+    found = case("FusedGemmBias", [((64, 96), "fp16"), ((96, 80), "fp16"), ((64, 1), "fp16")])
     assert found.problem({}) == GemmProblem(M=64, N=80, K=96, bias="fp16", bias_axis="m")
 
 
@@ -110,14 +110,14 @@ def test_a_bias_of_rows():
 )
 def test_code_for_all_sizes_is_right_for_each(config):
     small = [1, 33, 64]
-    found = case("GemmBias", [((small, small), "fp16"), ((small, 48), "fp16"), ((48,), "fp32")], activation="relu")
+    found = case("FusedGemmBias", [((small, small), "fp16"), ((small, 48), "fp16"), ((48,), "fp32")], activation="relu")
     check_results(
         found,
         lambda m, k, _: GemmProblem(M=m, N=48, K=k, bias="fp32", activation="relu"),
         [(1, 1, 1), (32, 64, 64), (33, 40, 40), (64, 33, 33)],
         config,
     )
-    found = case("GemmResidual", [((small, 40, 32), "bf16"), ((small, 32, 16), "bf16"), ((small, 40, 16), "bf16")])
+    found = case("FusedGemmResidual", [((small, 40, 32), "bf16"), ((small, 32, 16), "bf16"), ((small, 40, 16), "bf16")])
     check_results(
         found,
         lambda n, *_: GemmProblem(M=40, N=16, K=32, batch=n, dtype="bf16", residual="bf16"),
@@ -129,22 +129,37 @@ def test_code_for_all_sizes_is_right_for_each(config):
 @pytest.mark.parametrize(
     ("plugin", "inputs", "attributes", "message"),
     [
-        ("Gemm", [((8,), "fp16"), ((8, 8), "fp16")], {}, "a has 1 dimensions and must be"),
-        ("Gemm", [((8, 16), "fp16"), ((8, 8), "fp16")], {}, "b must have 16 rows for K=16"),
-        ("Gemm", [((2, 8, 8), "fp16"), ((3, 8, 8), "fp16")], {}, "leading dimensions must be equal"),
-        ("Gemm", [((2, 8, 8), "fp16"), ((2, 2, 8, 8), "fp16")], {}, "a has 3 dimensions and b 4"),
-        ("Gemm", [((8, 8), "fp16"), ((8, 8), "bf16")], {}, "dtype='fp16' with b_dtype='bf16'"),
-        ("Gemm", [((8, 8), "int32"), ((8, 8), "int32")], {}, "gemm takes fp16"),
-        ("Gemm", [((8, 8), "fp16"), ((8, 8), "fp16")], {"activation": "rely"}, "rely"),
-        ("Gemm", [((8, 8), "fp16"), ((8, 8), "fp16")], {"gated": "both"}, "gated='both' must be one of none, halves"),
-        ("Gemm", [((8, 8), "fp16"), ((8, 8), "fp16")], {"trans_a": 2}, "trans_a=2 must be 0 or 1"),
-        ("Gemm", [((8, 8), "fp16"), ((4, 8), "fp16")], {"weights": "int4"}, "packed in bytes"),
-        ("GemmBias", [((8, 8), "fp16"), ((8, 8), "fp16"), ((7,), "fp16")], {}, "bias is (7,) and must be (8,)"),
-        ("GemmResidual", [((8, 8), "fp16"), ((8, 8), "fp16"), ((4, 8), "fp16")], {}, "residual is (4, 8)"),
-        ("GemmAScale", [((8, 8), "fp16"), ((8, 8), "fp16"), ((1,), "fp16")], {}, "a_scale is fp16 and must be fp32"),
-        ("Gemm", [((8, 8), "fp16"), ((8, M), "fp16")], {"gated": "halves"}, "N of gated columns, dimension 1 of b"),
+        ("FusedGemm", [((8,), "fp16"), ((8, 8), "fp16")], {}, "a has 1 dimensions and must be"),
+        ("FusedGemm", [((8, 16), "fp16"), ((8, 8), "fp16")], {}, "b must have 16 rows for K=16"),
+        ("FusedGemm", [((2, 8, 8), "fp16"), ((3, 8, 8), "fp16")], {}, "leading dimensions must be equal"),
+        ("FusedGemm", [((2, 8, 8), "fp16"), ((2, 2, 8, 8), "fp16")], {}, "a has 3 dimensions and b 4"),
+        ("FusedGemm", [((8, 8), "fp16"), ((8, 8), "bf16")], {}, "dtype='fp16' with b_dtype='bf16'"),
+        ("FusedGemm", [((8, 8), "int32"), ((8, 8), "int32")], {}, "gemm takes fp16"),
+        ("FusedGemm", [((8, 8), "fp16"), ((8, 8), "fp16")], {"activation": "rely"}, "rely"),
         (
-            "GemmBScale",
+            "FusedGemm",
+            [((8, 8), "fp16"), ((8, 8), "fp16")],
+            {"gated": "both"},
+            "gated='both' must be one of none, halves",
+        ),
+        ("FusedGemm", [((8, 8), "fp16"), ((8, 8), "fp16")], {"trans_a": 2}, "trans_a=2 must be 0 or 1"),
+        ("FusedGemm", [((8, 8), "fp16"), ((4, 8), "fp16")], {"weights": "int4"}, "packed in bytes"),
+        ("FusedGemmBias", [((8, 8), "fp16"), ((8, 8), "fp16"), ((7,), "fp16")], {}, "bias is (7,) and must be (8,)"),
+        ("FusedGemmResidual", [((8, 8), "fp16"), ((8, 8), "fp16"), ((4, 8), "fp16")], {}, "residual is (4, 8)"),
+        (
+            "FusedGemmAScale",
+            [((8, 8), "fp16"), ((8, 8), "fp16"), ((1,), "fp16")],
+            {},
+            "a_scale is fp16 and must be fp32",
+        ),
+        (
+            "FusedGemm",
+            [((8, 8), "fp16"), ((8, M), "fp16")],
+            {"gated": "halves"},
+            "N of gated columns, dimension 1 of b",
+        ),
+        (
+            "FusedGemmBScale",
             [((8, M), "fp16"), ((64, 8), "int8"), ((8,), "fp32")],
             {},
             "K of quantised weights, dimension 1 of a, must be static: it is dynamic",

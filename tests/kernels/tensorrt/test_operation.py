@@ -23,6 +23,13 @@ def test_every_set_of_inputs_has_a_plugin_of_its_own(operation):
     assert all(variant.name.startswith(operation.title) for variant in variants)
 
 
+def test_outputs_are_those_of_the_operation():
+    for job in JOBS.values():
+        found = case(job.plugin, job.inputs, **job.attributes)
+        assert found.variant.outputs == tuple(tensor.name for tensor in found.outputs)
+        assert set(found.variant.outputs) == set(job.problem(*job.sizes[0]).outputs())
+
+
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.title)
 def test_inputs_stand_as_the_kernel_has_them(operation):
     wanted = [name.removesuffix("_ptr") for name in operation.kernel.jit_functions[0].arg_names]
@@ -49,8 +56,8 @@ def test_every_plugin_has_data_types():
 
 def test_those_that_come_together_have_one_name():
     names = {variant.name: variant.inputs for variant in OPERATIONS[2].variants()}
-    assert names["AttentionScales"] == ("q", "k", "v", "q_scale", "k_scale", "v_scale")
-    assert names["AttentionBiasKvLens"] == ("q", "k", "v", "bias", "kv_lens")
+    assert names["FusedAttentionScales"] == ("q", "k", "v", "q_scale", "k_scale", "v_scale")
+    assert names["FusedAttentionBiasKvLens"] == ("q", "k", "v", "bias", "kv_lens")
 
 
 def test_dimensions_that_must_be_static():

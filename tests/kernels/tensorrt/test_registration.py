@@ -69,7 +69,7 @@ def test_the_contract_of_every_plugin(arch, tmp_path):
 def test_an_aligned_gemm_copies_in_width(tmp_path):
     """Static sizes that 16 divides are told to the compiler: rows may be any number."""
     inputs = [((jobs.ROWS, 512), "fp16"), ((512, 768), "fp16")]
-    job = Job("Gemm", inputs, lambda m: GemmProblem(M=m, N=768, K=512), sizes=((128,),))
+    job = Job("FusedGemm", inputs, lambda m: GemmProblem(M=m, N=768, K=512), sizes=((128,),))
     (answer,) = lead("sm_86", [job], tactics=3, TILEWRIGHT_DB_DIR=str(tmp_path))
     check(job, answer, "sm_86")
     for tactic in answer["formats"][0]["tactics"]:
@@ -143,7 +143,7 @@ def test_the_cache_decides_the_tactics(tmp_path):
 
 @needs_bindings
 def test_attributes_in_any_order_and_a_timing_identity_of_their_own(tmp_path):
-    names = list(plugin_attributes("GemmBias"))
+    names = list(plugin_attributes("FusedGemmBias"))
     turned = LAYER.to_dict() | {"order": names[::-1]}
     other = LAYER.to_dict() | {"attributes": {"activation": "relu"}}
     through_python = LAYER.to_dict() | {"through": "python"}
@@ -159,7 +159,7 @@ def test_attributes_in_any_order_and_a_timing_identity_of_their_own(tmp_path):
 
 def raw(**changed: Any) -> dict[str, Any]:
     """The layer with other attributes, as they come."""
-    given = plugin_attributes("GemmBias") | changed
+    given = plugin_attributes("FusedGemmBias") | changed
     return LAYER.to_dict() | {"raw": {name: value for name, value in given.items() if value is not None}}
 
 
@@ -171,10 +171,10 @@ def with_inputs(*inputs: Any) -> dict[str, Any]:
 def test_wrong_use_gets_one_clear_line(tmp_path):
     rows = jobs.ROWS
     wrong = {
-        "GemmBias lacks the attributes activation (str): plugin_attributes() fills them in": raw(activation=None),
-        "GemmBias: attribute trans_a is FLOAT32 and must be int": raw(trans_a=1.0),
-        "GemmBias: attribute activation is INT64 and must be str": raw(activation=1),
-        "GemmBias has no attribute 'colour'; it has activation": raw(colour=1),
+        "FusedGemmBias lacks the attributes activation (str): plugin_attributes() fills them in": raw(activation=None),
+        "FusedGemmBias: attribute trans_a is FLOAT32 and must be int": raw(trans_a=1.0),
+        "FusedGemmBias: attribute activation is INT64 and must be str": raw(activation=1),
+        "FusedGemmBias has no attribute 'colour'; it has activation": raw(colour=1),
         "fp8e4m3 needs sm_89": with_inputs(((rows, 128), "fp8e4m3"), ((128, 192), "fp8e4m3"), ((192,), "fp16")),
         "tensors of INT64 are not supported": with_inputs(
             ((rows, 128), "INT64"), ((128, 192), "fp16"), ((192,), "fp16")
@@ -230,11 +230,11 @@ def test_python_plugins_too(tmp_path):
     """With the other preference the very same nodes become plugins that launch from Python."""
     script = """
 plugins.register("sm_86")
-made, kept = created("GemmBias", plugins.plugin_attributes("GemmBias"), "PREFER_JIT")
+made, kept = created("FusedGemmBias", plugins.plugin_attributes("FusedGemmBias"), "PREFER_JIT")
 assert type(made).__name__ == "_TemplateJITPlugin"
 assert made.expects_tactic is False
 # All attributes go into the engine: what runs it makes the plugin of these.
-assert [field.name for field in made.get_fields_to_serialize()] == list(plugins.plugin_attributes("GemmBias"))
+assert [field.name for field in made.get_fields_to_serialize()] == list(plugins.plugin_attributes("FusedGemmBias"))
 """
     lead("sm_86", [], script=script, TILEWRIGHT_DB_DIR=str(tmp_path))
 
@@ -286,7 +286,7 @@ def plan_for(kernel, problem, ordinal, *, constants):
 jit.plan_for = plan_for
 jit.require_cupy = lambda: SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0)))
 plugins.register("sm_86")
-made, kept = created("GemmBias", plugins.plugin_attributes("GemmBias", activation="relu"), "STRICT_JIT")
+made, kept = created("FusedGemmBias", plugins.plugin_attributes("FusedGemmBias", activation="relu"), "STRICT_JIT")
 shapes = ([5, 64], 4096), ([64, 32], 8192), ([32], 512), ([5, 32], 1024)
 tensors = [(shape, trt.bfloat16, address) for shape, address in shapes]
 for stream, through in ((77, "python"), (99, "c++")):
@@ -304,4 +304,4 @@ def test_a_process_that_interprets_registers_nothing():
 
 
 def test_there_are_plugins():
-    assert {"Gemm", "Conv2d", "Attention", "RmsNorm"} <= set(plugins())
+    assert {"FusedGemm", "FusedConv2d", "FusedAttention", "FusedRmsNorm"} <= set(plugins())

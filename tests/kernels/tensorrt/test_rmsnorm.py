@@ -12,21 +12,23 @@ M = [1, 64, 4096]
 
 
 def test_any_number_of_rows():
-    found = case("RmsNormWeight", [((M, 7, 512), "bf16"), ((512,), "fp32")], eps=1e-5)
+    found = case("FusedRmsNormWeight", [((M, 7, 512), "bf16"), ((512,), "fp32")], eps=1e-5)
     problem = {"N": 512, "dtype": "bf16", "weight": "fp32"}
     assert check_launches(found, lambda m: RmsNormProblem(M=7 * m, **problem), [(1,), (16,), (33,), (4096,)]) >= 5
     assert dict(found.variant.operation.constants(found.tensors, found.attributes))["EPS"] == 1e-5
 
 
 def test_the_sum_is_a_second_result():
-    found = case("RmsNormResidualOutScale", [((M, 512), "fp16"), ((M, 512), "fp32"), ((1,), "fp32")], out_dtype="int8")
+    found = case(
+        "FusedRmsNormResidualOutScale", [((M, 512), "fp16"), ((M, 512), "fp32"), ((1,), "fp32")], out_dtype="int8"
+    )
     assert [(tensor.name, tensor.dtype) for tensor in found.outputs] == [("out", "int8"), ("residual_out", "fp32")]
     problem = {"N": 512, "residual": "fp32", "residual_out": True, "out_dtype": "int8", "out_scale": True}
     assert check_launches(found, lambda m, _: RmsNormProblem(M=m, **problem), [(1, 1), (100, 100)]) >= 4
 
 
 def test_code_for_all_sizes_is_right_for_each():
-    found = case("RmsNormResidualWeight", [((M, 96), "bf16"), ((M, 96), "bf16"), ((96,), "fp16")])
+    found = case("FusedRmsNormResidualWeight", [((M, 96), "bf16"), ((M, 96), "bf16"), ((96,), "fp16")])
     problem = {"N": 96, "dtype": "bf16", "residual": "bf16", "weight": "fp16", "residual_out": True}
     check_results(
         found,
@@ -39,10 +41,10 @@ def test_code_for_all_sizes_is_right_for_each():
 @pytest.mark.parametrize(
     ("plugin", "inputs", "attributes", "message"),
     [
-        ("RmsNorm", [((8, M), "fp16")], {}, "N, dimension 1 of x, must be static"),
-        ("RmsNormWeight", [((8, 64), "fp16"), ((32,), "fp16")], {}, "weight is (32,) and must be (64,)"),
-        ("RmsNorm", [((8, 64), "int8")], {}, "rmsnorm takes fp16"),
-        ("RmsNorm", [((8, 64), "fp16")], {"eps": -1.0}, "eps=-1.0 must be a finite number of at least 0"),
+        ("FusedRmsNorm", [((8, M), "fp16")], {}, "N, dimension 1 of x, must be static"),
+        ("FusedRmsNormWeight", [((8, 64), "fp16"), ((32,), "fp16")], {}, "weight is (32,) and must be (64,)"),
+        ("FusedRmsNorm", [((8, 64), "int8")], {}, "rmsnorm takes fp16"),
+        ("FusedRmsNorm", [((8, 64), "fp16")], {"eps": -1.0}, "eps=-1.0 must be a finite number of at least 0"),
     ],
 )
 def test_what_can_not_be_is_refused_in_one_line(plugin, inputs, attributes, message):

@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def found(folder, m=(1, 128, 1000), most=MOST):
-    asked = case("Gemm", [((list(m), 512), "fp16"), ((512, 768), "fp16")])
+    asked = case("FusedGemm", [((list(m), 512), "fp16"), ((512, 768), "fp16")])
     return tactics(asked, DEVICE, folder, cuda="12.8", most=most)
 
 
@@ -115,18 +115,18 @@ def test_without_any_tactic_the_reason_is_given(folder, monkeypatch, binary, mes
     monkeypatch.setattr(
         tactics_module, "compile_launch", lambda *given, ptx_isa: replace(compiled(*given, ptx_isa=ptx_isa), **binary)
     )
-    with pytest.raises(UnsupportedError, match=rf"^Gemm M=128,N=768,K=512 has no tactic on rtx3090: .*{message}"):
+    with pytest.raises(UnsupportedError, match=rf"^FusedGemm M=128,N=768,K=512 has no tactic on rtx3090: .*{message}"):
         found(folder)
 
 
 def test_a_data_type_that_the_device_lacks(folder):
-    asked = case("Gemm", [((64, 64), "fp8e4m3"), ((64, 64), "fp8e4m3")])
+    asked = case("FusedGemm", [((64, 64), "fp8e4m3"), ((64, 64), "fp8e4m3")])
     with pytest.raises(UnsupportedError, match="fp8e4m3 needs sm_89"):
         tactics(asked, DEVICE, folder, cuda="12.8")
 
 
 def test_a_persistent_grid_is_at_most_what_the_device_holds():
-    asked = case("Gemm", [(([1, 4096, 10000], 512), "fp16"), ((512, 768), "fp16")])
+    asked = case("FusedGemm", [(([1, 4096, 10000], 512), "fp16"), ((512, 768), "fp16")])
     config = GemmConfig(128, 128, 32, num_warps=8, PERSISTENT=True)
     plan = launch_plan(asked, config, DEVICE, cuda="12.8")
     (place,) = asked.profile.opt

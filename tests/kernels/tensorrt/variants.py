@@ -16,7 +16,7 @@ LENGTH = [2, 64, 300]
 
 def jobs() -> dict[str, Job]:
     """The jobs, by plugin and data type."""
-    made = {"Gemm": _gemm, "Conv2d": _conv2d, "Attention": _attention, "RmsNorm": _rmsnorm}
+    made = {"FusedGemm": _gemm, "FusedConv2d": _conv2d, "FusedAttention": _attention, "FusedRmsNorm": _rmsnorm}
     dtypes = ("fp16", "bf16", "fp32", "int8", "fp8e4m3")
     found = {}
     for name, variant in plugins().items():
@@ -49,7 +49,7 @@ def _job(
     variant: PluginVariant, arrays: dict[str, tuple[Any, str]], problem: Any, sizes: Any, **attributes: Any
 ) -> Job:
     inputs = [arrays[name] for name in variant.inputs]
-    constants = (("SCALE", 1 / 8),) if variant.operation.title == "Attention" else ()
+    constants = (("SCALE", 1 / 8),) if variant.operation.title == "FusedAttention" else ()
     return Job(variant.name, inputs, problem, sizes, attributes, constants=constants)
 
 
