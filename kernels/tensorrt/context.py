@@ -24,7 +24,7 @@ from tilewright.kernels.tensorrt.tactics import Tactic, tactics
 from tilewright.tuning_db.env import database_dir
 from tilewright.tuning_db.errors import UsageError
 from tilewright.tuning_db.record import canonical_json
-from tilewright.tuning_db.shipped import shipped_paths
+from tilewright.tuning_db.shipped_records import shipped_paths
 
 
 @dataclass(frozen=True)
