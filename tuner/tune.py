@@ -28,6 +28,7 @@ from tilewright.kernels.lookup import (
 from tilewright.kernels.prediction import roofline_us
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
+from tilewright.tuner import gpu_runner
 from tilewright.tuner.gpu_runner import GpuRunner, equal_gpus
 from tilewright.tuner.installation import objection
 from tilewright.tuner.outlook import Outlook
@@ -140,9 +141,9 @@ def autotune(
         trials: configurations to have tried per workload, those of earlier runs included; by default `PREDICTED_TRIALS`
             or, on a live GPU, `MEASURED_TRIALS` or as many as promise an improvement (`search.PLATEAU`).
         timeout: seconds for the whole run; trials in flight are finished, which takes one trial's timeout at most, and
-            on a GPU the default of a workload that was begun, and what is predicted to be best, are measured even then,
-            but with a storage. A workload whose turn never came is answered from what is on record, or has status
-            `timeout`.
+            on a GPU the default of a workload that was begun, and what is predicted to be best, are measured even then
+            unless one of those hangs (not with a storage). A workload whose turn never came is answered from what is on
+            record, or has status `timeout`.
         jobs: compiling processes; by default one per processor this process may use.
         workers: measuring processes, each with a GPU of its own: the device's and others of the same board.
         db: folder of the databases; see `database_dir`.
@@ -380,7 +381,9 @@ class _Run:
         if self._device.live and proposed and is_past(deadline):
             # Small tiles compile first, and what is measured is answered before what isn't, however bad it is.
             missing = [config for config in dict.fromkeys((*configs[:1], default)) if config not in outcomes]
-            for config, outcome in runner.run(kernel, problem, missing):
+            # Unless a trial in flight has held that up: a run is late by one trial, not by two.
+            grace = (deadline or 0.0) + gpu_runner.MEASURE_TIMEOUT_S / 4
+            for config, outcome in runner.run(kernel, problem, missing, grace):
                 self._keep(key, config, outcome)
                 report.outcome(outcome)
         if not is_past(deadline):

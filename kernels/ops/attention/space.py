@@ -371,7 +371,7 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
     elif rows <= 64:
         few = wide > 64 or (groups and (problem.bias is not None or (terms and device.arch // 10 == 10)))
         config = AttentionConfig(64, 16 if few else 32, PACK=pack, num_stages=stages)
-    elif device.arch // 10 == 9 and wide <= 128 and not (terms or problem.page_size or problem.unit == "fp8"):
+    elif device.arch // 10 == 9 and wide <= 128 and not (terms or pack or problem.page_size or problem.unit == "fp8"):
         # Two blocks on an SM, whose softmax and dots fill each other's gaps: on an H200, 4096 causal keys of bf16 take
         # 0.74 of the time of 128 rows of one block (head dim 128), and 8192 of head dim 64 take 0.85.
         config = AttentionConfig(128 if wide <= 64 else 64, 64, PACK=pack, num_warps=4, num_stages=stages + 1)
