@@ -383,9 +383,9 @@ def test_a_run_on_a_gpu_notes_the_driver(
         assert (environment.driver, environment.cuda) == noted
 
 
-def test_what_was_measured_of_near_shapes_is_evidence(
-    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def evidence_given(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each search from now on was given as evidence, oldest first."""
     given: list[Any] = []
 
     class SeenSearch(search.Search):
@@ -394,10 +394,16 @@ def test_what_was_measured_of_near_shapes_is_evidence(
             super().__init__(*arguments, **options)
 
     monkeypatch.setattr(tune, "Search", SeenSearch)
+    return given
+
+
+def test_what_was_measured_of_near_shapes_is_evidence(
+    tmp_path: Path, measured: type[CountingRunner], evidence_given: list[Any]
+) -> None:
     autotune(LIVE, problems=[SMALL], trials=12, jobs=1, db=tmp_path)
     autotune(LIVE, problems=["M=128,N=64,K=128"], trials=2, jobs=1, db=tmp_path)
     autotune(LIVE, problems=["M=128,N=128,K=128"], trials=2, jobs=1, db=tmp_path)
-    nothing, (near,), (farther,) = given
+    nothing, (near,), (farther,) = evidence_given
     assert not nothing
     assert near.reason == "near shape M=128→64"
     assert near.times_us == {config: 1.0 + config.BLOCK_M for _, config in measured.asked[:12]}
@@ -405,23 +411,19 @@ def test_what_was_measured_of_near_shapes_is_evidence(
 
 
 def test_shipped_records_are_evidence_for_a_search_that_measures_anew(
-    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    measured: type[CountingRunner],
+    evidence_given: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given: list[Any] = []
-
-    class SeenSearch(search.Search):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            given.append(options["evidence"])
-            super().__init__(*arguments, **options)
-
     autotune(LIVE, problems=[SMALL], trials=12, jobs=1, db=tmp_path / "shipped")
     (best,) = autotune(LIVE, problems=[SMALL], trials=12, jobs=1, db=tmp_path / "shipped")
     shipped = list(measured.asked)
     monkeypatch.setenv(SHIPPED, str(tmp_path / "shipped"))
-    monkeypatch.setattr(tune, "Search", SeenSearch)
     measured.asked.clear()
+    evidence_given.clear()
     (result,) = autotune(LIVE, problems=[SMALL], trials=4, jobs=1, db=tmp_path / "own")
-    ((evidence,),) = given
+    ((evidence,),) = evidence_given
     assert evidence.reason == "exact, shipped"
     assert set(evidence.times_us) == {config for _, config in shipped}
     assert not result.cached
