@@ -7,7 +7,8 @@
     │   ├── ProblemError                    malformed, missing or impossible problem; shapes that don't match
     │   ├── UnsupportedError (also NotImplementedError)   right in itself, but not on this device or in this kernel
     │   ├── IllegalConfigError              the configuration breaks a limit; the search skips this and nothing else
-    │   └── ExportFileError                 what is to be imported is no export, or a broken one
+    │   ├── ExportFileError                 what is to be imported is no export, or a broken one
+    │   └── ModelError                      an ONNX file, or its data, that can't be used
     ├── DatabaseError                       the tuning database
     │   ├── DatabaseCorruptError            not a database, or damaged; the next opening for writing sets it aside
     │   ├── DatabaseSchemaError             written by a newer Tilewright
@@ -57,6 +58,10 @@ class IllegalConfigError(UsageError):
 
 class ExportFileError(UsageError):
     """A file to import is no export of records, or a broken one; the message has file, line and value."""
+
+
+class ModelError(UsageError):
+    """An ONNX model, or the data for it, that can't be used; the message names file, node or tensor, and the value."""
 
 
 class DatabaseError(TilewrightError):

@@ -1,0 +1,304 @@
+"""What ONNX Runtime is given and what comes back, without a second copy of the weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tilewright.tuner.model import session
+from tilewright.tuner.model.session import Session, main_values, run
+from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunError
+
+Given = Callable[[onnx.ModelProto], "ir.Model | Path"]
+
+SHAPE = [2, 4]
+X = np.array([[1.0, -2.0, 0.5, 3.0], [0.0, 4.0, -1.0, 1 / 3]], np.float32)
+
+
+def proto(nodes: list[onnx.NodeProto], outputs: list[onnx.ValueInfoProto], **arrays: np.ndarray) -> onnx.ModelProto:
+    """A model of an fp32 input `x` of `SHAPE`."""
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, SHAPE)],
+        outputs,
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    return onnx.shape_inference.infer_shapes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    )
+
+
+def value(name: str, kind: int = TensorProto.FLOAT, shape: list[int] | None = None) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, SHAPE if shape is None else shape)
+
+
+def chain(weight: np.ndarray) -> onnx.ModelProto:
+    """y = relu(x w) + 1, with what is between them named h and r."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Add", ["r", "one"], ["y"]),
+    ]
+    return proto(nodes, [value("y", shape=[2, weight.shape[1]])], w=weight, one=np.ones(1, np.float32))
+
+
+WEIGHT = np.random.default_rng(0).standard_normal((4, 4), np.float32)
+
+
+@pytest.fixture(params=["memory", "file", "large file", "external"])
+def given(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Given:
+    """Makes of a model what `run` may be given of it."""
+
+    def make(model: onnx.ModelProto) -> ir.Model | Path:
+        if request.param == "memory":
+            return ir.from_proto(model)
+        if request.param == "large file":
+            monkeypatch.setattr(session, "OWN_BYTES", 0)
+        external = {"save_as_external_data": True, "location": "weights", "size_threshold": 0}
+        onnx.save(model, tmp_path / "model.onnx", **(external if request.param == "external" else {}))
+        return tmp_path / "model.onnx"
+
+    return make
+
+
+def test_outputs_of_the_model_and_of_its_inside(given: Given) -> None:
+    model = given(chain(WEIGHT))
+    (plain,) = run(model, [{"x": X}])
+    assert list(plain) == ["y"]
+    np.testing.assert_allclose(plain["y"], np.maximum(X @ WEIGHT, 0) + 1, rtol=1e-6)
+
+    (again,) = run(model, [{"x": X}], ["y", "y"])
+    assert list(again) == ["y"]
+    np.testing.assert_array_equal(again["y"], plain["y"])
+
+    (inner,) = run(model, [{"x": X}], ["r", "x", "h", "w"])
+    assert list(inner) == ["r", "x", "h", "w"]
+    np.testing.assert_allclose(inner["h"], X @ WEIGHT, rtol=1e-6)
+    np.testing.assert_array_equal(inner["r"], np.maximum(inner["h"], 0))
+    np.testing.assert_array_equal(inner["x"], X)
+    np.testing.assert_array_equal(inner["w"], WEIGHT)
+
+
+def test_the_model_is_left_as_it_is() -> None:
+    model = ir.from_proto(chain(np.random.default_rng(0).standard_normal((4, 4096), np.float32)))
+    before = ir.to_proto(model).SerializeToString()
+    list(run(model, [{"x": X}], ["h"]))
+    assert ir.to_proto(model).SerializeToString() == before
+
+
+def test_nothing_is_computed_ahead() -> None:
+    taken = []
+
+    def feeds():
+        for number in range(3):
+            taken.append(number)
+            yield {"x": X + number}
+
+    results = run(ir.from_proto(chain(WEIGHT)), feeds())
+    assert taken == []
+    next(results)
+    assert taken == [0]
+    assert len(list(results)) == 2
+
+
+def test_an_output_that_is_an_input(given: Given) -> None:
+    model = proto([helper.make_node("Relu", ["x"], ["y"])], [value("y"), value("x")])
+    (results,) = run(given(model), [{"x": X}])
+    assert list(results) == ["y", "x"]
+    np.testing.assert_array_equal(results["x"], X)
+    np.testing.assert_array_equal(results["y"], np.maximum(X, 0))
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    model = ir.from_proto(chain(np.random.default_rng(1).standard_normal((4, 8192), np.float32)))
+    one, other = (next(run(model, [{"x": X}]))["y"] for _ in range(2))
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("prepack_bytes", [0, session.PREPACK_BYTES])
+def test_large_weights_are_used_where_they_are(prepack_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "PREPACK_BYTES", prepack_bytes)
+    weight = np.random.default_rng(1).standard_normal((4, 8192), np.float32)
+    model = ir.from_proto(chain(np.zeros_like(weight)))
+    model.graph.initializers["w"].const_value = ir.tensor(weight, name="w")
+    opened = Session(model, ["h"])
+    np.testing.assert_allclose(opened.run({"x": X})["h"], X @ weight, rtol=1e-5)
+    # Used in place: what is written to the array, once nothing is prepacked, is what the next run computes with.
+    weight *= 2
+    again = opened.run({"x": X})["h"]
+    np.testing.assert_allclose(again, X @ (weight if prepack_bytes == 0 else weight / 2), rtol=1e-5)
+
+
+def test_weights_of_any_type_are_shared() -> None:
+    nodes = [
+        helper.make_node("Cast", [name], [f"{name}_wide"], to=TensorProto.FLOAT) for name in ("bf", "f8", "h", "i8")
+    ] + [helper.make_node("Cast", ["packed"], ["packed_wide"], to=TensorProto.INT8)]
+    numbers = np.random.default_rng(2).standard_normal((2, 20000)).astype(np.float32)
+    arrays = {
+        "bf": numbers.astype(ml_dtypes.bfloat16),
+        "f8": numbers.astype(ml_dtypes.float8_e4m3fn),
+        "h": numbers.astype(np.float16),
+        "i8": (numbers * 20).astype(np.int8),
+        "packed": np.clip(numbers * 3, -8, 7).astype(ml_dtypes.int4),
+    }
+    outputs = [
+        value(f"{name}_wide", TensorProto.FLOAT if name != "packed" else TensorProto.INT8, [2, 20000])
+        for name in arrays
+    ]
+    model = ir.from_proto(proto(nodes, outputs))
+    for name, array in arrays.items():
+        tensor = ir.tensor(array, name=name)
+        weight = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        model.graph.register_initializer(weight)
+        for node in model.graph:
+            if node.inputs[0].name == name:
+                node.replace_input_with(0, weight)
+    (results,) = run(model, [{"x": X}])
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(results[f"{name}_wide"], array.astype(results[f"{name}_wide"].dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "element"),
+    [
+        (ml_dtypes.bfloat16, TensorProto.BFLOAT16),
+        (ml_dtypes.float8_e4m3fn, TensorProto.FLOAT8E4M3FN),
+        (ml_dtypes.float8_e5m2, TensorProto.FLOAT8E5M2),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_types_that_numpy_lacks(dtype: type, element: int, given: Given) -> None:
+    model = proto(
+        [helper.make_node("Cast", ["x"], ["narrow"], to=element), helper.make_node("Cast", ["n"], ["y"], to=1)],
+        [value("narrow", element), value("y")],
+    )
+    model.graph.input.append(value("n", element))
+    (results,) = run(given(model), [{"x": X, "n": X.astype(dtype)}])
+    assert results["narrow"].dtype == dtype
+    np.testing.assert_array_equal(results["narrow"], X.astype(dtype))
+    np.testing.assert_array_equal(results["y"], X.astype(dtype).astype(np.float32))
+
+
+def test_nodes_that_no_output_needs_are_not_run() -> None:
+    """`h` can be had although what follows it fails, which is the run's failure: any feed may be one of these."""
+    nodes = [
+        helper.make_node("Identity", ["x"], ["h"]),
+        helper.make_node("Slice", ["h", "zero", "one"], ["row"]),
+        helper.make_node("Reshape", ["row", "flat"], ["number"]),
+        helper.make_node("Cast", ["number"], ["shape"], to=TensorProto.INT64),
+        helper.make_node("Reshape", ["x", "shape"], ["y"]),
+    ]
+    model = proto(nodes, [], zero=np.zeros(2, np.int64), one=np.ones(2, np.int64), flat=np.array([-1]))
+    model.graph.output.append(value("y", shape=["n"]))
+    with pytest.raises(RunError, match=r"ONNX Runtime failed: .*Reshape") as caught:
+        list(run(ir.from_proto(model), [{"x": X}]))
+    assert "\n" not in str(caught.value)
+    (results,) = run(ir.from_proto(model), [{"x": X}], ["h"])
+    np.testing.assert_array_equal(results["h"], X)
+
+
+@pytest.mark.parametrize(
+    ("feed", "words"),
+    [
+        ({}, "its input 'x' is not fed"),
+        ({"x": X, "z": X}, "has no input 'z'"),
+        ({"x": X[:, :3]}, "refuses the feed.*Got: 3 Expected: 4"),
+        ({"x": X.astype(np.float64)}, "refuses the feed.*double"),
+    ],
+)
+def test_feeds_that_do_not_fit(feed: dict[str, np.ndarray], words: str) -> None:
+    with pytest.raises(ModelError, match=words) as caught:
+        list(run(ir.from_proto(chain(WEIGHT)), [feed]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("own_bytes", [0, session.OWN_BYTES])
+def test_models_that_cannot_be_loaded(own_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "OWN_BYTES", own_bytes)
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no model at all")
+    for outputs in (None, ["h"]):
+        with pytest.raises(ModelError, match=r"broken\.onnx") as caught:
+            run(broken, [{"x": X}], outputs)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match=r"no\.onnx"):
+        run(tmp_path / "no.onnx", [])
+    with pytest.raises(ModelError, match=r"no\.onnx"):
+        run(tmp_path / "no.onnx", [], ["h"])
+    with pytest.raises(ModelError, match="has no value 'nowhere' in its main graph"):
+        run(ir.from_proto(chain(WEIGHT)), [], ["nowhere"])
+    unknown = proto([helper.make_node("NoSuchOperator", ["x"], ["y"])], [value("y")])
+    with pytest.raises(
+        ModelError, match=r"model 'small': ONNX Runtime can't load it: (?!Load model from).*NoSuchOperator"
+    ):
+        run(ir.from_proto(unknown), [])
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    """An initializer that nothing uses is a warning to ONNX Runtime."""
+    model = proto([helper.make_node("Relu", ["x"], ["y"])], [value("y")], unused=np.zeros(4, np.float32))
+    list(run(ir.from_proto(model), [{"x": X}]))
+    with pytest.raises(ModelError):
+        list(run(ir.from_proto(model), [{"x": X[:1]}]))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_temporary_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    opened = Session(ir.from_proto(chain(np.ones((4, 8192), np.float32))))
+    assert list(tmp_path.iterdir()) == []
+    assert opened.run({"x": X})["y"].shape == (2, 8192)
+
+
+def test_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    session._runtime.cache_clear()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    try:
+        with pytest.raises(MissingDependencyError, match=r'pip install "tilewright\[onnx\]"'):
+            run(ir.from_proto(chain(WEIGHT)), [])
+    finally:
+        session._runtime.cache_clear()
+
+
+def test_main_values() -> None:
+    assert set(main_values(ir.from_proto(chain(WEIGHT)))) == {"x", "w", "one", "h", "r", "y"}
+
+
+MEMORY = """
+import resource, numpy as np, onnx_ir as ir
+from tilewright.tuner.model.session import run
+kind = ir.TensorType(ir.DataType.FLOAT)
+x = ir.Value(name="x", type=kind, shape=ir.Shape([1, 4096]))
+nodes, weights, last = [], [], x
+array = np.full((4096, 4096), 1 / 4096, np.float32)
+for number in range(6):
+    tensor = ir.tensor(array, name=f"w{number}")
+    weights.append(ir.Value(name=f"w{number}", type=kind, shape=ir.Shape(array.shape), const_value=tensor))
+    nodes.append(ir.node("MatMul", [last, weights[-1]], name=f"n{number}"))
+    last = nodes[-1].outputs[0]
+    last.name, last.type, last.shape = f"h{number}", kind, ir.Shape([1, 4096])
+graph = ir.Graph([x], [last], nodes=nodes, initializers=weights, opset_imports={"": 21}, name="large")
+model = ir.Model(graph, ir_version=10)
+import onnxruntime
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+(results,) = run(model, [{"x": np.ones((1, 4096), np.float32)}], ["h0", "h5"])
+assert abs(results["h5"] - 1).max() < 1e-5
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_large_model_is_not_copied() -> None:
+    """384 MB of weights, which are one array here, and would be six copies: running it takes a small part of that."""
+    ended = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout) < 64 << 10  # KiB

@@ -1,0 +1,312 @@
+"""ONNX Runtime as the judge of what a model computes: on the CPU, its own graph optimisations off.
+
+With optimisations on, ONNX Runtime would fuse and reorder what is to be compared. `run` gives any value of the main
+graph, not only its outputs, feed by feed, so what is held at a time is the values of one feed.
+
+A model in memory is run without a second copy of its weights. ONNX Runtime gets a file that says of each large weight
+only that it lies in another file, and the arrays that we have to use in their place; the other file is empty. Up to
+`PREPACK_BYTES` of weights it keeps a copy in the layout that its kernels like, which halves the time of small GEMMs.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import google.protobuf.message
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
+
+from tilewright.tuner.model.calibration.feeds import Array, Feed
+from tilewright.tuner.model.graph import constant
+from tilewright.tuner.model.messages import listed, one_line, quoted
+from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunError
+
+INLINE_BYTES = 16 << 10
+"""Smaller tensors stay in the file: shape inference reads them there, and a thousand of them are nothing."""
+
+PREPACK_BYTES = 256 << 20
+"""Weights of more than this are used as they lie: a second copy of a model of 1 GB costs more than it gains."""
+
+OWN_BYTES = 64 << 20
+"""A larger file, which then has its weights in it, ONNX Runtime reads itself, and holds them once; we would twice. Of a
+smaller one it uses what we read, with external weights mapped."""
+
+# Types that NumPy has no dtype of and ONNX Runtime no NumPy array: they travel as bits of the integer type. FP32 holds
+# every number of each, so what comes out is cast to it in the graph and back here, without loss.
+_FOREIGN: Mapping[ir.DataType, tuple[type, type]] = {
+    ir.DataType.BFLOAT16: (ml_dtypes.bfloat16, np.uint16),
+    ir.DataType.FLOAT8E4M3FN: (ml_dtypes.float8_e4m3fn, np.uint8),
+    ir.DataType.FLOAT8E5M2: (ml_dtypes.float8_e5m2, np.uint8),
+}
+_FOREIGN_NAMES = {"tensor(bfloat16)", "tensor(float8e4m3fn)", "tensor(float8e5m2)"}
+
+
+def run(
+    model: ir.Model | Path, feeds: Iterable[Feed], outputs: Sequence[str] | None = None
+) -> Iterator[dict[str, Array]]:
+    """The values of some outputs of a model for each of some feeds, in their order; nothing is computed ahead.
+
+    Args:
+        model: in memory, left as it is, or a file.
+        feeds: an array for every input of the model, in its shape and dtype.
+        outputs: names of values of the main graph, which may be inputs and constants too; by default the model's
+            outputs.
+
+    Raises:
+        MissingDependencyError: there is no ONNX Runtime.
+        ModelError: the model can't be loaded or has no value of that name, or a feed doesn't fit it.
+        RunError: ONNX Runtime failed while it ran.
+    """
+    session = Session(model, outputs)
+    return (session.run(feed) for feed in feeds)
+
+
+class Session:
+    """A model that is ready to run; see `run`. Not to be used by two threads at a time."""
+
+    def __init__(self, model: ir.Model | Path, outputs: Sequence[str] | None = None) -> None:
+        """Raises what `run` does."""
+        self._label = str(model) if isinstance(model, Path) else f"model {model.graph.name!r}"
+        self._constants: dict[str, Array] = {}
+        self._casts: dict[str, tuple[str, type]] = {}  # by output: what is fetched instead, and what it becomes again
+        self._shared: dict[str, Any] = {}  # weights, which ONNX Runtime uses where they are
+        self._session: Any = None
+        self._outputs: list[str] = []
+        if isinstance(model, Path):
+            if model.is_file() and model.stat().st_size > OWN_BYTES and self._open_file(model, outputs):
+                return
+            model = _read(model)
+        self._open_model(model, outputs)
+
+    def run(self, feed: Feed) -> dict[str, Array]:
+        """The outputs for one feed. They may share memory with it.
+
+        Raises:
+            ModelError: the feed doesn't fit the model.
+            RunError: ONNX Runtime failed.
+        """
+        for name in self._inputs:
+            if name not in feed:
+                given = listed(list(feed)) or "nothing"
+                raise ModelError(f"{self._label}: its input {quoted(name)} is not fed (given: {given})")
+        for name in feed:
+            if name not in self._inputs:
+                raise ModelError(f"{self._label} has no input {quoted(name)} (inputs: {listed(self._inputs)})")
+        fetched = [
+            self._casts[name][0] if name in self._casts else name
+            for name in self._outputs
+            if name not in self._constants and name not in self._inputs
+        ]
+        results: dict[str, Array] = {}
+        if fetched:
+            try:
+                arrays = self._session.run(fetched, {name: _given(array) for name, array in feed.items()})
+            except _errors() as error:
+                refused = type(error).__name__ == "InvalidArgument"
+                raise (ModelError if refused else RunError)(
+                    f"{self._label}: ONNX Runtime {'refuses the feed' if refused else 'failed'}: {_said(error)}"
+                ) from None
+            results = dict(zip(fetched, arrays, strict=True))
+        return {name: self._result(name, feed, results) for name in self._outputs}
+
+    def _result(self, name: str, feed: Feed, results: Mapping[str, Array]) -> Array:
+        if name in self._constants:
+            return self._constants[name]
+        if name in self._inputs:
+            return feed[name]
+        if name in self._casts:
+            source, dtype = self._casts[name]
+            return results[source].astype(dtype)
+        return results[name]
+
+    def _open_file(self, path: Path, outputs: Sequence[str] | None) -> bool:
+        """Loads a file as it is; False if one of the outputs is none of its own, or of a type that NumPy lacks."""
+        self._load(path, _options(path.stat().st_size))
+        kinds = {output.name: output.type for output in self._session.get_outputs()}
+        self._outputs = list(dict.fromkeys(kinds if outputs is None else outputs))
+        if any(kinds.get(name) in _FOREIGN_NAMES | {None} for name in self._outputs):
+            self._session = None
+            return False
+        self._inputs = [given.name for given in self._session.get_inputs()]
+        return True
+
+    def _open_model(self, model: ir.Model, outputs: Sequence[str] | None) -> None:
+        values = main_values(model)
+        wanted = [str(output.name) for output in model.graph.outputs] if outputs is None else list(outputs)
+        for name in wanted:
+            if name not in values:
+                raise ModelError(f"{self._label} has no value {quoted(name)} in its main graph")
+        self._outputs = list(dict.fromkeys(wanted))
+        required = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+        self._inputs = [str(value.name) for value in required]
+        for name in self._outputs:
+            array = constant(values[name])
+            if array is not None:
+                self._constants[name] = array
+        fetched = [name for name in self._outputs if name not in self._constants and name not in self._inputs]
+        if not fetched:
+            return
+        with tempfile.TemporaryDirectory(prefix="tilewright-") as folder:
+            self._load(*self._shell(model, fetched, Path(folder)))
+
+    def _shell(self, model: ir.Model, fetched: Sequence[str], folder: Path) -> tuple[Path, Any]:
+        """A file of the model without its large weights, with `fetched` as outputs, and options that bring the weights.
+
+        The nodes that none of them needs are left out.
+        """
+        shell = model.clone()
+        graph = shell.graph
+        values = main_values(shell)
+        graph.outputs.clear()
+        for name in fetched:
+            value = values[name]
+            if value.dtype is not None and value.dtype in _FOREIGN:
+                node = ir.node("Cast", [value], {"to": ir.DataType.FLOAT})
+                node.outputs[0].name = f"{name}/fp32"
+                node.outputs[0].dtype = ir.DataType.FLOAT
+                node.outputs[0].shape = value.shape
+                graph.append(node)
+                self._casts[name] = str(node.outputs[0].name), _FOREIGN[value.dtype][0]
+                value = node.outputs[0]
+            graph.outputs.append(value)
+        graph.outputs.extend(_kept_caches(list(graph.outputs)))
+        RemoveUnusedNodesPass()(shell)
+        LiftConstantsToInitializersPass(size_limit=INLINE_BYTES)(shell)
+
+        for each in shell.graphs():
+            for value in each.initializers.values():
+                tensor = value.const_value
+                if isinstance(tensor, ir.ExternalTensor) and not (each is graph and _shareable(tensor)):
+                    value.const_value = ir.tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
+        largest = total = 0
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if tensor is None or not _shareable(tensor):
+                continue
+            self._shared[name] = _ort_value(np.ascontiguousarray(tensor.numpy()))
+            value.const_value = ir.ExternalTensor(
+                "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+            )
+            total += tensor.nbytes
+            largest = max(largest, tensor.nbytes)
+        options = _options(total)
+        for name, shared in self._shared.items():
+            options.add_initializer(name, shared)
+        # ONNX Runtime looks whether the file is there and doesn't read it: a hole of the right size.
+        (folder / "weights").touch()
+        os.truncate(folder / "weights", largest)
+        path = folder / "model.onnx"
+        path.write_bytes(ir.to_proto(shell).SerializeToString())
+        return path, options
+
+    def _load(self, path: Path, options: Any) -> None:
+        try:
+            self._session = _runtime().InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except _errors() as error:
+            raise ModelError(f"{self._label}: ONNX Runtime can't load it: {_said(error, path)}") from None
+
+
+def _kept_caches(wanted: Sequence[ir.Value]) -> list[ir.Value]:
+    """The present keys and values of every `Attention` that the wanted values need and that has past ones: without
+    outputs for them ONNX Runtime's kernel stops (1.32)."""
+    found: list[ir.Value] = []
+    seen: set[ir.Node] = set()
+    waiting = [value.producer() for value in wanted]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.op_type == "Attention" and node.domain == "" and len(node.inputs) > 4 and node.inputs[4] is not None:
+            found += [value for value in node.outputs[1:3] if value not in wanted]
+        waiting += [value.producer() for value in node.inputs if value is not None]
+    return found
+
+
+def main_values(model: ir.Model) -> dict[str, ir.Value]:
+    """Every named value of the main graph: inputs, initializers and what its nodes give."""
+    graph = model.graph
+    values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    return {value.name: value for value in values if value.name}
+
+
+@cache
+def _runtime() -> ModuleType:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            f'running a model needs ONNX Runtime ({error}): pip install "tilewright[onnx]"'
+        ) from None
+    module: ModuleType = onnxruntime
+    return module
+
+
+@cache
+def _errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises; its own errors have no class in common."""
+    _runtime()
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    return *own, RuntimeError, ValueError
+
+
+def _options(weights: int) -> Any:
+    """Session options for a model with so many bytes of weights."""
+    runtime = _runtime()
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    options.log_severity_level = 4  # fatal; what is an error is raised as well
+    if weights > PREPACK_BYTES:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def _shareable(tensor: ir.TensorProtocol) -> bool:
+    """Whether a tensor is large, and an array of its type has an element in each item: of packed int4 and of texts it
+    has not."""
+    dtype = tensor.dtype
+    return dtype != ir.DataType.STRING and dtype.bitwidth % 8 == 0 and tensor.nbytes >= INLINE_BYTES
+
+
+def _ort_value(array: Array) -> Any:
+    """An `OrtValue` over an array's own memory."""
+    value = _runtime().OrtValue
+    for kind, (dtype, bits) in _FOREIGN.items():
+        if array.dtype == dtype:
+            return value.ortvalue_from_numpy_with_onnx_type(array.view(bits), int(kind.value))
+    return value.ortvalue_from_numpy(array)
+
+
+def _given(array: Array) -> Any:
+    array = np.ascontiguousarray(array)
+    return _ort_value(array) if any(array.dtype == dtype for dtype, _ in _FOREIGN.values()) else array
+
+
+def _read(path: Path) -> ir.Model:
+    try:
+        return ir.load(path)
+    except OSError as error:
+        raise ModelError(f"{path} can't be read ({error.strerror})") from None
+    except (google.protobuf.message.DecodeError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{path} is no ONNX model: {_said(error)}") from None
+
+
+def _said(error: Exception, path: Path | None = None) -> str:
+    """What an error of ONNX Runtime says, in one line, without its marks and the name of the file it loaded."""
+    line = one_line(error) or type(error).__name__
+    if line.startswith("[ONNXRuntimeError]"):
+        line = line.split(" : ", 3)[-1]
+    return line.removeprefix(f"Load model from {path} failed:").strip()
