@@ -1,0 +1,1 @@
+"""Reading an ONNX file that may be anything, into a model whose shapes are all known."""

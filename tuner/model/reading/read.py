@@ -1,0 +1,169 @@
+"""Reading an ONNX file that isn't trusted: `read_model`.
+
+In this order: size and format; text; every tensor checked and the weights taken out; functions, names and order
+checked; sizes of the inputs bound; functions inlined; onnx's checker; the opset converted; shapes inferred; the weights
+put back. Nothing in a file is executed, nothing outside the file's folder is read, and what a file can ask for in time
+and memory is bounded: `LARGEST_FILE`, `names.LARGEST_GRAPH`, `shapes.LARGEST_VALUE`, `constants.LARGEST_FOLDED`.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import onnx.checker
+import onnx.inliner
+import onnx.version_converter
+import onnx_ir as ir
+
+from tilewright.tuner.model.folding.constants import Budget, fold_constants
+from tilewright.tuner.model.graph import unique_names
+from tilewright.tuner.model.messages import one_line, quiet, quoted
+from tilewright.tuner.model.reading.external import ExternalFiles
+from tilewright.tuner.model.reading.names import check_functions, check_operators, check_text, put_in_order
+from tilewright.tuner.model.reading.shapes import bind_shapes, check_sizes, infer_shapes, unknown_shapes
+from tilewright.tuner.model.reading.shapes import parse_shapes as parse_shapes
+from tilewright.tuner.model.reading.weights import put_back, take_weights
+from tilewright.tuner.model.write import write_model as write_model
+from tilewright.tuning_db.errors import ModelError
+
+LARGEST_FILE = 2**31 - 1
+"""Bytes of the file without its external data: protobuf's own limit."""
+
+OLDEST_IR, OLDEST_OPSET = 3, 9
+OPSET = 21
+"""What older models are converted to: the first opset with 4-bit types, and with 8-bit floats in every operator."""
+
+_IR = 10  # the IR version of that opset
+_FOLDED_FOR_SHAPES = 1 << 20  # bytes: shapes, masks and positions, no weights
+
+
+def read_model(
+    path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None, dims: Mapping[str, int] | None = None
+) -> ir.Model:
+    """The model in an ONNX file, with static shapes, functions inlined and an opset of at least `OPSET`.
+
+    `shapes` gives inputs their shapes, `dims` named dimensions their sizes. Every value has a data type and a static
+    shape, but for what onnx can't infer: outputs of `com.microsoft` operators, and of those whose result's size depends
+    on values. Where shapes depend on constant arithmetic, that is folded. Every node has a name of its own. Weights are
+    mapped, if external, else copied once: memory peaks at twice the file.
+
+    Raises:
+        ModelError: it is no ONNX file, broken, hostile or beyond what is supported; or an input has no size.
+    """
+    model = _parse(path)
+    check_text(model)
+    names = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value.name for value in model.graph.input if value.name not in names]
+    light, weights = take_weights(model, ExternalFiles(path.parent))
+    del model
+    light.ir_version = max(light.ir_version, _IR)
+    check_functions(light)
+    put_in_order(light)
+    bind_shapes(light, inputs, shapes or {}, dims or {})
+    light = _inlined(light)
+    _check(light, "")
+    check_operators(light)
+    light = infer_shapes(_converted(light))
+    try:
+        with quiet():
+            result = ir.from_proto(light)
+    except Exception as error:  # noqa: BLE001 - whatever a malformed message makes the library raise
+        raise ModelError(f"{path} can't be read: {one_line(error)}") from None
+    put_back(result, weights)
+    if unknown_shapes(result):
+        fold_constants(result, Budget(largest=_FOLDED_FOR_SHAPES, most=_FOLDED_FOR_SHAPES * 64))
+    check_sizes(result)
+    unique_names(result)
+    return result
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    try:
+        state = path.stat()
+        if stat.S_ISDIR(state.st_mode):
+            raise ModelError(f"{path} is a folder: name the .onnx file in it")
+        if not stat.S_ISREG(state.st_mode):
+            raise ModelError(f"{path} is not a regular file")
+        if state.st_size == 0:
+            raise ModelError(f"{path} is empty")
+        if state.st_size > LARGEST_FILE:
+            raise ModelError(
+                f"{path} has {state.st_size} bytes: an ONNX file has at most {LARGEST_FILE}, and further weights in "
+                f"external data"
+            )
+        with path.open("rb") as stream:
+            content = stream.read(state.st_size)
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {error.strerror}") from None
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(content)
+    except Exception:  # noqa: BLE001 - protobuf's DecodeError, which has no types
+        raise ModelError(f"{path} is not an ONNX file, or is truncated: its {len(content)} bytes don't parse") from None
+    if not model.ir_version or not model.HasField("graph") or not model.graph.node:
+        raise ModelError(f"{path} is not an ONNX file, or is truncated: it has no graph with nodes in it")
+    if not OLDEST_IR <= model.ir_version <= onnx.IR_VERSION:
+        raise ModelError(
+            f"{path} has IR version {model.ir_version}: onnx {onnx.__version__} reads {OLDEST_IR} to {onnx.IR_VERSION}"
+        )
+    opsets = {entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")}
+    newest = onnx.defs.onnx_opset_version()
+    if len(opsets) != 1 or not all(OLDEST_OPSET <= version <= newest for version in opsets):
+        found = " and ".join(map(str, sorted(opsets))) or "no opset"
+        raise ModelError(
+            f"{path} imports {found} of the standard operators: it must be one from {OLDEST_OPSET} to {newest}, the "
+            f"newest that onnx {onnx.__version__} knows"
+        )
+    return model
+
+
+def _check(model: onnx.ModelProto, when: str) -> None:
+    # An output without a shape is invalid to the checker alone: it gets one by inference.
+    shaped = [value for value in model.graph.output if value.type.tensor_type.HasField("shape")]
+    if len(shaped) < len(model.graph.output):
+        original, model = model, onnx.ModelProto()
+        model.CopyFrom(original)
+        model.graph.ClearField("output")
+        model.graph.output.extend(shaped)
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:  # noqa: BLE001 - ValidationError, but C++ code may raise others
+        raise ModelError(f"the model is not valid{when}: {one_line(error)}") from None
+
+
+def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    if not model.functions:
+        return model
+    try:
+        inlined = onnx.inliner.inline_local_functions(model, convert_version=True)
+    except Exception as error:  # noqa: BLE001 - the C++ code raises several
+        raise ModelError(f"the model's functions can't be inlined: {one_line(error)}") from None
+    left = {(function.domain, function.name) for function in inlined.functions}
+    for node in inlined.graph.node:
+        if (node.domain, node.op_type) in left:
+            raise ModelError(
+                f"function {quoted(node.op_type)} of domain {quoted(node.domain)} can't be inlined: its opset differs "
+                f"from the model's, and its nodes can't be converted"
+            )
+    inlined.ClearField("functions")
+    return inlined
+
+
+def _converted(model: onnx.ModelProto) -> onnx.ModelProto:
+    for entry in model.opset_import:
+        if entry.domain == "ai.onnx":
+            entry.domain = ""
+    version = next(entry.version for entry in model.opset_import if entry.domain == "")
+    if version >= OPSET:
+        return model
+    try:
+        converted = onnx.version_converter.convert_version(model, OPSET)
+    except Exception as error:  # noqa: BLE001 - the C++ code raises several
+        raise ModelError(
+            f"the model can't be converted from opset {version} to {OPSET}: {one_line(error)}; export it with {OPSET}"
+        ) from None
+    _check(converted, f" once converted from opset {version} to {OPSET}")
+    return converted
