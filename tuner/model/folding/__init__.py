@@ -1,0 +1,1 @@
+"""What needs not be done at run time."""

@@ -1,0 +1,136 @@
+"""Constant folding within bounds: onnxscript's pass, told what it may make.
+
+A file of a few bytes can ask for terabytes (`ConstantOfShape`, `Expand`, `Range`, `Tile`) or for hours (`Loop`, a
+convolution of constants). So a node is folded only if its operator's work is in proportion to what it reads and
+writes, its output's size is known beforehand, and that is within `LARGEST_FOLDED`, or not more than its inputs'. All
+that a model grows by is within `MOST_FOLDED`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+from onnxscript import optimizer
+
+from tilewright.tuner.model.graph import static_shape
+from tilewright.tuner.model.messages import one_line, quiet
+from tilewright.tuning_db.errors import ModelError
+
+LARGEST_FOLDED = 1 << 29
+"""Bytes of one tensor, 512 MiB: VGG-19's largest weight, a `ConstantOfShape` in onnx's light models, has 411 MB."""
+
+MOST_FOLDED = 1 << 31
+"""Bytes that a model grows by, 2 GiB."""
+
+_MOST_WORK = 1 << 26  # multiply-adds of a constant matrix product: a tenth of a second
+_MOST_LOOPED = 1 << 16  # elements of what onnx's reference implementation goes through one by one
+
+# Work in proportion to inputs and output, in NumPy, whatever the attributes and values. GatherElements isn't: an index
+# out of range makes NumPy's `choose` go through all up to it.
+_STREAMING = frozenset(
+    """
+    Abs Add And ArgMax ArgMin BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Clip Concat
+    ConstantOfShape Cos CumSum Div Equal Exp Expand EyeLike Flatten Floor Gather Greater GreaterOrEqual HardSigmoid
+    HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mod Mul Neg NonZero Not OneHot Or Pow
+    PRelu Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd
+    ReduceSum ReduceSumSquare Relu Reshape Round Shape Sigmoid Sign Sin Size Slice Softmax Softplus Softsign Sqrt
+    Squeeze Sub Sum Tan Tanh Tile Transpose Trilu Unsqueeze Where Xor
+    """.split()  # noqa: SIM905 - one name a line would fill two screens
+)
+_LOOPED = frozenset({"Erf", "Pad", "ScatterND"})
+
+
+class Budget:
+    """What one model's folding may still add, in bytes. Each `allows` that says yes takes from it."""
+
+    def __init__(self, largest: int | None = None, most: int | None = None) -> None:
+        self.largest = LARGEST_FOLDED if largest is None else largest
+        self.left = MOST_FOLDED if most is None else most
+
+    def allows(self, size: int, inputs: int) -> bool:
+        """Whether a tensor of `size` bytes may be made of ones of `inputs` bytes."""
+        growth = max(0, size - inputs)
+        if (size > self.largest and growth) or growth > self.left:
+            return False
+        self.left -= growth
+        return True
+
+
+def fold_constants(model: ir.Model, budget: Budget) -> bool:
+    """Makes initializers of nodes whose inputs are constant, in place; whether there were any.
+
+    Shapes that become known on the way are set. `Identity`, inference's `Dropout`, an `If` of a constant condition and
+    the like go too: whatever onnxscript's folding replaces without making a tensor.
+
+    Raises:
+        ModelError: a node can't be what it says, as with an axis out of range.
+    """
+
+    def should_fold(node: ir.Node) -> bool:
+        return _is_bounded(node, budget)
+
+    with quiet():
+        try:
+            result = optimizer.fold_constants(
+                model,
+                onnx_shape_inference=True,
+                # The limits are the budget's, in bytes: this one of the library's would be on top, in elements.
+                output_size_limit=2**62,
+                should_fold=should_fold,
+            )
+        except Exception as error:  # noqa: BLE001 - whatever a malformed node makes the library raise
+            cause = f": {one_line(error.__cause__)}" if error.__cause__ is not None else ""
+            raise ModelError(f"the model's constants can't be folded: {one_line(error)}{cause}") from None
+    for node in model.graph:
+        # Notes of the library on what was folded into what: as long as the model in the worst case, and of no use here.
+        for value in node.outputs:
+            value.metadata_props.pop(_NOTE, None)
+    for value in model.graph.initializers.values():
+        value.metadata_props.pop(_NOTE, None)
+    return bool(result.modified)
+
+
+_NOTE = "pkg.onnxscript.optimizer.folded_from"
+
+
+def nbytes(value: ir.Value | None) -> int | None:
+    """The bytes of a value, or None where its shape or type is unknown."""
+    shape = static_shape(value) if value is not None else None
+    if (
+        value is None
+        or shape is None
+        or value.dtype is None
+        or value.dtype == ir.DataType.STRING
+        or min(shape, default=0) < 0
+    ):
+        return None
+    return math.prod(shape) * value.dtype.bitwidth // 8
+
+
+def _is_bounded(node: ir.Node, budget: Budget) -> bool:
+    if node.domain != "" or len(node.outputs) != 1:
+        return False
+    inputs = [nbytes(value) for value in node.inputs if value is not None]
+    if any(size is None for size in inputs):
+        return False
+    read = sum(size or 0 for size in inputs)
+    size = nbytes(node.outputs[0])
+    if node.op_type == "NonZero" and size is None:
+        # Of the input's values alone; at most an index of 8 bytes for each dimension of each element.
+        shape = static_shape(node.inputs[0]) if node.inputs[0] is not None else None
+        size = None if shape is None else 8 * len(shape) * math.prod(shape)
+    if size is None or not _is_cheap(node, read, size):
+        return False
+    return budget.allows(size, read)
+
+
+def _is_cheap(node: ir.Node, read: int, written: int) -> bool:
+    if node.op_type in _STREAMING:
+        return True
+    if node.op_type in _LOOPED:
+        return max(read, written) <= _MOST_LOOPED
+    if node.op_type == "MatMul" and node.inputs[0] is not None:
+        inner, outer = static_shape(node.inputs[0]), static_shape(node.outputs[0])
+        return bool(inner) and outer is not None and math.prod(outer) * inner[-1] <= _MOST_WORK  # type: ignore[index]
+    return False

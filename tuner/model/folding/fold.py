@@ -1,0 +1,150 @@
+"""What needn't be done at run time: constants, BatchNorm, and nodes that change nothing. `fold` does it all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules.common import (
+    cast_cast_rule,
+    fuse_pad_into_conv_rule,
+    no_op_cast_rule,
+    no_op_expand_rule,
+    no_op_transpose_rule,
+    transpose_transpose_rule,
+)
+
+from tilewright.tuner.model.folding.affine import fold_affine
+from tilewright.tuner.model.folding.constants import Budget, fold_constants
+from tilewright.tuner.model.graph import static_shape, unique_names
+from tilewright.tuner.model.messages import one_line, quiet
+from tilewright.tuning_db.errors import ModelError
+
+_ROUNDS = 4
+"""How often constants are folded and rules applied: what one does makes room for the other, seldom more than twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoldingReport:
+    """What `fold` did: nodes of the main graph before and after, and how many were folded, by kind.
+
+    The kinds: `constant` (constant arithmetic, identities, dropout), `no_op` (casts and transposes that change nothing,
+    an `Expand` to the same shape, a `Pad` that a convolution does), `sum` (of two: `Add`), `auto_pad` (made explicit),
+    those of `affine.fold_affine`, `common` (nodes that compute the same) and `unused`.
+    """
+
+    nodes_before: int
+    nodes_after: int
+    folded: Mapping[str, int]
+
+
+def fold(model: ir.Model) -> FoldingReport:
+    """Folds what is constant into constants and weights, and removes what changes nothing, in place.
+
+    Outputs are those of the model before but for rounding. A value that is left keeps its name, and is the same as that
+    of this name was before; a node that is left keeps its name. All constants are initializers afterwards. What a
+    model may grow by is bounded (`constants.LARGEST_FOLDED`, `constants.MOST_FOLDED`).
+
+    Raises:
+        ModelError: a node that can't be what it says, or a BatchNorm of negative variance.
+    """
+    before = len(model.graph)
+    budget = Budget()
+    found: Counter[str] = Counter()
+    found["unused"] += _lost(model, common.RemoveUnusedNodesPass())
+    for _ in range(_ROUNDS):
+        found_before = found.total()
+        found["constant"] += _fold_constants(model, budget)
+        found["auto_pad"] += _explicit_pads(model)
+        found["sum"] += _sums(model)
+        found["no_op"] += _lost(model, RewritePass(list(_RULES)), common.IdentityEliminationPass())
+        found["unused"] += _lost(model, common.RemoveUnusedNodesPass())
+        _run(model, common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
+        found.update(fold_affine(model, budget))
+        _run(model, common.IdentityEliminationPass())
+        if found.total() == found_before:
+            break
+    found["common"] += _lost(model, common.DeduplicateInitializersPass(), common.CommonSubexpressionEliminationPass())
+    found["unused"] += _lost(model, common.RemoveUnusedNodesPass())
+    _run(model, common.RemoveUnusedOpsetsPass(), common.OutputFixPass())
+    unique_names(model)
+    return FoldingReport(before, len(model.graph), {kind: count for kind, count in sorted(found.items()) if count})
+
+
+_RULES = (
+    no_op_cast_rule,
+    cast_cast_rule,
+    no_op_transpose_rule,
+    transpose_transpose_rule,
+    no_op_expand_rule,
+    fuse_pad_into_conv_rule,
+)
+
+
+def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:
+    for each in passes:
+        try:
+            with quiet():
+                each(model)
+        except Exception as error:  # noqa: BLE001 - whatever a malformed node makes the library raise
+            raise ModelError(f"the model can't be folded: {one_line(error.__cause__ or error)}") from None
+
+
+def _lost(model: ir.Model, *passes: ir.passes.PassBase) -> int:
+    """How many nodes the main graph has less after the passes."""
+    before = len(model.graph)
+    _run(model, *passes)
+    return before - len(model.graph)
+
+
+def _fold_constants(model: ir.Model, budget: Budget) -> int:
+    before = len(model.graph)
+    fold_constants(model, budget)
+    _run(model, common.IdentityEliminationPass(), common.RemoveUnusedNodesPass())
+    return before - len(model.graph)
+
+
+def _sums(model: ir.Model) -> int:
+    """`Sum` of two inputs to `Add`, which every rule for residuals knows; of one to `Identity`."""
+    count = 0
+    for node in model.graph:
+        if node.op_type == "Sum" and node.domain == "" and len(node.inputs) in (1, 2):
+            node.op_type = "Add" if len(node.inputs) == 2 else "Identity"
+            count += 1
+    return count
+
+
+def _explicit_pads(model: ir.Model) -> int:
+    """`auto_pad` of convolutions to `pads`, which the plugins have.
+
+    SAME: the output is ⌈input / stride⌉, and of the (output - 1) · stride + dilation · (kernel - 1) + 1 - input lines
+    that are missing the odd one is at the end (SAME_UPPER) or the beginning (SAME_LOWER) (onnx, operator Conv).
+    """
+    count = 0
+    for node in model.graph:
+        if node.op_type != "Conv" or node.domain != "" or "auto_pad" not in node.attributes:
+            continue
+        mode = node.attributes.get_string("auto_pad", "NOTSET")
+        x, w, y = (static_shape(value) if value is not None else None for value in (*node.inputs[:2], node.outputs[0]))
+        if x is None or w is None or y is None or mode not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
+            continue
+        axes = len(x) - 2
+        kernel = node.attributes.get_ints("kernel_shape", w[2:])
+        strides = node.attributes.get_ints("strides", [1] * axes)
+        dilations = node.attributes.get_ints("dilations", [1] * axes)
+        if mode.startswith("SAME"):
+            missing = [
+                max(0, (out - 1) * stride + dilation * (size - 1) + 1 - whole)
+                for whole, out, size, stride, dilation in zip(x[2:], y[2:], kernel, strides, dilations, strict=True)
+            ]
+            less, more = [size // 2 for size in missing], [size - size // 2 for size in missing]
+            node.attributes["pads"] = ir.AttrInt64s("pads", [*less, *more] if mode == "SAME_UPPER" else [*more, *less])
+        elif mode == "VALID":
+            node.attributes["pads"] = ir.AttrInt64s("pads", [0] * 2 * axes)
+        del node.attributes["auto_pad"]
+        count += 1
+    return count
