@@ -1,0 +1,226 @@
+"""Chains that become one node compute what they did; those that can't say why."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import helper
+
+from tests.tuner.model.graphs import model_of, normal, relative_error, results
+from tilewright.tuner.model.fuse import fuse
+from tilewright.tuner.model.graph import fused_nodes, plugin_inputs, plugin_settings
+
+make = helper.make_node
+X = {"x": (6, 16)}
+W, V = normal(1, 16, 24) / 4, normal(2, 16, 24) / 4
+B, C = normal(3, 24), normal(4, 24)
+IMAGE = {"x": (2, 8, 9, 9)}
+FILTERS = normal(5, 16, 8, 3, 3) / 8
+CHANNEL = normal(6, 1, 16, 1, 1)
+
+
+def fused(nodes, inputs, constants, outputs=("y",)):
+    """Fuses a model; what it gives before and after is near. Returns the report and the fused nodes."""
+    model = model_of(nodes, inputs, outputs, constants)
+    feeds = {name: normal(7 + index, *shape) for index, (name, shape) in enumerate(inputs.items())}
+    before = results(model, feeds)
+    report = fuse(model)
+    for got, wanted in zip(results(model, feeds), before, strict=True):
+        assert relative_error(got, wanted) <= 1e-5
+    assert [value.name for value in model.graph.outputs] == list(outputs)
+    assert set(report.layers) == {node.name for node in fused_nodes(model)}
+    return report, fused_nodes(model), model
+
+
+def product(out="p", w="w", x="x"):
+    return make("MatMul", [x, w], [out], name=f"product_{out}")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "plugin", "settings"),
+    [
+        ([product("y")], "FusedGemm", {}),
+        ([product(), make("Add", ["p", "b"], ["y"])], "FusedGemmBias", {}),
+        ([product(), make("Add", ["b", "p"], ["y"])], "FusedGemmBias", {}),
+        ([product(), make("Add", ["p", "b"], ["q"]), make("Add", ["c", "q"], ["y"])], "FusedGemmBias", {}),
+        ([product(), make("Add", ["p", "r"], ["y"])], "FusedGemmResidual", {}),
+        (
+            [product(), make("Add", ["p", "b"], ["q"]), make("Add", ["r", "q"], ["s"]), make("Relu", ["s"], ["y"])],
+            "FusedGemmBiasResidual",
+            {"activation": "relu"},
+        ),
+        (
+            [product(), make("Add", ["r", "p"], ["q"]), make("Add", ["q", "b"], ["s"]), make("Tanh", ["s"], ["y"])],
+            "FusedGemmBiasResidual",
+            {"activation": "tanh"},
+        ),
+        ([product(), make("Add", ["p", "one"], ["q"]), make("Relu", ["q"], ["y"])], "FusedGemmBias", {}),
+        (
+            [make("Gemm", ["x", "wt", "b"], ["p"], transB=1, name="g"), make("Softplus", ["p"], ["y"])],
+            "FusedGemmBias",
+            {"trans_b": 1, "activation": "softplus"},
+        ),
+        ([make("Gemm", ["x", "w", "b"], ["y"], alpha=0.5, beta=2.0, name="g")], "FusedGemmBias", {}),
+        ([make("Gemm", ["x", "w", "r"], ["y"], name="g")], "FusedGemmResidual", {}),
+        ([make("Gemm", ["x", "w", "one"], ["y"], name="g")], "FusedGemmBias", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_chains_of_a_matrix_product(nodes, plugin, settings):
+    constants = {"w": W, "wt": np.ascontiguousarray(W.T), "b": B, "c": C, "one": np.array([0.25], np.float32)}
+    used = {name for node in nodes for name in node.input}
+    inputs = {**X, **({"r": (6, 24)} if "r" in used else {})}
+    report, found, _ = fused(nodes, inputs, {name: array for name, array in constants.items() if name in used})
+    assert [node.op_type for node in found] == [plugin]
+    for name, wanted in settings.items():
+        assert plugin_settings(found[0])[name] == wanted
+    assert found[0].name == nodes[0].name
+    assert report.nodes_after == 1
+
+
+def test_an_activation_comes_last():
+    nodes = [product(), make("Relu", ["p"], ["q"]), make("Add", ["q", "b"], ["y"])]
+    report, found, model = fused(nodes, X, {"w": W, "b": B})
+    assert plugin_settings(found[0])["activation"] == "relu"
+    assert [node.op_type for node in model.graph] == ["FusedGemm", "Add"]
+    assert "after the activation" in {miss.pattern: miss.reason for miss in report.misses}["gemm + bias"]
+
+
+def test_a_result_that_is_used_twice_ends_the_chain():
+    nodes = [product(), make("Relu", ["p"], ["q"]), make("Add", ["p", "q"], ["y"])]
+    report, found, model = fused(nodes, X, {"w": W})
+    assert [node.op_type for node in model.graph] == ["FusedGemm", "Relu", "Add"]
+    assert report.ends["product_p"] == "its result is used 2 times"
+    nodes = [product(), make("Relu", ["p"], ["y"])]
+    _, found, model = fused(nodes, X, {"w": W}, outputs=("y", "p"))
+    assert plugin_settings(found[0])["activation"] == "none"
+
+
+def test_a_model_that_ends_with_a_product():
+    report, _, _ = fused([product("y")], X, {"w": W})
+    assert report.ends == {"product_y": "its result is an output of the model"}
+
+
+def gate(order, *, split=False, activation="Sigmoid"):
+    """silu(x·Wg + b) · (x·Wu)."""
+    if split:
+        nodes = [make("MatMul", ["x", "both"], ["p"], name="product_p")]
+        nodes.append(make("Split", ["p"], ["g", "u"], axis=-1, num_outputs=2))
+    else:
+        nodes = [product("gp", "w"), make("Add", ["gp", "b"], ["g"]), product("u", "v")]
+    nodes += [make(activation, ["g"], ["s"]), make("Mul", ["g", "s"], ["a"])]
+    return [*nodes, make("Mul", ["a", "u"] if order else ["u", "a"], ["y"])]
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_gate_and_its_product_are_one(order, residual, split):
+    nodes, inputs = gate(order, split=split), dict(X)
+    constants = {"both": np.concatenate([W, V], 1)} if split else {"w": W, "v": V, "b": B}
+    if residual:
+        nodes[-1].output[0] = "m"
+        nodes.append(make("Add", ["m", "r"], ["y"]))
+        inputs["r"] = (6, 24)
+    report, found, model = fused(nodes, inputs, constants)
+    (node,) = found
+    assert plugin_settings(node)["gated"] == "halves"
+    assert plugin_settings(node)["activation"] == "silu"
+    assert ("residual" in plugin_inputs(node)) == residual
+    assert ("bias" in plugin_inputs(node)) == (not split)
+    assert len(model.graph) == 1
+    assert report.counts()["gemm + gate"] == 1
+
+
+def test_products_of_different_inputs_are_no_gate():
+    nodes = [product("g"), product("u", "v", "z"), make("Sigmoid", ["g"], ["s"]), make("Mul", ["s", "u"], ["y"])]
+    report, found, _ = fused(nodes, {**X, "z": (6, 16)}, {"w": W, "v": V})
+    assert [node.op_type for node in found] == ["FusedGemm", "FusedGemm"]
+    assert "not of one input" in next(miss.reason for miss in report.misses if miss.pattern == "gemm + gate")
+
+
+def conv(**attributes):
+    return make("Conv", ["x", "f"], ["p"], name="conv", **attributes)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "size"),
+    [
+        ({}, (7, 7)),
+        ({"pads": [1, 0, 2, 1], "strides": [2, 1]}, (5, 8)),
+        ({"auto_pad": "SAME_UPPER", "strides": [2, 2]}, (5, 5)),
+        ({"auto_pad": "SAME_LOWER", "strides": [2, 2]}, (5, 5)),
+        ({"auto_pad": "VALID", "dilations": [2, 2]}, (5, 5)),
+    ],
+    ids=str,
+)
+def test_chains_of_a_convolution(attributes, size):
+    nodes = [
+        conv(**attributes),
+        make("Add", ["p", "c"], ["q"]),
+        make("Add", ["r", "q"], ["s"]),
+        make("Clip", ["s", "low", "high"], ["y"]),
+    ]
+    bounds = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
+    inputs = {**IMAGE, "r": (2, 16, *size)}
+    _, found, model = fused(nodes, inputs, {"f": FILTERS, "c": CHANNEL, **bounds})
+    assert [node.op_type for node in model.graph] == ["FusedConv2dBiasResidual"]
+    assert plugin_settings(found[0])["activation"] == "clamp:0:6"
+
+
+def test_two_convolutions_that_meet_are_one_with_the_others_result():
+    nodes = [
+        conv(),
+        make("Conv", ["x", "g"], ["q"], name="other"),
+        make("Add", ["p", "q"], ["s"]),
+        make("Relu", ["s"], ["y"]),
+    ]
+    _, found, _ = fused(nodes, IMAGE, {"f": FILTERS, "g": FILTERS[::-1].copy()})
+    assert sorted(node.op_type for node in found) == ["FusedConv2d", "FusedConv2dResidual"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "inputs", "constants", "reason"),
+    [
+        ([make("MatMul", ["x", "w"], ["y"], name="n")], {"x": (16,)}, {"w": W}, "a vector is no matrix"),
+        (
+            [make("Conv", ["x", "f"], ["y"], name="n")],
+            {"x": (1, 8, 20)},
+            {"f": normal(0, 4, 8, 3)},
+            "1 spatial dimensions; the plugin takes 2",
+        ),
+        (
+            [make("MatMul", ["x", "z"], ["y"], name="n")],
+            {"x": (2, 1, 4, 8), "z": (1, 3, 8, 4)},
+            {},
+            "leading dimensions",
+        ),
+    ],
+)
+def test_what_no_plugin_takes_is_left_with_the_reason(nodes, inputs, constants, reason):
+    report, found, model = fused(nodes, inputs, constants)
+    assert not found
+    assert [node.op_type for node in model.graph] == [nodes[0].op_type]
+    (miss,) = report.misses
+    assert miss.node == "n"
+    assert reason in miss.reason
+
+
+def test_products_of_doubles_are_left():
+    model = model_of([make("MatMul", ["x", "w"], ["y"], name="n")], X, ["y"], {"w": W.astype(np.float64)}, dtype="fp64")
+    report = fuse(model)
+    assert not fused_nodes(model)
+    assert "kernels take fp32, fp16, bf16" in report.misses[0].reason
+
+
+def test_the_report_is_plain():
+    nodes = [product(), make("Relu", ["p"], ["y"])]
+    report, _, _ = fused(nodes, X, {"w": W})
+    assert report.to_dict() == {
+        "nodes_before": 2,
+        "nodes_after": 1,
+        "patterns": {"gemm + activation": 1},
+        "layers": {"product_p": "FusedGemm"},
+        "ends": {"product_p": "its result is an output of the model"},
+        "left": [],
+    }

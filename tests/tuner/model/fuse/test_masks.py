@@ -1,0 +1,303 @@
+"""Masks of attention: constant ones become causal or a window, all others one bias of the least shape."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tests.tuner.model.fuse.forms import (
+    LEAST,
+    SCALE,
+    B,
+    D,
+    Graph,
+    H,
+    S,
+    attend,
+    fused,
+    heads,
+    only_fused,
+    operators,
+    scores,
+    triangle,
+    turned,
+)
+from tilewright.tuner.model.graph import constant, fused_nodes, plugin_inputs, plugin_settings, static_shape
+
+
+def added_constant(g: Graph) -> str:
+    mask = np.where(np.random.default_rng(1).random((B, 1, 1, S)) < 0.4, np.float32(LEAST), 0)
+    mask[..., 0] = 0
+    return attend(g, g("Add", scores(g), g.array(mask)))
+
+
+def added_first(g: Graph) -> str:
+    return attend(g, g("Add", g.input("mask", 1, H, S, S), scores(g)))
+
+
+def padding_as_in_bert(g: Graph) -> str:
+    """(1 - mask) · finfo.min, of a mask of the model's inputs."""
+    mask = g("Cast", g("Unsqueeze", g.input("mask", B, S, dtype="bool"), g.shape(1, 2)), to=1)
+    return attend(g, g("Add", scores(g), g("Mul", g("Sub", g.array(1.0), mask), g.array(-1e9))))
+
+
+def hidden_where_false(g: Graph) -> str:
+    return attend(g, g("Where", g.input("mask", B, 1, S, S, dtype="bool"), scores(g), g.array(LEAST)))
+
+
+def hidden_where_true(g: Graph) -> str:
+    return attend(g, g("Where", g.input("mask", S, S, dtype="bool"), g.array(-1e9), scores(g)))
+
+
+def hidden_before_the_scale(g: Graph) -> str:
+    product = g("MatMul", heads(g, "q"), turned(g, heads(g, "k")))
+    masked = g("Where", g.input("mask", B, 1, 1, S, dtype="bool"), product, g.array(-1e30))
+    return attend(g, g("Div", masked, g.array(math.sqrt(D))))
+
+
+def added_before_the_scale(g: Graph) -> str:
+    product = g("MatMul", heads(g, "q"), turned(g, heads(g, "k")))
+    return attend(g, g("Mul", g("Add", product, g.input("mask", B, 1, 1, S)), g.array(SCALE)))
+
+
+def subtracted(g: Graph) -> str:
+    return attend(g, g("Sub", scores(g), g.input("mask", B, H, 1, S)))
+
+
+def two_masks(g: Graph) -> str:
+    """T5: a position's bias, and padding."""
+    with_bias = g("Add", scores(g), g.input("position", 1, H, S, S))
+    return attend(g, g("Add", with_bias, g.input("mask", B, 1, 1, S)))
+
+
+def added_and_hidden(g: Graph) -> str:
+    with_bias = g("Add", scores(g), g.input("position", H, S, S))
+    return attend(g, g("Where", g.input("mask", B, 1, 1, S, dtype="bool"), with_bias, g.array(LEAST)))
+
+
+def expanded_mask(g: Graph) -> str:
+    mask = g("Expand", g("Unsqueeze", g.input("mask", B, S), g.shape(1, 2)), g.shape(B, 1, S, S))
+    return attend(g, g("Add", scores(g), mask))
+
+
+def floored(g: Graph) -> str:
+    """OPT."""
+    return attend(g, g("Max", g("Add", scores(g), g.input("mask", B, 1, S, S)), g.array(LEAST)))
+
+
+def guarded_by_the_mask(g: Graph) -> str:
+    """DeBERTa: hidden weights are set to 0 once more."""
+    mask = g("Not", g.input("mask", B, 1, S, S, dtype="bool"))
+    weights = g("Softmax", g("Where", mask, g.array(LEAST), scores(g)), axis=-1)
+    return g("MatMul", g("Where", mask, g.array(0.0), weights), heads(g, "v"))
+
+
+def windows_in_five_dimensions(g: Graph) -> str:
+    """Swin: B is images times windows; a bias of places, and a mask of each window."""
+    with_bias = g("Add", scores(g), g.array(np.random.default_rng(0).standard_normal((1, H, S, S))))
+    mask = np.where(np.random.default_rng(1).random((1, 2, 1, S, S)) < 0.4, np.float32(-100), 0)
+    masked = g.reshape(g("Add", g.reshape(with_bias, B // 2, 2, H, S, S), g.array(mask)), B, H, S, S)
+    return attend(g, masked)
+
+
+def decomposed_positions(g: Graph) -> str:
+    """ViTDet and SAM: rows and columns of the keys' places each have a bias."""
+    raw = g.reshape(scores(g), B * H, 2, 3, 2, 3)
+    rows = g("Unsqueeze", g.input("rows", B * H, 2, 3, 2), g.shape(4))
+    columns = g("Unsqueeze", g.input("columns", B * H, 2, 3, 3), g.shape(3))
+    return attend(g, g.reshape(g("Add", g("Add", raw, rows), columns), B, H, S, S))
+
+
+def one_number_for_all(g: Graph) -> str:
+    return attend(g, g("Add", scores(g), g.input("shift", B, 1, S, 1)))
+
+
+def three_dimensions_with_a_mask_in_four(g: Graph) -> str:
+    q, k, v = (g.reshape(heads(g, name), B * H, S, D) for name in "qkv")
+    product = g.reshape(g("MatMul", g("Mul", q, g.array(SCALE)), g.transpose(k, 0, 2, 1)), B, H, S, S)
+    masked = g.reshape(g("Add", product, g.input("mask", B, 1, S, S)), B * H, S, S)
+    return g.reshape(g("MatMul", g("Softmax", masked, axis=-1), v), B, H, S, D)
+
+
+MASKED = {
+    added_constant: (B, 1, 1, S),
+    added_first: (1, H, S, S),
+    padding_as_in_bert: (B, 1, 1, S),
+    hidden_where_false: (B, 1, S, S),
+    hidden_where_true: (1, 1, S, S),
+    hidden_before_the_scale: (B, 1, 1, S),
+    added_before_the_scale: (B, 1, 1, S),
+    subtracted: (B, H, 1, S),
+    two_masks: (B, H, S, S),
+    added_and_hidden: (B, H, S, S),
+    expanded_mask: (B, 1, 1, S),
+    floored: (B, 1, S, S),
+    guarded_by_the_mask: (B, 1, S, S),
+    windows_in_five_dimensions: (B, H, S, S),
+    decomposed_positions: (B, H, S, S),
+    three_dimensions_with_a_mask_in_four: (B, 1, S, S),
+    one_number_for_all: None,
+}
+"""Forms with a mask: the shape of the bias, None where there is none."""
+
+
+@pytest.mark.parametrize("form", MASKED, ids=lambda form: form.__name__)
+def test_masks(form):
+    g = Graph()
+    # Every query sees a key: what a model makes of others is another test's.
+    feeds = {}
+    out = form(g)
+    for name, values in g.feeds(3).items():
+        feeds[name] = values
+        if values.dtype == bool:
+            values[..., 0] = form is not hidden_where_true
+    model, report = fused(g, out, feeds=feeds)
+    shape = MASKED[form]
+    node = only_fused(model, "FusedAttention" if shape is None else "FusedAttentionBias")
+    if shape is not None:
+        assert static_shape(plugin_inputs(node)["bias"]) == shape
+    assert report.counts() == {"attention": 1}
+
+
+@pytest.mark.parametrize("fill", [LEAST, -np.inf, -1e9, -1e4])
+@pytest.mark.parametrize("written", ["added", "where", "where not", "of a batch"])
+def test_constant_triangles_are_causal(fill, written):
+    g = Graph()
+    mask = triangle(fill)
+    if written == "added":
+        masked = g("Add", scores(g), g.array(mask))
+    elif written == "of a batch":
+        masked = g("Add", scores(g), g.array(np.broadcast_to(mask, (B, 1, S, S))))
+    elif written == "where":
+        masked = g("Where", g.array(mask == 0, bool), scores(g), g.array(fill))
+    else:
+        masked = g("Where", g.array(mask[0] < 0, bool), g.array(np.full((1, S, S), fill)), scores(g))
+    model, _ = fused(g, attend(g, masked))
+    assert plugin_settings(only_fused(model, "FusedAttention"))["causal"] == 1
+
+
+def test_a_triangle_of_fewer_queries_than_keys_ends_at_the_last_key():
+    g = Graph()
+    raw = g("MatMul", g.input("q", B, H, 3, D), turned(g, heads(g, "k")))
+    out = attend(g, g("Add", raw, g.array(triangle(LEAST, 3, S))))
+    model, _ = fused(g, out)
+    settings = plugin_settings(only_fused(model, "FusedAttention"))
+    assert settings["causal"] == 1
+    assert settings["scale"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "plugin", "right"), [(3, 6, "FusedAttentionBias", -1), (6, 3, "FusedAttention", 3)]
+)
+def test_a_triangle_that_begins_at_the_first_key_is_a_bias_or_a_window(queries, keys, plugin, right):
+    g = Graph()
+    q, k, v = g.input("q", B, H, queries, D), g.input("k", B, H, keys, D), g.input("v", B, H, keys, D)
+    mask = np.where(np.arange(keys) > np.arange(queries)[:, None], np.float32(LEAST), 0)
+    weights = g("Softmax", g("Add", g("MatMul", q, turned(g, k)), g.array(mask)), axis=-1)
+    model, _ = fused(g, g("MatMul", weights, v))
+    settings = plugin_settings(only_fused(model, plugin))
+    assert (settings["causal"], settings["window_right"]) == (0, right)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "settings"),
+    [
+        (2, 0, {"causal": 1, "window_left": 2, "window_right": -1}),
+        (1, 2, {"causal": 0, "window_left": 1, "window_right": 2}),
+        (99, 1, {"causal": 0, "window_left": -1, "window_right": 1}),
+        (99, 99, {"causal": 0, "window_left": -1, "window_right": -1}),
+    ],
+)
+def test_constant_bands_are_windows(left, right, settings):
+    g = Graph()
+    distance = np.arange(S) - np.arange(S)[:, None]
+    seen = (distance >= -left) & (distance <= right)
+    model, _ = fused(g, attend(g, g("Add", scores(g), g.array(np.where(seen, 0, LEAST)))))
+    known = plugin_settings(only_fused(model, "FusedAttention"))
+    assert {name: known[name] for name in settings} == settings
+
+
+def test_a_causal_mask_with_slopes_leaves_the_slopes():
+    """ALiBi, folded into one constant with the causal mask."""
+    g = Graph()
+    slopes = np.float32(0.5) ** np.arange(1, H + 1, dtype=np.float32)
+    distance = np.arange(S, dtype=np.float32) - np.arange(S, dtype=np.float32)[:, None]
+    mask = slopes[:, None, None] * distance + triangle(-1e30)[0]
+    model, _ = fused(g, attend(g, g("Add", scores(g), g.array(mask))))
+    node = only_fused(model, "FusedAttentionBias")
+    assert plugin_settings(node)["causal"] == 1
+    bias = constant(plugin_inputs(node)["bias"])
+    assert bias.shape == (1, H, S, S)
+    assert bias.min() > -10
+
+
+def test_a_causal_mask_and_padding_leave_the_padding():
+    """GPT-2: a constant `Where`, then a mask of the model's input."""
+    g = Graph()
+    causal = g("Where", g.array(triangle(1) == 0, bool), scores(g), g.array(LEAST))
+    out = attend(g, g("Add", causal, g.input("mask", B, 1, 1, S)))
+    padding = np.zeros((B, 1, 1, S), np.float32)
+    padding[1, ..., 4:] = LEAST
+    model, _ = fused(g, out, feeds={"mask": padding})
+    node = only_fused(model, "FusedAttentionBias")
+    assert plugin_settings(node)["causal"] == 1
+    assert static_shape(plugin_inputs(node)["bias"]) == (B, 1, 1, S)
+
+
+@pytest.mark.parametrize("written", ["seen", "hidden", "not hidden"])
+def test_a_causal_mask_joined_with_padding_leaves_the_padding(written):
+    """Hugging Face: one mask of both, made before the first layer, for every layer."""
+    g = Graph()
+    causal = triangle(1) == 0
+    if written == "seen":
+        both = g("And", g.array(causal, bool), g.input("mask", B, 1, 1, S, dtype="bool"))
+    elif written == "hidden":
+        both = g("Or", g("Not", g.input("mask", B, 1, 1, S, dtype="bool")), g.array(~causal, bool))
+    else:
+        hidden = g("Or", g("Not", g.input("mask", B, 1, 1, S, dtype="bool")), g.array(~causal, bool))
+        both = g("Not", hidden)
+    pair = (g.array(0.0), g.array(LEAST))
+    mask = g("Where", both, *(pair[::-1] if written == "hidden" else pair))
+    out = attend(g, g("Add", scores(g), mask))
+    padding = np.ones((B, 1, 1, S), bool)
+    padding[1, ..., 4:] = False
+    model, _ = fused(g, out, feeds={"mask": padding})
+    node = only_fused(model, "FusedAttentionBias")
+    assert plugin_settings(node)["causal"] == 1
+    assert static_shape(plugin_inputs(node)["bias"]) == (B, 1, 1, S)
+    assert "And" not in operators(model)
+
+
+def test_joined_masks_of_which_none_is_a_band_stay_one():
+    g = Graph()
+    seen = np.random.default_rng(0).random((S, S)) < 0.7
+    np.fill_diagonal(seen, True)
+    padding = g.input("mask", B, 1, 1, S, dtype="bool")
+    mask = g("Where", g("And", g.array(seen, bool), padding), g.array(0.0), g.array(LEAST))
+    model, _ = fused(g, attend(g, g("Add", scores(g), mask)), feeds={"mask": np.ones((B, 1, 1, S), bool)})
+    assert operators(model).count("Where") == 1
+    assert "And" in operators(model)
+
+
+def test_rows_that_see_no_key_are_0_where_a_guard_says_so():
+    g = Graph()
+    masked = g("Where", g.input("mask", B, 1, S, S, dtype="bool"), scores(g), g.array(-np.inf))
+    weights = g("Softmax", masked, axis=-1)
+    weights = g("Where", g("IsNaN", weights), g.array(0.0), weights)
+    seen = np.ones((B, 1, S, S), bool)
+    seen[0, 0, 2] = False
+    fused(g, g("MatMul", weights, heads(g, "v")), feeds={"mask": seen})
+
+
+def test_layers_share_what_is_made_of_their_mask():
+    g = Graph()
+    x, mask = g.input("x", B, H, S, D), g.input("mask", B, S, S, dtype="bool")
+    mask = g("Unsqueeze", mask, g.shape(1))
+    for _ in range(3):
+        raw = g("Where", mask, g("MatMul", x, turned(g, x)), g.array(LEAST))
+        x = g("MatMul", g("Softmax", raw, axis=-1), x)
+    model, _ = fused(g, x)
+    assert len(fused_nodes(model)) == 3
+    assert operators(model).count("Where") == 1

@@ -1,0 +1,61 @@
+"""Fusing: chains of a model's graph → nodes that are one kernel each.
+
+`fuse` opens matrix products, convolutions and attentions (`opening.py`, `attention.py`), writes activations as one node
+each (`activations.py`), lets products take in what follows them (`epilogue.py`), and closes them: each is then a plugin
+of ours and a model-local function in one (`tilewright.tuner.model.bodies`). The rules are `onnxscript.rewriter`'s.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+from onnxscript.rewriter import pattern
+
+from tilewright.tuner.model import bodies
+from tilewright.tuner.model.fuse import activations, attention, epilogue
+from tilewright.tuner.model.fuse.opening import OpenConv, OpenGemm, OpenMatMul, close, is_open, register_constants
+from tilewright.tuner.model.fuse.outcome import FusionReport, Log, Match, Miss
+from tilewright.tuner.model.graph import fused_nodes, unique_names
+
+__all__ = ["fuse", "FusionReport", "Match", "Miss"]
+
+
+def fuse(model: ir.Model) -> FusionReport:
+    """Fuses a model in place; what it computes stays the same, up to rounding in fp32.
+
+    Every value that a fused node reads must have a known data type and shape, as `read_model` leaves them; nodes whose
+    values have not are left as they are, with that as the reason.
+    """
+    unique_names(model)
+    before = len(model.graph)
+    log = Log()
+    activations.constants_last(model)
+    attention.apply(model, log)
+    for rules in (
+        pattern.RewriteRuleSet([rule.rule(log) for rule in (OpenMatMul, OpenGemm, OpenConv)]),
+        *activations.rules(),
+    ):
+        rules.apply_to_model(model)
+        register_constants(model)
+    while epilogue.rules(log).apply_to_model(model):
+        register_constants(model)
+    activations.spell_out(model)
+    ends = {node.name or "": _end(node) for node in model.graph if is_open(node)}
+    close(model)
+    bodies.attach_bodies(model)
+    for clean in (passes.RemoveUnusedNodesPass(), passes.RemoveUnusedOpsetsPass()):
+        clean(model)
+    layers = {node.name or "": node.op_type for node in fused_nodes(model)}
+    return FusionReport(tuple(log.matches), tuple(log.misses.values()), before, len(model.graph), layers, ends)
+
+
+def _end(node: ir.Node) -> str:
+    """Why the chain of an open node goes no further."""
+    value = node.outputs[0]
+    if value.is_graph_output():
+        return "its result is an output of the model"
+    uses = value.uses()
+    if len(uses) != 1:
+        return f"its result is used {len(uses)} times"
+    (user, _), *_ = uses
+    return f"its result goes to {user.op_type} {user.name!r}"

@@ -1,0 +1,239 @@
+"""What follows a product becomes its end, in the order that `kernels/epilogue.py` has: bias, residual, activation; and
+two products of one input, one the gate of the other, become one product of pairs of columns.
+
+A chain grows by one step at a time, while the product's result goes nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase, RewriteRuleSet, Var
+
+from tilewright.tuner.model.fuse.opening import (
+    OPEN,
+    as_vector,
+    inputs_of,
+    is_open,
+    new_constant,
+    opened,
+    refusal,
+    settings_of,
+)
+from tilewright.tuner.model.fuse.outcome import Log
+from tilewright.tuner.model.graph import constant, is_constant, static_shape
+
+KINDS = ("gemm", "conv2d")
+ACTIVATION = "activation"
+
+
+class _Step(RewriteRuleClassBase):
+    """One step of a chain: what the open node becomes, or why it can't."""
+
+    def __init__(self, log: Log, kind: str, title: str) -> None:
+        super().__init__(f"{kind} + {title}")
+        self._log, self._kind = log, kind
+
+    def _product(self, op: Any, name: str = "product") -> Any:
+        return getattr(op, self._kind)(
+            _domain=OPEN, _allow_other_inputs=True, _allow_other_attributes=True, _outputs=[name]
+        )
+
+    def _grown(self, product: ir.Node, **bound: ir.Value) -> str | tuple[dict[str, ir.Value], dict[str, Any]]:
+        raise NotImplementedError
+
+    def check(self, context: Any, product: ir.Value, **bound: ir.Value) -> MatchResult:
+        node = product.producer()
+        assert node is not None
+        grown = self._grown(node, **bound)
+        reason = grown if isinstance(grown, str) else refusal(self._kind, *grown)
+        if reason is None:
+            return MatchResult()
+        self._log.miss(self.name, node.name or "", reason)
+        return MatchResult().fail(reason)
+
+    def rewrite(self, op: Any, product: ir.Value, **bound: ir.Value) -> ir.Value:
+        node = product.producer()
+        assert node is not None
+        grown = self._grown(node, **bound)
+        assert not isinstance(grown, str)
+        self._log.match(self.name, node.name or "")
+        return opened(op, self._kind, *grown, node.name or "")
+
+
+class Bias(_Step):
+    """+ a constant along the columns of a matrix, or the channels of an image."""
+
+    def __init__(self, log: Log, kind: str, first: bool) -> None:
+        super().__init__(log, kind, "bias")
+        self._first = first
+
+    def pattern(self, op: Any, other: Any) -> Any:
+        return op.Add(self._product(op), other) if self._first else op.Add(other, self._product(op))
+
+    def _grown(self, product: ir.Node, **bound: ir.Value) -> str | tuple[dict[str, ir.Value], dict[str, Any]]:
+        inputs, settings = inputs_of(product), settings_of(product)
+        other, shape = bound["other"], static_shape(product.outputs[0])
+        if shape is None:
+            return "the shape of its result is not known"
+        axis = -1 if self._kind == "gemm" else -3
+        vector = as_vector(other, shape[axis], axis)
+        if vector is None:
+            return f"what is added, {other.name!r} of shape {static_shape(other)}, is no bias of {shape[axis]}"
+        if settings.get(ACTIVATION, "none") != "none" or "gated" in settings:
+            return "it is added after the activation or the gate"
+        if "bias" in inputs:
+            both = [constant(value) for value in (inputs["bias"], vector)]
+            if both[0] is None or both[1] is None:
+                return "there is a bias already, and the two are not both constant"
+            inputs["bias"] = new_constant(both[0] + both[1], f"{inputs['bias'].name}_and_{other.name}")
+            return inputs, settings
+        return with_bias(inputs, vector), settings
+
+
+class Residual(_Step):
+    """+ another tensor of the result's shape."""
+
+    def __init__(self, log: Log, kind: str, first: bool) -> None:
+        super().__init__(log, kind, "residual")
+        self._first = first
+
+    def pattern(self, op: Any, other: Any) -> Any:
+        return op.Add(self._product(op), other) if self._first else op.Add(other, self._product(op))
+
+    def _grown(self, product: ir.Node, **bound: ir.Value) -> str | tuple[dict[str, ir.Value], dict[str, Any]]:
+        inputs, settings = inputs_of(product), settings_of(product)
+        other, shape = bound["other"], static_shape(product.outputs[0])
+        if static_shape(other) != shape:
+            return f"what is added, {other.name!r}, has the shape {static_shape(other)}, and the result {shape}"
+        if other is product.outputs[0]:
+            return "the result is added to itself"
+        if "residual" in inputs:
+            return "there is a residual already"
+        if settings.get(ACTIVATION, "none") != "none" and "gated" not in settings:
+            return "it is added after the activation"
+        return {**inputs, "residual": other}, settings
+
+
+class Activate(_Step):
+    """An activation."""
+
+    def __init__(self, log: Log, kind: str) -> None:
+        super().__init__(log, kind, "activation")
+
+    def pattern(self, op: Any) -> Any:
+        return op.Activation(self._product(op), _domain=OPEN, _allow_other_attributes=True, _outputs=["activated"])
+
+    def _grown(self, product: ir.Node, **bound: ir.Value) -> str | tuple[dict[str, ir.Value], dict[str, Any]]:
+        inputs, settings = inputs_of(product), settings_of(product)
+        node = bound["activated"].producer()
+        assert node is not None
+        if settings.get(ACTIVATION, "none") != "none":
+            return f"there is an activation already, {settings[ACTIVATION]}"
+        return inputs, {**settings, ACTIVATION: node.attributes[ACTIVATION].as_string()}
+
+
+class Gate(_Step):
+    """act(x·Wg + bg) · (x·Wu + bu): one product of [Wg | Wu], "halves"."""
+
+    def __init__(self, log: Log, first: bool) -> None:
+        super().__init__(log, "gemm", "gate")
+        self._first = first
+
+    def pattern(self, op: Any) -> Any:
+        gate, up = self._product(op), self._product(op, "up")
+        return op.Mul(gate, up) if self._first else op.Mul(up, gate)
+
+    def _grown(self, product: ir.Node, **bound: ir.Value) -> str | tuple[dict[str, ir.Value], dict[str, Any]]:
+        up = bound["up"].producer()
+        assert up is not None
+        assert is_open(up)
+        (inputs, settings), (inputs_up, settings_up) = ((inputs_of(node), settings_of(node)) for node in (product, up))
+        activation = settings.pop(ACTIVATION, "none")
+        if activation == "none" or settings_up.pop(ACTIVATION, "none") != "none":
+            return "one of the two factors has an activation, and this is not it"
+        if inputs["a"] is not inputs_up["a"] or settings != settings_up or "gated" in settings:
+            return "the two products are not of one input in one form"
+        if "residual" in inputs or "residual" in inputs_up:
+            return "a residual is added before the gate"
+        if len(inputs["b"].shape or ()) != 2 or static_shape(inputs["b"]) != static_shape(inputs_up["b"]):
+            return f"weights of shapes {inputs['b'].shape} and {inputs_up['b'].shape}"
+        if not (is_constant(inputs["b"]) and is_constant(inputs_up["b"])):
+            return "weights that are no constants"
+        axis = 0 if settings.get("trans_b", 0) else 1
+        joined = {"a": inputs["a"], "b": _joined(inputs["b"], inputs_up["b"], axis)}
+        if "bias" in inputs or "bias" in inputs_up:
+            biases = [one.get("bias") for one in (inputs, inputs_up)]
+            if not all(bias is None or is_constant(bias) for bias in biases):
+                return "a bias that is no constant"
+            joined["bias"] = _joined_biases(biases, joined["b"], axis)
+        return joined, {**settings, "gated": "halves", ACTIVATION: activation}
+
+
+class SplitGate(_Step):
+    """act(g) · u of the two halves of one product's columns."""
+
+    def __init__(self, log: Log, first: bool, plain: bool) -> None:
+        super().__init__(log, "gemm", "gate")
+        self._first, self._plain = first, plain
+
+    def pattern(self, op: Any) -> Any:
+        attributes = {"_allow_other_attributes": True, "_outputs": ["half", "other"]}
+        if self._plain:
+            half, other = op.Split(self._product(op), **attributes)
+        else:
+            half, other = op.Split(self._product(op), Var("sizes"), **attributes)
+        gate = op.Activation(half, _domain=OPEN, _allow_other_attributes=True, _outputs=["activated"])
+        return op.Mul(gate, other) if self._first else op.Mul(other, gate)
+
+    def _grown(self, product: ir.Node, **bound: ir.Value) -> str | tuple[dict[str, ir.Value], dict[str, Any]]:
+        inputs, settings = inputs_of(product), settings_of(product)
+        node, split = bound["activated"].producer(), bound["half"].producer()
+        assert node is not None
+        assert split is not None
+        if settings.get(ACTIVATION, "none") != "none" or "residual" in inputs or "gated" in settings:
+            return "an activation, a residual or a gate comes before the split"
+        shape = static_shape(product.outputs[0]) or ()
+        axis = split.attributes.get_int("axis", 0)
+        if axis % max(len(shape), 1) != len(shape) - 1 or static_shape(bound["half"]) != static_shape(bound["other"]):
+            return "the split is not into halves of the columns"
+        return inputs, {**settings, "gated": "halves", ACTIVATION: node.attributes[ACTIVATION].as_string()}
+
+
+def with_bias(inputs: dict[str, ir.Value], bias: ir.Value) -> dict[str, ir.Value]:
+    """Inputs with a bias, in the order that names of plugins list them."""
+    residual = {"residual": inputs["residual"]} if "residual" in inputs else {}
+    return {**{name: value for name, value in inputs.items() if name != "residual"}, "bias": bias, **residual}
+
+
+def _joined(gate: ir.Value, up: ir.Value, axis: int) -> ir.Value:
+    arrays = [constant(value) for value in (gate, up)]
+    assert arrays[0] is not None
+    assert arrays[1] is not None
+    return new_constant(np.concatenate([arrays[0], arrays[1]], axis), f"{gate.name}_and_{up.name}")
+
+
+def _joined_biases(biases: list[ir.Value | None], weights: ir.Value, axis: int) -> ir.Value:
+    shape = static_shape(weights)
+    assert shape is not None
+    arrays = [constant(bias) for bias in biases]
+    kind = next(array.dtype for array in arrays if array is not None)
+    filled = [np.zeros(shape[axis] // 2, kind) if array is None else array for array in arrays]
+    return new_constant(
+        np.concatenate(filled), "_and_".join(bias.name or "bias" for bias in biases if bias is not None)
+    )
+
+
+def rules(log: Log) -> RewriteRuleSet:
+    """The steps, in the order in which a chain can take them."""
+    found = []
+    for kind in KINDS:
+        found += [Bias.rule(log, kind, first) for first in (True, False)]
+    found += [Gate.rule(log, first) for first in (True, False)]
+    found += [SplitGate.rule(log, first, plain) for first in (True, False) for plain in (True, False)]
+    for kind in KINDS:
+        found += [Residual.rule(log, kind, first) for first in (True, False)]
+        found.append(Activate.rule(log, kind))
+    return RewriteRuleSet(found)

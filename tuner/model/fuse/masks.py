@@ -1,0 +1,285 @@
+"""What masks of scores come to: a band of keys that each query sees, which kernels know without reading anything, and
+one bias of shape (B or 1, H or 1, Sq or 1, Skv) for the rest.
+
+A constant mask that hides all but a band of diagonals is causal, a window, or both. Everything else stays a bias, made
+in the order in which the model applies its masks, and once for all layers that share them.
+
+A row that sees no key at all is the exception to equality, as of a query that is padding and stands before its
+sequence: a model gives it the mean of all values (of masks that are large numbers) or NaN (of -∞), where a band leaves
+it the mean over the keys of the band, and a bias of -∞ gives 0. No other row ever reads it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from tilewright.tuner.model.fuse.layout import (
+    Layout,
+    Maker,
+    Plan,
+    Shape,
+    expanded,
+    plan,
+    regrouped,
+    sources,
+    typed,
+)
+from tilewright.tuner.model.fuse.opening import new_constant
+from tilewright.tuner.model.fuse.scores import LOW, Mask, UnreadError, uniform
+from tilewright.tuner.model.graph import Array, constant, is_constant, static_shape
+
+_BROADCAST = (0, 1, 2)  # axes of a bias along which one place will do
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Keys that a query sees: from so many before its own place to so many behind it; None: all."""
+
+    left: int | None = None
+    right: int | None = None
+
+    def __and__(self, other: Band) -> Band:
+        pairs = ((self.left, other.left), (self.right, other.right))
+        return Band(*(min((end for end in pair if end is not None), default=None) for pair in pairs))
+
+    def settings(self) -> dict[str, int]:
+        """As the plugin has it."""
+        found = {} if self.left is None else {"window_left": self.left}
+        if self.right is not None:
+            found |= {"causal": 1} if self.right == 0 else {"window_right": self.right}
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A mask as part of a bias."""
+
+    mask: Mask
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """All masks of some scores."""
+
+    band: Band
+    terms: tuple[Term, ...]
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """Moves of data, and nodes."""
+        costs = [term.plan.cost for term in self.terms]
+        return sum(moves for moves, _ in costs), sum(nodes for _, nodes in costs)
+
+    @property
+    def shape(self) -> Shape:
+        """That of the bias."""
+        return tuple(np.broadcast_shapes(*(term.plan.shape for term in self.terms)))
+
+    def asked(self) -> ir.Value | None:
+        """A value as the bias will be, to ask a plugin with; None if there is none."""
+        if not self.terms:
+            return None
+        return ir.Value(name="bias", type=ir.TensorType(_kind(self.terms)), shape=ir.Shape(self.shape))
+
+
+def _kind(terms: Sequence[Term]) -> ir.DataType:
+    """The data type of a bias: that of all masks that are added, or fp32."""
+    kinds = {term.mask.value.dtype for term in terms if term.mask.kind == "add"}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    return kind or ir.DataType.FLOAT
+
+
+class Bands:
+    """Finds bands in constant masks, in each once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[Band, Mask | None]] = {}
+
+    def of(self, mask: Mask, planned: Plan, shape: Shape) -> tuple[Band, Mask | None]:
+        """The band of a constant mask of scores of a shape (B, H, Sq, Skv), and what is left of it, if anything is."""
+        key = (mask, planned.steps, shape)
+        if key not in self._known:
+            self._known[key] = _parted(mask, planned, shape)
+        return self._known[key]
+
+
+def _parted(mask: Mask, planned: Plan, shape: Shape) -> tuple[Band, Mask | None]:
+    array = constant(Maker().follow(None, planned.source, planned.steps, "mask"))
+    assert array is not None
+    if mask.kind == "hide":
+        array = np.where(array == mask.hidden, np.float32(mask.fill), np.float32(0))
+    elif mask.factor != 1:
+        array = _times(array, mask.factor)
+    found = band(array, *shape[2:])
+    if found is not None:
+        array = np.where(_seen(found, *shape[2:]), array, np.zeros((), array.dtype))
+    if not array.any():
+        return found or Band(), None
+    if found is None and mask.kind == "add" and mask.factor == 1:
+        return Band(), mask
+    value = new_constant(_narrowed(array), f"{mask.value.name}_bias")
+    return found or Band(), Mask("add", value, shape)
+
+
+def band(array: Array, queries: int, keys: int) -> Band | None:
+    """The band outside of which a mask of shape (B or 1, H or 1, Sq or 1, Skv) hides every key, and inside of which
+    none; None if it hides others, or nothing, or all keys of a row."""
+    hidden = array <= LOW
+    if not hidden.any() or not np.array_equal(hidden.all((0, 1)), hidden.any((0, 1))):
+        return None
+    seen = ~np.broadcast_to(hidden[0, 0], (queries, keys))
+    distance = np.arange(keys) - (np.arange(queries)[:, None] + keys - queries)
+    if not seen.any(axis=1).all():
+        return None
+    low, high = int(distance[seen].min()), int(distance[seen].max())
+    found = Band(None if low <= distance.min() else -low, None if high >= distance.max() else high)
+    if low > 0 or high < 0 or not np.array_equal(seen, _seen(found, queries, keys)):
+        return None
+    return found
+
+
+def _seen(found: Band, queries: int, keys: int) -> Array:
+    distance = np.arange(keys) - (np.arange(queries)[:, None] + keys - queries)
+    seen = np.ones((queries, keys), bool)
+    if found.left is not None:
+        seen &= distance >= -found.left
+    if found.right is not None:
+        seen &= distance <= found.right
+    return seen
+
+
+def _narrowed(array: Array) -> Array:
+    """One place of each axis but the last along which all are the same."""
+    for axis in _BROADCAST:
+        first = array.take([0], axis)
+        if np.array_equal(np.broadcast_to(first, array.shape), array):
+            array = first
+    return np.ascontiguousarray(array)
+
+
+def _times(array: Array, factor: float) -> Array:
+    """A mask times a factor; what was finite stays so."""
+    wide = array.astype(np.float64) * factor
+    least = float(ml_dtypes.finfo(array.dtype).min)
+    return np.where(np.isinf(wide), wide, np.maximum(wide, least)).astype(array.dtype)
+
+
+def masking(masks: Sequence[Mask], shape: Shape, bands: Bands) -> Masking:
+    """What masks of scores of a shape (B, H, Sq, Skv) come to.
+
+    Raises:
+        UnreadError: one can't be brought into that shape.
+    """
+    found, terms = Band(), []
+    for mask in masks:
+        layout, planned = _arranged(mask, shape)
+        if mask.kind == "add" and all(not stride for _, stride in layout[3]) and shape[3] > 1:
+            continue  # the same for all keys: a softmax does not see it
+        known, rest = _known(mask, planned, shape, bands) or (Band(), [Term(mask, planned)])
+        found &= known
+        terms += rest
+    return Masking(found, tuple(terms))
+
+
+def _known(mask: Mask, planned: Plan, shape: Shape, bands: Bands) -> tuple[Band, list[Term]] | None:
+    """The band of a mask that is constant, or of the parts of one that are, and what is left of it; None if no part is
+    a band."""
+    if is_constant(planned.source):
+        found, left = bands.of(mask, planned, shape)
+        return found, [] if left is None else [Term(left, _arranged(left, shape)[1])]
+    hiding = _hiding(mask)
+    if hiding is None:
+        return None
+    found, rest, parts = Band(), [], list(_parts(hiding))
+    for part in parts:
+        planned = _arranged(part, shape)[1]
+        if is_constant(planned.source):
+            known, left = bands.of(part, planned, shape)
+            if left is None:
+                found &= known
+                continue
+        rest.append(Term(part, planned))
+    return (found, rest) if len(rest) < len(parts) else None
+
+
+def _hiding(mask: Mask) -> Mask | None:
+    """A mask of scores as one that hides, if it is: 0 or a large negative number is added, as a condition says."""
+    if mask.kind == "hide":
+        return mask
+    node = mask.value.producer()
+    if node is None or node.domain != "" or node.op_type != "Where":
+        return None
+    condition, chosen, other = node.inputs
+    assert condition is not None
+    for value, none, hidden in ((chosen, other, True), (other, chosen, False)):
+        fill = None if value is None else uniform(value)
+        if none is not None and fill is not None and uniform(none) == 0 and fill * mask.factor <= LOW:
+            return Mask("hide", condition, mask.place, fill=fill * mask.factor, hidden=hidden)
+    return None
+
+
+def _parts(mask: Mask) -> Iterator[Mask]:
+    """The masks that together hide what one hides: operands of `And` where it says what is seen, of `Or` where it says
+    what is not. Hugging Face's masks are a causal one and one of padding."""
+    node = mask.value.producer()
+    joins = "Or" if mask.hidden else "And"
+    if node is not None and node.domain == "" and node.op_type in (joins, "Not"):
+        for value in node.inputs:
+            assert value is not None
+            yield from _parts(replace(mask, value=value, hidden=mask.hidden != (node.op_type == "Not")))
+    else:
+        yield mask
+
+
+def _arranged(mask: Mask, shape: Shape) -> tuple[Layout, Plan]:
+    def view(layout: Layout) -> Layout | None:
+        spread = expanded(layout, mask.place)
+        return None if spread is None else regrouped(spread, shape)
+
+    found = [(source.layout, plan(source, _BROADCAST)) for source in sources(mask.value, view, scaled=False)]
+    if not found:
+        where = f"of shape {static_shape(mask.value)} on scores of {mask.place}"
+        raise UnreadError(f"its mask {mask.value.name!r} {where} is no bias of scores of {shape}")
+    return min(found, key=lambda each: each[1].cost)
+
+
+def make_bias(op: Any, maker: Maker, terms: Sequence[Term], name: str) -> ir.Value:
+    """The bias that terms come to."""
+    kind, bias = _kind(terms), None
+    for term in terms:
+        value = maker.follow(op, term.plan.source, term.plan.steps, f"{name}_mask")
+        key = (bias, replace(term.mask, value=value), kind)
+        bias = maker.once(key, lambda b=bias, m=key[1]: _applied(op, b, m, kind, f"{name}_mask"))  # type: ignore[misc]
+    assert bias is not None
+    return bias
+
+
+def _applied(op: Any, bias: ir.Value | None, mask: Mask, kind: ir.DataType, name: str) -> ir.Value:
+    """A bias with one more mask."""
+    value, dtype = mask.value, kind.numpy()
+    own = static_shape(value) or ()
+    shape = np.broadcast_shapes(own, (static_shape(bias) or ()) if bias is not None else ())
+    if mask.kind == "hide":
+        fill = mask.fill if math.isinf(mask.fill) else max(mask.fill, float(ml_dtypes.finfo(dtype).min))
+        pair = [new_constant(np.asarray(fill, dtype), "hidden"), bias or new_constant(np.asarray(0, dtype), "seen")]
+        chosen, other = pair if mask.hidden else pair[::-1]
+        return typed(op.Where(value, chosen, other), ir.TensorType(kind), shape, f"{name}_Where")
+    if value.dtype != kind:
+        value = typed(op.Cast(value, to=int(kind)), ir.TensorType(kind), own, f"{name}_Cast")
+    if mask.factor != 1:
+        factor = new_constant(np.asarray(mask.factor, dtype), "factor")
+        value = typed(op.Mul(value, factor), ir.TensorType(kind), own, f"{name}_Mul")
+    if bias is None:
+        return value
+    arrays = [constant(each) for each in (bias, value)]
+    if arrays[0] is not None and arrays[1] is not None:
+        return new_constant(arrays[0] + arrays[1], f"{bias.name}_and_{value.name}")
+    return typed(op.Add(bias, value), ir.TensorType(kind), shape, f"{name}_Add")
