@@ -1,0 +1,270 @@
+"""One model against another: what is compared, what a budget says to it, and that a broken layer is seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx import helper
+
+from tests.tuner.model.graphs import model_of, normal
+from tilewright.tuner.model.bodies import attach_bodies
+from tilewright.tuner.model.graph import fused_nodes, make_fused, plugin_inputs
+from tilewright.tuner.model.verify import compare as verify
+from tilewright.tuner.model.verify.compare import Comparison, Reference, compare, logits_of
+from tilewright.tuner.model.verify.error_budget import Budget
+from tilewright.tuning_db.errors import ModelError
+
+Array = np.ndarray[Any, Any]
+BAR = 1e-5
+"""Relative error that fused fp32 models keep to."""
+
+WIDTHS = (16, 32, 32, 10)
+LAYERS = len(WIDTHS) - 1
+
+
+def weights() -> dict[str, Array]:
+    """He-initialised, with biases: layers that all matter to the result."""
+    found = {}
+    for index, (rows, columns) in enumerate(pairwise(WIDTHS)):
+        found[f"w{index}"] = normal(index, rows, columns) * np.float32(np.sqrt(2 / rows))
+        found[f"b{index}"] = normal(100 + index, columns) * np.float32(0.1)
+    return found
+
+
+def plain(*, softmax: bool = False) -> ir.Model:
+    """A perceptron of MatMul, Add and Relu, with a softmax behind it if asked for."""
+    nodes, last = [], "x"
+    for index in range(LAYERS):
+        nodes.append(helper.make_node("MatMul", [last, f"w{index}"], [f"m{index}"], f"matmul{index}"))
+        nodes.append(helper.make_node("Add", [f"m{index}", f"b{index}"], [f"a{index}"], f"add{index}"))
+        last = f"a{index}"
+        if index < LAYERS - 1:
+            nodes.append(helper.make_node("Relu", [last], [f"r{index}"], f"relu{index}"))
+            last = f"r{index}"
+    if softmax:
+        nodes.append(helper.make_node("Softmax", [last], ["p"], "softmax"))
+        last = "p"
+    return model_of(nodes, {"x": (1, WIDTHS[0])}, [last], weights())
+
+
+def fused(*, softmax: bool = False, zeroed: int | None = None) -> ir.Model:
+    """The same with a fused node for every layer; the weights of one may be zeros."""
+    model = plain(softmax=softmax)
+    values = {value.name: value for node in model.graph for value in node.outputs} | {"x": model.graph.inputs[0]}
+    ends = [f"r{index}" for index in range(LAYERS - 1)] + [f"a{LAYERS - 1}"]
+    for index, (start, end) in enumerate(zip(["x", *ends], ends, strict=False)):
+        chain = [node for node in model.graph if node.name in (f"matmul{index}", f"add{index}", f"relu{index}")]
+        given = model.graph.initializers
+        inputs = {"a": values[start], "b": given[f"w{index}"], "bias": given[f"b{index}"]}
+        activation = "relu" if index < LAYERS - 1 else "none"
+        node = make_fused("gemm", inputs, {"activation": activation}, name=f"layer{index}")
+        old = values[end]
+        new = node.outputs[0]
+        new.name, new.shape, new.type = end, old.shape, old.type
+        model.graph.insert_before(chain[0], node)
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        model.graph.remove(list(reversed(chain)), safe=True)
+        values[end] = new
+        if index == zeroed:
+            given[f"w{index}"].const_value = ir.tensor(np.zeros_like(weights()[f"w{index}"]), name=f"w{index}")
+    attach_bodies(model)
+    return model
+
+
+def feeds(count: int = 12) -> list[dict[str, Array]]:
+    return [{"x": normal(1000 + index, 1, WIDTHS[0])} for index in range(count)]
+
+
+LAYER_NAMES = {"r0": "r0", "r1": "r1", "a2": "a2"}
+
+
+def test_a_fused_model_keeps_to_the_bar() -> None:
+    found = compare(plain(), fused(), feeds(), layers=LAYER_NAMES)
+    (row,) = found.outputs
+    assert (found.inputs, row.output, row.value, row.logits) == (12, "a2", "a2", False)
+    assert row.relative is not None
+    assert row.relative <= BAR
+    assert row.centred_relative is not None
+    assert row.centred_relative <= BAR
+    assert row.top1 == 1.0
+    assert found.finite
+    assert [layer.value for layer in found.layers] == ["r0", "r1", "a2"]
+    assert all(layer.relative is not None and layer.relative <= BAR for layer in found.layers)
+    assert found.within(Budget(max=BAR, centred=BAR, cosine=0.999999, top1=1.0, sqnr=90.0))
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_zeroing_any_layer_breaks_the_bar_ten_times(layer: int) -> None:
+    """The negative control: errors that no bar could let pass, of each fused node in turn."""
+    broken = fused(zeroed=layer)
+    zeros = [node.name for node in fused_nodes(broken) if not plugin_inputs(node)["b"].const_value.numpy().any()]  # type: ignore[union-attr]
+    assert zeros == [f"layer{layer}"]
+    found = compare(plain(), broken, feeds(), layers=LAYER_NAMES)
+    (row,) = found.outputs
+    for error in (row.relative, row.centred_relative):
+        assert error is not None
+        assert error >= 10 * BAR
+    assert not found.within(Budget(max=BAR))
+    assert not found.within(Budget(sqnr=30.0))
+    # It shows first where it is.
+    first_off = next(each.value for each in found.layers if each.relative is not None and each.relative > BAR)
+    assert first_off == list(LAYER_NAMES)[layer]
+
+
+def test_logits_are_compared_behind_a_softmax() -> None:
+    original, changed = plain(softmax=True), fused(softmax=True)
+    assert {name: logits.value for name, logits in logits_of(original).items()} == {"p": "a2"}
+    found = compare(original, changed, feeds(4))
+    assert [(row.output, row.value, row.logits) for row in found.outputs] == [("p", "p", False), ("p", "a2", True)]
+
+
+def test_logits_are_found_through_casts_and_changes_of_shape() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"]),
+        helper.make_node("LogSoftmax", ["m"], ["s"], axis=0),
+        helper.make_node("Cast", ["s"], ["c"], to=1),
+        helper.make_node("Unsqueeze", ["c", "axes"], ["y"]),
+        helper.make_node("Relu", ["m"], ["z"]),
+        helper.make_node("Softmax", ["x"], ["of_input"]),
+    ]
+    model = model_of(nodes, {"x": (2, 3)}, ["y", "z", "of_input"], {"w": normal(0, 3, 4), "axes": np.array([2])})
+    assert logits_of(model) == {"y": verify.Logits("m", 0)}
+
+
+def stub(values: Mapping[int, Sequence[Mapping[str, Array]]], calls: list[tuple[int, list[str]]]) -> verify.Runner:
+    """A runner that gives what it is told to, by the identity of the model, and notes what it was asked."""
+
+    def run(model: Any, feeds: Any, outputs: Sequence[str]) -> Iterator[dict[str, Array]]:
+        calls.append((id(model), list(outputs)))
+        for each in values[id(model)]:
+            yield {name: each[name] for name in outputs}
+
+    return run
+
+
+def test_the_original_runs_once_for_many_changed_models() -> None:
+    original, first, second = plain(), plain(), plain()
+    made = {
+        id(model): [{"a2": normal(seed + index, 1, 10)} for index in range(3)]
+        for seed, model in ((0, original), (0, first), (50, second))
+    }
+    calls: list[tuple[int, list[str]]] = []
+    with Reference(original, feeds(3), run=stub(made, calls)) as reference:
+        assert reference.compare(first).outputs[0].exact
+        found = reference.compare(second).outputs[0]
+    assert found.relative is not None
+    assert found.relative > 0.1
+    assert [identity for identity, _ in calls] == [id(original), id(first), id(second)]
+
+
+def test_entries_of_a_batch_are_inputs() -> None:
+    model = model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": (4, 5)}, ["y"], {})
+    other = model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": (4, 5)}, ["y"], {})
+    batch = normal(0, 4, 5)
+    made = {id(model): [{"y": batch}], id(other): [{"y": batch + np.float32(0.5)}]}
+    found = compare(model, other, [{"x": batch}], run=stub(made, []))
+    assert found.inputs == 4
+    centred = np.abs(batch - batch.mean(axis=0)).max()
+    assert found.outputs[0].centred_relative == pytest.approx(0.5 / centred, rel=1e-5)
+
+
+def test_layers_are_asked_for_in_groups_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "LAYER_BYTES", 4 * 40)
+    original, changed = plain(), plain()
+    values = [{"r0": normal(0, 1, 32), "r1": normal(1, 1, 32), "m2": normal(2, 1, 10), "a2": normal(3, 1, 10)}]
+    calls: list[tuple[int, list[str]]] = []
+    layers = {"r0": "r0", "r1": "r1", "m2": "m2", "a2": "a2"}
+    made = {id(original): values, id(changed): values}
+    found = compare(original, changed, feeds(1), layers=layers, run=stub(made, calls))
+    assert [each.value for each in found.layers] == list(layers)
+    assert all(each.exact for each in found.layers)
+    # 32 + 32 values are more than 40: r0 alone, then r1, then the two of 10.
+    assert [names for identity, names in calls if identity == id(changed)][1:] == [["r0"], ["r1"], ["m2", "a2"]]
+
+
+def test_files_are_compared_as_well_as_models(tmp_path: Path) -> None:
+    for name, model in (("original.onnx", plain()), ("changed.onnx", fused())):
+        ir.save(model, tmp_path / name)
+    found = compare(tmp_path / "original.onnx", tmp_path / "changed.onnx", feeds(3), layers=LAYER_NAMES)
+    assert found == compare(plain(), fused(), feeds(3), layers=LAYER_NAMES)
+
+
+def test_a_comparison_is_json_and_always_the_same() -> None:
+    texts = [json.dumps(compare(plain(), fused(), feeds(3)).to_dict(), allow_nan=False) for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert list(json.loads(texts[0])) == ["inputs", "outputs", "layers"]
+
+
+def outcome(changes: Mapping[str, float], *, names: Sequence[str] = ("y",)) -> Comparison:
+    """Of two outputs of ten rows: the changed one with a value added here and there."""
+    nodes = [helper.make_node("Relu", ["x"], [name]) for name in names]
+    models = [model_of(nodes, {"x": (1, 5)}, list(names), {}) for _ in range(2)]
+    base = [{name: normal(index, 1, 5) for name in names} for index in range(10)]
+    other = [{name: array + np.float32(changes.get(name, 0.0)) for name, array in row.items()} for row in base]
+    return compare(*models, feeds(10), run=stub({id(models[0]): base, id(models[1]): other}, []))
+
+
+def test_a_breach_has_the_output_the_value_and_the_limit() -> None:
+    found = outcome({"z": 0.5}, names=("y", "z"))
+    row = found.outputs[1]
+    assert found.breaches(Budget(max=0.01, cosine=0.5)) == (f"z: max={row.relative:.6g}, wanted at most 0.01",)
+    (line,) = found.breaches(Budget(sqnr=60.0))
+    assert line.startswith("z: sqnr=")
+    assert line.endswith("wanted at least 60")
+
+
+def test_nothing_that_can_be_told_is_no_excuse() -> None:
+    models = [model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": (1, 5)}, ["y"], {}) for _ in range(2)]
+    made = {id(models[0]): [{"y": normal(0, 1, 5)}], id(models[1]): [{"y": normal(1, 1, 5)}]}
+    found = compare(*models, feeds(1), run=stub(made, []))
+    assert found.breaches(Budget(centred=10.0)) == ("y: centred can't be told (1 input(s)), wanted 10",)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_break_any_budget(bad: float) -> None:
+    found = outcome({"y": bad})
+    assert not found.finite
+    assert found.breaches(Budget())[0].startswith("y: NaN or infinite: 0 elements of the original, 50 of the other")
+    assert not found.within(Budget(max=1e9))
+
+
+def test_agreement_is_asked_of_logits_where_there_are_some() -> None:
+    """The first output has classes too, by its shape, and they differ; the softmax tells which output's count."""
+    nodes = [
+        helper.make_node("Relu", ["x"], ["hidden"]),
+        helper.make_node("Neg", ["x"], ["l"]),
+        helper.make_node("Softmax", ["l"], ["p"]),
+    ]
+    models = [model_of(nodes, {"x": (1, 5)}, ["hidden", "p"], {}) for _ in range(2)]
+    rows = [{"hidden": normal(index, 1, 5), "l": normal(index, 1, 5), "p": normal(index, 1, 5)} for index in range(4)]
+    other = [{**row, "hidden": -row["hidden"]} for row in rows]
+    found = compare(*models, feeds(4), run=stub({id(models[0]): rows, id(models[1]): other}, []))
+    assert found.outputs[0].top1 is not None
+    assert found.outputs[0].top1 < 1.0
+    assert found.within(Budget(top1=1.0))
+
+
+def test_agreement_of_what_has_no_classes_is_a_breach() -> None:
+    models = [model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": (5,)}, ["y"], {}) for _ in range(2)]
+    row = [{"y": normal(0, 5)}]
+    found = compare(*models, feeds(1), run=stub({id(models[0]): row, id(models[1]): row}, []))
+    assert found.breaches(Budget(top1=0.5)) == ("no output has classes: top1=0.5 can't be told; leave it out",)
+
+
+def test_what_can_t_be_compared_gets_one_line() -> None:
+    other = model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": (1, 16)}, ["y"], {})
+    with pytest.raises(ModelError, match=r"the changed model has no output 'a2': its outputs are 'y'"):
+        compare(plain(), other, feeds(1))
+    with pytest.raises(ModelError, match="there are no inputs to compare the models on"):
+        compare(plain(), plain(), [])
+    models = [plain(), plain()]
+    made = {id(models[0]): [{"a2": normal(0, 1, 10)}], id(models[1]): [{"a2": normal(0, 1, 9)}]}
+    with pytest.raises(ModelError, match=r"'a2' is \(1, 10\) in the original and \(1, 9\) in the changed model"):
+        compare(*models, feeds(1), run=stub(made, []))

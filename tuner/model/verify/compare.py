@@ -1,0 +1,312 @@
+"""How far one model is from another: the errors of its outputs, and of its layers, over the same inputs.
+
+With a of the original, b of the changed model, e = b - a, and m the mean of a over the inputs, element by element:
+
+    relative           max|e| / max|a|
+    centred relative   max|e| / max|a - m|
+    cosine             Σ a·b / √(Σ a² · Σ b²)
+    SQNR               10 · log₁₀(Σ (a - m)² / Σ e²)   dB; of layers, a² in place of (a - m)²
+    top-1              share of rows whose largest element stands at the same place
+
+Outputs that hardly depend on the input make every cosine near 1 and every relative error small: a network with careless
+weights gives cosines of 0.9998 between *different* inputs. Centred measures see what depends on the input alone. The
+original's mean is taken from both, so that an error that is the same for every input counts as well.
+
+Both models run in ONNX Runtime with its optimisations off. One feed's values are held at a time, and sums over them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import onnx_ir as ir
+
+from tilewright.tuner.model.graph import elements, static_shape
+from tilewright.tuner.model.verify.error_budget import Budget
+from tilewright.tuner.model.verify.error_sums import LayerError, LayerSums, OutputError, OutputSums
+from tilewright.tuning_db.errors import ModelError
+
+Array = np.ndarray[Any, Any]
+Feeds = Sequence[Mapping[str, Array]]
+Runner = Callable[[ir.Model | Path, Feeds, Sequence[str]], Iterator[dict[str, Array]]]
+
+KEPT_BYTES = 64 << 20
+"""Of the original's outputs that are held in memory; beyond that they go to a temporary file without a name."""
+
+LAYER_BYTES = 256 << 20
+"""Of layers' values that one pass asks of each model, as fp32: with more, further passes are made."""
+
+_THROUGH = frozenset({"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+"""What may stand between a softmax and the output that it makes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One model against another."""
+
+    inputs: int  # compared, entries of a batch counted singly
+    outputs: tuple[OutputError, ...]  # in the order of the graph's outputs, each before its logits
+    layers: tuple[LayerError, ...]  # in the order in which they were asked for
+
+    @property
+    def finite(self) -> bool:
+        """Whether neither model gave a NaN or an infinity."""
+        return not any(row.bad_original or row.bad_changed for row in self._all)
+
+    def breaches(self, budget: Budget) -> tuple[str, ...]:
+        """What of a budget is not met, a line each. NaN and infinities break any budget.
+
+        Every output is judged, and the logits behind it; top-1 agreement of logits and probabilities alone, and where
+        no softmax tells which those are, of the first output that has classes.
+        """
+        found = [
+            f"{row.value}: NaN or infinite: {row.bad_original} elements of the original, {row.bad_changed} of the other"
+            for row in self._all
+            if row.bad_original or row.bad_changed
+        ]
+        limits = (
+            ("max", "relative", True, budget.max),
+            ("centred", "centred_relative", True, budget.centred),
+            ("cosine", "cosine", False, budget.cosine),
+            ("sqnr", "sqnr_db", False, budget.sqnr),
+        )
+        for name, field, upper, limit in limits:
+            for row in self.outputs if limit is not None else ():
+                value = getattr(row, field)
+                if row.exact:
+                    continue
+                if value is None:
+                    found.append(f"{row.value}: {name} can't be told ({self.inputs} input(s)), wanted {limit:g}")
+                elif (value > limit) if upper else (value < limit):
+                    found.append(
+                        f"{row.value}: {name}={value:.6g}, wanted {'at most' if upper else 'at least'} {limit:g}"
+                    )
+        if budget.top1 is not None:
+            judged = self._classes()
+            if not judged:
+                found.append(f"no output has classes: top1={budget.top1:g} can't be told; leave it out")
+            found += [
+                f"{row.value}: top1={row.top1:.6g}, wanted at least {budget.top1:g}"
+                for row in judged
+                if row.top1 is not None and row.top1 < budget.top1
+            ]
+        return tuple(found)
+
+    def within(self, budget: Budget) -> bool:
+        """Whether all of a budget is met."""
+        return not self.breaches(budget)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, in one order."""
+        return asdict(self)
+
+    @property
+    def _all(self) -> Iterator[OutputError | LayerError]:
+        yield from self.outputs
+        yield from self.layers
+
+    def _classes(self) -> list[OutputError]:
+        having = [row for row in self.outputs if row.top1 is not None]
+        named = {row.output for row in having if row.logits}
+        return [row for row in having if row.output in named] or having[:1]
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """The input of the softmax that makes an output."""
+
+    value: str
+    axis: int  # of the classes
+
+
+def logits_of(model: ir.Model) -> dict[str, Logits]:
+    """Of each graph output that a Softmax or LogSoftmax makes, what goes into that one, by the output's name.
+
+    Between the softmax and the output there may be casts and changes of shape.
+    """
+    found = {}
+    for output in model.graph.outputs:
+        value: ir.Value | None = output
+        while value is not None and (node := value.producer()) is not None:
+            if node.domain == "" and node.op_type in ("Softmax", "LogSoftmax"):
+                source = node.inputs[0]
+                if source is not None and not source.is_graph_input() and source.producer() is not None:
+                    found[_name(output)] = Logits(_name(source), node.attributes.get_int("axis", -1))
+                break
+            value = node.inputs[0] if node.domain == "" and node.op_type in _THROUGH else None
+    return found
+
+
+class Reference:
+    """The original's outputs over some feeds: worked out once, for comparison with any number of changed models. Use it
+    in a `with` block.
+
+    Args:
+        original: the model, or its file.
+        feeds: what both get: arrays by input name.
+        run: `session.run`, or another way to run a model.
+    """
+
+    def __init__(self, original: ir.Model | Path, feeds: Feeds, *, run: Runner | None = None) -> None:
+        if not feeds:
+            raise ModelError("there are no inputs to compare the models on: give at least one sample")
+        self._model, self._feeds, self._run = original, feeds, run or _run
+        graph = _graph_of(original)
+        self._outputs = [_name(output) for output in graph.graph.outputs]
+        self._logits = {
+            output: logits for output, logits in logits_of(graph).items() if logits.value not in self._outputs
+        }
+        self._batch = _batch(graph)
+        self._sizes = _sizes(graph)
+        self._kept: tempfile.SpooledTemporaryFile[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives up what was kept of the original's outputs."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
+    def compare(self, changed: ir.Model | Path, *, layers: Mapping[str, str] | None = None) -> Comparison:
+        """The errors of a changed model; see `compare`."""
+        graph = _graph_of(changed)
+        theirs = {_name(output) for output in graph.graph.outputs}
+        missing = [name for name in self._outputs if name not in theirs]
+        if missing:
+            raise ModelError(
+                f"the changed model has no output {', '.join(map(repr, missing))}: its outputs are "
+                f"{', '.join(map(repr, sorted(theirs)))}"
+            )
+        changed_logits = logits_of(graph)
+        # What is compared: the graph output it belongs to, its name here, its name there, the axis of its classes.
+        rows = []
+        for output in self._outputs:
+            rows.append((output, output, output, -1))
+            if output in self._logits and output in changed_logits:
+                mine, other = self._logits[output], changed_logits[output]
+                rows.append((output, mine.value, other.value, mine.axis))
+        sums = [OutputSums(axis) for *_, axis in rows]
+        inputs = 0
+        wanted = list(dict.fromkeys(there for _, _, there, _ in rows))
+        for ours, others in zip(self._originals(), self._run(changed, self._feeds, wanted), strict=True):
+            batched = [self._batch > 1 and ours[here].shape[:1] == (self._batch,) for _, here, _, _ in rows]
+            inputs += self._batch if all(batched) else 1
+            for (output, here, there, _), total, apart in zip(rows, sums, batched, strict=True):
+                total.add(*_same_size(output, ours[here], others[there]), apart)
+        found = [
+            total.row(output, here, here != output) for (output, here, _, _), total in zip(rows, sums, strict=True)
+        ]
+        return Comparison(inputs, tuple(found), tuple(self._layers(changed, layers or {})))
+
+    def _originals(self) -> Iterator[dict[str, Array]]:
+        """The original's outputs and logits, feed by feed, from the second time on as they were kept."""
+        names = [*self._outputs, *(logits.value for logits in self._logits.values())]
+        names = list(dict.fromkeys(names))
+        if self._kept is None:
+            kept: tempfile.SpooledTemporaryFile[bytes] = tempfile.SpooledTemporaryFile(KEPT_BYTES)  # noqa: SIM115
+            for values in self._run(self._model, self._feeds, names):
+                for name in names:
+                    np.save(kept, _plain(values[name]), allow_pickle=False)
+            self._kept = kept
+        self._kept.seek(0)
+        for _ in self._feeds:
+            yield {name: np.load(self._kept, allow_pickle=False) for name in names}
+
+    def _layers(self, changed: ir.Model | Path, layers: Mapping[str, str]) -> Iterator[LayerError]:
+        for group in _groups(layers, self._sizes):
+            sums = {name: LayerSums() for name in group}
+            here = list(dict.fromkeys(group.values()))
+            pairs = zip(
+                self._run(self._model, self._feeds, here), self._run(changed, self._feeds, list(group)), strict=True
+            )
+            for ours, others in pairs:
+                for name, total in sums.items():
+                    total.add(*_same_size(name, ours[group[name]], others[name]))
+            yield from (total.row(name, group[name]) for name, total in sums.items())
+
+
+def compare(
+    original: ir.Model | Path,
+    changed: ir.Model | Path,
+    feeds: Feeds,
+    *,
+    layers: Mapping[str, str] | None = None,
+    run: Runner | None = None,
+) -> Comparison:
+    """Runs both models over the feeds and tells how far their outputs are apart.
+
+    Where a softmax makes an output of both, its input is compared as well. Inputs, over which means are taken, are the
+    feeds, and where all of the model's inputs and an output begin with one dimension, the entries of that.
+
+    Args:
+        original, changed: models with outputs of the same names, or their files.
+        feeds: arrays by input name, one entry a run.
+        layers: for each value of the changed model whose error is wanted, its name in the original.
+        run: `session.run`, or another way to run a model.
+
+    Raises:
+        ModelError: no feeds, or outputs that don't go together.
+    """
+    with Reference(original, feeds, run=run) as reference:
+        return reference.compare(changed, layers=layers)
+
+
+def _same_size(name: str, a: Array, b: Array) -> tuple[Array, Array]:
+    """Both arrays, the second in the first's shape."""
+    if a.size != b.size:
+        raise ModelError(f"{name!r} is {a.shape} in the original and {b.shape} in the changed model")
+    return a, b.reshape(a.shape)
+
+
+def _plain(array: Array) -> Array:
+    """An array whose type NumPy's files know: bf16 and fp8 become fp32, which holds them exactly."""
+    return array.astype(np.float32) if array.dtype.kind == "V" or array.dtype.name.startswith("float8") else array
+
+
+def _graph_of(model: ir.Model | Path) -> ir.Model:
+    return model if isinstance(model, ir.Model) else ir.load(model)
+
+
+def _batch(model: ir.Model) -> int:
+    """The dimension that all inputs begin with, or 1."""
+    shapes = [static_shape(value) for value in model.graph.inputs]
+    leading = {shape[0] if shape else 1 for shape in shapes if shape != ()}
+    return leading.pop() if len(leading) == 1 else 1
+
+
+def _sizes(model: ir.Model) -> dict[str, int]:
+    """Bytes of every value as fp32; of what has no static shape, none are known."""
+    return {_name(value): 4 * (elements(value) or 0) for node in model.graph for value in node.outputs if value.name}
+
+
+def _groups(layers: Mapping[str, str], sizes: Mapping[str, int]) -> Iterator[dict[str, str]]:
+    """The layers in as few groups as keep to `LAYER_BYTES`, in their order."""
+    group: dict[str, str] = {}
+    held = 0
+    for name, original in layers.items():
+        size = sizes.get(original, 0)
+        if group and held + size > LAYER_BYTES:
+            yield group
+            group, held = {}, 0
+        group[name] = original
+        held += size
+    if group:
+        yield group
+
+
+def _run(model: ir.Model | Path, feeds: Feeds, outputs: Sequence[str]) -> Iterator[dict[str, Array]]:
+    from tilewright.tuner.model.session import run
+
+    return run(model, feeds, outputs)
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name is not None
+    return value.name

@@ -1,0 +1,162 @@
+"""Sums that errors of values over many inputs are made of, and the errors themselves, which `compare.py` defines."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputError:
+    """The errors of one graph output, or of the logits behind one. None is what can't be said: nothing to divide by."""
+
+    output: str  # name of the graph output
+    value: str  # name of what was compared, in the original: the output itself, or its logits
+    logits: bool  # whether it is the logits behind the output
+    exact: bool  # every element is equal
+    relative: float | None
+    centred_relative: float | None  # None for one input, too
+    max_abs: float
+    cosine: float | None
+    sqnr_db: float | None  # None for one input, and without any error
+    top1: float | None  # None of what has no classes: integers, vectors
+    bad_original: int  # NaN and infinities; they are left out of the errors
+    bad_changed: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerError:
+    """The errors of one fused node's output."""
+
+    value: str  # name in the changed model
+    original: str  # name in the original
+    exact: bool
+    relative: float | None
+    sqnr_db: float | None  # not centred
+    bad_original: int
+    bad_changed: int
+
+
+class LayerSums:
+    """What is summed of a pair of values, feed by feed."""
+
+    def __init__(self) -> None:
+        self.largest = self.largest_error = 0.0
+        self.squares = self.changed_squares = self.products = self.error_squares = 0.0
+        self.bad_original = self.bad_changed = 0
+        self.exact = True
+
+    def add(self, a: Array, b: Array) -> tuple[Array, Array]:
+        """Adds a pair of one shape; both as fp64, with zeros where either is not finite."""
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        self.exact &= bool(np.array_equal(a, b))
+        fine_a, fine_b = np.isfinite(a), np.isfinite(b)
+        self.bad_original += int(a.size - np.count_nonzero(fine_a))
+        self.bad_changed += int(b.size - np.count_nonzero(fine_b))
+        if not (fine_a.all() and fine_b.all()):
+            both = fine_a & fine_b
+            a, b = np.where(both, a, 0.0), np.where(both, b, 0.0)
+        if a.size:
+            error = b - a
+            self.largest = max(self.largest, float(np.abs(a).max()))
+            self.largest_error = max(self.largest_error, float(np.abs(error).max()))
+            self.squares += _dot(a, a)
+            self.changed_squares += _dot(b, b)
+            self.products += _dot(a, b)
+            self.error_squares += _dot(error, error)
+        return a, b
+
+    def row(self, name: str, original: str) -> LayerError:
+        return LayerError(
+            value=name,
+            original=original,
+            exact=self.exact,
+            relative=_ratio(self.largest_error, self.largest),
+            sqnr_db=_decibel(self.squares, self.error_squares),
+            bad_original=self.bad_original,
+            bad_changed=self.bad_changed,
+        )
+
+
+class OutputSums:
+    """`LayerSums`, and element by element what the mean over inputs is taken from."""
+
+    def __init__(self, axis: int) -> None:
+        self.sums = LayerSums()
+        self.axis = axis
+        self.count = 0  # inputs
+        self.rows = self.agreed = 0  # of classes
+        # Element by element over the inputs, of a - first: near the mean, so that squares don't cancel.
+        self.first: Array | None = None
+        self.total = self.least = self.most = np.zeros(0)
+        self.squares = 0.0
+
+    def add(self, a: Array, b: Array, batched: bool) -> None:
+        floating = a.dtype.kind == "f" or a.dtype.kind == "V"
+        a, b = self.sums.add(a, b)
+        if floating:
+            self._agree(a, b)
+        samples = a if batched else a[None]
+        if self.first is None:
+            self.first = samples[0].copy()
+            self.total, self.least, self.most = (np.zeros_like(self.first) for _ in range(3))
+        shifted = samples - self.first
+        self.count += len(samples)
+        self.total += shifted.sum(axis=0)
+        self.squares += _dot(shifted, shifted)
+        self.least = np.minimum(self.least, shifted.min(axis=0))
+        self.most = np.maximum(self.most, shifted.max(axis=0))
+
+    def _agree(self, a: Array, b: Array) -> None:
+        if self.axis == -1:  # (N, classes, 1, 1) has its classes in the second dimension
+            while a.ndim > 2 and a.shape[-1] == 1:
+                a, b = a[..., 0], b[..., 0]
+        if a.ndim < 2 or a.shape[self.axis] < 2:
+            return
+        same = a.argmax(axis=self.axis) == b.argmax(axis=self.axis)
+        self.rows += same.size
+        self.agreed += int(np.count_nonzero(same))
+
+    def row(self, output: str, value: str, logits: bool) -> OutputError:
+        sums = self.sums
+        centred_largest, centred_squares = 0.0, 0.0
+        if self.count > 1 and self.total.size:
+            mean = self.total / self.count
+            centred_largest = float(np.maximum(self.most - mean, mean - self.least).max())
+            centred_squares = max(0.0, self.squares - self.count * _dot(mean, mean))
+        centred = centred_largest > 0.0
+        lengths = math.sqrt(sums.squares) * math.sqrt(sums.changed_squares)
+        return OutputError(
+            output=output,
+            value=value,
+            logits=logits,
+            exact=sums.exact,
+            relative=_ratio(sums.largest_error, sums.largest),
+            centred_relative=_ratio(sums.largest_error, centred_largest) if centred else None,
+            max_abs=sums.largest_error,
+            cosine=max(-1.0, min(1.0, sums.products / lengths)) if lengths else None,
+            sqnr_db=_decibel(centred_squares, sums.error_squares),
+            top1=self.agreed / self.rows if self.rows else None,
+            bad_original=sums.bad_original,
+            bad_changed=sums.bad_changed,
+        )
+
+
+def _dot(a: Array, b: Array) -> float:
+    """Σ a·b, pairwise: BLAS's is quicker, less exact, and depends on how many threads it takes."""
+    return float(np.sum(a * b))
+
+
+def _ratio(error: float, largest: float) -> float | None:
+    if error == 0.0:
+        return 0.0
+    return error / largest if largest else None
+
+
+def _decibel(signal: float, noise: float) -> float | None:
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 and noise > 0.0 else None
