@@ -1,0 +1,305 @@
+"""Half precision: what stays fp32 and why, that constants stay finite, and that results stay near."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+from tests.tuner.model.fused_nets import dtypes, fused, node, operators, output
+from tests.tuner.model.graphs import model_of, normal, relative_error, results
+from tilewright.tuner.model.graph import DTYPES, constant, dtype_name
+from tilewright.tuner.model.precision.half import STAYS, converted, lower
+from tilewright.tuner.model.precision.quantise import apply_precision
+
+LEAST = float(np.finfo(np.float32).min)
+
+
+def attention_block(mask_value: float, eps: float = 1e-6) -> ir.Model:
+    """A decomposed norm, a projection, masked scores, a softmax, a product: x (2, 6, 16), keep (2, 1, 6) → y."""
+    nodes = [
+        node("ReduceMean", ["x", "last"], ["mean"], name="mean"),
+        node("Sub", ["x", "mean"], ["centred"], name="centre"),
+        node("Pow", ["centred", "two"], ["squares"], name="square"),
+        node("ReduceMean", ["squares", "last"], ["variance"], name="variance"),
+        node("Add", ["variance", "eps"], ["safe"], name="add_eps"),
+        node("Sqrt", ["safe"], ["deviation"], name="root"),
+        node("Div", ["centred", "deviation"], ["normed"], name="norm"),
+        node("Mul", ["normed", "gain"], ["scaled"], name="gain_of_norm"),
+        node("Add", ["scaled", "shift"], ["h"], name="shift_of_norm"),
+        node("MatMul", ["h", "w"], ["q"], name="project"),
+        node("Transpose", ["h"], ["k"], perm=[0, 2, 1], name="turn"),
+        node("MatMul", ["q", "k"], ["scores"], name="score"),
+        node("Sub", ["ones", "keep"], ["hide"], name="invert"),
+        node("Mul", ["hide", "masked"], ["bias"], name="to_bias"),
+        node("Add", ["scores", "bias"], ["masked_scores"], name="mask"),
+        node("Softmax", ["masked_scores"], ["weights"], axis=-1, name="softmax"),
+        node("MatMul", ["weights", "h"], ["mixed"], name="mix"),
+        node("MatMul", ["mixed", "w"], ["y"], name="out"),
+    ]
+    constants = {
+        "last": np.array([-1]),
+        "two": np.array(2, np.float32),
+        "eps": np.array(eps, np.float32),
+        "gain": normal(1, 16),
+        "shift": normal(2, 16),
+        "w": normal(3, 16, 16) * np.float32(0.25),
+        "ones": np.ones(1, np.float32),
+        "masked": np.array(mask_value, np.float32),
+    }
+    return fused(nodes, {"x": (2, 6, 16), "keep": (2, 1, 6)}, ["y"], constants)
+
+
+def feed_of(hidden: tuple[int, ...] = (5,)) -> dict[str, np.ndarray]:
+    keep = np.ones((2, 1, 6), np.float32)
+    keep[..., hidden] = 0
+    return {"x": 3 * normal(9, 2, 6, 16), "keep": keep}
+
+
+@pytest.mark.parametrize("base", ["fp16", "bf16"])
+@pytest.mark.parametrize("mask_value", [-1e4, -1e9, LEAST])
+def test_masks_stay_finite(base: str, mask_value: float) -> None:
+    model = attention_block(mask_value)
+    mixed = apply_precision(model, {}, base=base)
+    exact, got = output(model, feed_of()), output(mixed, feed_of())
+    assert np.isfinite(got).all()
+    assert relative_error(got, exact) < (5e-3 if base == "fp16" else 4e-2)
+
+
+def test_rows_of_which_everything_is_masked_stay_finite() -> None:
+    mixed = apply_precision(attention_block(LEAST), {}, base="fp16")
+    assert np.isfinite(output(mixed, feed_of((0, 1, 2, 3, 4, 5)))).all()
+
+
+def test_a_decomposed_norm_is_one_island() -> None:
+    mixed = apply_precision(attention_block(-1e9), {}, base="fp16")
+    kinds = dtypes(mixed)
+    island = ("mean", "centred", "squares", "variance", "safe", "deviation", "normed", "scaled", "h")
+    assert {kinds[name] for name in island} == {"fp32"}
+    # x and keep become fp16, and x fp32 again for the norm is the graph input itself; h becomes fp16, the scores fp32.
+    casts = [each.inputs[0].name for each in mixed.graph if each.op_type == "Cast"]  # type: ignore[union-attr]
+    assert len(casts) == len(set(casts))
+    assert not set(casts) & set(island[:-1])
+
+
+def test_a_constant_that_half_precision_has_no_number_for_keeps_its_node_in_fp32() -> None:
+    nodes = [node("Add", ["x", "c"], ["s"], name="add"), node("Relu", ["s"], ["y"], name="relu")]
+    for number, kept in ((1e-6, "fp32"), (1e-12, "fp32"), (1e-3, "fp16"), (0.0, "fp16")):
+        model = model_of(nodes, {"x": (2, 3)}, ["y"], {"c": np.array([number], np.float32)})
+        reasons = lower(model, {}, "fp16")
+        assert dtypes(model)["s"] == kept
+        assert ("add" in reasons) == (kept == "fp32")
+    small = np.full(3, 1e-6, np.float32)  # a bias whose elements happen to be small: no eps
+    model = model_of(nodes, {"x": (2, 3)}, ["y"], {"c": small})
+    assert lower(model, {}, "fp16") == {}
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "constants"),
+    [
+        ("Softmax", {}, {}),
+        ("LogSoftmax", {}, {}),
+        ("Exp", {}, {}),
+        ("Log", {}, {}),
+        ("Erf", {}, {}),
+        ("Pow", {}, {"c": np.array(2, np.float32)}),
+        ("ReduceMean", {}, {"c": np.array([1])}),
+        ("ReduceSum", {}, {"c": np.array([1])}),
+        ("ReduceL2", {}, {"c": np.array([1])}),
+        ("CumSum", {}, {"c": np.array(1)}),
+        ("LayerNormalization", {}, {"c": np.ones(8, np.float32)}),
+        ("LRN", {"size": 3}, {}),
+        ("TopK", {}, {"c": np.array([2])}),
+        ("InstanceNormalization", {}, {"c": np.ones(4, np.float32), "d": np.ones(4, np.float32)}),
+    ],
+)
+def test_operators_that_lose_too_much_stay(operator: str, attributes: dict, constants: dict) -> None:
+    nodes = [
+        node("Relu", ["x"], ["r"], name="relu"),
+        node(operator, ["r", *constants], ["y"] if operator != "TopK" else ["y", "i"], name="it", **attributes),
+        node("Neg", ["y"], ["z"], name="neg"),
+        node("Relu", ["z"], ["out"], name="relu2"),
+    ]
+    model = model_of(nodes, {"x": (2, 4, 4, 8)}, ["out"], constants)
+    exact = results(model, {"x": 1 + np.abs(normal(0, 2, 4, 4, 8))})
+    reasons = lower(model, {}, "fp16")
+    assert reasons["it"] == STAYS[operator]
+    assert dtypes(model)["y"] == "fp32"
+    assert dtypes(model)["r"] == dtypes(model)["out_fp16"] == "fp16"
+    got = results(model, {"x": 1 + np.abs(normal(0, 2, 4, 4, 8))})
+    np.testing.assert_allclose(got[0], exact[0], rtol=2e-2, atol=1e-3)
+
+
+def test_numbers_of_integers_stay_and_those_of_masks_do_not() -> None:
+    nodes = [
+        helper.make_node("Cast", ["n"], ["wide"], to=TensorProto.FLOAT, name="positions"),
+        helper.make_node("Cast", ["n"], ["flags"], to=TensorProto.BOOL, name="to_bool"),
+        helper.make_node("Cast", ["flags"], ["mask"], to=TensorProto.FLOAT, name="from_bool"),
+        helper.make_node("Add", ["wide", "mask"], ["sum"], name="add"),
+        helper.make_node("Cast", ["sum"], ["y"], to=TensorProto.INT64, name="to_integers"),
+    ]
+    model = model_of(nodes, {"n": (3,)}, ["y"], {}, dtype="int64")
+    reasons = lower(model, {}, "fp16")
+    assert reasons["positions"] == "not every int64 is a number of fp16"
+    assert dtypes(model)["wide"] == "fp32"
+    assert dtypes(model)["mask"] == "fp16"
+    np.testing.assert_array_equal(results(model, {"n": np.array([0, 4097, 70001])})[0], [0, 4098, 70002])
+
+
+def test_numbers_that_say_where_stay() -> None:
+    nodes = [node("Resize", ["x", "", "scales"], ["r"], name="resize"), node("Relu", ["r"], ["y"], name="relu")]
+    constants = {"scales": np.array([1, 1, 1.5, 1.5], np.float32)}
+    model = model_of(nodes, {"x": (1, 2, 4, 4)}, ["y"], constants)
+    lower(model, {}, "fp16")
+    resize = next(each for each in model.graph if each.op_type == "Resize")
+    assert [dtype_name(value) if value is not None else None for value in resize.inputs] == ["fp16", None, "fp32"]
+    assert results(model, {"x": normal(0, 1, 2, 4, 4)})[0].shape == (1, 2, 6, 6)
+
+
+def test_constants_are_cut_to_what_the_type_has() -> None:
+    array = np.array([1e9, -1e9, np.inf, -np.inf, 65504, -70000, 0.1, np.nan], np.float32)
+    half, bound = converted(array, "fp16"), converted(array, "fp16", bound=True)
+    np.testing.assert_array_equal(half[:6], np.array([32752, -32752, np.inf, -np.inf, 65504, -32752], np.float16))
+    np.testing.assert_array_equal(bound[:2], np.array([65504, -65504], np.float16))
+    assert half[6] == np.float16(0.1)
+    assert np.isnan(half[7])
+    wide = converted(np.array([LEAST, 1e30], np.float32), "bf16")
+    assert np.isfinite(wide.astype(np.float32)).all()
+    assert wide.dtype == ml_dtypes.bfloat16
+
+
+def test_bounds_cut_nothing_off() -> None:
+    nodes = [node("Clip", ["x", "low", "high"], ["c"], name="clip"), node("Neg", ["c"], ["y"], name="neg")]
+    constants = {"low": np.array(0, np.float32), "high": np.array(3.4e38, np.float32)}
+    model = model_of(nodes, {"x": (1,)}, ["y"], constants)
+    lower(model, {}, "fp16")
+    np.testing.assert_array_equal(results(model, {"x": np.array([60000], np.float32)})[0], [-60000])
+
+
+def test_filled_arrays_and_constant_nodes_are_converted() -> None:
+    fill = helper.make_tensor("value", TensorProto.FLOAT, [1], [-1e9])
+    nodes = [
+        helper.make_node("ConstantOfShape", ["shape"], ["filled"], value=fill, name="fill"),
+        helper.make_node("Constant", [], ["one"], value=helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])),
+        node("Add", ["x", "filled"], ["s"], name="add"),
+        node("Mul", ["s", "one"], ["y"], name="mul"),
+    ]
+    model = model_of(nodes, {"x": (2, 3)}, ["y"], {"shape": np.array([2, 3])})
+    lower(model, {}, "fp16")
+    assert dtypes(model)["filled"] == "fp16"
+    np.testing.assert_array_equal(results(model, {"x": np.zeros((2, 3), np.float32)})[0], np.full((2, 3), -32752))
+
+
+def test_subgraphs_get_what_they_take_in_fp32() -> None:
+    then = helper.make_graph(
+        [node("Mul", ["r", "r"], ["t"])], "then", [], [helper.make_tensor_value_info("t", 1, [2, 3])]
+    )
+    other = helper.make_graph([node("Neg", ["r"], ["e"])], "else", [], [helper.make_tensor_value_info("e", 1, [2, 3])])
+    nodes = [
+        node("Relu", ["x"], ["r"], name="relu"),
+        helper.make_node("If", ["flag"], ["chosen"], then_branch=then, else_branch=other, name="if"),
+        node("Relu", ["chosen"], ["y"], name="relu2"),
+    ]
+    model = model_of(nodes, {"x": (2, 3)}, ["y"], {"flag": np.array(True)})
+    assert lower(model, {}, "fp16")["if"] == "what is in its subgraphs stays as it is"
+    assert dtypes(model)["r"] == "fp16"
+    x = normal(0, 2, 3)
+    assert relative_error(results(model, {"x": x})[0], np.maximum(x, 0) ** 2) < 2e-3
+
+
+def test_operators_of_which_nothing_is_known_stay() -> None:
+    model = model_of(
+        [node("Relu", ["x"], ["r"], name="relu"), node("Neg", ["r"], ["y"], name="it")], {"x": (2,)}, ["y"], {}
+    )
+    next(each for each in model.graph if each.name == "it").domain = "com.example"
+    assert lower(model, {}, "fp16") == {"it": "what com.example allows is not known"}
+
+
+def test_bf16_is_kept_where_data_is_only_moved() -> None:
+    nodes = [
+        node("Transpose", ["x"], ["t"], perm=[1, 0], name="turn"),
+        node("Relu", ["t"], ["r"], name="relu"),
+        node("Concat", ["r", "t"], ["c"], axis=0, name="join"),
+        node("Relu", ["c"], ["y"], name="relu2"),
+    ]
+    model = model_of(nodes, {"x": (2, 3)}, ["y"], {})
+    lower(model, {}, "bf16")
+    kinds = dtypes(model)
+    assert [kinds[name] for name in ("t", "r", "c", "y")] == ["bf16", "fp32", "bf16", "fp32"]
+    x = normal(0, 2, 3)
+    assert relative_error(results(model, {"x": x})[0], np.maximum(np.concatenate([x.T, x.T]), 0)) < 1e-2
+
+
+def test_graph_inputs_and_outputs_keep_names_and_types() -> None:
+    nodes = [node("Relu", ["x"], ["r"], name="relu"), node("Neg", ["r"], ["y"], name="neg")]
+    model = model_of(nodes, {"x": (2, 3)}, ["y", "r"], {})
+    lower(model, {}, "fp16")
+    assert [(each.name, dtype_name(each)) for each in (*model.graph.inputs, *model.graph.outputs)] == [
+        ("x", "fp32"),
+        ("y", "fp32"),
+        ("r", "fp32"),
+    ]
+    assert operators(model).count("Cast") == 3
+    x = normal(0, 2, 3)
+    np.testing.assert_allclose(results(model, {"x": x})[1], np.maximum(x, 0), rtol=2**-11)
+
+
+def test_fp32_changes_nothing() -> None:
+    model = attention_block(-1e9)
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    assert lower(model, {}, "fp32") == {}
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_a_pinned_constant_stays() -> None:
+    nodes = [node("MatMul", ["x", "w"], ["m"], name="mm"), node("Add", ["m", "b"], ["y"], name="add")]
+    model = fused(nodes, {"x": (2, 3)}, ["y"], {"w": normal(0, 3, 4), "b": normal(1, 4)})
+    bias = model.graph.initializers["b"]
+    lower(model, {}, "fp16", pinned=frozenset([bias]))
+    gemm = next(each for each in model.graph if each.op_type == "FusedGemmBias")
+    assert gemm.inputs[2] is bias
+    assert constant(gemm.inputs[1]).dtype == np.float16  # type: ignore[union-attr]
+    assert DTYPES["fp16"] == gemm.inputs[0].dtype  # type: ignore[union-attr]
+
+
+def stream(*, read_by: str = "LayerNormalization") -> ir.Model:
+    """Two residual blocks between norms: x (2, 6, 16) → y."""
+    nodes = []
+    h = "x"
+    for index in range(2):
+        nodes += [
+            node(
+                read_by, [h, *(["gain"] if read_by == "LayerNormalization" else [])], [f"n{index}"], name=f"norm{index}"
+            ),
+            node("MatMul", [f"n{index}", "w"], [f"m{index}"], name=f"mm{index}"),
+            node("Add", [f"m{index}", f"n{index}" if index == 0 else h], [f"h{index}"], name=f"add{index}"),
+        ]
+        h = f"h{index}"
+    nodes += [node(read_by, [h, *nodes[0].input[1:]], ["y"], name="norm")]
+    constants = {"w": normal(0, 16, 16) / 4, "gain": normal(1, 16)}
+    return fused(
+        nodes,
+        {"x": (2, 6, 16)},
+        ["y"],
+        {name: constants[name] for name in constants if name == "w" or len(nodes[0].input) > 1},
+    )
+
+
+def test_the_residual_stream_between_norms_stays_fp32() -> None:
+    model = stream()
+    mixed = apply_precision(model, {}, base="fp16")
+    kinds = dtypes(mixed)
+    assert kinds["h0"] == kinds["h1"] == "fp32"
+    for name in ("mm0", "mm1"):
+        made = next(each for each in mixed.graph if each.name == name)
+        assert made.op_type == "FusedGemmResidual"
+        assert [dtype_name(value) for value in made.inputs if value is not None] == ["fp16", "fp16", "fp32"]
+    feed = {"x": normal(9, 2, 6, 16)}
+    assert relative_error(output(mixed, feed), output(model, feed)) < 2e-3
+    # Where no operator needs fp32 the stream is narrow, as in a network of convolutions.
+    narrow = apply_precision(stream(read_by="Sigmoid"), {}, base="fp16")
+    assert dtypes(narrow)["h0"] == "fp16"
+    bf16 = apply_precision(stream(read_by="Sigmoid"), {}, base="bf16")
+    assert dtypes(bf16)["h0"] == "bf16"

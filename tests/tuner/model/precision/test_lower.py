@@ -1,0 +1,147 @@
+"""From a request to the precision of every layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from tests.tuner.model.networks import written
+from tilewright.kernels.devices import resolve_device
+from tilewright.tuner.model.calibration.data import load_data
+from tilewright.tuner.model.folding.fold import fold
+from tilewright.tuner.model.fuse import fuse
+from tilewright.tuner.model.graph import copy_of, fused_nodes, plugin_inputs
+from tilewright.tuner.model.precision import lower as module
+from tilewright.tuner.model.precision.lower import Lowered, error_of, kinds_for, lower
+from tilewright.tuner.model.reading.read import read_model
+from tilewright.tuner.model.verify.compare import Reference
+from tilewright.tuner.model.verify.error_budget import Budget
+
+DEVICE = resolve_device("sm_86")
+
+
+class Case:
+    """The network of the example, fused, with data for calibration and for errors."""
+
+    def __init__(self, folder: Path) -> None:
+        model, data = written(folder)
+        self.original = read_model(model)
+        self.fused = copy_of(self.original)
+        fold(self.fused)
+        fuse(self.fused)
+        self.calibration, self.evaluation = load_data(str(data), self.original, count=12).split(4)
+        self.resume = folder
+        self.lines: list[str] = []
+
+    def lower(self, kind: str, budget: str | None = None, device: str = "sm_86") -> tuple[Lowered, float]:
+        with Reference(self.original, self.evaluation.feeds) as reference:
+            found = lower(
+                self.fused,
+                resolve_device(device),
+                kind=kind,
+                calibration=self.calibration,
+                reference=reference,
+                budget=None if budget is None else Budget.parse(budget),
+                key=f"{kind} {budget} {device}",
+                resume=self.resume,
+                tell=self.lines.append,
+            )
+            return found, error_of(reference.compare(found.model))
+
+
+@pytest.fixture
+def case(tmp_path) -> Case:
+    return Case(tmp_path)
+
+
+def kinds(found: Lowered) -> dict[str, str]:
+    assert found.part is not None
+    return {layer.node: layer.kind for layer in found.part.layers}
+
+
+def test_fp32_without_a_budget_is_the_model_itself(case):
+    found, error = case.lower("fp32")
+    assert found.model is case.fused
+    assert found.part is None
+    assert error <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_float_types_are_for_all_layers(case, kind):
+    found, error = case.lower(kind)
+    assert set(kinds(found).values()) == {kind}
+    assert 1e-5 < error < {"fp16": 5e-3, "bf16": 5e-2}[kind]
+
+
+def test_int8_is_for_the_layers_that_the_rules_let(case):
+    found, error = case.lower("int8")
+    assert kinds(found) == {"stem": "fp16", "block": "int8", "hidden": "int8", "head": "fp16"}
+    assert found.part.calibration.samples == len(case.calibration)
+    reasons = {layer.node: layer.reason for layer in found.part.layers}
+    assert reasons["stem"].startswith("first layer")
+    assert reasons["head"].startswith("last layer")
+    block = next(node for node in fused_nodes(found.model) if node.name == "block")
+    assert set(plugin_inputs(block)) >= {"x_scale", "w_scale"}
+    assert error < 0.1
+
+
+def test_a_bound_between_two_plans_keeps_the_layer_that_costs_most(case):
+    everything, error = case.lower("int8")
+    bound = error * 0.7
+    found, reached = case.lower("int8", str(bound))
+    assert reached <= bound
+    assert list(kinds(found).values()).count("int8") < 2
+    assert found.outcome is not None
+    assert found.outcome.met
+    points = found.part.pareto
+    assert sum(point.chosen for point in points) <= 1
+    assert [point.time_us for point in points] == sorted(point.time_us for point in points)
+    assert everything.outcome is None
+
+
+def test_a_bound_below_half_precision_takes_more_bits_everywhere(case):
+    found, error = case.lower("fp16", "1e-5")
+    assert set(kinds(found).values()) == {"fp32"}
+    assert error <= 1e-5
+    found, error = case.lower("auto", "1e-5")
+    assert set(kinds(found).values()) == {"fp32"}
+    assert any("fp16 alone is outside" in line for line in case.lines)
+
+
+def test_auto_takes_the_fastest_inside_the_bound(case):
+    found, error = case.lower("auto", "0.5")
+    assert list(kinds(found).values()).count("int8") == 2
+    assert error <= 0.5
+    assert len(found.outcome.trials) == 1
+
+
+def test_on_a_device_with_fp8_one_of_the_two_kinds_is_taken(case):
+    found, _ = case.lower("auto", "0.5", "sm_89")
+    assert len(set(kinds(found).values()) & {"int8", "fp8"}) == 1
+    assert any(line.startswith("fp8: ") for line in case.lines)
+    assert any(line.startswith("int8: ") for line in case.lines)
+
+
+def test_ranges_that_were_moved_wrongly_are_left_out(case, monkeypatch):
+    """A defect of the step that moves ranges must not reach the model."""
+    true = module.quantise
+
+    def doubled(model, feeds, kind, *, smoothing=True, **options):
+        if smoothing:
+            node = next(node for node in fused_nodes(model) if node.name == "block")
+            weights = plugin_inputs(node)["w"]
+            weights.const_value = ir.tensor(2 * weights.const_value.numpy(), name=weights.name)
+        return true(model, feeds, kind, smoothing=False, **options)
+
+    monkeypatch.setattr(module, "quantise", doubled)
+    _, error = case.lower("int8")
+    assert error < 0.1
+    assert any("moved ranges changed results" in line for line in case.lines)
+
+
+def test_kinds_of_devices():
+    assert kinds_for("auto", DEVICE) == ("int8", "fp16", "fp32")
+    assert kinds_for("auto", resolve_device("sm_90")) == ("int8", "fp8", "fp16", "fp32")
+    assert kinds_for("bf16", DEVICE) == ("bf16", "fp32")

@@ -1,0 +1,78 @@
+"""What 8-bit layers need survives being written and read, and counts under its own key alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from examples.model import images, network
+from tests.tuner.model.graphs import relative_error, results
+from tilewright.tuner.model.fuse import fuse
+from tilewright.tuner.model.precision.post_training import quantise
+from tilewright.tuner.model.precision.quantise import apply_precision
+from tilewright.tuner.model.precision.quantised_file import Quantised
+from tilewright.tuner.model.reading.read import read_model
+
+
+@pytest.fixture(scope="module", params=["int8", "fp8"])
+def found(request, tmp_path_factory) -> Quantised:
+    folder = tmp_path_factory.mktemp("network")
+    ir.save(ir.from_proto(network()), folder / "network.onnx")
+    model = read_model(folder / "network.onnx")
+    fuse(model)
+    feeds = [{"image": pair} for pair in images(8).reshape(4, 2, 3, 12, 12)]
+    return Quantised.of(quantise(model, feeds, request.param), model)
+
+
+def lowered(found: Quantised) -> ir.Model:
+    return apply_precision(found.model, found.plan, base="fp16", weights=found.weights, shifts=found.shifts)
+
+
+def test_it_comes_back_as_it_was(found, tmp_path):
+    file = tmp_path / "kept.npz"
+    found.save(file, "key")
+    back = Quantised.load(file, "key")
+    assert back is not None
+    for name in ("kind", "method", "decibel"):
+        assert getattr(back, name) == getattr(found, name)
+    assert dict(back.plan) == dict(found.plan)
+    assert dict(back.reasons) == dict(found.reasons)
+    assert back.weights.keys() == found.weights.keys()
+    for name, weights in found.weights.items():
+        assert np.array_equal(back.weights[name].values.view(np.uint8), weights.values.view(np.uint8))
+        assert np.array_equal(back.weights[name].scales, weights.scales)
+    assert back.shifts.keys() == found.shifts.keys()
+    feeds = {"image": images(2, seed=9)}
+    if found.kind == "int8":
+        assert relative_error(results(lowered(back), feeds)[0], results(lowered(found), feeds)[0]) == 0
+    # Written again it is the same, but for the time in the archive.
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.npz", "kept.onnx"}
+
+
+def spoil(file: Path, how: str) -> None:
+    if how == "absent":
+        file.unlink()
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "model":
+        file.with_suffix(".onnx").unlink()
+    elif how == "other":
+        np.savez(file, about=np.frombuffer(b"{}", np.uint8))
+
+
+@pytest.mark.parametrize("how", ["absent", "cut", "empty", "model", "other"])
+def test_what_can_not_be_read_is_made_anew(found, tmp_path, how):
+    file = tmp_path / "kept.npz"
+    found.save(file, "key")
+    spoil(file, how)
+    assert Quantised.load(file, "key") is None
+
+
+def test_another_key_is_another_thing(found, tmp_path):
+    found.save(tmp_path / "kept.npz", "key")
+    assert Quantised.load(tmp_path / "kept.npz", "another") is None

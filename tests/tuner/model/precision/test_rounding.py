@@ -1,0 +1,126 @@
+"""Weights rounded by what they are multiplied by give smaller errors than weights rounded to nearest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.tuner.model.fused_nets import convolutions, decibels, every_layer, output, perceptron, single
+from tests.tuner.model.graphs import normal
+from tilewright.tuner.model.precision import rounding
+from tilewright.tuner.model.precision.correction import measure_shifts
+from tilewright.tuner.model.precision.quantise import (
+    LayerPrecision,
+    Weights,
+    apply_precision,
+    channel_scales,
+    dequantised,
+    quantise_weights,
+)
+from tilewright.tuner.model.precision.rounding import pieces_of, round_layer, round_weights
+
+
+def correlated(seed: int, count: int, depth: int) -> np.ndarray:
+    """Rows that are mostly the same few patterns."""
+    return normal(seed, count, 6) @ normal(seed + 1, 6, depth) + np.float32(0.1) * normal(seed + 2, count, depth)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_errors_that_inputs_see_are_smaller(kind: str, groups: int) -> None:
+    depth = 40
+    w = normal(0, groups, 24, depth)
+    train, other = (
+        np.stack([correlated(10 * group + start, 500, depth) for group in range(groups)]) for start in (1, 5)
+    )
+    other = np.stack([normal(9 + group, 500, 6) @ normal(10 * group + 2, 6, depth) for group in range(groups)])
+    centred = train - train.mean(axis=1, keepdims=True)
+    covariance = centred.swapaxes(1, 2).astype(np.float64) @ centred / train.shape[1]
+    scales = channel_scales(w.reshape(-1, depth), 0, kind).reshape(groups, -1)
+    found = round_layer(w, scales, covariance, kind, train.shape[1])
+    assert found.shape == w.shape
+    nearest = quantise_weights(w.reshape(-1, depth), 0, kind).values.reshape(w.shape)
+    exact = other @ w.swapaxes(1, 2)
+    errors = [
+        float(np.square(other @ (each.astype(np.float32) * scales[..., None]).swapaxes(1, 2) - exact).sum())
+        for each in (found, nearest)
+    ]
+    assert errors[0] < 0.5 * errors[1]
+    if kind == "int8":
+        assert found.dtype == np.int8
+        assert found.min() >= -127
+
+
+def test_pieces_have_a_covariance_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "LARGEST_DEPTH", 16)
+    assert pieces_of(40) == (slice(0, 13), slice(13, 26), slice(26, 40))
+    b = normal(0, 40, 24)
+    model = single("gemm", {"a": normal(1, 5, 40), "b": b}, ("a",))
+    feeds = [{"a": correlated(index, 5, 40)} for index in range(40)]
+    plan = {"layer": LayerPrecision("int8", {"a": 0.1})}
+    found = round_weights(model, plan, feeds)["layer"]
+    assert found.values.shape == b.shape
+    assert np.abs(dequantised(found, 1) - b).max() < 20 * found.scales.max()
+    monkeypatch.setattr(rounding, "LARGEST_DEPTH", 4096)
+    assert not np.array_equal(round_weights(model, plan, feeds)["layer"].values, found.values)
+
+
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, rows = normal(0, 1, 8, 40), correlated(1, 500, 40)
+    covariance = np.cov(rows.T)[None]
+    scales = channel_scales(w[0], 0, "int8")[None]
+    whole = round_layer(w, scales, covariance, "int8", 500)
+    monkeypatch.setattr(rounding, "BLOCK", 7)
+    assert (round_layer(w, scales, covariance, "int8", 500) == whole).mean() > 0.99  # sums in another order
+
+
+def test_inputs_that_never_vary_leave_weights_at_the_nearest() -> None:
+    w = normal(0, 1, 8, 10)
+    scales = channel_scales(w[0], 0, "int8")[None]
+    found = round_layer(w, scales, np.zeros((1, 10, 10)), "int8", 50)
+    np.testing.assert_array_equal(found[0], quantise_weights(w[0], 0, "int8").values)
+
+
+def test_layers_come_nearer() -> None:
+    # Smooth images of whole numbers: what is off is off by the weights alone.
+    feeds = [
+        {"x": np.clip(np.rint(4 * np.cumsum(normal(index, 2, 8, 12, 12), axis=3)), -127, 127)} for index in range(40)
+    ]
+    model = single("conv2d", {"x": feeds[0]["x"], "w": normal(1, 16, 4, 3, 3)}, ("x",), groups=2, pad_top=1)
+    plan = {"layer": LayerPrecision("int8", {"x": 1.0})}
+
+    def quality(given: dict[str, Weights]) -> float:
+        shifts = measure_shifts(model, plan, feeds[:24], weights=given)
+        mixed = apply_precision(model, plan, base="fp32", weights=given, shifts=shifts)
+        return decibels(*(np.concatenate([output(each, feed) for feed in feeds[24:]]) for each in (model, mixed)))
+
+    assert quality(round_weights(model, plan, feeds[:24])) > quality({}) + 3
+
+
+def test_layers_are_done_in_groups_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = convolutions()
+    feeds = [{"x": normal(index, 2, 3, 16, 16)} for index in range(4)]
+    plan = every_layer(model, feeds)
+    done: list[str] = []
+    weights = round_weights(model, plan, feeds, progress=done.append)
+    assert done == list(weights) == list(plan)
+    monkeypatch.setattr(rounding, "GROUP_BYTES", 1)  # one layer at a time
+    alone = round_weights(model, plan, feeds)
+    assert alone.keys() == weights.keys()
+
+
+def test_results_follow_from_the_seed() -> None:
+    model = perceptron(64)
+    feeds = [{"x": normal(index, 8, 64)} for index in range(4)]
+    plan = every_layer(model, feeds)
+    first, second = (round_weights(model, plan, feeds, seed=3) for _ in range(2))
+    for name in plan:
+        np.testing.assert_array_equal(first[name].values, second[name].values)
+
+
+def test_only_quantised_matrices_are_rounded() -> None:
+    model = single("gemm", {"a": normal(0, 3, 5, 7), "b": normal(1, 3, 7, 4)}, ("a",))
+    feeds = [{"a": normal(0, 3, 5, 7)}]
+    assert round_weights(model, {"layer": LayerPrecision("int8", {"a": 0.1})}, feeds) == {}
+    other = single("gemm", {"a": normal(0, 5, 7), "b": normal(1, 7, 4)}, ("a",))
+    assert round_weights(other, {"layer": LayerPrecision("fp16")}, [{"a": normal(0, 5, 7)}]) == {}

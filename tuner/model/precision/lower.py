@@ -1,0 +1,269 @@
+"""The precision of every layer: by rule, or by a search inside an error budget.
+
+Without a budget all layers that the rules let get the precision that was asked for (`rules.py`); with one, as
+many as keep the errors inside it, the cheapest loss of speed first (`budget.py`). What 8-bit layers need comes from
+`post_training.py`, and is kept for a run that is killed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from tilewright.kernels.device import Device
+from tilewright.kernels.dtypes import dtype
+from tilewright.tuner.model.calibration.data import Samples
+from tilewright.tuner.model.graph import copy_of, fused_nodes
+from tilewright.tuner.model.precision.budget import Evaluation, Outcome, Plan, search
+from tilewright.tuner.model.precision.post_training import quantise
+from tilewright.tuner.model.precision.quantise import QUANTISED, LayerPrecision, apply_precision
+from tilewright.tuner.model.precision.quantised_file import Quantised
+from tilewright.tuner.model.report.document import CalibrationPart, LayerPlan, ParetoPoint, PrecisionPart
+from tilewright.tuner.model.report.estimate import estimate, predicted_us
+from tilewright.tuner.model.verify.compare import Comparison, Reference
+from tilewright.tuner.model.verify.error_budget import Budget
+from tilewright.tuner.model.workloads import workloads
+
+FLOATS = ("fp32", "fp16", "bf16")
+SAME = 1.02
+"""Times that differ by less are equal: a prediction tells no more."""
+
+UNCHANGED = 1e-4
+"""The largest error that moving ranges may have: what fp32 itself has after a deep network, with room to spare."""
+
+CHECKED = 2
+"""Calibration inputs on which that is checked."""
+
+MEASURE = "largest error of an output over its largest value"
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A model whose layers have their precision, and what is to be said of it."""
+
+    model: ir.Model
+    part: PrecisionPart | None  # None: everything stayed as it was
+    outcome: Outcome | None  # of a search
+
+
+def lower(
+    fused: ir.Model,
+    device: Device,
+    *,
+    kind: str,
+    calibration: Samples,
+    reference: Reference,
+    budget: Budget | None,
+    key: str,
+    resume: Path,
+    tell: Callable[[str], None],
+) -> Lowered:
+    """Lowers a fused fp32 model; the one given stays as it is.
+
+    Args:
+        fused: the model.
+        device: it decides which kinds there are, and how long layers take.
+        kind: `fp32`, `fp16`, `bf16`, `int8`, `fp8`, or `auto`: whatever is fastest inside the budget.
+        calibration: inputs that scales are measured on.
+        reference: the original's outputs on other inputs, which errors are measured on.
+        budget: of errors; None: as low as the rules let it be, whatever the error.
+        key: hash of what scales and errors depend on.
+        resume: folder in which scales and tried plans are kept.
+        tell: prints a line of progress.
+
+    Raises:
+        ModelError: calibration data on which the model gives NaN or infinity.
+        RunError: ONNX Runtime failed.
+    """
+    if kind == "fp32" and budget is None:
+        return Lowered(fused, None, None)
+    chooser = _Chooser(fused, device, kind, calibration, reference, key, resume, tell)
+    if budget is None:
+        return chooser.by_rule()
+    return chooser.by_search(budget)
+
+
+def kinds_for(kind: str, device: Device) -> tuple[str, ...]:
+    """The kinds of precision that a request lets layers have, the fewest bits first.
+
+    fp8 has as many bits as int8 and another error: `auto` tries both, where the device has them.
+    """
+    known = {
+        "auto": ("int8", "fp8", "fp16", "fp32"),
+        "int8": ("int8", "fp16", "fp32"),
+        "fp8": ("fp8", "fp16", "fp32"),
+        "fp16": ("fp16", "fp32"),
+        "bf16": ("bf16", "fp32"),
+        "fp32": ("fp32",),
+    }[kind]
+    return tuple(each for each in known if each != "fp8" or device.arch >= dtype("fp8e4m3").min_arch)
+
+
+class _Chooser:
+    """One model on the way to its precision."""
+
+    def __init__(
+        self,
+        fused: ir.Model,
+        device: Device,
+        kind: str,
+        calibration: Samples,
+        reference: Reference,
+        key: str,
+        resume: Path,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._fused, self._device, self._kind = fused, device, kind
+        self._calibration, self._reference = calibration, reference
+        self._key, self._resume, self._tell = key, resume, tell
+        self._layers = [node.name or "" for node in fused_nodes(fused)]
+
+    def by_rule(self) -> Lowered:
+        """Every layer as low as the rules let it be."""
+        if self._kind in FLOATS:
+            return Lowered(self._made({}, self._kind, None), self._part({}, self._kind, None, None), None)
+        found = self._quantised(self._kind)
+        return Lowered(self._made(found.plan, "fp16", found), self._part(found.plan, "fp16", found, None), None)
+
+    def by_search(self, budget: Budget) -> Lowered:
+        """As low as the budget lets it be."""
+        kinds = kinds_for(self._kind, self._device)
+        quantised = self._fastest([self._quantised(kind) for kind in kinds if kind in QUANTISED])
+        floats = [kind for kind in kinds if kind in FLOATS]
+        if quantised is None:
+            # Between float types layers are told apart as well: those that need the most bits keep them.
+            base, choices = floats[-1], dict.fromkeys(self._layers, floats)
+        else:
+            base = self._base(floats, budget)
+            choices = {layer: [quantised.kind, base] if layer in quantised.plan else [base] for layer in self._layers}
+
+        def evaluate(plan: Plan) -> Evaluation:
+            model = self._made(_precisions(plan, quantised, base), base, quantised)
+            comparison = self._reference.compare(model)
+            time = estimate(model, self._device).time_us
+            return Evaluation(time, error_of(comparison), comparison.within(budget), {"base": base})
+
+        outcome = search(
+            choices,
+            self._saved_us(choices, quantised, base),
+            evaluate,
+            study=self._resume / "precision.sqlite",
+            name=self._key[:16],
+            progress=lambda done, most: self._tell(f"precision: {done} plans tried, at most {most}"),
+        )
+        plan = _precisions(outcome.chosen.plan, quantised, base)
+        part = self._part(plan, base, quantised, outcome, f"the fastest inside {budget}")
+        return Lowered(self._made(plan, base, quantised), part, outcome)
+
+    def _base(self, floats: Sequence[str], budget: Budget) -> str:
+        """The type of what is no layer: that of the fewest bits with which the budget is met while no layer has 8."""
+        for kind in floats[:-1]:
+            if self._reference.compare(self._made({}, kind, None)).within(budget):
+                return kind
+            self._tell(f"{kind} alone is outside the error budget: what is no layer has more bits")
+        return floats[-1]
+
+    def _fastest(self, found: Sequence[Quantised]) -> Quantised | None:
+        """The kind whose model takes the least time with all layers in it; of equal ones that of the least error. One
+        model has one kind: each moves ranges between layers in its own way."""
+        if len(found) < 2:
+            return found[0] if found else None
+        times = {each.kind: estimate(self._made(each.plan, "fp16", each), self._device).time_us for each in found}
+        best = min(times.values())
+        return max((each for each in found if times[each.kind] <= best * SAME), key=lambda each: each.decibel)
+
+    def _quantised(self, kind: str) -> Quantised:
+        """All that 8-bit layers of one kind need, from the calibration data, or as an earlier run left it."""
+        file = self._resume / f"{kind}.npz"
+        known = Quantised.load(file, self._key)
+        if known is None:
+            model = copy_of(self._fused)
+            found = quantise(model, self._calibration.feeds, kind, tell=self._tell)
+            changed = self._changed(model)
+            if changed > UNCHANGED:
+                self._tell(f"{kind}: moved ranges changed results by {changed:.1e} and are left out")
+                model = copy_of(self._fused)
+                found = quantise(model, self._calibration.feeds, kind, smoothing=False, tell=self._tell)
+            known = Quantised.of(found, model)
+            known.save(file, self._key)
+        self._tell(f"{kind}: {len(known.plan)} of {len(self._layers)} layers")
+        return known
+
+    def _changed(self, model: ir.Model) -> float:
+        """The error of a model, whose ranges were moved, before anything is rounded to 8 bits."""
+        with Reference(self._fused, list(self._calibration.feeds[:CHECKED])) as reference:
+            return error_of(reference.compare(model))
+
+    def _made(self, plan: Mapping[str, LayerPrecision], base: str, quantised: Quantised | None) -> ir.Model:
+        if quantised is None:
+            return apply_precision(self._fused, plan, base=base)
+        return apply_precision(quantised.model, plan, base=base, weights=quantised.weights, shifts=quantised.shifts)
+
+    def _saved_us(
+        self, choices: Mapping[str, Sequence[str]], quantised: Quantised | None, base: str
+    ) -> dict[str, float]:
+        """What each layer's fewest bits save against its most, by the prediction of its problem in both."""
+        ends = []
+        for end in (0, -1):
+            plan = {layer: kinds[end] for layer, kinds in choices.items()}
+            model = self._made(_precisions(plan, quantised, base), base, quantised)
+            known: dict[Any, float] = {}
+            times = {}
+            for layer in workloads(model).layers:
+                if layer.problem not in known:
+                    known[layer.problem] = predicted_us(layer.problem, self._device) or 0.0
+                times[layer.node] = known[layer.problem]
+            ends.append(times)
+        low, high = ends
+        return {layer: high.get(layer, 0.0) - low.get(layer, 0.0) for layer in choices}
+
+    def _part(
+        self,
+        plan: Mapping[str, LayerPrecision],
+        base: str,
+        quantised: Quantised | None,
+        outcome: Outcome | None,
+        chosen_for: str = "asked for",
+    ) -> PrecisionPart:
+        rules = {} if quantised is None else quantised.reasons
+        layers = tuple(
+            LayerPlan(name, plan[name].kind if name in plan else base, rules.get(name, chosen_for))
+            for name in self._layers
+        )
+        calibration = None
+        if quantised is not None and quantised.method:
+            methods = (quantised.method,)
+            calibration = CalibrationPart(self._calibration.origin, len(self._calibration), methods)
+        front, chosen = (outcome.front, outcome.chosen) if outcome is not None else ((), None)
+        points = tuple(
+            ParetoPoint(
+                trial.evaluation.time_us,
+                "predicted",
+                trial.evaluation.error,
+                sum(kind in FLOATS for kind in trial.plan.values()),
+                trial == chosen,
+            )
+            for trial in front
+        )
+        return PrecisionPart(self._kind, base, layers, calibration, MEASURE, points)
+
+
+def error_of(comparison: Comparison) -> float:
+    """The largest relative error of an output or its logits: what plans are compared by. Infinite if any is NaN."""
+    if not comparison.finite:
+        return math.inf
+    return max((row.relative for row in comparison.outputs if row.relative is not None), default=0.0)
+
+
+def _precisions(plan: Plan, quantised: Quantised | None, base: str) -> dict[str, LayerPrecision]:
+    """The plan in the form that it is carried out in: layers of the base type need no entry."""
+    return {
+        layer: quantised.plan[layer] if quantised is not None and kind == quantised.kind else LayerPrecision(kind)
+        for layer, kind in plan.items()
+        if kind != base
+    }

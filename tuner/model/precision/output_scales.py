@@ -1,0 +1,231 @@
+"""Layers that give their result quantised, so that no step between them has to do it.
+
+Where everything that reads a value quantises it with one scale, the layer that makes it can write the integers itself:
+`out_scale` is an input of the plugins. The same holds across operators that only move numbers or take the largest:
+rounding to a grid is monotone and element by element, so `Quantise(MaxPool(x)) = MaxPool(Quantise(x))`, exactly. Such
+operators then work on 8 bits, too. The integers are the same, but for a base of half precision: there the value is no
+longer rounded to 16 bits on the way, and an element at the very middle of two integers may become the other one.
+
+A group of such operators is taken over only if fewer elements are quantised by steps of their own afterwards, or as
+many with data of a byte moved instead of more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from tilewright.tuner.model.edit import Editor
+from tilewright.tuner.model.graph import (
+    DTYPES,
+    dtype_name,
+    elements,
+    is_fused,
+    make_fused,
+    op_of,
+    plugin_inputs,
+    plugin_settings,
+    scalar,
+)
+
+MOVED: Mapping[str, frozenset[str]] = {
+    "int8": frozenset(
+        ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Concat", "Slice", "Gather")
+    ),
+    "fp8e4m3": frozenset(("Reshape", "Transpose", "Identity")),
+}
+"""Operators that commute with quantisation, by the type that ONNX's schema and ONNX Runtime have them for. (Relu
+commutes as well, but is in the layer already where there is one.)"""
+
+PRODUCERS = ("gemm", "conv2d")
+"""Ops whose plugins take `out_scale`."""
+
+
+class Grid(NamedTuple):
+    """What a value is quantised to."""
+
+    scale: float
+    dtype: str
+
+
+def grid_of(node: ir.Node) -> Grid | None:
+    """The grid of a quantise step with one scale and no zero point; None of any other node."""
+    if node.op_type != "QuantizeLinear" or node.domain != "" or (len(node.inputs) > 2 and node.inputs[2] is not None):
+        return None
+    scale = scalar(node.inputs[1])
+    dtype = dtype_name(node.outputs[0])
+    if scale is None or dtype not in MOVED or node.outputs[0].is_graph_output():
+        return None
+    return Grid(scale, dtype)
+
+
+class _Folding:
+    def __init__(self, model: ir.Model) -> None:
+        self.edit = Editor(model)
+        self.graph = model.graph
+        self._wanted: dict[ir.Value, Grid | None] = {}
+
+    def wanted(self, value: ir.Value) -> Grid | None:
+        """The one grid on which everything that reads a value wants it, if there is one."""
+        if value not in self._wanted:
+            grids: set[Grid | None] = set()
+            if value.is_graph_output() or dtype_name(value) != "fp32":
+                grids.add(None)
+            for node, index in value.uses():
+                grids.add(self._through(node, index))
+            self._wanted[value] = grids.pop() if len(grids) == 1 else None
+        return self._wanted[value]
+
+    def _through(self, node: ir.Node, index: int) -> Grid | None:
+        """The grid on which a node wants an input."""
+        if node.graph is not self.graph:
+            return None
+        if node.op_type == "QuantizeLinear":
+            return grid_of(node) if index == 0 else None
+        if node.domain != "" or len(node.outputs) != 1 or (index > 0 and node.op_type != "Concat"):
+            return None
+        grid = self.wanted(node.outputs[0])
+        return grid if grid is not None and node.op_type in MOVED[grid.dtype] else None
+
+    def movers(self) -> list[list[ir.Node]]:
+        """Operators whose result is wanted on a grid, in groups of those that share values, each in the graph's
+        order."""
+        nodes = [node for node in self.graph if len(node.outputs) == 1 and self._moves(node)]
+        group = {node: node for node in nodes}
+
+        def find(node: ir.Node) -> ir.Node:
+            while group[node] is not node:
+                node = group[node]
+            return node
+
+        first: dict[tuple[ir.Value, Grid | None], ir.Node] = {}
+        for node in nodes:
+            grid = self.wanted(node.outputs[0])
+            for value in (*_data(node), node.outputs[0]):
+                other = first.setdefault((value, grid), node)
+                group[find(node)] = find(other)
+        groups: dict[ir.Node, list[ir.Node]] = {}
+        for node in nodes:
+            groups.setdefault(find(node), []).append(node)
+        return list(groups.values())
+
+    def _moves(self, node: ir.Node) -> bool:
+        grid = self.wanted(node.outputs[0]) if node.domain == "" else None
+        return grid is not None and node.op_type in MOVED[grid.dtype]
+
+    def pays(self, group: list[ir.Node]) -> bool:
+        """Whether fewer elements are quantised by steps of their own when a group works on integers."""
+        inner = {node.outputs[0] for node in group}
+        before = sum(elements(value) or 0 for value in inner if any(grid_of(node) for node, _ in value.uses()))
+        after = 0
+        for value in {value for node in group for value in _data(node)} - inner:
+            grid = self.wanted(group[0].outputs[0])
+            shared = any(grid_of(node) == grid for node, _ in value.uses())
+            if not self.folds(value, grid) and not shared:
+                after += elements(value) or 0
+        return after < before or (after == before and any(node.op_type not in _FREE for node in group))
+
+    def folds(self, value: ir.Value, grid: Grid | None) -> bool:
+        """Whether the layer that makes a value can give it on the grid."""
+        node = value.producer()
+        if grid is None or node is None or not is_fused(node) or self.wanted(value) != grid:
+            return False
+        return op_of(node) in PRODUCERS and "out_scale" not in plugin_inputs(node)
+
+    def take_over(self, group: list[ir.Node]) -> None:
+        """Lets the operators of a group work on integers."""
+        grid = self.wanted(group[0].outputs[0])
+        assert grid is not None
+        inner = {node.outputs[0] for node in group}
+        for node in group:
+            for index, value in enumerate(node.inputs):
+                if value in _data(node) and value not in inner:
+                    assert value is not None
+                    node.replace_input_with(index, self._on_grid(value, grid))
+        for node in group:
+            out = node.outputs[0]
+            out.type = ir.TensorType(DTYPES[grid.dtype])  # a new one: values may share theirs
+            self._drop_steps(out)
+
+    def _on_grid(self, value: ir.Value, grid: Grid) -> ir.Value:
+        """The integers of a value: of a step that is there already, or of a new one; layers are folded later."""
+        for node, index in value.uses():
+            if index == 0 and grid_of(node) == grid:
+                return node.outputs[0]
+        scale = self.edit.constant(_fp32(grid.scale), f"{value.name}_scale")
+        dtype = DTYPES[grid.dtype]
+        step = self.edit.node(
+            "QuantizeLinear",
+            [value, scale],
+            value,
+            dtype,
+            base=f"{value.name}_{grid.dtype}",
+            attributes={"output_dtype": int(dtype)},
+        )
+        self.edit.after(value, step)
+        return step.outputs[0]
+
+    def _drop_steps(self, value: ir.Value) -> None:
+        """Removes the steps that quantise a value, which is on their grid now."""
+        for node in {node for node, _ in value.uses() if node.op_type == "QuantizeLinear" and node.domain == ""}:
+            node.outputs[0].replace_all_uses_with(value)
+            self.graph.remove(node, safe=True)
+
+    def fold(self, node: ir.Node) -> bool:
+        """Lets a layer give its result on the grid that all its readers want."""
+        out = node.outputs[0]
+        self._wanted.clear()
+        steps = {user for user, _ in out.uses()}
+        grids = {grid_of(user) for user in steps}
+        if not steps or len(grids) != 1 or None in grids or out.is_graph_output():
+            return False
+        grid = grids.pop()
+        assert grid is not None
+        if not self.folds(out, grid):
+            return False
+        scale = self.edit.constant(_fp32(grid.scale), f"{node.name}_out_scale")
+        settings = {**plugin_settings(node), "out_dtype": grid.dtype}
+        inputs = {**plugin_inputs(node), "out_scale": scale}
+        fused = make_fused(op_of(node), inputs, settings, name=node.name or "")
+        fused.metadata_props.update(node.metadata_props)
+        fused.outputs[0].type = ir.TensorType(DTYPES[grid.dtype])
+        self.edit.replace(node, fused)
+        self._drop_steps(fused.outputs[0])
+        return True
+
+
+_FREE = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"))
+"""Operators that cost nothing, whatever the data type."""
+
+
+def _data(node: ir.Node) -> tuple[ir.Value, ...]:
+    """The inputs of a moving operator whose numbers it moves."""
+    given = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+    return tuple(value for value in given if value is not None)
+
+
+def _fp32(number: float) -> np.ndarray[Any, Any]:
+    return np.asarray(number, np.float32)
+
+
+def _layers(graph: ir.Graph) -> Iterator[ir.Node]:
+    for node in list(graph):
+        if is_fused(node) and op_of(node) in PRODUCERS:
+            yield node
+
+
+def fold_output_scales(model: ir.Model) -> tuple[str, ...]:
+    """Takes quantise steps into the layers before them, in place. Values that are quantised must be fp32.
+
+    Gives the names of the layers that quantise their result now.
+    """
+    folding = _Folding(model)
+    for group in folding.movers():
+        if folding.pays(group):
+            folding.take_over(group)
+    folded = [node.name or "" for node in _layers(model.graph) if folding.fold(node)]
+    folding.edit.tidy()
+    return tuple(folded)

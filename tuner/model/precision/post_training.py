@@ -1,0 +1,128 @@
+"""Post-training quantisation from end to end: all that `apply_precision` needs for int8 or fp8, from calibration data.
+
+In this order, each step on the model that the one before left:
+
+1. Ranges move from activations into weights (`smoothing.py`).
+2. Activations are calibrated by every method (`calibrate.py`), and the method is taken whose model, all layers
+   rounded to nearest, comes nearest to the original on calibration data.
+3. Weights are rounded with regard to their inputs (`rounding.py`).
+4. What is left of each layer's shift is taken off its bias (`correction.py`), if that brings the results nearer.
+
+How near is the signal-to-quantisation-noise ratio, 10·log10(Σ y² / Σ (ŷ - y)²) in dB, over what the model's last
+layers give: before a softmax, which hides errors of everything but the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from tilewright.tuner.model.calibration.calibrate import Method, calibrate
+from tilewright.tuner.model.calibration.feeds import Feed
+from tilewright.tuner.model.graph import fused_nodes
+from tilewright.tuner.model.precision.correction import measure_shifts
+from tilewright.tuner.model.precision.quantise import QUANTISED, LayerPrecision, Weights, apply_precision
+from tilewright.tuner.model.precision.rounding import round_weights
+from tilewright.tuner.model.precision.rules import default_plan, last_layers, values_to_calibrate
+from tilewright.tuner.model.precision.smoothing import SmoothingReport, smooth
+from tilewright.tuner.model.session import run
+
+Array = np.ndarray[Any, Any]
+
+METHODS = (Method.MINMAX, Method.ENTROPY, Method.PERCENTILE, Method.MSE)
+SCORED = 16
+"""Calibration inputs on which methods are compared, spread over all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantisation:
+    """What was found for one kind of precision. `apply_precision(model, plan, base=…, weights=…, shifts=…)` makes the
+    model; layers that a plan leaves out take nothing from it."""
+
+    kind: str
+    plan: Mapping[str, LayerPrecision]
+    reasons: Mapping[str, str]  # of each fused node that stays at the base precision
+    method: Method | None  # of calibration; None where there is nothing to calibrate
+    scores: Mapping[Method, float]  # dB of each method, weights rounded to nearest
+    weights: Mapping[str, Weights]
+    shifts: Mapping[str, Array]
+    smoothing: SmoothingReport
+
+
+def quantise(
+    model: ir.Model,
+    feeds: Sequence[Feed],
+    kind: str,
+    *,
+    methods: Sequence[Method] = METHODS,
+    smoothing: bool = True,
+    rounding: bool = True,
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Quantisation:
+    """Finds all that a model needs to be int8 or fp8 where the rules let it be.
+
+    Args:
+        model: fused, in floating point. Smoothing changes its weights in place; what it computes stays the same.
+        feeds: calibration data.
+        kind: `int8` or `fp8`.
+        methods: of calibration, to choose from.
+        smoothing, rounding: whether to take steps 1 and 3.
+        seed: of the rows that are looked at.
+        tell: called with a line of progress.
+
+    Raises:
+        UsageError: no such kind.
+        ModelError, RunError: see `calibrate` and `session.run`.
+    """
+    report = smooth(model, feeds, kind=kind, seed=seed) if smoothing else SmoothingReport()
+    values = values_to_calibrate(model, kind)
+    if not values:
+        plan, reasons = default_plan(model, kind, {})
+        return Quantisation(kind, plan, reasons, None, {}, {}, {}, report)
+    tell(f"{kind}: {len(report.smoothed)} activations smoothed")
+    scales = calibrate(model, feeds, values, methods=methods, target=QUANTISED[kind])
+    plans = {method: default_plan(model, kind, scales[method]) for method in methods}
+    scored = Score(model, [feeds[index] for index in _spread(len(feeds), SCORED)])
+    scores = {method: scored.of(apply_precision(model, plan, base="fp32")) for method, (plan, _) in plans.items()}
+    best = max(scores, key=lambda method: scores[method])
+    plan, reasons = plans[best]
+    tell(f"{kind}: scales by {best}, {scores[best]:.1f} dB on calibration data")
+    weights = round_weights(model, plan, feeds, seed=seed) if rounding else {}
+    shifts = measure_shifts(model, plan, feeds, weights=weights)
+    plain, corrected = (
+        scored.of(apply_precision(model, plan, base="fp32", weights=weights, shifts=each)) for each in ({}, shifts)
+    )
+    if corrected < plain:
+        shifts = {}
+    tell(f"{kind}: {max(plain, corrected):.1f} dB with weights rounded by their inputs and biases corrected")
+    return Quantisation(kind, plan, reasons, best, scores, weights, shifts, report)
+
+
+class Score:
+    """How near models come to one, in dB, on some feeds."""
+
+    def __init__(self, model: ir.Model, feeds: Sequence[Feed]) -> None:
+        last = last_layers(model)
+        self._feeds = feeds
+        self._names = [node.outputs[0].name or "" for node in fused_nodes(model) if node.name in last]
+        self._names = self._names or [value.name or "" for value in model.graph.outputs]
+        self._wanted = list(run(model, feeds, self._names))
+
+    def of(self, model: ir.Model) -> float:
+        """The signal-to-quantisation-noise ratio of a model that has the same values."""
+        signal = noise = 0.0
+        for wanted, got in zip(self._wanted, run(model, self._feeds, self._names), strict=True):
+            for name in self._names:
+                exact = wanted[name].astype(np.float64)
+                signal += float(np.square(exact).sum())
+                noise += float(np.square(got[name].astype(np.float64) - exact).sum())
+        return 10 * float(np.log10(max(signal, 1e-300) / max(noise, 1e-300)))
+
+
+def _spread(total: int, count: int) -> list[int]:
+    return sorted({index * total // count for index in range(count)}) if total > count else list(range(total))

@@ -1,0 +1,105 @@
+"""All that the 8-bit layers of a model need, and the file that it is kept in for a run that was killed.
+
+The file is NumPy's `.npz`, written whole: weights and shifts as arrays, the rest as JSON; and the model itself, whose
+ranges were moved between layers, as ONNX beside it. Nothing in it is
+unpickled. It counts only under the key that it was written with.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import onnx_ir as ir
+
+from tilewright.tuner.model.graph import DTYPES
+from tilewright.tuner.model.precision.post_training import Quantisation
+from tilewright.tuner.model.precision.quantise import QUANTISED, LayerPrecision, Weights
+from tilewright.tuner.model.write import write_model
+from tilewright.tuning_db.atomic import whole_file
+
+Array = np.ndarray[Any, Any]
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """What was found for one kind of precision, and the model that it was found for."""
+
+    kind: str
+    model: ir.Model  # fused, fp32; its ranges were moved, and it computes what the one before did
+    plan: Mapping[str, LayerPrecision]
+    reasons: Mapping[str, str]  # of each fused node that stays at the base precision
+    method: str  # of calibration; "" where there was nothing to calibrate
+    decibel: float  # signal over noise of the whole, by the best method, weights rounded to nearest
+    weights: Mapping[str, Weights]
+    shifts: Mapping[str, Array]
+
+    @classmethod
+    def of(cls, found: Quantisation, model: ir.Model) -> Self:
+        """From what quantising a model gave."""
+        method = "" if found.method is None else str(found.method)
+        decibel = 0.0 if found.method is None else found.scores[found.method]
+        return cls(found.kind, model, found.plan, found.reasons, method, decibel, found.weights, found.shifts)
+
+    def save(self, file: Path, key: str) -> None:
+        """Writes the file, and the model beside it.
+
+        Raises:
+            UsageError: they can't be written.
+        """
+        model = _model_file(file)
+        write_model(self.model, model)
+        about = {
+            "format": FORMAT,
+            "key": key,
+            "kind": self.kind,
+            "method": self.method,
+            "decibel": self.decibel,
+            "reasons": dict(self.reasons),
+            "plan": {name: dict(layer.scales) for name, layer in self.plan.items()},
+        }
+        arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+        for index, (name, weights) in enumerate(self.weights.items()):
+            arrays[f"name.{index}"] = np.frombuffer(name.encode(), np.uint8)
+            arrays[f"values.{index}"] = weights.values.view(np.uint8)
+            arrays[f"scales.{index}"] = weights.scales
+        for index, (name, shift) in enumerate(self.shifts.items()):
+            arrays[f"shifted.{index}"] = np.frombuffer(name.encode(), np.uint8)
+            arrays[f"shift.{index}"] = shift
+        with whole_file(file) as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, file: Path, key: str) -> Self | None:
+        """What `save` wrote; None if there is no such file, it is damaged, or it was written under another key."""
+        try:
+            # Opened here: NumPy leaves a file open that is no archive.
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+                about = json.loads(arrays["about"].tobytes())
+                if (about["format"], about["key"]) != (FORMAT, key):
+                    return None
+                dtype = DTYPES[QUANTISED[about["kind"]]].numpy()
+                weights, shifts = {}, {}
+                for name in arrays.files:
+                    word, _, index = name.partition(".")
+                    if word == "name":
+                        values = arrays[f"values.{index}"].view(dtype)
+                        weights[arrays[name].tobytes().decode()] = Weights(values, arrays[f"scales.{index}"])
+                    elif word == "shifted":
+                        shifts[arrays[name].tobytes().decode()] = arrays[f"shift.{index}"]
+            model = ir.load(_model_file(file))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, io.UnsupportedOperation):
+            return None
+        plan = {name: LayerPrecision(about["kind"], scales) for name, scales in about["plan"].items()}
+        return cls(about["kind"], model, plan, about["reasons"], about["method"], about["decibel"], weights, shifts)
+
+
+def _model_file(file: Path) -> Path:
+    return file.with_suffix(".onnx")

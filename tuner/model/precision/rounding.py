@@ -1,0 +1,228 @@
+"""Rounding weights with regard to what they are multiplied by.
+
+Rounded one by one to nearest, weights have independent errors. But inputs of a layer are correlated, neighbouring
+pixels above all, so the error of one weight can be made up for by those that are rounded after it. In each output
+channel the weights are rounded in order, and each error is spread over the rest so that the layer's mean squared error,
+
+    E[(Σ (ŵ - w) x)²] = (ŵ - w)ᵀ H (ŵ - w),    H = Cov(x),
+
+grows least: w_j ← w_j - e · U_ij, e = (w_i - ŵ_i) / U_ii, with U the upper Cholesky factor of H⁻¹. Weights of the
+largest inputs come first. (OBQ: Frantar, Alistarh, arXiv:2208.11580; this form, GPTQ: arXiv:2210.17323.) H is centred,
+for a shift of the mean is what `correction.py` takes back.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import scipy.linalg
+
+from tilewright.tuner.model.calibration.feeds import Feed
+from tilewright.tuner.model.graph import DTYPES, fused_nodes, op_of
+from tilewright.tuner.model.precision.layer_data import LayerData, activation_of, rounded
+from tilewright.tuner.model.precision.quantise import (
+    ACTIVATIONS,
+    QUANTISED,
+    WEIGHTS,
+    LayerPrecision,
+    Weights,
+    channel_axis,
+    channel_scales,
+    to_grid,
+)
+from tilewright.tuner.model.session import run
+
+Array = np.ndarray[Any, Any]
+
+DAMPING = 0.01
+"""Part of H's mean diagonal added to it, as in GPTQ."""
+
+ROWS = 1024
+"""Rows of its input that a layer's H is taken from, at the least; twice its depth if that is more."""
+
+LARGEST_DEPTH = 4096
+"""Deeper sums are cut into pieces of at most so many products, each with an H of its own: H grows with the square of
+the depth, and the time to invert it with the third power."""
+
+GROUP_BYTES = 512 << 20
+"""Of covariances that are held at a time; the model is run again for the next ones."""
+
+SMALL = 16
+"""Products in a sum up to which groups are multiplied together: depthwise convolutions have 9."""
+
+BLOCK = 128
+"""Weights whose errors are spread within a block at once, and over all behind it together."""
+
+
+@dataclass(slots=True)
+class Moments:
+    """Mean and covariance of rows, (groups, depth) and for each piece (groups, depth of it, depth of it)."""
+
+    pieces: tuple[slice, ...]
+    count: int = 0
+    sums: Array | None = None
+    products: list[Array] = field(default_factory=list)
+
+    def add(self, rows: Array) -> None:
+        """Takes in rows (groups, count, depth)."""
+        if self.sums is None:
+            groups, _, depth = rows.shape
+            self.sums = np.zeros((groups, depth), np.float64)
+            lengths = [piece.stop - piece.start for piece in self.pieces]
+            self.products = [np.zeros((groups, length, length), np.float32) for length in lengths]
+        self.count += rows.shape[1]
+        self.sums += rows.sum(axis=1, dtype=np.float64)
+        for piece, product in zip(self.pieces, self.products, strict=True):
+            part = rows[:, :, piece]
+            # NumPy multiplies many small matrices one by one; einsum has a loop of its own for them.
+            small = part.shape[2] <= SMALL
+            product += np.einsum("gna,gnb->gab", part, part) if small else part.swapaxes(1, 2) @ part
+
+    def covariance(self, index: int) -> Array:
+        """Of one piece: E[x xᵀ] - E[x] E[x]ᵀ, in float64."""
+        assert self.sums is not None
+        mean = self.sums[:, self.pieces[index]] / self.count
+        return self.products[index].astype(np.float64) / self.count - mean[:, :, None] * mean[:, None, :]
+
+
+def pieces_of(depth: int) -> tuple[slice, ...]:
+    """Pieces of nearly equal length, none longer than `LARGEST_DEPTH`."""
+    count = -(-depth // LARGEST_DEPTH)
+    edges = [depth * index // count for index in range(count + 1)]
+    return tuple(slice(start, end) for start, end in itertools.pairwise(edges))
+
+
+def round_layer(matrix: Array, scales: Array, covariance: Array, kind: str, count: int) -> Array:
+    """Weights on the grid, for one H: `matrix` (groups, channels, depth), `scales` (groups, channels), `covariance`
+    (groups, depth, depth) of `count` rows. The result has the shape of `matrix` and the grid's data type."""
+    depth = matrix.shape[2]
+    diagonal = np.diagonal(covariance, axis1=1, axis2=2)
+    level = diagonal.mean(axis=1)
+    level = np.where(level > 0, level, 1.0)  # an input that never varies: any H will do
+    order = np.argsort(-diagonal, axis=1, kind="stable")
+    h = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), order[:, None, :], 2)
+    # Rows fewer than weights say nothing of most directions: there errors should stay where they are made.
+    h = h + (DAMPING * (1 + depth / count) * level)[:, None, None] * np.eye(depth)
+    upper = _inverse_factors(h).astype(np.float32)
+    w = np.take_along_axis(matrix.astype(np.float32), order[:, None, :], 2)
+    spread = _spread(np.ascontiguousarray(w.swapaxes(1, 2)), scales, upper, kind).swapaxes(1, 2)
+    result = np.empty(matrix.shape, spread.dtype)
+    np.put_along_axis(result, order[:, None, :], spread, 2)
+    return result
+
+
+def _inverse_factors(h: Array) -> Array:
+    """The upper Cholesky factor U of each H⁻¹ = UᵀU."""
+    if len(h) > 1:
+        return np.linalg.cholesky(np.linalg.inv(h)).swapaxes(1, 2)
+    # A large one: half the work for a symmetric matrix, and in place.
+    lower = scipy.linalg.cholesky(h[0], lower=True, check_finite=False, overwrite_a=True)
+    inverse, _ = scipy.linalg.lapack.dpotri(lower, lower=1, overwrite_c=1)
+    # Cholesky's method reads one triangle: the lower one of the inverse.
+    factor = scipy.linalg.cholesky(inverse, lower=True, check_finite=False, overwrite_a=True)
+    return np.ascontiguousarray(factor.T)[None]
+
+
+def _spread(w: Array, scales: Array, upper: Array, kind: str) -> Array:
+    """Rounds weights (groups, depth, channels) one place of the depth after the other, and spreads each error over the
+    places behind. `w` is overwritten."""
+    result = np.empty(w.shape, DTYPES[QUANTISED[kind]].numpy())
+    depth = w.shape[1]
+    for start in range(0, depth, BLOCK):
+        end = min(start + BLOCK, depth)
+        errors = np.empty((len(w), end - start, w.shape[2]), np.float32)
+        for index in range(start, end):
+            on_grid = to_grid(w[:, index] / scales, kind)
+            result[:, index] = on_grid
+            error = (w[:, index] - on_grid.astype(np.float32) * scales) / upper[:, index, index, None]
+            errors[:, index - start] = error
+            w[:, index + 1 : end] -= upper[:, index, index + 1 : end, None] * error[:, None]
+        w[:, end:] -= upper[:, start:end, end:].swapaxes(1, 2) @ errors
+    return result
+
+
+def round_weights(
+    model: ir.Model,
+    plan: Mapping[str, LayerPrecision],
+    feeds: Sequence[Feed],
+    *,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Weights]:
+    """Quantised weights of the int8 and fp8 layers of a plan, for `apply_precision`.
+
+    `model` is the fused model in floating point, run over `feeds` for the inputs of the layers, of which `seed` draws
+    the rows that are looked at; `progress` is called with the name of each layer that is done. Layers whose weights are
+    a batch of matrices are left out.
+
+    Raises:
+        ModelError, RunError: see `session.run`.
+    """
+    layers = {}
+    for node in fused_nodes(model):
+        precision = plan.get(node.name or "")
+        if precision is not None and precision.kind in QUANTISED and op_of(node) in WEIGHTS:
+            data = LayerData(node)
+            if data.is_matrix:
+                layers[node.name or ""] = (node, data, precision)
+    result: dict[str, Weights] = {}
+    for group in _groups(layers):
+        moments = _observe(model, {name: layers[name] for name in group}, feeds, seed)
+        for name in group:
+            node, data, precision = layers[name]
+            result[name] = _rounded(node, data, precision.kind, moments.pop(name))
+            if progress is not None:
+                progress(name)
+    return result
+
+
+Layers = Mapping[str, tuple[ir.Node, LayerData, LayerPrecision]]
+
+
+def _groups(layers: Layers) -> list[list[str]]:
+    """Layers whose covariances fit together."""
+    groups: list[list[str]] = []
+    held = GROUP_BYTES + 1
+    for name, (_, data, _) in layers.items():
+        size = 4 * data.groups * sum((piece.stop - piece.start) ** 2 for piece in pieces_of(data.depth))
+        if held + size > GROUP_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
+
+
+def _observe(model: ir.Model, layers: Layers, feeds: Sequence[Feed], seed: int) -> dict[str, Moments]:
+    """Moments of the quantised inputs of some layers."""
+    moments = {name: Moments(pieces_of(data.depth)) for name, (_, data, _) in layers.items()}
+    readers: dict[str, list[str]] = {}
+    for name, (node, _, _) in layers.items():
+        readers.setdefault(activation_of(node).name or "", []).append(name)
+    random = np.random.default_rng(seed)
+    for values in run(model, feeds, list(readers)):
+        for value, names in readers.items():
+            for name in names:
+                node, data, precision = layers[name]
+                count = -(-max(ROWS, 2 * data.depth) // len(feeds))
+                scale = precision.scales[ACTIVATIONS[data.op][0]]
+                rows = data.rows(values[value], count, random)
+                moments[name].add(rounded(rows, scale, precision.kind))
+    return moments
+
+
+def _rounded(node: ir.Node, data: LayerData, kind: str, moments: Moments) -> Weights:
+    axis = channel_axis(node)
+    matrix = data.matrix()
+    scales = channel_scales(data.weights(matrix), axis, kind)
+    by_group = scales.reshape(data.groups, -1)
+    parts = [
+        round_layer(matrix[:, :, piece], by_group, moments.covariance(index), kind, moments.count)
+        for index, piece in enumerate(moments.pieces)
+    ]
+    return Weights(data.weights(np.concatenate(parts, axis=2)), scales)

@@ -1,0 +1,145 @@
+"""Which layers are quantised where nobody says otherwise, and which values are calibrated for it.
+
+Rules, each of which gives the reason that a layer stays at the base precision:
+
+- *First*: a layer that reads a graph input through nothing but shape operators and fixed scaling. Its input has few
+  channels, so there is little time to gain, and pixels or samples have 8 bits of their own: rounded once more they lose
+  what all that follows builds on.
+- *Last*: a layer behind which no other fused node, convolution or matrix product comes. No later layer averages its
+  error away, and a quantised activation right before the logits moves them directly.
+- *Softmax and norms* are no layers of int8 or fp8: the integers of a softmax have no room for its small numbers, which
+  decide sums over many keys; a norm divides by a statistic, which an error of the largest value shifts as a whole.
+- What `quantise.eligible` refuses: products of two activations, operators that are no plugin of ours, shapes that the
+  kernel does not take.
+
+Activations of layers joined by operators that quantisation commutes with (`output_scales.MOVED`) get one scale, the
+largest of theirs, so that one step serves all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from tilewright.tuner.model.graph import fused_nodes, is_constant, is_fused, op_of, plugin_inputs
+from tilewright.tuner.model.precision.half import MOVING
+from tilewright.tuner.model.precision.output_scales import MOVED
+from tilewright.tuner.model.precision.quantise import ACTIVATIONS, QUANTISED, LayerPrecision, eligible
+from tilewright.tuning_db.errors import UsageError
+
+FIRST = "first layer: it reads the graph's input, whose own 8 bits would be rounded once more"
+LAST = "last layer: nothing behind it averages its error away"
+
+_HEAVY = frozenset(("Conv", "ConvTranspose", "ConvInteger", "MatMul", "MatMulInteger", "Gemm", "Attention", "Einsum"))
+_HEAVY |= frozenset(("LSTM", "GRU", "RNN", "If", "Loop", "Scan"))
+_SHAPING = MOVING | frozenset(("Cast", "DepthToSpace", "SpaceToDepth", "Expand", "Tile"))
+_FIXED = frozenset(("Add", "Sub", "Mul", "Div"))
+"""Operators that normalise an input where their other operand is a constant."""
+
+
+def first_layers(model: ir.Model) -> set[str]:
+    """Names of the fused nodes that read a graph input through nothing but shape operators and fixed scaling."""
+    raw: set[ir.Value | None] = set(model.graph.inputs)
+    found = set()
+    for node in model.graph:
+        if is_fused(node):
+            inputs = plugin_inputs(node)
+            if any(inputs[name] in raw for name in ACTIVATIONS.get(op_of(node), ())):
+                found.add(node.name or "")
+            continue
+        data: list[ir.Value | None] = [value for value in node.inputs if value is not None and not is_constant(value)]
+        if node.op_type in _SHAPING and node.op_type != "Concat":
+            data = list(node.inputs[:1])  # others say how, as the indices of an embedding do
+        if node.domain == "" and node.op_type in _SHAPING | _FIXED and data and all(value in raw for value in data):
+            raw.update(node.outputs)
+    return found
+
+
+def last_layers(model: ir.Model) -> set[str]:
+    """Names of the fused nodes behind which no other, and no matrix product, comes."""
+    before_heavy: set[ir.Value] = set()
+    found = set()
+    for node in reversed(list(model.graph)):
+        leads = any(value in before_heavy for value in node.outputs)
+        if is_fused(node) and not leads:
+            found.add(node.name or "")
+        if leads or is_fused(node) or (node.domain != "" or node.op_type in _HEAVY):
+            before_heavy.update(value for value in node.inputs if value is not None)
+    return found
+
+
+def layers_to_quantise(model: ir.Model, kind: str) -> tuple[list[ir.Node], dict[str, str]]:
+    """The fused nodes that the rules let be int8 or fp8, in the graph's order, and of every other one the reason.
+
+    Raises:
+        UsageError: `kind` is neither.
+    """
+    first, last = first_layers(model), last_layers(model)
+    chosen, reasons = [], {}
+    for node in fused_nodes(model):
+        name = node.name or ""
+        reason = eligible(node, kind)
+        if reason is None and name in first:
+            reason = FIRST
+        if reason is None and name in last:
+            reason = LAST
+        if reason is None:
+            chosen.append(node)
+        else:
+            reasons[name] = reason
+    return chosen, reasons
+
+
+def values_to_calibrate(model: ir.Model, kind: str) -> list[str]:
+    """Names of the activations whose scales `default_plan` needs, in the graph's order."""
+    chosen, _ = layers_to_quantise(model, kind)
+    names: dict[str, None] = {}
+    for node in chosen:
+        for value in _activations(node).values():
+            names[value.name or ""] = None
+    return list(names)
+
+
+def default_plan(
+    model: ir.Model, kind: str, ranges: Mapping[str, float]
+) -> tuple[dict[str, LayerPrecision], dict[str, str]]:
+    """The plan by the rules above, and the reason of each fused node that stays at the base precision.
+
+    `ranges` has the scale of every value that `values_to_calibrate` names, as `calibrate` gives them.
+
+    Raises:
+        UsageError: a scale is missing, or not a positive number.
+    """
+    chosen, reasons = layers_to_quantise(model, kind)
+    shared: dict[ir.Value, float] = {}
+    for node in chosen:
+        for value in _activations(node).values():
+            name = value.name or ""
+            if name not in ranges:
+                raise UsageError(f"node {node.name!r} reads {name!r}, which has no scale: calibrate it")
+            root = _root(value, QUANTISED[kind])
+            shared[root] = max(shared.get(root, 0.0), ranges[name])
+    plan = {
+        node.name or "": LayerPrecision(
+            kind, {name: shared[_root(value, QUANTISED[kind])] for name, value in _activations(node).items()}
+        )
+        for node in chosen
+    }
+    return plan, reasons
+
+
+def _activations(node: ir.Node) -> dict[str, ir.Value]:
+    inputs = plugin_inputs(node)
+    return {name: inputs[name] for name in ACTIVATIONS[op_of(node)]}
+
+
+def _root(value: ir.Value, dtype: str) -> ir.Value:
+    """The value that another is made of by operators with one data input that quantisation commutes with."""
+    node = value.producer()
+    while node is not None and node.domain == "" and node.op_type in MOVED[dtype] - {"Concat", "Gather"}:
+        source = node.inputs[0]
+        if source is None or is_constant(source):
+            break
+        value, node = source, source.producer()
+    return value
