@@ -1,0 +1,96 @@
+"""The README of the folder that a model's files are written to: what they are, and the lines that load them.
+
+Names of inputs and outputs are those of the file that came in, and so nothing to trust: they are written as JSON texts,
+in which only ASCII is left, inside code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tilewright.tuner.model.report.document import ModelReport, TensorPart
+from tilewright.tuner.model.report.units import bytes_text, factor_text, time_text
+from tilewright.tuning_db.atomic import whole_file
+
+
+def readme(report: ModelReport) -> str:
+    """The text, in Markdown."""
+    before, after = report.estimate.before, report.estimate.after
+    models = [each for each in report.artefacts if each.kind == "onnx"]
+    engines = [each for each in report.artefacts if each.kind == "engine"]
+    lines = [f"# {_code(report.model.name)}, for {_code(report.device.name)}", ""]
+    lines += [f"Made by Tilewright {report.tilewright} from a file with the SHA-256 `{report.model.sha256}`.", ""]
+    if models:
+        lines += ["In ONNX Runtime:", "", *_block(onnxruntime_lines(models[-1].file)), ""]
+    if engines:
+        lines += [f"In TensorRT, on a {_code(report.device.name)}:", "", *_block(tensorrt_lines(engines[-1].file)), ""]
+    if models or engines:
+        lines += ["`feeds` has an array for each input:", "", *_tensors(report.model.inputs), ""]
+        lines += ["and the outputs are:", "", *_tensors(report.model.outputs), ""]
+    lines += [
+        f"Time of one run: {time_text(before.time_us)} before ({before.provenance}), {time_text(after.time_us)} after "
+        f"({after.provenance}): {factor_text(before.time_us, after.time_us)}.",
+        *_caution(before.provenance, after.provenance),
+        "",
+        "| file | | size |",
+        "|---|---|---|",
+        *(f"| {_code(each.file)} | {each.what} | {bytes_text(each.bytes)} |" for each in report.artefacts),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_readme(report: ModelReport, path: Path) -> None:
+    """Writes the text, whole or not at all.
+
+    Raises:
+        UsageError: the file can't be written.
+    """
+    with whole_file(path) as stream:
+        stream.write(readme(report).encode())
+
+
+def onnxruntime_lines(file: str) -> tuple[str, str, str]:
+    """What loads a model in ONNX Runtime and runs it on `feeds`, arrays by input name."""
+    return (
+        "import onnxruntime",
+        f"session = onnxruntime.InferenceSession({json.dumps(file)})",
+        "outputs = session.run(None, feeds)",
+    )
+
+
+def tensorrt_lines(file: str) -> tuple[str, str, str]:
+    """What loads an engine and runs it on `feeds`; it needs neither this package's plugins nor a registration."""
+    return (
+        "import tilewright.kernels.tensorrt as plugins",
+        f"runner = plugins.Runner({json.dumps(file)})",
+        "outputs = runner(feeds)",
+    )
+
+
+def _caution(*provenances: str) -> list[str]:
+    if all(each == "measured" for each in provenances):
+        return []
+    return ["What is predicted was worked out from the device's figures and never ran: measure before you rely on it."]
+
+
+def _block(lines: Sequence[str]) -> list[str]:
+    return ["```python", *lines, "```"]
+
+
+def _tensors(tensors: Sequence[TensorPart]) -> list[str]:
+    rows = [
+        f"| {_code(each.name)} | {each.dtype} | {' × '.join(map(str, each.shape)) or 'a number'} |" for each in tensors
+    ]
+    return ["| name | data type | shape |", "|---|---|---|", *rows]
+
+
+def _code(name: str) -> str:
+    """A name as Markdown's code, in a table or out of it."""
+    text = json.dumps(name)[1:-1].replace("|", "\\u007c")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    blank = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{blank}{text}{blank}{fence}"
