@@ -1,0 +1,283 @@
+"""How near int8 comes to fp32: our post-training quantisation and ONNX Runtime's, on the same models and data.
+
+    python -m benchmarks.quantisation [--model NAME …] [--samples 256] [--calibration 64] [--json FILE]
+
+Both are given the same folded model and the same calibration inputs, and are judged on `--samples` others:
+
+- dB: signal-to-quantisation-noise ratio of the logits, each logit less its mean over the inputs, so that what all
+  inputs have in common counts for nothing: 10·log10(Σ c² / Σ (ĉ - c)²).
+- top-1: how often the largest logit is the original's.
+
+ONNX Runtime's is `quantize_static` in QDQ form with per-channel weights: `asymmetric` is its default, with a zero point
+for each activation, `symmetric` what its documentation recommends for GPUs, which have no zero points; each with the
+best of MinMax, Entropy and Percentile. It quantises everything it can; ours leaves the first layer, the last one and
+attention at fp16, and its `int8` column is the share of the FLOPs that are int8. The reference and both are run with
+graph optimisations off. `fp16` is the largest error of the logits of the model in fp16 alone over the largest logit, of
+the logits less their means too.
+
+With `--json`, results are kept in that file and models that it has are not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx_ir as ir
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, quantize_static
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+from benchmarks.models import ARCHITECTURES, architecture, samples, write
+from tilewright.tuner.model.folding.fold import fold
+from tilewright.tuner.model.fuse import fuse
+from tilewright.tuner.model.precision.post_training import quantise
+from tilewright.tuner.model.precision.quantise import apply_precision
+from tilewright.tuner.model.reading.read import read_model, write_model
+from tilewright.tuner.model.session import run
+from tilewright.tuner.model.workloads import workloads
+from tilewright.tuning_db.atomic import whole_file
+
+Array = np.ndarray[Any, Any]
+Feeds = Sequence[Mapping[str, Array]]
+Figures = dict[str, Any]
+Say = Callable[[str], None]
+
+METHODS = ("MinMax", "Entropy", "Percentile")
+CALIBRATION_SEED, SAMPLE_SEED = 11, 12
+STRIDE = 2
+"""Inputs whose intermediate values ONNX Runtime's calibrator holds at a time."""
+
+MODELS = tuple(known.name for known in ARCHITECTURES if known.family == "light" or known.opset < 23)
+"""The nine classifiers, and each transformer in the dialect that ONNX Runtime's quantisation knows best."""
+
+
+class Logits:
+    """The original's logits on some inputs, and how near others come."""
+
+    def __init__(self, model: ir.Model, name: str, feeds: Feeds) -> None:
+        self._name, self._feeds = name, feeds
+        self.exact = self.of(model)
+        self._centred = self.exact - self.exact.mean(axis=0)
+
+    def of(self, model: ir.Model | Path) -> Array:
+        """A model's logits, (inputs, the rest)."""
+        return np.stack(
+            [each[self._name].astype(np.float64).reshape(-1) for each in run(model, self._feeds, [self._name])]
+        )
+
+    def decibels(self, logits: Array) -> float:
+        """Signal to noise of the centred logits."""
+        noise = logits - logits.mean(axis=0) - self._centred
+        return float(10 * np.log10(np.square(self._centred).sum() / np.square(noise).sum()))
+
+    def agreement(self, logits: Array, classes: int) -> float:
+        """The share of places whose largest logit is the same."""
+        return float(
+            (logits.reshape(-1, classes).argmax(axis=1) == self.exact.reshape(-1, classes).argmax(axis=1)).mean()
+        )
+
+    def relative(self, logits: Array) -> tuple[float, float]:
+        """max|a - b| / max|a| of the logits, and of the logits less their means."""
+        plain = np.abs(logits - self.exact).max() / np.abs(self.exact).max()
+        noise = logits - logits.mean(axis=0) - self._centred
+        return float(plain), float(np.abs(noise).max() / np.abs(self._centred).max())
+
+
+class Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Feeds as ONNX Runtime's calibrator asks for them, some at a time."""
+
+    def __init__(self, feeds: Feeds) -> None:
+        self._feeds = feeds
+        self.set_range(0, len(feeds))
+
+    def __len__(self) -> int:
+        return len(self._feeds)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._left = iter(self._feeds[start_index:end_index])
+
+    def get_next(self) -> Mapping[str, Array] | None:
+        return next(self._left, None)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """ONNX Runtime's quantisation prints a line for each call of the calibrator, and warns on each model."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def onnxruntime_figures(path: Path, calibration: Feeds, logits: Logits, classes: int, folder: Path) -> Figures:
+    """dB and top-1 of each method of ONNX Runtime's, asymmetric and symmetric."""
+    figures: Figures = {}
+    for method in METHODS:
+        for symmetric in (False, True):
+            start, out = time.monotonic(), folder / "quantised.onnx"
+            with silence():
+                quantize_static(
+                    path,
+                    out,
+                    Reader(calibration),
+                    quant_format=QuantFormat.QDQ,
+                    per_channel=True,
+                    calibrate_method=getattr(CalibrationMethod, method),
+                    calibration_cache_path=folder / f"{method}.json",
+                    use_external_data_format=path.stat().st_size > 2**30,
+                    extra_options={"CalibStridedMinMax": STRIDE, "ActivationSymmetric": symmetric},
+                )
+            found = logits.of(out)
+            figures[f"{method} {'symmetric' if symmetric else 'asymmetric'}"] = {
+                "db": logits.decibels(found),
+                "top1": logits.agreement(found, classes),
+                "seconds": time.monotonic() - start,
+            }
+    return figures
+
+
+def our_figures(model: ir.Model, calibration: Feeds, logits: Logits, classes: int, say: Say) -> Figures:
+    """dB and top-1 of ours, and what fp16 alone costs."""
+    start = time.monotonic()
+    fuse(model)
+    half = logits.relative(logits.of(apply_precision(model, {}, base="fp16")))
+    found = quantise(model, calibration, "int8", tell=say)
+    seconds = time.monotonic() - start
+    plain = logits.of(apply_precision(model, found.plan, base="fp16"))
+    mixed = apply_precision(model, found.plan, base="fp16", weights=found.weights, shifts=found.shifts)
+    result = logits.of(mixed)
+    layers = workloads(model).layers
+    flops = {layer.node: layer.problem.flops() for layer in layers}
+    return {
+        "db": logits.decibels(result),
+        "db_nearest": logits.decibels(plain),
+        "top1": logits.agreement(result, classes),
+        "method": str(found.method),
+        "layers": [len(found.plan), len(layers)],
+        "share": sum(flops[name] for name in found.plan) / max(1, sum(flops.values())),
+        "smoothed": len(found.smoothing.smoothed),
+        "corrected": bool(found.shifts),
+        "seconds": seconds,
+        "fp16_relative": half[0],
+        "fp16_centred": half[1],
+    }
+
+
+def measure(name: str, count: int, calibration: int, say: Say, *, small: bool = False) -> Figures:
+    """All figures of one architecture."""
+    known = architecture(name)
+    with tempfile.TemporaryDirectory(prefix="tilewright-") as made:
+        folder = Path(made)
+        model = read_model(write(name, folder, small=small))
+        fold(model)
+        folded = folder / "folded.onnx"
+        write_model(model, folded)
+        given = samples(name, calibration, CALIBRATION_SEED, small=small)
+        others = samples(name, count, SAMPLE_SEED, small=small)
+        logits = Logits(model, known.logits, others)
+        shape = next(value for node in model.graph for value in node.outputs if value.name == known.logits).shape
+        classes = max(int(length) for length in shape or ())
+        centred = logits.exact - logits.exact.mean(axis=0)
+        figures: Figures = {"varying": float(centred.var() / logits.exact.var())}
+        say("quantising")
+        figures["ours"] = our_figures(model, given, logits, classes, say)
+        del model
+        say("ONNX Runtime is quantising")
+        figures["onnxruntime"] = onnxruntime_figures(folded, given, logits, classes, folder)
+    return figures
+
+
+def best(figures: Figures, form: str) -> tuple[str, Figures]:
+    """ONNX Runtime's best method in a form, and its figures."""
+    of_form = {key.split()[0]: each for key, each in figures["onnxruntime"].items() if key.endswith(f" {form}")}
+    method = max(of_form, key=lambda key: float(of_form[key]["db"]))
+    return method, of_form[method]
+
+
+def table(results: Mapping[str, Figures]) -> Table:
+    """One row for each architecture."""
+    shown = Table(title="int8 against fp32: SQNR of the centred logits in dB")
+    for heading in (
+        "model",
+        "int8",
+        "ours",
+        "nearest",
+        "ONNX Runtime",
+        "by",
+        "symmetric",
+        "ahead",
+        "top-1",
+        "theirs",
+        "fp16",
+    ):
+        shown.add_column(heading, justify="left" if heading in ("model", "by") else "right")
+    for name, figures in results.items():
+        ours, (method, theirs), (_, symmetric) = (
+            figures["ours"],
+            best(figures, "asymmetric"),
+            best(figures, "symmetric"),
+        )
+        shown.add_row(
+            name,
+            f"{ours['share']:.0%}",
+            f"{ours['db']:.1f}",
+            f"{ours['db_nearest']:.1f}",
+            f"{theirs['db']:.1f}",
+            method,
+            f"{symmetric['db']:.1f}",
+            f"{ours['db'] - max(theirs['db'], symmetric['db']):+.1f}",
+            f"{ours['top1']:.1%}",
+            f"{theirs['top1']:.1%}",
+            f"{max(ours['fp16_relative'], ours['fp16_centred']):.1e}",
+        )
+    return shown
+
+
+def _teller(status: Status, name: str) -> Say:
+    return lambda line: status.update(f"{name}: {line}")
+
+
+@click.command()
+@click.option("--model", "names", multiple=True, type=click.Choice([known.name for known in ARCHITECTURES]))
+@click.option("--samples", "count", default=256, show_default=True, type=click.IntRange(2))
+@click.option("--calibration", default=64, show_default=True, type=click.IntRange(STRIDE))
+@click.option("--small", is_flag=True, help="Architectures of an eighth of the channels, or two layers: for tests.")
+@click.option("--json", "file", type=click.Path(path_type=Path, dir_okay=False))
+def main(names: tuple[str, ...], count: int, calibration: int, small: bool, file: Path | None) -> None:
+    """Compares int8 models, ours and ONNX Runtime's, with fp32."""
+    calibration -= calibration % STRIDE
+    console = Console()
+    key = f"{count} samples, {calibration} for calibration" + (", small" if small else "")
+    stored: dict[str, dict[str, Figures]] = {}
+    if file is not None and file.exists():
+        stored = json.loads(file.read_text())
+    results = stored.setdefault(key, {})
+    wanted = names or MODELS
+    for name in wanted:
+        if name not in results:
+            with console.status(name) as status:
+                results[name] = measure(name, count, calibration, _teller(status, name), small=small)
+            if file is not None:
+                with whole_file(file) as stream:
+                    stream.write(json.dumps(stored, indent=1).encode() + b"\n")
+    console.print(table({name: results[name] for name in wanted}))
+    console.print(f"{key}; {os.cpu_count()} cores; ahead: of ONNX Runtime's better form; top-1, theirs: asymmetric")
+
+
+if __name__ == "__main__":
+    main()
