@@ -18,6 +18,7 @@ import click
 from rich.console import Console
 
 from tilewright.tuner.commands import db, exchange, listing, pack
+from tilewright.tuner.commands.model import check_options, model_options, run_model
 from tilewright.tuner.commands.output import EXIT_FAILED, EXIT_USAGE, print_table
 from tilewright.tuning_db.errors import DatabaseError, PackError, TilewrightError, UsageError
 
@@ -117,6 +118,7 @@ def _end(line: str, status: int) -> None:
     help="Database in which runs on several hosts share the searches, as postgresql+psycopg://user@host/database.",
 )
 @click.option("--retune", is_flag=True, help="Try again what is on record.")
+@model_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
 @click.option("--quiet", is_flag=True, help="No progress; only the result.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -124,6 +126,7 @@ def _end(line: str, status: int) -> None:
 @click.pass_context
 def cli(
     context: click.Context,
+    /,
     device: str | None,
     kernels: tuple[str, ...],
     problems: tuple[str, ...],
@@ -138,11 +141,13 @@ def cli(
     as_json: bool,
     quiet: bool,
     debug: bool,
+    **of_model: Any,
 ) -> None:
     """Find the fastest configuration of each kernel for a GPU, here or absent, and remember it.
 
     On a live GPU configurations are measured; for an absent one they are compiled for it and predicted, and the output
-    says so. Without --suite or --problem, the default suite of real models' workloads is tuned.
+    says so. Without --suite or --problem, the default suite of real models' workloads is tuned; with --model FILE,
+    those of an ONNX model, whose chains are fused and whose precision is lowered.
     """
     if context.invoked_subcommand is not None:
         for parameter in cli.params:
@@ -152,6 +157,10 @@ def cli(
         return
     if device is None:
         raise click.UsageError("--device is missing: name an arch (sm_86), a board (rtx3090) or a live GPU (cuda:0)")
+    check_options({**context.params})
+    if of_model["model"] is not None:
+        run_model(context, {**context.params}, as_json=as_json, quiet=quiet)
+        return
     from tilewright.kernels.devices import resolve_device
     from tilewright.tuner import report
     from tilewright.tuner.gpu_runner import equal_gpus

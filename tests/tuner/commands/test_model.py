@@ -1,0 +1,162 @@
+"""`autotune --model`: exit status, one line for a mistake, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from examples.model import images, network
+from tests.tuner.model.networks import written
+
+
+def test_a_model_goes_the_whole_way(autotune, tmp_path: Path) -> None:
+    model, data = written(tmp_path)
+    build = tmp_path / "build"
+    arguments = ("--device", "sm_86", "--model", model, "--output", build, "--calibration", data, "--trials", "1")
+    status, out, err = autotune(*arguments, "--db", tmp_path / "db")
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0].split()[:2] == ["layer", "op"]
+    (block,) = (line.split() for line in lines if line.startswith("block "))
+    assert (block[1], block[-1]) == ("FusedConv2dBiasResidual", "predicted")
+    assert "the whole model: " in out
+    assert f"written to {build}: README.md, model.fp16.onnx, model.fused.onnx, report.html, report.json" in out
+    assert "not here: times are predicted" in err
+    status, out, err = autotune(*arguments, "--db", tmp_path / "db", "--json", "--quiet")
+    assert (status, err) == (0, "")
+    assert json.loads(out) == json.loads((build / "report.json").read_text())
+
+
+def test_a_dry_run_says_what_would_be_done(autotune, tmp_path: Path) -> None:
+    model, data = written(tmp_path)
+    arguments = ("--device", "sm_86", "--model", model, "--calibration", data, "--dry-run")
+    status, out, _ = autotune(*arguments)
+    assert status == 0
+    assert out.splitlines()[0].split() == ["workload", "op", "count", "GFLOP", "FLOPs", "bytes", "problem"]
+    assert "of which 4 are fused" in out
+    status, out, err = autotune(*arguments, "--json", "--quiet")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["fusion"]["patterns"] == {
+        "conv2d + activation": 2, "conv2d + residual": 1, "gemm + activation": 1,
+    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"network.onnx", "images.npz"}
+
+
+def test_a_missed_budget_is_a_failed_run(autotune, tmp_path: Path) -> None:
+    model, data = written(tmp_path)
+    arguments = ("--device", "sm_86", "--model", model, "--output", tmp_path / "build", "--calibration", data)
+    status, out, _ = autotune(*arguments, "--max-error", "sqnr=300", "--trials", "1", "--db", tmp_path / "db")
+    assert status == 1
+    assert "outside the error budget: " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--shape", "x:1"), "--shape goes with --model FILE"),
+        (("--precision", "int8"), "--precision goes with --model FILE"),
+        (("--dry-run",), "--dry-run goes with --model FILE"),
+        (("--model", "m.onnx"), "--model needs --output DIR"),
+        (("--model", "m.onnx", "--output", "o", "--suite", "bert"), "--suite does not go with --model"),
+        (("--model", "m.onnx", "--output", "o", "--problem", "M=1,N=1,K=1"), "--problem does not go with --model"),
+        (("--model", "m.onnx", "--output", "o", "--precision", "int3"), "int3"),
+        (("--model", "nowhere.onnx", "--output", "o"), "nowhere.onnx"),
+    ],
+)
+def test_wrong_options_are_one_line(autotune, tmp_path: Path, monkeypatch, arguments, said) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = autotune("--device", "sm_86", *arguments)
+    assert (status, out) == (2, "")
+    (line,) = err.splitlines()
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def spoiled(folder: Path, how: str) -> tuple[Path, Path]:
+    """The network and its data, one of them spoiled."""
+    model, data = written(folder)
+    proto = onnx.load(model)
+    if how == "text":
+        model.write_text("this is no model")
+    elif how == "pickle":
+        model.write_bytes(pickle.dumps({"graph": []}))
+    elif how == "truncated":
+        model.write_bytes(model.read_bytes()[:-700])
+    elif how == "cycle":
+        proto.graph.node[2].input[0] = "r2"
+        onnx.save(proto, model)
+    elif how == "external":
+        onnx.save(proto, model, save_as_external_data=True, location="weights.bin", size_threshold=16)
+        (folder / "weights.bin").unlink()
+    elif how == "traversal":
+        (folder.parent / "weights.bin").write_bytes(bytes(100000))
+        onnx.save(proto, model, save_as_external_data=True, location="weights.bin", size_threshold=16)
+        spoil = onnx.load(model, load_external_data=False)
+        for tensor in spoil.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = "../weights.bin"
+        onnx.save(spoil, model)
+    elif how == "dims":
+        onnx.save(network("batch"), model)
+    elif how == "nan":
+        tensor = next(each for each in proto.graph.initializer if each.name == "w3")
+        array = np.array(onnx.numpy_helper.to_array(tensor))
+        array[3, 5] = np.nan
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+        onnx.save(proto, model)
+    elif how == "none":
+        np.savez(data, image=images(2)[:0])
+    elif how == "shape":
+        np.savez(data, image=images(4)[:, :, 1:])
+    elif how == "name":
+        np.savez(data, picture=images(4))
+    return model, data
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("text", "network.onnx"),
+        ("pickle", "network.onnx"),
+        ("truncated", "network.onnx"),
+        ("cycle", "the graph is cyclic: "),
+        ("external", "weights.bin"),
+        ("traversal", "../weights.bin"),
+        ("dims", "--shape"),
+        ("nan", "NaN"),
+        ("none", "image"),
+        ("shape", "(4, 3, 11, 12)"),
+        ("name", "picture"),
+    ],
+)
+def test_spoiled_files_are_one_line_and_nothing_is_written(autotune, tmp_path: Path, how, said) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    model, data = spoiled(folder, how)
+    build = tmp_path / "build"
+    status, out, err = autotune(
+        "--device", "sm_86", "--model", model, "--output", build, "--calibration", data, "--quiet"
+    )  # fmt: skip
+    assert (status, out) == (2, "")
+    (line,) = err.splitlines()
+    assert said in line
+    assert "defect of Tilewright" not in line
+    assert not build.exists()
+
+
+def test_an_output_that_can_not_be_written_is_one_line(autotune, tmp_path: Path) -> None:
+    model, data = written(tmp_path)
+    file = tmp_path / "file"
+    file.touch()
+    arguments = ("--device", "sm_86", "--model", model, "--calibration", data, "--quiet")
+    for output, said in ((file, "is a file"), (file / "build", "can't be written")):
+        status, out, err = autotune(*arguments, "--output", output)
+        assert (status, out) == (2, "")
+        assert said in err
+        assert len(err.splitlines()) == 1

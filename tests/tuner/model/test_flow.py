@@ -1,0 +1,174 @@
+"""The whole way, on a small network: what is written, what is said, and what is left behind when it can't go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from examples.model import images
+from tests.tuner.model.networks import written
+from tilewright.kernels.devices import resolve_device
+from tilewright.tuner.model import flow
+from tilewright.tuner.model.flow import Request, optimise, plan
+from tilewright.tuner.model.precision import lower as precision
+from tilewright.tuning_db.errors import UnsupportedError, UsageError
+
+LAYERS = {"stem", "block", "hidden", "head"}
+
+
+class Listener:
+    """What a run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.warnings: list[str] = []
+        self.events = 0
+
+    def tell(self, line: str) -> None:
+        self.lines.append(line)
+
+    def warn(self, line: str) -> None:
+        self.warnings.append(line)
+
+    def progress(self, event: object) -> None:
+        self.events += 1
+
+
+def request(model: Path, output: Path | None, device: str = "sm_86", **options: object) -> Request:
+    folder = {} if output is None else {"db": str(output.parent / "db")}
+    return Request.parse(model, output, resolve_device(device), trials=1, jobs=2, **folder, **options)
+
+
+def run(asked: Request) -> tuple[flow.Made, Listener]:
+    listener = Listener()
+    return optimise(asked, listener.tell, listener.warn, listener.progress), listener
+
+
+def outputs(file: Path, x: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"image": x})[0])
+
+
+def test_the_whole_way(tmp_path):
+    model, data = written(tmp_path)
+    folder = tmp_path / "build"
+    made, listener = run(request(model, folder, calibration=str(data), precision="int8", max_error="top1=0.9,max=0.2"))
+    assert made.met
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "model.fused.onnx", "model.int8.onnx", "report.json", "report.html", "README.md", ".resume",
+    }  # fmt: skip
+    x = images(2, seed=5)
+    original = outputs(model, x)
+    assert np.abs(outputs(folder / "model.fused.onnx", x) - original).max() <= 1e-5 * original.max()
+    assert np.abs(outputs(folder / "model.int8.onnx", x) - original).max() <= 0.2 * original.max()
+    for name in ("model.fused.onnx", "model.int8.onnx"):
+        onnx.checker.check_model(folder / name, full_check=True)
+    report = json.loads((folder / "report.json").read_text())
+    assert report == json.loads(made.document)
+    assert {layer["node"] for layer in report["fusion"]["layers"]} == LAYERS
+    assert report["workloads"]["coverage"] == 1
+    assert {layer["node"]: layer["kind"] for layer in report["precision"]["layers"]}["stem"] == "fp16"
+    assert "int8" in {layer["kind"] for layer in report["precision"]["layers"]}
+    assert {row["provenance"] for row in report["tuning"]} == {"predicted"}
+    assert report["estimate"]["after"]["provenance"] == "predicted"
+    assert [part["model"] for part in report["errors"]] == ["model.fused.onnx", "model.int8.onnx"]
+    assert {row["value"] for row in report["errors"][0]["comparison"]["layers"]} == {"r1", "r2", "r3", "logits"}
+    assert not listener.warnings
+    assert listener.events
+    assert "predicted" in made.lines[0]
+    # Once more: scales, plans and configurations are known, and the files come out the same.
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    again, _ = run(request(model, folder, calibration=str(data), precision="int8", max_error="top1=0.9,max=0.2"))
+    assert again.met
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_what_a_killed_run_has_measured_is_kept(tmp_path, monkeypatch):
+    model, data = written(tmp_path)
+    asked = request(model, tmp_path / "build", calibration=str(data), precision="auto", max_error="0.05")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flow, "autotune", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(asked)
+    assert {path.name for path in (tmp_path / "build").iterdir()} == {".resume", "model.fused.onnx"}
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "quantise", killed)
+        made, listener = run(asked)
+    assert made.met
+    assert not [line for line in listener.lines if "plans tried" in line]
+
+
+def test_random_data_is_warned_of(tmp_path):
+    model, _ = written(tmp_path)
+    made, listener = run(request(model, tmp_path / "build", precision="fp32"))
+    assert "random" in listener.warnings[0]
+    assert {path.name for path in (tmp_path / "build").iterdir()} >= {"model.fused.onnx", "report.json"}
+    assert not (tmp_path / "build" / "model.fp32.onnx").exists()
+    assert made.report.precision is None
+    assert len(made.report.errors) == 1
+
+
+def test_a_budget_that_is_missed_is_said_to_be(tmp_path):
+    model, data = written(tmp_path)
+    made, _ = run(request(model, tmp_path / "build", calibration=str(data), precision="fp16", max_error="sqnr=300"))
+    assert not made.met
+    assert any("outside the error budget" in line and "sqnr" in line for line in made.lines)
+    assert made.report.errors[-1].breaches
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    model, data = written(tmp_path, batch="batch")
+    before = sorted(tmp_path.rglob("*"))
+    listener = Listener()
+    planned = plan(request(model, None, shapes=["batch=2"], calibration=str(data), precision="int8"), listener.tell)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert {row["first"] for row in planned.workloads.rows()} == LAYERS
+    assert planned.to_dict()["coverage"] == 1
+    assert any("4 distinct workloads" in line for line in planned.lines())
+    assert any("model.int8.onnx" in line for line in planned.lines())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"precision": "auto"}, "auto needs --max-error"),
+        ({"max_error": "nonsense=1"}, "no measure 'nonsense'"),
+        ({"shapes": ["image"]}, "image"),
+    ],
+)
+def test_wrong_options_are_told(tmp_path, options, words):
+    with pytest.raises(UsageError, match=words):
+        request(tmp_path / "model.onnx", None, **options)
+
+
+def test_a_precision_that_the_device_lacks_is_refused(tmp_path):
+    with pytest.raises(UnsupportedError, match=r"--precision fp8 needs sm_89 or newer: rtx3090 is sm_86"):
+        request(tmp_path / "model.onnx", None, precision="fp8")
+    assert request(tmp_path / "model.onnx", None, "sm_89", precision="fp8").precision == "fp8"
+
+
+def test_an_output_that_is_a_file_or_can_not_be_made_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UsageError, match="is a file: name a folder"):
+        request(tmp_path / "model.onnx", file)
+    with pytest.raises(UsageError, match=r"can't be written \(Not a directory\)"):
+        flow.open_folder(file / "inside")
+
+
+def test_fp8_on_a_device_that_has_it(tmp_path):
+    model, data = written(tmp_path)
+    made, _ = run(request(model, tmp_path / "build", "sm_89", calibration=str(data), precision="fp8"))
+    kinds = {layer.node: layer.kind for layer in made.report.precision.layers}
+    assert kinds["block"] == "fp8"
+    assert made.report.errors[-1].comparison.outputs[0].relative < 0.2

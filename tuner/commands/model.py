@@ -1,0 +1,155 @@
+"""`autotune --model FILE`: a whole ONNX model, from the file to files that run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from tilewright.tuner.commands.output import EXIT_FAILED, new_table, print_table
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "auto")
+ALONE = ("kernels", "problems", "suites", "storage")
+"""Options of a run over kernels, which a model has no use for: its workloads are its own."""
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Does nothing if the options go together.
+
+    Raises:
+        click.UsageError: some don't.
+    """
+    names = {"kernels": "kernel", "problems": "problem", "suites": "suite"}
+    if options["model"] is None:
+        for name in ("output", "shapes", "precision", "calibration", "samples", "max_error", "dry_run"):
+            if options[name]:
+                flag = {"shapes": "shape"}.get(name, name.replace("_", "-"))
+                raise click.UsageError(f"--{flag} goes with --model FILE")
+        return
+    for name in ALONE:
+        if options[name]:
+            raise click.UsageError(f"--{names.get(name, name)} does not go with --model: its workloads are the model's")
+    if options["output"] is None and not options["dry_run"]:
+        raise click.UsageError("--model needs --output DIR, a folder for the files that are made, or --dry-run")
+
+
+def run_model(context: click.Context, options: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
+    """Does what the options say, and ends with 1 if the model is not inside its error budget."""
+    from tilewright.kernels.devices import resolve_device
+    from tilewright.tuner import report
+    from tilewright.tuner.gpu_runner import equal_gpus
+    from tilewright.tuner.model.flow import Request, optimise, plan
+
+    target = resolve_device(options["device"])
+    equal_gpus(target, options["workers"])
+    request = Request.parse(
+        options["model"],
+        options["output"],
+        target,
+        shapes=options["shapes"],
+        precision=options["precision"],
+        calibration=options["calibration"],
+        samples=options["samples"],
+        max_error=options["max_error"],
+        **{name: options[name] for name in ("trials", "timeout", "jobs", "workers", "db", "retune")},
+    )
+    errors = Console(stderr=True)
+
+    def tell(line: str) -> None:
+        if not quiet:
+            errors.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(line: str) -> None:
+        errors.print(f"warning: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+    if options["dry_run"]:
+        planned = plan(request, tell)
+        if as_json:
+            from tilewright.tuner.commands.output import print_json
+
+            print_json(planned.to_dict())
+        else:
+            print_workloads(planned.workloads.rows())
+            for line in planned.lines():
+                click.echo(line)
+        return
+    with report.ProgressView(errors, quiet, report.describe_device(target)) as progress:
+        made = optimise(request, tell, warn, progress)
+    if as_json:
+        click.echo(made.document, nl=False)
+    else:
+        print_layers(made.rows)
+        for line in made.lines:
+            click.echo(line)
+    if not made.met:
+        context.exit(EXIT_FAILED)
+
+
+def print_workloads(rows: Sequence[dict[str, Any]]) -> None:
+    """The distinct workloads of a model: how often each comes, and its share."""
+    table = new_table(["workload", "op"], ["count", "GFLOP", "FLOPs", "bytes"], ["problem"])
+    for row in rows:
+        table.add_row(
+            row["first"],
+            row["op"],
+            str(row["count"]),
+            f"{row['flops'] / 1e9:.3g}",
+            f"{row['flops_share']:.1%}",
+            f"{row['bytes_share']:.1%}",
+            row["text"],
+        )
+    print_table(table)
+
+
+def print_layers(rows: Sequence[Any]) -> None:
+    """Times before and after, each with what it is based on."""
+    table = new_table(["layer", "op"], ["before µs", "after µs"], ["based on"])
+    for row in rows:
+        fields = dataclasses.asdict(row)
+        times = ["" if fields[name] is None else f"{fields[name]:.1f}" for name in ("before_us", "after_us")]
+        table.add_row(fields["node"], fields["op"], *times, fields["after_provenance"] or fields["before_provenance"])
+    print_table(table)
+
+
+def model_options(command: Any) -> Any:
+    """The options of a whole model, for the command that tunes."""
+    for option in reversed(
+        (
+            click.option("--model", type=click.Path(path_type=Path), metavar="FILE", help="An ONNX model to optimise."),
+            click.option(
+                "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for what is made of it."
+            ),
+            click.option(
+                "--shape",
+                "shapes",
+                multiple=True,
+                metavar="NAME:DIMS|DIM=SIZE",
+                help='Shapes that the model leaves open: "input:1x3x224x224" or "batch=8"; repeatable.',
+            ),
+            click.option(
+                "--precision",
+                type=click.Choice(PRECISIONS),
+                help="What layers may be lowered to; fp16 by default. auto: whatever is fastest inside --max-error.",
+            ),
+            click.option(
+                "--calibration",
+                metavar="FILE.npz|DIR|random",
+                help="Inputs of the model, for scales and for errors; random by default.",
+            ),
+            click.option(
+                "--samples", type=click.IntRange(min=2), metavar="N", help="Calibration inputs to use at the most."
+            ),
+            click.option(
+                "--max-error",
+                metavar="LIMITS",
+                help='Bound on the error of the outputs: "0.01" or "cosine=0.999,top1=0.99,sqnr=20".',
+            ),
+            click.option("--dry-run", is_flag=True, help="Say what would be done with the model, and do nothing."),
+        )
+    ):
+        command = option(command)
+    return command

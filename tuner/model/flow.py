@@ -1,0 +1,488 @@
+"""The way of a model: read, fold, fuse, lower, tune, verify, estimate, write.
+
+Everything that can be told wrong with the arguments, the model or the data is told before the output folder is made.
+Files are written whole, the report last. A run that is killed goes on where it was when it is started again: tuned
+configurations are in the device's database, scales and tried plans in the folder `.resume` of the output, under keys of
+all that they depend on; the rest takes seconds, and is done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import onnx_ir as ir
+
+from tilewright.kernels.device import Device
+from tilewright.kernels.dtypes import dtype
+from tilewright.tuner.model.calibration.data import RANDOM, Samples, load_data
+from tilewright.tuner.model.folding.fold import FoldingReport, fold
+from tilewright.tuner.model.fuse import FusionReport, fuse
+from tilewright.tuner.model.graph import copy_of, dtype_name, fused_nodes, static_shape
+from tilewright.tuner.model.precision.lower import Lowered, lower
+from tilewright.tuner.model.reading.read import read_model
+from tilewright.tuner.model.reading.shapes import parse_shapes
+from tilewright.tuner.model.report import document as parts
+from tilewright.tuner.model.report.estimate import Estimate, estimate, pairing, roofs
+from tilewright.tuner.model.report.html import write_page
+from tilewright.tuner.model.report.memory import memory_of
+from tilewright.tuner.model.report.readme import write_readme
+from tilewright.tuner.model.verify.compare import Comparison, Reference
+from tilewright.tuner.model.verify.error_budget import Budget
+from tilewright.tuner.model.workloads import ModelWorkloads, workloads
+from tilewright.tuner.model.write import write_model
+from tilewright.tuner.report import short_config
+from tilewright.tuner.tune import Progress, Result, autotune
+from tilewright.tuning_db.errors import MissingDependencyError, UnsupportedError, UsageError
+
+SAMPLES = 32
+"""Calibration inputs by default: ranges of activations change little with more (measured in docs/models.md)."""
+
+EVALUATION = 8
+"""Of the inputs, how many the errors are measured on; scales never see them."""
+
+RESUME = ".resume"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for."""
+
+    model: Path
+    output: Path | None
+    device: Device
+    shapes: Mapping[str, tuple[int, ...]]
+    dims: Mapping[str, int]
+    precision: str
+    calibration: str
+    samples: int
+    budget: Budget | None
+    trials: int | None = None
+    timeout: float | None = None
+    jobs: int | None = None
+    workers: int = 1
+    db: str | None = None
+    retune: bool = False
+
+    @classmethod
+    def parse(
+        cls,
+        model: Path,
+        output: Path | None,
+        device: Device,
+        *,
+        shapes: Sequence[str] = (),
+        precision: str | None = None,
+        calibration: str | None = None,
+        samples: int | None = None,
+        max_error: str | None = None,
+        **tuning: Any,
+    ) -> Self:
+        """From the texts of the command line.
+
+        Raises:
+            UsageError: a text that can't be read, or options that don't go together.
+        """
+        bound, dims = parse_shapes(shapes)
+        budget = None if max_error is None else Budget.parse(max_error)
+        if precision == "auto" and budget is None:
+            raise UsageError("--precision auto needs --max-error, the bound inside which it looks for the fastest")
+        chosen = precision or "fp16"
+        kind = {"fp8": "fp8e4m3", "auto": "fp16"}.get(chosen, chosen)
+        if device.arch < dtype(kind).min_arch:
+            raise UnsupportedError(
+                f"--precision {chosen} needs sm_{dtype(kind).min_arch} or newer: {device.board} is {device.sm}"
+            )
+        if output is not None and output.exists() and not output.is_dir():
+            raise UsageError(f"--output {output} is a file: name a folder")
+        return cls(
+            model, output, device, bound, dims, chosen, calibration or RANDOM, samples or SAMPLES, budget, **tuning
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model that was read, folded and fused; nothing is written yet."""
+
+    original: ir.Model  # as it was read, with static shapes
+    fused: ir.Model
+    folding: FoldingReport
+    fusion: FusionReport
+    workloads: ModelWorkloads
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why nodes were not fused."""
+        return {miss.node: miss.reason for miss in self.fusion.misses}
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a dry run says."""
+
+    request: Request
+    workloads: ModelWorkloads
+    fusion: FusionReport
+    data: Samples
+
+    def lines(self) -> list[str]:
+        """For people."""
+        request, found = self.request, self.workloads
+        budget = "" if request.budget is None else f", inside {request.budget}"
+        nodes = (self.fusion.nodes_before, self.fusion.nodes_after)
+        return [
+            f"{nodes[0]} nodes become {nodes[1]}, of which {len(found.layers)} are fused, "
+            f"with {found.coverage:.1%} of the model's operations",
+            *(f"not fused: {left.operator} {left.node!r}: {left.reason}" for left in found.unsupported),
+            f"precision: {request.precision}{budget}, on {len(self.data)} inputs ({self.data.origin})",
+            f"to tune for {request.device.board}: {len(found.distinct())} distinct workloads",
+            f"to write: {', '.join(files(request))}" + (f" in {request.output}" if request.output else ""),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "device": self.request.device.key,
+            "precision": self.request.precision,
+            "calibration": {"origin": self.data.origin, "samples": len(self.data)},
+            "fusion": self.fusion.to_dict(),
+            **self.workloads.to_dict(),
+            "files": files(self.request),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a run made."""
+
+    report: parts.ModelReport
+    met: bool  # whether the errors are inside the budget; True without one
+    lines: tuple[str, ...]  # the end of what people are told
+
+    @property
+    def document(self) -> str:
+        """`report.json`."""
+        return parts.to_json(self.report)
+
+    @property
+    def rows(self) -> list[parts.LayerTimes]:
+        """Times before and after, layer by layer."""
+        return parts.layer_times(self.report.estimate)
+
+
+def files(request: Request) -> list[str]:
+    """The files of the output folder."""
+    lowered = [] if request.precision == "fp32" else [f"model.{request.precision}.onnx"]
+    return ["model.fused.onnx", *lowered, "report.json", "report.html", "README.md"]
+
+
+def _nothing(_: Any) -> None:
+    """For those who don't listen."""
+
+
+def prepare(request: Request, tell: Callable[[str], None]) -> Prepared:
+    """Reads, folds and fuses.
+
+    Raises:
+        ModelError, UsageError: the model can't be used, or its shapes aren't all given.
+    """
+    model = read_model(request.model, request.shapes, request.dims)
+    original = copy_of(model)
+    tell(f"read {request.model}: {len(model.graph)} nodes")
+    folding = fold(model)
+    fusion = fuse(model)
+    found = workloads(model, {miss.node: miss.reason for miss in fusion.misses})
+    tell(
+        f"fused: {len(original.graph)} nodes became {fusion.nodes_after}, {len(found.layers)} of them fused, with "
+        f"{found.coverage:.1%} of the operations"
+    )
+    return Prepared(original, model, folding, fusion, found)
+
+
+def plan(request: Request, tell: Callable[[str], None] = _nothing) -> Planned:
+    """What `optimise` would do; nothing is written.
+
+    Raises:
+        ModelError, UsageError: as `optimise`.
+    """
+    prepared = prepare(request, tell)
+    data = load_data(request.calibration, prepared.original, count=request.samples)
+    return Planned(request, prepared.workloads, prepared.fusion, data)
+
+
+def optimise(
+    request: Request,
+    tell: Callable[[str], None] = _nothing,
+    warn: Callable[[str], None] = _nothing,
+    progress: Callable[[Progress], None] = _nothing,
+) -> Made:
+    """Goes the whole way.
+
+    Args:
+        request: what is asked for.
+        tell: is given a line of progress at a time, `warn` what must not be missed, `progress` the tuner's events.
+
+    Raises:
+        ModelError, UsageError: the model, the data or the arguments can't be used; nothing was written.
+        RunError: something failed on the way; what was finished is kept.
+    """
+    assert request.output is not None
+    prepared = prepare(request, tell)
+    data = load_data(request.calibration, prepared.original, count=request.samples)
+    if data.warning is not None:
+        warn(data.warning)
+    calibration, evaluation = data.split(EVALUATION)
+    folder = open_folder(request.output)
+    resume = folder / RESUME
+    resume.mkdir(exist_ok=True)
+    with Reference(prepared.original, evaluation.feeds) as reference:
+        fused_file = folder / "model.fused.onnx"
+        write_model(prepared.fused, fused_file)
+        fused_errors = reference.compare(prepared.fused, layers=_same_names(prepared))
+        lowered = lower(
+            prepared.fused,
+            request.device,
+            kind=request.precision,
+            calibration=calibration,
+            reference=reference,
+            budget=request.budget,
+            key=_key(request, data),
+            resume=resume,
+            tell=tell,
+        )
+        results = _tune(request, lowered.model, progress)
+        errors = [parts.ErrorPart(fused_file.name, evaluation.origin, None, (), fused_errors)]
+        final = fused_file
+        if request.precision != "fp32":
+            final = folder / f"model.{request.precision}.onnx"
+            write_model(lowered.model, final)
+            comparison = reference.compare(lowered.model, layers=_same_names(prepared))
+            errors.append(_error_part(request, final.name, evaluation, comparison))
+        elif request.budget is not None:
+            errors[0] = _error_part(request, fused_file.name, evaluation, fused_errors)
+    before = estimate(prepared.original, request.device)
+    after = estimate(lowered.model, request.device, _times(lowered.model, results))
+    engine = _engine(request, final, tell)
+    made = _report(request, prepared, lowered, results, errors, (before, after), folder, (fused_file, final, *engine))
+    parts.write_report(made, folder / "report.json")
+    write_page(made, folder / "report.html")
+    write_readme(made, folder / "README.md")
+    breaches = errors[-1].breaches
+    return Made(made, not breaches, tuple(_closing(made, before, after, breaches, folder)))
+
+
+def open_folder(path: Path) -> Path:
+    """The output folder, made if it isn't there.
+
+    Raises:
+        UsageError: it can't be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--output {path} can't be written ({error.strerror}): name a folder that can") from None
+    return path
+
+
+def _key(request: Request, data: Samples) -> str:
+    """A hash of what scales and errors depend on, besides the plan."""
+    digest = hashlib.sha256()
+    with request.model.open("rb") as stream:
+        digest.update(hashlib.file_digest(stream, "sha256").digest())
+    settings = [data.digest, request.precision, request.device.key, str(request.budget), version("tilewright")]
+    digest.update(json.dumps([settings, dict(request.shapes), dict(request.dims)], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _same_names(prepared: Prepared) -> dict[str, str]:
+    """Results of fused nodes that the original has as well: fusing keeps the names of values."""
+    known = {value.name for node in prepared.original.graph for value in node.outputs}
+    names = [node.outputs[0].name for node in fused_nodes(prepared.fused)]
+    return {name: name for name in names if name is not None and name in known}
+
+
+def _tune(request: Request, model: ir.Model, progress: Callable[[Progress], None]) -> dict[Any, Result]:
+    """The best configuration of every distinct problem, by the problem."""
+    wanted = workloads(model).distinct()
+    if not wanted:
+        return {}
+    results = autotune(
+        request.device,
+        problems=wanted,
+        trials=request.trials,
+        timeout=request.timeout,
+        jobs=request.jobs,
+        workers=request.workers,
+        db=request.db,
+        retune=request.retune,
+        progress=progress,
+    )
+    return {workload.problem: result for workload, result in zip(wanted, results, strict=True)}
+
+
+def _times(model: ir.Model, results: Mapping[Any, Result]) -> dict[str, tuple[float, str]]:
+    """The time of every fused node that tuning has one of."""
+    times = {}
+    for layer in workloads(model).layers:
+        result = results.get(layer.problem)
+        if result is not None and result.time_us is not None and result.provenance is not None:
+            times[layer.node] = (result.time_us, str(result.provenance))
+    return times
+
+
+def _engine(request: Request, model: Path, tell: Callable[[str], None]) -> list[Path]:
+    """A TensorRT engine, where TensorRT's builder and the GPU are."""
+    if not request.device.live:
+        return []
+    from tilewright.kernels.tensorrt import build_engine
+
+    path = model.with_suffix(".engine")
+    try:
+        made = build_engine(model, path, device=request.device.live, timing_cache=path.parent / RESUME / "timing.cache")
+    except MissingDependencyError as error:
+        tell(f"no engine was built: {error}")
+        return []
+    return [made.path, made.provenance_path]
+
+
+def _error_part(request: Request, name: str, data: Samples, comparison: Comparison) -> parts.ErrorPart:
+    budget = request.budget
+    breaches = () if budget is None else comparison.breaches(budget)
+    return parts.ErrorPart(name, data.origin, None if budget is None else str(budget), breaches, comparison)
+
+
+def _report(
+    request: Request,
+    prepared: Prepared,
+    lowered: Lowered,
+    results: Mapping[Any, Result],
+    errors: Sequence[parts.ErrorPart],
+    times: tuple[Estimate, Estimate],
+    folder: Path,
+    made: Sequence[Path],
+) -> parts.ModelReport:
+    before, after = times
+    original, found = prepared.original, workloads(lowered.model, prepared.reasons)
+    return parts.ModelReport(
+        tilewright=version("tilewright"),
+        model=_model_part(request, prepared),
+        device=parts.DevicePart.of(request.device),
+        fusion=_fusion_part(prepared, original),
+        workloads=parts.WorkloadPart(
+            tuple(
+                parts.WorkloadRow(
+                    each.name,
+                    each.op,
+                    str(each.problem),
+                    each.count,
+                    row["flops"],
+                    row["flops_share"],
+                    row["bytes"],
+                    row["bytes_share"],
+                )
+                for each, row in zip(found.distinct(), found.rows(), strict=True)
+            ),
+            tuple(
+                parts.UnsupportedRow(each.node, each.operator, each.reason, each.flops) for each in found.unsupported
+            ),
+            found.flops,
+            found.coverage,
+        ),
+        tuning=tuple(_tuning_row(problem, result) for problem, result in results.items()),
+        precision=lowered.part,
+        errors=tuple(errors),
+        memory=parts.MemoryPart(memory_of(original), memory_of(lowered.model)),
+        estimate=parts.EstimatePart(
+            before, after, roofs(request.device, before, after), pairing(original, lowered.model)
+        ),
+        artefacts=tuple(_artefact(path, folder) for path in dict.fromkeys(made)),
+    )
+
+
+def _model_part(request: Request, prepared: Prepared) -> parts.ModelPart:
+    with request.model.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    size = request.model.stat().st_size
+    original = prepared.original
+    return parts.ModelPart(
+        name=request.model.name,
+        sha256=digest,
+        bytes=size,
+        opset=original.opset_imports[""],
+        nodes=len(original.graph),
+        inputs=tuple(_tensor(value) for value in original.graph.inputs),
+        outputs=tuple(_tensor(value) for value in original.graph.outputs),
+        folded=dict(prepared.folding.folded),
+    )
+
+
+def _tensor(value: ir.Value) -> parts.TensorPart:
+    return parts.TensorPart(value.name or "", dtype_name(value), static_shape(value) or ())
+
+
+def _fusion_part(prepared: Prepared, original: ir.Model) -> parts.FusionPart:
+    fusion = prepared.fusion
+    replaced = pairing(original, prepared.fused)
+    return parts.FusionPart(
+        len(original.graph),
+        fusion.nodes_after,
+        fusion.counts(),
+        tuple(
+            parts.FusedLayer(node, plugin, replaced.get(node, ()), fusion.ends.get(node, ""))
+            for node, plugin in fusion.layers.items()
+        ),
+        tuple(parts.LeftNode(miss.node, miss.pattern, miss.reason) for miss in fusion.misses),
+    )
+
+
+def _tuning_row(problem: Any, result: Result) -> parts.TuningRow:
+    return parts.TuningRow(
+        op=result.op,
+        problem=str(problem),
+        config=None if result.config is None else short_config(result.config),
+        time_us=result.time_us,
+        provenance=None if result.provenance is None else str(result.provenance),
+        tflops=result.tflops,
+        roofline_fraction=result.roofline_fraction,
+        status=str(result.status),
+        message=result.message,
+        trials=result.trials,
+    )
+
+
+_WORDS = {
+    ".onnx": ("onnx", "the model with fused nodes: TensorRT plugins that ONNX Runtime runs by their bodies"),
+    ".engine": ("engine", "a TensorRT engine for the GPU at hand"),
+    ".json": ("json", "what the engine was made of"),
+    ".data": ("weights", "weights of the model beside it"),
+}
+
+
+def _artefact(path: Path, folder: Path) -> parts.Artefact:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    kind, what = _WORDS[path.suffix]
+    return parts.Artefact(str(path.relative_to(folder)), kind, path.stat().st_size, digest, what)
+
+
+def _closing(
+    made: parts.ModelReport, before: Estimate, after: Estimate, breaches: Sequence[str], folder: Path
+) -> list[str]:
+    factor = before.time_us / after.time_us if after.time_us else 1.0
+    lines = [
+        f"the whole model: {before.time_us:.0f} µs ({before.provenance}) before, {after.time_us:.0f} µs "
+        f"({after.provenance}) after, {factor:.1f} times as fast"
+    ]
+    for row in made.errors[-1].comparison.outputs:
+        lines.append(f"error of {row.value}: {row.relative if row.relative is not None else 'none'} relative")
+    lines += [f"outside the error budget: {breach}" for breach in breaches]
+    lines.append(f"written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.is_file()))}")
+    return lines
