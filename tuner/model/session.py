@@ -268,9 +268,12 @@ def _options(weights: int) -> Any:
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
+    # Nodes as late as they can be: in the default order all casts of weights come first, and all their results live.
+    options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
     options.log_severity_level = 4  # fatal; what is an error is raised as well
     if weights > PREPACK_BYTES:
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False  # which keeps twice what is needed at a time, and gives nothing back
     return options
 
 

@@ -302,3 +302,20 @@ def test_a_large_model_is_not_copied() -> None:
     ended = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout) < 64 << 10  # KiB
+
+
+CASTS = MEMORY.replace("np.float32)\nfor", "np.float16)\nfor").replace(
+    'nodes.append(ir.node("MatMul", [last, weights[-1]]',
+    """kind16 = ir.TensorType(ir.DataType.FLOAT16)
+    weights[-1].type = kind16
+    nodes.append(ir.node("Cast", [weights[-1]], {"to": 1}, name=f"cast{number}"))
+    nodes[-1].outputs[0].name = f"wide{number}"
+    nodes.append(ir.node("MatMul", [last, nodes[-1].outputs[0]]""",
+)
+
+
+def test_casts_of_weights_do_not_all_live_at_once() -> None:
+    """192 MB of weights in fp16, each cast to fp32, 64 MB, right before it is used: one or two at a time."""
+    ended = subprocess.run([sys.executable, "-c", CASTS], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout) < 200 << 10  # KiB; all six are 384 MB
