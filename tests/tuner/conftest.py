@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +23,9 @@ def autotune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return int(ended.value.code or 0), captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def model_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of databases that tests of whole models share: what one has tuned the others find."""
+    return tmp_path_factory.mktemp("model_db")

@@ -14,11 +14,11 @@ from examples.model import images, network
 from tests.tuner.model.networks import written
 
 
-def test_a_model_goes_the_whole_way(autotune, tmp_path: Path) -> None:
+def test_a_model_goes_the_whole_way(autotune, tmp_path: Path, model_db: Path) -> None:
     model, data = written(tmp_path)
     build = tmp_path / "build"
     arguments = ("--device", "sm_86", "--model", model, "--output", build, "--calibration", data, "--trials", "1")
-    status, out, err = autotune(*arguments, "--db", tmp_path / "db")
+    status, out, err = autotune(*arguments, "--db", model_db)
     assert status == 0
     lines = out.splitlines()
     assert lines[0].split()[:2] == ["layer", "op"]
@@ -27,7 +27,7 @@ def test_a_model_goes_the_whole_way(autotune, tmp_path: Path) -> None:
     assert "the whole model: " in out
     assert f"written to {build}: README.md, model.fp16.onnx, model.fused.onnx, report.html, report.json" in out
     assert "not here: times are predicted" in err
-    status, out, err = autotune(*arguments, "--db", tmp_path / "db", "--json", "--quiet")
+    status, out, err = autotune(*arguments, "--db", model_db, "--json", "--quiet")
     assert (status, err) == (0, "")
     assert json.loads(out) == json.loads((build / "report.json").read_text())
 
@@ -47,10 +47,10 @@ def test_a_dry_run_says_what_would_be_done(autotune, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"network.onnx", "images.npz"}
 
 
-def test_a_missed_budget_is_a_failed_run(autotune, tmp_path: Path) -> None:
+def test_a_missed_budget_is_a_failed_run(autotune, tmp_path: Path, model_db: Path) -> None:
     model, data = written(tmp_path)
     arguments = ("--device", "sm_86", "--model", model, "--output", tmp_path / "build", "--calibration", data)
-    status, out, _ = autotune(*arguments, "--max-error", "sqnr=300", "--trials", "1", "--db", tmp_path / "db")
+    status, out, _ = autotune(*arguments, "--max-error", "sqnr=300", "--trials", "1", "--db", model_db)
     assert status == 1
     assert "outside the error budget: " in out
 

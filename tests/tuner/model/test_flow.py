@@ -39,9 +39,13 @@ class Listener:
         self.events += 1
 
 
+@pytest.fixture(autouse=True)
+def databases(monkeypatch, model_db):
+    monkeypatch.setenv("TILEWRIGHT_DB_DIR", str(model_db))
+
+
 def request(model: Path, output: Path | None, device: str = "sm_86", **options: object) -> Request:
-    folder = {} if output is None else {"db": str(output.parent / "db")}
-    return Request.parse(model, output, resolve_device(device), trials=1, jobs=2, **folder, **options)
+    return Request.parse(model, output, resolve_device(device), trials=1, jobs=2, **options)
 
 
 def run(asked: Request) -> tuple[flow.Made, Listener]:
