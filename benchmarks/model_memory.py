@@ -19,11 +19,13 @@ from typing import Any
 import click
 import numpy as np
 import onnx_ir as ir
+from rich.console import Console
+from rich.table import Table
 
 from benchmarks.measuring import environment
 from tilewright.tuner.model.write import write_model
 
-WIDTH = 4096
+WIDTH = 2048
 ROWS = 16
 SCRIPT = """
 import sys
@@ -38,7 +40,7 @@ finally:
 
 
 def chain(megabytes: int) -> ir.Model:
-    """y = relu(… relu(x·W₁) …)·Wₙ, with as many (4096, 4096) weights as come to so many megabytes, and one at least."""
+    """y = relu(… relu(x·W₁) …)·Wₙ, with as many (2048, 2048) weights as come to so many megabytes, and one at least."""
     random = np.random.default_rng(0)
     count = max(1, round(megabytes * 2**20 / (4 * WIDTH * WIDTH)))
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([ROWS, WIDTH]))
@@ -91,13 +93,15 @@ def peak_of(megabytes: int, precision: str, outside: bool) -> dict[str, Any]:
 @click.option("--json", "output", type=click.Path(path_type=Path), help="write the figures there")
 def main(megabytes: int, precision: str, outside: bool, output: Path | None) -> None:
     """Prints the figures."""
-    small, large = (peak_of(size, precision, outside) for size in (1, megabytes))
-    print(f"model {large['model_bytes'] / 2**20:.0f} MiB, peak {large['peak_bytes'] / 2**20:.0f} MiB:")
-    print(f"{large['peak_over_model']:.2f} times the model; a model of {small['model_bytes'] / 2**20:.0f} MiB takes")
-    print(f"{small['peak_bytes'] / 2**20:.0f} MiB, libraries and all")
+    rows = {name: peak_of(size, precision, outside) for name, size in (("small", 1), ("large", megabytes))}
+    table = Table("model", "model MiB", "peak MiB", "peak over model")
+    for name, row in rows.items():
+        sizes = [f"{row[key] / 2**20:.0f}" for key in ("model_bytes", "peak_bytes")]
+        table.add_row(name, *sizes, f"{row['peak_over_model']:.2f}")
+    Console().print(table)
     if output is not None:
-        figures = {"precision": precision, "outside": outside, "small": small, "large": large}
-        output.write_text(json.dumps({"environment": environment(), **figures}, indent=1) + "\n")
+        document = {"environment": environment(), "precision": precision, "outside": outside, "results": rows}
+        output.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ BENCHMARKS = {
         *("--space", "benchmarks/replay/convolution__RTX_Titan.npz"),
     ],
     "compile_rate": ["--configs", "2", "--rounds", "1"],
+    "model_memory": ["--megabytes", "32"],
     "search_quality": [
         *("--space", "benchmarks/replay/pnpoly__RTX_3060_laptop.npz", "--budget", "12", "--seeds", "2"),
         *("--strategy", "random", "--strategy", "tilewright"),
     ],
 }
 
-OF_A_TEST_FILE = {"gpu", "heuristics", "landscape", "prediction", "performance"}
+OF_A_TEST_FILE = {"gpu", "heuristics", "landscape", "prediction", "performance", "quantisation"}
 """Those that need more than a file of figures: `test_gpu.py` and its siblings."""
 
 
