@@ -38,7 +38,7 @@ from tilewright.tuner.model.workloads import ModelWorkloads, workloads
 from tilewright.tuner.model.write import write_model
 from tilewright.tuner.report import short_config
 from tilewright.tuner.tune import Progress, Result, autotune
-from tilewright.tuning_db.errors import MissingDependencyError, UnsupportedError, UsageError
+from tilewright.tuning_db.errors import MissingDependencyError, RunError, UnsupportedError, UsageError
 
 SAMPLES = 32
 """Calibration inputs by default: ranges of activations change little with more (measured in docs/models.md)."""
@@ -347,7 +347,8 @@ def _engine(request: Request, model: Path, tell: Callable[[str], None]) -> list[
     path = model.with_suffix(".engine")
     try:
         made = build_engine(model, path, device=request.device.live, timing_cache=path.parent / RESUME / "timing.cache")
-    except MissingDependencyError as error:
+    except (MissingDependencyError, RunError, UsageError) as error:
+        # The model is there and checked: an engine that can't be built takes nothing from it.
         tell(f"no engine was built: {error}")
         return []
     return [made.path, made.provenance_path]

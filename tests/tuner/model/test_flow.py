@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model import flow
 from tilewright.tuner.model.flow import Request, optimise, plan
 from tilewright.tuner.model.precision import lower as precision
-from tilewright.tuning_db.errors import UnsupportedError, UsageError
+from tilewright.tuning_db.errors import MissingDependencyError, RunError, UnsupportedError, UsageError
 
 LAYERS = {"stem", "block", "hidden", "head"}
 
@@ -176,3 +177,25 @@ def test_fp8_on_a_device_that_has_it(tmp_path):
     kinds = {layer.node: layer.kind for layer in made.report.precision.layers}
     assert kinds["block"] == "fp8"
     assert made.report.errors[-1].comparison.outputs[0].relative < 0.2
+
+
+@pytest.mark.parametrize(
+    "error", [MissingDependencyError("no builder here"), RunError("no tactic for layer 1"), UsageError("no such node")]
+)
+def test_an_engine_that_can_not_be_built_takes_nothing_from_the_model(tmp_path, monkeypatch, error):
+    asked = []
+
+    def build(model, path, *, device, timing_cache):
+        asked.append((model.name, path.name, device))
+        raise error
+
+    monkeypatch.setattr("tilewright.kernels.tensorrt.build_engine", build)
+    present = replace(resolve_device("sm_86"), live="cuda:0")
+    request = Request.parse(tmp_path / "m.onnx", tmp_path, present)
+    lines: list[str] = []
+    assert flow._engine(request, tmp_path / "model.fp16.onnx", lines.append) == []
+    assert asked == [("model.fp16.onnx", "model.fp16.engine", "cuda:0")]
+    assert lines == [f"no engine was built: {error}"]
+    absent = Request.parse(tmp_path / "m.onnx", tmp_path, resolve_device("sm_86"))
+    assert flow._engine(absent, tmp_path / "model.fp16.onnx", lines.append) == []
+    assert len(lines) == len(asked) == 1
