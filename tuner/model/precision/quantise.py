@@ -27,6 +27,7 @@ from tilewright.tuner.model.edit import Editor
 from tilewright.tuner.model.graph import (
     DTYPES,
     constant,
+    copy_of,
     dtype_name,
     fused_nodes,
     is_constant,
@@ -341,16 +342,6 @@ def check_plan(model: ir.Model, plan: Mapping[str, LayerPrecision], base: str) -
             )
 
 
-def _copy(model: ir.Model) -> ir.Model:
-    """A model to change: `clone` shares constants, which is wanted, and types of values, which is not."""
-    mixed = model.clone()
-    made = (value for node in mixed.graph.all_nodes() for value in node.outputs)
-    for value in (*mixed.graph.inputs, *mixed.graph.initializers.values(), *made):
-        if isinstance(value.type, ir.TensorType):
-            value.type = ir.TensorType(value.type.dtype)
-    return mixed
-
-
 def apply_precision(
     model: ir.Model,
     plan: Mapping[str, LayerPrecision],
@@ -372,7 +363,7 @@ def apply_precision(
         ModelError: weights that are infinite or NaN.
     """
     check_plan(model, plan, base)
-    mixed = _copy(model)
+    mixed = copy_of(model)
     mixed.functions.clear()  # of fused nodes; they are made anew
     for domain in [domain for domain in mixed.opset_imports if domain.startswith("tilewright")]:
         del mixed.opset_imports[domain]
