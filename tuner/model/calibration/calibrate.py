@@ -1,6 +1,6 @@
 """The scales of a model's activations, measured on calibration data.
 
-`calibrate` runs the model over the data once for the extent of every value and, for methods that need the distribution,
+`observe` runs the model over the data once for the extent of every value and, for methods that need the distribution,
 once more for its histogram; how many methods are asked for makes no difference. What is held are the values of one
 feed and the histograms. Of a model whose values take more than `GROUP_BYTES` a feed, they are taken in groups, and the
 model is run for each up to where the group needs it.
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from tilewright.tuner.model.calibration.calibrators import TARGETS, Method, Observer, Settings, find_scale
+from tilewright.tuner.model.calibration.calibrators import TARGETS, Method, Observer, Settings
 from tilewright.tuner.model.calibration.feeds import Array, Feed
 from tilewright.tuner.model.calibration.histogram import Extent
 from tilewright.tuner.model.graph import dtype_name, elements
@@ -29,7 +29,7 @@ from tilewright.tuning_db import strict_json
 from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.errors import ModelError, UsageError
 
-__all__ = ["Method", "Settings", "calibrate", "calibration_key", "load", "save"]
+__all__ = ["Method", "Settings", "calibrate", "calibration_key", "load", "observe", "save"]
 
 Scales = dict[Method, dict[str, float]]
 Progress = Callable[[int, int], None]
@@ -54,39 +54,60 @@ def calibrate(
     """The symmetric scale of each value by each method: q = round(x / scale), one scale a tensor.
 
     Args:
+        model, feeds, values, methods, settings, progress: see `observe`.
+        target: `int8`, scale = range / 127; `uint8`, scale = range / 255, of values that are never negative; or
+            `fp8e4m3`, scale = range / 448.
+
+    Raises:
+        UsageError: no such target.
+        ModelError, MissingDependencyError, RunError: see `observe`.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"{target=} must be one of {', '.join(TARGETS)}")
+    observers = observe(model, feeds, values, methods=methods, settings=settings, progress=progress)
+    return {
+        method: {name: observer.scale(method, target) for name, observer in observers.items()} for method in methods
+    }
+
+
+def observe(
+    model: ir.Model,
+    feeds: Sequence[Feed],
+    values: Sequence[str],
+    *,
+    methods: Sequence[Method],
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Observer]:
+    """What the methods need to know of each value, for scales of any target.
+
+    Args:
         model: the model in memory; it is left as it is.
         feeds: calibration data, gone through once or twice.
         values: names of fp32, fp16 or bf16 values of the main graph.
         methods: see `calibrators`.
-        target: `int8`, scale = range / 127, or `fp8e4m3`, scale = range / 448.
         settings: of the calibrators.
         progress: called after each run of a feed with how many are done, and how many there are in all.
 
     Raises:
-        UsageError: no such target.
         ModelError: there is no data, a value is none of the model or no float, or is NaN or infinite for some data.
         MissingDependencyError, RunError: see `session.run`.
     """
-    if target not in TARGETS:
-        raise UsageError(f"{target=} must be one of {', '.join(TARGETS)}")
     if not len(feeds):
         raise ModelError("there are no calibration samples: give at least one")
     groups = _groups(model, values)
     passes = 1 if set(methods) <= {Method.MINMAX} else 2
     report = _counted(progress, passes * len(groups) * len(feeds))
-    scales: Scales = {method: {} for method in methods}
+    observers: dict[str, Observer] = {}
     for group in groups:
         extents = _extents(model, feeds, group, report)
-        observers = {name: Observer(extent, methods, settings or Settings()) for name, extent in extents.items()}
+        observers |= {name: Observer(extent, methods, settings or Settings()) for name, extent in extents.items()}
         if passes == 2:
             for results in run(model, feeds, group):
                 for name, array in results.items():
                     observers[name].add(_floats(array))
                 report()
-        for method in methods:
-            for name, observer in observers.items():
-                scales[method][name] = find_scale(observer.range(method, target), target)
-    return {method: {name: scales[method][name] for name in values} for method in methods}
+    return {name: observers[name] for name in values}
 
 
 def calibration_key(

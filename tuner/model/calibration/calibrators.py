@@ -26,8 +26,9 @@ from tilewright.tuning_db.errors import UsageError
 
 Array = np.ndarray[Any, Any]
 
-TARGETS: Mapping[str, float] = {"int8": 127.0, "fp8e4m3": 448.0}
-"""The largest number of each type: what a value at the end of the range becomes."""
+TARGETS: Mapping[str, float] = {"int8": 127.0, "uint8": 255.0, "fp8e4m3": 448.0}
+"""The largest number of each type: what a value at the end of the range becomes. uint8 is for values that are never
+negative, whose integers int8 kernels have shifted by 128."""
 
 EMPTY_SCALE = 1.0
 """The scale of a value that is always 0, or so small that fp32 has no normal number for its scale: all of it becomes 0.
@@ -126,9 +127,17 @@ class Observer:
             return mse_range(self.magnitudes, self.extent.zeros, target)
         return self.extent.limit
 
+    def scale(self, method: Method, target: str) -> float:
+        """The scale of that range.
+
+        Raises:
+            UsageError: no such target.
+        """
+        return find_scale(self.range(method, target), target)
+
 
 def find_scale(covered: float, target: str) -> float:
-    """The scale s of a range: its end becomes 127 (int8) or 448 (fp8e4m3).
+    """The scale s of a range: its end becomes 127 (int8), 255 (uint8) or 448 (fp8e4m3).
 
     Raises:
         UsageError: no such target.
@@ -254,8 +263,8 @@ def _squared_errors(counts: Array, edges: Array, candidates: Array, target: str)
 def _cells(target: str) -> tuple[Array, Array, Array]:
     """The cells of rounding, with the type's largest number as unit: from where each reaches, the number in it, and an
     offset. The integral of the squared error from 0 to u is (u - number)³ / 3 + offset of the cell that u is in."""
-    if target == "int8":
-        numbers = np.arange(128) / 127.0
+    if target in ("int8", "uint8"):
+        numbers = np.arange(_largest(target) + 1) / _largest(target)
     else:
         bits = np.arange(128, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
         numbers = bits[np.isfinite(bits)] / _largest(target)

@@ -75,8 +75,9 @@ def measure_shifts(
             for name in names:
                 _, data, precision = layers[name]
                 plain[name] += data.mean_row(x) / len(feeds)
-                x_hat = rounded(x, precision.scales[ACTIVATIONS[data.op][0]], precision.kind)
-                coarse[name] += data.mean_row(x_hat) / len(feeds)
+                activation = ACTIVATIONS[data.op][0]
+                scale, zero = precision.scales[activation], precision.zeros.get(activation, 0)
+                coarse[name] += data.mean_row(rounded(x, scale, precision.kind, zero)) / len(feeds)
     return {
         name: _shift(node, data, precision.kind, plain[name], coarse[name], (weights or {}).get(name))
         for name, (node, data, precision) in layers.items()

@@ -22,11 +22,12 @@ def activation_of(node: ir.Node) -> ir.Value:
     return plugin_inputs(node)[ACTIVATIONS[op_of(node)][0]]
 
 
-def rounded(x: Array, scale: float, kind: str) -> Array:
-    """scale · Q(x / scale) in fp32: what a quantised layer computes with instead of x."""
+def rounded(x: Array, scale: float, kind: str, zero: int = 0) -> Array:
+    """scale · Q(x / scale) in fp32: what a quantised layer computes with instead of x. `zero` is the integer that 0
+    becomes."""
     over = x.astype(np.float32) / np.float32(scale)
     if kind == "int8":
-        return np.asarray(np.clip(np.rint(over), -128, 127) * np.float32(scale))
+        return np.asarray(np.clip(np.rint(over), -128 - zero, 127 - zero) * np.float32(scale))
     bound = LARGEST[kind]
     return np.asarray(np.clip(over, -bound, bound).astype(DTYPES[QUANTISED[kind]].numpy()).astype(np.float32)) * scale
 

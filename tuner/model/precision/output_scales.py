@@ -18,18 +18,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from tilewright.kernels.activations import activation_name
 from tilewright.tuner.model.edit import Editor
 from tilewright.tuner.model.graph import (
     DTYPES,
+    constant,
     dtype_name,
     elements,
+    is_constant,
     is_fused,
     make_fused,
     op_of,
     plugin_inputs,
     plugin_settings,
     scalar,
+    static_shape,
 )
+from tilewright.tuner.model.precision.zeros import LOWEST
 
 MOVED: Mapping[str, frozenset[str]] = {
     "int8": frozenset(
@@ -49,23 +54,26 @@ class Grid(NamedTuple):
 
     scale: float
     dtype: str
+    zero: int = 0  # the integer that 0 becomes; see `zeros.py`
 
 
 def grid_of(node: ir.Node) -> Grid | None:
-    """The grid of a quantise step with one scale and no zero point; None of any other node."""
-    if node.op_type != "QuantizeLinear" or node.domain != "" or (len(node.inputs) > 2 and node.inputs[2] is not None):
+    """The grid of a quantise step with one scale, and one zero point or none; None of any other node."""
+    if node.op_type != "QuantizeLinear" or node.domain != "":
         return None
     scale = scalar(node.inputs[1])
+    zero = scalar(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else 0.0
     dtype = dtype_name(node.outputs[0])
-    if scale is None or dtype not in MOVED or node.outputs[0].is_graph_output():
+    if scale is None or zero not in (0.0, LOWEST) or dtype not in MOVED or node.outputs[0].is_graph_output():
         return None
-    return Grid(scale, dtype)
+    return Grid(scale, dtype, int(zero))
 
 
 class _Folding:
     def __init__(self, model: ir.Model) -> None:
         self.edit = Editor(model)
         self.graph = model.graph
+        self.biases: set[ir.Value] = set()
         self._wanted: dict[ir.Value, Grid | None] = {}
 
     def wanted(self, value: ir.Value) -> Grid | None:
@@ -133,7 +141,9 @@ class _Folding:
         node = value.producer()
         if grid is None or node is None or not is_fused(node) or self.wanted(value) != grid:
             return False
-        return op_of(node) in PRODUCERS and "out_scale" not in plugin_inputs(node)
+        if op_of(node) not in PRODUCERS or "out_scale" in plugin_inputs(node):
+            return False
+        return grid.zero == 0 or shiftable(node, grid.scale)
 
     def take_over(self, group: list[ir.Node]) -> None:
         """Lets the operators of a group work on integers."""
@@ -156,10 +166,11 @@ class _Folding:
             if index == 0 and grid_of(node) == grid:
                 return node.outputs[0]
         scale = self.edit.constant(_fp32(grid.scale), f"{value.name}_scale")
+        zero = [self.edit.constant(np.array(grid.zero, np.int8), f"{value.name}_zero")] if grid.zero else []
         dtype = DTYPES[grid.dtype]
         step = self.edit.node(
             "QuantizeLinear",
-            [value, scale],
+            [value, scale, *zero],
             value,
             dtype,
             base=f"{value.name}_{grid.dtype}",
@@ -174,27 +185,36 @@ class _Folding:
             node.outputs[0].replace_all_uses_with(value)
             self.graph.remove(node, safe=True)
 
-    def fold(self, node: ir.Node) -> bool:
-        """Lets a layer give its result on the grid that all its readers want."""
+    def fold(self, node: ir.Node) -> None:
+        """Lets a layer give its result on the grid that all its readers want, if they want one."""
         out = node.outputs[0]
         self._wanted.clear()
         steps = {user for user, _ in out.uses()}
         grids = {grid_of(user) for user in steps}
         if not steps or len(grids) != 1 or None in grids or out.is_graph_output():
-            return False
+            return
         grid = grids.pop()
         assert grid is not None
         if not self.folds(out, grid):
-            return False
+            return
         scale = self.edit.constant(_fp32(grid.scale), f"{node.name}_out_scale")
         settings = {**plugin_settings(node), "out_dtype": grid.dtype}
         inputs = {**plugin_inputs(node), "out_scale": scale}
+        if grid.zero:
+            # What is below -128 becomes -128, which stands for 0: saturation is the ReLU.
+            settings["activation"] = "none"
+            own = constant(inputs.get("bias"))
+            shape = static_shape(out) or ()
+            channels = shape[1 if op_of(node) == "conv2d" else -1]
+            base = np.zeros(channels) if own is None else own.astype(np.float64)
+            moved = (base + grid.zero * np.float64(grid.scale)).astype(np.float32)
+            inputs["bias"] = self.edit.constant(moved, f"{node.name}_bias")
+            self.biases.add(inputs["bias"])
         fused = make_fused(op_of(node), inputs, settings, name=node.name or "")
         fused.metadata_props.update(node.metadata_props)
         fused.outputs[0].type = ir.TensorType(DTYPES[grid.dtype])
         self.edit.replace(node, fused)
         self._drop_steps(fused.outputs[0])
-        return True
 
 
 _FREE = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"))
@@ -217,15 +237,28 @@ def _layers(graph: ir.Graph) -> Iterator[ir.Node]:
             yield node
 
 
-def fold_output_scales(model: ir.Model) -> tuple[str, ...]:
+def shiftable(node: ir.Node, scale: float) -> bool:
+    """Whether a layer can give its result shifted by 128 steps of a scale: behind ReLU, or a clamp that ends where the
+    integers do, and with a constant bias or none."""
+    inputs, settings = plugin_inputs(node), plugin_settings(node)
+    word, *parameters = activation_name(settings["activation"]).split(":")
+    cut = word == "clamp" and float(parameters[0]) == 0 and float(parameters[1]) >= 255 * scale * (1 - 2.0**-20)
+    if settings.get("gated", "none") != "none" or not (word == "relu" or cut):
+        return False
+    bias = inputs.get("bias")
+    return bias is None or (is_constant(bias) and len(bias.shape or ()) == 1)
+
+
+def fold_output_scales(model: ir.Model) -> set[ir.Value]:
     """Takes quantise steps into the layers before them, in place. Values that are quantised must be fp32.
 
-    Gives the names of the layers that quantise their result now.
+    Gives the biases that have a shift in them now, which half precision would round too coarsely.
     """
     folding = _Folding(model)
     for group in folding.movers():
         if folding.pays(group):
             folding.take_over(group)
-    folded = [node.name or "" for node in _layers(model.graph) if folding.fold(node)]
+    for node in _layers(model.graph):
+        folding.fold(node)
     folding.edit.tidy()
-    return tuple(folded)
+    return folding.biases

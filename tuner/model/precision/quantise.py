@@ -3,8 +3,9 @@
 A plan names layers: fused nodes that become int8 or fp8, with the scale of each activation they read, and nodes that
 keep a floating-point type of their own. All else becomes `base`, by the rules of `half.py`.
 
-A quantised layer computes `s_x · s_w[n] · Σ q_x · q_w + bias`, with q_x = round(x / s_x) in [-128, 127], symmetric and
-per tensor, and q_w = round(w / s_w[n]) in [-127, 127], symmetric and per output channel; rounding is to nearest even.
+A quantised layer computes `s_x · s_w[n] · Σ q_x · q_w + bias`, with q_x = round(x / s_x) in [-128, 127], per tensor,
+and q_w = round(w / s_w[n]) in [-127, 127], per output channel, both symmetric; rounding is to nearest even. An x that
+is never negative may have all of [-128, 127] to itself, shifted by 128, with what that adds in the bias (`zeros.py`).
 fp8 (e4m3) likewise with |q| ≤ 448. q_x comes from a `QuantizeLinear` in the graph, one for all readers of a value with
 one scale, or from the layer that makes x itself (`output_scales.py`). With the function bodies inlined that is ONNX's
 QDQ form. (Integer quantisation: Jacob et al., arXiv:1712.05877; e4m3: Micikevicius et al., arXiv:2209.05433.)
@@ -38,9 +39,11 @@ from tilewright.tuner.model.graph import (
     plugin_settings,
     plugin_tensors,
     scalar,
+    static_shape,
 )
 from tilewright.tuner.model.precision.half import HALVES, lower
 from tilewright.tuner.model.precision.output_scales import fold_output_scales
+from tilewright.tuner.model.precision.zeros import LOWEST, padded, shift_by_bias, spell_out
 from tilewright.tuning_db.errors import ModelError, UsageError
 
 Array = np.ndarray[Any, Any]
@@ -67,10 +70,12 @@ _CHUNK = 1 << 24
 @dataclass(frozen=True, slots=True)
 class LayerPrecision:
     """What a layer computes in: `fp32`, `fp16`, `bf16`, `int8` or `fp8`. The last two have the scale of each activation
-    by the plugin's name for it: q = round(x / scale)."""
+    by the plugin's name for it: q = round(x / scale) + zero. Zero is 0, or -128 for int8 activations that are never
+    negative; see `zeros.py`."""
 
     kind: str
     scales: Mapping[str, float] = field(default_factory=dict)
+    zeros: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -78,6 +83,9 @@ class LayerPrecision:
         for name, scale in self.scales.items():
             if not _SMALLEST <= scale < math.inf:
                 raise UsageError(f"the scale of {name}, {scale}, must be a positive finite number of fp32")
+        for name, zero in self.zeros.items():
+            if name not in self.scales or zero not in (0, LOWEST) or (zero and self.kind != "int8"):
+                raise UsageError(f"zero={zero} of {name} in {self.kind} must be 0, or {LOWEST} of an int8 activation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +152,15 @@ def can_shift(node: ir.Node) -> bool:
         return True
     bias = inputs["bias"]
     return is_constant(bias) and bias.shape is not None and len(bias.shape) == 1
+
+
+def can_have_zero(node: ir.Node) -> bool:
+    """Whether a layer's bias can take what a zero point of its input adds to each output channel."""
+    op = op_of(node)
+    if op not in WEIGHTS or not can_shift(node):
+        return False
+    shape = static_shape(plugin_inputs(node)[WEIGHTS[op]]) or ()
+    return op == "conv2d" or all(length == 1 for length in shape[:-2])
 
 
 def eligible(node: ir.Node, kind: str) -> str | None:
@@ -226,7 +243,8 @@ class _Quantising:
     def __init__(self, model: ir.Model, weights: Mapping[str, Weights], shifts: Mapping[str, Array]) -> None:
         self.edit = Editor(model)
         self.given, self.shifts = weights, shifts
-        self._steps: dict[tuple[ir.Value, float, str], ir.Value] = {}
+        self.pinned: set[ir.Value] = set()  # biases that stay fp32
+        self._steps: dict[tuple[ir.Value, float, int, str], ir.Value] = {}
         self._weights: dict[tuple[ir.Value, int, str], tuple[ir.Value, Weights]] = {}
 
     def layer(self, node: ir.Node, precision: LayerPrecision) -> None:
@@ -236,7 +254,7 @@ class _Quantising:
         new = dict(inputs)
         for name in ACTIVATIONS[op]:
             scale = precision.scales[name]
-            new[name] = self._step(inputs[name], scale, kind)
+            new[name] = self._step(inputs[name], scale, precision.zeros.get(name, 0), kind)
             factor = inputs.get(f"{name}_scale")
             number = 1.0 if factor is None else scalar(factor)
             assert number is not None
@@ -251,6 +269,9 @@ class _Quantising:
             new[f"{name}_scale"] = self.edit.constant(scales.astype(np.float32), f"{node.name}_{name}_scale")
             if node.name in self.shifts and can_shift(node):
                 new["bias"] = self._corrected(node, inputs.get("bias"), weights.scales.size)
+            zero = precision.zeros.get(ACTIVATIONS[op][0], 0)
+            if zero:
+                settings = self._shift(node, new, settings, weights, zero)
         changed = {**settings, "out_dtype": dtype_name(out)}
         if "precision" in changed:
             changed["precision"] = "default"
@@ -268,9 +289,26 @@ class _Quantising:
         dtype = DTYPES["fp32" if bias is None else dtype_name(bias)]
         return self.edit.constant((base - shift).astype(dtype.numpy()), f"{node.name}_bias", dtype)
 
-    def _step(self, value: ir.Value, scale: float, kind: str) -> ir.Value:
+    def _shift(
+        self, node: ir.Node, new: dict[str, ir.Value], settings: dict[str, Any], weights: Weights, zero: int
+    ) -> dict[str, Any]:
+        """Puts what a zero point adds to a layer's result into its bias, and writes its padding; gives its settings."""
+        name, axis = WEIGHTS[op_of(node)], channel_axis(node)
+        others = tuple(index for index in range(weights.values.ndim) if index != axis)
+        sums = weights.values.sum(axis=others, dtype=np.int64)
+        activation = new[f"{ACTIVATIONS[op_of(node)][0]}_scale"]
+        scales = constant(activation).reshape(-1) * constant(new[f"{name}_scale"])  # type: ignore[union-attr]
+        bias = shift_by_bias(constant(new.get("bias")), np.broadcast_to(scales, sums.shape), sums, zero)
+        new["bias"] = self.edit.constant(bias, f"{node.name}_bias")
+        self.pinned.add(new["bias"])
+        sides = [f"pad_{side}" for side in ("top", "left", "bottom", "right")]
+        if any(settings.get(side, 0) for side in sides):
+            new["x"] = padded(self.edit, new["x"], [settings[side] for side in sides])
+        return {**settings, **{side: 0 for side in sides if side in settings}}
+
+    def _step(self, value: ir.Value, scale: float, zero: int, kind: str) -> ir.Value:
         """The quantised value: of a step that is there already, or of a new one."""
-        key = (value, float(np.float32(scale)), kind)
+        key = (value, float(np.float32(scale)), zero, kind)
         if key not in self._steps:
             dtype, source = DTYPES[QUANTISED[kind]], value
             if dtype_name(value) != "fp32":
@@ -280,9 +318,10 @@ class _Quantising:
                 self.edit.after(value, cast)
                 source = cast.outputs[0]
             amount = self.edit.constant(np.asarray(scale, np.float32), f"{value.name}_scale")
+            shift = [self.edit.constant(np.array(zero, np.int8), f"{value.name}_zero")] if zero else []
             step = self.edit.node(
                 "QuantizeLinear",
-                [source, amount],
+                [source, amount, *shift],
                 value,
                 dtype,
                 base=f"{value.name}_{QUANTISED[kind]}",
@@ -340,6 +379,10 @@ def check_plan(model: ir.Model, plan: Mapping[str, LayerPrecision], base: str) -
                 f"node {name!r} has scales of {', '.join(precision.scales) or 'nothing'} and needs those of "
                 f"{', '.join(wanted)}"
             )
+        if any(precision.zeros.values()) and not can_have_zero(node):
+            raise UsageError(
+                f"node {name!r} can't have a zero point: its bias or weights are no constants of one matrix"
+            )
 
 
 def apply_precision(
@@ -374,9 +417,10 @@ def apply_precision(
             quantising.layer(node, precision)
     quantising.edit.tidy()
     if fold:
-        fold_output_scales(mixed)
+        quantising.pinned.update(fold_output_scales(mixed))
     targets = {name: precision.kind for name, precision in plan.items() if precision.kind not in QUANTISED}
-    lower(mixed, targets, base)
+    targets |= dict.fromkeys(spell_out(mixed), "fp32")
+    lower(mixed, targets, base, pinned=frozenset(quantising.pinned))
     Editor(mixed).tidy()
     attach_bodies(mixed)
     return mixed

@@ -25,7 +25,7 @@ from tilewright.tuner.model.write import write_model
 from tilewright.tuning_db.atomic import whole_file
 
 Array = np.ndarray[Any, Any]
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Quantised:
             "method": self.method,
             "decibel": self.decibel,
             "reasons": dict(self.reasons),
-            "plan": {name: dict(layer.scales) for name, layer in self.plan.items()},
+            "plan": {name: [dict(layer.scales), dict(layer.zeros)] for name, layer in self.plan.items()},
         }
         arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
         for index, (name, weights) in enumerate(self.weights.items()):
@@ -97,7 +97,7 @@ class Quantised:
             model = ir.load(_model_file(file))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, io.UnsupportedOperation):
             return None
-        plan = {name: LayerPrecision(about["kind"], scales) for name, scales in about["plan"].items()}
+        plan = {name: LayerPrecision(about["kind"], scales, zeros) for name, (scales, zeros) in about["plan"].items()}
         return cls(about["kind"], model, plan, about["reasons"], about["method"], about["decibel"], weights, shifts)
 
 

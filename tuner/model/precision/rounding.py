@@ -210,9 +210,10 @@ def _observe(model: ir.Model, layers: Layers, feeds: Sequence[Feed], seed: int) 
             for name in names:
                 node, data, precision = layers[name]
                 count = -(-max(ROWS, 2 * data.depth) // len(feeds))
-                scale = precision.scales[ACTIVATIONS[data.op][0]]
+                activation = ACTIVATIONS[data.op][0]
                 rows = data.rows(values[value], count, random)
-                moments[name].add(rounded(rows, scale, precision.kind))
+                scale, zero = precision.scales[activation], precision.zeros.get(activation, 0)
+                moments[name].add(rounded(rows, scale, precision.kind, zero))
     return moments
 
 

@@ -18,14 +18,15 @@ largest of theirs, so that one step serves all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
-from tilewright.tuner.model.graph import fused_nodes, is_constant, is_fused, op_of, plugin_inputs
+from tilewright.tuner.model.graph import fused_nodes, is_constant, is_fused, op_of, plugin_inputs, plugin_settings
 from tilewright.tuner.model.precision.half import MOVING
-from tilewright.tuner.model.precision.output_scales import MOVED
-from tilewright.tuner.model.precision.quantise import ACTIVATIONS, QUANTISED, LayerPrecision, eligible
+from tilewright.tuner.model.precision.output_scales import MOVED, PRODUCERS, shiftable
+from tilewright.tuner.model.precision.quantise import ACTIVATIONS, QUANTISED, LayerPrecision, can_have_zero, eligible
+from tilewright.tuner.model.precision.zeros import LOWEST, never_negative
 from tilewright.tuning_db.errors import UsageError
 
 FIRST = "first layer: it reads the graph's input, whose own 8 bits would be rounded once more"
@@ -101,12 +102,70 @@ def values_to_calibrate(model: ir.Model, kind: str) -> list[str]:
     return list(names)
 
 
+def values_to_shift(model: ir.Model, *, priced: bool) -> list[str]:
+    """Names of those of the values to calibrate whose int8 integers can be shifted by 128 (`zeros.py`): that are never
+    negative and whose layers have a bias that can take it. Without `priced`, those alone for which that costs nothing:
+    layers make them that shift them as well, and no convolution with padding reads them."""
+    chosen, _ = layers_to_quantise(model, "int8")
+    readers: dict[ir.Value, list[tuple[ir.Node, ir.Value]]] = {}
+    for node in chosen:
+        for value in _activations(node).values():
+            readers.setdefault(_root(value, "int8"), []).append((node, value))
+    positive = never_negative(model)
+    free = _made_shifted(model) & _quantised_alone(model, chosen)
+    names: dict[str, None] = {}
+    for group in readers.values():
+        fits = all(can_have_zero(node) and value in positive for node, value in group)
+        if fits and (priced or all(value in free and not _has_padding(node) for node, value in group)):
+            names.update(dict.fromkeys(value.name or "" for _, value in group))
+    return list(names)
+
+
+def _made_shifted(model: ir.Model) -> set[ir.Value]:
+    """The values that come out of layers which can shift them, through nothing but operators on integers."""
+    found: set[ir.Value | None] = set()
+    for node in model.graph:
+        if is_fused(node):
+            if op_of(node) in PRODUCERS and shiftable(node, 0.0):
+                found.update(node.outputs)
+        elif node.domain == "" and node.op_type in MOVED["int8"]:
+            moved = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+            if all(value in found for value in moved):
+                found.update(node.outputs)
+    return {value for value in found if value is not None}
+
+
+def _quantised_alone(model: ir.Model, chosen: Collection[ir.Node]) -> set[ir.Value]:
+    """The values that nothing reads, directly or behind operators on integers, but layers which are quantised."""
+    layers, found = set(chosen), set[ir.Value]()
+
+    def wants_integers(node: ir.Node, index: int) -> bool:
+        if node in layers:
+            names = [name for name, value in plugin_inputs(node).items() if value is node.inputs[index]]
+            return set(names) <= set(ACTIVATIONS[op_of(node)])
+        if is_fused(node) or node.domain != "" or node.op_type not in MOVED["int8"]:
+            return False
+        return (index == 0 or node.op_type == "Concat") and all(value in found for value in node.outputs)
+
+    for node in reversed(list(model.graph)):
+        for value in node.outputs:
+            if not value.is_graph_output() and all(wants_integers(*use) for use in value.uses()):
+                found.add(value)
+    return found
+
+
+def _has_padding(node: ir.Node) -> bool:
+    settings = plugin_settings(node)
+    return any(settings.get(f"pad_{side}", 0) for side in ("top", "left", "bottom", "right"))
+
+
 def default_plan(
-    model: ir.Model, kind: str, ranges: Mapping[str, float]
+    model: ir.Model, kind: str, ranges: Mapping[str, float], shifted: Collection[str] = ()
 ) -> tuple[dict[str, LayerPrecision], dict[str, str]]:
     """The plan by the rules above, and the reason of each fused node that stays at the base precision.
 
-    `ranges` has the scale of every value that `values_to_calibrate` names, as `calibrate` gives them.
+    `ranges` has the scale of every value that `values_to_calibrate` names, as `calibrate` gives them; `shifted` are the
+    values whose integers begin at -128, of those that `values_to_shift` names, and whose scales are for `uint8`.
 
     Raises:
         UsageError: a scale is missing, or not a positive number.
@@ -120,12 +179,14 @@ def default_plan(
                 raise UsageError(f"node {node.name!r} reads {name!r}, which has no scale: calibrate it")
             root = _root(value, QUANTISED[kind])
             shared[root] = max(shared.get(root, 0.0), ranges[name])
-    plan = {
-        node.name or "": LayerPrecision(
-            kind, {name: shared[_root(value, QUANTISED[kind])] for name, value in _activations(node).items()}
+    plan = {}
+    for node in chosen:
+        given = _activations(node)
+        plan[node.name or ""] = LayerPrecision(
+            kind,
+            {name: shared[_root(value, QUANTISED[kind])] for name, value in given.items()},
+            {name: LOWEST for name, value in given.items() if value.name in shifted},
         )
-        for node in chosen
-    }
     return plan, reasons
 
 

@@ -233,7 +233,7 @@ def test_what_cannot_be_calibrated(model: ir.Model) -> None:
         calibrate(model, [], ["relu"], methods=METHODS, target="int8")
     with pytest.raises(ModelError, match="no value 'nowhere'"):
         calibrate(model, FEEDS, ["nowhere"], methods=METHODS, target="int8")
-    with pytest.raises(UsageError, match="target='int4' must be one of int8, fp8e4m3"):
+    with pytest.raises(UsageError, match="target='int4' must be one of int8, uint8, fp8e4m3"):
         calibrate(model, FEEDS, ["relu"], methods=METHODS, target="int4")
     model.graph.inputs[0].dtype = ir.DataType.INT64
     with pytest.raises(ModelError, match="value 'x' is int64: only fp32, fp16, bf16 are calibrated"):

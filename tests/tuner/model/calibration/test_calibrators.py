@@ -58,8 +58,8 @@ def squared_error(array: Array, covered: float, target: str) -> float:
     """The mean squared error of quantising, in fp64."""
     scale = covered / TARGETS[target]
     wide = array.astype(np.float64) / scale
-    if target == "int8":
-        rounded = np.clip(np.rint(wide), -127, 127)
+    if target in ("int8", "uint8"):  # the latter shifted, of magnitudes
+        rounded = np.clip(np.rint(wide), -TARGETS[target], TARGETS[target])
     else:
         rounded = np.clip(wide, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
     return float(np.mean((wide - rounded) ** 2)) * scale**2
@@ -151,7 +151,7 @@ def test_settings_out_of_bounds() -> None:
 
 
 def test_unknown_targets() -> None:
-    with pytest.raises(UsageError, match="target='int4' must be one of int8, fp8e4m3"):
+    with pytest.raises(UsageError, match="target='int4' must be one of int8, uint8, fp8e4m3"):
         observed(numbers("normal")).range(Method.MINMAX, "int4")
     with pytest.raises(UsageError, match="target='int4'"):
         find_scale(1.0, "int4")
