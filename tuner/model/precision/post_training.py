@@ -4,11 +4,10 @@ In this order, each step on the model that the one before left:
 
 1. Ranges move from activations into weights (`smoothing.py`).
 2. Activations are calibrated by every method (`calibration`), and the method is taken whose model, weights rounded to
-   nearest, comes nearest to the original on calibration data. int8 activations that are never negative use all integers
-   (`zeros.py`) where that is free.
+   nearest, comes nearest to the original on calibration data. int8 activations that are never negative use all 256
+   integers where that costs nothing (`zeros.py`).
 3. Weights are rounded with regard to their inputs (`rounding.py`).
 4. What is left of each layer's shift is taken off its bias (`correction.py`), if that brings the results nearer.
-5. Activations that are never negative use all integers everywhere, if the whole gains `PRICE_DB` by it.
 
 How near is the signal-to-quantisation-noise ratio, 10·log10(Σ y² / Σ (ŷ - y)²) in dB, over what the model's last
 layers give: before a softmax, which hides errors of everything but the largest.
@@ -36,10 +35,6 @@ from tilewright.tuner.model.session import run
 Array = np.ndarray[Any, Any]
 
 METHODS = (Method.MINMAX, Method.ENTROPY, Method.PERCENTILE, Method.MSE)
-PRICE_DB = 1.0
-"""What all integers of activations must gain where they have a price: a pass over the values before a convolution with
-padding, and one where no layer makes the integers (`zeros.py`)."""
-
 SCORED = 16
 """Calibration inputs on which methods are compared, spread over all of them."""
 
@@ -91,51 +86,27 @@ def quantise(
         plan, reasons = default_plan(model, kind, {})
         return Quantisation(kind, plan, reasons, None, {}, {}, {}, report)
     tell(f"{kind}: {len(report.smoothed)} activations smoothed")
-    planned = _Plans(model, feeds, kind, values, methods)
+    shifted = set(values_to_shift(model)) if kind == "int8" else set()
+    targets = {name: "uint8" if name in shifted else QUANTISED[kind] for name in values}
+    observers = observe(model, feeds, values, methods=methods)
     scored = Score(model, [feeds[index] for index in _spread(len(feeds), SCORED)])
-    plans = {method: planned.plan(method, planned.free) for method in methods}
-    scores = {method: scored.of(apply_precision(model, plan, base="fp32")) for method, (plan, _) in plans.items()}
+    plans, scores = {}, {}
+    for method in methods:
+        scales = {name: observer.scale(method, targets[name]) for name, observer in observers.items()}
+        plans[method] = default_plan(model, kind, scales, shifted)
+        scores[method] = scored.of(apply_precision(model, plans[method][0], base="fp32"))
     best = max(scores, key=lambda method: scores[method])
     plan, reasons = plans[best]
     tell(f"{kind}: scales by {best}, {scores[best]:.1f} dB on calibration data")
     weights = round_weights(model, plan, feeds, seed=seed) if rounding else {}
-
-    def corrected(plan: Mapping[str, LayerPrecision]) -> tuple[float, Mapping[str, Array]]:
-        shifts = measure_shifts(model, plan, feeds, weights=weights)
-        choices: tuple[Mapping[str, Array], ...] = ({}, shifts)
-        reached = [
-            scored.of(apply_precision(model, plan, base="fp32", weights=weights, shifts=each)) for each in choices
-        ]
-        return max(reached), shifts if reached[1] >= reached[0] else {}
-
-    reached, shifts = corrected(plan)
-    if planned.priced != planned.free:
-        other, _ = planned.plan(best, planned.priced)
-        decibel, others = corrected(other)
-        tell(f"{kind}: {decibel - reached:+.1f} dB by all integers everywhere, taken from {PRICE_DB:+.1f} dB on")
-        if decibel - reached >= PRICE_DB:
-            plan, reached, shifts = other, decibel, others
-    tell(f"{kind}: {reached:.1f} dB with weights rounded by their inputs and biases corrected")
+    shifts = measure_shifts(model, plan, feeds, weights=weights)
+    plain, corrected = (
+        scored.of(apply_precision(model, plan, base="fp32", weights=weights, shifts=each)) for each in ({}, shifts)
+    )
+    if corrected < plain:
+        shifts = {}
+    tell(f"{kind}: {max(plain, corrected):.1f} dB with weights rounded by their inputs and biases corrected")
     return Quantisation(kind, plan, reasons, best, scores, weights, shifts, report)
-
-
-class _Plans:
-    """The plans of one model by method of calibration, and by which activations are shifted."""
-
-    def __init__(
-        self, model: ir.Model, feeds: Sequence[Feed], kind: str, values: Sequence[str], methods: Sequence[Method]
-    ) -> None:
-        self._model, self._kind = model, kind
-        self.free, self.priced = (
-            values_to_shift(model, priced=priced) if kind == "int8" else [] for priced in (False, True)
-        )
-        self._observers = observe(model, feeds, values, methods=methods)
-
-    def plan(self, method: Method, shifted: Sequence[str]) -> tuple[dict[str, LayerPrecision], dict[str, str]]:
-        """The plan, and the reasons of the layers that are not in it."""
-        targets = dict.fromkeys(self._observers, QUANTISED[self._kind]) | dict.fromkeys(shifted, "uint8")
-        scales = {name: self._observers[name].scale(method, target) for name, target in targets.items()}
-        return default_plan(self._model, self._kind, scales, shifted)
 
 
 class Score:

@@ -43,7 +43,7 @@ from tilewright.tuner.model.graph import (
 )
 from tilewright.tuner.model.precision.half import HALVES, lower
 from tilewright.tuner.model.precision.output_scales import fold_output_scales
-from tilewright.tuner.model.precision.zeros import LOWEST, padded, shift_by_bias, spell_out
+from tilewright.tuner.model.precision.zeros import LOWEST, shift_by_bias, spell_out
 from tilewright.tuning_db.errors import ModelError, UsageError
 
 Array = np.ndarray[Any, Any]
@@ -155,12 +155,16 @@ def can_shift(node: ir.Node) -> bool:
 
 
 def can_have_zero(node: ir.Node) -> bool:
-    """Whether a layer's bias can take what a zero point of its input adds to each output channel."""
+    """Whether what a zero point of a layer's input adds is a constant of each output channel, and a bias can take it: a
+    convolution has no padding, and a product one matrix of weights."""
     op = op_of(node)
     if op not in WEIGHTS or not can_shift(node):
         return False
+    if op == "conv2d":
+        settings = plugin_settings(node)
+        return not any(settings[f"pad_{side}"] for side in ("top", "left", "bottom", "right"))
     shape = static_shape(plugin_inputs(node)[WEIGHTS[op]]) or ()
-    return op == "conv2d" or all(length == 1 for length in shape[:-2])
+    return all(length == 1 for length in shape[:-2])
 
 
 def eligible(node: ir.Node, kind: str) -> str | None:
@@ -271,7 +275,7 @@ class _Quantising:
                 new["bias"] = self._corrected(node, inputs.get("bias"), weights.scales.size)
             zero = precision.zeros.get(ACTIVATIONS[op][0], 0)
             if zero:
-                settings = self._shift(node, new, settings, weights, zero)
+                self._shift(node, new, weights, zero)
         changed = {**settings, "out_dtype": dtype_name(out)}
         if "precision" in changed:
             changed["precision"] = "default"
@@ -289,22 +293,19 @@ class _Quantising:
         dtype = DTYPES["fp32" if bias is None else dtype_name(bias)]
         return self.edit.constant((base - shift).astype(dtype.numpy()), f"{node.name}_bias", dtype)
 
-    def _shift(
-        self, node: ir.Node, new: dict[str, ir.Value], settings: dict[str, Any], weights: Weights, zero: int
-    ) -> dict[str, Any]:
-        """Puts what a zero point adds to a layer's result into its bias, and writes its padding; gives its settings."""
-        name, axis = WEIGHTS[op_of(node)], channel_axis(node)
+    def _shift(self, node: ir.Node, new: dict[str, ir.Value], weights: Weights, zero: int) -> None:
+        """Puts what a zero point adds to a layer's result into its bias."""
+        op, axis = op_of(node), channel_axis(node)
         others = tuple(index for index in range(weights.values.ndim) if index != axis)
         sums = weights.values.sum(axis=others, dtype=np.int64)
-        activation = new[f"{ACTIVATIONS[op_of(node)][0]}_scale"]
-        scales = constant(activation).reshape(-1) * constant(new[f"{name}_scale"])  # type: ignore[union-attr]
-        bias = shift_by_bias(constant(new.get("bias")), np.broadcast_to(scales, sums.shape), sums, zero)
+        activation = constant(new[f"{ACTIVATIONS[op][0]}_scale"])
+        channels = constant(new[f"{WEIGHTS[op]}_scale"])
+        assert activation is not None
+        assert channels is not None
+        scales = np.broadcast_to(activation.reshape(-1) * channels, sums.shape)
+        bias = shift_by_bias(constant(new.get("bias")), scales, sums, zero)
         new["bias"] = self.edit.constant(bias, f"{node.name}_bias")
         self.pinned.add(new["bias"])
-        sides = [f"pad_{side}" for side in ("top", "left", "bottom", "right")]
-        if any(settings.get(side, 0) for side in sides):
-            new["x"] = padded(self.edit, new["x"], [settings[side] for side in sides])
-        return {**settings, **{side: 0 for side in sides if side in settings}}
 
     def _step(self, value: ir.Value, scale: float, zero: int, kind: str) -> ir.Value:
         """The quantised value: of a step that is there already, or of a new one."""
@@ -381,7 +382,7 @@ def check_plan(model: ir.Model, plan: Mapping[str, LayerPrecision], base: str) -
             )
         if any(precision.zeros.values()) and not can_have_zero(node):
             raise UsageError(
-                f"node {name!r} can't have a zero point: its bias or weights are no constants of one matrix"
+                f"node {name!r} can't have a zero point: it has padding, or no constant bias and matrix of weights"
             )
 
 

@@ -22,7 +22,7 @@ from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
-from tilewright.tuner.model.graph import fused_nodes, is_constant, is_fused, op_of, plugin_inputs, plugin_settings
+from tilewright.tuner.model.graph import fused_nodes, is_constant, is_fused, op_of, plugin_inputs
 from tilewright.tuner.model.precision.half import MOVING
 from tilewright.tuner.model.precision.output_scales import MOVED, PRODUCERS, shiftable
 from tilewright.tuner.model.precision.quantise import ACTIVATIONS, QUANTISED, LayerPrecision, can_have_zero, eligible
@@ -102,21 +102,18 @@ def values_to_calibrate(model: ir.Model, kind: str) -> list[str]:
     return list(names)
 
 
-def values_to_shift(model: ir.Model, *, priced: bool) -> list[str]:
-    """Names of those of the values to calibrate whose int8 integers can be shifted by 128 (`zeros.py`): that are never
-    negative and whose layers have a bias that can take it. Without `priced`, those alone for which that costs nothing:
-    layers make them that shift them as well, and no convolution with padding reads them."""
+def values_to_shift(model: ir.Model) -> list[str]:
+    """Names of those of the values to calibrate whose int8 integers can be shifted by 128 for nothing (`zeros.py`):
+    they are never negative, the layers that make them can shift them, and those that read them can put it right."""
     chosen, _ = layers_to_quantise(model, "int8")
+    fits = never_negative(model) & _made_shifted(model) & _quantised_alone(model, chosen)
     readers: dict[ir.Value, list[tuple[ir.Node, ir.Value]]] = {}
     for node in chosen:
         for value in _activations(node).values():
             readers.setdefault(_root(value, "int8"), []).append((node, value))
-    positive = never_negative(model)
-    free = _made_shifted(model) & _quantised_alone(model, chosen)
     names: dict[str, None] = {}
     for group in readers.values():
-        fits = all(can_have_zero(node) and value in positive for node, value in group)
-        if fits and (priced or all(value in free and not _has_padding(node) for node, value in group)):
+        if all(can_have_zero(node) and value in fits for node, value in group):
             names.update(dict.fromkeys(value.name or "" for _, value in group))
     return list(names)
 
@@ -152,11 +149,6 @@ def _quantised_alone(model: ir.Model, chosen: Collection[ir.Node]) -> set[ir.Val
             if not value.is_graph_output() and all(wants_integers(*use) for use in value.uses()):
                 found.add(value)
     return found
-
-
-def _has_padding(node: ir.Node) -> bool:
-    settings = plugin_settings(node)
-    return any(settings.get(f"pad_{side}", 0) for side in ("top", "left", "bottom", "right"))
 
 
 def default_plan(

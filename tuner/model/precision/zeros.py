@@ -7,12 +7,9 @@ layer computes from it is put right by its bias, for in
     s·s_w[n]·Σ_k (q_k + 128)·w[n, k] = s·s_w[n]·Σ_k q_k·w[n, k] + 128·s·s_w[n]·Σ_k w[n, k]
 
 the last term is the same for all inputs. (A zero point of -128 in the sense of Jacob et al., arXiv:1712.05877, section
-2.3, of which this is the constant part.) Two things have a price:
-
-- A convolution's padding is zeros, and 0 is -128 then: a `Pad` before the layer writes them, another pass over the
-  integers. Where no layer that reads the value has padding there is none.
-- Between 0 and its neighbours nothing changes, but what is negative all the same becomes 0, so a value must be one of
-  which the graph says that it is not negative.
+2.3, of which this is the constant part.) What is negative all the same becomes 0, so it must be a value of which the
+graph says that it is not negative. Convolutions with padding are left out: their kernel pads with 0, which would stand
+for 128 steps.
 
 While layers are rewritten a shifted step is a `QuantizeLinear` with a zero point. TensorRT takes none but 0, so at the
 end those steps that no layer has taken over become `Sub` of 128·s and a step without one: the same integers.
@@ -20,14 +17,12 @@ end those steps that no layer has taken over become `Sub` of 128·s and a step w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
 from tilewright.kernels.activations import activation_name
 from tilewright.tuner.model.edit import Editor
-from tilewright.tuner.model.graph import constant, is_constant, is_fused, op_of, plugin_settings, scalar, static_shape
+from tilewright.tuner.model.graph import constant, is_constant, is_fused, op_of, plugin_settings, scalar
 
 LOWEST = -128
 """The integer that 0 becomes."""
@@ -92,25 +87,6 @@ def shift_by_bias(bias: np.ndarray | None, scales: np.ndarray, sums: np.ndarray,
     """
     own = np.zeros(sums.shape) if bias is None else bias.astype(np.float64)
     return np.asarray(own - zero * scales.astype(np.float64) * sums, np.float32)
-
-
-def padded(edit: Editor, value: ir.Value, pads: Sequence[int]) -> ir.Value:
-    """Images of shifted integers with rows and columns of zeros around them, top, left, bottom, right."""
-    shape = static_shape(value)
-    assert shape is not None
-    top, left, bottom, right = pads
-    count, channels, height, width = shape
-    for node, _ in value.uses():
-        if node.op_type == "Pad" and node.domain == "":
-            known = constant(node.inputs[1])
-            if known is not None and known.tolist() == [0, 0, top, left, 0, 0, bottom, right]:
-                return node.outputs[0]
-    amounts = edit.constant(np.array([0, 0, top, left, 0, 0, bottom, right], np.int64), f"{value.name}_pads")
-    lowest = edit.constant(np.array(LOWEST, np.int8), f"{value.name}_zero")
-    node = edit.node("Pad", [value, amounts, lowest], value, ir.DataType.INT8, base=f"{value.name}_padded")
-    node.outputs[0].shape = ir.Shape((count, channels, height + top + bottom, width + left + right))
-    edit.after(value, node)
-    return node.outputs[0]
 
 
 def spell_out(model: ir.Model) -> list[str]:

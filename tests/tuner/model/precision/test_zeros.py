@@ -6,15 +6,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from tests.tuner.model.fused_nets import convolutions, decibels, dtypes, fused, node, operators, output, single
-from tests.tuner.model.graphs import model_of, normal, relative_error
-from tilewright.tuner.model.edit import Editor
-from tilewright.tuner.model.graph import constant, dtype_name, fused_nodes, plugin_inputs, plugin_settings
+from tests.tuner.model.fused_nets import decibels, dtypes, fused, node, operators, output, single
+from tests.tuner.model.graphs import model_of, normal
+from tilewright.tuner.model.graph import dtype_name, fused_nodes, plugin_inputs, plugin_settings
 from tilewright.tuner.model.precision.correction import measure_shifts
 from tilewright.tuner.model.precision.layer_data import rounded
 from tilewright.tuner.model.precision.quantise import LayerPrecision, apply_precision, quantise_weights
-from tilewright.tuner.model.precision.rules import default_plan, values_to_calibrate, values_to_shift
-from tilewright.tuner.model.precision.zeros import LOWEST, never_negative, padded
+from tilewright.tuner.model.precision.rules import default_plan, values_to_shift
+from tilewright.tuner.model.precision.zeros import LOWEST, never_negative
 from tilewright.tuner.model.session import run
 from tilewright.tuning_db.errors import UsageError
 
@@ -43,9 +42,9 @@ def test_a_gemm_takes_values_that_are_never_negative(bias: bool, base: str) -> N
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
-def test_padding_is_written_out(groups: int) -> None:
+def test_a_convolution_takes_them(groups: int) -> None:
     x, w = np.abs(normal(0, 2, 8, 6, 7)), normal(1, 16, 8 // groups, 3, 3)
-    settings = {"groups": groups, "pad_top": 1, "pad_left": 2, "pad_bottom": 1, "stride_w": 2}
+    settings = {"groups": groups, "stride_w": 2}
     model = single("conv2d", {"x": x, "w": w, "bias": normal(2, 16)}, ("x",), **settings)
     scale = float(x.max()) / 255
     mixed = apply_precision(model, shifted("layer", scale, "x"), base="fp32")
@@ -58,9 +57,6 @@ def test_padding_is_written_out(groups: int) -> None:
     )
     wanted = output(by_hand, {"x": rounded(x, scale, "int8", LOWEST)})
     np.testing.assert_allclose(output(mixed, {"x": x}), wanted, rtol=1e-4, atol=1e-4)
-    layer = fused_nodes(mixed)[0]
-    assert operators(mixed).count("Pad") == 1
-    assert {plugin_settings(layer)[f"pad_{side}"] for side in ("top", "left", "bottom", "right")} == {0}
 
 
 def test_steps_are_half_as_long() -> None:
@@ -140,25 +136,6 @@ def test_means_and_roundings_know_of_the_shift() -> None:
     )
 
 
-def test_which_values_can_be_shifted() -> None:
-    model = convolutions()
-    assert values_to_shift(model, priced=True) == ["p0", "joined"]
-    assert values_to_shift(model, priced=False) == []  # a reader of p0 has padding, and so has that of joined
-    names = values_to_calibrate(model, "int8")
-    plan, _ = default_plan(model, "int8", dict.fromkeys(names, 0.02), ["joined"])
-    assert {name: dict(each.zeros) for name, each in plan.items()} == {
-        "left": {},
-        "right": {},
-        "grouped": {"x": LOWEST},
-    }
-    feed = {"x": normal(9, 2, 3, 16, 16)}
-    shifted_all, _ = default_plan(model, "int8", dict.fromkeys(names, 0.02), names)
-    mixed = apply_precision(model, shifted_all, base="fp16")
-    assert relative_error(output(mixed, feed), output(model, feed)) < 0.05
-    assert operators(mixed).count("Pad") == 2
-    assert "Sub" not in operators(mixed)
-
-
 def residual(*, output: str = "y") -> ir.Model:
     """Four layers, of which the middle two are quantised: `h0` is read by the second, and added behind the third."""
     nodes = [
@@ -174,7 +151,7 @@ def residual(*, output: str = "y") -> ir.Model:
     return fused(nodes, {"x": (4, 32)}, [output], {f"w{index}": normal(index, 32, 32) for index in range(4)})
 
 
-def test_which_values_are_shifted_for_nothing() -> None:
+def test_which_values_are_shifted() -> None:
     for pads, names in (([0, 0, 0, 0], ["joined"]), ([1, 1, 1, 1], [])):
         nodes = [
             node("Conv", ["x", "w0"], ["c0"], name="stem"),
@@ -186,21 +163,16 @@ def test_which_values_are_shifted_for_nothing() -> None:
         ]
         constants = {"w0": normal(0, 16, 3, 1, 1), "w1": normal(1, 16, 32, 3, 3), "w2": normal(2, 16, 16, 1, 1)}
         model = fused(nodes, {"x": (1, 3, 8, 8)}, ["y"], constants)
-        assert values_to_shift(model, priced=False) == names
-        assert values_to_shift(model, priced=True) == ["joined"]
-        mixed = apply_precision(model, default_plan(model, "int8", {"joined": 0.02}, ["joined"])[0], base="fp16")
-        assert ("Pad" in operators(mixed)) == (not names)
-        assert "Sub" not in operators(mixed)
+        assert values_to_shift(model) == names
+        plan, _ = default_plan(model, "int8", {"joined": 0.02}, names)
+        assert plan["middle"].zeros == dict.fromkeys(["x"] if names else [], LOWEST)
+        assert "Sub" not in operators(apply_precision(model, plan, base="fp16"))
 
 
-def test_a_value_that_is_read_in_floating_point_too_has_a_price() -> None:
-    model = residual()
-    assert values_to_shift(model, priced=False) == ["h1"]
-    assert values_to_shift(model, priced=True) == ["h0", "h1"]
-    plan, _ = default_plan(model, "int8", {"h0": 0.1, "h1": 0.1}, ["h0", "h1"])
-    assert operators(apply_precision(model, plan, base="fp16")).count("Sub") == 1
+def test_a_value_that_is_read_in_floating_point_too_is_not() -> None:
+    assert values_to_shift(residual()) == ["h1"]
     # A result of the graph is read in floating point as well.
-    assert values_to_shift(residual(output="h1"), priced=False) == []
+    assert values_to_shift(residual(output="h1")) == []
 
 
 def test_no_graph_takes_long() -> None:
@@ -213,7 +185,7 @@ def test_no_graph_takes_long() -> None:
     constants = {name: np.array([number], np.int64) for name, number in (("starts", 0), ("ends", 8), ("axes", 1))}
     model = model_of(nodes, {"x": (4, 8)}, ["v200"], constants)
     assert model.graph.outputs[0] in never_negative(model)
-    assert values_to_shift(model, priced=False) == []
+    assert values_to_shift(model) == []
 
 
 SIGNS: list[tuple[list[object], bool]] = [
@@ -257,23 +229,15 @@ def test_layers_say_of_their_results_too() -> None:
         assert (fused_nodes(model)[0].outputs[0] in never_negative(model)) == positive, activation
 
 
-def test_pads_are_shared() -> None:
-    model = model_of([node("Relu", ["x"], ["y"], name="relu")], {"x": (1, 2, 3, 4)}, ["y"], {})
-    edit = Editor(model)
-    value = model.graph.outputs[0]
-    first = padded(edit, value, [1, 2, 3, 4])
-    assert padded(edit, value, [1, 2, 3, 4]) is first
-    assert padded(edit, value, [0, 0, 0, 1]) is not first
-    assert constant(first.producer().inputs[2]) == LOWEST  # type: ignore[union-attr]
-
-
 @pytest.mark.parametrize(("kind", "zeros"), [("int8", {"a": 3}), ("fp8", {"a": LOWEST}), ("int8", {"b": LOWEST})])
 def test_zeros_that_can_not_be_are_refused(kind: str, zeros: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="must be 0, or -128"):
         LayerPrecision(kind, {"a": 1.0}, zeros)
 
 
-def test_layers_without_a_bias_for_each_channel_are_refused() -> None:
+def test_layers_whose_bias_can_not_take_it_are_refused() -> None:
     many = single("gemm", {"a": normal(0, 3, 8, 16), "b": normal(1, 3, 16, 24)}, ("a",))
-    with pytest.raises(UsageError, match="'layer' can't have a zero point"):
-        apply_precision(many, shifted("layer", 0.1, "a"), base="fp32")
+    around = single("conv2d", {"x": normal(0, 1, 8, 6, 6), "w": normal(1, 8, 8, 3, 3)}, ("x",), pad_left=1)
+    for model, name in ((many, "a"), (around, "x")):
+        with pytest.raises(UsageError, match="'layer' can't have a zero point"):
+            apply_precision(model, shifted("layer", 0.1, name), base="fp32")
