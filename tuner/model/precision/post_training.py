@@ -9,13 +9,14 @@ In this order, each step on the model that the one before left:
 3. Weights are rounded with regard to their inputs (`rounding.py`).
 4. What is left of each layer's shift is taken off its bias (`correction.py`), if that brings the results nearer.
 
-How near is the signal-to-quantisation-noise ratio, 10·log10(Σ y² / Σ (ŷ - y)²) in dB, over what the model's last
-layers give: before a softmax, which hides errors of everything but the largest.
+How near is the signal-to-quantisation-noise ratio, 10·log10(Σ c² / Σ (ŷ - y)²) in dB, over what the model's last
+layers give: before a softmax, which hides errors of everything but the largest. c is y less its mean over the inputs:
+what all inputs have in common is no signal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,8 @@ def quantise(
     for method in methods:
         scales = {name: observer.scale(method, targets[name]) for name, observer in observers.items()}
         plans[method] = default_plan(model, kind, scales, shifted)
-        scores[method] = scored.of(apply_precision(model, plans[method][0], base="fp32"))
+        # Shifts are what step 4 takes off.
+        scores[method] = scored.of(apply_precision(model, plans[method][0], base="fp32"), shifts=False)
     best = max(scores, key=lambda method: scores[method])
     plan, reasons = plans[best]
     tell(f"{kind}: scales by {best}, {scores[best]:.1f} dB on calibration data")
@@ -118,16 +120,27 @@ class Score:
         self._names = [node.outputs[0].name or "" for node in fused_nodes(model) if node.name in last]
         self._names = self._names or [value.name or "" for value in model.graph.outputs]
         self._wanted = list(run(model, feeds, self._names))
+        zeros = dict.fromkeys(self._names, 0.0)
+        self._signal = self._squares((wanted, zeros) for wanted in self._wanted)
 
-    def of(self, model: ir.Model) -> float:
-        """The signal-to-quantisation-noise ratio of a model that has the same values."""
-        signal = noise = 0.0
-        for wanted, got in zip(self._wanted, run(model, self._feeds, self._names), strict=True):
+    def of(self, model: ir.Model, *, shifts: bool = True) -> float:
+        """The signal-to-quantisation-noise ratio of a model that has the same values; without `shifts` a part of the
+        noise that is the same for all feeds counts for nothing."""
+        noise = self._squares(zip(run(model, self._feeds, self._names), self._wanted, strict=True), shifts=shifts)
+        return 10 * float(np.log10(max(self._signal, 1e-300) / max(noise, 1e-300)))
+
+    def _squares(self, pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], *, shifts: bool = False) -> float:
+        """Σ (a - b)², of the differences less their mean over the feeds unless `shifts` count or there is one feed."""
+        sums: dict[str, Array] = {}
+        squares = 0.0
+        for a, b in pairs:
             for name in self._names:
-                exact = wanted[name].astype(np.float64)
-                signal += float(np.square(exact).sum())
-                noise += float(np.square(got[name].astype(np.float64) - exact).sum())
-        return 10 * float(np.log10(max(signal, 1e-300) / max(noise, 1e-300)))
+                difference = a[name].astype(np.float64) - b[name]
+                squares += float(np.square(difference).sum())
+                sums[name] = sums[name] + difference if name in sums else difference
+        if shifts or len(self._feeds) == 1:
+            return squares
+        return squares - sum(float(np.square(each).sum()) for each in sums.values()) / len(self._feeds)
 
 
 def _spread(total: int, count: int) -> list[int]:

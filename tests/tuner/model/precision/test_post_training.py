@@ -58,6 +58,20 @@ def test_scores_are_decibels_before_the_softmax() -> None:
     assert score.of(model) > 200
 
 
+def test_what_all_inputs_have_in_common_is_no_signal() -> None:
+    nodes = [node("MatMul", ["x", "w"], ["m"], name="mm"), node("Add", ["m", "b"], ["y"], name="add")]
+    weights, bias = normal(0, 16, 16), normal(1, 16)
+    plain, moved, louder = (
+        fused(nodes, {"x": (4, 16)}, ["y"], {"w": weights * np.float32(factor), "b": bias + np.float32(offset)})
+        for factor, offset in ((1, 0), (1, 1e4), (1.1, 1e4))
+    )
+    feeds = [{"x": normal(2 + index, 4, 16)} for index in range(8)]
+    for score in (Score(plain, feeds), Score(moved, feeds)):
+        assert score.of(louder, shifts=False) == pytest.approx(20, abs=1e-3)
+    assert Score(plain, feeds).of(moved, shifts=False) > 60
+    assert Score(plain, feeds).of(moved) < -50
+
+
 def test_unknown_kinds_are_refused() -> None:
     with pytest.raises(UsageError, match="'int4' must be int8 or fp8"):
         quantise(convolutions(), [{"x": normal(0, 2, 3, 16, 16)}], "int4")
