@@ -19,7 +19,7 @@ import onnx.version_converter
 import onnx_ir as ir
 
 from tilewright.tuner.model.folding.constants import Budget, fold_constants
-from tilewright.tuner.model.graph import unique_names
+from tilewright.tuner.model.graph import scalar, unique_names
 from tilewright.tuner.model.messages import one_line, quiet, quoted
 from tilewright.tuner.model.reading.external import ExternalFiles
 from tilewright.tuner.model.reading.names import check_functions, check_operators, check_text, put_in_order
@@ -77,7 +77,18 @@ def read_model(
         fold_constants(result, Budget(largest=_FOLDED_FOR_SHAPES, most=_FOLDED_FOR_SHAPES * 64))
     check_sizes(result)
     unique_names(result)
+    _check_repeatable(result)
     return result
+
+
+def _check_repeatable(model: ir.Model) -> None:
+    """Refuses a model that training left with dropout: it gives another result at every run."""
+    for node in model.graph.all_nodes():
+        if node.domain == "" and node.op_type == "Dropout" and len(node.inputs) > 2 and scalar(node.inputs[2]):
+            raise ModelError(
+                f"node {quoted(node.name or '')}, a Dropout, has training_mode=true, so that no two runs agree: "
+                f"export the model for inference (in PyTorch after model.eval())"
+            )
 
 
 def _parse(path: Path) -> onnx.ModelProto:

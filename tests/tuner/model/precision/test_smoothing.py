@@ -6,7 +6,18 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from tests.tuner.model.fused_nets import FEEDS, OUTLIERS, block, convolutions, decibels, operators, output, plan_of
+from tests.tuner.model.fused_nets import (
+    FEEDS,
+    OUTLIERS,
+    block,
+    convolutions,
+    decibels,
+    fused,
+    node,
+    operators,
+    output,
+    plan_of,
+)
 from tests.tuner.model.graphs import normal, relative_error
 from tilewright.tuner.model.graph import constant, fused_nodes, plugin_inputs
 from tilewright.tuner.model.precision import smoothing
@@ -71,6 +82,25 @@ def test_what_a_residual_reads_is_divided_by_a_mul() -> None:
     assert operators(model).count("Mul") == operators(before).count("Mul") + 1
     assert relative_error(output(model, FEEDS[19]), output(before, FEEDS[19])) < 1e-5
     assert quality(model, before) > quality(before, before) + 3
+
+
+def test_what_a_layer_multiplies_and_adds_is_divided_in_the_product_alone() -> None:
+    nodes = [
+        node("MatMul", ["x", "w0"], ["m0"], name="first"),
+        node("Relu", ["m0"], ["h"], name="act"),
+        node("MatMul", ["h", "w1"], ["m1"], name="both"),
+        node("Add", ["m1", "h"], ["s"], name="residual"),
+        node("MatMul", ["s", "w2"], ["y"], name="last"),
+    ]
+    constants = {f"w{index}": normal(index, 32, 32) for index in range(3)}
+    constants["w0"] *= OUTLIERS
+    model, before = (fused(nodes, {"x": (8, 32)}, ["y"], constants) for _ in range(2))
+    layer = next(each for each in fused_nodes(before) if each.name == "both")
+    assert plugin_inputs(layer)["residual"] is plugin_inputs(layer)["a"]
+    feeds = [{"x": normal(10 + index, 8, 32)} for index in range(8)]
+    report = smooth(model, feeds)
+    assert {each.value: each.into for each in report.smoothed} == {"h": "h_smooth_Mul"}
+    assert relative_error(output(model, feeds[0]), output(before, feeds[0])) < 1e-5
 
 
 def test_a_small_gain_is_not_worth_a_mul(monkeypatch: pytest.MonkeyPatch) -> None:

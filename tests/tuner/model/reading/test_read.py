@@ -185,6 +185,22 @@ def test_wrong_models(case: str, tmp_path: Path) -> None:
     assert re.search(message, line), line
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("written", ["initializer", "Constant"])
+def test_dropout_of_training(written: str, training: bool, tmp_path: Path) -> None:
+    mode = tensor("mode", training)
+    ratio = tensor("ratio", np.float32(0.5))
+    nodes = [node("Dropout", "x ratio mode", "y")]
+    initializers = [ratio, mode]
+    if written == "Constant":
+        nodes.insert(0, helper.make_node("Constant", [], ["mode"], value=initializers.pop()))
+    path = saved(proto(nodes, tensors=initializers), tmp_path / "m.onnx")
+    if training:
+        assert "'Dropout_y', a Dropout, has training_mode=true" in refusal(path)
+    else:
+        assert len(read_model(path).graph) == len(nodes)
+
+
 def loop(depth: int) -> onnx.NodeProto:
     """`If` in `If` in `If`."""
     inner = node("Identity", "x", f"out{depth}")
