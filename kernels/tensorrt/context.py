@@ -29,12 +29,18 @@ from tilewright.tuning_db.shipped_records import shipped_paths
 
 @dataclass(frozen=True)
 class Target:
-    """The device that engines are built for, the CUDA version of the driver that runs them, and how many tactics a
-    plugin offers at the most."""
+    """The device that engines are built for, the CUDA version of the driver that runs them, how many tactics a plugin
+    offers at the most, and the folder of the databases if not the environment's."""
 
     device: Device
     cuda: str
     tactics: int
+    db: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the databases."""
+        return database_dir(self.db)
 
 
 class _Place(NamedTuple):
@@ -88,7 +94,7 @@ class Tactics:
         Raises:
             UnsupportedError, ProblemError, UsageError: as `tactics`.
         """
-        place, evidence = _Place.of(case), evidence_stamp()
+        place, evidence = _Place.of(case), evidence_stamp(self.target.folder)
         profile = tuple(
             tuple(sorted(sizes.items())) for sizes in (case.profile.min, case.profile.opt, case.profile.max)
         )
@@ -97,7 +103,7 @@ class Tactics:
             known = self._known.get(place)
             if known is not None and known.evidence == evidence and profile in known.of_profile:
                 return known.of_profile[profile]  # TensorRT asks how many there are, and then which
-        found = tactics(case, self.target.device, database_dir(), cuda=self.target.cuda, most=self.target.tactics)
+        found = tactics(case, self.target.device, self.target.folder, cuda=self.target.cuda, most=self.target.tactics)
         with self._lock:
             known = self._known.get(place)
             if known is None or known.evidence != evidence:
@@ -169,16 +175,16 @@ def identity(variant: PluginVariant, attributes: dict[str, Any], target: Target)
         target.device.key,
         target.cuda,
         str(target.tactics),
-        evidence_stamp(),
+        evidence_stamp(target.folder),
     )
     return f"tilewright-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}"
 
 
-def evidence_stamp() -> str:
-    """Changes with the databases, other boards' and shipped ones too, and with the pack: with all that numbers
-    tactics."""
+def evidence_stamp(folder: Path) -> str:
+    """Changes with the databases of a folder, other boards' and shipped ones too, and with the pack: with all that
+    numbers tactics."""
     pack = active_pack()
-    files = sorted(database_dir().glob("*.sqlite*")) + shipped_paths() + ([Path(pack.path)] if pack is not None else [])
+    files = sorted(folder.glob("*.sqlite*")) + shipped_paths() + ([Path(pack.path)] if pack is not None else [])
     return " ".join(filter(None, map(_stamp, files)))
 
 

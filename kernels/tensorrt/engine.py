@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ def build_engine(
     timing_cache: str | Path | None = None,
     workspace_bytes: int | None = None,
     tactics: int = MOST,
+    db: str | os.PathLike[str] | None = None,
 ) -> Engine:
     """Builds the engine of an ONNX file, with the plugins registered; writes it, and beside it `<engine>.json`.
 
@@ -55,7 +57,7 @@ def build_engine(
     Args:
         onnx_path: the model. Nodes of the domain `tilewright` become plugins.
         engine_path: the file to write.
-        device, cuda, tactics: as `register` takes them; the device must be the GPU at hand, for which TensorRT builds.
+        device, cuda, tactics, db: as `register` takes them; TensorRT builds for the GPU at hand, which must be the device.
         profiles: of every input with a dynamic dimension its least, best and largest shape.
         implementation: "aot": kernels are compiled into the engine, which runs without Python. "jit": they are launched
             from Python, with each shape's own configuration, by a process that has called `register`.
@@ -72,7 +74,7 @@ def build_engine(
     source = Path(onnx_path)
     if not source.is_file():
         raise UsageError(f"there is no file {source}")
-    register(device, cuda=cuda, tactics=tactics)
+    register(device, cuda=cuda, tactics=tactics, db=db)
     trt = tensorrt()
     with _building:
         return _build(

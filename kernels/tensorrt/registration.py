@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
@@ -26,7 +27,13 @@ _lock = threading.Lock()
 _registered: set[str] = set()
 
 
-def register(device: str | None = None, *, cuda: str | None = None, tactics: int = MOST) -> None:
+def register(
+    device: str | None = None,
+    *,
+    cuda: str | None = None,
+    tactics: int = MOST,
+    db: str | os.PathLike[str] | None = None,
+) -> None:
     """Makes every plugin known to TensorRT, in the namespace `tilewright`, and says what engines are built for.
 
     A second call registers nothing again; it may name another device. Safe to call from many threads.
@@ -36,18 +43,21 @@ def register(device: str | None = None, *, cuda: str | None = None, tactics: int
         cuda: the CUDA version of the oldest driver that shall run the engines, as nvidia-smi prints it ("12.4"): their
             kernels are PTX that it reads. By default that of the driver at hand if it is older than 12.8, else 12.8.
         tactics: how many configurations of a kernel TensorRT is offered at the most; it compiles and times each.
+        db: the folder of the tuning databases that tactics come from; by default `$TILEWRIGHT_DB_DIR`, or the user data
+            directory, as for plugins that launch from Python.
 
     Raises:
         MissingDependencyError: TensorRT is not installed; or no device is named and there is no GPU.
         UnsupportedError: TensorRT is too old.
         UnknownDeviceError: no device has that name.
         UsageError: no PTX that this driver reads knows the device, or the driver at hand is older; `tactics` is less
-            than 1; or this process interprets kernels.
+            than 1; there can be no such folder; or this process interprets kernels.
     """
     if env.interpreting():
         raise UsageError(f"{env.INTERPRET} is set: plugins are compiled; unset it before the first import of Triton")
     if tactics < 1:
         raise UsageError(f"{tactics=} must be an integer of at least 1")
+    folder = None if db is None else env.database_dir(db)
     trt, api = tensorrt(), plugin_api()
     try:
         resolved = resolve_device(device or "cuda:0")
@@ -65,7 +75,7 @@ def register(device: str | None = None, *, cuda: str | None = None, tactics: int
             f"{cuda=} is newer than the driver at hand, which is of CUDA {live}: leave it out, or update that"
         )
     with _lock:
-        set_current(Target(resolved, chosen, tactics))
+        set_current(Target(resolved, chosen, tactics, folder))
         for name, variant in plugins().items():
             if name not in _registered:
                 _register(variant, trt, api)

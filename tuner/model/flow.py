@@ -346,7 +346,13 @@ def _engine(request: Request, model: Path, tell: Callable[[str], None]) -> list[
 
     path = model.with_suffix(".engine")
     try:
-        made = build_engine(model, path, device=request.device.live, timing_cache=path.parent / RESUME / "timing.cache")
+        made = build_engine(
+            model,
+            path,
+            device=request.device.live,
+            timing_cache=path.parent / RESUME / "timing.cache",
+            db=request.db,
+        )
     except (MissingDependencyError, RunError, UsageError) as error:
         # The model is there and checked: an engine that can't be built takes nothing from it.
         tell(f"no engine was built: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -147,7 +148,12 @@ def test_the_identity_of_timings(folder):
     others |= {of(target=Target(TARGET.device, "12.4", 8)), of(target=Target(TARGET.device, "12.8", 4))}
     (folder / "rtx3090-82sm.sqlite").write_bytes(b"records")
     others.add(of())
-    assert len({first, *others}) == 7
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    assert of(target=replace(TARGET, db=elsewhere)) == first
+    (elsewhere / "rtx3090-82sm.sqlite").write_bytes(b"other records")
+    others.add(of(target=replace(TARGET, db=elsewhere)))
+    assert len({first, *others}) == 8
 
 
 def test_the_identity_changes_with_the_kernels(monkeypatch):
@@ -158,23 +164,23 @@ def test_the_identity_changes_with_the_kernels(monkeypatch):
 
 
 def test_shipped_records_are_evidence_too(folder, monkeypatch):
-    first = evidence_stamp()
+    first = evidence_stamp(folder)
     (folder / "shipped").mkdir()
     (folder / "shipped" / "a10-72sm.sqlite").write_bytes(b"records")
     monkeypatch.setattr(context, "shipped_paths", lambda: list((folder / "shipped").iterdir()))
-    assert evidence_stamp() != first
+    assert evidence_stamp(folder) != first
 
 
 def test_evidence_changes_with_what_is_written_not_with_who_reads(folder, monkeypatch):
     monkeypatch.setattr(context, "shipped_paths", list)
-    assert evidence_stamp() == ""
+    assert evidence_stamp(folder) == ""
     file = folder / "a10-72sm.sqlite"
     file.write_bytes(b"one")
-    first = evidence_stamp()
+    first = evidence_stamp(folder)
     (folder / "a10-72sm.sqlite-wal").touch()
     (folder / "a10-72sm.sqlite-shm").write_bytes(b"index")
-    assert evidence_stamp() == first
+    assert evidence_stamp(folder) == first
     (folder / "a10-72sm.sqlite-wal").write_bytes(b"more")
-    second = evidence_stamp()
+    second = evidence_stamp(folder)
     os.utime(file, (1, 1))
-    assert len({first, second, evidence_stamp()}) == 3
+    assert len({first, second, evidence_stamp(folder)}) == 3

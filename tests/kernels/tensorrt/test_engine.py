@@ -44,8 +44,8 @@ def build(model, monkeypatch):
 
 
 def test_an_engine_and_what_it_was_made_of(build):
-    made, fake, asked = build(device="cuda:0", cuda="12.4", tactics=3, workspace_bytes=2**20)
-    assert asked == [("cuda:0", {"cuda": "12.4", "tactics": 3})]
+    made, fake, asked = build(device="cuda:0", cuda="12.4", tactics=3, db="records", workspace_bytes=2**20)
+    assert asked == [("cuda:0", {"cuda": "12.4", "tactics": 3, "db": "records"})]
     assert made.path.read_bytes() == b"the engine"
     flags = [1 << 1 | 1 << 2]  # strongly typed, and plugins ahead of time
     assert fake.did[:3] == [("flags", *flags), ("memory", "workspace", 2**20), ("shape", "x", *PROFILE["x"])]

@@ -219,6 +219,9 @@ plugins.register("sm_86", tactics=2)
 assert current() is kept
 plugins.register("a10", tactics=2)
 assert current().target.device.board == "a10"
+assert str(current().target.folder) == os.environ["TILEWRIGHT_DB_DIR"]
+plugins.register("a10", tactics=2, db="elsewhere")
+assert str(current().target.folder) == "elsewhere"
 registry = trt.get_plugin_registry()
 assert all(registry.get_creator(name, "1", "tilewright") is not None for name in plugins.plugins())
 """
@@ -260,6 +263,7 @@ refused(MissingDependencyError, "no GPU", "cuda:0")
 registration.resolve_device = resolve_device
 refused(UnknownDeviceError, "no device is called 'rtx9999'", "rtx9999")
 refused(UsageError, "sm_120 needs PTX 8.7, and the driver of CUDA 12.4 reads up to 8.4", "sm_120", cuda="12.4")
+refused(UsageError, "the folder of the databases (--db) is empty", "sm_86", db="")
 refused(UsageError, "tactics=0 must be an integer of at least 1", "sm_86", tactics=0)
 registration.resolve_device = lambda name: replace(resolve_device("sm_86"), live="cuda:0")
 registration._live_cuda = lambda: "12.4"

@@ -185,16 +185,16 @@ def test_fp8_on_a_device_that_has_it(tmp_path):
 def test_an_engine_that_can_not_be_built_takes_nothing_from_the_model(tmp_path, monkeypatch, error):
     asked = []
 
-    def build(model, path, *, device, timing_cache):
-        asked.append((model.name, path.name, device))
+    def build(model, path, *, device, timing_cache, db):
+        asked.append((model.name, path.name, device, db))
         raise error
 
     monkeypatch.setattr("tilewright.kernels.tensorrt.build_engine", build)
     present = replace(resolve_device("sm_86"), live="cuda:0")
-    request = Request.parse(tmp_path / "m.onnx", tmp_path, present)
+    request = Request.parse(tmp_path / "m.onnx", tmp_path, present, db="records")
     lines: list[str] = []
     assert flow._engine(request, tmp_path / "model.fp16.onnx", lines.append) == []
-    assert asked == [("model.fp16.onnx", "model.fp16.engine", "cuda:0")]
+    assert asked == [("model.fp16.onnx", "model.fp16.engine", "cuda:0", "records")]
     assert lines == [f"no engine was built: {error}"]
     absent = Request.parse(tmp_path / "m.onnx", tmp_path, resolve_device("sm_86"))
     assert flow._engine(absent, tmp_path / "model.fp16.onnx", lines.append) == []
