@@ -57,7 +57,7 @@ def build_engine(
     Args:
         onnx_path: the model. Nodes of the domain `tilewright` become plugins.
         engine_path: the file to write.
-        device, cuda, tactics, db: as `register` takes them; TensorRT builds for the GPU at hand, which must be the device.
+        device, cuda, tactics, db: as `register` takes them; TensorRT builds for the GPU at hand: it must be that.
         profiles: of every input with a dynamic dimension its least, best and largest shape.
         implementation: "aot": kernels are compiled into the engine, which runs without Python. "jit": they are launched
             from Python, with each shape's own configuration, by a process that has called `register`.
