@@ -32,8 +32,9 @@ from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunE
 INLINE_BYTES = 16 << 10
 """Smaller tensors stay in the file: shape inference reads them there, and a thousand of them are nothing."""
 
-PREPACK_BYTES = 256 << 20
-"""Weights of more than this are used as they lie: a second copy of a model of 1 GB costs more than it gains."""
+PREPACK_BYTES = 128 << 20
+"""Weights that take more than this in fp32, which ONNX Runtime computes in, are used as they lie: a second copy of a
+large model costs more than it gains."""
 
 OWN_BYTES = 64 << 20
 """A larger file, which then has its weights in it, ONNX Runtime reads itself, and holds them once; we would twice. Of a
@@ -195,7 +196,7 @@ class Session:
             value.const_value = ir.ExternalTensor(
                 "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
             )
-            total += tensor.nbytes
+            total += 4 * tensor.size
             largest = max(largest, tensor.nbytes)
         options = _options(total)
         for name, shared in self._shared.items():
@@ -261,7 +262,7 @@ def _errors() -> tuple[type[Exception], ...]:
 
 
 def _options(weights: int) -> Any:
-    """Session options for a model with so many bytes of weights."""
+    """Session options for a model whose weights take so many bytes in fp32."""
     runtime = _runtime()
     options = runtime.SessionOptions()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
