@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -34,6 +35,7 @@ from tilewright.tuner.model.report.memory import memory_of
 from tilewright.tuner.model.report.readme import write_readme
 from tilewright.tuner.model.verify.compare import Comparison, Reference
 from tilewright.tuner.model.verify.error_budget import Budget
+from tilewright.tuner.model.verify.error_sums import OutputError
 from tilewright.tuner.model.workloads import ModelWorkloads, workloads
 from tilewright.tuner.model.write import write_model
 from tilewright.tuner.report import short_config
@@ -45,6 +47,9 @@ SAMPLES = 32
 
 EVALUATION = 8
 """Of the inputs, how many the errors are measured on; scales never see them."""
+
+ERRORS_TOLD = 3
+"""Outputs whose errors are told one by one."""
 
 RESUME = ".resume"
 
@@ -488,8 +493,25 @@ def _closing(
         f"the whole model: {before.time_us:.0f} µs ({before.provenance}) before, {after.time_us:.0f} µs "
         f"({after.provenance}) after, {factor:.1f} times as fast"
     ]
-    for row in made.errors[-1].comparison.outputs:
-        lines.append(f"error of {row.value}: {row.relative if row.relative is not None else 'none'} relative")
+    lines += _error_lines(made.errors[-1].comparison.outputs)
     lines += [f"outside the error budget: {breach}" for breach in breaches]
     lines.append(f"written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.is_file()))}")
+    return lines
+
+
+def _error_lines(rows: Sequence[OutputError]) -> list[str]:
+    """The errors of the outputs, the worst first; the others' as one."""
+
+    def worst(row: OutputError) -> tuple[int, float]:
+        return row.bad_changed - row.bad_original, math.inf if row.relative is None else row.relative
+
+    lines = []
+    for row in sorted(rows, key=worst, reverse=True)[:ERRORS_TOLD]:
+        bad = row.bad_changed - row.bad_original
+        said = f"{row.relative:.1e} of its largest value" if row.relative is not None else "zeros before, no more"
+        lines.append(
+            f"error of {row.value}: {said}" + (f", and {bad} NaN or infinite more than before" if bad > 0 else "")
+        )
+    if len(rows) > ERRORS_TOLD:
+        lines.append(f"error of {len(rows) - ERRORS_TOLD} other outputs: no more than that")
     return lines

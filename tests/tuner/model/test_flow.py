@@ -17,6 +17,7 @@ from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model import flow
 from tilewright.tuner.model.flow import Request, optimise, plan
 from tilewright.tuner.model.precision import lower as precision
+from tilewright.tuner.model.verify.error_sums import OutputError
 from tilewright.tuning_db.errors import MissingDependencyError, RunError, UnsupportedError, UsageError
 
 LAYERS = {"stem", "block", "hidden", "head"}
@@ -92,6 +93,21 @@ def test_the_whole_way(tmp_path):
     again, _ = run(request(model, folder, calibration=str(data), precision="int8", max_error="top1=0.9,max=0.2"))
     assert again.met
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_the_worst_errors_are_told() -> None:
+    def row(name: str, relative: float | None, bad: int = 0) -> OutputError:
+        return OutputError(name, name, False, False, relative, None, 0.0, None, None, None, 1, 1 + bad)
+
+    assert flow._error_lines([row("y", 0.00123456)]) == ["error of y: 1.2e-03 of its largest value"]
+    rows = [row("small", 1e-6), row("large", 0.5), row("none", None), row("broken", 0.01, bad=2), row("middle", 0.1)]
+    assert flow._error_lines(rows) == [
+        "error of broken: 1.0e-02 of its largest value, and 2 NaN or infinite more than before",
+        "error of none: zeros before, no more",
+        "error of large: 5.0e-01 of its largest value",
+        "error of 2 other outputs: no more than that",
+    ]
+    assert flow._error_lines([row("none", None)]) == ["error of none: zeros before, no more"]
 
 
 def test_what_a_killed_run_has_measured_is_kept(tmp_path, monkeypatch):
