@@ -56,6 +56,13 @@ class Prepared:
         apart = np.abs(got - got.mean(axis=0) - centred)
         return float(error.max() / np.abs(wanted).max()), float(apart.max() / np.abs(centred).max())
 
+    def shows(self, model: ir.Model, bar: float) -> bool:
+        """Whether a model's error reaches a bar: on the first input already, or else on all."""
+        (first,) = run(model, self.feeds[:1], [self.logits])
+        # No more than the error over all inputs, for it is held against their largest logit.
+        error = np.abs(first[self.logits] - self.wanted[0]).max() / np.abs(self.wanted).max()
+        return bool(error >= bar) or max(self.errors(model)) >= bar
+
 
 def check(name: str, folder: Path, small: bool, controls: int) -> None:
     """Coverage, equality in fp32, fp16, and that a lost layer shows."""
@@ -66,7 +73,7 @@ def check(name: str, folder: Path, small: bool, controls: int) -> None:
     nodes = [node.name or "" for node in fused_nodes(prepared.fused) if op_of(node) in ("gemm", "conv2d")]
     nodes = [node for node in nodes if has_weights(prepared.fused, node)]
     for index in np.linspace(0, len(nodes) - 1, min(controls, len(nodes))).round().astype(int):
-        assert max(prepared.errors(without(prepared.fused, nodes[index]))) >= 10 * FP32, nodes[index]
+        assert prepared.shows(without(prepared.fused, nodes[index]), 10 * FP32), nodes[index]
 
 
 def has_weights(model: ir.Model, name: str) -> bool:
