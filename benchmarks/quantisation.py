@@ -32,6 +32,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
+from benchmarks.measuring import environment, revision
 from benchmarks.models import ARCHITECTURES, architecture, samples, write
 from tilewright.tuner.model.folding.fold import fold
 from tilewright.tuner.model.fuse import fuse
@@ -210,6 +212,10 @@ def measure(name: str, count: int, calibration: int, say: Say, *, small: bool = 
         classes = max(int(length) for length in shape or ())
         centred = logits.exact - logits.exact.mean(axis=0)
         figures: Figures = {"varying": float(centred.var() / logits.exact.var())}
+        figures["environment"] = environment() | {
+            "revision": revision(),
+            **{library: version(library) for library in ("onnx", "onnxruntime")},
+        }
         say("quantising")
         figures["ours"] = our_figures(model, given, logits, classes, say)
         del model
