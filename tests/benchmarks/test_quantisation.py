@@ -43,7 +43,9 @@ def test_a_small_network_is_measured() -> None:
     assert figures["ours"]["layers"] == [24, 26]
     assert len(figures["onnxruntime"]) == 6
     method, theirs = best(figures, "asymmetric")
-    assert theirs["db"] == max(figures["onnxruntime"][f"{each} asymmetric all"]["db"] for each in quantisation.METHODS)
+    of_form = [figures["onnxruntime"][f"{each} asymmetric all"] for each in quantisation.METHODS]
+    assert theirs["screened_db"] >= max(each["screened_db"] for each in of_form) - quantisation.SCREENED_DB
+    assert theirs["db"] == max(each["db"] for each in of_form if "db" in each)
     assert method in quantisation.METHODS
     assert figures["ours"]["fp16_relative"] < 5e-3
     assert figures["varying"] > 0.1
