@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -302,9 +303,18 @@ def _key(request: Request, data: Samples) -> str:
     digest = hashlib.sha256()
     with request.model.open("rb") as stream:
         digest.update(hashlib.file_digest(stream, "sha256").digest())
-    settings = [data.digest, request.precision, request.device.key, str(request.budget), version("tilewright")]
+    settings = [data.digest, request.precision, request.device.key, str(request.budget), _code()]
     digest.update(json.dumps([settings, dict(request.shapes), dict(request.dims)], sort_keys=True).encode())
     return digest.hexdigest()
+
+
+@cache
+def _code() -> list[str]:
+    """What computes scales and errors: a hash of this package's files, and the versions of the libraries."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return [digest.hexdigest(), *(version(name) for name in ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy"))]
 
 
 def _same_names(prepared: Prepared) -> dict[str, str]:
@@ -502,16 +512,18 @@ def _closing(
 def _error_lines(rows: Sequence[OutputError]) -> list[str]:
     """The errors of the outputs, the worst first; the others' as one."""
 
-    def worst(row: OutputError) -> tuple[int, float]:
-        return row.bad_changed - row.bad_original, math.inf if row.relative is None else row.relative
+    def error(row: OutputError) -> float:
+        return math.inf if row.relative is None else row.relative
 
+    ordered = sorted(rows, key=lambda row: (max(0, row.bad_changed - row.bad_original), error(row)), reverse=True)
     lines = []
-    for row in sorted(rows, key=worst, reverse=True)[:ERRORS_TOLD]:
+    for row in ordered[:ERRORS_TOLD]:
         bad = row.bad_changed - row.bad_original
         said = f"{row.relative:.1e} of its largest value" if row.relative is not None else "zeros before, no more"
         lines.append(
             f"error of {row.value}: {said}" + (f", and {bad} NaN or infinite more than before" if bad > 0 else "")
         )
-    if len(rows) > ERRORS_TOLD:
-        lines.append(f"error of {len(rows) - ERRORS_TOLD} other outputs: no more than that")
+    others = ordered[ERRORS_TOLD:]
+    if others:
+        lines.append(f"error of other outputs ({len(others)}): at most {max(map(error, others)):.1e}")
     return lines

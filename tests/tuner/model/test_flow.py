@@ -105,7 +105,7 @@ def test_the_worst_errors_are_told() -> None:
         "error of broken: 1.0e-02 of its largest value, and 2 NaN or infinite more than before",
         "error of none: zeros before, no more",
         "error of large: 5.0e-01 of its largest value",
-        "error of 2 other outputs: no more than that",
+        "error of other outputs (2): at most 1.0e-01",
     ]
     assert flow._error_lines([row("none", None)]) == ["error of none: zeros before, no more"]
 

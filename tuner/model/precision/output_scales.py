@@ -34,7 +34,7 @@ from tilewright.tuner.model.graph import (
     scalar,
     static_shape,
 )
-from tilewright.tuner.model.precision.zeros import LOWEST
+from tilewright.tuner.model.precision.zeros import LOWEST, SHIFTED
 
 MOVED: Mapping[str, frozenset[str]] = {
     "int8": frozenset(
@@ -64,7 +64,9 @@ def grid_of(node: ir.Node) -> Grid | None:
     scale = scalar(node.inputs[1])
     zero = scalar(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else 0.0
     dtype = dtype_name(node.outputs[0])
-    if scale is None or zero not in (0.0, LOWEST) or dtype not in MOVED or node.outputs[0].is_graph_output():
+    if scale is None or dtype not in MOVED or node.outputs[0].is_graph_output():
+        return None
+    if zero != 0 and (zero != LOWEST or dtype != "int8"):
         return None
     return Grid(scale, dtype, int(zero))
 
@@ -98,9 +100,18 @@ class _Folding:
         grid = self.wanted(node.outputs[0])
         return grid if grid is not None and node.op_type in MOVED[grid.dtype] else None
 
+    def look(self) -> None:
+        """Finds the grids of all values anew, from the end on: asked from the start `wanted` would call itself once for
+        each operator of a chain."""
+        self._wanted.clear()
+        for node in reversed(list(self.graph)):
+            for value in node.outputs:
+                self.wanted(value)
+
     def movers(self) -> list[list[ir.Node]]:
         """Operators whose result is wanted on a grid, in groups of those that share values, each in the graph's
         order."""
+        self.look()
         nodes = [node for node in self.graph if len(node.outputs) == 1 and self._moves(node)]
         group = {node: node for node in nodes}
 
@@ -176,6 +187,8 @@ class _Folding:
             base=f"{value.name}_{grid.dtype}",
             attributes={"output_dtype": int(dtype)},
         )
+        if grid.zero:
+            step.metadata_props[SHIFTED] = ""
         self.edit.after(value, step)
         return step.outputs[0]
 
@@ -188,7 +201,6 @@ class _Folding:
     def fold(self, node: ir.Node) -> None:
         """Lets a layer give its result on the grid that all its readers want, if they want one."""
         out = node.outputs[0]
-        self._wanted.clear()
         steps = {user for user, _ in out.uses()}
         grids = {grid_of(user) for user in steps}
         if not steps or len(grids) != 1 or None in grids or out.is_graph_output():
@@ -258,6 +270,7 @@ def fold_output_scales(model: ir.Model) -> set[ir.Value]:
     for group in folding.movers():
         if folding.pays(group):
             folding.take_over(group)
+    folding.look()
     for node in _layers(model.graph):
         folding.fold(node)
     folding.edit.tidy()

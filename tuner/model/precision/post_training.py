@@ -120,6 +120,9 @@ class Score:
         self._names = [node.outputs[0].name or "" for node in fused_nodes(model) if node.name in last]
         self._names = self._names or [value.name or "" for value in model.graph.outputs]
         self._wanted = list(run(model, feeds, self._names))
+        first, *others = self._wanted
+        # Of one input, or some that are the same, all there is would be the mean.
+        self._alike = all(np.array_equal(first[name], other[name]) for other in others for name in self._names)
         zeros = dict.fromkeys(self._names, 0.0)
         self._signal = self._squares((wanted, zeros) for wanted in self._wanted)
 
@@ -130,7 +133,7 @@ class Score:
         return 10 * float(np.log10(max(self._signal, 1e-300) / max(noise, 1e-300)))
 
     def _squares(self, pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], *, shifts: bool = False) -> float:
-        """Σ (a - b)², of the differences less their mean over the feeds unless `shifts` count or there is one feed."""
+        """Σ (a - b)², each difference less its mean over the feeds unless `shifts` count or all feeds give the same."""
         sums: dict[str, Array] = {}
         squares = 0.0
         for a, b in pairs:
@@ -138,7 +141,7 @@ class Score:
                 difference = a[name].astype(np.float64) - b[name]
                 squares += float(np.square(difference).sum())
                 sums[name] = sums[name] + difference if name in sums else difference
-        if shifts or len(self._feeds) == 1:
+        if shifts or self._alike:
             return squares
         return squares - sum(float(np.square(each).sum()) for each in sums.values()) / len(self._feeds)
 

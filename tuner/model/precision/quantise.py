@@ -43,7 +43,7 @@ from tilewright.tuner.model.graph import (
 )
 from tilewright.tuner.model.precision.half import HALVES, lower
 from tilewright.tuner.model.precision.output_scales import fold_output_scales
-from tilewright.tuner.model.precision.zeros import LOWEST, shift_by_bias, spell_out
+from tilewright.tuner.model.precision.zeros import LOWEST, SHIFTED, shift_by_bias, spell_out
 from tilewright.tuning_db.errors import ModelError, UsageError
 
 Array = np.ndarray[Any, Any]
@@ -328,6 +328,8 @@ class _Quantising:
                 base=f"{value.name}_{QUANTISED[kind]}",
                 attributes={"output_dtype": int(dtype)},
             )
+            if zero:
+                step.metadata_props[SHIFTED] = ""
             self.edit.after(source, step)
             self._steps[key] = step.outputs[0]
         return self._steps[key]

@@ -22,7 +22,7 @@ from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
-from tilewright.tuner.model.graph import fused_nodes, is_constant, is_fused, op_of, plugin_inputs
+from tilewright.tuner.model.graph import fused_nodes, is_constant, is_fused, op_of, plugin_inputs, plugin_settings
 from tilewright.tuner.model.precision.half import MOVING
 from tilewright.tuner.model.precision.output_scales import MOVED, PRODUCERS, shiftable
 from tilewright.tuner.model.precision.quantise import ACTIVATIONS, QUANTISED, LayerPrecision, can_have_zero, eligible
@@ -104,50 +104,59 @@ def values_to_calibrate(model: ir.Model, kind: str) -> list[str]:
 
 def values_to_shift(model: ir.Model) -> list[str]:
     """Names of those of the values to calibrate whose int8 integers can be shifted by 128 for nothing (`zeros.py`):
-    they are never negative, the layers that make them can shift them, and those that read them can put it right."""
+    they are never negative, the layers that make them can shift them, nothing else reads what those make, and the
+    layers that read it can put it right."""
     chosen, _ = layers_to_quantise(model, "int8")
-    fits = never_negative(model) & _made_shifted(model) & _quantised_alone(model, chosen)
     readers: dict[ir.Value, list[tuple[ir.Node, ir.Value]]] = {}
     for node in chosen:
         for value in _activations(node).values():
             readers.setdefault(_root(value, "int8"), []).append((node, value))
+    positive, made = never_negative(model), _made_for(model, chosen)
     names: dict[str, None] = {}
-    for group in readers.values():
-        if all(can_have_zero(node) and value in fits for node, value in group):
+    for root, group in readers.items():
+        if all(can_have_zero(node) and value in positive and made.get(value) == root for node, value in group):
             names.update(dict.fromkeys(value.name or "" for _, value in group))
     return list(names)
 
 
-def _made_shifted(model: ir.Model) -> set[ir.Value]:
-    """The values that come out of layers which can shift them, through nothing but operators on integers."""
-    found: set[ir.Value | None] = set()
+def _made_for(model: ir.Model, chosen: Collection[ir.Node]) -> dict[ir.Value, ir.Value]:
+    """The values that come out of layers which can shift them, through nothing but operators on integers; and for
+    which alone: the root of what quantised layers read of all that those layers make, where it is one."""
+    made: dict[ir.Value | None, tuple[str, ir.Value] | None] = {}
+    read = _read_as(model, chosen)
     for node in model.graph:
         if is_fused(node):
-            if op_of(node) in PRODUCERS and shiftable(node, 0.0):
-                found.update(node.outputs)
+            root = read.get(node.outputs[0])
+            if root is not None and op_of(node) in PRODUCERS and shiftable(node, 0.0):
+                # Behind clamps of different ends one scale would not end where each of them does.
+                made[node.outputs[0]] = str(plugin_settings(node)["activation"]), root
         elif node.domain == "" and node.op_type in MOVED["int8"]:
-            moved = node.inputs if node.op_type == "Concat" else node.inputs[:1]
-            if all(value in found for value in moved):
-                found.update(node.outputs)
-    return {value for value in found if value is not None}
+            sources = {made.get(value) for value in (node.inputs if node.op_type == "Concat" else node.inputs[:1])}
+            if len(sources) == 1:
+                made.update(dict.fromkeys(node.outputs, sources.pop()))
+    return {value: known[1] for value, known in made.items() if value is not None and known is not None}
 
 
-def _quantised_alone(model: ir.Model, chosen: Collection[ir.Node]) -> set[ir.Value]:
-    """The values that nothing reads, directly or behind operators on integers, but layers which are quantised."""
-    layers, found = set(chosen), set[ir.Value]()
+def _read_as(model: ir.Model, chosen: Collection[ir.Node]) -> dict[ir.Value, ir.Value]:
+    """The values that nothing reads, directly or behind operators on integers, but quantised layers, as values of one
+    root, which is given."""
+    layers, found = set(chosen), dict[ir.Value, ir.Value]()
 
-    def wants_integers(node: ir.Node, index: int) -> bool:
+    def root_for(node: ir.Node, index: int) -> ir.Value | None:
+        value = node.inputs[index]
+        assert value is not None
         if node in layers:
-            names = [name for name, value in plugin_inputs(node).items() if value is node.inputs[index]]
-            return set(names) <= set(ACTIVATIONS[op_of(node)])
-        if is_fused(node) or node.domain != "" or node.op_type not in MOVED["int8"]:
-            return False
-        return (index == 0 or node.op_type == "Concat") and all(value in found for value in node.outputs)
+            names = {name for name, each in plugin_inputs(node).items() if each is value}
+            return _root(value, "int8") if names <= set(ACTIVATIONS[op_of(node)]) else None
+        moves = node.domain == "" and node.op_type in MOVED["int8"] and (index == 0 or node.op_type == "Concat")
+        return found.get(node.outputs[0]) if moves and len(node.outputs) == 1 else None
 
     for node in reversed(list(model.graph)):
         for value in node.outputs:
-            if not value.is_graph_output() and all(wants_integers(*use) for use in value.uses()):
-                found.add(value)
+            roots = {root_for(*use) for use in value.uses()}
+            root = roots.pop() if len(roots) == 1 and not value.is_graph_output() else None
+            if root is not None:
+                found[value] = root
     return found
 
 

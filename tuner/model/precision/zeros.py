@@ -12,7 +12,8 @@ graph says that it is not negative. Convolutions with padding are left out: thei
 for 128 steps.
 
 While layers are rewritten a shifted step is a `QuantizeLinear` with a zero point. TensorRT takes none but 0, so at the
-end those steps that no layer has taken over become `Sub` of 128·s and a step without one: the same integers.
+end those of our steps that no layer has taken over become `Sub` of 128·s and a step without one: the same integers, but
+for ties.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ import onnx_ir as ir
 
 from tilewright.kernels.activations import activation_name
 from tilewright.tuner.model.edit import Editor
-from tilewright.tuner.model.graph import constant, is_constant, is_fused, op_of, plugin_settings, scalar
+from tilewright.tuner.model.graph import constant, dtype_name, is_constant, is_fused, op_of, plugin_settings, scalar
 
 LOWEST = -128
 """The integer that 0 becomes."""
+
+SHIFTED = "tilewright.shifted"
+"""Mark of quantise steps with that zero point that are ours, in `metadata_props`, while layers are rewritten."""
 
 _POSITIVE = frozenset(
     ("Relu", "Sigmoid", "Softmax", "Exp", "Abs", "Softplus", "HardSigmoid", "Sqrt", "ReduceL1", "ReduceL2")
@@ -44,12 +48,15 @@ _FUSED = ("relu", "relu2", "sigmoid")
 def never_negative(model: ir.Model) -> set[ir.Value]:
     """The values of which the graph says that they have no negative elements."""
     found: set[ir.Value] = set()
+    constants: dict[ir.Value, bool] = {}  # looked through once each
 
     def fits(value: ir.Value | None) -> bool:
         if value is None or not is_constant(value):
             return value in found
-        array = constant(value)
-        return array is not None and array.dtype.kind != "b" and bool((array >= 0).all())
+        if value not in constants:
+            array = constant(value) if dtype_name(value) in ("fp32", "fp16", "bf16") else None
+            constants[value] = array is not None and bool((array >= 0).all())
+        return constants[value]
 
     for node in model.graph:
         if is_fused(node):
@@ -90,19 +97,18 @@ def shift_by_bias(bias: np.ndarray | None, scales: np.ndarray, sums: np.ndarray,
 
 
 def spell_out(model: ir.Model) -> list[str]:
-    """Turns quantise steps with a zero point into a subtraction and a step without one, in place.
+    """Turns the steps that are marked `SHIFTED` into a subtraction and a step without a zero point, in place.
 
     Gives the names of the subtractions: they must be computed in fp32.
     """
     edit = Editor(model)
     names = []
     for node in list(model.graph):
-        if node.op_type != "QuantizeLinear" or node.domain != "" or len(node.inputs) < 3 or node.inputs[2] is None:
-            continue
-        x, zero, scale = node.inputs[0], scalar(node.inputs[2]), scalar(node.inputs[1])
+        if node.metadata_props.pop(SHIFTED, None) is None:
+            continue  # a step of the model's own may have any zero point
+        x, scale = node.inputs[0], scalar(node.inputs[1])
         assert x is not None
-        if zero != LOWEST or scale is None:
-            continue
+        assert scale is not None
         amount = edit.constant(np.asarray(np.float32(-LOWEST) * np.float32(scale), np.float32), f"{x.name}_shift")
         subtraction = edit.node("Sub", [x, amount], x, ir.DataType.FLOAT, base=f"{x.name}_shifted")
         edit.after(x, subtraction)

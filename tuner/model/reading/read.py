@@ -84,7 +84,9 @@ def read_model(
 def _check_repeatable(model: ir.Model) -> None:
     """Refuses a model that training left with dropout: it gives another result at every run."""
     for node in model.graph.all_nodes():
-        if node.domain == "" and node.op_type == "Dropout" and len(node.inputs) > 2 and scalar(node.inputs[2]):
+        if node.domain != "" or node.op_type != "Dropout" or len(node.inputs) < 3:
+            continue
+        if scalar(node.inputs[2]) and scalar(node.inputs[1]) != 0:
             raise ModelError(
                 f"node {quoted(node.name or '')}, a Dropout, has training_mode=true, so that no two runs agree: "
                 f"export the model for inference (in PyTorch after model.eval())"

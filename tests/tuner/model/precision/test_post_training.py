@@ -72,6 +72,13 @@ def test_what_all_inputs_have_in_common_is_no_signal() -> None:
     assert Score(plain, feeds).of(moved) < -50
 
 
+def test_inputs_that_are_all_the_same_are_told_apart_from_nothing() -> None:
+    model, other = (fused([node("MatMul", ["x", "w"], ["y"], name="mm")], {"x": (4, 16)}, ["y"],
+                    {"w": normal(0, 16, 16) * np.float32(factor)}) for factor in (1, 1.1))  # fmt: skip
+    score = Score(model, [{"x": normal(1, 4, 16)}] * 3)
+    assert score.of(other, shifts=False) == pytest.approx(20, abs=1e-3)
+
+
 def test_unknown_kinds_are_refused() -> None:
     with pytest.raises(UsageError, match="'int4' must be int8 or fp8"):
         quantise(convolutions(), [{"x": normal(0, 2, 3, 16, 16)}], "int4")

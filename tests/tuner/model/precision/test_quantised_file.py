@@ -9,11 +9,13 @@ import onnx_ir as ir
 import pytest
 
 from examples.model import images, network
-from tests.tuner.model.graphs import relative_error, results
+from tests.tuner.model.fused_nets import perceptron
+from tests.tuner.model.graphs import normal, relative_error, results
 from tilewright.tuner.model.fuse import fuse
 from tilewright.tuner.model.precision.post_training import quantise
 from tilewright.tuner.model.precision.quantise import apply_precision
 from tilewright.tuner.model.precision.quantised_file import Quantised
+from tilewright.tuner.model.precision.zeros import LOWEST
 from tilewright.tuner.model.reading.read import read_model
 
 
@@ -50,6 +52,16 @@ def test_it_comes_back_as_it_was(found, tmp_path):
         assert relative_error(results(lowered(back), feeds)[0], results(lowered(found), feeds)[0]) == 0
     # Written again it is the same, but for the time in the archive.
     assert {path.name for path in tmp_path.iterdir()} == {"kept.npz", "kept.onnx"}
+
+
+def test_zero_points_come_back(tmp_path):
+    model = perceptron()
+    found = Quantised.of(quantise(model, [{"x": normal(0, 8, 32)}], "int8"), model)
+    assert found.plan["middle"].zeros == {"a": LOWEST}
+    found.save(tmp_path / "kept.npz", "key")
+    back = Quantised.load(tmp_path / "kept.npz", "key")
+    assert back is not None
+    assert dict(back.plan) == dict(found.plan)
 
 
 def spoil(file: Path, how: str) -> None:

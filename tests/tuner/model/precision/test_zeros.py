@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx import helper
 
-from tests.tuner.model.fused_nets import decibels, dtypes, fused, node, operators, output, single
-from tests.tuner.model.graphs import model_of, normal
+from tests.tuner.model.fused_nets import decibels, dtypes, fused, node, operators, output, perceptron, single
+from tests.tuner.model.graphs import model_of, normal, relative_error
+from tilewright.tuner.model.calibration.calibrate import Method
 from tilewright.tuner.model.graph import dtype_name, fused_nodes, plugin_inputs, plugin_settings
 from tilewright.tuner.model.precision.correction import measure_shifts
 from tilewright.tuner.model.precision.layer_data import rounded
+from tilewright.tuner.model.precision.post_training import quantise
 from tilewright.tuner.model.precision.quantise import LayerPrecision, apply_precision, quantise_weights
-from tilewright.tuner.model.precision.rules import default_plan, values_to_shift
+from tilewright.tuner.model.precision.rounding import round_weights
+from tilewright.tuner.model.precision.rules import default_plan, values_to_calibrate, values_to_shift
 from tilewright.tuner.model.precision.zeros import LOWEST, never_negative
 from tilewright.tuner.model.session import run
 from tilewright.tuning_db.errors import UsageError
@@ -173,6 +177,118 @@ def test_a_value_that_is_read_in_floating_point_too_is_not() -> None:
     assert values_to_shift(residual()) == ["h1"]
     # A result of the graph is read in floating point as well.
     assert values_to_shift(residual(output="h1")) == []
+
+
+def test_what_would_leave_a_step_is_not_shifted() -> None:
+    def net(middle: list[object], outputs: tuple[str, ...] = ("y",)) -> ir.Model:
+        nodes = [
+            node("MatMul", ["x", "w0"], ["m0"], name="first"),
+            node("Relu", ["m0"], ["h0"], name="act0"),
+            node("MatMul", ["x", "w1"], ["m1"], name="beside"),
+            node("Clip", ["m1", "low", "high"], ["h1"], name="act1"),
+            *middle,
+            node("MatMul", ["h2", "w3"], ["y"], name="last"),
+        ]
+        constants = {f"w{index}": normal(index, 32, 32) for index in range(4)}
+        constants |= {"low": np.array(0, np.float32), "high": np.array(1, np.float32), "w4": normal(4, 64, 32)}
+        used = {name for each in nodes for name in each.input}  # type: ignore[attr-defined]
+        return fused(nodes, {"x": (4, 32)}, list(outputs), {key: constants[key] for key in constants.keys() & used})
+
+    product = node("MatMul", ["h0", "w2"], ["h2"], name="second")
+    assert values_to_shift(net([product])) == ["h0"]
+    # Two layers with one scale for both, but each cut off at an end of its own.
+    joined = [node("Concat", ["h0", "h1"], ["j"], axis=1, name="join"), node("MatMul", ["j", "w4"], ["h2"], name="two")]
+    assert values_to_shift(net(joined)) == []
+    # Two scales for what one layer makes.
+    both = [
+        node("MatMul", ["h0", "w2"], ["m2"], name="second"),
+        node("Concat", ["h0", "m2"], ["j"], axis=1, name="join"),
+        node("MatMul", ["j", "w4"], ["h2"], name="third"),
+    ]
+    assert values_to_shift(net(both)) == []
+    # Read in floating point before the operator that moves it.
+    moved = [
+        node("Transpose", ["h0"], ["t"], perm=[1, 0], name="turn"),
+        node("MatMul", ["t", "w5"], ["m2"], name="second"),
+        node("Add", ["m2", "h0"], ["h2"], name="add"),
+    ]
+    nodes = [node("MatMul", ["x", "w0"], ["m0"], name="first"), node("Relu", ["m0"], ["h0"], name="act0"), *moved]
+    nodes.append(node("MatMul", ["h2", "w3"], ["y"], name="last"))
+    model = fused(nodes, {"x": (32, 32)}, ["y"], {f"w{index}": normal(index, 32, 32) for index in (0, 3, 5)})
+    assert len(values_to_calibrate(model, "int8")) == 1
+    assert values_to_shift(model) == []
+
+
+def test_a_whole_model_is_shifted() -> None:
+    model = perceptron()
+    feeds = [{"x": normal(index, 8, 32)} for index in range(4)]
+    found = quantise(model, feeds, "int8", methods=(Method.MINMAX,), smoothing=False)
+    layer = found.plan["middle"]
+    assert layer.zeros == {"a": LOWEST}
+    largest = max(float(values["h0"].max()) for values in run(model, feeds, ["h0"]))
+    assert layer.scales["a"] == pytest.approx(largest / 255)
+    mixed = apply_precision(model, found.plan, base="fp16", weights=found.weights, shifts=found.shifts)
+    first = next(each for each in fused_nodes(mixed) if each.name == "first")
+    assert plugin_settings(first)["out_dtype"] == "int8"
+    # Half precision has too few digits for the sum of a bias and 128 steps.
+    assert dtype_name(plugin_inputs(first)["bias"]) == "fp32"
+    assert decibels(output(model, feeds[0]), output(mixed, feeds[0])) > 30
+
+
+def test_weights_are_rounded_for_what_the_layer_reads() -> None:
+    # Integers of -128 to 127 would cut off what is above 127 steps: the inputs would not be those of this layer.
+    model = single("gemm", {"a": np.abs(normal(0, 64, 48)), "b": normal(1, 48, 24)}, ("a",))
+    feeds = [{"a": np.abs(normal(2 + index, 64, 48))} for index in range(8)]
+    full, cut = (
+        round_weights(model, {"layer": LayerPrecision("int8", {"a": 4 / 255}, zeros)}, feeds)["layer"].values
+        for zeros in ({"a": LOWEST}, {})
+    )
+    by_hand = [{"a": rounded(feed["a"], 4 / 255, "int8", LOWEST)} for feed in feeds]
+    wanted = round_weights(model, {"layer": LayerPrecision("int8", {"a": 1e-6 + 4 / 127})}, by_hand)["layer"].values
+    assert (full == wanted).mean() > (cut == wanted).mean()
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int16])
+@pytest.mark.parametrize("activation", ["Sigmoid", "Relu"])
+def test_steps_of_the_model_s_own_are_left(activation: str, kind: type) -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["m"], name="first"),
+        node(activation, ["m"], ["r"], name="act"),
+        node("QuantizeLinear", ["r", "scale", "zero"], ["q"], name="quantise"),
+        node("DequantizeLinear", ["q", "scale", "zero"], ["d"], name="dequantise"),
+        node("MatMul", ["d", "w"], ["y"], name="last"),
+    ]
+    constants = {"w": normal(0, 8, 8), "scale": np.array(4 / 255, np.float32), "zero": np.array(LOWEST, kind)}
+    model = fused(nodes, {"x": (4, 8)}, ["y"], constants)
+    feed = {"x": normal(1, 4, 8)}
+    for base in ("fp32", "fp16"):
+        mixed = apply_precision(model, {}, base=base)
+        assert "Sub" not in operators(mixed)
+        assert relative_error(output(mixed, feed), output(model, feed)) < 2e-2
+
+
+def test_texts_have_no_sign() -> None:
+    labels = helper.make_node("Constant", [], ["labels"], value_strings=["a", "b", "c", "d"], name="labels")
+    nodes = [
+        labels,
+        node("MatMul", ["x", "w"], ["m"], name="mm"),
+        node("ArgMax", ["m"], ["i"], axis=1, keepdims=0, name="most"),
+        node("Gather", ["labels", "i"], ["y"], name="label"),
+    ]
+    model = model_of(nodes, {"x": (2, 4)}, ["m"], {"w": normal(0, 4, 4)})
+    assert never_negative(model) == set()
+
+
+def test_chains_of_any_length_are_gone_through() -> None:
+    nodes = [node("MatMul", ["x", "w"], ["v0"], name="first"), node("Relu", ["v0"], ["r0"], name="act")]
+    nodes += [
+        node("Transpose", [f"r{index}"], [f"r{index + 1}"], perm=[1, 0], name=f"t{index}") for index in range(1200)
+    ]
+    nodes += [node("MatMul", ["r1200", "w"], ["m"], name="second"), node("MatMul", ["m", "w"], ["y"], name="last")]
+    model = fused(nodes, {"x": (8, 8)}, ["y"], {"w": normal(0, 8, 8)})
+    assert values_to_shift(model) == ["r1200"]
+    plan, _ = default_plan(model, "int8", {"r1200": 0.05}, ["r1200"])
+    assert operators(apply_precision(model, plan, base="fp16")).count("Transpose") == 1200
 
 
 def test_no_graph_takes_long() -> None:
