@@ -44,7 +44,7 @@ def register(
             kernels are PTX that it reads. By default that of the driver at hand if it is older than 12.8, else 12.8.
         tactics: how many configurations of a kernel TensorRT is offered at the most; it compiles and times each.
         db: the folder of the tuning databases that tactics come from; by default `$TILEWRIGHT_DB_DIR`, or the user data
-            directory, as for plugins that launch from Python.
+            directory. Plugins that launch from Python ("jit") look into the latter whatever is named here.
 
     Raises:
         MissingDependencyError: TensorRT is not installed; or no device is named and there is no GPU.

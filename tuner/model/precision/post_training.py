@@ -49,7 +49,7 @@ class Quantisation:
     plan: Mapping[str, LayerPrecision]
     reasons: Mapping[str, str]  # of each fused node that stays at the base precision
     method: Method | None  # of calibration; None where there is nothing to calibrate
-    scores: Mapping[Method, float]  # dB of each method, weights rounded to nearest
+    scores: Mapping[Method, float]  # dB of each method, weights rounded to nearest, shifts left out
     weights: Mapping[str, Weights]
     shifts: Mapping[str, Array]
     smoothing: SmoothingReport

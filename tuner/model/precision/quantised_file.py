@@ -37,7 +37,7 @@ class Quantised:
     plan: Mapping[str, LayerPrecision]
     reasons: Mapping[str, str]  # of each fused node that stays at the base precision
     method: str  # of calibration; "" where there was nothing to calibrate
-    decibel: float  # signal over noise of the whole, by the best method, weights rounded to nearest
+    decibel: float  # of the best method: `Quantisation.scores`
     weights: Mapping[str, Weights]
     shifts: Mapping[str, Array]
 
