@@ -289,6 +289,20 @@ def table(results: Mapping[str, Figures]) -> Table:
     return shown
 
 
+def markdown(results: Mapping[str, Figures]) -> str:
+    """The table of `docs/models.md`."""
+    lines = [
+        "| model | in int8 | ours, dB | ONNX Runtime, dB | symmetric, dB | top-1, ours | theirs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in (name for name in MODELS if name in results):
+        ours, theirs = results[name]["ours"], best(results[name], "asymmetric")[1]
+        figures = [f"{ours['share']:.0%}", f"{ours['db']:.1f}", f"{theirs['db']:.1f}"]
+        figures.append(f"{best(results[name], 'symmetric')[1]['db']:.1f}")
+        lines.append(f"| {name} | {' | '.join(figures)} | {ours['top1']:.1%} | {theirs['top1']:.1%} |")
+    return "\n".join(lines)
+
+
 def _teller(status: Status, name: str) -> Say:
     return lambda line: status.update(f"{name}: {line}")
 

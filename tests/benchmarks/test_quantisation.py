@@ -51,6 +51,16 @@ def test_a_small_network_is_measured() -> None:
     assert figures["varying"] > 0.1
 
 
+def test_the_page_has_the_figures_on_record() -> None:
+    root = Path(__file__).parents[2]
+    recorded = json.loads((root / "benchmarks/results/quantisation.json").read_text())
+    results = recorded["256 samples, 64 for calibration"]
+    assert quantisation.markdown(results) in (root / "docs/models.md").read_text()
+    for name, figures in results.items():
+        theirs = [each["db"] for each in figures["onnxruntime"].values() if "db" in each]
+        assert figures["ours"]["db"] > max(theirs), name
+
+
 def test_results_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     form = {"db": 20.0, "top1": 0.9, "seconds": 1.0}
