@@ -26,7 +26,7 @@ from tilewright.tuner.model.graph import fused_nodes, is_constant, is_fused, op_
 from tilewright.tuner.model.precision.half import MOVING
 from tilewright.tuner.model.precision.output_scales import MOVED, PRODUCERS, shiftable
 from tilewright.tuner.model.precision.quantise import ACTIVATIONS, QUANTISED, LayerPrecision, can_have_zero, eligible
-from tilewright.tuner.model.precision.zeros import LOWEST, never_negative
+from tilewright.tuner.model.precision.zeros import LOWEST
 from tilewright.tuning_db.errors import UsageError
 
 FIRST = "first layer: it reads the graph's input, whose own 8 bits would be rounded once more"
@@ -104,17 +104,17 @@ def values_to_calibrate(model: ir.Model, kind: str) -> list[str]:
 
 def values_to_shift(model: ir.Model) -> list[str]:
     """Names of those of the values to calibrate whose int8 integers can be shifted by 128 for nothing (`zeros.py`):
-    they are never negative, the layers that make them can shift them, nothing else reads what those make, and the
-    layers that read it can put it right."""
+    the layers that make them cut them off at 0 and can shift them, nothing else reads what those make, and the layers
+    that read it can put it right."""
     chosen, _ = layers_to_quantise(model, "int8")
     readers: dict[ir.Value, list[tuple[ir.Node, ir.Value]]] = {}
     for node in chosen:
         for value in _activations(node).values():
             readers.setdefault(_root(value, "int8"), []).append((node, value))
-    positive, made = never_negative(model), _made_for(model, chosen)
+    made = _made_for(model, chosen)
     names: dict[str, None] = {}
     for root, group in readers.items():
-        if all(can_have_zero(node) and value in positive and made.get(value) == root for node, value in group):
+        if all(can_have_zero(node) and made.get(value) == root for node, value in group):
             names.update(dict.fromkeys(value.name or "" for _, value in group))
     return list(names)
 

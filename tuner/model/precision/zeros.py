@@ -7,9 +7,8 @@ layer computes from it is put right by its bias, for in
     s·s_w[n]·Σ_k (q_k + 128)·w[n, k] = s·s_w[n]·Σ_k q_k·w[n, k] + 128·s·s_w[n]·Σ_k w[n, k]
 
 the last term is the same for all inputs. (A zero point of -128 in the sense of Jacob et al., arXiv:1712.05877, section
-2.3, of which this is the constant part.) What is negative all the same becomes 0, so it must be a value of which the
-graph says that it is not negative. Convolutions with padding are left out: their kernel pads with 0, which would stand
-for 128 steps.
+2.3, of which this is the constant part.) What is negative becomes 0, so it must be a value that ReLU or a clamp has cut
+off there. Convolutions with padding are left out: their kernel pads with 0, which would stand for 128 steps.
 
 While layers are rewritten a shifted step is a `QuantizeLinear` with a zero point. TensorRT takes none but 0, so at the
 end those of our steps that no layer has taken over become `Sub` of 128·s and a step without one: the same integers, but
@@ -21,70 +20,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from tilewright.kernels.activations import activation_name
 from tilewright.tuner.model.edit import Editor
-from tilewright.tuner.model.graph import constant, dtype_name, is_constant, is_fused, op_of, plugin_settings, scalar
+from tilewright.tuner.model.graph import scalar
 
 LOWEST = -128
 """The integer that 0 becomes."""
 
 SHIFTED = "tilewright.shifted"
 """Mark of quantise steps with that zero point that are ours, in `metadata_props`, while layers are rewritten."""
-
-_POSITIVE = frozenset(
-    ("Relu", "Sigmoid", "Softmax", "Exp", "Abs", "Softplus", "HardSigmoid", "Sqrt", "ReduceL1", "ReduceL2")
-)
-_POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
-_MOVES = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "Expand", "Split")
-_KEEPING = frozenset((*_POOLS, *_MOVES, "LRN", "Identity", "Dropout", "DepthToSpace", "SpaceToDepth"))
-"""Operators whose result is not negative if their first input is not."""
-
-_JOINING = frozenset(("Add", "Mul", "Concat", "Max", "Sum"))
-"""Operators whose result is not negative if none of their inputs is."""
-
-_FUSED = ("relu", "relu2", "sigmoid")
-
-
-def never_negative(model: ir.Model) -> set[ir.Value]:
-    """The values of which the graph says that they have no negative elements."""
-    found: set[ir.Value] = set()
-    constants: dict[ir.Value, bool] = {}  # looked through once each
-
-    def fits(value: ir.Value | None) -> bool:
-        if value is None or not is_constant(value):
-            return value in found
-        if value not in constants:
-            array = constant(value) if dtype_name(value) in ("fp32", "fp16", "bf16") else None
-            constants[value] = array is not None and bool((array >= 0).all())
-        return constants[value]
-
-    for node in model.graph:
-        if is_fused(node):
-            positive = _layer_is_positive(node)
-        elif node.domain != "":
-            positive = False
-        elif node.op_type == "Clip":
-            lowest = scalar(node.inputs[1]) if len(node.inputs) > 1 else None
-            positive = lowest is not None and lowest >= 0
-        else:
-            positive = (
-                node.op_type in _POSITIVE
-                or (node.op_type in _KEEPING and fits(node.inputs[0]))
-                or (node.op_type in _JOINING and all(fits(value) for value in node.inputs))
-            )
-        if positive:
-            found.update(node.outputs)
-    return found
-
-
-def _layer_is_positive(node: ir.Node) -> bool:
-    if op_of(node) not in ("gemm", "conv2d"):
-        return False
-    settings = plugin_settings(node)
-    word, *parameters = activation_name(settings["activation"]).split(":")
-    if settings.get("gated", "none") != "none":
-        return False
-    return word in _FUSED or (word == "clamp" and float(parameters[0]) >= 0)
 
 
 def shift_by_bias(bias: np.ndarray | None, scales: np.ndarray, sums: np.ndarray, zero: int) -> np.ndarray:
