@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from tilewright.tuner.model.calibration.feeds import Feed
 from tilewright.tuner.model.graph import constant, fused_nodes, op_of, plugin_inputs
-from tilewright.tuner.model.precision.layer_data import LayerData, activation_of, rounded
+from tilewright.tuner.model.precision.layer_data import LayerData, activation_of, layer_input
 from tilewright.tuner.model.precision.quantise import (
     ACTIVATIONS,
     QUANTISED,
@@ -75,9 +75,7 @@ def measure_shifts(
             for name in names:
                 _, data, precision = layers[name]
                 plain[name] += data.mean_row(x) / len(feeds)
-                activation = ACTIVATIONS[data.op][0]
-                scale, zero = precision.scales[activation], precision.zeros.get(activation, 0)
-                coarse[name] += data.mean_row(rounded(x, scale, precision.kind, zero)) / len(feeds)
+                coarse[name] += data.mean_row(layer_input(x, data.op, precision)) / len(feeds)
     return {
         name: _shift(node, data, precision.kind, plain[name], coarse[name], (weights or {}).get(name))
         for name, (node, data, precision) in layers.items()

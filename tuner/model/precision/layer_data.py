@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tilewright.tuner.model.graph import DTYPES, constant, op_of, plugin_inputs, plugin_settings, static_shape
-from tilewright.tuner.model.precision.quantise import ACTIVATIONS, LARGEST, QUANTISED, WEIGHTS
+from tilewright.tuner.model.precision.quantise import ACTIVATIONS, LARGEST, QUANTISED, WEIGHTS, LayerPrecision
 
 Array = np.ndarray[Any, Any]
 
@@ -30,6 +30,12 @@ def rounded(x: Array, scale: float, kind: str, zero: int = 0) -> Array:
         return np.asarray(np.clip(np.rint(over), -128 - zero, 127 - zero) * np.float32(scale))
     bound = LARGEST[kind]
     return np.asarray(np.clip(over, -bound, bound).astype(DTYPES[QUANTISED[kind]].numpy()).astype(np.float32)) * scale
+
+
+def layer_input(x: Array, op: str, precision: LayerPrecision) -> Array:
+    """What a layer of a plan computes with instead of x."""
+    name = ACTIVATIONS[op][0]
+    return rounded(x, precision.scales[name], precision.kind, precision.zeros.get(name, 0))
 
 
 class LayerData:

@@ -24,9 +24,8 @@ import scipy.linalg
 
 from tilewright.tuner.model.calibration.feeds import Feed
 from tilewright.tuner.model.graph import DTYPES, fused_nodes, op_of
-from tilewright.tuner.model.precision.layer_data import LayerData, activation_of, rounded
+from tilewright.tuner.model.precision.layer_data import LayerData, activation_of, layer_input
 from tilewright.tuner.model.precision.quantise import (
-    ACTIVATIONS,
     QUANTISED,
     WEIGHTS,
     LayerPrecision,
@@ -210,10 +209,8 @@ def _observe(model: ir.Model, layers: Layers, feeds: Sequence[Feed], seed: int) 
             for name in names:
                 node, data, precision = layers[name]
                 count = -(-max(ROWS, 2 * data.depth) // len(feeds))
-                activation = ACTIVATIONS[data.op][0]
                 rows = data.rows(values[value], count, random)
-                scale, zero = precision.scales[activation], precision.zeros.get(activation, 0)
-                moments[name].add(rounded(rows, scale, precision.kind, zero))
+                moments[name].add(layer_input(rows, data.op, precision))
     return moments
 
 
