@@ -5,6 +5,16 @@
 
 from __future__ import annotations
 
-from tilewright.tuner.model.flow import Made, Request, optimise, plan
+from tilewright.tuning_db.errors import MissingDependencyError
+
+try:
+    from tilewright.tuner.model.flow import Made, Request, optimise, plan
+except ModuleNotFoundError as error:
+    library = (error.name or "").partition(".")[0]
+    if library not in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
+        raise
+    raise MissingDependencyError(
+        f'whole models need {library}, which is not installed: pip install "tilewright[onnx]"'
+    ) from None
 
 __all__ = ["optimise", "plan", "Request", "Made"]

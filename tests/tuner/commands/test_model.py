@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,18 @@ def test_a_model_goes_the_whole_way(autotune, tmp_path: Path, model_db: Path) ->
     status, out, err = autotune(*arguments, "--db", model_db, "--json", "--quiet")
     assert (status, err) == (0, "")
     assert json.loads(out) == json.loads((build / "report.json").read_text())
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnx_ir", "onnxscript"])
+def test_without_its_libraries_one_line_says_how_to_get_them(missing: str, tmp_path: Path) -> None:
+    script = f"import sys; sys.modules[{missing!r}] = None; from tilewright.tuner.cli import main; main()"
+    arguments = ("--device", "sm_86", "--model", str(tmp_path / "m.onnx"), "--output", str(tmp_path / "build"))
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.splitlines() == [
+        f'autotune: error: whole models need {missing}, which is not installed: pip install "tilewright[onnx]"'
+    ]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_says_what_would_be_done(autotune, tmp_path: Path) -> None:
