@@ -41,7 +41,7 @@ def markdown(document: Document) -> str:
     busy = environment.get("load_before")
     if busy is not None:
         lines += ["", f"Host times, on {environment['cores']} cores under a load of {busy:.0f}:"]
-    lines += ["", *_table(["host time of a call", "µs"], [[k, f"{v:.1f}"] for k, v in document["dispatch_us"].items()])]
+    lines += ["", *table(["host time of a call", "µs"], [[k, f"{v:.1f}"] for k, v in document["dispatch_us"].items()])]
     if document.get("left_out"):
         lines += ["", f"Left out for want of time: {'; '.join(document['left_out'])}."]
     return "\n".join(lines) + "\n"
@@ -62,7 +62,7 @@ def _families(families: Sequence[Mapping[str, Any]]) -> list[str]:
         *("family", "against the library's", "cases", "ratio (geometric mean)", "bar", "met"),
         *("against the best that computes the same", "of copy bandwidth"),
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _cases(cases: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -96,7 +96,7 @@ def _cases(cases: Sequence[Mapping[str, Any]]) -> list[str]:
         *("family", "case", "ours, µs", "default", "rival, µs", "ratio", "best that computes the same, if another"),
         *("TFLOP/s", "GB/s", "configuration"),
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _load(entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -113,7 +113,7 @@ def _load(entries: Sequence[Mapping[str, Any]]) -> list[str]:
                     "" if energy is None else f"{figures['watt']:.0f}",
                 ]
             )
-    return _table(["closed loop over a CUDA graph", "", "calls/s", "mJ per call", "W"], rows)
+    return table(["closed loop over a CUDA graph", "", "calls/s", "mJ per call", "W"], rows)
 
 
 def _best(case: Mapping[str, Any]) -> str:
@@ -130,6 +130,7 @@ def _config(config: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in config.items())
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
     return [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(row)} |" for row in cells)]
