@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison_report import markdown
+from benchmarks.profiling import markdown as profile_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,9 +52,8 @@ compares. `benchmarks/results/*/records-*.jsonl.gz` has every configuration that
 
 ## Not measured
 
-Any other board; a TensorRT engine; whole models; whole spaces (`python -m benchmarks.landscape`); other libraries than
-torch (FlashAttention-3, cuDNN's graphs); anything under a profiler, so that the causes of what falls short of a bar are
-not established.
+Any other board; a TensorRT engine; whole models; whole spaces (`python -m benchmarks.landscape` had time for samples);
+other libraries than torch (FlashAttention-3, cuDNN's graphs).
 """
 
 
@@ -71,7 +71,30 @@ def page() -> str:
         )
         name = document["device"]["name"]
         parts.append(f"## {name}\n\n`{path.relative_to(ROOT)}`\n\n{plots}\n\n{markdown(document).rstrip()}\n")
+        if (path.parent / "profile.json").exists():
+            parts.append(_profiled(name, path.parent))
     return "\n".join(parts)
+
+
+def _profiled(name: str, folder: Path) -> str:
+    """What a profile of a board's worst cases showed, and what is thought to follow from it."""
+    document: Mapping[str, Any] = json.loads((folder / "profile.json").read_text())
+    causes: Mapping[str, str] = json.loads((folder / "causes.json").read_text())
+    where = document["environment"]
+    lines = [
+        f"## {name}: why what is below its bar is",
+        "",
+        f"`{(folder / 'profile.json').relative_to(ROOT)}`, by `python -m benchmarks.profiling gpu.json --out DIR`: the "
+        f"worst case of each family of {document['of']}, ours and the way it was held against, one launch each with a "
+        f"cold cache under NVIDIA Nsight Compute. Revision {document['revision']}, triton {where['triton']}, driver "
+        f"{where['driver']}. Percentages are of the hardware's peaks; SM is the busiest of its pipes, the tensor cores "
+        "in a product; occupancy is of the warps that an SM could hold.",
+        "",
+        *(f"- *{family}*: {cause}" for family, cause in causes.items()),
+        "",
+        profile_table(document["cases"]),
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ import click
 from benchmarks.cases import FAMILIES, Case, cases
 from benchmarks.comparison_report import table
 from benchmarks.contenders import OURS, arrays_of
+from benchmarks.measuring import board_environment, environment, revision
 from benchmarks.torch_board import TorchBoard
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuning_db.atomic import whole_file
@@ -92,7 +93,13 @@ def main(
         if ncu is None:
             raise MissingDependencyError("ncu, the profiler, is not on the path: install NVIDIA Nsight Compute")
         profile(command(ncu, results, device_name, out, most, families, db), out)
-        document = {"of": str(results), "device": device.key, "cases": attributed(chosen, kernels_of(out / "ncu.csv"))}
+        document = {
+            "of": str(results),
+            "device": device.key,
+            "environment": environment() | board_environment(int(device.live.rpartition(":")[2])),
+            "revision": revision(),
+            "cases": attributed(chosen, kernels_of(out / "ncu.csv")),
+        }
     except TilewrightError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, RunError) else 2)
