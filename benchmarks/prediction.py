@@ -31,8 +31,9 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from benchmarks import heuristics
+from benchmarks.comparison_report import table
 from benchmarks.landscape_file import SHIPPED, Landscape, load
-from benchmarks.measuring import environment
+from benchmarks.measuring import environment, revision
 from tilewright.kernels.prediction import MODEL, predict
 from tilewright.kernels.problem import Config
 from tilewright.tuning_db.errors import UsageError
@@ -191,6 +192,21 @@ def printed(title: str, methods: Mapping[str, Figures]) -> Table:
     return table
 
 
+def markdown(document: Mapping[str, Any]) -> str:
+    """What the compiled kernels' predictions reach on each landscape, beside random choice, as docs/landscapes.md has
+    it."""
+    rows = {**document["results"], "mean": document["mean"]}
+    head = ["landscape", "worked, of measured, of all", "Spearman", *(f"top-{count}" for count in TOPS), "random top-8"]
+    body = []
+    for name, methods in rows.items():
+        compiled, chance = methods["compiled"], methods["random"]
+        tops = [compiled["top"][str(count)] for count in TOPS]
+        figures_of = [f"{value:.2f}" for value in (compiled["spearman"], *tops, chance["top"]["8"])]
+        sizes = document["sizes"].get(name)
+        body.append([name, "" if sizes is None else " / ".join(map(str, sizes)), *figures_of])
+    return "\n".join(table(head, body)) + "\n"
+
+
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
@@ -200,6 +216,7 @@ def main(files: tuple[Path, ...], json_file: Path | None) -> None:
     """Holds predictions against measured landscapes."""
     console = Console(width=120)
     results: dict[str, dict[str, Figures]] = {}
+    sizes: dict[str, tuple[int, int, int]] = {}
     try:
         paths = tuple(dict.fromkeys(files)) or tuple(sorted(SHIPPED.glob("*.npz")))
         if not paths:
@@ -213,6 +230,7 @@ def main(files: tuple[Path, ...], json_file: Path | None) -> None:
             if path.stem in results:
                 raise UsageError(f"more than one landscape is named {path.stem}: {', '.join(map(str, paths))}")
             results[path.stem] = figures(landscape)
+            sizes[path.stem] = (len(landscape.times_us), len(landscape.rows), landscape.size)
             worked = f"{len(landscape.times_us)} of {len(landscape.rows)} worked"
             title = f"{landscape.workload} on {landscape.device.board}, {worked}, {landscape.size} in all"
             console.print(printed(title, results[path.stem]))
@@ -225,7 +243,8 @@ def main(files: tuple[Path, ...], json_file: Path | None) -> None:
     if not heuristics.installed():
         console.print(f"{HEURISTICS} was left out: it is not installed (pip install -e '.[bench]')", markup=False)
     if json_file is not None:
-        document = {"environment": environment(), "model": MODEL, "results": results, "mean": average}
+        where = {"environment": environment(), "revision": revision(), "model": MODEL}
+        document = {**where, "sizes": sizes, "results": results, "mean": average}
         json_file.write_text(json.dumps(document, indent=2) + "\n")
         console.print(f"written to {json_file}", markup=False)
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from benchmarks import heuristics, landscape
 from benchmarks import prediction as module
-from benchmarks.landscape_file import Landscape, Row, load
+from benchmarks.landscape_file import SHIPPED, Landscape, Row, load
 from benchmarks.prediction import (
     BEFORE,
     COMPILED,
@@ -31,7 +31,7 @@ from benchmarks.prediction import (
     spearman,
 )
 from tests.benchmarks.landscape_runs import simulated_landscapes
-from tests.benchmarks.test_benchmarks import ENVIRONMENT
+from tests.benchmarks.test_benchmarks import ENVIRONMENT, ROOT
 from tests.tuner.simulated_worker import Scenario
 from tests.tuner.simulation import BOARD, PROBLEM
 from tilewright.kernels.lookup import prediction_protocol, predictions, record_key
@@ -239,3 +239,9 @@ def test_without_files_it_takes_those_that_are_shipped(
     done = CliRunner().invoke(main, [])
     assert done.exit_code == 0
     assert "25 of 25 worked" in done.output
+
+
+def test_the_page_has_the_figures_on_record() -> None:
+    document = json.loads((ROOT / "benchmarks" / "results" / "prediction.json").read_text())
+    assert module.markdown(document) in (ROOT / "docs" / "landscapes.md").read_text()
+    assert set(document["results"]) == {path.stem for path in SHIPPED.glob("*.npz")}
