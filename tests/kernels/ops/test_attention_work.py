@@ -389,6 +389,14 @@ def test_long_rows_of_enough_heads_come_first():
     assert ATTENTION.default(replace(batch, B=1, Sq=512), board).GROUP_H == 1
 
 
+@pytest.mark.parametrize(("sequences", "keys", "on_hopper"), [(1, 131072, 16), (1, 1024, 4), (16, 8192, 1)])
+def test_keys_are_split_until_the_sms_have_blocks(sequences, keys, on_hopper):
+    problem = AttentionProblem(sequences, 32, 1, keys, 128, Hkv=8, dtype="bf16")
+    splits = {board: ATTENTION.default(problem, BOARDS[board]).SPLIT_KV for board in ("h200", "a100")}
+    assert splits["h200"] == on_hopper
+    assert splits["a100"] in (on_hopper, 2 * on_hopper)  # two blocks each, if there are keys for them
+
+
 def test_what_runs_beside_the_second_dot_takes_less_time():
     resources = ATTENTION.estimate(LLAMA, AttentionConfig(128, 128, num_warps=8), BOARDS["h200"])
 

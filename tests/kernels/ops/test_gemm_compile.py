@@ -49,7 +49,7 @@ def test_int8_is_multiplied_as_int8(arch):
     for reply in replies(arch, [(problem, None) for problem in problems]):
         found = reply["instructions"]
         assert found["int8 mma"], described(reply)
-        assert found["cp.async"], described(reply)
+        assert found["cp.async"] or found["bulk tensor"], described(reply)
         # Triton 3.6 has no tcgen05 of int8.
         expected = (("tcgen05",), ("mma.sync",)) if arch == 100 else ((unit_of(arch),),)
         assert tuple(name for name in OF_TENSOR_CORES if found[name]) in expected, described(reply)

@@ -637,6 +637,38 @@ def test_every_form_has_a_default_and_a_space(operands, gated, board):
             assert 100 < len(SPACE.configs(problem, device, coarse=True)) < 2000
 
 
+ON_HOPPER = (
+    # What a tile is, and whether descriptors bring it, against the fields that decide so.
+    ((4096, 4096, 4096), {"dtype": "bf16"}, (128, 256, 64), True),
+    ((16384, 256, 1024), {"dtype": "bf16"}, (128, 256, 64), True),  # 128 tiles for 132 SMs
+    ((2048, 1024, 1024), {"dtype": "bf16"}, (128, 128, 32), False),
+    ((4096, 4096, 4096), {"dtype": "int8", "b_layout": "col"}, (128, 256, 128), True),
+    ((4096, 4096, 4096), {"dtype": "int8"}, (128, 128, 64), False),  # B's rows are not along K
+    ((4096, 4096, 4096), {"dtype": "fp8e4m3", "b_layout": "col"}, (128, 128, 128), True),
+    ((1, 4096, 4096), {"dtype": "bf16"}, (16, 64, 128), False),
+    ((64, 8192, 8192), {"dtype": "bf16"}, (64, 64, 128), False),
+    ((64, 8192, 512), {"dtype": "bf16"}, (64, 64, 32), False),
+)
+
+
+@pytest.mark.parametrize(("sizes", "fields", "tile", "described"), ON_HOPPER, ids=str)
+def test_the_default_on_hopper_is_what_was_measured_there(sizes, fields, tile, described):
+    board = resolve_device("h200")
+    problem = GemmProblem(*sizes, **fields)
+    config = default(problem, board)
+    assert tile == (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K)
+    assert config.PERSISTENT == config.TMA == described
+    assert not default(problem, resolve_device("b200")).TMA
+
+
+@pytest.mark.parametrize(("n", "k", "splits"), [(4096, 4096, 4), (4096, 14336, 4), (28672, 4096, 1)])
+def test_few_rows_by_int4_weights_are_split_until_the_sms_have_blocks(n, k, splits):
+    problem = GemmProblem(1, n, k, dtype="bf16", b_dtype="int4", b_scale="group", group_size=128, b_layout="col")
+    config = default(problem, resolve_device("h200"))
+    assert (128, splits, True) == (config.BLOCK_K, config.SPLIT_K, config.PAIRS)
+    assert default(replace(problem, M=64), resolve_device("h200")).SPLIT_K == 1
+
+
 def test_ragged_problems_keep_their_form():
     for operands, gated in itertools.product(OPERANDS.values(), (None, "halves", "interleaved")):
         problem = GemmProblem(512, 1024, 1024, out_dtype="fp16", groups=8, gated=gated, **operands)
