@@ -78,7 +78,10 @@ MODELS = tuple(known.name for known in ARCHITECTURES if known.family == "light" 
 
 
 class Logits:
-    """The original's logits on some inputs, and how near others come."""
+    """The original's logits on some inputs, and how near others come.
+
+    Of GPT's vocabulary they are 3 GB in fp32, as they are kept; sums are taken in fp64, one input after the other.
+    """
 
     def __init__(self, model: ir.Model | None, name: str, feeds: Feeds, exact: Array | None = None) -> None:
         self._name, self._feeds = name, feeds
@@ -86,22 +89,34 @@ class Logits:
             assert model is not None
             exact = self.of(model)
         self.exact = exact
-        self._centred = self.exact - self.exact.mean(axis=0)
+        self._mean = exact.mean(axis=0, dtype=np.float64)
+        self._signal = sum(float(np.square(row - self._mean).sum()) for row in self._rows(exact))
 
     def first(self, count: int) -> Logits:
         """Those on the first inputs alone."""
         return Logits(None, self._name, self._feeds[:count], self.exact[:count])
 
+    @property
+    def varying(self) -> float:
+        """The share of the variance that depends on the input."""
+        total = sum(float(np.square(row - self._mean.mean()).sum()) for row in self._rows(self.exact))
+        return self._signal / total
+
     def of(self, model: ir.Model | Path) -> Array:
         """A model's logits, (inputs, the rest)."""
-        return np.stack(
-            [each[self._name].astype(np.float64).reshape(-1) for each in run(model, self._feeds, [self._name])]
-        )
+        found: Array | None = None
+        for at, each in enumerate(run(model, self._feeds, [self._name])):
+            row = each[self._name].reshape(-1)
+            if found is None:
+                found = np.empty((len(self._feeds), row.size), np.float32)
+            found[at] = row
+        assert found is not None
+        return found
 
     def decibels(self, logits: Array) -> float:
         """Signal to noise of the centred logits."""
-        noise = logits - logits.mean(axis=0) - self._centred
-        return float(10 * np.log10(np.square(self._centred).sum() / np.square(noise).sum()))
+        noise = sum(float(np.square(row).sum()) for row in self._noise(logits))
+        return float(10 * np.log10(self._signal / noise))
 
     def agreement(self, logits: Array, classes: int) -> float:
         """The share of places whose largest logit is the same."""
@@ -111,9 +126,21 @@ class Logits:
 
     def relative(self, logits: Array) -> tuple[float, float]:
         """max|a - b| / max|a| of the logits, and of the logits less their means."""
-        plain = np.abs(logits - self.exact).max() / np.abs(self.exact).max()
-        noise = logits - logits.mean(axis=0) - self._centred
-        return float(plain), float(np.abs(noise).max() / np.abs(self._centred).max())
+        plain = max(float(np.abs(a - b).max()) for a, b in zip(self._rows(logits), self._rows(self.exact), strict=True))
+        largest = max(float(np.abs(row).max()) for row in self._rows(self.exact))
+        noise = max(float(np.abs(row).max()) for row in self._noise(logits))
+        centred = max(float(np.abs(row - self._mean).max()) for row in self._rows(self.exact))
+        return plain / largest, noise / centred
+
+    def _noise(self, logits: Array) -> Iterator[Array]:
+        """What is off in the centred logits of each input."""
+        off = logits.mean(axis=0, dtype=np.float64) - self._mean
+        for row, exact in zip(self._rows(logits), self._rows(self.exact), strict=True):
+            yield row - exact - off
+
+    @staticmethod
+    def _rows(logits: Array) -> Iterator[Array]:
+        return (row.astype(np.float64) for row in logits)
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -195,14 +222,14 @@ def our_figures(model: ir.Model, calibration: Feeds, logits: Logits, classes: in
     half = logits.relative(logits.of(apply_precision(model, {}, base="fp16")))
     found = quantise(model, calibration, "int8", tell=say)
     seconds = time.monotonic() - start
-    plain = logits.of(apply_precision(model, found.plan, base="fp16"))
+    nearest = logits.decibels(logits.of(apply_precision(model, found.plan, base="fp16")))
     mixed = apply_precision(model, found.plan, base="fp16", weights=found.weights, shifts=found.shifts)
     result = logits.of(mixed)
     layers = workloads(model).layers
     flops = {layer.node: layer.problem.flops() for layer in layers}
     return {
         "db": logits.decibels(result),
-        "db_nearest": logits.decibels(plain),
+        "db_nearest": nearest,
         "top1": logits.agreement(result, classes),
         "method": str(found.method),
         "layers": [len(found.plan), len(layers)],
@@ -229,8 +256,7 @@ def measure(name: str, count: int, calibration: int, say: Say, *, small: bool = 
         logits = Logits(model, known.logits, others)
         shape = next(value for node in model.graph for value in node.outputs if value.name == known.logits).shape
         classes = max(int(length) for length in shape or ())
-        centred = logits.exact - logits.exact.mean(axis=0)
-        figures: Figures = {"varying": float(centred.var() / logits.exact.var())}
+        figures: Figures = {"varying": logits.varying}
         figures["environment"] = environment() | {
             "revision": revision(),
             **{library: version(library) for library in ("onnx", "onnxruntime")},
