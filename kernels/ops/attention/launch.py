@@ -7,6 +7,7 @@ import math
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
 from tilewright.kernels.ops.attention import combine, jit, reference, space, work
+from tilewright.kernels.ops.attention.default import default
 from tilewright.kernels.ops.attention.features import FEATURES
 from tilewright.kernels.ops.attention.problem import SOFTCAP, AttentionProblem
 from tilewright.kernels.ops.attention.reference import STEPS
@@ -147,7 +148,7 @@ ATTENTION: Kernel[AttentionProblem, AttentionConfig] = Kernel(
     problem=AttentionProblem,
     space=space.SPACE,
     jit_functions=(jit.attention_kernel, combine.combine_kernel),
-    default=space.default,
+    default=default,
     launches=launches,
     reference=reference.reference,
     tolerance=reference.tolerance,

@@ -1,4 +1,4 @@
-"""The configurations of the fused attention: axes, limits, the default, and the work each one means."""
+"""The configurations of the fused attention: axes, limits, and the work each one means."""
 
 from __future__ import annotations
 
@@ -330,83 +330,6 @@ def narrow(
 
 
 SPACE: Space[AttentionProblem, AttentionConfig] = Space(AttentionConfig, AXES, fits, useful, COARSE, narrow)
-
-
-def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
-    """What runs when nothing is known: fits every problem whose grid can be launched, and does not spill."""
-    group = problem.H // problem.kv_heads
-    pack = group > 1 and problem.Sq < CUT
-    rows = problem.Sq * (group if pack else 1)
-    wide = 2 ** math.ceil(math.log2(max(problem.D, problem.dim_v)))
-    copied = device.arch >= 80 and vector_bytes(problem) >= 4
-    stages = 2 if copied else 1
-    least = 16 if rows <= 16 else 32
-    # Each element that is loaded by itself takes an address, each term of the scores registers of its own, and
-    # mma.sync, unlike dots of a warp group, has the queries in registers.
-    groups = device.arch // 10 in (9, 10)
-    narrow = not problem.aligned or not copied
-    terms = problem.bias is not None or problem.softcap or problem.alibi
-    # Two warp groups on 64 rows lie side by side. On an H200 one such problem came out wrong (Triton 3.6; bf16, head
-    # dim 96, paged): 32 rows are for mma.sync.
-    most = 32 if groups else 64
-    if problem.unit == "fp32" or not device.tensor_tflops:
-        # 512 multiply-adds a thread or fewer: more may spill.
-        m = 16 if narrow or terms or wide > 128 else least
-        n = 32 if wide <= 64 and not narrow and not terms else 16
-        warps = 4 if m * wide < (2048 if narrow else 4096) else 8
-        config = AttentionConfig(m, n, PACK=pack, num_warps=warps, num_stages=stages if wide <= 128 else 1)
-    elif rows <= 32:
-        n = 64 if wide <= 128 else 32
-        if least == 32 and (terms or wide > 128):
-            n //= 2
-        n = 16 if narrow else n
-        config = AttentionConfig(least, n, PACK=pack, num_stages=3 if copied else 1)
-        config = replace(config, SPLIT_KV=enough_splits(problem, config, device))
-    elif narrow:
-        m = min(most, (4096 if terms else 8192) // wide)
-        config = AttentionConfig(m, 16, PACK=pack, num_warps=8, num_stages=stages)
-    elif wide > 128 and (not groups or rows <= 64 or problem.bias is not None):
-        m, warps = (32, 4) if terms else (most, 8)
-        config = AttentionConfig(m, 16, PACK=pack, num_warps=warps, num_stages=stages)
-    elif rows <= 64:
-        few = wide > 64 or (groups and (problem.bias is not None or (terms and device.arch // 10 == 10)))
-        config = AttentionConfig(64, 16 if few else 32, PACK=pack, num_stages=stages)
-    elif device.arch // 10 == 9 and wide <= 128 and not (terms or pack or problem.page_size or problem.unit == "fp8"):
-        # Two blocks on an SM, whose softmax and dots fill each other's gaps: on an H200, 4096 causal keys of bf16 take
-        # 0.74 of the time of 128 rows of one block (head dim 128), and 8192 of head dim 64 take 0.85.
-        config = AttentionConfig(128 if wide <= 64 else 64, 64, PACK=pack, num_warps=4, num_stages=stages + 1)
-    else:
-        n = 32 if wide > 128 or terms else 64
-        if terms and wide > 64 and not groups:
-            n = 16
-        config = AttentionConfig(128, n, PACK=pack, num_warps=8, num_stages=stages)
-    while fits(problem, config, device) is not None and config.num_stages > 1:
-        config = replace(config, num_stages=config.num_stages - 1)
-    return replace(config, GROUP_H=enough_heads(problem, config, device))
-
-
-def enough_heads(problem: AttentionProblem, config: AttentionConfig, device: Device) -> int:
-    """Heads that have three tiles for every SM: where blocks are dealt out head by head, the long rows of the last one
-    begin when all others are about to end. By list scheduling, 64 heads of 16 causal tiles in turns take 1.03 times as
-    long as 264 blocks at once would at the best, head by head 1.28."""
-    each = math.ceil(problem.Sq * tile_heads(problem, config) / config.BLOCK_M)
-    if not problem.causal or tiles(problem, config) <= max(device.sms, tiles(problem, config) // each):
-        return 1
-    sizes = [size for size in AXES["GROUP_H"] if size > 1]
-    return next((size for size in sizes if size * each >= 3 * device.sms), sizes[-1])
-
-
-def enough_splits(problem: AttentionProblem, config: AttentionConfig, device: Device) -> int:
-    """Splits that give every SM two blocks, of four blocks of keys or more each; on Hopper one.
-
-    On an H200, 8 heads of 131072 keys take 147 µs in 64 splits, 130 in 32 and 128 in 16, and 128 heads of 8192 keys 140
-    in 4 and 131 in one.
-    """
-    wanted = 0.95 * device.sms if device.arch // 10 == 9 else 2 * device.sms
-    splits, blocks = 1, tiles(problem, config)
-    while splits < 64 and blocks * splits < wanted and key_blocks(problem, config) >= 8 * splits:
-        splits *= 2
-    return splits
 
 
 def ragged(problem: AttentionProblem, config: AttentionConfig) -> AttentionProblem:

@@ -9,6 +9,7 @@ import triton.language as tl
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
 from tilewright.kernels.ops.conv2d import jit, problem, space
+from tilewright.kernels.ops.conv2d.default import default
 from tilewright.kernels.ops.conv2d.features import FEATURES
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
 from tilewright.kernels.ops.conv2d.space import Conv2dConfig
@@ -127,7 +128,7 @@ CONV2D: Kernel[Conv2dProblem, Conv2dConfig] = Kernel(
     problem=Conv2dProblem,
     space=space.SPACE,
     jit_functions=(jit.conv2d_kernel, jit.depthwise_kernel),
-    default=space.default,
+    default=default,
     launches=launches,
     reference=problem.reference,
     tolerance=problem.tolerance,

@@ -1,4 +1,4 @@
-"""The configurations of the fused convolution: axes, limits, the default, and the work each one means."""
+"""The configurations of the fused convolution: axes, limits, and the work each one means."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def fits(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str | 
         problem.pixels + config.BLOCK_M,
         problem.K + config.BLOCK_N,
         problem.group_channels + config.BLOCK_K,
-        _blocks(problem, config) + config.SPLIT_K,
+        depth_blocks(problem, config) + config.SPLIT_K,
         problem.P * problem.stride_h + reach[0],
         problem.Q * problem.stride_w + reach[1],
         config.GROUP_M * tiles_n,
@@ -195,7 +195,7 @@ def _batch(problem: Conv2dProblem) -> int:
     return 1 if problem.depthwise else problem.groups
 
 
-def _blocks(problem: Conv2dProblem, config: Conv2dConfig) -> int:
+def depth_blocks(problem: Conv2dProblem, config: Conv2dConfig) -> int:
     """Steps of the loop over the depth, before it is split."""
     if config.FOLD:
         return math.ceil(problem.depth / config.BLOCK_K)
@@ -224,7 +224,7 @@ def useful(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str 
     tiles_n = math.ceil(problem.group_filters / config.BLOCK_N)
     if tiles_n == 1 and config.GROUP_M > 1:
         return f"GROUP_M={config.GROUP_M} repeats 1 with one tile column"
-    blocks = _blocks(problem, config)
+    blocks = depth_blocks(problem, config)
     if config.SPLIT_K > 1:
         if blocks < 4 * config.SPLIT_K:
             return f"SPLIT_K={config.SPLIT_K} leaves fewer than 4 of {blocks} steps to each"
@@ -285,63 +285,6 @@ def narrow(
 
 
 SPACE: Space[Conv2dProblem, Conv2dConfig] = Space(Conv2dConfig, AXES, fits, useful, COARSE, narrow)
-
-
-_DEPTHWISE = Conv2dConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, num_stages=1)
-
-
-def default(problem: Conv2dProblem, device: Device) -> Conv2dConfig:
-    """What runs when nothing is known: fits every problem whose grid can be launched, and does not spill.
-
-    4 warps: a loop over flattened taps was reported to be miscompiled at 8 (pytorch/pytorch#173068). The kernel's loop
-    has another form, but what runs unchecked should not depend on that.
-    """
-    if problem.depthwise:
-        if problem.layout == "nhwc":
-            # Narrow loads have an address each: half as many of them to a thread.
-            rows = 32 if vector_bytes(problem, _DEPTHWISE)[0] == 16 else 16
-            return replace(_DEPTHWISE, BLOCK_M=rows, BLOCK_N=32 if problem.K <= 32 else 64)
-        return replace(_DEPTHWISE, BLOCK_M=64)
-    channels = problem.group_channels
-    fold = channels < 16 or (channels % 16 != 0 and channels < LEAST_FOR_TAPS)
-    depth = problem.depth if fold else channels
-    small = 32 if problem.group_filters <= 32 else 64
-    config = Conv2dConfig(BLOCK_M=64, BLOCK_N=small, BLOCK_K=32, FOLD=fold)
-    # Where Triton 3.6 sees no run of pixels in NCHW (see `pixel_of`), a thread has as many pixels as half a tile; and
-    # single bytes take a register each. Of 64 rows that spills; so do words of folded taps in NCHW.
-    scattered = problem.layout == "nchw" and (
-        problem.Q % 2 == 1 or problem.stride_w > 1 or (fold and problem.dtype == "fp32")
-    )
-    if scattered or (dtype(problem.dtype).bytes == 1 and min(vector_bytes(problem, config)) < 4):
-        config = replace(config, BLOCK_M=32)
-    copies = max(vector_bytes(problem, config)) >= 4 and device.arch >= 80
-    wide = min(vector_bytes(problem, config)) == 16
-    if problem.unit == "fp32" or not device.tensor_tflops:
-        # CUDA cores hold their operands in registers: larger tiles spill, and so do as many single elements.
-        depth_of_step = 32 if wide or dtype(problem.dtype).bytes == 1 else 16
-        config = replace(config, BLOCK_M=32, BLOCK_N=32, BLOCK_K=depth_of_step, num_stages=2 if copies else 1)
-    elif not copies:
-        # Folded single elements have an address and a mask each: of 64 rows and 32 deep some spill. Dots of a warp
-        # group need the rows.
-        config = replace(config, num_stages=1)
-        if fold and device.arch // 10 in (9, 10) and dtype(problem.dtype).bytes > 1:
-            config = replace(config, BLOCK_K=16)
-        elif fold:
-            config = replace(config, BLOCK_M=32)
-    elif wide and problem.pixels <= 32:
-        config = replace(config, BLOCK_M=16 if problem.pixels <= 16 else 32, num_stages=4)
-    elif wide and depth % 64 == 0 and problem.dtype != "fp32":
-        config = replace(config, BLOCK_K=64)
-    tiles = math.ceil(problem.pixels / config.BLOCK_M) * math.ceil(problem.group_filters / config.BLOCK_N)
-    tiles *= problem.groups
-    split = 1
-    # A late layer of one image has less than one tile for every SM, and a depth to share.
-    while tiles * split * 2 <= device.sms and _blocks(problem, config) >= 8 * split and split < 16:
-        split *= 2
-    config = replace(config, SPLIT_K=split)
-    while fits(problem, config, device) is not None and config.num_stages > 1:
-        config = replace(config, num_stages=config.num_stages - 1)
-    return config
 
 
 def ragged(problem: Conv2dProblem, config: Conv2dConfig) -> Conv2dProblem:
@@ -513,7 +456,7 @@ def work(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
             # A product and a sum, and a conversion of what is not fp32 yet.
             lane_ops=config.BLOCK_M * config.BLOCK_N * (1.0 if problem.dtype == "fp32" else 2.0),
         )
-    blocks = _blocks(problem, config)
+    blocks = depth_blocks(problem, config)
     tile_m, tile_n = dot_tile(problem, config)
     x_elements = config.BLOCK_M * config.BLOCK_K
     return Work(

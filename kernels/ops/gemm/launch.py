@@ -5,6 +5,7 @@ from __future__ import annotations
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
 from tilewright.kernels.ops.gemm import jit, reference, space
+from tilewright.kernels.ops.gemm.default import default
 from tilewright.kernels.ops.gemm.features import FEATURES
 from tilewright.kernels.ops.gemm.problem import OPERANDS, GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig, tiles
@@ -138,7 +139,7 @@ GEMM: Kernel[GemmProblem, GemmConfig] = Kernel(
     problem=GemmProblem,
     space=space.SPACE,
     jit_functions=(jit.gemm_kernel,),
-    default=space.default,
+    default=default,
     launches=launches,
     reference=reference.reference,
     tolerance=reference.tolerance,

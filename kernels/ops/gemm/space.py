@@ -1,4 +1,4 @@
-"""The configurations of the fused GEMM: axes, limits, the default, and the work each one means."""
+"""The configurations of the fused GEMM: axes, limits, and the work each one means."""
 
 from __future__ import annotations
 
@@ -325,98 +325,6 @@ def narrow(problem: GemmProblem, device: Device, axes: Mapping[str, tuple[Any, .
 
 
 SPACE: Space[GemmProblem, GemmConfig] = Space(GemmConfig, AXES, fits, useful, COARSE, narrow)
-
-
-def default(problem: GemmProblem, device: Device) -> GemmConfig:
-    """What runs when nothing is known: fits every problem whose grid can be launched, and does not spill."""
-    copies = max(operand_vectors(problem)) >= 4 and device.arch >= 80
-    least_n = 32 if problem.gated == "halves" else 16
-    # The loop over int8 carries the operands of one step along K, packed and unpacked again: the deeper, the less.
-    deep = 64 if problem.unit == "int8" and vector_bytes(problem) == 16 else 32
-    rows = problem.M if not problem.groups else math.ceil(problem.M / problem.groups)
-    if problem.unit == "fp32" or not device.tensor_tflops:
-        # CUDA cores hold their operands in registers: larger tiles spill.
-        config = GemmConfig(BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=32, BLOCK_K=32, num_stages=2 if copies else 1)
-    elif rows <= 32 or problem.N <= 32:
-        config = GemmConfig(
-            BLOCK_M=16 if rows <= 16 else 32,
-            BLOCK_N=32 if problem.N <= 32 else 64,
-            BLOCK_K=64 if copies and problem.dtype != "fp32" else 32,
-            num_stages=4 if copies else 1,
-        )
-    elif copies and vector_bytes(problem) == 16 and min(rows, problem.N) >= 1024:
-        config = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=deep, num_warps=8, num_stages=4)
-    else:
-        config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=deep if copies else 32, num_stages=4 if copies else 1)
-    if problem.group_size:
-        config = replace(config, BLOCK_K=min(config.BLOCK_K, problem.group_size))
-    if problem.b_dtype == "int4" and device.arch >= 80:
-        config = replace(config, PAIRS=True)
-    config = replace(config, BLOCK_N=max(config.BLOCK_N, least_n))
-    if device.arch // 10 == 9:
-        config = (
-            _few_rows(problem, rows) or _few_weights(problem, rows, device) or _described(problem, device) or config
-        )
-    while fits(problem, config, device) is not None and config.num_stages > 1:
-        config = replace(config, num_stages=config.num_stages - 1)
-    return config
-
-
-def _few_rows(problem: GemmProblem, rows: int) -> GemmConfig | None:
-    """Hopper's default for up to 64 rows, which wait for B: as much of it on its way as fits in shared memory.
-
-    On an H200, 1×4096×4096 takes 0.64 of the time of the plain default, 64×6144×4096 0.41 and 64×8192×8192 0.45.
-    """
-    deep = problem.K >= 1024 and problem.N >= 1024 and vector_bytes(problem) == 16
-    if problem.unit not in ("fp16", "bf16") or problem.b_dtype is not None or not deep or 16 < rows <= 32 or rows > 64:
-        return None
-    if rows <= 16:
-        return GemmConfig(16, 64, 128, GROUP_M=1, num_warps=2, num_stages=5)
-    return GemmConfig(64, 64, 128, GROUP_M=1, num_warps=4, num_stages=5)
-
-
-def _few_weights(problem: GemmProblem, rows: int, device: Device) -> GemmConfig | None:
-    """Hopper's default for up to 16 rows by int4 weights, whose unpacking takes many blocks: splits give every SM two.
-
-    On an H200, 1×4096×4096 takes 0.32 of the time of the plain default, 1×4096×14336 0.23, 1×28672×4096 0.77.
-    """
-    if problem.b_dtype != "int4" or rows > 16 or problem.N < 1024 or vector_bytes(problem) < 16:
-        return None
-    block_k = min(128, problem.group_size or 128)
-    blocks, k_blocks, splits = (
-        math.ceil(problem.N / 64) * max(1, problem.groups) * problem.batch,
-        problem.K / block_k,
-        1,
-    )
-    while blocks * splits < 1.9 * device.sms and k_blocks >= 8 * splits and splits < AXES["SPLIT_K"][-1]:
-        splits *= 2
-    warps = 4 if splits == 1 else 2
-    return GemmConfig(16, 64, block_k, GROUP_M=1, SPLIT_K=splits, num_warps=warps, num_stages=4, PAIRS=True)
-
-
-def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
-    """Hopper's default for large products: a tile of two warp groups, persistent and by tensor descriptors, where there
-    is one for every SM.
-
-    On an H200 it takes 0.72 of the time of the plain default at 4096³, and 0.53 at 16384×256×1024; of int8 at 4096³
-    0.63, of fp8 0.52.
-    """
-    if problem.b_dtype is not None or problem.K < 256:
-        return None
-    if problem.unit in ("fp16", "bf16"):
-        config = GemmConfig(128, 256, 64, num_warps=8, num_stages=4)
-    elif problem.unit not in ("int8", "fp8") or (problem.a_layout, problem.b_layout) != ("row", "col"):
-        return None  # wgmma takes 8-bit operands as they lie, along K
-    else:
-        wide = problem.unit == "int8"  # of fp8 there are two sums of each tile
-        config = GemmConfig(128, 256 if wide else 128, 128, num_warps=8, num_stages=3 if wide else 4)
-    config = replace(config, PERSISTENT=True, TMA=True)
-    tiles_m, tiles_n = tiles(problem, config)
-    # Tiles of which a third is idle cost more than the larger tile gains.
-    idle = 0.75 * tiles_n * config.BLOCK_N > problem.N or 0.75 * tiles_m * config.BLOCK_M > problem.M
-    if tiles_m * tiles_n < 0.95 * device.sms or idle:
-        return None
-    return config if fits(problem, config, device) is None else None
 
 
 def ragged(problem: GemmProblem, config: GemmConfig) -> GemmProblem:

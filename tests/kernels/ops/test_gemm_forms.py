@@ -19,11 +19,12 @@ from tests.kernels.ops.gemm_cases import conforms, gemm_problems, out_for, run
 from tilewright.kernels import GemmConfig, GemmProblem, call, gemm, resolve_device
 from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.kernel import Tolerance
+from tilewright.kernels.ops.gemm.default import default
 from tilewright.kernels.ops.gemm.grouped import grouped_gemm
 from tilewright.kernels.ops.gemm.launch import FLATTEN_WARPS, GEMM
 from tilewright.kernels.ops.gemm.packing import pack_int4, packed_rows
 from tilewright.kernels.ops.gemm.reference import tolerance
-from tilewright.kernels.ops.gemm.space import SPACE, default, fits, pieces
+from tilewright.kernels.ops.gemm.space import SPACE, fits, pieces
 from tilewright.tuning_db.errors import IllegalConfigError, ProblemError, UnsupportedError, UsageError
 
 
