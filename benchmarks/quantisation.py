@@ -115,8 +115,9 @@ class Logits:
 
     def decibels(self, logits: Array) -> float:
         """Signal to noise of the centred logits."""
-        noise = sum(float(np.square(row).sum()) for row in self._noise(logits))
-        return float(10 * np.log10(self._signal / noise))
+        noise = np.sum([np.square(row).sum() for row in self._noise(logits)])
+        with np.errstate(divide="ignore"):  # equal logits have no noise: infinite
+            return float(10 * np.log10(self._signal / noise))
 
     def agreement(self, logits: Array, classes: int) -> float:
         """The share of places whose largest logit is the same."""
@@ -126,10 +127,9 @@ class Logits:
 
     def relative(self, logits: Array) -> tuple[float, float]:
         """max|a - b| / max|a| of the logits, and of the logits less their means."""
-        plain = max(float(np.abs(a - b).max()) for a, b in zip(self._rows(logits), self._rows(self.exact), strict=True))
-        largest = max(float(np.abs(row).max()) for row in self._rows(self.exact))
-        noise = max(float(np.abs(row).max()) for row in self._noise(logits))
-        centred = max(float(np.abs(row - self._mean).max()) for row in self._rows(self.exact))
+        off = (a - b for a, b in zip(self._rows(logits), self._rows(self.exact), strict=True))
+        plain, largest = _largest(off), _largest(self._rows(self.exact))
+        noise, centred = _largest(self._noise(logits)), _largest(row - self._mean for row in self._rows(self.exact))
         return plain / largest, noise / centred
 
     def _noise(self, logits: Array) -> Iterator[Array]:
@@ -141,6 +141,11 @@ class Logits:
     @staticmethod
     def _rows(logits: Array) -> Iterator[Array]:
         return (row.astype(np.float64) for row in logits)
+
+
+def _largest(rows: Iterator[Array]) -> float:
+    """max|x| over all rows; NaN where there is one, which Python's `max` would pass over."""
+    return float(np.max([np.abs(row).max() for row in rows]))
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]

@@ -34,6 +34,10 @@ def test_decibels_are_of_what_differs_between_inputs() -> None:
     assert logits.decibels(logits.exact * 1.1 + 5) == pytest.approx(20)  # of the same for all: nothing
     assert logits.agreement(logits.exact[:, [1, 0, 2, 3]], 4) == 0.5
     assert logits.relative(logits.exact + 0.25) == (0.25, pytest.approx(0, abs=1e-12))
+    assert logits.decibels(logits.exact) == np.inf
+    spoilt = logits.exact.copy()
+    spoilt[1, 2] = np.nan
+    assert np.isnan([logits.decibels(spoilt), *logits.relative(spoilt)]).all()
 
 
 def test_a_small_network_is_measured() -> None:

@@ -19,9 +19,9 @@ from tilewright.kernels import (
     resolve_device,
 )
 from tilewright.kernels.catalogue import CATALOGUE
+from tilewright.kernels.ops.gemm.default import default
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import INPUT_DTYPES
-from tilewright.kernels.ops.gemm.default import default
 from tilewright.kernels.ops.gemm.space import AXES, SPACE, fits, shared_bytes, useful, vector_bytes
 from tilewright.kernels.problem import Config
 from tilewright.kernels.space import Space
