@@ -43,7 +43,7 @@ revision named: the tables say what was measured, never what is expected.
 be written:
 
 - torch adds a convolution's bias in a pass of its own, and has cuDNN's fused form for ReLU alone. Where there is none,
-  "cuDNN + elementwise" is two passes over the result; a later version of the benchmark has "one elementwise" beside it.
+  "cuDNN + elementwise" is two passes over the result, and "one elementwise" one.
 - int8 products are finished by two elementwise kernels, one of which casts.
 - fp8: "fast accumulation" leaves sums in the tensor cores' 14 bits, ours go to fp32 every 128 products.
 
@@ -79,16 +79,19 @@ def page() -> str:
 def _profiled(name: str, folder: Path) -> str:
     """What a profile of a board's worst cases showed, and what is thought to follow from it."""
     document: Mapping[str, Any] = json.loads((folder / "profile.json").read_text())
-    causes: Mapping[str, str] = json.loads((folder / "causes.json").read_text())
+    reasons = folder / "causes.json"
+    causes: Mapping[str, str] = json.loads(reasons.read_text()) if reasons.exists() else {}
     where = document["environment"]
     lines = [
-        f"## {name}: why what is below its bar is",
+        f"## {name}: why what was below its bar was",
         "",
         f"`{(folder / 'profile.json').relative_to(ROOT)}`, by `python -m benchmarks.profiling gpu.json --out DIR`: the "
-        f"worst case of each family of {document['of']}, ours and the way it was held against, one launch each with a "
-        f"cold cache under NVIDIA Nsight Compute. Revision {document['revision']}, triton {where['triton']}, driver "
-        f"{where['driver']}. Percentages are of the hardware's peaks; SM is the busiest of its pipes, the tensor cores "
-        "in a product; occupancy is of the warps that an SM could hold.",
+        f"worst case of each family that was below its bar in the run of {document['of']['started'][:10]}, revision "
+        f"{document['of']['revision']}, ours and the way it was held against, one launch each with a cold cache under "
+        f"NVIDIA Nsight Compute. Revision {document['revision']}, triton {where['triton']}, driver "
+        f"{where['driver']}. Percentages are of the hardware's peaks; SM is the busiest of its parts, issue slots "
+        "included; occupancy is of the warps that an SM could hold."
+        + "".join(f" {note}" for note in (document.get("note"),) if note),
         "",
         *(f"- *{family}*: {cause}" for family, cause in causes.items()),
         "",

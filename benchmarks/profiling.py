@@ -1,10 +1,11 @@
 """Why a case is slower than the library: hardware counters of both, by NVIDIA Nsight Compute.
 
-    python -m benchmarks.profiling benchmarks/results/h200/gpu.json --out DIR [--most 2] [--family TEXT] [--db DIR]
+    python -m benchmarks.profiling benchmarks/results/h200/gpu.json --out DIR [--most 2] [--family TEXT]
 
 Of every family of that run which is below its bar (of one without a bar: below 1), the `--most` worst cases are run
-once more under `ncu`, ours and the way it was held against, with clocks left alone and caches flushed before each
-kernel. `DIR/profile.json` has each kernel's counters, `DIR/profile.md` the table of them, `DIR/ncu.csv` what ncu wrote.
+once more under `ncu`, ours in the configuration that the run had and the way it was held against, with clocks left
+alone and caches flushed before each kernel. `DIR/profile.json` has each kernel's counters, `DIR/profile.md` the table
+of them, `DIR/ncu.csv` what ncu wrote.
 A kernel's time there is that of one cold launch under a profiler: it says where time goes, not who is faster.
 
 Exit status: 0 done; 1 the profiler failed; 2 called wrongly, no GPU, or no `ncu`.
@@ -14,21 +15,23 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 from benchmarks.cases import FAMILIES, Case, cases
 from benchmarks.comparison_report import table
-from benchmarks.contenders import OURS, arrays_of
+from benchmarks.contenders import OURS, arrays_of, libraries, ours
 from benchmarks.measuring import board_environment, environment, revision
 from benchmarks.torch_board import TorchBoard
 from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.registry import find_kernel
 from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.errors import MissingDependencyError, RunError, TilewrightError, UsageError
 
@@ -48,6 +51,7 @@ COUNTERS = {
     "l2": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
     "l1": "l1tex__throughput.avg.pct_of_peak_sustained_active",
     "sm": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "tensor": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
     "occupancy": "sm__warps_active.avg.pct_of_peak_sustained_active",
     "issue": "smsp__issue_active.avg.pct_of_peak_sustained_active",
     "registers": "launch__registers_per_thread",
@@ -66,23 +70,29 @@ MARK = "spin_kernel"
 """In the name of the kernel that `torch.cuda._sleep` launches: it stands before each contender's kernels."""
 
 
+class Short(NamedTuple):
+    """What a run has below its bar."""
+
+    case: Case
+    against: str  # the contender that the ratio is of
+    config: Mapping[str, Any]  # that ours ran with
+
+
 @click.command()
 @click.argument("results", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--device", "device_name", default="cuda:0", show_default=True, help="The GPU.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where results go.")
 @click.option("--most", type=click.IntRange(min=1), default=1, show_default=True, help="Cases of a family.")
 @click.option("--family", "families", multiple=True, help="Only families whose name holds this text; repeatable.")
-@click.option("--db", type=click.Path(file_okay=False, path_type=Path), help="Folder of the tuning databases.")
 @click.option("--child", is_flag=True, hidden=True, help="Run the calls, under the profiler.")
-def main(
-    results: Path, device_name: str, out: Path, most: int, families: tuple[str, ...], db: Path | None, child: bool
-) -> None:
+def main(results: Path, device_name: str, out: Path, most: int, families: tuple[str, ...], child: bool) -> None:
     """Profiles what falls short."""
     out.mkdir(parents=True, exist_ok=True)
     try:
-        chosen = short_of(json.loads(results.read_text()), most, families)
+        run = read_run(results)
+        chosen = short_of(run, most, families)
         if child:
-            run_calls(device_name, chosen, db or out / "db")
+            run_calls(device_name, chosen, out / "db")
             return
         device = resolve_device(device_name)
         if not device.live:
@@ -92,9 +102,9 @@ def main(
         ncu = shutil.which("ncu")
         if ncu is None:
             raise MissingDependencyError("ncu, the profiler, is not on the path: install NVIDIA Nsight Compute")
-        profile(command(ncu, results, device_name, out, most, families, db), out)
+        profile(command(ncu, results, device_name, out, most, families), out)
         document = {
-            "of": str(results),
+            "of": {name: run.get("environment", {}).get(name) for name in ("revision", "started")},
             "device": device.key,
             "environment": environment() | board_environment(int(device.live.rpartition(":")[2])),
             "revision": revision(),
@@ -111,8 +121,22 @@ def main(
     print(text)
 
 
-def short_of(document: Mapping[str, Any], most: int, families: Sequence[str] = ()) -> list[tuple[Case, str]]:
-    """The worst cases of each family that is below its bar, with the name of what each was held against."""
+def read_run(path: Path) -> dict[str, Any]:
+    """A result file of `benchmarks.gpu`.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        run = json.loads(path.read_text())
+        short_of(run, 1)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is no result file of `python -m benchmarks.gpu`: {error!r}") from None
+    return dict(run)
+
+
+def short_of(document: Mapping[str, Any], most: int, families: Sequence[str] = ()) -> list[Short]:
+    """The worst cases of each family that is below its bar."""
     known = {(case.family.name, case.name): case for case in cases()}
     bars = {family.name: family.bar or 1.0 for family in FAMILIES}
     means = {entry["family"]: entry["ratio"] for entry in document["families"]}
@@ -120,29 +144,32 @@ def short_of(document: Mapping[str, Any], most: int, families: Sequence[str] = (
     for family, bar in bars.items():
         if (families and not any(text in family for text in families)) or (means.get(family) or bar) >= bar:
             continue
-        rows = [row for row in document["cases"] if row["family"] == family and row["ratio"] is not None]
+        rows = [
+            row
+            for row in document["cases"]
+            if row["family"] == family and row["ratio"] is not None and (family, row["name"]) in known
+        ]
         for row in sorted(rows, key=lambda row: row["ratio"])[:most]:
-            case = known.get((family, row["name"]))
-            if case is not None:
-                found.append((case, row["against"]))
+            found.append(Short(known[family, row["name"]], row["against"], row["chosen"]["config"]))
     return found
 
 
-def run_calls(device_name: str, chosen: Sequence[tuple[Case, str]], db: Path) -> None:
+def run_calls(device_name: str, chosen: Sequence[Short], db: Path) -> None:
     """Ours and the rival's call of each case between the profiler's start and stop, each behind a `MARK`."""
     device = resolve_device(device_name)
     board = TorchBoard(int(device.live.rpartition(":")[2]), db)
     torch = board.torch
     with torch.cuda.stream(board.gpu.torch_stream), torch.no_grad():
-        for case, against in chosen:
-            contenders = {each.name: each for each in board.contenders(case)}
+        for case, against, config in chosen:
+            theirs = {each.name: each.call for each in libraries(torch, case)}[against]
+            own = ours(torch, case, find_kernel(case.op).space.config.from_dict(config)).call
             arrays = arrays_of(torch, case)
-            for name in (OURS, against):
-                contenders[name].call(arrays)  # compiled, loaded and chosen before the profiler looks
+            for call in (own, theirs):
+                call(arrays)  # compiled, loaded and chosen before the profiler looks
                 torch.cuda.synchronize()
                 torch.cuda.cudart().cudaProfilerStart()
                 torch.cuda._sleep(1)
-                contenders[name].call(arrays)
+                call(arrays)
                 torch.cuda.synchronize()
                 torch.cuda.cudart().cudaProfilerStop()
             del arrays
@@ -156,13 +183,10 @@ def command(
     out: Path,
     most: int,
     families: Sequence[str] = (),
-    db: Path | None = None,
 ) -> list[str]:
     """The profiler's command line. Clocks are left as they are."""
     sections = [word for section in SECTIONS for word in ("--section", section)]
     options = [word for text in families for word in ("--family", text)]
-    if db is not None:
-        options += ["--db", str(db)]
     return [
         *(ncu, "--csv", "--page", "raw", "--log-file", str(out / "ncu.csv"), "--profile-from-start", "off"),
         *("--clock-control", "none", "--cache-control", "all", *sections),
@@ -177,6 +201,7 @@ def profile(words: Sequence[str], out: Path) -> None:
     Raises:
         RunError: it failed; with the last line that it or the calls printed.
     """
+    (out / "ncu.csv").unlink(missing_ok=True)  # an earlier one's is no result of this
     run = subprocess.run(words, capture_output=True, text=True, check=False)
     printed = out / "ncu.csv"
     said = [*(printed.read_text().splitlines() if printed.exists() else []), *run.stderr.splitlines()]
@@ -227,12 +252,13 @@ def _kernel(row: Mapping[str, str], units: Mapping[str, str]) -> dict[str, Any]:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text.replace(",", ""))
+        number = float(text.replace(",", ""))
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
-def attributed(chosen: Sequence[tuple[Case, str]], kernels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def attributed(chosen: Sequence[Short], kernels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The cases' kernels, by contender: those between two marks are one call's.
 
     Raises:
@@ -251,15 +277,28 @@ def attributed(chosen: Sequence[tuple[Case, str]], kernels: Sequence[Mapping[str
         {
             "family": case.family.name,
             "name": case.name,
+            "config": dict(config),
             "contenders": {OURS: list(own), against: list(theirs)},
         }
-        for (case, against), own, theirs in pairs
+        for (case, against, config), own, theirs in pairs
     ]
 
 
 def markdown(profiled: Sequence[Mapping[str, Any]]) -> str:
     """The table of counters."""
-    head = ["case", "of", "kernel", "µs", "DRAM %", "L2 %", "SM %", "busiest pipes, %", "issue %", "occupancy %"]
+    head = [
+        "case",
+        "of",
+        "kernel",
+        "µs",
+        "DRAM %",
+        "L2 %",
+        "SM %",
+        "tensor cores %",
+        "busiest pipes, %",
+        "issue %",
+        "occupancy %",
+    ]
     head += ["registers", "waves", "warps stalled for, per issue"]
     return "\n".join(table(head, _rows(profiled))) + "\n"
 
@@ -268,7 +307,7 @@ def _rows(profiled: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     for case in profiled:
         for name, kernels in case["contenders"].items():
             for kernel in kernels:
-                counters = [_percent(kernel.get(short)) for short in ("dram", "l2", "sm")]
+                counters = [_percent(kernel.get(short)) for short in ("dram", "l2", "sm", "tensor")]
                 more = [_percent(kernel.get(short)) for short in ("issue", "occupancy", "registers")]
                 waves = kernel.get("waves")
                 yield [

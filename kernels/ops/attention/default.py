@@ -86,8 +86,8 @@ def enough_heads(problem: AttentionProblem, config: AttentionConfig, device: Dev
 def enough_splits(problem: AttentionProblem, config: AttentionConfig, device: Device) -> int:
     """Splits that give every SM two blocks, of four blocks of keys or more each; on Hopper one.
 
-    On an H200, 8 heads of 131072 keys take 147 µs in 64 splits, 130 in 32 and 128 in 16, and 128 heads of 8192 keys 140
-    in 4 and 131 in one.
+    On an H200, 8 heads of 131072 keys take 147 µs in 64 splits and 130 in 32, and 128 heads of 8192 keys 145 in 4 and
+    131 in one.
     """
     wanted = 0.95 * device.sms if device.arch // 10 == 9 else 2 * device.sms
     splits, blocks = 1, tiles(problem, config)
