@@ -37,9 +37,8 @@ def default(problem: GemmProblem, device: Device) -> GemmConfig:
         config = replace(config, PAIRS=True)
     config = replace(config, BLOCK_N=max(config.BLOCK_N, least_n))
     if device.arch // 10 == 9:
-        config = (
-            _few_rows(problem, rows) or _few_weights(problem, rows, device) or _described(problem, device) or config
-        )
+        own = (_few_rows(problem, rows), _few_weights(problem, rows, device), _described(problem, device))
+        config = next((each for each in own if each is not None and fits(problem, each, device) is None), config)
     while fits(problem, config, device) is not None and config.num_stages > 1:
         config = replace(config, num_stages=config.num_stages - 1)
     return config
@@ -68,11 +67,8 @@ def _few_weights(problem: GemmProblem, rows: int, device: Device) -> GemmConfig 
     if problem.b_dtype != "int4" or rows > 16 or problem.N < 1024 or vector_bytes(problem) < 16:
         return None
     block_k = min(128, problem.group_size or 128)
-    blocks, k_blocks, splits = (
-        math.ceil(problem.N / 64) * max(1, problem.groups) * problem.batch,
-        problem.K / block_k,
-        1,
-    )
+    blocks, k_blocks = math.ceil(problem.N / 64) * max(1, problem.groups) * problem.batch, problem.K / block_k
+    splits = 1
     while blocks * splits < 1.9 * device.sms and k_blocks >= 8 * splits and splits < AXES["SPLIT_K"][-1]:
         splits *= 2
     warps = 4 if splits == 1 else 2
@@ -101,4 +97,4 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
     idle = 0.75 * tiles_n * config.BLOCK_N > problem.N or 0.75 * tiles_m * config.BLOCK_M > problem.M
     if tiles_m * tiles_n < 0.95 * device.sms or idle:
         return None
-    return config if fits(problem, config, device) is None else None
+    return config
