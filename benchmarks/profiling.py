@@ -6,6 +6,7 @@ Of every family of that run which is below its bar (of one without a bar: below 
 once more under `ncu`, ours in the configuration that the run had and the way it was held against, with clocks left
 alone and caches flushed before each kernel. `DIR/profile.json` has each kernel's counters, `DIR/profile.md` the table
 of them, `DIR/ncu.csv` what ncu wrote.
+
 A kernel's time there is that of one cold launch under a profiler: it says where time goes, not who is faster.
 
 Exit status: 0 done; 1 the profiler failed; 2 called wrongly, no GPU, or no `ncu`.
@@ -87,7 +88,6 @@ class Short(NamedTuple):
 @click.option("--child", is_flag=True, hidden=True, help="Run the calls, under the profiler.")
 def main(results: Path, device_name: str, out: Path, most: int, families: tuple[str, ...], child: bool) -> None:
     """Profiles what falls short."""
-    out.mkdir(parents=True, exist_ok=True)
     try:
         run = read_run(results)
         chosen = short_of(run, most, families)
@@ -102,6 +102,7 @@ def main(results: Path, device_name: str, out: Path, most: int, families: tuple[
         ncu = shutil.which("ncu")
         if ncu is None:
             raise MissingDependencyError("ncu, the profiler, is not on the path: install NVIDIA Nsight Compute")
+        out.mkdir(parents=True, exist_ok=True)
         profile(command(ncu, results, device_name, out, most, families), out)
         document = {
             "of": {name: run.get("environment", {}).get(name) for name in ("revision", "started")},

@@ -133,6 +133,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     done = CliRunner().invoke(profiling.main, [str(results), "--device", "h200", "--out", str(tmp_path / "out")])
     assert done.exit_code == 2
     assert done.stderr.splitlines() == ["error: h200 is not a GPU of this machine: nothing can be profiled"]
+    assert list(tmp_path.iterdir()) == [results]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"families": [{}]}'])
