@@ -90,9 +90,9 @@ def _profiled(name: str, folder: Path) -> str:
         f"{document['of']['revision']}, ours and the way it was held against, one launch each with a cold cache under "
         f"NVIDIA Nsight Compute. Revision {document['revision']}, triton {where['triton']}, driver "
         f"{where['driver']}. Percentages are of the hardware's peaks; SM is the busiest of its parts, issue slots "
-        "included; occupancy is of the warps that an SM could hold."
-        + "".join(f" {note}" for note in (document.get("note"),) if note),
+        "included; occupancy is of the warps that an SM could hold.",
         "",
+        *([document["note"], ""] if "note" in document else []),
         *(f"- *{family}*: {cause}" for family, cause in causes.items()),
         "",
         profile_table(document["cases"]),

@@ -180,16 +180,16 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def printed(title: str, methods: Mapping[str, Figures]) -> Table:
     """Methods by what they reach."""
-    table = Table(title=title)
-    table.add_column("", no_wrap=True)
+    shown = Table(title=title)
+    shown.add_column("", no_wrap=True)
     for heading in ("Spearman", *(f"top-{count}" for count in TOPS)):
-        table.add_column(heading, justify="right")
+        shown.add_column(heading, justify="right")
     for method, row in methods.items():
         if "landscapes" in row:
             method = f"{method} ({row['landscapes']})"  # not every method has every op
         cells = [row["spearman"], *(row["top"][str(count)] for count in TOPS)]
-        table.add_row(method, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
-    return table
+        shown.add_row(method, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
+    return shown
 
 
 def markdown(document: Mapping[str, Any]) -> str:
