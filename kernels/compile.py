@@ -98,6 +98,9 @@ def _compile(launch: Launch, arch: int, ptx_isa: int | None) -> Binary:
     signature = {argument.name: argument.type or "constexpr" for argument in launch.arguments}
     constexprs: dict[str, Any] = {argument.name: None for argument in launch.arguments if argument.type is None}
     constexprs.update(launch.constexprs)
+    if arch // 10 != 9 and "WARP_SPECIALIZE" in constexprs:
+        # Values are the same without it, and of other archs Triton's passes for it expect other loops, or fail.
+        constexprs["WARP_SPECIALIZE"] = False
     signature.update(dict.fromkeys(dict(launch.constexprs), "constexpr"))
     aligned = {argument.name for argument in launch.arguments if argument.aligned and argument.type is not None}
     names = launch.fn.arg_names

@@ -32,7 +32,7 @@ from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.kernels.work import Dot, Panel, Work
 from tilewright.tuning_db.record import Resources
 
-MODEL = "roofline-3"
+MODEL = "roofline-4"
 """Name and revision of this model: part of every predicted record's key. Change it with any formula or constant."""
 
 
@@ -178,7 +178,7 @@ def predict(work: Work, resources: Resources, device: Device, *, without: Collec
         ends = end_cycles(work, rate, without)
         # Blocks of the first wave start together: nothing hides their first loads. Later ones start where one ends.
         first = min(count, 1.0) if bound is None else 0.0
-        follow = follow_cycles(work, device, ends, resident, without)
+        follow = follow_cycles(work, device, rate, resident, without)
         cycles += first * (busy + ends) + (count - first) * max(busy, alone + follow)
         traffic += count * moved
         if bound is None:
@@ -247,7 +247,9 @@ def wave_demand(
 
 def serial_cycles(work: Work, compute: float, beside: float) -> float:
     """Cycles of one iteration of a block that runs alone: its dots and what lies beside them, one after the other, but
-    where the second dot runs during the latter."""
+    where the second dot runs during the latter, or two groups of warps take turns at both."""
+    if work.specialized:
+        return (compute + beside) / 2
     if not work.overlapped:
         return compute + beside
     first, second = work.tile_m * work.tile_n * work.tile_k, math.prod(work.second or (0,))
@@ -455,9 +457,7 @@ def end_cycles(work: Work, rate: float, without: Collection[Term] = ()) -> float
     cycles = 0.0
     if Term.LAUNCH not in without:
         cycles += BLOCK_START_CYCLES
-    if Term.PIPELINE not in without:
-        # The pipeline fills: the first tile arrives, while there is nothing to compute.
-        cycles += DRAM_LATENCY_CYCLES + work.load_bytes / rate
+    cycles += fill_cycles(work, rate, without)
     if work.splits == 1:
         if Term.EPILOGUE not in without:
             cycles += work.epilogue_bytes / rate
@@ -466,16 +466,24 @@ def end_cycles(work: Work, rate: float, without: Collection[Term] = ()) -> float
     return cycles
 
 
-def follow_cycles(work: Work, device: Device, ends: float, resident: int, without: Collection[Term] = ()) -> float:
+def fill_cycles(work: Work, rate: float, without: Collection[Term] = ()) -> float:
+    """Cycles until the first tile has arrived, while there is nothing to compute."""
+    return 0.0 if Term.PIPELINE in without else DRAM_LATENCY_CYCLES + work.load_bytes / rate
+
+
+def follow_cycles(work: Work, device: Device, rate: float, resident: int, without: Collection[Term] = ()) -> float:
     """Cycles between the loops of two tiles that are computed in one place, one after the other.
 
     They are the ends of two blocks, and where one fills the SM, the time until it has gone and the other has come. A
-    persistent block stays, and has only its epilogue and the next pipeline to fill.
+    persistent block stays, and has only its epilogue and the next pipeline to fill, which warps that do nothing but
+    copy have filled by then.
     """
+    ends = end_cycles(work, rate, without)
     if Term.LAUNCH in without:
         return ends
     if work.persistent:
-        return ends - BLOCK_START_CYCLES
+        filled = fill_cycles(work, rate, without) if work.specialized else 0.0
+        return ends - BLOCK_START_CYCLES - filled
     return ends + (BLOCK_GAP_CYCLES.get(device.arch, 0) if resident == 1 else 0)
 
 

@@ -45,7 +45,7 @@ INTERPRETED_SMS = 3
 """SMs that the interpreter has for kernels whose blocks walk over tiles: few, so that in small tests they do walk."""
 
 
-PLAIN = (("PAIRS", False),)
+PLAIN = (("PAIRS", False), ("WARP_SPECIALIZE", False))
 """Constexprs in the interpreter, which has no inline PTX: the plain form of the code, whose values are the same."""
 
 

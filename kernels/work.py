@@ -81,6 +81,7 @@ class Work:
     workspace_bytes: float  # of one block's partial result, written and read again; 0 without split-K
     launches: int = 1
     persistent: bool = False  # blocks go on to other tiles
+    specialized: bool = False  # and warps that do nothing else copy ahead, past the end of a tile
     # in one iteration of one block, beside the dot
     second: tuple[int, int, int] | None = None  # rows, columns and depth of another dot
     lane_ops: float = 0.0  # fp32 and integer operations of single lanes on the CUDA cores

@@ -27,6 +27,7 @@ ABBREVIATIONS = {
     "SPLIT_K": "split",
     "SPLIT_KV": "split",
     "PERSISTENT": "persistent",
+    "WARP_SPECIALIZE": "specialised",
     "PACK": "packed",
     "OVERLAP": "overlapped",
     "FOLD": "folded",

@@ -37,3 +37,12 @@ def compiled(arch: int, jobs: Sequence[tuple[str, Problem, Config | None]], **en
 def described(reply: dict[str, Any]) -> str:
     """One reply in a message."""
     return f"sm_{reply['arch']} {reply['op']} {reply['problem']} {reply['config']}"
+
+
+def assert_specialised(reply: dict[str, Any]) -> None:
+    """A kernel that asks for it is three groups of warps on Hopper, fenced off from its barriers; elsewhere, plain."""
+    assert "error" not in reply, (described(reply), reply["error"])
+    found, hopper = reply["instructions"], reply["arch"] == 90
+    assert reply["num_warps"] == (12 if hopper else 4), described(reply)
+    assert bool(found["setmaxnreg"]) == bool(found["fence behind barriers"]) == hopper, described(reply)
+    assert not hopper or reply["estimate"] <= reply["resources"]["shared_bytes"], described(reply)

@@ -348,14 +348,19 @@ def test_ends_of_a_block() -> None:
 def test_one_tile_follows_another() -> None:
     work = a_work(epilogue_bytes=64_000.0)
     ends = prediction.end_cycles(work, 40.0)
-    follow = functools.partial(prediction.follow_cycles, ends=ends)
+    follow = functools.partial(prediction.follow_cycles, rate=40.0)
     # Another block, which on Hopper, where nobody else has the SM, has to come first.
     assert follow(work, H200, resident=1) == ends + prediction.BLOCK_GAP_CYCLES[90]
     assert follow(work, H200, resident=2) == follow(work, A100, resident=1) == ends
     # The same block, which has begun long ago.
     again = replace(work, persistent=True)
     assert follow(again, H200, resident=1) == ends - prediction.BLOCK_START_CYCLES
-    for one in (work, again):
+    # It has the next tile's operands by then, where warps do nothing but copy them.
+    fill = prediction.fill_cycles(work, 40.0)
+    assert fill == 600 + 16384 / 40
+    special = replace(again, specialized=True)
+    assert follow(special, H200, resident=1) == ends - prediction.BLOCK_START_CYCLES - fill
+    for one in (work, again, special):
         assert follow(one, H200, resident=1, without={Term.LAUNCH}) == ends
 
 

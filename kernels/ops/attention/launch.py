@@ -6,7 +6,7 @@ import math
 
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
-from tilewright.kernels.ops.attention import combine, jit, reference, space, work
+from tilewright.kernels.ops.attention import combine, jit, persistent, reference, space, work
 from tilewright.kernels.ops.attention.default import default
 from tilewright.kernels.ops.attention.features import FEATURES
 from tilewright.kernels.ops.attention.problem import SOFTCAP, AttentionProblem
@@ -27,6 +27,8 @@ COMBINE_ELEMENTS = 4096
 def launches(problem: AttentionProblem, config: AttentionConfig) -> tuple[Launch, ...]:
     """The forward pass and, with splits of the keys, their sum. With `strided`, stride arguments are left to be bound
     to the arrays."""
+    if config.PERSISTENT:
+        return (_persistent(problem, config),)
     heads = tile_heads(problem, config)
     rows = problem.B * problem.H * problem.Sq
     split = config.SPLIT_KV > 1
@@ -90,6 +92,8 @@ def launches(problem: AttentionProblem, config: AttentionConfig) -> tuple[Launch
             ("SPLIT_KV", config.SPLIT_KV),
             ("OVERLAP", config.OVERLAP),
             ("TMA", config.TMA),
+            ("WARP_SPECIALIZE", config.WARP_SPECIALIZE),
+            ("STAGES", config.num_stages if config.WARP_SPECIALIZE else 0),
             ("GROUP_H", config.GROUP_H),
             ("PACK", heads > 1),
         ),
@@ -127,6 +131,44 @@ def launches(problem: AttentionProblem, config: AttentionConfig) -> tuple[Launch
     return forward, second
 
 
+def _persistent(problem: AttentionProblem, config: AttentionConfig) -> Launch:
+    """The launch of blocks that go on from tile to tile, one for each SM."""
+    return Launch(
+        fn=persistent.persistent_kernel,
+        grid=(tiles(problem, config), 1, 1),
+        arguments=(
+            *(_pointer(problem, f"{name}_ptr", problem.dtype) for name in "qkv"),
+            _array("alibi_slopes_ptr", "*fp32", problem.alibi),
+            _array("sinks_ptr", "*fp32", problem.sinks),
+            _size("B", problem.B),
+            _size("H", problem.H),
+            _size("Sq", problem.Sq),
+            _size("Skv", problem.Skv),
+            _size("window_left", problem.window_left),
+            _size("window_right", None if problem.causal else problem.window_right),
+            _pointer(problem, "out_ptr", problem.output_dtype),
+            _array("lse_ptr", "*fp32", problem.lse),
+        ),
+        constexprs=(
+            ("SCALE", 1 / math.sqrt(problem.D)),
+            ("SOFTCAP", SOFTCAP if problem.softcap else 0.0),
+            ("CAUSAL", problem.causal),
+            ("GROUP", problem.H // problem.kv_heads),
+            ("DIM", problem.D),
+            ("DIM_V", problem.dim_v),
+            ("MASKS", problem.window_left is not None or problem.right is not None),
+            ("BLOCK_M", config.BLOCK_M),
+            ("BLOCK_N", config.BLOCK_N),
+            ("WARP_SPECIALIZE", config.WARP_SPECIALIZE),
+            ("STAGES", config.num_stages if config.WARP_SPECIALIZE else 0),
+            ("GROUP_H", config.GROUP_H),
+        ),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        blocks_per_sm=1,
+    )
+
+
 def _pointer(problem: AttentionProblem, name: str, kind: str | None) -> Argument:
     return Argument(name, kind and "*" + dtype(kind).triton, aligned=problem.aligned)
 
@@ -147,7 +189,7 @@ ATTENTION: Kernel[AttentionProblem, AttentionConfig] = Kernel(
     name="attention",
     problem=AttentionProblem,
     space=space.SPACE,
-    jit_functions=(jit.attention_kernel, combine.combine_kernel),
+    jit_functions=(jit.attention_kernel, persistent.persistent_kernel, combine.combine_kernel),
     default=default,
     launches=launches,
     reference=reference.reference,

@@ -25,6 +25,12 @@ def rows_of(base, start, row_stride, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def both(seen, more):
+    """What both masks let through, where there may be no first one."""
+    return more if seen is None else seen & more
+
+
+@triton.jit
 def add_values(
     accumulator, accumulator_tail, weights, correction, v_descriptor, v_rows, start, rows, lane_dv, tail_dv, mask_dv,
     tail_mask_dv, TAIL_DV: tl.constexpr, TMA: tl.constexpr,
@@ -69,7 +75,7 @@ def attend(
     tail_mask_d,
     tail_mask_dv,
     query,
-    keys,
+    keys,  # None where the blocks hold no others
     diagonal,
     window_left,
     window_right,
@@ -83,6 +89,7 @@ def attend(
     upper,
     jump,
     over,
+    row,  # of the descriptors, where the keys begin
     SOFTCAP: tl.constexpr,
     CAUSAL: tl.constexpr,
     PAGE: tl.constexpr,
@@ -93,6 +100,7 @@ def attend(
     BLOCK_N: tl.constexpr,
     OVERLAP: tl.constexpr,
     TMA: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
     MASKED: tl.constexpr,
     GUARDED: tl.constexpr,  # no blocks skip the loop, its waits included
 ):
@@ -117,14 +125,14 @@ def attend(
             # Of the block before the first, none: its weights are zero, its values those of the first.
             weights = tl.zeros((m.shape[0], BLOCK_N), tl.float32)
             correction = tl.full((m.shape[0],), 1.0, tl.float32)
-        for step in range(lower, upper):
+        for step in tl.range(lower, upper, warp_specialize=WARP_SPECIALIZE):
             block = step
             if MASKED:
                 block += tl.where(step < jump, 0, over)
             start = block * BLOCK_N
             key = start + lane_n
             rows, columns = None, None
-            if MASKED:
+            if MASKED and keys is not None:
                 rows, columns = key[:, None] < keys, key[None, :] < keys
             if PAGE == 0:
                 k_rows = rows_of(k_base, start, k_row, BLOCK_N)
@@ -139,13 +147,13 @@ def attend(
                 v_rows = v_base + page * v_batch + (key % PAGE) * v_row
 
             if TMA:
-                k = k_descriptor.load([start, 0]).T
+                k = k_descriptor.load([row + start, 0]).T
             else:
                 k = load_tile(k_rows[None, :] + lane_d[:, None], mask_d, columns)
             scores = tl.dot(q, k, input_precision="ieee")
             if TAIL_D > 0:
                 if TMA:
-                    k_tail = k_descriptor.load([start, TAIL_D]).T
+                    k_tail = k_descriptor.load([row + start, TAIL_D]).T
                 else:
                     k_tail = load_tile(k_rows[None, :] + tail_d[:, None], tail_mask_d, columns)
                 scores = tl.dot(q_tail, k_tail, scores, input_precision="ieee")
@@ -153,8 +161,8 @@ def attend(
                 behind = tl.maximum(step - 1, lower) * BLOCK_N
                 accumulator, accumulator_tail = add_values(
                     accumulator, accumulator_tail, weights, correction, v_descriptor,
-                    rows_of(v_base, behind, v_row, BLOCK_N), behind, None, lane_dv, tail_dv, mask_dv, tail_mask_dv,
-                    TAIL_DV, TMA,
+                    rows_of(v_base, behind, v_row, BLOCK_N), row + behind, None, lane_dv, tail_dv, mask_dv,
+                    tail_mask_dv, TAIL_DV, TMA,
                 )  # fmt: skip
             if EARLY:
                 scores *= scale
@@ -169,12 +177,15 @@ def attend(
                 scores -= slope * tl.abs(offset).to(tl.float32)
             if MASKED:
                 seen = columns
-                if CAUSAL:
+                if CAUSAL and keys is None:
+                    # Not by `offset`, which would take one more instruction for each element.
+                    seen = lane_n[None, :] <= (query + diagonal - start)[:, None]
+                elif CAUSAL:
                     seen = seen & (offset <= 0)
                 elif window_right is not None:
-                    seen = seen & (offset <= window_right)
+                    seen = both(seen, offset <= window_right)
                 if window_left is not None:
-                    seen = seen & (offset >= -window_left)
+                    seen = both(seen, offset >= -window_left)
                 scores = tl.where(seen, scores, -float("inf"))
 
             higher = tl.maximum(m, tl.max(scores, 1) * unit)
@@ -188,14 +199,14 @@ def attend(
             m = higher
             if not OVERLAP:
                 accumulator, accumulator_tail = add_values(
-                    accumulator, accumulator_tail, weights, correction, v_descriptor, v_rows, start, rows, lane_dv,
-                    tail_dv, mask_dv, tail_mask_dv, TAIL_DV, TMA,
+                    accumulator, accumulator_tail, weights, correction, v_descriptor, v_rows, row + start, rows,
+                    lane_dv, tail_dv, mask_dv, tail_mask_dv, TAIL_DV, TMA,
                 )  # fmt: skip
         if OVERLAP:
             behind = (upper - 1) * BLOCK_N
             accumulator, accumulator_tail = add_values(
                 accumulator, accumulator_tail, weights, correction, v_descriptor,
-                rows_of(v_base, behind, v_row, BLOCK_N), behind, None, lane_dv, tail_dv, mask_dv, tail_mask_dv,
+                rows_of(v_base, behind, v_row, BLOCK_N), row + behind, None, lane_dv, tail_dv, mask_dv, tail_mask_dv,
                 TAIL_DV, TMA,
             )  # fmt: skip
     return m, total, accumulator, accumulator_tail

@@ -25,6 +25,8 @@ class AttentionConfig(Config):
     GROUP_H: int = 1  # heads whose tiles take turns, so that long rows of all of them come before short ones
     OVERLAP: bool = False  # the values of a block are multiplied during the softmax of the next
     TMA: bool = False  # keys and values come by tensor descriptors, whole blocks at a time
+    WARP_SPECIALIZE: bool = False  # on Hopper, one warp group copies what two others compute with
+    PERSISTENT: bool = False  # one such block an SM, which goes from tile to tile
     num_warps: int = 4
     num_stages: int = 2
 
@@ -37,6 +39,8 @@ AXES = {
     "GROUP_H": (1, 8, 32),
     "OVERLAP": (False, True),
     "TMA": (False, True),
+    "WARP_SPECIALIZE": (False, True),
+    "PERSISTENT": (False, True),
     "num_warps": (2, 4, 8),
     "num_stages": (1, 2, 3, 4, 5),
 }
@@ -51,9 +55,20 @@ MOST_NEEDED = 300
 LARGEST_BOX = 256
 """Most elements of a dimension that a tensor descriptor's load has (CUDA driver API, `cuTensorMapEncodeTiled`)."""
 
+SPECIALIZED_WARPS = 4
+"""As of the GEMM: `num_warps` of a specialised loop, in which eight more multiply."""
+
+SPECIALIZED_REGISTERS = 168, 232
+"""Of a thread of such a block: as it is launched, and in the groups that multiply, which take those of the first."""
+
 FMA_LOOP = 1024
 """Most multiply-adds of a thread in one dot on CUDA cores, which is unrolled whole: with 4096, ptxas takes 10 s and
 spills."""
+
+
+def multiplying_warps(config: AttentionConfig) -> int:
+    """Warps that hold the scores and sums of a tile."""
+    return 2 * config.num_warps if config.WARP_SPECIALIZE else config.num_warps
 
 
 def head_blocks(dim: int, rows: int, smallest: int) -> tuple[int, int]:
@@ -153,6 +168,10 @@ def shared_bytes(problem: AttentionProblem, config: AttentionConfig, device: Dev
         # two blocks.
         total += 0 if device.arch >= 100 and d[1] else k
         total += 2 * n * max(dv) if element == 1 else v
+    if config.PERSISTENT:
+        total += (config.num_stages - 1) * q  # the next tile's queries are copied ahead like keys
+    if config.WARP_SPECIALIZE and dtype(problem.output_dtype).bytes == 4:
+        total += m * sum(dv) * 4  # results on their way out, beside the operands of the next tile
     if problem.bias is not None and device.arch >= 80:
         term = int(dtype(problem.bias).bytes)
         if term >= 4 or (problem.aligned and (problem.strided or problem.Skv % 16 == 0)):
@@ -164,7 +183,7 @@ def registers_needed(problem: AttentionProblem, config: AttentionConfig, device:
     """Registers of a thread that would spare it every spill: accumulators, scores and their weights, queries, a 64-bit
     address per copy of 16 bytes (or a narrower load's address, mask and data), and a base. The factors are read off 250
     kernels compiled for sm_80 to sm_100."""
-    threads = config.num_warps * WARP_SIZE
+    threads = multiplying_warps(config) * WARP_SIZE
     m, n = config.BLOCK_M, config.BLOCK_N
     d, dv = sum(head_blocks(problem.D, m, problem.smallest_dim)), sum(value_blocks(problem, config))
     held, scores = m * dv / threads, m * n / threads
@@ -188,7 +207,7 @@ def registers_needed(problem: AttentionProblem, config: AttentionConfig, device:
 def fits(problem: AttentionProblem, config: AttentionConfig, device: Device) -> str | None:
     """None, or the limit that the configuration breaks, with the values."""
     for name, value in config.to_dict().items():
-        if name in ("PACK", "OVERLAP", "TMA"):
+        if name in ("PACK", "OVERLAP", "TMA", "WARP_SPECIALIZE", "PERSISTENT"):
             if not isinstance(value, bool):
                 return f"{name}={value!r} must be true or false"
         elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -206,9 +225,15 @@ def fits(problem: AttentionProblem, config: AttentionConfig, device: Device) -> 
         refused = _refused_by_descriptors(problem, config)
         if refused is not None:
             return refused
+    if config.WARP_SPECIALIZE:
+        refused = _refused_by_specialisation(problem, config)
+        if refused is not None:
+            return refused
+    elif config.PERSISTENT:
+        return "PERSISTENT goes with WARP_SPECIALIZE"
     if config.num_warps > 32:
         return f"num_warps={config.num_warps} is over the 32 of a block"
-    held = config.BLOCK_M * sum(value_blocks(problem, config)) / (config.num_warps * WARP_SIZE)
+    held = config.BLOCK_M * sum(value_blocks(problem, config)) / (multiplying_warps(config) * WARP_SIZE)
     if held > MAX_REGISTERS_PER_THREAD:
         return f"{held:.0f} accumulators a thread are over its {MAX_REGISTERS_PER_THREAD} registers"
     shared = shared_bytes(problem, config, device)
@@ -242,6 +267,34 @@ def _refused_by_descriptors(problem: AttentionProblem, config: AttentionConfig) 
             return f"TMA reads blocks of one width, and {name} is computed as {block} and {tail}"
         if max(config.BLOCK_N, block) > LARGEST_BOX:
             return f"TMA reads at the most {LARGEST_BOX} rows and columns at once, not {config.BLOCK_N} and {block}"
+    return None
+
+
+def _refused_by_specialisation(problem: AttentionProblem, config: AttentionConfig) -> str | None:
+    """None, or why Triton can't give the loop's copies to warps of their own."""
+    if not config.TMA or config.OVERLAP or config.PACK or config.SPLIT_KV > 1:
+        return "WARP_SPECIALIZE goes with TMA, and without OVERLAP, PACK and SPLIT_KV"
+    if config.num_warps != SPECIALIZED_WARPS or config.BLOCK_M < 128:
+        return (
+            f"WARP_SPECIALIZE is for num_warps={SPECIALIZED_WARPS} and BLOCK_M of 128 or more, 64 for each group that "
+            f"multiplies, not num_warps={config.num_warps} and BLOCK_M={config.BLOCK_M}"
+        )
+    if problem.unit not in ("fp16", "bf16") or problem.bias is not None or problem.varlen:
+        return "WARP_SPECIALIZE is for fp16 and bf16, without bias, and sequences of one length"
+    tails = head_blocks(problem.D, config.BLOCK_M, problem.smallest_dim)[1], value_blocks(problem, config)[1]
+    if any(tails):
+        return f"WARP_SPECIALIZE is for head dims of one block each, not D={problem.D} and Dv={problem.dim_v}"
+    if config.PERSISTENT:
+        # One descriptor reads the rows of all heads, and knows no end of one.
+        if problem.strided or problem.kv_lens:
+            return "PERSISTENT is for dense queries, keys and values, all of one length"
+        if problem.Sq % config.BLOCK_M or problem.Skv % config.BLOCK_N:
+            return (
+                f"PERSISTENT is for lengths that the blocks divide, not Sq={problem.Sq} by {config.BLOCK_M} and "
+                f"Skv={problem.Skv} by {config.BLOCK_N}"
+            )
+        if problem.B * max(problem.H * problem.Sq, problem.kv_heads * problem.Skv) >= 2**31:
+            return f"the rows of B={problem.B} sequences of H={problem.H} heads pass 32 bits"
     return None
 
 
@@ -289,8 +342,10 @@ def useful(problem: AttentionProblem, config: AttentionConfig, device: Device) -
             return f"{name} is for warp groups of wgmma (sm_90, 64 rows or more), which run beside other work"
         if config.num_stages < 2:
             return f"{name} without copies ahead (num_stages={config.num_stages}) has nothing to run beside"
-        if blocks // config.SPLIT_KV < 4:
+        if blocks // config.SPLIT_KV < (2 if config.PERSISTENT else 4):
             return f"{name} takes longer to start than it saves in {blocks // config.SPLIT_KV} blocks of keys"
+    if config.PERSISTENT and tiles(problem, config) < 2 * device.sms:
+        return f"{tiles(problem, config)} tiles on {device.sms} SMs leave PERSISTENT blocks fewer than 2 each"
     if device.arch // 10 in (9, 10) and m >= 64 and warps < 4 and problem.unit != "fp32":
         return f"{warps} warps are no warp group: no wgmma, no tcgen05"
     needed = registers_needed(problem, config, device)
@@ -306,6 +361,8 @@ COARSE = {
     "GROUP_H": (1, 32),
     "OVERLAP": (False,),
     "TMA": (False,),
+    "WARP_SPECIALIZE": (False,),
+    "PERSISTENT": (False,),
     "num_stages": (2, 3),
 }
 
@@ -323,7 +380,11 @@ def narrow(
     if not problem.causal:
         kept["GROUP_H"] = tuple(size for size in axes["GROUP_H"] if size == 1)
     if device.arch // 10 != 9 or problem.page_size or problem.unit == "fp32":
-        kept["OVERLAP"] = kept["TMA"] = (False,)
+        kept["OVERLAP"] = kept["TMA"] = kept["WARP_SPECIALIZE"] = (False,)
+    if problem.bias is not None or problem.varlen or problem.unit not in ("fp16", "bf16"):
+        kept["WARP_SPECIALIZE"] = (False,)
+    if kept["WARP_SPECIALIZE"] == (False,) or problem.strided or problem.kv_lens:
+        kept["PERSISTENT"] = (False,)
     if device.arch < 80 or vector_bytes(problem) < 4:
         kept["num_stages"] = tuple(s for s in axes["num_stages"] if s == min(axes["num_stages"]))
     return kept
@@ -352,6 +413,9 @@ def ragged(problem: AttentionProblem, config: AttentionConfig) -> AttentionProbl
         keys = math.ceil(keys / unit) * unit
         if kept == 1 and keys % 16 == 0:
             keys += problem.page_size
+    if config.PERSISTENT:  # nothing is cut
+        queries = min(problem.Sq, 2 * config.BLOCK_M)
+        keys = min(problem.Skv, blocks * config.BLOCK_N)
     return replace(
         problem,
         B=min(problem.B, 3 if problem.varlen or problem.kv_lens else 2),

@@ -9,8 +9,10 @@ from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, Device
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.attention.space import (
+    SPECIALIZED_REGISTERS,
     AttentionConfig,
     head_blocks,
+    multiplying_warps,
     registers_needed,
     shared_bytes,
     tile_heads,
@@ -32,9 +34,12 @@ SOFTCAP_OPS, BIAS_OPS, ALIBI_OPS = 4.0, 2.0, 3.0
 def estimate(problem: AttentionProblem, config: AttentionConfig, device: Device) -> Resources:
     """Resources before anything is compiled."""
     needed = registers_needed(problem, config, device)
-    spilled = 4 * int(max(0.0, needed - MAX_REGISTERS_PER_THREAD))
+    registers, most = min(MAX_REGISTERS_PER_THREAD, int(needed)), MAX_REGISTERS_PER_THREAD
+    if config.WARP_SPECIALIZE and device.arch // 10 == 9:
+        registers, most = SPECIALIZED_REGISTERS
+    spilled = 4 * int(max(0.0, needed - most))
     return Resources(
-        registers=min(MAX_REGISTERS_PER_THREAD, int(needed)),
+        registers=registers,
         spill_bytes=spilled,
         stack_bytes=spilled,
         shared_bytes=shared_bytes(problem, config, device),
@@ -76,7 +81,7 @@ def work(problem: AttentionProblem, config: AttentionConfig) -> Work:
         tile_m=config.BLOCK_M,
         tile_n=config.BLOCK_N,
         tile_k=d,
-        num_warps=config.num_warps,
+        num_warps=multiplying_warps(config),
         num_stages=max(1, config.num_stages - 1) if problem.page_size else config.num_stages,
         # The second dot of fp8 is of fp16.
         unit="fp16" if problem.dtype.startswith("fp8") else problem.unit,
@@ -91,5 +96,7 @@ def work(problem: AttentionProblem, config: AttentionConfig) -> Work:
         second=(config.BLOCK_M, dv, config.BLOCK_N),
         lane_ops=each * scores + (dv + ROW_OPS) * config.BLOCK_M,
         overlapped=config.OVERLAP,
+        specialized=config.WARP_SPECIALIZE,
+        persistent=config.PERSISTENT,
         special_ops=(3 if problem.softcap else 1) * scores + 4 * config.BLOCK_M,
     )

@@ -46,6 +46,14 @@ FEATURES: dict[str, GemmProblem | Variant[GemmProblem, GemmConfig]] = {
     "tensor descriptors, persistent": Variant(
         GemmProblem(**EVEN, b_layout="col"), GemmConfig(32, 32, 32, PERSISTENT=True, TMA=True)
     ),
+    "warp-specialised": Variant(
+        GemmProblem(M=200, N=136, K=96, b_layout="col", bias="fp16", residual="fp16"),
+        GemmConfig(128, 64, 32, num_warps=4, PERSISTENT=True, TMA=True, WARP_SPECIALIZE=True),
+    ),
+    "warp-specialised, gated halves": Variant(
+        GemmProblem(M=256, N=128, K=64, gated="halves", activation="silu"),
+        GemmConfig(128, 128, 32, num_warps=4, PERSISTENT=True, TMA=True, WARP_SPECIALIZE=True),
+    ),
     # epilogue
     "alpha, bias, residual, activation": GemmProblem(
         **SMALL, alpha=True, bias="fp32", residual="bf16", activation="gelu_erf"

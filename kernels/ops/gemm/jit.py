@@ -9,6 +9,7 @@ import triton.language as tl
 from tilewright.kernels.ops.gemm.mainloop import described_sums, matrix_descriptor, sums
 from tilewright.kernels.ops.gemm.tail import partial_pointers, store_in_pieces, sum_of_partials
 from tilewright.kernels.ops.gemm.weights import weight_sums
+from tilewright.kernels.specialise import behind_barriers
 
 
 @triton.jit
@@ -108,6 +109,8 @@ def gemm_kernel(
     SPLIT_K: tl.constexpr,
     PERSISTENT: tl.constexpr,  # a program goes on to tiles that are a whole grid further
     FLATTEN: tl.constexpr,  # and starts to load the next tile while it finishes one
+    WARP_SPECIALIZE: tl.constexpr,  # one warp group copies, two multiply: see `space.SPECIALIZED_WARPS`
+    STAGES: tl.constexpr,  # of its copies: `num_stages`
     TMA: tl.constexpr,  # operands come by tensor descriptors
     PIECES: tl.constexpr,  # of a tile's columns, for the epilogue: see `store_in_pieces`
     PAIRS: tl.constexpr,  # int4 weights are unpacked two at a time, by inline PTX
@@ -126,7 +129,10 @@ def gemm_kernel(
             b_ld = leading(b_stride, K, N, B_COLUMN_MAJOR)
             a_descriptor = matrix_descriptor(a_ptr, M, K, a_ld, A_COLUMN_MAJOR, BLOCK_M, BLOCK_K)
             b_descriptor = matrix_descriptor(b_ptr, K, N, b_ld, B_COLUMN_MAJOR, BLOCK_K, COLUMNS)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        start = tl.program_id(0)
+        if WARP_SPECIALIZE:
+            start = behind_barriers(start, STAGES)
+        for tile in tl.range(start, tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
             gemm_tile(
                 tile, tiles_m, tiles_n, a_descriptor, b_descriptor, a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, b_zero_ptr,
                 bias_ptr, residual_ptr, alpha_ptr, out_scale_ptr, offsets_ptr, M, N, K, a_stride, b_stride,
@@ -134,7 +140,7 @@ def gemm_kernel(
                 out_ptr, workspace_ptr, counters_ptr, A_COLUMN_MAJOR, B_COLUMN_MAJOR, A_BROADCAST, B_BROADCAST,
                 RESIDUAL_BROADCAST, EVEN_M, EVEN_N, EVEN_K, PRECISION, FP8_SUM, A_SCALE, B_SCALE, BIAS_AXIS, GATED,
                 ACTIVATION, WEIGHTS, GROUP_SIZE, GROUPS, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, TMA,
-                PIECES, PAIRS,
+                WARP_SPECIALIZE, PIECES, PAIRS,
             )  # fmt: skip
     else:
         gemm_tile(
@@ -143,8 +149,7 @@ def gemm_kernel(
             a_batch_stride, b_batch_stride, residual_batch_stride, out_stride, out_batch_stride, out_ptr,
             workspace_ptr, counters_ptr, A_COLUMN_MAJOR, B_COLUMN_MAJOR, A_BROADCAST, B_BROADCAST, RESIDUAL_BROADCAST,
             EVEN_M, EVEN_N, EVEN_K, PRECISION, FP8_SUM, A_SCALE, B_SCALE, BIAS_AXIS, GATED, ACTIVATION, WEIGHTS,
-            GROUP_SIZE, GROUPS, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, TMA, PIECES,
-            PAIRS,
+            GROUP_SIZE, GROUPS, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, TMA, False, PIECES, PAIRS,
         )  # fmt: skip
 
 
@@ -204,6 +209,7 @@ def gemm_tile(
     GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
     TMA: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
     PIECES: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
@@ -228,7 +234,9 @@ def gemm_tile(
         b_matrix = matrix
     column = tile_n * COLUMNS
     end_n = N // 2 if HALVES else N
-    offsets_m = row + tl.arange(0, BLOCK_M)
+    # Triton gives each of two warp groups half of a tile's rows by moving the range, and the `row` that descriptors
+    # read at. The epilogue's must be another value to the compiler, as this one is, or it is moved twice.
+    offsets_m = (tl.minimum(row, M) if WARP_SPECIALIZE else row) + tl.arange(0, BLOCK_M)
     offsets_n = column + tl.arange(0, COLUMNS)
 
     rows_m = M.to(tl.int64)

@@ -112,14 +112,16 @@ def launches(problem: GemmProblem, config: GemmConfig) -> tuple[Launch, ...]:
                 ("GROUP_M", config.GROUP_M),
                 ("SPLIT_K", config.SPLIT_K),
                 ("PERSISTENT", config.PERSISTENT),
-                ("FLATTEN", config.PERSISTENT and config.num_warps <= FLATTEN_WARPS),
+                ("FLATTEN", config.PERSISTENT and config.num_warps <= FLATTEN_WARPS and not config.WARP_SPECIALIZE),
+                ("WARP_SPECIALIZE", config.WARP_SPECIALIZE),
+                ("STAGES", config.num_stages if config.WARP_SPECIALIZE else 0),
                 ("TMA", config.TMA),
                 ("PIECES", space.pieces(problem, config)),
                 ("PAIRS", config.PAIRS),
             ),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            blocks_per_sm=max(1, PERSISTENT_WARPS // config.num_warps) if config.PERSISTENT else 0,
+            blocks_per_sm=max(1, PERSISTENT_WARPS // space.multiplying_warps(config)) if config.PERSISTENT else 0,
             scratch=(
                 Scratch(
                     "workspace",

@@ -29,6 +29,7 @@ class GemmConfig(Config):
     num_stages: int = 3
     PERSISTENT: bool = False  # as many blocks as the SMs hold, each going from tile to tile
     TMA: bool = False  # operands come by tensor descriptors, whole tiles at a time
+    WARP_SPECIALIZE: bool = False  # on Hopper, one warp group copies what two others multiply
     PAIRS: bool = False  # int4 weights are unpacked two at a time, by inline PTX
 
 
@@ -42,8 +43,25 @@ AXES = {
     "num_stages": (1, 2, 3, 4, 5),
     "PERSISTENT": (False, True),
     "TMA": (False, True),
+    "WARP_SPECIALIZE": (False, True),
     "PAIRS": (False, True),
 }
+
+
+SPECIALIZED_WARPS = 4
+"""`num_warps` of a specialised loop: four warps copy, and two more groups of four, of Triton's making, multiply half of
+the tile's rows each. With 8, Triton (3.6 and 3.9) leaves the loop as it is."""
+
+FEW_PRODUCTS = 2048
+"""K up to which the default is warp-specialised: see `_described`."""
+
+SPECIALIZED_REGISTERS = 168, 232
+"""Of a thread of such a block: as it is launched, and in the groups that multiply, which take those of the first."""
+
+
+def multiplying_warps(config: GemmConfig) -> int:
+    """Warps that hold the sums of a tile."""
+    return 2 * config.num_warps if config.WARP_SPECIALIZE else config.num_warps
 
 
 def tiles(problem: GemmProblem, config: GemmConfig) -> tuple[int, int]:
@@ -149,6 +167,9 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
             total.append(copies * count * size)
         elif size > 4 * WARP_SIZE * config.num_warps and config.BLOCK_K // tile.a_count > 16:
             total.append(size)  # the second of two takes the place of the first
+    if config.WARP_SPECIALIZE and dtype(problem.output_dtype).bytes == 4:
+        # On their way out, results lie beside the operands, which other tiles' take the place of already.
+        total.append(config.BLOCK_M * config.BLOCK_N // tile.b_count * 4)
     # Of 8 bits or fewer, in halves and by descriptors, B takes the place of A, which is in registers by then.
     if not keeps_all and max(a_copies, b_copies) <= 1 and (problem.b_bytes <= 1 or tile.b_count > 1 or config.TMA):
         return max(total, default=0)
@@ -157,23 +178,24 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
 
 def accumulators(config: GemmConfig) -> float:
     """fp32 accumulators per thread."""
-    return config.BLOCK_M * config.BLOCK_N / (config.num_warps * WARP_SIZE)
+    return config.BLOCK_M * config.BLOCK_N / (multiplying_warps(config) * WARP_SIZE)
 
 
 def pieces(problem: GemmProblem, config: GemmConfig) -> int:
     """Pieces of a tile's columns that the epilogue works through one after the other.
 
     With 128 sums a thread, bias and residual of all columns at once spill 50 to 250 bytes on sm_90, those of a quarter
-    none. Gated halves are that much fewer already.
+    none. Gated halves are that much fewer already, and a specialised loop's tile can't be taken apart.
     """
     fused = (problem.bias, problem.residual, problem.a_scale, problem.b_scale, problem.alpha, problem.out_scale)
     many = accumulators(config) >= 128 and config.BLOCK_N >= 128 and problem.gated != "halves"
+    many = many and not config.WARP_SPECIALIZE
     return 4 if many and (any(fused) or problem.activation != "none") else 1
 
 
 def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
     """None, or the limit that the configuration breaks, with the values."""
-    for name in ("PERSISTENT", "TMA", "PAIRS"):
+    for name in ("PERSISTENT", "TMA", "WARP_SPECIALIZE", "PAIRS"):
         if not isinstance(getattr(config, name), bool):
             return f"{name}={getattr(config, name)!r} must be True or False"
     for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "SPLIT_K", "num_warps", "num_stages"):
@@ -218,6 +240,10 @@ def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None
             return "TMA needs tiles of A and B that start at 16 bytes, every row (or column) of them"
         if config.PERSISTENT and (problem.batch > 1 or problem.groups):
             return f"TMA with PERSISTENT is for one A and B, not batch={problem.batch} and groups={problem.groups}"
+    if config.WARP_SPECIALIZE:
+        refused = _refused_by_specialisation(problem, config)
+        if refused is not None:
+            return refused
     # Positions are 32-bit, those of the last block's padding too, and so are those of the tiles in a group.
     tiles_m, tiles_n = tiles(problem, config)
     ends = (problem.M + config.BLOCK_M, problem.N + config.BLOCK_N, problem.K + config.BLOCK_K * config.SPLIT_K)
@@ -225,6 +251,24 @@ def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None
         return f"positions in {problem.M}×{problem.N}×{problem.K} with GROUP_M={config.GROUP_M} pass 32 bits"
     if tiles_m * tiles_n * problem.batch >= 2**31:
         return f"{tiles_m * tiles_n * problem.batch} tiles are over the grid's {2**31 - 1}"
+    return None
+
+
+def _refused_by_specialisation(problem: GemmProblem, config: GemmConfig) -> str | None:
+    """None, or why Triton can't give a loop's copies to warps of their own."""
+    if not (config.PERSISTENT and config.TMA):
+        return "WARP_SPECIALIZE goes with PERSISTENT and TMA"
+    if config.num_warps != SPECIALIZED_WARPS or config.BLOCK_M < 128:
+        return (
+            f"WARP_SPECIALIZE is for num_warps={SPECIALIZED_WARPS} and BLOCK_M of 128 or more, 64 for each group that "
+            f"multiplies, not num_warps={config.num_warps} and BLOCK_M={config.BLOCK_M}"
+        )
+    if problem.unit == "fp32" or problem.gated == "interleaved":
+        of = "gated pairs of columns" if problem.gated == "interleaved" else f"{problem.dtype} on CUDA cores"
+        return f"WARP_SPECIALIZE halves tiles by rows, which those of {of} don't allow"
+    if dtype(problem.dtype).bytes == 1 and (problem.a_layout, problem.b_layout) != ("row", "col"):
+        layouts = f"a_layout={problem.a_layout} and b_layout={problem.b_layout}"
+        return f"WARP_SPECIALIZE multiplies 8-bit operands as they lie, rows of A by columns of B, not {layouts}"
     return None
 
 
@@ -238,7 +282,12 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
     tiles_m, tiles_n = tiles(problem, config)
     if config.PERSISTENT:
         count = tiles_m * tiles_n * problem.batch
-        if count < 2 * device.sms:
+        if config.WARP_SPECIALIZE:
+            if device.arch // 10 != 9:
+                return f"WARP_SPECIALIZE is for Hopper, and changes nothing on {device.sm}"
+            if 2 * count < device.sms:
+                return f"{count} tiles leave most of {device.sms} SMs without a WARP_SPECIALIZE block"
+        elif count < 2 * device.sms:
             return f"{count} tiles on {device.sms} SMs leave PERSISTENT blocks fewer than 2 each"
         if small or config.BLOCK_M * config.BLOCK_N < 128 * 128:
             return f"the other blocks of an SM hide the start of one of {config.BLOCK_M}×{config.BLOCK_N}"
@@ -261,7 +310,8 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
         # Half as many splits leave half the partial tiles to write and read.
         if count * (config.SPLIT_K // 2) >= 4 * device.sms:
             return f"{count} tiles fill {device.sms} SMs with half of SPLIT_K={config.SPLIT_K}"
-    if config.num_stages > max(2, k_blocks // config.SPLIT_K):
+    # Copies of a specialised loop go on into the next tile.
+    if config.num_stages > max(2, k_blocks // config.SPLIT_K) and not config.WARP_SPECIALIZE:
         return f"num_stages={config.num_stages} is more than the K blocks there are"
     if 16 * 8 * config.num_warps > config.BLOCK_M * config.BLOCK_N:
         return f"{config.num_warps} warps on {config.BLOCK_M}×{config.BLOCK_N} leave less than one 16×8 mma each"
@@ -278,6 +328,7 @@ COARSE = {
     "num_stages": (1, 3, 4),
     "PERSISTENT": (False,),
     "TMA": (False,),
+    "WARP_SPECIALIZE": (False,),
 }
 
 
@@ -319,7 +370,9 @@ def narrow(problem: GemmProblem, device: Device, axes: Mapping[str, tuple[Any, .
     count = max(
         (problem.M // rows + max(1, problem.groups)) * math.ceil(problem.N / columns) for rows, columns in shapes
     )
-    if count * problem.batch < 2 * device.sms:
+    if device.arch // 10 != 9 or 2 * count * problem.batch < device.sms:
+        kept["WARP_SPECIALIZE"] = (False,)
+    if kept["WARP_SPECIALIZE"] == (False,) and count * problem.batch < 2 * device.sms:
         kept["PERSISTENT"] = (False,)
     return kept
 
@@ -391,7 +444,10 @@ def estimate(problem: GemmProblem, config: GemmConfig, device: Device) -> Resour
     if config.SPLIT_K > 1:
         # The last block to arrive holds its sum and the next partial tile.
         registers = max(registers, min(MAX_REGISTERS_PER_THREAD, 2 * accumulators(config)))
-    spilled = 4 * int(max(0.0, needed - MAX_REGISTERS_PER_THREAD))
+    most = MAX_REGISTERS_PER_THREAD
+    if config.WARP_SPECIALIZE and device.arch // 10 == 9:
+        registers, most = SPECIALIZED_REGISTERS
+    spilled = 4 * int(max(0.0, needed - most))
     return Resources(
         registers=min(MAX_REGISTERS_PER_THREAD, int(registers)),
         spill_bytes=spilled,
@@ -453,7 +509,7 @@ def work(problem: GemmProblem, config: GemmConfig) -> Work:
         tile_m=config.BLOCK_M,
         tile_n=config.BLOCK_N,
         tile_k=config.BLOCK_K,
-        num_warps=config.num_warps,
+        num_warps=multiplying_warps(config),
         num_stages=config.num_stages,
         unit=problem.unit,
         operand_bytes=element,
@@ -464,5 +520,6 @@ def work(problem: GemmProblem, config: GemmConfig) -> Work:
         epilogue_bytes=epilogue,
         workspace_bytes=0.0 if config.SPLIT_K == 1 else config.BLOCK_M * config.BLOCK_N * 4.0,
         persistent=config.PERSISTENT,
+        specialized=config.WARP_SPECIALIZE,
         lane_ops=lane_ops,
     )

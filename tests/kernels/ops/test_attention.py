@@ -22,7 +22,7 @@ from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.kernel import Tolerance
-from tilewright.kernels.ops.attention import combine, jit, mainloop, tiles
+from tilewright.kernels.ops.attention import combine, jit, mainloop, persistent, tiles
 from tilewright.kernels.ops.attention.api import attention
 from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.problem import AttentionProblem
@@ -525,8 +525,8 @@ def test_a_part_is_a_part_of_the_whole(case):
 DEFECTS = {
     "causal off by one": ("seen = seen & (offset <= 0)", "seen = seen & (offset <= 1)"),
     "causal aligned at the top left": ("diagonal = keys - queries ", "diagonal = 0 * queries "),
-    "window one too wide": ("seen = seen & (offset >= -window_left)", "seen = seen & (offset >= -window_left - 1)"),
-    "right window forgotten": ("seen = seen & (offset <= window_right)", "seen = seen"),
+    "window one too wide": ("both(seen, offset >= -window_left)", "both(seen, offset >= -window_left - 1)"),
+    "right window forgotten": ("seen = both(seen, offset <= window_right)", "seen = seen"),
     "keys beyond the length": ("            seen = columns\n", "            seen = key[None, :] < 2**30\n"),
     "last keys dropped": ("last = tl.cdiv(tl.maximum(end, 0), BLOCK_N)", "last = tl.maximum(end, 0) // BLOCK_N"),
     "first blocks dropped": ("first = begin // BLOCK_N", "first = tl.cdiv(begin, BLOCK_N)"),
@@ -586,7 +586,10 @@ DEFECTS = {
     "descriptor of the first keys": ("tl.make_tensor_descriptor(k_base,", "tl.make_tensor_descriptor(k_ptr,"),
     "descriptor of the first values": ("tl.make_tensor_descriptor(v_base,", "tl.make_tensor_descriptor(v_ptr,"),
     "descriptor of too many values": ("(v_base, [keys, DIM_V]", "(v_base, [keys + 1, DIM_V]"),
-    "tail of the keys by descriptor": ("k_descriptor.load([start, TAIL_D])", "k_descriptor.load([start, 0])"),
+    "tail of the keys by descriptor": (
+        "k_descriptor.load([row + start, TAIL_D])",
+        "k_descriptor.load([row + start, 0])",
+    ),
     "tail of the values by descriptor": ("v_descriptor.load([start, TAIL_DV])", "v_descriptor.load([start, 0])"),
     "combined log-sum-exp of one split": ("(highest + tl.log2(total)) * LN2", "highest * LN2"),
 }
@@ -626,26 +629,74 @@ def test_the_kernel_itself_shows_no_defect():
     assert not any(itertools.starmap(exposed, exposing()))
 
 
-def whole_source():
-    """The device code as one module."""
-    text = "".join(inspect.getsource(module) for module in (tiles, mainloop, jit, combine))
+def source_of(*modules):
+    """Device code as one module."""
+    text = "".join(inspect.getsource(module) for module in modules)
     return re.sub(r"^from (__future__|tilewright\.kernels\.ops\.attention)\b.*\n", "", text, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_a_defect_would_be_seen(defect, tmp_path, monkeypatch):
-    right, wrong = DEFECTS[defect]
-    source = whole_source()
+def with_defect(source, right, wrong, folder):
+    """A module of the source with a defect."""
     assert source.count(right) == 1, f"the kernel no longer has {right!r} once: put the defect where it is now"
-    path = tmp_path / "defective.py"
+    path = folder / "defective.py"
     path.write_text(source.replace(right, wrong))
     spec = importlib.util.spec_from_file_location("defective", path)
     defective = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(defective)
+    return defective
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_would_be_seen(defect, tmp_path, monkeypatch):
+    defective = with_defect(source_of(tiles, mainloop, jit, combine), *DEFECTS[defect], tmp_path)
     monkeypatch.setattr(jit, "attention_kernel", defective.attention_kernel)
     monkeypatch.setattr(combine, "combine_kernel", defective.combine_kernel)
     forget_plans()
     try:
         assert any(itertools.starmap(exposed, exposing()))
+    finally:
+        forget_plans()
+
+
+DEFECTS_OF_PERSISTENT_BLOCKS = {
+    "causal off by one": ("<= (query + diagonal - start)[", "<= (query + diagonal - start + 1)["),
+    "causal aligned at the top left": ("diagonal = Skv - Sq ", "diagonal = 0 * Sq "),
+    "last keys dropped": ("end = tl.minimum(end, top + BLOCK_M + diagonal)", "end = tl.minimum(end, top + diagonal)"),
+    "right window forgotten": ("seen = both(seen, offset <= window_right)", "seen = offset < 2**30"),
+    "left window forgotten": ("both(seen, offset >= -window_left)", "both(seen, offset >= -(2**30))"),
+    "keys of the window on the right": ("top + BLOCK_M + diagonal + window_right", "top + diagonal + window_right"),
+    "first blocks dropped": ("first = begin // BLOCK_N", "first = tl.cdiv(begin, BLOCK_N)"),
+    "queries of the first head": ("q_descriptor.load([place * Sq + top, 0])", "q_descriptor.load([top, 0])"),
+    "keys of another head": ("place // GROUP * Skv", "place % (H // GROUP) * Skv"),
+    "heads of the last group": ("tl.minimum(heads - group * GROUP_H, GROUP_H)", "GROUP_H"),
+    "tiles out of turn": ("tile = within // size", "tile = within // GROUP_H"),
+    "slope of the first head": ("tl.load(alibi_slopes_ptr + head)", "tl.load(alibi_slopes_ptr)"),
+    "sink forgotten": ("total += 1.0", "total += 0.0"),
+    "log-sum-exp base 2": ("(m + tl.log2(divisor)) * LN2", "(m + tl.log2(divisor))"),
+    "rows of the first head": ("row = place.to(tl.int64) * Sq + query", "row = 0 * place.to(tl.int64) + query"),
+    "one tile each": ("heads * tiles, tl.num_programs(0), warp", "tl.num_programs(0), tl.num_programs(0), warp"),
+}
+
+
+def exposing_persistent_blocks():
+    config = AttentionConfig(128, 32, TMA=True, WARP_SPECIALIZE=True, PERSISTENT=True)
+    grouped = AttentionProblem(2, 4, 128, 160, 16, Dv=32, Hkv=2, causal=True, lse=True)
+    yield grouped, config
+    yield replace(grouped, B=1, H=3, Hkv=3, Sq=256, Skv=256, alibi=True, sinks=True), replace(config, GROUP_H=2)
+    yield replace(grouped, Skv=224, causal=False, window_left=40, window_right=9), config
+
+
+def test_the_persistent_kernel_itself_shows_no_defect():
+    assert not any(itertools.starmap(exposed, exposing_persistent_blocks()))
+
+
+@pytest.mark.parametrize("defect", DEFECTS_OF_PERSISTENT_BLOCKS)
+def test_a_defect_of_persistent_blocks_would_be_seen(defect, tmp_path, monkeypatch):
+    source = source_of(tiles, mainloop, persistent)
+    defective = with_defect(source, *DEFECTS_OF_PERSISTENT_BLOCKS[defect], tmp_path)
+    monkeypatch.setattr(persistent, "persistent_kernel", defective.persistent_kernel)
+    forget_plans()
+    try:
+        assert any(itertools.starmap(exposed, exposing_persistent_blocks()))
     finally:
         forget_plans()

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.kernels.compiling import compiled, described
+from tests.kernels.compiling import assert_specialised, compiled, described
 from tilewright.kernels import resolve_device
 from tilewright.kernels.compile import HIDDEN_POINTERS
 from tilewright.kernels.ops.attention.launch import ATTENTION
@@ -107,6 +107,26 @@ def test_values_are_multiplied_during_the_next_softmax(tmp_path):
         assert reply["over"] is None, (described(reply), reply["over"])
         assert bool(reply["scratch"]) == reply["config"]["TMA"], described(reply)
         assert not (reply["config"]["TMA"] and reply["instructions"]["narrow loads"]), described(reply)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_specialised_loop_is_three_groups_of_warps(persistent):
+    tile = AttentionConfig(128, 128, TMA=True, WARP_SPECIALIZE=True, PERSISTENT=persistent)
+    jobs = [
+        (PREFILL, tile),
+        (replace(PREFILL, causal=False, dtype="bf16", Hkv=2), tile),
+        (replace(PREFILL, D=64, window_left=999, lse=True, sinks=True), replace(tile, num_stages=3)),
+        (replace(PREFILL, Sq=2048, Skv=4096, softcap=True, alibi=True), replace(tile, BLOCK_N=64)),
+    ]
+    if not persistent:
+        jobs += [(replace(PREFILL, Sq=1000, Skv=1234, strided=True), tile), (replace(PREFILL, kv_lens=True), tile)]
+    for reply in attention_on(90, jobs):
+        assert_specialised(reply)
+        assert reply["instructions"]["wgmma"], described(reply)
+        assert reply["over"] is None, (described(reply), reply["over"])
+    for reply in attention_on(86, [(PREFILL, replace(tile, BLOCK_N=32))]):
+        assert_specialised(reply)
 
 
 def sampled(arch, count, seed):

@@ -58,6 +58,8 @@ def cases(draw: st.DrawFn) -> tuple[AttentionProblem, AttentionConfig]:
         aligned=draw(st.booleans()),
     )
     config = AttentionConfig(**{name: draw(st.sampled_from(values)) for name, values in AXES.items()})
+    if SPACE.fits(problem, config, BOARDS["h200"]) is not None:  # as for most that specialise
+        config = replace(config, WARP_SPECIALIZE=False, PERSISTENT=False)
     return problem, config if group > 1 else replace(config, PACK=False)
 
 
@@ -116,7 +118,7 @@ def test_work_is_that_of_the_launches(case):
     assert work.launches == 1 + len(others) == (1 if config.SPLIT_KV == 1 else 2)
     assert work.blocks == math.prod(forward.grid)
     assert work.splits == forward.grid[1]
-    assert work.num_warps == forward.num_warps
+    assert work.num_warps == forward.num_warps * (2 if config.WARP_SPECIALIZE else 1)
     padded = sum(head_blocks(problem.D, config.BLOCK_M, problem.smallest_dim))
     assert problem.D <= work.tile_k < 2 * problem.D
     assert work.tile_k == padded
@@ -127,6 +129,46 @@ def test_work_is_that_of_the_launches(case):
     # All splits' partial results, and room for each.
     partial = sum(4 * scratch.elements for scratch in forward.scratch if scratch.name == "partial")
     assert work.workspace_bytes * work.blocks == pytest.approx(partial)
+
+
+def test_specialised_blocks_are_three_groups_and_persistent_ones_as_many_as_the_sms():
+    problem = AttentionProblem(2, 8, 512, 1024, 128, Hkv=2, dtype="bf16", causal=True, lse=True)
+    for persistent in (False, True):
+        config = AttentionConfig(128, 128, TMA=True, WARP_SPECIALIZE=True, PERSISTENT=persistent)
+        work, (launch,) = ATTENTION.work(problem, config), ATTENTION.launches(problem, config)
+        assert (work.num_warps, launch.num_warps) == (8, 4)
+        assert (work.specialized, work.persistent) == (True, persistent)
+        assert work.blocks == math.prod(launch.grid) == 2 * 8 * 4
+        assert launch.on(3).grid == ((3, 1, 1) if persistent else launch.grid)
+        assert dict(launch.constexprs)["MASKS"]
+        assert dict(launch.constexprs)["WARP_SPECIALIZE"]
+
+
+def test_what_specialising_can_not_do_says_why():
+    board = BOARDS["h200"]
+    special = AttentionConfig(128, 128, TMA=True, WARP_SPECIALIZE=True)
+    persistent = replace(special, PERSISTENT=True)
+    assert SPACE.fits(LLAMA, special, board) is None
+    assert SPACE.fits(LLAMA, persistent, board) is None
+    for problem, config, why in (
+        (LLAMA, replace(special, TMA=False), "WARP_SPECIALIZE goes with TMA"),
+        (LLAMA, replace(special, OVERLAP=True), "without OVERLAP"),
+        (LLAMA, replace(special, SPLIT_KV=2), "without OVERLAP, PACK and SPLIT_KV"),
+        (LLAMA, replace(special, num_warps=8), "not num_warps=8 and BLOCK_M=128"),
+        (LLAMA, replace(special, BLOCK_M=64), "not num_warps=4 and BLOCK_M=64"),
+        (replace(LLAMA, bias="fp16"), special, "without bias"),
+        (replace(LLAMA, dtype="fp8e4m3"), special, "for fp16 and bf16"),
+        (replace(LLAMA, varlen=True), special, "sequences of one length"),
+        (replace(LLAMA, D=256), replace(special, BLOCK_N=32), "head dims of one block each, not D=256"),
+        (LLAMA, replace(special, WARP_SPECIALIZE=False, PERSISTENT=True), "PERSISTENT goes with WARP_SPECIALIZE"),
+        (replace(LLAMA, strided=True), persistent, "PERSISTENT is for dense queries"),
+        (replace(LLAMA, kv_lens=True), persistent, "all of one length"),
+        (replace(LLAMA, Sq=4000), persistent, "not Sq=4000 by 128"),
+        (replace(LLAMA, Skv=4000), persistent, "Skv=4000 by 128"),
+    ):
+        assert why in SPACE.fits(problem, config, board), why
+    assert "2 tiles on 132 SMs" not in (SPACE.useful(LLAMA, persistent, board) or "")
+    assert "SMs leave PERSISTENT blocks fewer than 2" in SPACE.useful(replace(LLAMA, Sq=512), persistent, board)
 
 
 @settings(max_examples=150, deadline=None)

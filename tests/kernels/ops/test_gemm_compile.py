@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.kernels.compiling import compiled, described
+from tests.kernels.compiling import assert_specialised, compiled, described
 from tests.kernels.conformance import pairwise
 from tilewright.kernels import GemmConfig, GemmProblem, resolve_device
 from tilewright.kernels.ops.gemm.launch import GEMM
@@ -139,6 +139,31 @@ def test_persistent_blocks_copy_and_multiply_as_others_do(arch):
         assert found["cp.async"], described(reply)
         assert [name for name in OF_TENSOR_CORES if found[name]] == [unit_of(arch)], described(reply)
         assert reply["over"] is None, described(reply)
+
+
+@pytest.mark.smoke
+def test_a_specialised_loop_is_three_groups_of_warps():
+    tile = GemmConfig(128, 128, 64, num_warps=4, num_stages=4, PERSISTENT=True, TMA=True, WARP_SPECIALIZE=True)
+    scales = {"a_scale": "tensor", "b_scale": "column"}
+    for reply in replies(
+        90,
+        [
+            (SQUARE, tile),
+            (SQUARE, replace(tile, BLOCK_N=256)),
+            (replace(SQUARE, bias="fp16", activation="gelu_tanh"), replace(tile, BLOCK_M=256)),
+            (replace(SQUARE, bias="fp16", residual="fp16", strided=True), tile),
+            (replace(SQUARE, gated="halves", activation="silu"), tile),
+            (replace(SQUARE, M=4000, N=4072, a_layout="col", b_layout="col"), tile),
+            (replace(SQUARE, dtype="fp8e4m3", b_layout="col", **scales), replace(tile, BLOCK_K=128)),
+            (replace(SQUARE, dtype="int8", b_layout="col", bias="fp32", out_dtype="bf16", **scales), tile),
+        ],
+    ):
+        assert_specialised(reply)
+        assert reply["instructions"]["wgmma"], described(reply)
+        assert reply["over"] is None, (described(reply), reply["over"])
+    for arch in (86, 100):
+        (reply,) = replies(arch, [(SQUARE, replace(tile, num_stages=3))])
+        assert_specialised(reply)
 
 
 # Defaults

@@ -42,7 +42,10 @@ def cases(draw: st.DrawFn) -> tuple[GemmProblem, GemmConfig]:
         bias=draw(st.sampled_from([None, "fp32"])),
         residual=draw(st.sampled_from([None, "fp16"])),
     )
-    return problem, GemmConfig(**{name: draw(st.sampled_from(values)) for name, values in AXES.items()})
+    config = GemmConfig(**{name: draw(st.sampled_from(values)) for name, values in AXES.items()})
+    if config.WARP_SPECIALIZE:  # which goes with few of the others
+        config = replace(config, BLOCK_M=max(128, config.BLOCK_M), SPLIT_K=1, num_warps=4, PERSISTENT=True, TMA=True)
+    return problem, config
 
 
 def extents(size: int, block: int) -> list[int]:
@@ -98,7 +101,10 @@ def test_work_is_that_of_the_launch(case: tuple[GemmProblem, GemmConfig]) -> Non
     assert work.launches == 1
     assert work.blocks == math.prod(launch.grid)
     assert work.splits == launch.grid[1]  # slower than the tiles: `wave_panels` and `finish_cycles` rely on it
-    assert (work.num_warps, work.num_stages) == (launch.num_warps, launch.num_stages)
+    # Of the three groups of a specialised block one copies.
+    assert work.num_warps == launch.num_warps * (2 if config.WARP_SPECIALIZE else 1)
+    assert work.num_stages == launch.num_stages
+    assert (work.persistent, work.specialized) == (config.PERSISTENT, config.WARP_SPECIALIZE)
     workspace = [4 * scratch.elements for scratch in launch.scratch if scratch.name == "workspace"]
     assert work.workspace_bytes * work.blocks == sum(workspace)
     # Loads are wide only where the compiler is told that both operands' rows (or columns) start on 16 elements.
