@@ -74,7 +74,6 @@ INSTRUCTIONS = {
     "shuffles": r"\bshfl\.",
     "narrow loads": r"\bld\.global(?:\.\w+)*\.[bus](?:8|16)\b",
     "setmaxnreg": r"\bsetmaxnreg\b",
-    "fence behind barriers": r"\bfence\.proxy\.async\.shared::cta; mov\b",
     "wide loads": r"\bld\.global(?:\.\w+)*\.v4\.b32\b",
 }
 ORDERED = (r"\bwgmma\.commit", r"\bwgmma\.wait", r"\bex2\b")

@@ -150,7 +150,8 @@ def test_a_specialised_loop_is_three_groups_of_warps():
         [
             (SQUARE, tile),
             (SQUARE, replace(tile, BLOCK_N=256)),
-            (replace(SQUARE, bias="fp16", activation="gelu_tanh"), replace(tile, BLOCK_M=256)),
+            (replace(SQUARE, bias="fp16", activation="gelu_tanh"), tile),
+            (replace(SQUARE, bias="fp16", activation="relu"), replace(tile, BLOCK_M=256)),
             (replace(SQUARE, bias="fp16", residual="fp16", strided=True), tile),
             (replace(SQUARE, gated="halves", activation="silu"), tile),
             (replace(SQUARE, M=4000, N=4072, a_layout="col", b_layout="col"), tile),
