@@ -19,7 +19,7 @@ def stale_barriers(ptx: str) -> tuple[int, ...]:
     Triton allots shared memory by size, operands before barriers: a barrier before all that are used is in an operand.
     """
     bases = set(_BASE.findall(ptx))
-    offsets = {register: 0 for register in bases}
+    offsets = dict.fromkeys(bases, 0)
     added: dict[str, int] = {}
     for register, other, text in _SUM.findall(ptx):
         added[register] = int(text)

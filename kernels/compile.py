@@ -116,7 +116,9 @@ def _compile(launch: Launch, arch: int, ptx_isa: int | None) -> Binary:
     if constexprs.get("WARP_SPECIALIZE"):
         stale = stale_barriers(binary.ptx)
         if stale:
-            raise CompileError(f"Triton {triton_version()} copies operands over barriers at {stale} that it left behind")
+            raise CompileError(
+                f"Triton {triton_version()} copies operands over barriers at {stale} that it left behind"
+            )
     most = min(MAX_REGISTERS_PER_THREAD, REGISTERS_PER_BLOCK // (binary.num_warps * WARP_SIZE) // 8 * 8)
     if binary.resources.spill_bytes and binary.resources.registers < most:
         # ptxas spills a few bytes where that fits another block on an SM: 3 kernels in a thousand, at 72, 80, 96 or 128

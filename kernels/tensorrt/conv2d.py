@@ -119,13 +119,14 @@ class Conv2dPlugin(PluginOperation):
         p, q = self._pixels(tensors, attributes)
         groups = self._groups(tensors, attributes)
         filters = tensors["w"].static(0, "K") // groups
-        return ceil_div(tensors["x"].dims[0] * p * q, config.BLOCK_M) * (-(-filters // config.BLOCK_N) * groups)
+        positions = tensors["x"].dims[0] * ceil_div(p, config.ROWS) * q
+        return ceil_div(positions, config.BLOCK_M) * (-(-filters // config.BLOCK_N) * groups)
 
     def generalized(self, launch: Launch, tensors: Tensors) -> Launch:
         if all(is_static(dim) for dim in tensors["x"].dims[2:]):
             return launch
         # A row of the result is some (W + padding - …) / stride long: nothing divides it for sure.
-        weak = {"EVEN_M": False, "RUN": 1, "PADDED": True}
+        weak = {"EVEN_M": False, "EVEN_P": False, "RUN": 1, "PADDED": True}
         return replace(
             launch,
             constexprs=tuple((name, weak.get(name, value)) for name, value in launch.constexprs),

@@ -39,6 +39,9 @@ FEATURES: dict[str, Conv2dProblem | Variant[Conv2dProblem, Conv2dConfig]] = {
     "depthwise, NHWC": Conv2dProblem(**WISE, bias="fp16", activation="clamp:0:6"),
     "depthwise, NCHW": Conv2dProblem(**WISE, layout="nchw"),
     "depthwise, two filters a channel": Conv2dProblem(**{**WISE, "K": 64}),
+    "depthwise, rows of pixels": Variant(
+        Conv2dProblem(**WISE, bias="fp16"), Conv2dConfig(16, 32, ROWS=4, num_stages=1)
+    ),
     "depthwise, int8": Conv2dProblem(**WISE, dtype="int8", x_scale=True, w_scale="channel"),
     "three channels": Conv2dProblem(N=1, H=9, W=9, C=3, K=32, R=7, S=7, stride_h=2, stride_w=2, **PADDED),
     "1×1": Conv2dProblem(N=2, H=5, W=5, C=32, K=48, R=1, S=1, bias="fp16"),

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
-from tilewright.kernels.ops.conv2d import jit, problem, space
+from tilewright.kernels.ops.conv2d import depthwise, jit, problem, space
 from tilewright.kernels.ops.conv2d.default import default
 from tilewright.kernels.ops.conv2d.features import FEATURES
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
@@ -18,14 +18,19 @@ FP8_SUM = 128
 """As for a GEMM: tensor cores of sm_90 add fp8 products with 14 bits; after this many the sum moves on to fp32."""
 
 
+LOADS_AHEAD = 3
+"""Rows of x that a step of the depthwise kernel's loop loads, at the least, so that one is waited for with others."""
+
+
 def launches(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[Launch, ...]:
     """The one launch of a convolution: of the depthwise kernel where every filter sees one channel, else of the
     implicit GEMM."""
-    depthwise = problem.depthwise
-    groups = 1 if depthwise else problem.groups
+    wise = problem.depthwise
+    groups = 1 if wise else problem.groups
     channels, filters = problem.C // groups, problem.K // groups
-    tiles = math.ceil(problem.pixels / config.BLOCK_M) * math.ceil(filters / config.BLOCK_N) * groups
-    split = config.SPLIT_K > 1 and not depthwise
+    positions = space.positions(problem, config)
+    tiles = math.ceil(positions / config.BLOCK_M) * math.ceil(filters / config.BLOCK_N) * groups
+    split = config.SPLIT_K > 1 and not wise
     nchw = problem.layout == "nchw"
 
     def pointer(name: str, kind: str | None) -> Argument:
@@ -71,7 +76,7 @@ def launches(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[Launch, ...]
         ("RUN", run),
         ("PADDED", problem.padded),
     )
-    even = (("EVEN_M", problem.pixels % config.BLOCK_M == 0), ("EVEN_N", filters % config.BLOCK_N == 0))
+    even = (("EVEN_M", positions % config.BLOCK_M == 0), ("EVEN_N", filters % config.BLOCK_N == 0))
     epilogue = (
         ("SUM", tl.int32 if integers else tl.float32),
         ("W_SCALE", problem.w_scale or "tensor"),
@@ -79,9 +84,11 @@ def launches(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[Launch, ...]
     )
     tile = (("BLOCK_M", config.BLOCK_M), ("BLOCK_N", config.BLOCK_N), ("GROUP_M", config.GROUP_M))
     grid = (tiles, config.SPLIT_K if split else 1, 1)
-    if depthwise:
-        constexprs = (("MULTIPLIER", filters // channels), *window, *even, *epilogue, *tile)
-        launch = Launch(jit.depthwise_kernel, grid, arguments, constexprs, config.num_warps, config.num_stages)
+    if wise:
+        rows = (("EVEN_P", problem.P % config.ROWS == 0), ("ROWS", config.ROWS))
+        unroll = ("UNROLL", min(problem.S, math.ceil(LOADS_AHEAD / space.rows_read(problem, config))))
+        constexprs = (("MULTIPLIER", filters // channels), *window, *even, *epilogue, *tile, *rows, unroll)
+        launch = Launch(depthwise.depthwise_kernel, grid, arguments, constexprs, config.num_warps, config.num_stages)
         return (launch,)
     depth = problem.depth if config.FOLD else channels
     return (
@@ -127,7 +134,7 @@ CONV2D: Kernel[Conv2dProblem, Conv2dConfig] = Kernel(
     name="conv2d",
     problem=Conv2dProblem,
     space=space.SPACE,
-    jit_functions=(jit.conv2d_kernel, jit.depthwise_kernel),
+    jit_functions=(jit.conv2d_kernel, depthwise.depthwise_kernel),
     default=default,
     launches=launches,
     reference=problem.reference,

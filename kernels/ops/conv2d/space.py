@@ -21,7 +21,7 @@ from tilewright.tuning_db.record import Resources
 class Conv2dConfig(Config):
     """Tile, walk, split and pipeline of one convolution.
 
-    The depthwise kernel has no dot: BLOCK_K, SPLIT_K, FOLD and num_stages change nothing there.
+    The depthwise kernel has no dot: BLOCK_K, SPLIT_K, FOLD and num_stages change nothing there. ROWS is for it alone.
     """
 
     BLOCK_M: int  # output pixels
@@ -32,6 +32,7 @@ class Conv2dConfig(Config):
     FOLD: bool = False  # the channels of all taps are one depth, padded once: for few channels
     num_warps: int = 4
     num_stages: int = 3
+    ROWS: int = 1  # depthwise: such tiles of output pixels below each other, which share what they read
 
 
 AXES = {
@@ -43,6 +44,7 @@ AXES = {
     "FOLD": (False, True),
     "num_warps": (2, 4, 8),
     "num_stages": (1, 2, 3, 4, 5),
+    "ROWS": (1, 2, 4, 8),
 }
 
 WITHOUT_DOTS = ("BLOCK_K", "GROUP_M", "SPLIT_K", "FOLD", "num_stages")
@@ -136,7 +138,18 @@ def shared_bytes(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -
 
 def accumulators(config: Conv2dConfig) -> float:
     """Sums per thread."""
-    return config.BLOCK_M * config.BLOCK_N / (config.num_warps * WARP_SIZE)
+    return config.BLOCK_M * config.BLOCK_N * config.ROWS / (config.num_warps * WARP_SIZE)
+
+
+def positions(problem: Conv2dProblem, config: Conv2dConfig) -> int:
+    """What is dealt out BLOCK_M at a time: output pixels; of the depthwise kernel, the first of ROWS below each
+    other."""
+    return problem.pixels if not problem.depthwise else problem.N * math.ceil(problem.P / config.ROWS) * problem.Q
+
+
+def rows_read(problem: Conv2dProblem, config: Conv2dConfig) -> int:
+    """Rows of x that the depthwise kernel loads for each column of taps."""
+    return (config.ROWS - 1) * problem.stride_h + (problem.R - 1) * problem.dilation_h + 1
 
 
 def fits(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str | None:
@@ -156,6 +169,8 @@ def fits(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str | 
     if accumulators(config) > MAX_REGISTERS_PER_THREAD:
         return f"{accumulators(config):.0f} accumulators a thread are over its {MAX_REGISTERS_PER_THREAD} registers"
     if not problem.depthwise:
+        if config.ROWS > 1:
+            return f"ROWS={config.ROWS} is for depthwise convolutions"
         least_k = max(16, 32 // int(dtype(problem.dtype).bytes))
         if min(config.BLOCK_M, config.BLOCK_N) < 16 or least_k > config.BLOCK_K:
             return f"the smallest tile of a {problem.dtype} dot is 16×16×{least_k}"
@@ -170,17 +185,17 @@ def fits(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str | 
     tiles_n = math.ceil(_columns(problem) / config.BLOCK_N)
     reach = problem.dilation_h * (problem.R - 1), problem.dilation_w * (problem.S - 1)
     ends = (
-        problem.pixels + config.BLOCK_M,
+        max(problem.pixels, positions(problem, config)) + config.BLOCK_M,
         problem.K + config.BLOCK_N,
         problem.group_channels + config.BLOCK_K,
         depth_blocks(problem, config) + config.SPLIT_K,
-        problem.P * problem.stride_h + reach[0],
+        math.ceil(problem.P / config.ROWS) * config.ROWS * problem.stride_h + reach[0],
         problem.Q * problem.stride_w + reach[1],
         config.GROUP_M * tiles_n,
     )
     if max(ends) >= 2**31:
         return f"positions in {problem.pixels} pixels by {problem.K} channels pass 32 bits"
-    tiles = math.ceil(problem.pixels / config.BLOCK_M) * tiles_n * _batch(problem)
+    tiles = math.ceil(positions(problem, config) / config.BLOCK_M) * tiles_n * _batch(problem)
     if tiles >= 2**31:
         return f"{tiles} tiles are over the grid's {2**31 - 1}"
     return None
@@ -245,7 +260,9 @@ def _useful_depthwise(problem: Conv2dProblem, config: Conv2dConfig) -> str | Non
     for name in WITHOUT_DOTS:
         if getattr(config, name) != AXES[name][0]:
             return f"{name}={getattr(config, name)} changes nothing in a kernel without dots"
-    for block, size in ((config.BLOCK_M, problem.pixels), (config.BLOCK_N, problem.K)):
+    if config.ROWS >= 2 * problem.P:
+        return f"ROWS={config.ROWS} over {problem.P} rows are mostly padding"
+    for block, size in ((config.BLOCK_M, positions(problem, config)), (config.BLOCK_N, problem.K)):
         if block > max(16, 2 ** math.ceil(math.log2(size))):
             return f"a block of {block} over a size of {size} is mostly padding"
     if not 4 <= accumulators(config) <= 64:
@@ -264,6 +281,9 @@ def narrow(
     kept = dict(axes)
     if problem.depthwise:
         kept |= {name: axes[name][:1] for name in WITHOUT_DOTS}
+        kept["ROWS"] = tuple(rows for rows in axes["ROWS"] if rows < 2 * problem.P)
+    else:
+        kept["ROWS"] = axes["ROWS"][:1]
     channels, filters = problem.group_channels, problem.K if problem.depthwise else problem.group_filters
     for name, size, smallest in (
         ("BLOCK_M", problem.pixels, 16),
@@ -311,9 +331,11 @@ def ragged(problem: Conv2dProblem, config: Conv2dConfig) -> Conv2dProblem:
         channels, filters = channels * groups, filters * groups
     # As many rows and columns as make two tiles of pixels, of which the last one is cut.
     images = min(problem.N, 2)
-    wanted = min(problem.pixels, 2 * config.BLOCK_M - 3) // images
+    wanted = max(1, min(positions(problem, config), 2 * config.BLOCK_M - 3) // images)
     columns = min(problem.Q, max(1, math.isqrt(wanted)))
     rows = min(problem.P, max(1, wanted // columns))
+    if problem.depthwise and config.ROWS > 1:
+        rows = min(problem.P, rows * config.ROWS - 1)  # of the last rows below each other, one is none
     if not problem.padded:
         # Padding that no tap reaches would be reached in a smaller image, by other code.
         problem = replace(problem, pad_bottom=0, pad_right=0)
@@ -417,14 +439,14 @@ def _depthwise_registers(problem: Conv2dProblem, config: Conv2dConfig) -> float:
 def work(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
     """The grid, the loop and the bytes of one configuration."""
     element = dtype(problem.dtype).bytes
-    tiles_m = math.ceil(problem.pixels / config.BLOCK_M)
+    tiles_m = math.ceil(positions(problem, config) / config.BLOCK_M)
     tiles_n = math.ceil(_columns(problem) / config.BLOCK_N)
     splits = 1 if problem.depthwise else config.SPLIT_K
     # In bounds, on average over the tiles: masked elements are not read.
-    rows, columns = problem.pixels / tiles_m, _columns(problem) / tiles_n
-    epilogue = rows * columns * dtype(problem.output_dtype).bytes
+    pixels, columns = problem.pixels / tiles_m, _columns(problem) / tiles_n
+    epilogue = pixels * columns * dtype(problem.output_dtype).bytes
     if problem.residual is not None:
-        epilogue += rows * columns * dtype(problem.residual).bytes
+        epilogue += pixels * columns * dtype(problem.residual).bytes
     if problem.bias is not None:
         epilogue += columns * dtype(problem.bias).bytes
     if problem.w_scale == "channel":
@@ -433,6 +455,8 @@ def work(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
     if problem.depthwise:
         # A column of tiles has its own channels of x: it is a problem of its own, as a group is.
         taps = problem.R * problem.S
+        # Of each column of taps, a row of x is loaded once for all rows of output that see it.
+        shared = min(1.0, rows_read(problem, config) / (problem.R * config.ROWS))
         return Work(
             tiles_m=tiles_m,
             tiles_n=1,
@@ -440,21 +464,21 @@ def work(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
             batch=tiles_n,
             group_m=1,
             iterations=taps,
-            tile_m=config.BLOCK_M,
+            tile_m=config.BLOCK_M * config.ROWS,
             tile_n=config.BLOCK_N,
             tile_k=0,
             num_warps=config.num_warps,
             num_stages=1,
             unit=problem.unit,
             operand_bytes=element,
-            load_bytes=(rows * inside(problem) + 1) * columns * element,
+            load_bytes=(pixels * inside(problem) * shared + 1) * columns * element,
             vector_bytes=tile_vector_bytes(problem, config)[0],
             panel_a=Panel(x_bytes / tiles_m / tiles_n),
             panel_b=Panel(columns * taps * element),
             epilogue_bytes=epilogue,
             workspace_bytes=0.0,
-            # A product and a sum, and a conversion of what is not fp32 yet.
-            lane_ops=config.BLOCK_M * config.BLOCK_N * (1.0 if problem.dtype == "fp32" else 2.0),
+            # A product and a sum, and a conversion of what is loaded and not fp32 yet.
+            lane_ops=config.BLOCK_M * config.ROWS * config.BLOCK_N * (1.0 if problem.dtype == "fp32" else 1.0 + shared),
         )
     blocks = depth_blocks(problem, config)
     tile_m, tile_n = dot_tile(problem, config)
@@ -473,7 +497,7 @@ def work(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
         num_stages=config.num_stages,
         unit=problem.unit,
         operand_bytes=element,
-        load_bytes=(rows * inside(problem) + columns) * problem.depth / blocks * element,
+        load_bytes=(pixels * inside(problem) + columns) * problem.depth / blocks * element,
         vector_bytes=min(tile_vector_bytes(problem, config)),
         # Tiles of one row of images share its halo through L2: what counts is x once.
         panel_a=Panel(x_bytes / problem.groups / tiles_m / splits),

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.dtypes import DTYPES
 from tilewright.kernels.interpreter import interpret
 from tilewright.kernels.kernel import Tolerance
-from tilewright.kernels.ops.conv2d import jit
+from tilewright.kernels.ops.conv2d import depthwise, jit
 from tilewright.kernels.ops.conv2d.api import conv2d
 from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.conv2d.problem import INPUT_DTYPES, Conv2dProblem, tolerance, touched
@@ -84,6 +85,7 @@ AXES = {
     "out_dtype": OUT_DTYPES,
     "aligned": (True, False),
     "config": CONFIGS,
+    "rows": (1, 2, 4),
 }
 
 
@@ -126,8 +128,14 @@ def problem_of(row):
     )
 
 
-def described(row):
+def config_of(row):
+    """The configuration of a row, with rows for a depthwise problem."""
     config = row["config"]
+    return replace(config, ROWS=row["rows"]) if config is not None and problem_of(row).depthwise else config
+
+
+def described(row):
+    config = config_of(row)
     tile = "default" if config is None else "/".join(str(value) for value in config.to_dict().values())
     return f"{problem_of(row)} on {tile}"
 
@@ -144,7 +152,7 @@ def test_rows_cover_every_pair():
 
 @pytest.mark.parametrize("row", ROWS, ids=described)
 def test_equals_the_reference(row):
-    conforms(problem_of(row), row["config"])
+    conforms(problem_of(row), config_of(row))
 
 
 @pytest.mark.smoke
@@ -157,6 +165,7 @@ def test_equals_the_reference_with_all_that_can_be_fused(kind, layout):
     conforms(Conv2dProblem(C=33, K=17, precision=precision, **shape, **fused))
     conforms(Conv2dProblem(C=6, K=34, groups=2, precision=precision, **shape, **fused), CONFIGS[4])
     conforms(Conv2dProblem(C=17, K=17, groups=17, precision=precision, **shape, **fused))
+    conforms(Conv2dProblem(C=17, K=17, groups=17, precision=precision, **shape, **fused), Conv2dConfig(16, 16, ROWS=4))
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
@@ -262,6 +271,7 @@ def drawn(data):
         GROUP_M=draw(st.integers(1, 4)),
         SPLIT_K=draw(st.integers(1, 4)),
         FOLD=draw(st.booleans()),
+        ROWS=draw(st.sampled_from([1, 2, 3, 4, 8])) if problem.depthwise else 1,
     )
     return problem, config
 
@@ -305,7 +315,7 @@ def test_layers_of_real_networks(name, layout):
     fields |= {"stride_h": stride, "stride_w": stride, "dilation_h": dilation, "dilation_w": dilation}
     problem = Conv2dProblem(N=2, layout=layout, bias="fp16", activation="relu", **fields)
     (launch,) = CONV2D.launches(problem, CONV2D.default(problem, A100))
-    wanted = jit.depthwise_kernel if problem.depthwise else jit.conv2d_kernel
+    wanted = depthwise.depthwise_kernel if problem.depthwise else jit.conv2d_kernel
     assert launch.fn is wanted
     if problem.C < 8:
         # No tap's channels are padded to a block: the depth is, once.
@@ -641,15 +651,10 @@ DEFECTS = {
         "mask_x = both(mask_x, (y >= 0) & (y < H) & (z >= 0) & (z < W))",
         "mask_x = both(mask_x, (y >= 0) & (y < H) & (z >= 0) & (z <= W))",
     ),
-    "upper edge of depthwise taps not masked": (
-        "across(both(mask_m, (y >= 0) & (y < H) & (z >= 0) & (z < W)), NHWC)",
-        "across(both(mask_m, (y < H) & (z >= 0) & (z < W)), NHWC)",
-    ),
     "dilation of rows ignored": ("y = top + r * DILATION_H\n                    z",
                                  "y = top + r\n                    z"),
     "dilation of columns ignored": ("(s * DILATION_W).to(tl.int64)", "s.to(tl.int64)"),
     "folded dilation ignored": ("right = tap % S * DILATION_W", "right = tap % S"),
-    "depthwise dilation ignored": ("s * DILATION_W * x_column", "s * x_column"),
     "folded taps by columns first": ("down = tap // S * DILATION_H", "down = tap % R * DILATION_H"),
     "filters of the first group": ("w_ptr + (group * K + filters)", "w_ptr + filters"),
     "channels of the first group": ("x_base = x_ptr + group * channels\n", "x_base = x_ptr\n"),
@@ -679,12 +684,27 @@ DEFECTS = {
         "last = tl.minimum(first + blocks_per_split + 1, blocks)",
     ),
     "operands in tf32": ("input_precision=PRECISION", 'input_precision="tf32"'),
-    "last row of depthwise taps dropped": ("for r in range(R):", "for r in range(R - 1):"),
-    "filters of a channel taken for channels": ("channels = filters // MULTIPLIER", "channels = filters % C"),
-    "depthwise product in fp16": ("x.to(SUM) * w.to(SUM)", "(x.to(tl.float16) * w.to(tl.float16)).to(SUM)"),
     "rows of out swapped with columns": ("image.to(tl.int64) * P + row) * Q + column",
                                          "image.to(tl.int64) * Q + column) * P + row"),
     "pixels of the next row": ("return rows // P, rows % P,", "return rows // P, rows % P + rows // P,"),
+}  # fmt: skip
+
+DEPTHWISE_DEFECTS = {
+    "upper edge not masked": ("both(mask_z, (y >= 0) & (y < H))", "both(mask_z, y < H)"),
+    "lower edge not masked": ("both(mask_z, (y >= 0) & (y < H))", "both(mask_z, y >= 0)"),
+    "left edge not masked": ("both(mask_m, (z >= 0) & (z < W))", "both(mask_m, z < W)"),
+    "dilation of columns ignored": ("s * DILATION_W * x_column", "s * x_column"),
+    "dilation of rows ignored": ("row % DILATION_H == 0 and row // DILATION_H < R", "row < R"),
+    "last row of taps dropped": ("row // DILATION_H < R:", "row // DILATION_H < R - 1:"),
+    "stride of rows ignored": ("row - out_row * STRIDE_H,", "row - out_row,"),
+    "taps of w in the wrong order": ("w_tile + (r * S + s)", "w_tile + (s * R + r)"),
+    "filters of a channel taken for channels": ("channels = filters // MULTIPLIER", "channels = filters % C"),
+    "product in fp16": ("total += x * weights[row // DILATION_H]",
+                        "total += (x.to(tl.float16) * weights[row // DILATION_H].to(tl.float16)).to(total.dtype)"),
+    "last row of a band not written": ("for out_row in tl.static_range(ROWS):\n        out_pixels",
+                                       "for out_row in tl.static_range(max(1, ROWS - 1)):\n        out_pixels"),
+    "written past the last row": ("both(mask_m, first + out_row < P)", "mask_m"),
+    "bands of the first rows": ("first = band * ROWS", "first = band"),
 }  # fmt: skip
 
 FUSED = {"bias": "fp32", "residual": "fp32", "alpha": True, "activation": "relu", "w_scale": "channel", "x_scale": True}
@@ -698,6 +718,7 @@ EXPOSING = (
     (Conv2dProblem(N=1, H=3, W=2, C=7, K=17, R=3, S=2, dtype="fp32"), Conv2dConfig(16, 16, 16, FOLD=True)),
     (Conv2dProblem(**SHAPE, C=32, K=16), Conv2dConfig(16, 16, 16)),
     (Conv2dProblem(**SHAPE, C=34, K=34, groups=34, **PADDED, **FUSED), Conv2dConfig(16, 16)),
+    (Conv2dProblem(**{**SHAPE, "H": 11}, C=34, K=34, groups=34, stride_h=2, **PADDED), Conv2dConfig(16, 16, ROWS=2)),
     (Conv2dProblem(**SHAPE, C=17, K=34, groups=17, layout="nchw"), Conv2dConfig(16, 16)),
     (Conv2dProblem(**SHAPE, C=17, K=16, out_dtype="int8", out_scale=True), Conv2dConfig(16, 16, 32)),
 )
@@ -717,21 +738,36 @@ def test_the_kernels_themselves_show_no_defect():
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_would_be_seen(defect, tmp_path, monkeypatch):
-    right, wrong = DEFECTS[defect]
-    source = inspect.getsource(jit)
-    assert source.count(right) == 1, f"the kernels no longer have {right!r}: put the defect where it is now"
-    path = tmp_path / "defective.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("defective", path)
-    defective = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(defective)
+    defective = with_defect(jit, *DEFECTS[defect], tmp_path)
     forget_plans()
-    for kernel in ("conv2d_kernel", "depthwise_kernel"):
-        monkeypatch.setattr(jit, kernel, getattr(defective, kernel))
+    monkeypatch.setattr(jit, "conv2d_kernel", defective.conv2d_kernel)
     try:
         assert any(itertools.starmap(exposed, EXPOSING))
     finally:
         forget_plans()
+
+
+@pytest.mark.parametrize("defect", DEPTHWISE_DEFECTS)
+def test_a_defect_of_the_depthwise_kernel_would_be_seen(defect, tmp_path, monkeypatch):
+    defective = with_defect(depthwise, *DEPTHWISE_DEFECTS[defect], tmp_path)
+    forget_plans()
+    monkeypatch.setattr(depthwise, "depthwise_kernel", defective.depthwise_kernel)
+    try:
+        assert any(exposed(problem, config) for problem, config in EXPOSING if problem.depthwise)
+    finally:
+        forget_plans()
+
+
+def with_defect(module, right, wrong, folder):
+    """A copy of the module with a defect."""
+    source = inspect.getsource(module)
+    assert source.count(right) == 1, f"the kernel no longer has {right!r} once: put the defect where it is now"
+    path = folder / "defective.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("defective", path)
+    defective = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(defective)
+    return defective
 
 
 def test_a_result_two_tolerances_off_fails():

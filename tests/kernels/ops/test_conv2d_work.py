@@ -19,7 +19,17 @@ from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.conv2d import space
 from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem, touched
-from tilewright.kernels.ops.conv2d.space import AXES, SPACE, Conv2dConfig, fits, ragged, tile_vector_bytes, vector_bytes
+from tilewright.kernels.ops.conv2d.space import (
+    AXES,
+    SPACE,
+    Conv2dConfig,
+    fits,
+    positions,
+    ragged,
+    rows_read,
+    tile_vector_bytes,
+    vector_bytes,
+)
 from tilewright.kernels.prediction import occupancy, predict
 from tilewright.tuning_db.errors import ProblemError
 from tilewright.tuning_db.record import Resources
@@ -32,7 +42,8 @@ A100 = BOARDS["a100"]
 def cases(draw: st.DrawFn) -> tuple[Conv2dProblem, Conv2dConfig]:
     """Problems small enough to count, and any configuration of them."""
     problem, _ = drawn(draw(st.data()))
-    return problem, Conv2dConfig(**{name: draw(st.sampled_from(values)) for name, values in AXES.items()})
+    config = Conv2dConfig(**{name: draw(st.sampled_from(values)) for name, values in AXES.items()})
+    return problem, config if problem.depthwise else replace(config, ROWS=1)
 
 
 def extents(size: int, block: int) -> list[int]:
@@ -56,7 +67,7 @@ def test_work_adds_up_to_what_the_blocks_do(case: tuple[Conv2dProblem, Conv2dCon
     work = CONV2D.work(problem, config)
     element = dtype(problem.dtype).bytes
     wise = problem.depthwise
-    rows = extents(problem.pixels, config.BLOCK_M)
+    rows = extents(positions(problem, config), config.BLOCK_M)
     columns = extents(problem.K if wise else problem.group_filters, config.BLOCK_N)
     stored = problem.pixels * problem.K * dtype(problem.output_dtype).bytes
     stored += 0 if problem.residual is None else problem.pixels * problem.K * dtype(problem.residual).bytes
@@ -66,7 +77,9 @@ def test_work_adds_up_to_what_the_blocks_do(case: tuple[Conv2dProblem, Conv2dCon
 
     # Every column of tiles reads all of its group's x, every row all of w; of x, what is inside of it.
     columns_of_x = problem.K if wise else problem.C * len(columns)
-    loaded = taps_inside(problem) * columns_of_x * element + len(rows) * problem.K * problem.depth * element
+    # Below each other, output rows share the rows of x that several of them see.
+    shared = min(1.0, rows_read(problem, config) / (problem.R * config.ROWS))
+    loaded = taps_inside(problem) * shared * columns_of_x * element + len(rows) * problem.K * problem.depth * element
     if wise:
         steps = problem.R * problem.S
     elif config.FOLD:
@@ -236,7 +249,7 @@ def test_the_ragged_problem_is_small_and_takes_the_same_code(case: tuple[Conv2dP
     except ProblemError as error:
         pytest.fail(f"{problem} with {config}: {error}")
     # Two tiles of pixels, but that padding alone may make more.
-    assert small.pixels <= 2 * config.BLOCK_M or 1 in (small.H, small.W)
+    assert positions(small, config) <= 2 * config.BLOCK_M or 1 in (small.H, small.W)
     assert small.group_filters <= max(problem.group_filters, 2 * config.BLOCK_N)
     for name in ("R", "S", "stride_h", "stride_w", "dilation_h", "dilation_w", "layout", "w_layout", "dtype"):
         assert getattr(small, name) == getattr(problem, name)
