@@ -162,6 +162,7 @@ def test_a_tile_too_small_for_its_threads_is_loaded_narrowly() -> None:
         (Conv2dConfig(16, 16, 16.0), "BLOCK_K=16.0 must be an integer of at least 1"),  # type: ignore[arg-type]
         (Conv2dConfig(16, 16, 16, FOLD=1), "FOLD=1 must be true or false"),  # type: ignore[arg-type]
         (Conv2dConfig(16, 16, 16, SPLIT_K=0), "SPLIT_K=0 must be an integer of at least 1"),
+        (Conv2dConfig(16, 16, 16, ROWS=2), "ROWS=2 is for depthwise convolutions"),
         (Conv2dConfig(8, 16, 16), "the smallest tile of a fp16 dot is 16×16×16"),
         (Conv2dConfig(16, 16, 16, num_warps=64), "num_warps=64 is over the 32 of a block"),
         (Conv2dConfig(256, 256, 16), "512 accumulators a thread are over its 255 registers"),
@@ -455,3 +456,18 @@ def test_long_rows_cost_no_more_than_short_ones():
     problem = Conv2dProblem(N=1, H=1, W=2**30, C=1, K=16, R=1, S=31, pad_left=15, pad_right=15)
     assert problem.pixels_read() == 2**30
     assert 0.99 < space.inside(problem) < 1
+
+
+def test_rows_below_each_other_are_in_the_space_of_depthwise_problems_with_as_many() -> None:
+    wise = Conv2dProblem(N=1, H=5, W=8, C=32, K=32, groups=32, R=3, S=3, pad_top=1, pad_left=1, pad_bottom=1)
+    assert {config.ROWS for config in SPACE.configs(wise, A100)} == {1, 2, 4, 8}
+    assert {config.ROWS for config in SPACE.configs(replace(wise, H=2), A100)} == {1, 2}
+    assert {config.ROWS for config in SPACE.configs(replace(wise, groups=1), A100)} == {1}
+    assert space.useful(replace(wise, H=2), Conv2dConfig(16, 16, 16, ROWS=8, num_stages=1), A100) == (
+        "ROWS=8 over 2 rows are mostly padding"
+    )
+    # Of three taps of a column, one row of x is new for each row of output: 3 and 6 rows, for 1 and 4 times 3 that are
+    # summed.
+    one, four = (CONV2D.work(wise, Conv2dConfig(16, 16, 16, ROWS=rows, num_stages=1)) for rows in (1, 4))
+    assert (rows_read(wise, Conv2dConfig(16, 16)), rows_read(wise, Conv2dConfig(16, 16, ROWS=4))) == (3, 6)
+    assert four.lane_ops == pytest.approx(4 * one.lane_ops * (1 + 6 / 12) / 2)
