@@ -42,7 +42,7 @@ def main(device_name: str, json_file: Path | None) -> None:
         a, b, out = (SimulatedArray((1024, 1024), address=(place + 1) << 24) for place in range(3))
         bias, residual = SimulatedArray((1024,)), SimulatedArray((1024, 1024), address=1 << 30)
         plan, _ = plan_for(GEMM, GemmProblem(M=1024, N=1024, K=1024), 0)
-        pointers = {"a_ptr": 1 << 24, "b_ptr": 2 << 24, "out_ptr": 3 << 24}
+        run, pointers = plan.bind(("a_ptr", "b_ptr", "out_ptr"), {}), (1 << 24, 2 << 24, 3 << 24)
         kind = kind_of(a)
         calls = [
             ("gemm(a, b, out=out)", lambda: gemm(a, b, out=out)),
@@ -51,8 +51,8 @@ def main(device_name: str, json_file: Path | None) -> None:
                 "gemm(a, b, bias=, residual=, activation=, alpha=, out=)",
                 lambda: gemm(a, b, bias=bias, residual=residual, activation="gelu", alpha=0.5, out=out),
             ),
-            ("of which: the plan alone", lambda: plan.run(pointers, {}, 0)),
-            ("of which: one array's signature", lambda: kind.signature(a)),
+            ("of which: the plan alone", lambda: run(pointers, 0)),
+            ("of which: a look at the arrays", lambda: kind.look((a, b, out))),
         ]
         rows = [(label, median_us(call, REPEATS)) for label, call in calls]
         launches = driver.launches

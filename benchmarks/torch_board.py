@@ -24,8 +24,11 @@ from tilewright.kernels import gemm
 from tilewright.kernels.arrays import require_cupy
 from tilewright.kernels.device import Device
 from tilewright.kernels.dispatch import forget_plans, plan_for
+from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.prediction import roofline_us
 from tilewright.kernels.registry import find_kernel
+from tilewright.kernels.runtime import Plan
 from tilewright.tuner.gpu import Gpu, read_kernel
 from tilewright.tuner.timing import Sampler, replay_copies, time_rounds
 from tilewright.tuner.turns import turn
@@ -212,17 +215,21 @@ class TorchBoard:
         return self.gpu.cold_sampler(lambda _: replay())
 
     def dispatch(self) -> list[tuple[str, float]]:
-        """Host time of one call, in µs, the GPU kept from being waited for: ours, Triton's launcher, torch's."""
+        """Host time of one call, in µs, the GPU kept from being waited for: ours, the driver's share of it, torch's,
+        Triton's launcher."""
         torch = self.torch
         a, b, out = (torch.randn(128, 128, device="cuda", dtype=torch.float16) for _ in range(3))
         buffer, flag = torch.zeros(4096, dtype=torch.int32, device="cuda"), torch.zeros(1, dtype=torch.int32).cuda()
         cupy = require_cupy()
         arrays = [cupy.from_dlpack(each) for each in (a, b, out)]
+        plan, _ = plan_for(GEMM, GemmProblem(M=128, N=128, K=128), self.ordinal)
+        launch = driver_launch(plan, ("a_ptr", "b_ptr", "out_ptr"), [each.data_ptr() for each in (a, b, out)])
         grid = read_kernel[(1,)]
         calls: list[tuple[str, Callable[[], Any]]] = [
             ("gemm(a, b, out=out), torch's arrays", lambda: gemm(a, b, out=out)),
             ("gemm(a, b), torch's arrays", lambda: gemm(a, b)),
             ("gemm(a, b, out=out), CuPy's arrays", lambda: gemm(arrays[0], arrays[1], out=arrays[2])),
+            ("the driver's launch alone, of the same kernel", launch),
             ("torch.mm(a, b, out=out)", lambda: torch.mm(a, b, out=out)),
             ("Triton's launcher, two arguments", lambda: grid(buffer, flag, BLOCK=4096)),
         ]
@@ -280,6 +287,20 @@ class TorchBoard:
                 handle = pynvml.nvmlDeviceGetHandleByIndex(self.ordinal)
                 return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
         return None
+
+
+def driver_launch(plan: Plan, names: Sequence[str], addresses: Sequence[int]) -> Callable[[], None]:
+    """The driver's launch alone, on the default stream, of a plan that has one: what a call costs beyond it is ours."""
+    launch: Any = plan.bind(names, {})
+    bound, given = launch.__self__, []
+    start, bound.start = bound.start, lambda *parameters: given.append(parameters)
+    launch(addresses, 0)
+    bound.start = start
+
+    def alone() -> None:
+        bound.start(*given[0])  # of the object that owns the parameters' memory
+
+    return alone
 
 
 def _difference(ours_result: Any, result: Any) -> float | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -35,8 +36,21 @@ class ArrayKind(ABC):
     foreign = False  # seen through CuPy: arrays are adopted before anything else is done with them
 
     @abstractmethod
+    def look(self, arrays: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """All that a warm call asks arrays, in one pass: their attributes are most of what it costs.
+
+        Of arrays, numbers (floats) and None, gives the signatures, one after the other; and of what is not None, the
+        addresses and what a plan is given (a number, itself). A signature is what a prepared call depends on: hashable,
+        of an array its shape first and last whether it is 16-byte aligned, of a number `float`, of None None. The last
+        list is the caller's to change.
+
+        Raises:
+            AttributeError, TypeError: one of them is no array, or another library's.
+        """
+
     def signature(self, array: Any) -> tuple[Any, ...]:
-        """What a prepared call depends on about an array: cheap, hashable. Ends with whether it is 16-byte aligned."""
+        """The signature of one array."""
+        return tuple(self.look((array,))[0])
 
     @abstractmethod
     def pointer(self, array: Any) -> int:
@@ -59,8 +73,8 @@ class ArrayKind(ABC):
         """A new array of one fp32 element, on the device of `like`."""
 
     @abstractmethod
-    def stream(self, like: Any) -> int:
-        """The library's current stream on the device of `like`, as an address; 0 is the default stream."""
+    def stream(self, device: int) -> int:
+        """The library's current stream on a GPU, by its ordinal, as an address; 0 is the default stream."""
 
     def adopt(self, array: Any) -> Any:
         """An array whose memory kernels can be given: `array` itself, or a view of it in another library."""
@@ -80,8 +94,21 @@ class NumpyKind(ArrayKind):
 
     host = True
 
-    def signature(self, array: Any) -> tuple[Any, ...]:
-        return (array.shape, array.strides, array.dtype, array.__array_interface__["data"][0] % 16 == 0)
+    def look(self, arrays: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        signatures: list[Any] = []
+        addresses: list[Any] = []
+        arguments = [array for array in arrays if array is not None]
+        for array in arrays:
+            if array is None:
+                signatures.append(None)
+            elif array.__class__ is float:
+                signatures.append(float)
+                addresses.append(array)
+            else:
+                address = array.__array_interface__["data"][0]
+                signatures += (array.shape, array.strides, array.dtype, address % 16 == 0)
+                addresses.append(address)
+        return signatures, addresses, arguments
 
     def pointer(self, array: Any) -> int:
         return int(array.ctypes.data)
@@ -98,7 +125,7 @@ class NumpyKind(ArrayKind):
     def scalar(self, like: Any, value: float) -> Any:
         return np.full(1, value, np.float32)
 
-    def stream(self, like: Any) -> int:
+    def stream(self, device: int) -> int:
         return 0
 
 
@@ -107,10 +134,23 @@ class CupyKind(ArrayKind):
 
     def __init__(self) -> None:
         self._cupy = require_cupy()
+        self._current_stream = self._cupy.cuda.get_current_stream
 
-    def signature(self, array: Any) -> tuple[Any, ...]:
-        data = array.data
-        return (array.shape, array.strides, array.dtype, data.device_id, data.ptr % 16 == 0)
+    def look(self, arrays: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        signatures: list[Any] = []
+        addresses: list[Any] = []
+        for array in arrays:
+            if array is None:
+                signatures.append(None)
+            elif array.__class__ is float:
+                signatures.append(float)
+                addresses.append(array)
+            else:
+                data = array.data
+                address = data.ptr
+                signatures += (array.shape, array.strides, array.dtype, data.device_id, address % 16 == 0)
+                addresses.append(address)
+        return signatures, addresses, addresses
 
     def pointer(self, array: Any) -> int:
         return int(array.data.ptr)
@@ -131,8 +171,8 @@ class CupyKind(ArrayKind):
             # Not `full`: that compiles a kernel, and NVRTC may be absent.
             return self._cupy.asarray(np.full(1, value, np.float32))
 
-    def stream(self, like: Any) -> int:
-        return int(self._cupy.cuda.get_current_stream(self._device(like)).ptr)
+    def stream(self, device: int) -> int:
+        return self._current_stream(device).ptr  # type: ignore[no-any-return]
 
     def _device(self, like: Any) -> int:
         return int(self.adopt(like).data.device_id)
@@ -143,10 +183,34 @@ class TorchKind(ArrayKind):
 
     def __init__(self) -> None:
         self._torch = sys.modules["torch"]  # one of its tensors is in hand, so it is loaded
+        self._gradients = self._torch.is_grad_enabled
+        self._dtypes: dict[str, Any] = {}
+        # An ordinal's stream as a number, as Triton and Inductor ask for it: making a Stream of it takes microseconds.
+        self._raw_stream = getattr(getattr(self._torch, "_C", None), "_cuda_getCurrentRawStream", None)
 
-    def signature(self, array: Any) -> tuple[Any, ...]:
-        gradient = array.requires_grad and self._torch.is_grad_enabled()
-        return (array.shape, array.stride(), array.dtype, array.device, gradient, array.data_ptr() % 16 == 0)
+    def look(self, arrays: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        signatures: list[Any] = []
+        addresses: list[Any] = []
+        gradients = self._gradients()
+        for array in arrays:
+            if array is None:
+                signatures.append(None)
+            elif array.__class__ is float:
+                signatures.append(float)
+                addresses.append(array)
+            else:
+                address = array.data_ptr()
+                signatures += (
+                    array.shape,
+                    array.stride(),
+                    array.dtype,
+                    # Twice as fast as hashing and comparing a torch.device.
+                    array.get_device() if array.is_cuda else None,
+                    gradients and array.requires_grad,
+                    address % 16 == 0,
+                )
+                addresses.append(address)
+        return signatures, addresses, addresses
 
     def pointer(self, array: Any) -> int:
         return int(array.data_ptr())
@@ -162,13 +226,18 @@ class TorchKind(ArrayKind):
         return View(array.data_ptr(), tuple(array.shape), array.stride(), dtype_name(array.dtype), array.device.index)
 
     def empty(self, like: Any, shape: tuple[int, ...], kind: str) -> Any:
-        return like.new_empty(shape, dtype=getattr(self._torch, str(np.dtype(dtype(kind).numpy))))
+        made = self._dtypes.get(kind)
+        if made is None:  # NumPy takes microseconds to spell it
+            made = self._dtypes[kind] = getattr(self._torch, str(np.dtype(dtype(kind).numpy)))
+        return like.new_empty(shape, dtype=made)
 
     def scalar(self, like: Any, value: float) -> Any:
         return like.new_full((1,), value, dtype=self._torch.float32)
 
-    def stream(self, like: Any) -> int:
-        return int(self._torch.cuda.current_stream(like.device).cuda_stream)
+    def stream(self, device: int) -> int:
+        if self._raw_stream is not None:
+            return self._raw_stream(device)  # type: ignore[no-any-return]
+        return int(self._torch.cuda.current_stream(device).cuda_stream)
 
 
 class DlpackKind(CupyKind):

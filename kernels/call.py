@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
@@ -22,7 +22,7 @@ from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.interpreter import require_interpreter
 from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.problem import Config, Output, Problem
-from tilewright.kernels.runtime import Plan
+from tilewright.kernels.runtime import Plan, Run
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
 
 MOST_CALLS = 65536
@@ -34,8 +34,11 @@ Arrays = tuple[Any, ...]
 class Prepared(Protocol):
     """A call for one signature of arrays: run as often as arrays of that signature come."""
 
-    def __call__(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> Arrays:
-        """Puts the work on the current stream of the arrays' library; gives the outputs, None for absent ones."""
+    def run(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, arguments: list[Any]) -> Arrays:
+        """Puts the work on the current stream of the arrays' library; gives the outputs, None for absent ones.
+
+        `arguments` are what `ArrayKind.look` gives a plan for the arrays and outputs that are there.
+        """
 
 
 MOST_NUMBERS = 4096
@@ -49,28 +52,43 @@ _numbers: dict[tuple[Any, ...], Any] = {}
 class PlannedCall:
     """One plan over the call's arrays."""
 
-    plan: Plan
-    inputs: tuple[tuple[int, str], ...]  # of each input that is there: its place, and its argument's name
-    outputs: tuple[tuple[str, Output | None], ...]  # argument name of each output, and what a new array of it is
-    strides: Mapping[str, int]
+    launch: Run  # of the arguments, and after them the new outputs
+    numbers: tuple[tuple[int, str], ...]  # of each input that is a number: its place among the arguments, and its name
+    made: tuple[tuple[int, Output], ...]  # of each new output: its place among the outputs, and what array it is
     ordinal: int  # of the GPU; -1 for host memory
 
-    def __call__(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> Arrays:
-        like = arrays[0]
-        stream = kind.stream(like)
-        of = kind.argument
-        pointers = {}
-        for place, name in self.inputs:
-            array = arrays[place]
-            pointers[name] = of(self._on_device(kind, like, name, array, stream) if array.__class__ is float else array)
-        results = list(outs)
-        for place, (name, output) in enumerate(self.outputs):
-            if output is not None:
-                if results[place] is None:
-                    results[place] = kind.empty(like, *output)
-                pointers[name] = of(results[place])
-        self.plan.run(pointers, self.strides, stream)
-        return tuple(results)
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        views: Mapping[str, View],
+        inputs: Mapping[str, str],
+        outputs: Mapping[str, Output | None],
+        strides: Mapping[str, int],
+    ) -> PlannedCall:
+        """The call of a plan for these views. `inputs` are the names of the plan's arguments by those of the arrays;
+        `outputs` what new arrays of them are, None for what the plan doesn't have. Both are in the order of calls.
+        """
+        given = [name for name in (*inputs, *outputs) if name in views]
+        made = [(place, name) for place, name in enumerate(outputs) if outputs[name] is not None and name not in views]
+        names = [inputs.get(name, f"{name}_ptr") for name in (*given, *(name for _, name in made))]
+        return cls(
+            plan.bind(names, strides),
+            tuple((place, name) for place, name in enumerate(given) if views[name].pointer == NOWHERE),
+            tuple((place, output) for place, name in made if (output := outputs[name]) is not None),
+            next(iter(views.values())).device,
+        )
+
+    def run(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, arguments: list[Any]) -> Arrays:
+        stream = kind.stream(self.ordinal)
+        for place, name in self.numbers:
+            arguments[place] = kind.argument(self._on_device(kind, arrays[0], name, arguments[place], stream))
+        for place, output in self.made:
+            if outs[place] is None:  # else it is a new one all the same, made by whoever wraps this call
+                outs = (*outs[:place], kind.empty(arrays[0], *output), *outs[place + 1 :])
+            arguments.append(kind.argument(outs[place]))
+        self.launch(arguments, stream)
+        return outs
 
     def _on_device(self, kind: ArrayKind, like: Any, name: str, value: float, stream: int) -> Any:
         """A number on the device, made once per value and stream, in whose order it is filled: a kernel takes no
@@ -78,11 +96,14 @@ class PlannedCall:
         key = (kind, self.ordinal, stream, value)  # by number: CuPy's devices have no hash
         array = _numbers.get(key)
         if array is None:
-            array = kind.scalar(like, _finite(name.removesuffix("_ptr"), value))
+            array = kind.scalar(like, _finite(name, value))
             if len(_numbers) < MOST_NUMBERS:
                 _numbers[key] = array  # for good, as a captured CUDA graph may read it
         return array
 
+
+NOWHERE = 0
+"""Address of a number in its view: it is put on the device by the call."""
 
 LARGEST = float(np.finfo(np.float32).max)
 """Of finite numbers as kernels have them."""
@@ -111,8 +132,8 @@ def integer(name: str, value: Any) -> int | None:
     Raises:
         UsageError: it is neither.
     """
-    if value is None:
-        return None
+    if value is None or value.__class__ is int:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise UsageError(f"{name}={value!r} must be an integer")
     return int(value)
@@ -124,7 +145,9 @@ def flag(name: str, value: Any) -> bool:
     Raises:
         UsageError: it is something else.
     """
-    if not isinstance(value, bool | np.bool_):
+    if value is True or value is False:  # what it mostly is
+        return value
+    if not isinstance(value, np.bool_):
         raise UsageError(f"{name}={value!r} must be True or False")
     return bool(value)
 
@@ -175,7 +198,8 @@ class Operation:
         self._in_place = frozenset(in_place)
         self._calls: dict[tuple[Any, ...], tuple[Prepared, tuple[Guard, ...]]] = call_cache()
 
-    def __call__(self, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Arrays:
+    # A method, as `Prepared.run` is: an object with `__call__` takes twice as long to call.
+    def run(self, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Arrays:
         """Runs the op; gives its outputs.
 
         Raises:
@@ -186,16 +210,19 @@ class Operation:
         if kind.foreign:
             return self._adopted(kind, arrays, outs, options)
         try:
-            key = _key(kind, arrays, outs, options)
-            ready = self._calls.get(key)
+            # Arrays of another library need no look of their own: their signatures are never equal to the kind's, if
+            # they can be taken at all.
+            given = arrays + outs
+            signatures, addresses, arguments = kind.look(given)
+            ready = self._calls.get((kind, options, tuple(signatures)))
         except (AttributeError, TypeError):
             ready = None  # among the arrays is a number or another library's, or an option that can't be one
         if ready is None:
             return self._first(kind, arrays, outs, options)
         call, guards = ready
         for guard in guards:
-            guard.check(kind, arrays, outs)
-        return call(kind, arrays, outs)
+            guard.check(kind, given, addresses)
+        return call.run(kind, arrays, outs, arguments)
 
     def _adopted(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Arrays:
         """The call with arrays seen through CuPy: once, not at every use."""
@@ -205,7 +232,7 @@ class Operation:
         def seen(given: Arrays) -> Arrays:
             return tuple(x if x is None or x.__class__ is float else kind.adopt(x) for x in given)
 
-        results = self(seen(arrays), seen(outs), options)
+        results = self.run(seen(arrays), seen(outs), options)
         return tuple(
             out if out is not None else result if result is None else kind.give_back(result, arrays[0])
             for out, result in zip(outs, results, strict=True)
@@ -215,7 +242,7 @@ class Operation:
         """The first call of its signature, or one whose numbers are of another type than float."""
         with_numbers = self._with_numbers(arrays)
         if with_numbers is not arrays:
-            return self(with_numbers, outs, options)
+            return self.run(with_numbers, outs, options)
         self._refuse_libraries(kind, arrays, outs)
         self._refuse_absent(arrays)
         self._refuse_options(options)
@@ -223,8 +250,9 @@ class Operation:
         call = self._prepare(kind, views, options)
         if len(self._calls) >= MOST_CALLS:
             self._calls.clear()
-        self._calls[_key(kind, arrays, outs, options)] = (call, self._guards(kind, views, outs))
-        return self(arrays, outs, options)
+        signatures, _, _ = kind.look(arrays + outs)
+        self._calls[(kind, options, tuple(signatures))] = (call, self._guards(kind, views, outs))
+        return self.run(arrays, outs, options)
 
     def planned(
         self,
@@ -245,14 +273,11 @@ class Operation:
         ordinal = next(iter(views.values())).device
         plan, _ = plan_for(self.kernel, problem, ordinal, config=config, constants=constants)
         made = problem.outputs()
-        outputs = [
-            (f"{name}_ptr", made[name]._replace(shape=(shapes or {}).get(name, made[name].shape)))
-            if name in made
-            else (f"{name}_ptr", None)
+        outputs = {
+            name: made[name]._replace(shape=(shapes or {}).get(name, made[name].shape)) if name in made else None
             for name in self._outputs
-        ]
-        inputs = [(place, f"{name}_ptr") for place, name in enumerate(self._inputs) if name in views]
-        return PlannedCall(plan, tuple(inputs), tuple(outputs), strides or {}, ordinal)
+        }
+        return PlannedCall.of(plan, views, {name: f"{name}_ptr" for name in self._inputs}, outputs, strides or {})
 
     def _views(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> dict[str, View]:
         """The arrays that are there, by name, all on one GPU."""
@@ -261,7 +286,7 @@ class Operation:
         views: dict[str, View] = {}
         for index, (name, array) in enumerate(zip(self._inputs + self._outputs, arrays + outs, strict=True)):
             if array.__class__ is float and index in self._numbers:
-                views[name] = View(0, (1,), (1,), "fp32", next(iter(views.values())).device)
+                views[name] = View(NOWHERE, (1,), (1,), "fp32", next(iter(views.values())).device)
             elif array is not None:
                 views[name] = _view(name, array)
         for index in self._scalars:
@@ -281,21 +306,23 @@ class Operation:
         Raises:
             UnsupportedError, ProblemError: an output overlaps itself, or may not be written.
         """
-        places = [(place, name) for place, name in enumerate(self._inputs + self._outputs) if name in views]
+        places = {
+            name: place for place, name in enumerate(each for each in self._inputs + self._outputs if each in views)
+        }
         guards = []
         for position, out in enumerate(outs):
             if out is None:
                 continue
-            name, own = self._outputs[position], len(self._inputs) + position
+            name = self._outputs[position]
             _refuse_self_overlap(name, views[name])
             if kind.host and not out.flags.writeable:
                 raise ProblemError(f"{name} is read-only")
             others = tuple(
                 (place, other, _reach(views[other]), other in self._in_place and views[other][1:] == views[name][1:])
-                for place, other in places
-                if place < own and views[other].pointer  # a number has no place yet
+                for other, place in places.items()
+                if place < places[name] and views[other].pointer != NOWHERE
             )
-            guards.append(Guard(position, name, _reach(views[name]), others))
+            guards.append(Guard(places[name], name, _reach(views[name]), others))
         return tuple(guards)
 
     def _with_numbers(self, arrays: Arrays) -> Arrays:
@@ -332,45 +359,32 @@ class Operation:
                 )
 
 
-def _key(kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a prepared call depends on. This and the call itself are the whole cost of a warm call; arrays of another
-    library need no look of their own, for their signatures are never equal, if they can be taken at all."""
-    signature = kind.signature
-    return (
-        kind,
-        options,
-        *[None if x is None else float if x.__class__ is float else signature(x) for x in arrays],
-        *[None if x is None else signature(x) for x in outs],
-    )
-
-
 class Guard(NamedTuple):
     """What an output must not lie over."""
 
-    position: int
+    place: int  # among the arrays that are there, as that of the others
     name: str
     bytes: int  # from the first element to the end of the last
     # Of each array before it: place, name, bytes, and whether the output may be this very array.
     others: tuple[tuple[int, str, int, bool], ...]
 
-    def check(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> None:
+    def check(self, kind: ArrayKind, arrays: Arrays, addresses: Sequence[int]) -> None:
         """Does nothing if the output may be written while the other arrays are used: it is apart from each, or is one
-        that it may replace.
+        that it may replace. `addresses` are of those among `arrays` that are there.
 
         Raises:
             ProblemError: they share memory.
         """
-        out = outs[self.position]
-        start = kind.pointer(out)
-        end = start + self.bytes
-        inputs = len(arrays)
-        for place, name, size, replaceable in self.others:
-            array = arrays[place] if place < inputs else outs[place - inputs]
-            first = kind.pointer(array)
+        own, _, reach, others = self
+        start = addresses[own]
+        end = start + reach
+        for place, name, size, replaceable in others:
+            first = addresses[place]
             if first >= end or start >= first + size or (replaceable and first == start):
                 continue  # apart, or each element is read by the block that then writes it
             # Reaching over each other they may still interleave, as the halves of one wide array do.
-            if _share_memory(kind, array, out):
+            there = [array for array in arrays if array is not None]
+            if _share_memory(kind, there[place], there[own]):
                 raise ProblemError(f"{self.name} may not share memory with {name}")
 
 

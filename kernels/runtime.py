@@ -9,7 +9,8 @@ import ctypes
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,16 +30,26 @@ HIDDEN_SCRATCH = "descriptors"
 """Name of the scratch memory that Triton itself asks for."""
 
 
+Run = Callable[[Sequence[Any], int], None]
+"""Puts a plan's launches on a stream, in order, and returns without waiting: of addresses (arrays, for the interpreter)
+and the stream. Safe to share between threads."""
+
+
 class Plan(ABC):
     """The launches of one problem with one configuration, ready to run. Safe to share between threads."""
 
     @abstractmethod
-    def run(self, pointers: Mapping[str, Any], strides: Mapping[str, int], stream: int) -> None:
-        """Puts the launches on a stream, in order, and returns without waiting.
+    def bind(self, names: Sequence[str], strides: Mapping[str, int]) -> Run:
+        """The plan as it runs for arrays that come in the order of these argument names, of which it may lack some;
+        `strides` are the scalars that only the arrays decide.
 
-        `pointers` are addresses (arrays, for the interpreter) by argument name, `strides` the scalars that only the
-        arrays decide.
+        Raises:
+            KeyError: an argument is not among them; the interpreter says so when it runs.
         """
+
+    def run(self, pointers: Mapping[str, Any], strides: Mapping[str, int], stream: int) -> None:
+        """Runs once, on addresses (arrays) by argument name. Who runs often binds once."""
+        self.bind(tuple(pointers), strides)(tuple(pointers.values()), stream)
 
 
 INTERPRETED_SMS = 3
@@ -55,7 +66,10 @@ class InterpretedPlan(Plan):
     def __init__(self, launches: tuple[Launch, ...]) -> None:
         self._launches = tuple(launch.on(INTERPRETED_SMS).with_constants(PLAIN) for launch in launches)
 
-    def run(self, pointers: Mapping[str, Any], strides: Mapping[str, int], stream: int) -> None:
+    def bind(self, names: Sequence[str], strides: Mapping[str, int]) -> Run:
+        return lambda arrays, stream: self._interpret(dict(zip(names, arrays, strict=True)), strides)
+
+    def _interpret(self, pointers: Mapping[str, Any], strides: Mapping[str, int]) -> None:
         # Scratch of one name is one array for all launches of the plan: what one leaves there the next one reads.
         lent: dict[str, Any] = {}
         for launch in self._launches:
@@ -102,94 +116,118 @@ class GpuPlan(Plan):
                 raise UnsupportedError(f"this configuration can't run on {device.board}: {limit}")
             self._loaded.append(_LoadedLaunch(launch, binary, ordinal))
 
-    def run(self, pointers: Mapping[str, Any], strides: Mapping[str, int], stream: int) -> None:
-        if len(self._loaded) == 1:
-            self._loaded[0].launch(pointers, strides, stream)
-            return
-        # What one launch leaves in scratch memory the next one reads: nobody else's may come between on this stream.
-        with _plan_lock:
-            for loaded in self._loaded:
-                loaded.launch(pointers, strides, stream)
+    def bind(self, names: Sequence[str], strides: Mapping[str, int]) -> Run:
+        launches = [loaded.bind(names, strides) for loaded in self._loaded]
+        if len(launches) == 1:
+            return launches[0]
+
+        def run(addresses: Sequence[int], stream: int) -> None:
+            # What one launch leaves in scratch memory the next one reads: nobody else's may come between on this
+            # stream.
+            with _plan_lock:
+                for launch in launches:
+                    launch(addresses, stream)
+
+        return run
 
 
 class _LoadedLaunch:
-    """One launch with its parameter block laid out: a call writes addresses into it and hands it to the driver."""
+    """One launch, its code on the GPU."""
 
     def __init__(self, launch: Launch, binary: Binary, ordinal: int) -> None:
         cupy = require_cupy()
         from cupy_backends.cuda.api import driver
 
-        self._cupy, self._driver, self._ordinal = cupy, driver, ordinal
-        self._grid = launch.grid
-        self._block = binary.num_warps * WARP_SIZE
-        self._shared = binary.shared_bytes
-        self._scratch = launch.scratch
+        self.cupy, self.ordinal = cupy, ordinal
+        self.driver_error = driver.CUDADriverError
+        self.grid = launch.grid
+        self.block = binary.num_warps * WARP_SIZE
+        self.arguments = [argument for argument in launch.arguments if argument.type is not None]
+        self.scratch = launch.scratch
         if binary.scratch_bytes:
             # Where tensor descriptors are made: every block has a place of its own behind the first hidden pointer.
             blocks = math.prod(launch.grid)
-            self._scratch += (Scratch(HIDDEN_SCRATCH, "int8", blocks * binary.scratch_bytes),)
+            self.scratch += (Scratch(HIDDEN_SCRATCH, "int8", blocks * binary.scratch_bytes),)
+        # The hidden scratch pointers stay null, but for the first where the kernel uses it.
+        self.hidden = [
+            f"{HIDDEN_SCRATCH}_ptr" if binary.scratch_bytes and index == 0 else "" for index in range(HIDDEN_POINTERS)
+        ]
         with cupy.cuda.Device(ordinal):
             try:
                 self._module = cupy.cuda.Module()
                 self._module.load(binary.cubin)
-                self._function = driver.moduleGetFunction(self._module.ptr, binary.name)
+                function = driver.moduleGetFunction(self._module.ptr, binary.name)
                 if binary.shared_bytes > DEFAULT_SHARED_BYTES:
                     attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                    driver.funcSetAttribute(self._function, attribute, binary.shared_bytes)
+                    driver.funcSetAttribute(function, attribute, binary.shared_bytes)
             except driver.CUDADriverError as error:
                 raise LaunchError(f"the driver refused {binary.name} for sm_{binary.arch}: {error}") from error
-        present = [argument for argument in launch.arguments if argument.type is not None]
-        # The hidden scratch pointers stay null, but for the first where the kernel uses it.
-        self._slots = (ctypes.c_uint64 * (len(present) + HIDDEN_POINTERS))()
-        base, size = ctypes.addressof(self._slots), ctypes.sizeof(ctypes.c_uint64)
-        addresses = [base + size * index for index in range(len(self._slots))]
-        self._parameters = (ctypes.c_void_p * len(addresses))(*addresses)
-        self._parameters_address = ctypes.addressof(self._parameters)
-        lent = {f"{scratch.name}_ptr" for scratch in launch.scratch}
-        self._pointers = [
-            (index, argument.name)
-            for index, argument in enumerate(present)
-            if argument.is_pointer and argument.name not in lent
-        ]
-        self._lent = [(index, argument.name) for index, argument in enumerate(present) if argument.name in lent]
-        if binary.scratch_bytes:
-            self._lent.append((len(present), f"{HIDDEN_SCRATCH}_ptr"))
-        self._strides = []
-        for index, argument in enumerate(present):
-            if not argument.is_pointer:
-                if argument.value is None:
-                    self._strides.append((index, argument.name))
-                else:
-                    self._slots[index] = argument.value
-        # Two threads may share a plan; the driver copies the block before launchKernel returns.
-        self._lock = threading.Lock()
+        # Of the stream, the address of the parameters, and 0.
+        self.start = partial(driver.launchKernel, function, *self.grid, self.block, 1, 1, binary.shared_bytes)
 
-    def launch(self, pointers: Mapping[str, int], strides: Mapping[str, int], stream: int) -> None:
-        slots = self._slots
-        with self._lock:
-            for index, name in self._pointers:
-                slots[index] = pointers[name]
-            if self._strides:
-                for index, name in self._strides:
-                    slots[index] = strides[name]
-            if self._lent:
-                lent = _lend(self._cupy, self._scratch, self._ordinal, stream)
-                for index, name in self._lent:
-                    slots[index] = lent[name]
-            if self._cupy.cuda.runtime.getDevice() == self._ordinal:
-                self._start(stream)
+    def bind(self, names: Sequence[str], strides: Mapping[str, int]) -> Run:
+        """As `Plan.bind`."""
+        return _BoundLaunch(self, names, strides).launch
+
+
+class _BoundLaunch:
+    """One launch with its parameters laid out: a call writes addresses into a block of them and hands it to the driver.
+
+    In a block's slots come first the addresses in the order of calls, then those of scratch memory, so that each are
+    written in one go, then the numbers. The driver reads them through a table in the kernel's order.
+    """
+
+    def __init__(self, loaded: _LoadedLaunch, names: Sequence[str], strides: Mapping[str, int]) -> None:
+        self._loaded = loaded  # keeps the code on the GPU
+        self._cupy, self._ordinal, self.start = loaded.cupy, loaded.ordinal, loaded.start
+        self._current_device = loaded.cupy.cuda.runtime.getDevice
+        self._scratch = loaded.scratch
+        lent = [f"{scratch.name}_ptr" for scratch in loaded.scratch]
+        slots = {name: index for index, name in enumerate((*names, *lent))}
+        self._given, self._filled = len(names), len(names) + len(lent)
+        self._numbers: list[int] = []
+        self._order: list[int] = []  # of the slots, as the kernel has its parameters
+        for argument in loaded.arguments:
+            if argument.is_pointer:
+                self._order.append(slots[argument.name])
+            else:
+                self._order.append(self._filled + len(self._numbers))
+                self._numbers.append(strides[argument.name] if argument.value is None else argument.value)
+        for name in loaded.hidden:
+            self._order.append(slots[name] if name else self._filled + len(self._numbers))
+        self._numbers.append(0)
+        # Two threads may share a plan: each launch has a block of its own while it writes and the driver copies, which
+        # it has done when it returns. Taking from a list and giving back are atomic, and a quarter of a lock's time.
+        self._blocks = [self._block()]
+
+    def _block(self) -> tuple[Any, Any, int]:
+        """Slots, the table of their addresses, and its address."""
+        slots: Any = (ctypes.c_uint64 * (self._filled + len(self._numbers)))()
+        slots[self._filled :] = self._numbers
+        base, size = ctypes.addressof(slots), ctypes.sizeof(ctypes.c_uint64)
+        table = (ctypes.c_void_p * len(self._order))(*(base + size * index for index in self._order))
+        return slots, table, ctypes.addressof(table)
+
+    def launch(self, addresses: Sequence[int], stream: int) -> None:
+        """Puts the launch on a stream."""
+        try:
+            block = self._blocks.pop()
+        except IndexError:
+            block = self._block()
+        slots, _, table = block
+        slots[: self._given] = addresses
+        if self._scratch:
+            slots[self._given : self._filled] = _lend(self._cupy, self._scratch, self._ordinal, stream)
+        try:
+            if self._current_device() == self._ordinal:
+                self.start(stream, table, 0)
             else:
                 with self._cupy.cuda.Device(self._ordinal):
-                    self._start(stream)
-
-    def _start(self, stream: int) -> None:
-        x, y, z = self._grid
-        try:
-            self._driver.launchKernel(
-                self._function, x, y, z, self._block, 1, 1, self._shared, stream, self._parameters_address, 0
-            )
-        except self._driver.CUDADriverError as error:
-            raise LaunchError(f"launch of {x}×{y}×{z} blocks of {self._block} threads failed: {error}") from error
+                    self.start(stream, table, 0)
+        except self._loaded.driver_error as error:
+            (x, y, z), threads = self._loaded.grid, self._loaded.block
+            raise LaunchError(f"launch of {x}×{y}×{z} blocks of {threads} threads failed: {error}") from error
+        self._blocks.append(block)
 
 
 # Scratch lives as long as the process: a captured CUDA graph may replay into it. Streams never share it, for two
@@ -202,8 +240,9 @@ PER_THREAD_STREAM = 2
 """cudaStreamPerThread: one address, and another stream in every thread."""
 
 
-def _lend(cupy: Any, wanted: tuple[Scratch, ...], ordinal: int, stream: int) -> dict[str, int]:
-    lent = {}
+def _lend(cupy: Any, wanted: tuple[Scratch, ...], ordinal: int, stream: int) -> list[int]:
+    """The address of each."""
+    lent = []
     thread = threading.get_ident() if stream == PER_THREAD_STREAM else 0
     for scratch in wanted:
         key = (ordinal, stream, thread, scratch.numpy + scratch.name)
@@ -211,15 +250,13 @@ def _lend(cupy: Any, wanted: tuple[Scratch, ...], ordinal: int, stream: int) -> 
         if array is None or array.size < scratch.elements:
             with _scratch_lock:
                 array = _scratch.get(key)  # as it is now: another thread may have been here
-                if array is not None and array.size >= scratch.elements:
-                    lent[f"{scratch.name}_ptr"] = int(array.data.ptr)
-                    continue
-                # The smaller one is kept alive by whatever graph holds its address, through this list.
-                if array is not None:
-                    _retired.append(array)
-                size = max(scratch.elements, 2 * array.size if array is not None else 0)
-                array = _scratch[key] = _zeros(cupy, size, scratch.numpy, ordinal)
-        lent[f"{scratch.name}_ptr"] = int(array.data.ptr)
+                if array is None or array.size < scratch.elements:
+                    # The smaller one is kept alive by whatever graph holds its address, through this list.
+                    if array is not None:
+                        _retired.append(array)
+                    size = max(scratch.elements, 2 * array.size if array is not None else 0)
+                    array = _scratch[key] = _zeros(cupy, size, scratch.numpy, ordinal)
+        lent.append(int(array.data.ptr))
     return lent
 
 

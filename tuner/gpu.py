@@ -202,7 +202,7 @@ class Gpu:
             self.fill(buffer, 0, nbytes)
             plan = self.load((flush_launch(nbytes),))
             self._flush_memory = (buffer, out)
-            self._flush = partial(plan.run, {"buffer_ptr": buffer.ptr, "out_ptr": out.ptr}, {}, self.stream)
+            self._flush = partial(plan.bind(("buffer_ptr", "out_ptr"), {}), (buffer.ptr, out.ptr), self.stream)
         return self._flush
 
     # What the board says of itself

@@ -257,8 +257,10 @@ class Bench:
     def sampler(self, plan: Plan) -> tuple[Sampler, str]:
         """What times the plan, and the name of the way it does."""
 
+        launch = plan.bind(tuple(self._pointers[0]), self._strides)
+
         def run(copy: int) -> None:
-            plan.run(self._pointers[copy], self._strides, self.gpu.stream)
+            launch(tuple(self._pointers[copy].values()), self.gpu.stream)
 
         if self._overwritten:
             # No replay: launches in a graph would find what the ones before them left.

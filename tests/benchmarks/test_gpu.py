@@ -17,13 +17,40 @@ from benchmarks.cases import FAMILIES, LARGE, RESNET_32, UP, Case, as_convolutio
 from benchmarks.comparison_report import markdown
 from benchmarks.contenders import DEFAULT, OURS, Contender
 from benchmarks.rehearsal import RehearsalBoard
-from benchmarks.torch_board import Timed
+from benchmarks.torch_board import Timed, driver_launch
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.registry import find_kernel
 
 ROW = {"family", "name", "op", "problem", "flops", "bytes", "ratio", "against", "contenders"}
 TIMED = set(Timed._fields) | {"role"}
+
+
+class Bound:
+    """A plan of one launch, and that launch bound."""
+
+    def __init__(self) -> None:
+        self.started: list[Any] = []
+        self.written = 0
+        self.start: Any = lambda *parameters: self.started.append(parameters)
+
+    def bind(self, names: Sequence[str], strides: Any) -> Any:
+        return self.launch
+
+    def launch(self, addresses: Sequence[int], stream: int) -> None:
+        self.written += 1
+        self.start(stream, sum(addresses), 0)
+
+
+def test_the_drivers_launch_alone_writes_no_parameters_again() -> None:
+    bound = Bound()
+    plan: Any = bound
+    launch = driver_launch(plan, ("a_ptr", "out_ptr"), [1, 2])
+    assert bound.started == []
+    for _ in range(2):
+        launch()
+    assert bound.started == [(0, 3, 0)] * 2
+    assert bound.written == 1
 
 
 @pytest.fixture(scope="module")

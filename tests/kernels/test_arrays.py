@@ -46,7 +46,7 @@ def test_numpy_views():
     assert kind.view(array) == View(array.ctypes.data, (2, 2), (12, 3), "bf16", -1)
     assert kind.pointer(array) == array.ctypes.data
     assert kind.argument(array) is kind.adopt(array) is kind.give_back(array, array) is array
-    assert kind.stream(array) == 0
+    assert kind.stream(-1) == 0
 
 
 def test_numpy_makes_arrays_of_canonical_dtypes():
@@ -169,7 +169,7 @@ def test_cupy_makes_arrays_on_the_device_of_its_operand_and_asks_for_its_stream(
     assert FakeDevice.current == 0
     for name in ("bf16", "fp8e4m3", "fp8e5m2", "fp16", "int8"):
         assert kind.empty(CupyArray(device=1), (2, 3), name).dtype == DTYPES[name].numpy
-    assert kind.stream(CupyArray(device=1)) == 101
+    assert kind.stream(1) == 101
 
 
 def test_arrays_on_two_gpus_are_refused(cupy):
@@ -186,12 +186,15 @@ class Tensor:
     def __init__(self, device="cuda:1", dtype="torch.float16"):
         name, _, index = device.partition(":")
         self.shape, self.dtype, self.made = (4, 8), SimpleNamespace(), []
-        self.requires_grad = False
+        self.requires_grad, self.is_cuda = False, name == "cuda"
         self.dtype = type("dtype", (), {"__str__": lambda _: dtype})()
         self.device = type("device", (), {"type": name, "index": int(index or 0), "__str__": lambda _: device})()
 
     def stride(self):
         return (1, 4)
+
+    def get_device(self):
+        return self.device.index if self.is_cuda else -1
 
     def data_ptr(self):
         return 0x9008
@@ -225,9 +228,9 @@ def torch(monkeypatch):
     module = ModuleType("torch")
     for name in ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2"):
         setattr(module, name, f"torch.{name}")
-    module.cuda = SimpleNamespace(
-        current_stream=lambda device: SimpleNamespace(cuda_stream={"cuda:0": 7, "cuda:1": 8}[str(device)])
-    )
+    module.cuda = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=7 + device))
+    module.is_grad_enabled = lambda: module.gradients
+    module.gradients = True
     monkeypatch.setitem(sys.modules, "torch", module)
     return module
 
@@ -238,12 +241,28 @@ def test_torch_tensors(torch):
     assert isinstance(kind, TorchKind)
     assert kind.view(tensor) == View(0x9008, (4, 8), (1, 4), "fp16", 1)
     assert kind.signature(tensor)[-1] is False
-    assert kind.stream(tensor) == 8
+    assert kind.stream(1) == 8
     for name, spelled in (("bf16", "bfloat16"), ("fp8e4m3", "float8_e4m3fn"), ("fp32", "float32")):
         kind.empty(tensor, (2, 3), name)
         assert tensor.made.pop() == ((2, 3), f"torch.{spelled}")
     kind.scalar(tensor, 0.5)
     assert tensor.made == [((1,), 0.5, "torch.float32")]
+
+
+def test_torchs_stream_is_asked_for_as_a_number_where_it_can_be(torch):
+    torch._C = SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 70 + device)
+    assert kind_of(Tensor()).stream(1) == 71
+
+
+def test_signatures_of_torch_tensors_differ_by_device_and_gradient(torch):
+    kind, tracked = kind_of(Tensor()), Tensor()
+    tracked.requires_grad, tracked.dtype = True, Tensor().dtype
+    tensors = [Tensor(), Tensor("cuda:0"), Tensor("cpu"), tracked]
+    for tensor in tensors:
+        tensor.dtype = tracked.dtype
+    assert len({kind.signature(tensor) for tensor in tensors}) == 4
+    torch.gradients = False
+    assert len({kind.signature(tensor) for tensor in tensors}) == 3
 
 
 def test_parameters_and_derived_tensors_are_torchs(torch):
@@ -303,7 +322,7 @@ def test_foreign_arrays_are_seen_through_cupy(cupy, monkeypatch):
     assert kind.adopt(foreign) is foreign.adopted
     assert kind.pointer(foreign) == 0x7000
     assert kind.signature(foreign) == kind_of(foreign.adopted).signature(foreign.adopted)
-    assert kind.stream(foreign) == 101
+    assert kind.stream(1) == 101
     kind.empty(foreign, (2,), "fp32")
     assert cupy.made == [((2,), np.dtype(np.float32), 1)]
     assert kind.give_back(foreign.adopted, foreign) is foreign.adopted  # a library without a namespace gets CuPy's

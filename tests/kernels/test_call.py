@@ -25,9 +25,13 @@ class Recorder:
     def __init__(self):
         self.runs = []
 
-    def run(self, pointers, strides, stream):
-        self.runs.append((dict(pointers), dict(strides), stream))
-        pointers["out_ptr"][...] = pointers["x_ptr"] * pointers.get("factor_ptr", np.ones(1))[0]
+    def bind(self, names, strides):
+        def run(arrays, stream):
+            pointers = dict(zip(names, arrays, strict=True))
+            self.runs.append((pointers, dict(strides), stream))
+            pointers["out_ptr"][...] = pointers["x_ptr"] * pointers.get("factor_ptr", np.ones(1))[0]
+
+        return run
 
 
 def operation(prepared=None, **options):
@@ -37,9 +41,9 @@ def operation(prepared=None, **options):
     def prepare(kind, views, values):
         if prepared is not None:
             prepared.append((views, values))
-        outputs = (("out_ptr", Output((2, 3), "fp32")), ("extra_ptr", Output((2,), "fp16") if values[0] else None))
-        inputs = tuple((place, f"{name}_ptr") for place, name in enumerate(("x", "y", "factor")) if name in views)
-        return PlannedCall(plan, inputs, outputs, {"x_stride": 3}, next(iter(views.values())).device)
+        outputs = {"out": Output((2, 3), "fp32"), "extra": Output((2,), "fp16") if values[0] else None}
+        inputs = {name: f"{name}_ptr" for name in ("x", "y", "factor")}
+        return PlannedCall.of(plan, views, inputs, outputs, {"x_stride": 3})
 
     kernel = SimpleNamespace(name="scale")
     made = Operation(
@@ -56,7 +60,7 @@ def operation(prepared=None, **options):
 
 
 def run(op, x=X, y=None, factor=None, out=None, extra=None, options=(False, None)):
-    return op((x, y, factor), (out, extra), options)
+    return op.run((x, y, factor), (out, extra), options)
 
 
 def test_new_outputs_are_made_and_absent_ones_are_none():
@@ -163,7 +167,7 @@ def test_guards_know_what_to_look_at_and_how_far():
     run(op, both[:, :3], y=both[:, 3:], factor=2.0, out=both[:, 3:])
     ((_, (guard,)),) = op._calls.values()
     # The number is nowhere yet.
-    assert (guard.position, guard.name, guard.bytes) == (0, "out", (6 + 3) * 4)
+    assert (guard.place, guard.name, guard.bytes) == (3, "out", (6 + 3) * 4)
     assert guard.others == ((0, "x", (6 + 3) * 4, False), (1, "y", (6 + 3) * 4, True))
 
 
@@ -213,8 +217,8 @@ def test_a_number_is_kept_for_each_stream_of_each_device(monkeypatch):
             return [value]
 
     kind = Kind()
-    calls = [PlannedCall(None, (), (), {}, ordinal) for ordinal in (0, 1)]
-    found = [call._on_device(kind, X, "factor_ptr", 2.0, stream) for call in calls for stream in (0, 77, 0)]
+    calls = [PlannedCall(None, (), (), ordinal) for ordinal in (0, 1)]
+    found = [call._on_device(kind, X, "factor", 2.0, stream) for call in calls for stream in (0, 77, 0)]
     assert len({id(array) for array in found}) == 4
     assert found[0] is found[2]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import sys
@@ -315,18 +314,18 @@ def together(function, count):
         raise errors[0]
 
 
-def shared_plan_under_threads(driver, lock=None):
+def shared_plan_under_threads(driver, blocks=None):
     config = replace(TILE, SPLIT_K=2)
-    plan = plan_of(driver, PLAIN, config)
-    plan._loaded[0]._lock = lock or plan._loaded[0]._lock
+    run = plan_of(driver, PLAIN, config).bind(("a_ptr", "b_ptr", "out_ptr"), {})
+    bound = run.__self__
+    bound._blocks = bound._blocks if blocks is None else blocks(bound._blocks)
     driver.pause = lambda: time.sleep(0.0005)
     number = itertools.count(1)
 
     def work():
         mine = next(number) << 32
-        pointers = {name: mine + index for index, name in enumerate(("a_ptr", "b_ptr", "out_ptr"))}
         for _ in range(20):
-            plan.run(pointers, {}, 77)
+            run([mine, mine + 1, mine + 2], 77)
 
     together(work, 8)
     values = [dict(zip(names(PLAIN, config), launch.values, strict=False)) for launch in driver.launches]
@@ -345,9 +344,24 @@ def test_threads_may_share_a_plan(driver):
     assert len(driver.zeroed) == 2
 
 
-def test_without_its_lock_they_could_not(driver):
+class OneForAll(list):
+    """Blocks of which none is taken out."""
+
+    def pop(self):
+        return self[0]
+
+
+def test_with_one_block_for_all_they_could_not(driver):
     with pytest.raises(AssertionError, match="another thread wrote into the parameters"):
-        shared_plan_under_threads(driver, contextlib.nullcontext())
+        shared_plan_under_threads(driver, OneForAll)
+
+
+def test_launches_one_after_the_other_share_a_block(driver):
+    run = plan_of(driver, PLAIN).bind(("a_ptr", "b_ptr", "out_ptr"), {})
+    for start in (0, 10):
+        run([start, start + 1, start + 2], 0)
+    assert [launch.values[:2] for launch in driver.launches] == [[0, 1], [10, 11]]
+    assert len(run.__self__._blocks) == 1
 
 
 def test_scratch_is_made_once_by_plans_that_race(driver):
@@ -449,7 +463,10 @@ def test_launches_of_one_plan_follow_each_other_whoever_else_is_there(driver, mo
         def __init__(self, name):
             self.name = name
 
-        def launch(self, pointers, strides, stream):
+        def bind(self, names, strides):
+            return self.launch
+
+        def launch(self, addresses, stream):
             order.append((threading.get_ident(), self.name))
             time.sleep(0.01)
 

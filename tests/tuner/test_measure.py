@@ -18,7 +18,7 @@ from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.registry import KERNELS
-from tilewright.kernels.runtime import InterpretedPlan, Plan
+from tilewright.kernels.runtime import InterpretedPlan, Plan, Run
 from tilewright.tuner import measure as module
 from tilewright.tuner import timing
 from tilewright.tuner.measure import Bench, measure, measure_on
@@ -330,9 +330,14 @@ def seen(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def __init__(self, plan: Plan) -> None:
             self.plan = plan
 
-        def run(self, pointers: Any, strides: Any, stream: int) -> None:
-            found.append(pointers["x_ptr"].copy())
-            self.plan.run(pointers, strides, stream)
+        def bind(self, names: Any, strides: Any) -> Run:
+            bound = self.plan.bind(names, strides)
+
+            def run(arrays: Any, stream: int) -> None:
+                found.append(arrays[names.index("x_ptr")].copy())
+                bound(arrays, stream)
+
+            return run
 
     monkeypatch.setattr(module, "find_kernel", lambda name: HALVE)
     monkeypatch.setattr(gpu, "load", lambda launches: Watching(load(launches)))

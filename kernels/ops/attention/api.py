@@ -115,7 +115,7 @@ def attention(
     inputs = (
         q, k, v, bias, alibi_slopes, sinks, q_scale, k_scale, v_scale, cu_seqlens_q, cu_seqlens_k, block_table, kv_lens,
     )  # fmt: skip
-    result, sums = _ATTENTION(inputs, (out, lse), options)
+    result, sums = _ATTENTION.run(inputs, (out, lse), options)
     return (result, sums) if options.return_lse else result
 
 

@@ -100,7 +100,7 @@ def conv2d(
     """
     arrays = (x, w, x_scale, w_scale, bias, residual, factor(alpha), out_scale)
     window = (_hashable(stride), _hashable(padding), _hashable(dilation))
-    return _CONV2D(
+    return _CONV2D.run(
         arrays, (out,), (activation, *window, integer("groups", groups), layout, precision, out_dtype, _checked(config))
     )[0]
 
@@ -138,7 +138,7 @@ def conv1d(
     """
     arrays = (x, w, x_scale, w_scale, bias, residual, factor(alpha), out_scale)
     window = (_hashable(stride), _hashable(padding), _hashable(dilation))
-    return _CONV1D(
+    return _CONV1D.run(
         arrays, (out,), (activation, *window, integer("groups", groups), layout, precision, out_dtype, _checked(config))
     )[0]
 
@@ -161,14 +161,14 @@ class TurnedCall:
     memory: Output
     order: tuple[int, ...]  # of the result's dimensions, among those of `memory`
 
-    def __call__(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> Arrays:
+    def run(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, arguments: list[Any]) -> Arrays:
         """Puts the call on the current stream."""
         (out,) = outs
         if out is None:
             array = kind.empty(arrays[0], *self.memory)
             # torch's name for it is not that of the others.
             out = array.permute(*self.order) if hasattr(array, "permute") else array.transpose(self.order)
-        return self.planned(kind, arrays, (out,))
+        return self.planned.run(kind, arrays, (out,), arguments)
 
 
 def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
@@ -273,8 +273,7 @@ def _planned(
         if isinstance(config, GemmConfig):
             raise UsageError(f"{config} is for what runs as a GEMM, and {problem} does not: pass a Conv2dConfig")
         plan, _ = plan_for(CONV2D, problem, ordinal, config=config)
-    inputs = tuple((place, names[name]) for place, name in enumerate(INPUTS) if name in views)
-    return PlannedCall(plan, inputs, (("out_ptr", Output(shape, problem.output_dtype)),), {}, ordinal)
+    return PlannedCall.of(plan, views, names, {"out": Output(shape, problem.output_dtype)}, {})
 
 
 _CONV2D, _CONV1D = (

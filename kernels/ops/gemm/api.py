@@ -95,11 +95,13 @@ def gemm(
         IllegalConfigError: `config` breaks a limit of the problem or the GPU.
         MissingDependencyError: CuPy or a GPU is needed and absent.
     """
-    check_config(config)
+    if config is not None:
+        check_config(config)
+    if group_size is not None:
+        group_size = integer("group_size", group_size)
     arrays = (a, b, a_scale, b_scale, b_zero, bias, residual, factor(alpha), out_scale)
-    group_size = integer("group_size", group_size)
     options = (group_size, bias_axis, activation, gated, precision, out_dtype, config)
-    return _GEMM(arrays, (out,), options)[0]
+    return _GEMM.run(arrays, (out,), options)[0]
 
 
 def check_config(config: Any) -> None:
@@ -122,7 +124,7 @@ class LoopedCall:
     rows: bool  # whether a_scale has one for each row of a
     options: dict[str, Any]
 
-    def __call__(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> Arrays:
+    def run(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, arguments: list[Any]) -> Arrays:
         """Puts the calls on the current stream, in order."""
         given = dict(zip(INPUTS, arrays, strict=True)) | self.options
         if given["alpha"] is None:

@@ -69,7 +69,7 @@ def grouped_gemm(
     arrays = (a, b, a_scale, b_scale, b_zero, bias, residual, factor(alpha), out_scale, offsets)
     group_size = integer("group_size", group_size)
     options = (group_size, bias_axis, activation, gated, precision, out_dtype, config)
-    return _GROUPED(arrays, (out,), options)[0]
+    return _GROUPED.run(arrays, (out,), options)[0]
 
 
 def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:

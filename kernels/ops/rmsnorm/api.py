@@ -69,7 +69,7 @@ def rmsnorm(
     scaled_rows = isinstance(out_scale, str) and out_scale == "row"
     options = (eps, weight_offset, out_dtype, scaled_rows, flag("return_residual", return_residual), config)
     arrays = (x, residual, weight, None if scaled_rows else out_scale)
-    results = _RMSNORM(arrays, (out, residual_out, row_scale), options)
+    results = _RMSNORM.run(arrays, (out, residual_out, row_scale), options)
     there = tuple(result for result in results if result is not None)
     return there if len(there) > 1 else there[0]
 
