@@ -57,11 +57,11 @@ FEATURES: dict[str, AttentionProblem | Variant[AttentionProblem, AttentionConfig
     ),
     "warp-specialised": Variant(
         AttentionProblem(B=1, H=2, Sq=150, Skv=200, D=64, causal=True, lse=True),
-        AttentionConfig(128, 64, TMA=True, WARP_SPECIALIZE=True),
+        AttentionConfig(128, 32, TMA=True, WARP_SPECIALIZE=True),
     ),
     "warp-specialised, persistent": Variant(
         AttentionProblem(B=2, H=4, Hkv=2, Sq=256, Skv=384, D=64, causal=True, lse=True),
-        AttentionConfig(128, 64, GROUP_H=8, TMA=True, WARP_SPECIALIZE=True, PERSISTENT=True),
+        AttentionConfig(128, 32, GROUP_H=8, TMA=True, WARP_SPECIALIZE=True, PERSISTENT=True),
     ),
     "tensor descriptors": Variant(AttentionProblem(**SMALL, causal=True), AttentionConfig(64, 16, TMA=True)),
 }
