@@ -1,18 +1,21 @@
 """Which configuration a problem gets on a device, and on what evidence. Never tunes, never writes.
 
 The order: the caller's own configuration; the pack, if this process has one (`pack`), which is where it ends for a
-frozen one; a record (`tuning_db`: measured here, then shipped with the package, then transferred, then predicted by a
-tuning run that compiled it); this module's prediction; the default. A candidate that does not fit the device is passed
-over, whatever its evidence.
+frozen one; a record (`tuning_db`); this module's prediction; the default. Of records, what was measured here or shipped
+with the package is weighed with what earlier revisions and other toolchains measured; then come near shapes, other
+boards, and what a tuning run predicted that compiled it. A candidate that does not fit the device is passed over,
+whatever its evidence.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import heapq
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -266,11 +269,45 @@ def answer(kernel: Kernel[Any, Any], problem: Problem, device: Device, database:
         near=kernel.near(problem),
         accept=accept,
         incumbent=kernel.default(problem, device).to_json(),
+        defaults=config_defaults(kernel),
+        carry=carry(kernel, problem, device),
     )
     if found is None:
         return None
     times = found.record.times
     return Choice(accepted[-1], found.provenance, found.reason, times.median_us if times else None, found.record)
+
+
+def config_defaults(kernel: Kernel[Any, Any]) -> dict[str, Any]:
+    """The fields of a kernel's configuration that may be left out, with what they then are."""
+    fields = dataclasses.fields(kernel.space.config)
+    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+
+
+def carry(kernel: Kernel[Any, Any], problem: Problem, device: Device) -> Callable[[Record], float | None]:
+    """What a near shape's record is worth for a problem: predicted time here over predicted time there, of its
+    configuration; None where that doesn't fit. So most of what the model doesn't know of a configuration cancels out.
+
+    From estimated resources, here and there: a record's are of another problem, and often of an earlier revision.
+    """
+
+    @cache
+    def predicted_us(of: Problem, config: Config) -> float:
+        return predict(kernel.work(of, config), kernel.estimate(of, config, device), device).time_us
+
+    parsed = cache(kernel.problem.from_json)
+
+    def factor(record: Record) -> float | None:
+        config = fitting_config(kernel, problem, device, record)
+        if config is None:
+            return None
+        try:
+            there = parsed(record.key.problem)
+        except ProblemError:
+            return None  # of a time when problems had other fields
+        return predicted_us(problem, config) / predicted_us(there, config)
+
+    return factor
 
 
 def fitting_config(kernel: Kernel[Any, Any], problem: Problem, device: Device, record: Record) -> Config | None:

@@ -48,6 +48,18 @@ def default_config(op: str, problem: str, device: Device) -> str | None:
     return default.to_json()
 
 
+def present_form(op: str, config: str) -> str:
+    """A configuration (canonical JSON) as the present revision writes it, with the fields that an earlier one didn't
+    have; as it is, where it is none of the present kind."""
+    kernel = _KERNELS.get(op)
+    if kernel is None:
+        return config
+    try:
+        return str(kernel.space.config.from_json(config).to_json())
+    except ProblemError:
+        return config
+
+
 def objection(record: Record) -> str | None:
     """Why a record from elsewhere can't be one of these kernels; None for one that can, or that is of another revision,
     whose fields nobody here knows."""

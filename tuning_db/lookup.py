@@ -3,44 +3,63 @@
 | step | evidence                                                                   | provenance  |
 |------|----------------------------------------------------------------------------|-------------|
 | 1    | measured under this very key                                               | measured    |
-| 2    | this problem on this board: other protocol, else toolchain, else revision  | transferred |
-| 3    | a near shape on this board                                                 | transferred |
-| 4    | another board of the same arch (its own file): this problem, else a near   | transferred |
-| 5    | predicted under this very key                                              | predicted   |
+|      | this problem on this board: other protocol, else toolchain, else revision  | transferred |
+| 2    | a near shape on this board                                                 | transferred |
+| 3    | another board of the same arch (its own file): this problem, else a near   | transferred |
+| 4    | predicted under this very key                                              | predicted   |
 
-Within steps 2-4: smaller distance (see `tilewright.tuning_db.shapes`), then fewer differences in the order revision,
-toolchain, protocol, then what was measured here before what was shipped (`tilewright.tuning_db.shipped_records`),
-then what was measured last. Records of one key stay together, fastest first, since times of different keys don't
-compare. Shipped records of step 1 answer after all of this file's.
+All that was measured of one problem on one board is weighed together, shipped or not (`tilewright.tuning_db.weighing`):
+the closest key has the first word, and one that is less close is heard where it is faster beyond noise. The closest has
+the fewest differences in the order revision, toolchain, protocol, then was measured here and not shipped
+(`tilewright.tuning_db.shipped_records`), then was measured last. Within steps 2 and 3 the nearest problem goes first
+(see `tilewright.tuning_db.shapes`), and of those equally near, and of boards, the one with the closest key.
+
+Who asks may know by what a time changes from one shape to another (`Carry`). Then the best few of the nearest problems
+are put in the order of the times that they should take here, unless the nearest is as good as the same.
 
 The incumbent, which is the default configuration, stays in its place among the outcomes of this very key unless the
 fastest beats it beyond noise: `Times.beats`.
 
-Shipped records and steps 2-5 leave out each configuration that has failed, or spilled, on this very problem, board,
-revision and toolchain: a guess from elsewhere doesn't outweigh what is known here.
+Shipped and transferred records, and predictions, leave out each configuration that has failed, or spilled, on this very
+problem, board, revision and toolchain: a guess from elsewhere doesn't outweigh what is known here.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from tilewright.tuning_db.errors import DatabaseCorruptError, DatabaseError
 from tilewright.tuning_db.file import DatabaseFile, open_file
-from tilewright.tuning_db.record import Answer, Key, Provenance, Record
+from tilewright.tuning_db.record import Answer, Key, Provenance, Record, canonical_json
 from tilewright.tuning_db.rows import Row, row_to_record
 from tilewright.tuning_db.schema import ANSWERABLE
 from tilewright.tuning_db.shapes import Near, nearest
 from tilewright.tuning_db.shipped_records import open_shipped, warn_of_unreadable
+from tilewright.tuning_db.weighing import MARGIN, merged
+
+Carry = Callable[[Record], float | None]
+"""What a near shape's record is worth: by what its time is to be multiplied, to be one of the problem asked for; None
+where its configuration can't run that."""
+
+NEXT_DOOR = 0.25
+"""Distance up to which a near shape is taken to be the same problem: what `Carry` makes of it is less than noise."""
+
+CARRIED_PROBLEMS, CARRIED_RECORDS = 2, 3
+"""How many near problems, and how many of the best of each, are put in order by `Carry`: more answer no better."""
 
 _FEW = 4
+_WEIGHED = 64  # of each key, the fastest; the rest go last
+_MOST_KEYS = 8  # that are weighed: more are of revisions long gone
 
 _MEASURED = f"{ANSWERABLE} AND provenance = 'measured' AND op = ?1 AND arch = ?2 AND problem = ?3"
 
@@ -58,7 +77,11 @@ _GROUPS = f"""
 _BEST_FIRST = (
     f"SELECT * FROM records WHERE {ANSWERABLE} AND key_digest = ? AND provenance = ? ORDER BY median_us, id LIMIT ?"
 )
-_INCUMBENT = f"SELECT * FROM records WHERE {ANSWERABLE} AND key_digest = ? AND provenance = ? AND config = ?"
+_FASTEST = (
+    f"SELECT config, median_us FROM records WHERE {ANSWERABLE} AND key_digest = ? AND provenance = ? "
+    "ORDER BY median_us, id LIMIT ?"
+)
+_OF_CONFIG = f"SELECT * FROM records WHERE {ANSWERABLE} AND key_digest = ? AND provenance = ? AND config = ?"
 _REFUTED = """
     SELECT DISTINCT config FROM records
     WHERE key_digest IN (?, ?) AND (status != 'ok' OR spill_bytes > 0)
@@ -67,10 +90,12 @@ _REFUTED = """
 
 @dataclass(frozen=True)
 class _Group:
-    """The measured records of one key, as evidence for another, or shipped ones for the very same."""
+    """The measured records of one key in one file, as evidence for it or another."""
 
     file: DatabaseFile
     digest: str
+    problem: str
+    device: str
     differs: tuple[bool, bool, bool]  # revision, toolchain, protocol
     newest: str
     reason: str
@@ -91,7 +116,7 @@ class _Files:
     def __init__(self, own: DatabaseFile, shipped: Path | None, skipped: dict[Path, DatabaseError]) -> None:
         self.own = own
         # Someone may name the folder of the shipped files as that of their own.
-        same = shipped is not None and shipped.resolve() == own.path.parent.resolve()
+        same = shipped is not None and _is_same_folder(shipped, own.path.parent)
         self._shipped_folder = None if same else shipped
         self._skipped = skipped
         self._opened: list[DatabaseFile] = []
@@ -153,6 +178,37 @@ class _Files:
             warn_of_unreadable(path, error)
 
 
+def _is_same_folder(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is missing
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What is asked, and what an answer is judged by."""
+
+    key: Key
+    near: Near | None
+    incumbent: str | None
+    defaults: Mapping[str, Any]
+    refuted: frozenset[str]
+    carry: Carry | None
+
+    def form(self, config: str) -> str:
+        """The text of a configuration as this revision writes it, with the fields that an earlier one didn't have."""
+        if not self.defaults:
+            return config
+        try:
+            fields = json.loads(config)
+        except ValueError:
+            return config
+        if not isinstance(fields, dict) or fields.keys() >= self.defaults.keys():
+            return config
+        return canonical_json({**self.defaults, **fields})
+
+
 def answers(
     file: DatabaseFile,
     key: Key,
@@ -161,30 +217,23 @@ def answers(
     skipped: dict[Path, DatabaseError],
     incumbent: str | None = None,
     shipped: Path | None = None,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    carry: Carry | None = None,
 ) -> Generator[Answer, None, None]:
     """Every answer to `key`, best first, read as far as it is consumed.
 
     `shipped` is the folder of the shipped files. Those, and files of other boards, that can't be read are left out, and
-    added to `skipped` with the reason.
+    added to `skipped` with the reason. `defaults` are the fields of a configuration that may be left out, with what
+    they then are. `carry` puts near shapes in order.
     """
     digest = key.digest()
     predicted_digest = replace(key, protocol=predicted_protocol).digest()
-    for record in best_first(file, digest, Provenance.MEASURED, incumbent):
-        yield Answer(record, Provenance.MEASURED, "exact")
-    refuted = {row["config"] for row in file.rows(_REFUTED, (digest, predicted_digest))}
+    refuted = frozenset(row["config"] for row in file.rows(_REFUTED, (digest, predicted_digest)))
+    question = _Question(key, near, incumbent, defaults, refuted, carry)
     with _Files(file, shipped, skipped) as files:
-        for other in files.of_device[1:]:
-            with files.noting(other):
-                for record in best_first(other, digest, Provenance.MEASURED, incumbent):
-                    if record.config not in refuted:
-                        yield Answer(record, Provenance.MEASURED, "exact, shipped")
-        for group in _transfers(files, key, near):
-            if group.exact:
-                continue  # asked before, by its digest: a program waits
-            with files.noting(group.file):
-                for record in best_first(group.file, group.digest, Provenance.MEASURED):
-                    if record.config not in refuted:
-                        yield Answer(record, Provenance.TRANSFERRED, group.reason)
+        for group, record in _found(files, question):
+            provenance = Provenance.MEASURED if group.exact else Provenance.TRANSFERRED
+            yield Answer(record, provenance, group.reason)
     for record in best_first(file, predicted_digest, Provenance.PREDICTED, incumbent):
         if record.config not in refuted:
             yield Answer(record, Provenance.PREDICTED, "exact")
@@ -197,12 +246,15 @@ def evidence(
     skipped: dict[Path, DatabaseError],
     shipped: Path | None = None,
 ) -> Generator[tuple[str, list[Record]], None, None]:
-    """What was measured elsewhere, and by steps 2 to 4 would be asked, in their order: the reason, and all the records
-    of one key. Shipped records of `key` itself come first. Read as far as it is consumed."""
+    """What was measured elsewhere, and by steps 1 to 3 would be asked: the reason, and all the records of one key, the
+    closest key first. Shipped records of `key` itself come first. Read as far as it is consumed."""
     with _Files(file, shipped, skipped) as files:
-        for group in _transfers(files, key, near):
-            with files.noting(group.file):
-                yield group.reason, list(best_first(group.file, group.digest, Provenance.MEASURED))
+        for _, groups in _transfers(files, key, near):
+            for group in groups:
+                if group.exact and not group.shipped:
+                    continue  # the key's own
+                with files.noting(group.file):
+                    yield group.reason, list(best_first(group.file, group.digest, Provenance.MEASURED))
 
 
 def best_first(
@@ -216,7 +268,7 @@ def best_first(
     for limit in (_FEW, -1):
         rows = file.rows(_BEST_FIRST, (digest, provenance, limit))
         if rows and not seen and incumbent is not None and rows[0]["config"] != incumbent:
-            for row in file.rows(_INCUMBENT, (digest, provenance, incumbent)):
+            for row in file.rows(_OF_CONFIG, (digest, provenance, incumbent)):
                 fastest, kept = to_record(file, rows[0]).times, to_record(file, row)
                 if fastest is not None and kept.times is not None and not fastest.beats(kept.times):
                     seen.add(incumbent)
@@ -243,9 +295,138 @@ def to_record(file: DatabaseFile, row: Row) -> Record:
         ) from error
 
 
-def _transfers(files: _Files, key: Key, near: Near | None) -> Iterator[_Group]:
-    """Shipped records of this very key, and steps 2 to 4: the groups of records that could be carried over, best
-    first."""
+_Found = Iterator[tuple[_Group, Record]]
+_Problem = tuple[float, list[_Group]]  # the distance of one, and what was measured of it on one board, closest first
+
+
+def _found(files: _Files, question: _Question) -> _Found:
+    """All that was measured, best first, but for what has failed here."""
+    key, near = question.key, question.near
+    for _, groups in _ranked(files, files.of_device, key, None):
+        yield from _weighed(files, question, groups)
+    if near is not None:
+        problems = _ranked(files, files.of_device, key, near)
+        first = next(problems, None)
+        if first is not None:
+            problems = chain([first], problems)
+            if question.carry is not None and first[0] > NEXT_DOOR:
+                yield from _carried(files, question, problems, question.carry)
+            for _, groups in problems:
+                yield from _weighed(files, question, groups)
+    for _, groups in _ranked(files, files.of_others, key, None):
+        # A copy of this board's file is no other board.
+        yield from _weighed(files, question, [group for group in groups if not group.exact])
+    if near is not None:
+        for _, groups in _ranked(files, files.of_others, key, near):
+            yield from _weighed(files, question, groups)
+
+
+def _carried(files: _Files, question: _Question, problems: Iterator[_Problem], carry: Carry) -> _Found:
+    """The records of the nearest problems: the best few of each that can run here, by the time that they should take,
+    with a margin for each doubling, and then the others."""
+    best: list[tuple[float, _Group, Record]] = []
+    others: list[_Found] = []
+    counted = 0
+    for far, groups in islice(problems, 2 * CARRIED_PROBLEMS):
+        records = _weighed(files, question, groups)
+        few: list[tuple[float, _Group, Record]] = []
+        passed: list[tuple[_Group, Record]] = []
+        for group, record in islice(records, 4 * CARRIED_RECORDS):
+            factor = carry(record)
+            if factor is None or record.times is None:
+                passed.append((group, record))
+                continue
+            few.append((record.times.median_us * factor * (1 + MARGIN * far), group, record))
+            if len(few) == CARRIED_RECORDS:
+                break
+        best += few
+        others.append(chain(passed, records))
+        counted += bool(few)
+        if counted == CARRIED_PROBLEMS:
+            break
+    best.sort(key=itemgetter(0))
+    yield from ((group, record) for _, group, record in best)
+    for rest in others:
+        yield from rest
+
+
+def _weighed(files: _Files, question: _Question, groups: Sequence[_Group]) -> _Found:
+    """The records of one problem on one board, of all keys, best first."""
+    if len(groups) == 1:
+        (group,) = groups
+        for record in _of_group(files, question, group):
+            yield group, record
+        return
+    texts: list[dict[str, str]] = []  # of each key, by its form
+    times: list[dict[str, float]] = []
+    cut: list[bool] = []
+    weighed = groups[:_MOST_KEYS]
+    for group in weighed:
+        found = _fastest(files, question, group)
+        cut.append(len(found) >= _WEIGHED)
+        forms = {text: question.form(text) for text, _ in reversed(found)}
+        texts.append({form: text for text, form in forms.items()})
+        times.append({forms[text]: time for text, time in found})
+    done: set[str] = set()
+    for place, form in merged(times):
+        closer = (weighed[at] for at in range(place) if cut[at])
+        if any(_has(files, group, form) for group in closer):
+            continue  # that one's comes below
+        done.add(form)
+        kept = _one(files, question, weighed[place], texts[place][form])
+        if kept is not None:
+            yield weighed[place], kept
+    for group in groups:
+        for record in _of_group(files, question, group):
+            form = question.form(record.config)
+            if form not in done:
+                done.add(form)
+                yield group, record
+
+
+def _of_group(files: _Files, question: _Question, group: _Group) -> Iterator[Record]:
+    """The records of one key, best first, but for those that have failed here."""
+    own = group.exact and not group.shipped
+    incumbent = question.incumbent if group.exact else None
+    with files.noting(group.file):
+        for record in best_first(group.file, group.digest, Provenance.MEASURED, incumbent):
+            if own or question.form(record.config) not in question.refuted:
+                yield record
+
+
+def _fastest(files: _Files, question: _Question, group: _Group) -> list[tuple[str, float]]:
+    """The fastest configurations of one key with their times, but that the incumbent stays first where it does."""
+    found: list[tuple[str, float]] = []
+    with files.noting(group.file):
+        rows = group.file.rows(_FASTEST, (group.digest, Provenance.MEASURED, _WEIGHED))
+        found = [(row["config"], row["median_us"]) for row in rows]
+        if group.exact and question.incumbent is not None:
+            for kept in islice(best_first(group.file, group.digest, Provenance.MEASURED, question.incumbent), 1):
+                assert kept.times is not None
+                first = (kept.config, kept.times.median_us)
+                found = [first, *(pair for pair in found if pair != first)]
+    return found
+
+
+def _one(files: _Files, question: _Question, group: _Group, config: str) -> Record | None:
+    """The record of a configuration that may be answered; None where it has failed here, or can't be read any more."""
+    if not (group.exact and not group.shipped) and question.form(config) in question.refuted:
+        return None
+    with files.noting(group.file):
+        for row in group.file.rows(_OF_CONFIG, (group.digest, Provenance.MEASURED, config)):
+            return to_record(group.file, row)
+    return None
+
+
+def _has(files: _Files, group: _Group, config: str) -> bool:
+    found: list[Row] = []
+    with files.noting(group.file):
+        found += group.file.rows(_OF_CONFIG, (group.digest, Provenance.MEASURED, config))
+    return bool(found)
+
+
+def _transfers(files: _Files, key: Key, near: Near | None) -> Iterator[_Problem]:
+    """Steps 1 to 3: the groups of records that could answer or be carried over, by problem and board, best first."""
     yield from _ranked(files, files.of_device, key, None)
     if near is not None:
         yield from _ranked(files, files.of_device, key, near)
@@ -254,17 +435,20 @@ def _transfers(files: _Files, key: Key, near: Near | None) -> Iterator[_Group]:
         yield from _ranked(files, files.of_others, key, near)
 
 
-def _ranked(files: _Files, asked: Sequence[DatabaseFile], key: Key, near: Near | None) -> Iterator[_Group]:
+def _ranked(files: _Files, asked: Sequence[DatabaseFile], key: Key, near: Near | None) -> Iterator[_Problem]:
     """The groups of the same problem, or with `near` of all problems that compare, in order."""
     of_each = [_problems(files, file, key, near) for file in asked]
-    for _, equally_far in groupby(heapq.merge(*of_each, key=itemgetter(0)), key=itemgetter(0)):
+    for far, equally_far in groupby(heapq.merge(*of_each, key=itemgetter(0)), key=itemgetter(0)):
         found: list[_Group] = []
         for _, problem, file in equally_far:
             with files.noting(file):
                 found += _groups(file, key, problem, shipped=files.is_shipped(file))
         found.sort(key=lambda group: group.newest, reverse=True)
         found.sort(key=lambda group: (group.differs, group.shipped))
-        yield from found
+        by_board: dict[tuple[str, str], list[_Group]] = {}
+        for group in found:
+            by_board.setdefault((group.problem, group.device), []).append(group)
+        yield from ((far, groups) for groups in by_board.values())
 
 
 def _problems(
@@ -291,10 +475,18 @@ def _groups(file: DatabaseFile, key: Key, problem: str, *, shipped: bool) -> Ite
         names = ("other revision", "other toolchain", "other protocol")
         reasons += [name for name, changed in zip(names, differs, strict=True) if changed]
         exact = not reasons
-        if exact and not shipped:
-            continue  # step 1, of this very file
         words = [*(reasons or ["exact"]), *(["shipped"] if shipped else [])]
-        yield _Group(file, row["key_digest"], differs, row["created_at"], ", ".join(words), exact, shipped)
+        yield _Group(
+            file=file,
+            digest=row["key_digest"],
+            problem=problem,
+            device=row["device"],
+            differs=differs,
+            newest=row["created_at"],
+            reason=", ".join(words),
+            exact=exact,
+            shipped=shipped,
+        )
 
 
 def _changes(asked: str, found: str) -> str:

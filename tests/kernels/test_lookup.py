@@ -27,7 +27,7 @@ from tilewright.kernels.prediction import MODEL
 from tilewright.tuning_db.env import DB_DIR, FROZEN, PACK, SHIPPED, compiling_environment
 from tilewright.tuning_db.errors import IllegalConfigError, NotPackedError, PackError, UnsupportedError
 from tilewright.tuning_db.file import path_for
-from tilewright.tuning_db.record import Environment, Provenance, Record, Resources, Status, Times
+from tilewright.tuning_db.record import Environment, Provenance, Record, Resources, Status, Times, canonical_json
 from tilewright.tuning_db.store import TuningDB
 
 DEVICE, A10, A100 = (resolve_device(name) for name in ("rtx3090", "a10", "a100"))
@@ -93,7 +93,7 @@ def test_the_order_of_evidence(add, monkeypatch):
     assert predicted.provenance is Provenance.PREDICTED
     assert (predicted.record, predicted.reason) == (None, f"by {MODEL}")
     assert predicted.time_us > 0
-    # Each is better evidence than all before it, and none of them the faster for it.
+    # Each is better evidence than all before it, and none of them the faster for it: beyond noise, of one problem.
     add(TILES[0], measured=False, time_us=1)
     assert choose(GEMM, PROBLEM, DEVICE).config == TILES[0]
     assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.PREDICTED
@@ -103,10 +103,10 @@ def test_the_order_of_evidence(add, monkeypatch):
     add(TILES[2], problem=replace(PROBLEM, M=256), time_us=3)
     assert choose(GEMM, PROBLEM, DEVICE).config == TILES[2]
     assert choose(GEMM, PROBLEM, DEVICE).reason == "near shape M=128→256"
-    add(TILES[3], kernel_hash="another", time_us=4)
+    add(TILES[3], kernel_hash="another", time_us=5.8)
     assert choose(GEMM, PROBLEM, DEVICE).config == TILES[3]
     assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.TRANSFERRED
-    add(TILES[4], triton="3.5.1", time_us=5)
+    add(TILES[4], triton="3.5.1", time_us=5.9)
     assert choose(GEMM, PROBLEM, DEVICE).config == TILES[4]
     assert choose(GEMM, PROBLEM, DEVICE).reason == "other toolchain"
     add(TILES[5], time_us=6)
@@ -115,6 +115,26 @@ def test_the_order_of_evidence(add, monkeypatch):
     assert measured.record.config == TILES[5].to_json()
     named = choose(GEMM, PROBLEM, DEVICE, config=TILES[6])
     assert named == Choice(TILES[6], None, "named by the caller")
+
+
+def test_a_near_shape_is_asked_for_what_suits_this_one(add):
+    """Of 4096 rows the fastest has tiles of 128; a problem of 16 rows would leave most of each empty."""
+    problem = replace(PROBLEM, M=256)
+    tall, flat = (GemmConfig(BLOCK_M=m, BLOCK_N=64, BLOCK_K=32) for m in (128, 16))
+    add(tall, problem=problem, time_us=20)
+    add(flat, problem=problem, time_us=22)
+    asked = replace(PROBLEM, M=16)
+    assert choose(GEMM, asked, DEVICE).config == flat
+    assert choose(GEMM, replace(PROBLEM, M=272), DEVICE).config == tall  # next door
+
+
+def test_what_an_earlier_revision_measured_without_a_field_is_known_again(add):
+    fields = json.loads(TILES[1].to_json())
+    del fields["PAIRS"]
+    add(TILES[0], time_us=10)
+    add(TILES[1], time_us=20)
+    add(canonical_json(fields), kernel_hash="another", time_us=5)
+    assert choose(GEMM, PROBLEM, DEVICE).config == TILES[0]
 
 
 def test_without_any_evidence_the_default(unpredicted):
@@ -149,7 +169,7 @@ def test_the_shortlist_has_every_record_of_the_problem(add, folder, shipped):
     add(TILES[4], time_us=1, resources=replace(MODEST, spill_bytes=4))
     add(TILES[5], time_us=1, measured=False)
     assert configs() == [TILES[1], TILES[1], TILES[2], TILES[0], TILES[5], *guesses]
-    add(TILES[6], time_us=1, folder=shipped)
+    add(TILES[6], time_us=9.9, folder=shipped)
     assert configs() == [TILES[1], TILES[1], TILES[2], TILES[0], TILES[5], TILES[6], *guesses]
 
 
@@ -264,7 +284,7 @@ def test_a_damaged_database_answers_nothing_and_stays_as_it_is(add, unpredicted,
 
 def test_a_fresh_installation_answers_from_the_shipped_records(add, folder, shipped):
     add(TILES[0], time_us=7, folder=shipped)
-    add(TILES[1], problem=replace(PROBLEM, M=4096), triton="3.5.1", folder=shipped)
+    add(TILES[1], problem=replace(PROBLEM, M=4096), time_us=200, triton="3.5.1", folder=shipped)
     choice = choose(GEMM, PROBLEM, DEVICE)
     assert (choice.config, choice.provenance, choice.reason) == (TILES[0], Provenance.MEASURED, "exact, shipped")
     assert choice.time_us == 7
@@ -276,9 +296,13 @@ def test_a_fresh_installation_answers_from_the_shipped_records(add, folder, ship
 
 
 def test_what_was_tuned_here_goes_before_what_was_shipped(add, shipped):
-    add(TILES[0], time_us=1, folder=shipped)
+    add(TILES[0], time_us=8.7, folder=shipped)
     add(TILES[1], time_us=9)
     assert next(candidates(GEMM, PROBLEM, DEVICE)).config == TILES[1]
+    add(TILES[3], time_us=5, folder=shipped)  # nobody tried it here
+    assert choose(GEMM, PROBLEM, DEVICE).reason == "exact, shipped"
+    add(TILES[3], time_us=10)
+    assert choose(GEMM, PROBLEM, DEVICE).reason == "exact"
     add(TILES[2], problem=replace(PROBLEM, M=256), measured=False, time_us=9)
     assert choose(GEMM, replace(PROBLEM, M=256), DEVICE).provenance is Provenance.TRANSFERRED
 

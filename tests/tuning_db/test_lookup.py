@@ -129,11 +129,120 @@ def test_the_first_accepted_is_the_answer(fill, ask) -> None:
 
 def test_the_newest_toolchain_answers_with_its_fastest(fill, ask) -> None:
     fill(
-        {"triton": "3.7.0", "time_us": 1.0},
+        {"triton": "3.7.0", "time_us": 4.8},
         {"triton": "3.8.0", "time_us": 5.0, "config": "fast"},
         {"triton": "3.8.0", "time_us": 9.0, "config": "slow and last"},
     )
     assert ask().record.config == "fast"
+
+
+SAME_PROBLEM = [
+    (change, reason) for change, _, reason in LADDER if change.keys() <= {"protocol", "triton", "kernel_hash"}
+]
+
+
+@pytest.mark.parametrize(
+    "change", [change for change, _ in SAME_PROBLEM[1:]], ids=[reason for _, reason in SAME_PROBLEM[1:]]
+)
+def test_what_is_faster_beyond_noise_answers_though_it_is_less_close(fill, ship, ask, change: dict) -> None:
+    fill({"config": "a", "time_us": 10.0})
+    ship({**change, "config": "b", "time_us": 9.6})
+    assert ask().record.config == "a"
+    ship({**change, "config": "c", "time_us": 9.4})
+    assert (ask().record.config, ask().provenance) == ("c", TRANSFERRED)
+    assert ask().reason.endswith(", shipped")
+
+
+def test_a_configuration_is_judged_by_the_closest_key_that_has_it(fill, ask) -> None:
+    fill({"config": "a", "time_us": 10.0}, {"config": "b", "time_us": 12.0})
+    fill({"config": "b", "time_us": 5.0, "kernel_hash": "rev-a"})
+    assert (ask().record.config, ask().reason) == ("a", "exact")
+
+
+def test_times_of_another_protocol_are_brought_to_scale(fill, ask) -> None:
+    """One that takes half the time of all, as with a warm cache, must not win by that; nor lose by taking twice as
+    much."""
+    fill({"config": "a", "time_us": 10.0}, {"config": "b", "time_us": 12.0})
+    fill(*({"config": config, "time_us": us, "protocol": "warm-0"} for config, us in (("a", 5.0), ("c", 4.9))))
+    assert ask().record.config == "a"
+    fill(*({"config": config, "time_us": us, "protocol": "slow-0"} for config, us in (("a", 20.0), ("d", 16.0))))
+    assert (ask().record.config, ask().reason) == ("d", "other protocol")
+
+
+def test_a_field_that_an_earlier_revision_lacks_is_no_other_configuration(fill, ask) -> None:
+    here = {"config": '{"A":1,"PAIRS":false}', "time_us": 12.0}
+    earlier = {"config": '{"A":1}', "time_us": 5.0, "kernel_hash": "rev-a"}
+    fill({"config": '{"A":2,"PAIRS":false}', "time_us": 10.0}, here, earlier)
+    assert ask().reason == "other revision"
+    assert ask(defaults={"PAIRS": False}).record.config == '{"A":2,"PAIRS":false}'
+
+
+def test_what_failed_here_is_known_without_the_field_that_is_new(fill, ask) -> None:
+    fill({"config": '{"A":1}', "time_us": 1.0, "kernel_hash": "rev-a"}, {"config": "b", "kernel_hash": "rev-a"})
+    fill({"config": '{"A":1,"PAIRS":false}', **WRONG})
+    assert ask(defaults={"PAIRS": False}).record.config == "b"
+
+
+def test_the_incumbent_gives_way_to_another_revisions_only_beyond_noise(fill, ask) -> None:
+    fill({"config": "default", "times": spread(10.0, 1.0)}, {"config": "fastest", "times": spread(9.9, 1.0)})
+    fill({"config": "b", "time_us": 9.6, "kernel_hash": "rev-a"})
+    assert ask(incumbent="default").record.config == "default"
+    fill({"config": "c", "time_us": 9.0, "kernel_hash": "rev-a"})
+    assert ask(incumbent="default").record.config == "c"
+
+
+def test_beyond_the_fastest_that_are_weighed_too_the_closest_key_judges(
+    tmp_path: Path, key: Key, environment, make_record
+) -> None:
+    many = [make_record(str(at), 10.0 + at) for at in range(100)]
+    old = [make_record(str(at), 1.0 + at, kernel_hash="rev-a") for at in (90, 99)]
+    with TuningDB.open(key.device, tmp_path) as db:
+        db.add_many([*many, *old, make_record("new", 30.0, kernel_hash="rev-a")], db.start_run(environment))
+        offered: list[str] = []
+        assert db.best(key, accept=lambda record: bool(offered.append(record.config))) is None
+    assert sorted(offered) == sorted([*map(str, range(100)), "new"])
+    assert offered[:10] == [str(at) for at in range(10)]
+
+
+def times_as_here(factors: dict[str, float | None]):
+    """What a near shape's record is worth, by its configuration."""
+    return lambda record: factors[record.config]
+
+
+def test_near_shapes_are_put_in_order_by_what_they_should_take_here(fill, ask) -> None:
+    fill({"problem": shape(32), "config": "a", "time_us": 2.0}, {"problem": shape(32), "config": "b", "time_us": 3.0})
+    fill({"problem": shape(64), "config": "c", "time_us": 4.0})
+    assert ask().record.config == "a"
+    assert ask(carry=times_as_here({"a": 2.0, "b": 1.0, "c": 1.0})).record.config == "b"
+    assert ask(carry=times_as_here({"a": 2.0, "b": 2.0, "c": 0.5})).record.config == "c"
+    assert ask(carry=times_as_here({"a": None, "b": 2.0, "c": None})).record.config == "b"
+
+
+def test_what_cannot_be_carried_comes_after_and_nothing_is_lost(fill, ask) -> None:
+    fill(*({"problem": shape(m), "config": f"{m} {at}", "time_us": 1.0 + at} for m in (32, 64, 128) for at in range(6)))
+    offered: list[str] = []
+
+    def refuse(record: Record) -> bool:
+        offered.append(record.config)
+        return False
+
+    assert ask(carry=lambda record: None if record.config == "32 0" else 1.0, accept=refuse) is None
+    assert sorted(offered) == [f"{m} {at}" for m in (128, 32, 64) for at in range(6)]
+    assert offered[:2] == ["64 0", "32 1"]  # 1.1 and 2.1 µs with their distances
+    assert offered[-6:] == [f"128 {at}" for at in range(6)]
+
+
+def test_a_doubling_is_a_margin(fill, ask) -> None:
+    fill(
+        {"problem": shape(32), "config": "near", "time_us": 2.0},
+        {"problem": shape(64), "config": "far", "time_us": 1.95},
+    )
+    assert ask(carry=lambda record: 1.0).record.config == "near"
+
+
+def test_next_door_nothing_is_carried(fill, ask) -> None:
+    fill({"problem": shape(17), "config": "a", "time_us": 2.0}, {"problem": shape(32), "config": "b", "time_us": 1.0})
+    assert ask(carry=lambda record: pytest.fail("asked")).record.config == "a"
 
 
 def test_the_nearest_shape_goes_first_in_whatever_order_they_are_stored(fill, ask) -> None:
@@ -279,11 +388,18 @@ def test_shipped_records_answer_as_ones_own_do(ship, ask, tmp_path: Path, step: 
 def test_of_one_rank_ones_own_answer_first(fill, ship, ask, step: int) -> None:
     change, provenance, reason = LADDER[step]
     fill({**change, "time_us": 9.0})
-    ship({**change, "time_us": 1.0}, LADDER[-1][0])
+    ship({**change, "time_us": 8.7}, LADDER[-1][0])
     offered: list[Record] = []
     answer = ask(accept=lambda record: not offered.append(record))
     assert (answer.provenance, answer.reason, answer.record.times.median_us) == (provenance, reason, 9.0)
     assert ask(accept=lambda record: record != offered[0]).reason == f"{reason}, shipped"
+
+
+@pytest.mark.parametrize("step", range(len(LADDER) - 1), ids=lambda step: LADDER[step][2])
+def test_of_one_rank_shipped_records_answer_where_they_are_faster_beyond_noise(fill, ship, ask, step: int) -> None:
+    fill({**LADDER[step][0], "time_us": 9.0})
+    ship({**LADDER[step][0], "time_us": 8.0})
+    assert ask().reason == f"{LADDER[step][2]}, shipped"
 
 
 @pytest.mark.parametrize("step", range(1, len(LADDER)), ids=lambda step: LADDER[step][2])

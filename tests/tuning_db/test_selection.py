@@ -64,14 +64,36 @@ def test_failures_spills_and_predictions_are_left_out(chosen) -> None:
     assert chosen(BestFew(9, nothing), *failures, predicted, spills, {"config": "good"}) == ["good"]
 
 
-def test_of_revisions_and_protocols_the_one_measured_last(chosen) -> None:
-    first, last = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
-    assert chosen(
-        BestFew(9, nothing),
-        {"config": "new", "created_at": last},
-        {"config": "old", "kernel_hash": "rev-a", "created_at": first},
-        {"config": "as old", "protocol": "graph-0", "created_at": first},
-    ) == ["new"]
+FIRST, LAST = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
+
+
+def test_of_revisions_and_protocols_the_one_measured_last_and_what_is_among_the_fastest_of_all(chosen) -> None:
+    new = [{"config": f"new {us}", "time_us": us, "created_at": LAST} for us in (10.0, 20.0, 30.0)]
+    old = [
+        {"config": f"old {us}", "time_us": us, "kernel_hash": "rev-a", "created_at": FIRST} for us in (5.0, 15.0, 40.0)
+    ]
+    other = {"config": "as old", "time_us": 12.0, "protocol": "graph-0", "created_at": FIRST}
+    assert chosen(BestFew(2, nothing), *new, *old, other) == ["new 10.0", "new 20.0", "old 5.0"]
+    assert sorted(chosen(BestFew(4, nothing))) == [
+        *("as old", "new 10.0", "new 20.0", "new 30.0", "old 15.0", "old 5.0")
+    ]
+
+
+def test_a_configuration_is_taken_of_the_revision_that_has_it_last(chosen) -> None:
+    old = {"kernel_hash": "rev-a", "created_at": FIRST}
+    few = BestFew(9, nothing, lambda op, config: config.removesuffix(" of old"))
+    found = chosen(few, {"config": "a", "time_us": 3.0}, {**old, "config": "a of old"}, {**old, "config": "b"})
+    assert found == ["a", "b"]
+
+
+def test_the_default_is_taken_of_each_revision_that_gives_any(chosen) -> None:
+    """By it their times compare."""
+    old = {"kernel_hash": "rev-a", "created_at": FIRST}
+    new = [{"config": "default", "time_us": 9.0}, {"config": "new", "time_us": 5.0}]
+    of_old = [{**old, "config": "default", "time_us": 9.0}, {**old, "config": "old", "time_us": 4.0}]
+    unused = {"config": "default", "time_us": 9.0, "protocol": "graph-0", "created_at": FIRST}
+    found = chosen(BestFew(1, lambda op, problem: "default"), *new, *of_old, unused)
+    assert sorted(found) == ["default", "default", "new", "old"]
 
 
 def test_each_toolchain_has_its_own(chosen) -> None:
