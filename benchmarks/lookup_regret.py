@@ -15,8 +15,7 @@ answer comes from `TuningDB.best`, asked of real files.
 - Near shape and other board, our own kernels: of every problem that was measured in `--db` (the database folder, by
   default) with at least 10 configurations, what is answered without its own records.
 - `--model`: the same near shapes with times by the prediction model for the suites' problems instead of measured ones.
-  It tells how the model's landscapes hang together, and nothing of a GPU. The nearest shape answers, as it stands: put
-  in order by the model, as a lookup has them, these answers would be held against what ordered them.
+  It tells how the model's landscapes hang together, and nothing of a GPU.
 """
 
 from __future__ import annotations
@@ -38,20 +37,12 @@ from rich.table import Table
 
 from benchmarks import replay_tables
 from benchmarks.measuring import environment
-from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
-from tilewright.kernels.lookup import carry, check_supported, config_defaults, predictions, record_key
+from tilewright.kernels.lookup import check_supported, predictions, record_key
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner.suites import SUITES
 from tilewright.tuning_db.env import database_dir
-from tilewright.tuning_db.errors import (
-    ProblemError,
-    RunError,
-    UnknownDeviceError,
-    UnknownKernelError,
-    UnsupportedError,
-    UsageError,
-)
+from tilewright.tuning_db.errors import ProblemError, RunError, UnknownKernelError, UnsupportedError, UsageError
 from tilewright.tuning_db.record import Environment, Key, Provenance, Record, Resources, Status, Times, canonical_json
 from tilewright.tuning_db.shapes import FARTHEST
 from tilewright.tuning_db.store import TuningDB
@@ -214,28 +205,21 @@ class Answers:
     unanswered: int = 0
     untimed: int = 0  # answered with a configuration that was not measured on the problem itself
 
-    def ask(self, database: TuningDB, key: Key, times_us: dict[str, float], *, carried: bool) -> None:
+    def ask(self, database: TuningDB, key: Key, times_us: dict[str, float]) -> None:
         """One question, answered without the records of the problem itself on its own board; `times_us` are the truth.
-        `carried`: whether near shapes are put in order by the prediction, as a lookup has them.
 
         A configuration that failed on the problem gives way to the next, as it would when it is compiled or loaded.
         """
         kernel = find_kernel(key.op)
         problem = kernel.problem.from_json(key.problem)
         itself = (key.problem, key.device)
-        device = device_of(key.device)
-        worth = carry(kernel, problem, device) if carried and device is not None else None
-
-        def accept(record: Record) -> bool:
-            elsewhere = (record.key.problem, record.key.device) != itself
-            return elsewhere and bool(np.isfinite(times_us.get(record.config, 0.0)))
-
         answer = database.best(
             key,
             near=kernel.near(problem),
-            accept=accept,
-            defaults=config_defaults(kernel),
-            carry=None if worth is None else lambda record: worth(record) if accept(record) else None,
+            accept=lambda record: (
+                (record.key.problem, record.key.device) != itself
+                and bool(np.isfinite(times_us.get(record.config, 0.0)))
+            ),
         )
         self.asked += 1
         if answer is None:
@@ -246,15 +230,6 @@ class Answers:
             self.regrets.append(times_us[answer.record.config] / min(times_us.values()) - 1)
             other = kernel.problem.from_json(answer.record.key.problem)
             self.distances.append(kernel.distance(problem, other) or 0.0)
-
-
-def device_of(key: str) -> Device | None:
-    """The board of a database's name; None where the catalogue has none with so many SMs."""
-    try:
-        device = resolve_device(key.rpartition("-")[0])
-    except UnknownDeviceError:
-        return None
-    return device if device.key == key else None
 
 
 def measured_in(folder: Path) -> dict[Key, dict[str, float]]:
@@ -276,7 +251,7 @@ def is_question(key: Key, times_us: dict[str, float]) -> bool:
     return sum(map(np.isfinite, times_us.values())) >= LEAST_CONFIGS
 
 
-def left_out(landscapes: dict[Key, dict[str, float]], *, board: bool, carried: bool = True) -> dict[str, Answers]:
+def left_out(landscapes: dict[Key, dict[str, float]], *, board: bool) -> dict[str, Answers]:
     """Answers to each landscape's question from the others of its board, or from those of the other boards."""
     answers: dict[str, Answers] = {}
     for device in sorted({key.device for key in landscapes}):
@@ -286,7 +261,7 @@ def left_out(landscapes: dict[Key, dict[str, float]], *, board: bool, carried: b
             with TuningDB.open(device, Path(name), read_only=True) as database:
                 for key, times in landscapes.items():
                     if key.device == device:
-                        answers.setdefault(key.op, Answers([], [])).ask(database, key, times, carried=carried)
+                        answers.setdefault(key.op, Answers([], [])).ask(database, key, times)
     return answers
 
 
@@ -378,7 +353,7 @@ def main(
             console.print(table)
     if model is not None:
         title = f"near shape on {model} by the prediction model, nothing measured"
-        table, document[title] = own_table(title, left_out(modelled(model), board=False, carried=False))
+        table, document[title] = own_table(title, left_out(modelled(model), board=False))
         console.print(table)
     if json_file is not None:
         json_file.write_text(json.dumps(document, indent=2) + "\n")

@@ -13,9 +13,8 @@ import dataclasses
 import hashlib
 import heapq
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +269,6 @@ def answer(kernel: Kernel[Any, Any], problem: Problem, device: Device, database:
         accept=accept,
         incumbent=kernel.default(problem, device).to_json(),
         defaults=config_defaults(kernel),
-        carry=carry(kernel, problem, device),
     )
     if found is None:
         return None
@@ -282,32 +280,6 @@ def config_defaults(kernel: Kernel[Any, Any]) -> dict[str, Any]:
     """The fields of a kernel's configuration that may be left out, with what they then are."""
     fields = dataclasses.fields(kernel.space.config)
     return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-
-
-def carry(kernel: Kernel[Any, Any], problem: Problem, device: Device) -> Callable[[Record], float | None]:
-    """What a near shape's record is worth for a problem: predicted time here over predicted time there, of its
-    configuration; None where that doesn't fit. So most of what the model doesn't know of a configuration cancels out.
-
-    From estimated resources, here and there: a record's are of another problem, and often of an earlier revision.
-    """
-
-    @cache
-    def predicted_us(of: Problem, config: Config) -> float:
-        return predict(kernel.work(of, config), kernel.estimate(of, config, device), device).time_us
-
-    parsed = cache(kernel.problem.from_json)
-
-    def factor(record: Record) -> float | None:
-        config = fitting_config(kernel, problem, device, record)
-        if config is None:
-            return None
-        try:
-            there = parsed(record.key.problem)
-        except ProblemError:
-            return None  # of a time when problems had other fields
-        return predicted_us(problem, config) / predicted_us(there, config)
-
-    return factor
 
 
 def fitting_config(kernel: Kernel[Any, Any], problem: Problem, device: Device, record: Record) -> Config | None:

@@ -8,14 +8,12 @@
 | 3    | another board of the same arch (its own file): this problem, else a near   | transferred |
 | 4    | predicted under this very key                                              | predicted   |
 
-All that was measured of one problem on one board is weighed together, shipped or not (`tilewright.tuning_db.weighing`):
-the closest key has the first word, and one that is less close is heard where it is faster beyond noise. The closest has
+All that was measured of one problem on one board is weighed together, shipped or not, unless this very key was measured
+here: then this file's own answer before what was shipped (`tilewright.tuning_db.weighing`). The closest key has the
+first word, and one that is less close is heard where it is faster beyond noise. The closest has
 the fewest differences in the order revision, toolchain, protocol, then was measured here and not shipped
 (`tilewright.tuning_db.shipped_records`), then was measured last. Within steps 2 and 3 the nearest problem goes first
 (see `tilewright.tuning_db.shapes`), and of those equally near, and of boards, the one with the closest key.
-
-Who asks may know by what a time changes from one shape to another (`Carry`). Then the best few of the nearest problems
-are put in the order of the times that they should take here, unless the nearest is as good as the same.
 
 The incumbent, which is the default configuration, stays in its place among the outcomes of this very key unless the
 fastest beats it beyond noise: `Times.beats`.
@@ -28,11 +26,11 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, groupby, islice
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
@@ -45,17 +43,7 @@ from tilewright.tuning_db.rows import Row, row_to_record
 from tilewright.tuning_db.schema import ANSWERABLE
 from tilewright.tuning_db.shapes import Near, nearest
 from tilewright.tuning_db.shipped_records import open_shipped, warn_of_unreadable
-from tilewright.tuning_db.weighing import MARGIN, merged
-
-Carry = Callable[[Record], float | None]
-"""What a near shape's record is worth: by what its time is to be multiplied, to be one of the problem asked for; None
-where its configuration can't run that."""
-
-NEXT_DOOR = 0.25
-"""Distance up to which a near shape is taken to be the same problem: what `Carry` makes of it is less than noise."""
-
-CARRIED_PROBLEMS, CARRIED_RECORDS = 2, 3
-"""How many near problems, and how many of the best of each, are put in order by `Carry`: more answer no better."""
+from tilewright.tuning_db.weighing import merged
 
 _FEW = 4
 _WEIGHED = 64  # of each key, the fastest; the rest go last
@@ -194,7 +182,6 @@ class _Question:
     incumbent: str | None
     defaults: Mapping[str, Any]
     refuted: frozenset[str]
-    carry: Carry | None
 
     def form(self, config: str) -> str:
         """The text of a configuration as this revision writes it, with the fields that an earlier one didn't have."""
@@ -218,18 +205,17 @@ def answers(
     incumbent: str | None = None,
     shipped: Path | None = None,
     defaults: Mapping[str, Any] = MappingProxyType({}),
-    carry: Carry | None = None,
 ) -> Generator[Answer, None, None]:
     """Every answer to `key`, best first, read as far as it is consumed.
 
     `shipped` is the folder of the shipped files. Those, and files of other boards, that can't be read are left out, and
     added to `skipped` with the reason. `defaults` are the fields of a configuration that may be left out, with what
-    they then are. `carry` puts near shapes in order.
+    they then are.
     """
     digest = key.digest()
     predicted_digest = replace(key, protocol=predicted_protocol).digest()
     refuted = frozenset(row["config"] for row in file.rows(_REFUTED, (digest, predicted_digest)))
-    question = _Question(key, near, incumbent, defaults, refuted, carry)
+    question = _Question(key, near, incumbent, defaults, refuted)
     with _Files(file, shipped, skipped) as files:
         for group, record in _found(files, question):
             provenance = Provenance.MEASURED if group.exact else Provenance.TRANSFERRED
@@ -249,7 +235,7 @@ def evidence(
     """What was measured elsewhere, and by steps 1 to 3 would be asked: the reason, and all the records of one key, the
     closest key first. Shipped records of `key` itself come first. Read as far as it is consumed."""
     with _Files(file, shipped, skipped) as files:
-        for _, groups in _transfers(files, key, near):
+        for groups in _transfers(files, key, near):
             for group in groups:
                 if group.exact and not group.shipped:
                     continue  # the key's own
@@ -296,58 +282,27 @@ def to_record(file: DatabaseFile, row: Row) -> Record:
 
 
 _Found = Iterator[tuple[_Group, Record]]
-_Problem = tuple[float, list[_Group]]  # the distance of one, and what was measured of it on one board, closest first
+_Problem = list[_Group]  # what was measured of one on one board, closest first
 
 
 def _found(files: _Files, question: _Question) -> _Found:
     """All that was measured, best first, but for what has failed here."""
     key, near = question.key, question.near
-    for _, groups in _ranked(files, files.of_device, key, None):
+    for groups in _ranked(files, files.of_device, key, None):
+        if groups[0].exact and not groups[0].shipped:
+            # What was measured here under this very key gives way to nobody else's measurements.
+            yield from _weighed(files, question, [group for group in groups if not group.shipped])
+            groups = [group for group in groups if group.shipped]
         yield from _weighed(files, question, groups)
     if near is not None:
-        problems = _ranked(files, files.of_device, key, near)
-        first = next(problems, None)
-        if first is not None:
-            problems = chain([first], problems)
-            if question.carry is not None and first[0] > NEXT_DOOR:
-                yield from _carried(files, question, problems, question.carry)
-            for _, groups in problems:
-                yield from _weighed(files, question, groups)
-    for _, groups in _ranked(files, files.of_others, key, None):
+        for groups in _ranked(files, files.of_device, key, near):
+            yield from _weighed(files, question, groups)
+    for groups in _ranked(files, files.of_others, key, None):
         # A copy of this board's file is no other board.
         yield from _weighed(files, question, [group for group in groups if not group.exact])
     if near is not None:
-        for _, groups in _ranked(files, files.of_others, key, near):
+        for groups in _ranked(files, files.of_others, key, near):
             yield from _weighed(files, question, groups)
-
-
-def _carried(files: _Files, question: _Question, problems: Iterator[_Problem], carry: Carry) -> _Found:
-    """The records of the nearest problems: the best few of each that can run here, by the time that they should take,
-    with a margin for each doubling, and then the others."""
-    best: list[tuple[float, _Group, Record]] = []
-    others: list[_Found] = []
-    counted = 0
-    for far, groups in islice(problems, 2 * CARRIED_PROBLEMS):
-        records = _weighed(files, question, groups)
-        few: list[tuple[float, _Group, Record]] = []
-        passed: list[tuple[_Group, Record]] = []
-        for group, record in islice(records, 4 * CARRIED_RECORDS):
-            factor = carry(record)
-            if factor is None or record.times is None:
-                passed.append((group, record))
-                continue
-            few.append((record.times.median_us * factor * (1 + MARGIN * far), group, record))
-            if len(few) == CARRIED_RECORDS:
-                break
-        best += few
-        others.append(chain(passed, records))
-        counted += bool(few)
-        if counted == CARRIED_PROBLEMS:
-            break
-    best.sort(key=itemgetter(0))
-    yield from ((group, record) for _, group, record in best)
-    for rest in others:
-        yield from rest
 
 
 def _weighed(files: _Files, question: _Question, groups: Sequence[_Group]) -> _Found:
@@ -438,7 +393,7 @@ def _transfers(files: _Files, key: Key, near: Near | None) -> Iterator[_Problem]
 def _ranked(files: _Files, asked: Sequence[DatabaseFile], key: Key, near: Near | None) -> Iterator[_Problem]:
     """The groups of the same problem, or with `near` of all problems that compare, in order."""
     of_each = [_problems(files, file, key, near) for file in asked]
-    for far, equally_far in groupby(heapq.merge(*of_each, key=itemgetter(0)), key=itemgetter(0)):
+    for _, equally_far in groupby(heapq.merge(*of_each, key=itemgetter(0)), key=itemgetter(0)):
         found: list[_Group] = []
         for _, problem, file in equally_far:
             with files.noting(file):
@@ -448,7 +403,7 @@ def _ranked(files: _Files, asked: Sequence[DatabaseFile], key: Key, near: Near |
         by_board: dict[tuple[str, str], list[_Group]] = {}
         for group in found:
             by_board.setdefault((group.problem, group.device), []).append(group)
-        yield from ((far, groups) for groups in by_board.values())
+        yield from by_board.values()
 
 
 def _problems(

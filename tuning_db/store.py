@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tilewright.tuning_db.env import database_dir, shipped_dir
 from tilewright.tuning_db.errors import DatabaseError, ExportFileError, UsageError
 from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
-from tilewright.tuning_db.lookup import Carry, answers, best_first, evidence, to_record
+from tilewright.tuning_db.lookup import answers, best_first, evidence, to_record
 from tilewright.tuning_db.record import Answer, Environment, Key, Provenance, Record, Status
 from tilewright.tuning_db.rows import environment_to_row, insertion, record_to_row, row_to_environment
 from tilewright.tuning_db.shapes import Near
@@ -242,7 +242,6 @@ class TuningDB:
         accept: Accept | None = None,
         incumbent: str | None = None,
         defaults: Mapping[str, Any] = MappingProxyType({}),
-        carry: Carry | None = None,
     ) -> Answer | None:
         """The best evidence there is for `key`, in the order of `tilewright.tuning_db.lookup`; None without any.
 
@@ -253,15 +252,14 @@ class TuningDB:
         first candidate that `accept` accepts is the answer; it may be asked about a configuration more than once, each
         time with another record. `incumbent` is a configuration that outcomes of this very key must beat beyond noise.
         `defaults` are the fields that configurations of earlier revisions may lack, with what they then are: so that
-        one is known again. `carry` says what a near shape's record is worth for the problem asked for; without it the
-        nearest goes first.
+        one is known again.
 
         Raises:
             DatabaseError: this file can't be read. Shipped files and other boards' that can't are noted in `skipped`.
         """
         protocol = predicted_protocol or key.protocol
         with closing(
-            answers(self._file, key, protocol, near, self.skipped, incumbent, self._shipped, defaults, carry)
+            answers(self._file, key, protocol, near, self.skipped, incumbent, self._shipped, defaults)
         ) as found:
             return next((answer for answer in found if accept is None or accept(answer.record)), None)
 

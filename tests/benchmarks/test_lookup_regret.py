@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import lookup_regret
 from benchmarks.lookup_regret import Space, load, main, other_board, put, records_of, whole_table
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.lookup import record_key
@@ -20,16 +19,6 @@ from tilewright.kernels.ops.gemm.problem import GemmProblem
 RTX3090, A10 = resolve_device("rtx3090"), resolve_device("a10")
 PROBLEM = GemmProblem(M=128, N=4096, K=4096)
 CONFIGS = [config.to_json() for config in GEMM.space.configs(PROBLEM, RTX3090)[:12]]
-
-
-@pytest.fixture(autouse=True)
-def near_shapes_take_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of the prediction, which the landscapes below know nothing of."""
-
-    def carry(kernel: object, problem: object, device: object):
-        return lambda record: 1.0
-
-    monkeypatch.setattr(lookup_regret, "carry", carry)
 
 
 def landscape(best: int, problem: GemmProblem = PROBLEM, device: object = RTX3090, least: float = 100.0) -> list:

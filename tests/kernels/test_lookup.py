@@ -117,17 +117,6 @@ def test_the_order_of_evidence(add, monkeypatch):
     assert named == Choice(TILES[6], None, "named by the caller")
 
 
-def test_a_near_shape_is_asked_for_what_suits_this_one(add):
-    """Of 4096 rows the fastest has tiles of 128; a problem of 16 rows would leave most of each empty."""
-    problem = replace(PROBLEM, M=256)
-    tall, flat = (GemmConfig(BLOCK_M=m, BLOCK_N=64, BLOCK_K=32) for m in (128, 16))
-    add(tall, problem=problem, time_us=20)
-    add(flat, problem=problem, time_us=22)
-    asked = replace(PROBLEM, M=16)
-    assert choose(GEMM, asked, DEVICE).config == flat
-    assert choose(GEMM, replace(PROBLEM, M=272), DEVICE).config == tall  # next door
-
-
 def test_what_an_earlier_revision_measured_without_a_field_is_known_again(add):
     fields = json.loads(TILES[1].to_json())
     del fields["PAIRS"]
@@ -300,8 +289,6 @@ def test_what_was_tuned_here_goes_before_what_was_shipped(add, shipped):
     add(TILES[1], time_us=9)
     assert next(candidates(GEMM, PROBLEM, DEVICE)).config == TILES[1]
     add(TILES[3], time_us=5, folder=shipped)  # nobody tried it here
-    assert choose(GEMM, PROBLEM, DEVICE).reason == "exact, shipped"
-    add(TILES[3], time_us=10)
     assert choose(GEMM, PROBLEM, DEVICE).reason == "exact"
     add(TILES[2], problem=replace(PROBLEM, M=256), measured=False, time_us=9)
     assert choose(GEMM, replace(PROBLEM, M=256), DEVICE).provenance is Provenance.TRANSFERRED

@@ -78,8 +78,8 @@ def head_blocks(dim: int, rows: int, smallest: int) -> tuple[int, int]:
     rest = dim - block
     if rest == 0:
         return block, 0
-    # Of fp8, whose smallest dot is wider than that of others, the last columns of 72, 80 and 96 came out wrong on an H200
-    # as 64 and a rest (Triton 3.6; the interpreter has them right, and 40, 160 and 192 are right there).
+    # Of fp8, whose smallest dot is wider, the last columns of 72, 80 and 96 came out wrong on an H200 as 64 and a rest
+    # (Triton 3.6; the interpreter has them right, and the GPU 40, 160 and 192).
     if rows < CUT or (smallest > 16 and block == 64):
         return 2 * block, 0
     return block, max(smallest, 2 ** math.ceil(math.log2(rest)))
