@@ -74,6 +74,7 @@ INSTRUCTIONS = {
     "shuffles": r"\bshfl\.",
     "narrow loads": r"\bld\.global(?:\.\w+)*\.[bus](?:8|16)\b",
     "setmaxnreg": r"\bsetmaxnreg\b",
+    "ended barriers": r"\bfirst mbarrier\.inval\b",
     "wide loads": r"\bld\.global(?:\.\w+)*\.v4\.b32\b",
 }
 ORDERED = (r"\bwgmma\.commit", r"\bwgmma\.wait", r"\bex2\b")

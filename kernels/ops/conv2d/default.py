@@ -21,6 +21,11 @@ def default(problem: Conv2dProblem, device: Device) -> Conv2dConfig:
     """
     if problem.depthwise:
         if problem.layout == "nhwc":
+            # On an H200 rows below each other take 0.30 to 0.82 of the time of the default without them with stride 1,
+            # and with stride 2, where they share less, 0.87 to 1.34.
+            shared = problem.stride_h == 1 and problem.dilation_h == 1 and min(problem.P, problem.R) >= 3
+            if shared and vector_bytes(problem, _DEPTHWISE)[0] == 16 and dtype(problem.dtype).bytes == 2:
+                return replace(_DEPTHWISE, BLOCK_M=32, BLOCK_N=32, ROWS=4)
             # Narrow loads have an address each: half as many of them to a thread.
             rows = 32 if vector_bytes(problem, _DEPTHWISE)[0] == 16 else 16
             return replace(_DEPTHWISE, BLOCK_M=rows, BLOCK_N=32 if problem.K <= 32 else 64)
