@@ -48,10 +48,6 @@ class ArrayKind(ABC):
             AttributeError, TypeError: one of them is no array, or another library's.
         """
 
-    def signature(self, array: Any) -> tuple[Any, ...]:
-        """The signature of one array."""
-        return tuple(self.look((array,))[0])
-
     @abstractmethod
     def pointer(self, array: Any) -> int:
         """Address of the first element."""
@@ -249,9 +245,6 @@ class DlpackKind(CupyKind):
     """
 
     foreign = True
-
-    def signature(self, array: Any) -> tuple[Any, ...]:
-        return super().signature(self.adopt(array))
 
     def pointer(self, array: Any) -> int:
         return super().pointer(self.adopt(array))

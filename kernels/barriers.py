@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from tilewright.tuning_db.errors import CompileError
+
 _BASE = re.compile(r"mov\.[bu]32\s+(%r\d+), global_smem;")
 _SUM = re.compile(r"add\.[su]32\s+(%r\d+), (%r\d+), (\d+);")
 _CONSTANT = re.compile(r"mov\.[bu]32\s+(%r\d+), (\d+);")
@@ -17,6 +19,9 @@ def stale_barriers(ptx: str) -> tuple[int, ...]:
     no `mbarrier.inval` ends before: their bits may appear among the operands'.
 
     Triton allots shared memory by size, operands before barriers: a barrier before all that are used is in an operand.
+
+    Raises:
+        CompileError: there are barriers, and the text is written in another way than Triton 3.6 to 3.9 writes it.
     """
     bases = set(_BASE.findall(ptx))
     offsets = dict.fromkeys(bases, 0)
@@ -26,9 +31,12 @@ def stale_barriers(ptx: str) -> tuple[int, ...]:
         if other in bases:
             offsets[register] = int(text)
     used = [added[register] for register in _USED.findall(ptx) if register in added]
-    if not used:
-        return ()
     constants = {register: int(text) for register, text in _CONSTANT.findall(ptx)}
     ended = {constants.get(register, -1) for register in _ENDED.findall(ptx)}
-    made = {offsets[register] for register in _MADE.findall(ptx) if register in offsets}
+    registers = _MADE.findall(ptx)
+    made = {offsets[register] for register in registers if register in offsets}
+    if ptx.count("mbarrier.init") != len(registers) or len(registers) > 0 == len(used):
+        raise CompileError("it can't be told which of the kernel's barriers are used: this Triton writes other PTX")
+    if not made:
+        return ()
     return tuple(sorted(offset for offset in made if offset < min(used) and offset not in ended))

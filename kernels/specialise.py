@@ -20,6 +20,8 @@ def behind_barriers(program, STAGES: tl.constexpr):
     memory, to operands. The unit that keeps barriers has a cache of them, which `mbarrier.inval` takes one out of
     (`SYNCS.CCTL.IV`), as PTX asks for before that memory is used for anything else (PTX ISA, `mbarrier.inval`). Without
     it, on an H200, up to every tenth block had the bits of a barrier in a row of its first tile, some of them NaN.
+
+    Thread 0 made the barriers, and its warp starts the copies, behind this; the other groups don't wait for it.
     """
     if REUSES_BARRIERS:
         for stage in tl.static_range(STAGES):

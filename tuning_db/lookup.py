@@ -10,8 +10,8 @@
 
 All that was measured of one problem on one board is weighed together, shipped or not, unless this very key was measured
 here: then this file's own answer before what was shipped (`tilewright.tuning_db.weighing`). The closest key has the
-first word, and one that is less close is heard where it is faster beyond noise. The closest has
-the fewest differences in the order revision, toolchain, protocol, then was measured here and not shipped
+first word, and one that is less close is heard where it is faster beyond noise. The closest has the fewest differences
+in the order revision, toolchain, protocol, then was measured here and not shipped
 (`tilewright.tuning_db.shipped_records`), then was measured last. Within steps 2 and 3 the nearest problem goes first
 (see `tilewright.tuning_db.shapes`), and of those equally near, and of boards, the one with the closest key.
 

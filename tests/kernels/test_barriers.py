@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tilewright.kernels.barriers import stale_barriers
+from tilewright.tuning_db.errors import CompileError
 
 PTX = """
     mov.b32 %r1, global_smem;
@@ -43,6 +44,18 @@ def test_barriers_behind_the_operands_are_in_nobodys_way():
 def test_a_barrier_that_is_used_is_found_by_every_use(operation):
     text = PTX.replace("try_wait.parity.shared.b64 complete,", operation)
     assert stale_barriers(text.replace("{ends}", "")) == (0, 8)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PTX.replace("mbarrier.try_wait.parity", "mbarrier.wait"),
+        PTX + "mbarrier.init.shared::cta.b64 [global_smem+8], 1;",
+    ],
+)
+def test_what_can_not_be_told_is_an_error(text):
+    with pytest.raises(CompileError, match="it can't be told which of the kernel's barriers are used"):
+        stale_barriers(text.replace("{ends}", ""))
 
 
 def test_a_kernel_without_barriers_has_none_that_are_stale():

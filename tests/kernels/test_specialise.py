@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import triton
 
 from tests.kernels.compiling import compiled, described
 from tilewright.kernels import GemmConfig, GemmProblem
 from tilewright.kernels.specialise import REUSED
-
-
-def test_triton_reuses_the_place_of_barriers_up_to_3_7():
-    assert (triton.__version__.split(".")[:2] < ["3", "8"]) == REUSED
 
 
 @pytest.mark.smoke

@@ -94,7 +94,8 @@ def value_blocks(problem: AttentionProblem, config: AttentionConfig) -> tuple[in
     rows, dim = config.BLOCK_M, problem.dim_v
     # No narrower than those of keys: fp8 tails of 16 have failed on an H200 (illegal address; Triton 3.6, head dim 40).
     block, tail = head_blocks(dim, rows, problem.smallest_dim)
-    return (rows, rows) if CUT <= rows < block and dim <= 2 * rows else (block, tail)
+    halves = CUT <= rows < block and dim <= 2 * rows and not (problem.smallest_dim > 16 and 64 < dim < 128)
+    return (rows, rows) if halves else (block, tail)
 
 
 def tile_heads(problem: AttentionProblem, config: AttentionConfig) -> int:

@@ -19,6 +19,20 @@ def with_tap(total, x, weights, row: tl.constexpr, R: tl.constexpr, DILATION_H: 
 
 
 @triton.jit
+def row_mask(mask, y, H, GUARDED: tl.constexpr):
+    """The pixels of a mask, or None for all, whose row of x there is."""
+    return both(mask, (y >= 0) & (y < H)) if GUARDED else mask
+
+
+@triton.jit
+def column_mask(mask, z, W, PADDED: tl.constexpr, NHWC: tl.constexpr):
+    """The pixels of a mask, or None for all, whose column of x there is, turned as in the tile."""
+    if PADDED:
+        mask = both(mask, (z >= 0) & (z < W))
+    return None if mask is None else across(mask, NHWC)
+
+
+@triton.jit
 def depthwise_kernel(
     # inputs
     x_ptr,
@@ -100,28 +114,32 @@ def depthwise_kernel(
     mask_n = None
     if not EVEN_N:
         mask_n = beside(filters < K, NHWC)
-    sums = (tl.zeros((BLOCK_M, BLOCK_N) if NHWC else (BLOCK_N, BLOCK_M), dtype=SUM),) * ROWS
-    ROWS_IN: tl.constexpr = (ROWS - 1) * STRIDE_H + (R - 1) * DILATION_H + 1
-    for s in tl.range(S, loop_unroll_factor=UNROLL):
-        z = left + s * DILATION_W
-        mask_z = mask_m
-        if PADDED:
-            mask_z = both(mask_m, (z >= 0) & (z < W))
-        weights = ()
-        for r in tl.static_range(R):
-            weights += (load(w_tile + (r * S + s), mask_n).to(SUM),)
-        for row in tl.static_range(ROWS_IN):
-            mask_x = mask_z
-            if PADDED or not EVEN_P:
-                y = top + row
-                mask_x = both(mask_z, (y >= 0) & (y < H))
-            if mask_x is not None:
-                mask_x = across(mask_x, NHWC)
-            x = load(x_tile + (row * x_row + s * DILATION_W * x_column), both(mask_x, mask_n)).to(SUM)
-            summed = ()
-            for out_row in tl.static_range(ROWS):
-                summed += (with_tap(sums[out_row], x, weights, row - out_row * STRIDE_H, R, DILATION_H),)
-            sums = summed
+    zeros = tl.zeros((BLOCK_M, BLOCK_N) if NHWC else (BLOCK_N, BLOCK_M), dtype=SUM)
+    if ROWS == 1:
+        total = zeros
+        for r in range(R):
+            inside = row_mask(mask_m, top + r * DILATION_H, H, PADDED)
+            for s in tl.static_range(S):
+                mask_x = column_mask(inside, left + s * DILATION_W, W, PADDED, NHWC)
+                x = load(x_tile + (r * DILATION_H * x_row + s * DILATION_W * x_column), both(mask_x, mask_n))
+                w = load(w_tile + (r * S + s), mask_n)
+                total += x.to(SUM) * w.to(SUM)
+        sums = (total,)
+    else:
+        sums = (zeros,) * ROWS
+        ROWS_IN: tl.constexpr = (ROWS - 1) * STRIDE_H + (R - 1) * DILATION_H + 1
+        for s in tl.range(S, loop_unroll_factor=UNROLL):
+            weights = ()
+            for r in tl.static_range(R):
+                weights += (load(w_tile + (r * S + s), mask_n).to(SUM),)
+            for row in tl.static_range(ROWS_IN):
+                inside = row_mask(mask_m, top + row, H, PADDED or not EVEN_P)
+                mask_x = column_mask(inside, left + s * DILATION_W, W, PADDED, NHWC)
+                x = load(x_tile + (row * x_row + s * DILATION_W * x_column), both(mask_x, mask_n)).to(SUM)
+                summed = ()
+                for out_row in tl.static_range(ROWS):
+                    summed += (with_tap(sums[out_row], x, weights, row - out_row * STRIDE_H, R, DILATION_H),)
+                sums = summed
 
     for out_row in tl.static_range(ROWS):
         out_pixels, out_filters = out_offsets(image, first + out_row, column, filters, K, P, Q, NHWC)

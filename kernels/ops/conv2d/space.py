@@ -428,9 +428,14 @@ def estimate(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> Re
 
 
 def _depthwise_registers(problem: Conv2dProblem, config: Conv2dConfig) -> float:
-    """Least squares of 180 kernels, by sums, a column of weights and the rows of x that are loaded for it. Of NCHW one
-    spill in three is foreseen."""
+    """Least squares, by sums, weights, and what is loaded before the first is used: of one row all taps of a row, of
+    several (180 kernels; of NCHW one spill in three is foreseen) a column of weights and the rows of x that see it."""
     held = accumulators(config)
+    if config.ROWS == 1:
+        weights = problem.S * config.BLOCK_N / (config.num_warps * WARP_SIZE)
+        if problem.layout == "nhwc":
+            return 22 + 4.1 * held + 6 * weights
+        return 27 + 1.1 * held + 1.65 * problem.S * held + 22 * weights
     weights = problem.R * config.BLOCK_N / (config.num_warps * WARP_SIZE)
     loaded = held / config.ROWS * rows_read(problem, config)
     if problem.layout == "nhwc":

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from tilewright.kernels.device import Device
+from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import AXES, GemmConfig, fits, operand_vectors, tiles, vector_bytes
 
@@ -82,15 +83,18 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
     """Hopper's default for large products: a tile of two warp groups, persistent and by tensor descriptors, where there
     is one for every SM.
 
-    On an H200 it takes 0.72 of the time of the plain default at 4096³, and 0.53 at 16384×256×1024. Warp-specialised,
-    the next tile is copied during the epilogue: of K up to 1024 that takes 0.85 to 0.96 of the other's time, of int8 at
-    4096³ 0.80, of fp8 0.87 (0.80 at 8192³), and at K of 4096 and 16 bits 1.02 to 1.05.
+    On an H200 it takes 0.72 of the time of the plain default at 4096³, and 0.53 at 16384×256×1024; of int8 at 4096³
+    0.63, of fp8 0.52. Warp-specialised, the next tile is copied during the epilogue: for K up to 1024 that takes 0.85
+    to 1.04 of the other's time, of int8 at 4096³ 0.80, of fp8 0.89 (0.87 at 8192³), and at K of 4096 and 16 bits 1.02
+    to 1.08.
     """
     if problem.b_dtype is not None or problem.K < 256:
         return None
+    # Results of 4 bytes take a place in shared memory beside the next tile's operands, and residuals registers.
+    special = problem.residual is None and not problem.gated and dtype(problem.output_dtype).bytes < 4
     if problem.unit in ("fp16", "bf16"):
         bare = problem.bias is None and problem.activation == "none"
-        if problem.K > FEW_PRODUCTS or problem.gated or problem.residual is not None:
+        if problem.K > FEW_PRODUCTS or not special:
             config = GemmConfig(128, 256, 64, num_warps=8, num_stages=4)
         elif bare:
             config = GemmConfig(256, 128, 64, num_warps=4, num_stages=4, WARP_SPECIALIZE=True)
@@ -98,7 +102,7 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
             config = GemmConfig(128, 256, 64, num_warps=4, num_stages=3, WARP_SPECIALIZE=True)
     elif problem.unit not in ("int8", "fp8") or (problem.a_layout, problem.b_layout) != ("row", "col"):
         return None  # wgmma takes 8-bit operands as they lie, along K
-    elif problem.gated or problem.residual is not None:
+    elif not special:
         wide = problem.unit == "int8"  # of fp8 there are two sums of each tile
         config = GemmConfig(128, 256 if wide else 128, 128, num_warps=8, num_stages=3 if wide else 4)
     else:

@@ -291,7 +291,8 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
             if 2 * count < device.sms:
                 return f"{count} tiles leave most of {device.sms} SMs without a WARP_SPECIALIZE block"
         elif count < _least_persistent(device, config.TMA):
-            return f"{count} tiles on {device.sms} SMs leave PERSISTENT blocks fewer than 2 each"
+            least = "one" if config.TMA and device.arch // 10 == 9 else "two"
+            return f"{count} tiles are fewer than {least} for each PERSISTENT block on {device.sms} SMs"
         if small or config.BLOCK_M * config.BLOCK_N < 128 * 128:
             return f"the other blocks of an SM hide the start of one of {config.BLOCK_M}×{config.BLOCK_N}"
         if not config.TMA and device.arch >= 90 and fits(problem, replace(config, TMA=True), device) is None:

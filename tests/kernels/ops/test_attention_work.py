@@ -362,6 +362,15 @@ def test_shared_memory_is_never_overestimated_and_mostly_exact():
     assert sum(exact) / len(exact) >= 0.8
 
 
+@pytest.mark.parametrize("dim", [72, 80, 96])
+@pytest.mark.parametrize("rows", [16, 32, 64, 128, 256])
+def test_fp8_heads_between_64_and_128_have_no_rest(dim, rows):
+    problem = replace(LLAMA, D=dim, Dv=dim, dtype="fp8e4m3")
+    config = AttentionConfig(rows, 64)
+    assert head_blocks(dim, rows, problem.smallest_dim) == value_blocks(problem, config) == (128, 0)
+    assert value_blocks(replace(problem, dtype="bf16"), AttentionConfig(128, 64))[1] in (16, 32)
+
+
 # The space
 
 

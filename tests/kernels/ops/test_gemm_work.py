@@ -299,3 +299,17 @@ def test_more_accumulators_take_more_registers() -> None:
     # 128×256 on 2 warps is 512 accumulators a thread; on 4, 256 and nothing left for operands.
     assert GEMM.estimate(FP16, GemmConfig(128, 256, 32, num_warps=4), board).spill_bytes > 0
     assert GEMM.estimate(FP16, GemmConfig(128, 256, 32, num_warps=8), board).spill_bytes == 0
+
+
+@pytest.mark.parametrize("fused", [{}, {"bias": "fp32"}, {"residual": "bf16"}, {"gated": "halves"}], ids=str)
+@pytest.mark.parametrize("out_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8", "fp8e4m3"])
+@pytest.mark.parametrize("depth", [512, 4096])
+def test_large_products_come_by_descriptors_on_hopper_whatever_the_result(depth, dtype, out_dtype, fused):
+    scale = "tensor" if dtype == "int8" else None
+    problem = GemmProblem(4096, 4096, depth, dtype=dtype, b_layout="col", out_dtype=out_dtype, a_scale=scale, **fused)
+    config = GEMM.default(problem, BOARDS["h200"])
+    assert config.TMA
+    assert config.PERSISTENT
+    sums = GemmProblem(4096, 4096, depth, dtype="int8", b_layout="col")
+    assert (sums.output_dtype, GEMM.default(sums, BOARDS["h200"]).PERSISTENT) == ("int32", True)
