@@ -31,10 +31,11 @@ ABBREVIATIONS = {
     "PACK": "packed",
     "OVERLAP": "overlapped",
     "FOLD": "folded",
+    "ROWS": "rows",
     "num_warps": "warps",
     "num_stages": "stages",
 }
-ABSENT_AS_1 = ("SPLIT_K", "SPLIT_KV", "GROUP_M", "GROUP_H")
+ABSENT_AS_1 = ("SPLIT_K", "SPLIT_KV", "GROUP_M", "GROUP_H", "ROWS")
 """Choices that a 1 leaves out."""
 
 

@@ -158,5 +158,6 @@ def test_a_profile_on_record_is_whole_and_every_miss_has_its_cause(path: Path) -
         assert all(kernel["us"] > 0 for kernels in case["contenders"].values() for kernel in kernels)
     run = json.loads((path.parent / "gpu.json").read_text())
     short = {each.case.family.name for each in profiling.short_of(run, 1)}
-    assert short <= profiled
-    assert profiled == set(causes)
+    assert short <= set(causes)
+    # What fell short after the profile says that no profiler has seen it.
+    assert all("not profiled" in causes[family] for family in set(causes) - profiled)

@@ -361,7 +361,7 @@ def test_one_tile_follows_another() -> None:
     special = replace(again, specialized=True)
     assert follow(special, H200, resident=1) == ends - prediction.BLOCK_START_CYCLES - fill
     for one in (work, again, special):
-        assert follow(one, H200, resident=1, without={Term.LAUNCH}) == ends
+        assert follow(one, H200, resident=1, without={Term.LAUNCH}) == ends - prediction.BLOCK_START_CYCLES
 
 
 def test_dram_moves_bandwidth_times_time() -> None:

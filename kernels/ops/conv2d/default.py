@@ -27,9 +27,10 @@ def default(problem: Conv2dProblem, device: Device) -> Conv2dConfig:
             if shared and vector_bytes(problem, _DEPTHWISE)[0] == 16 and dtype(problem.dtype).bytes == 2:
                 return replace(_DEPTHWISE, BLOCK_M=32, BLOCK_N=32, ROWS=4)
             # Narrow loads have an address each: half as many of them to a thread.
-            # And of more than 21 taps in a row, which are all loaded before the first is used, some would spill.
-            rows = 32 if vector_bytes(problem, _DEPTHWISE)[0] == 16 and problem.S <= 21 else 16
-            return replace(_DEPTHWISE, BLOCK_M=rows, BLOCK_N=32 if problem.K <= 32 else 64)
+            # The taps of a row are all loaded before the first is used: of more than 9 as many would spill.
+            long = problem.S > 9
+            rows = 32 if vector_bytes(problem, _DEPTHWISE)[0] == 16 and not long else 16
+            return replace(_DEPTHWISE, BLOCK_M=rows, BLOCK_N=32 if problem.K <= 32 or long else 64)
         return replace(_DEPTHWISE, BLOCK_M=64)
     channels = problem.group_channels
     fold = channels < 16 or (channels % 16 != 0 and channels < LEAST_FOR_TAPS)

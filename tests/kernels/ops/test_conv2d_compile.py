@@ -133,9 +133,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         **PADDED,
     },
     "depthwise 7x7": {"N": 32, "H": 56, "W": 56, "C": 96, "K": 96, "groups": 96, "R": 7, "S": 7, **PADDED},
-    "depthwise 11x11": {"N": 1, "H": 64, "W": 64, "C": 96, "K": 96, "groups": 96, "R": 11, "S": 11, **PADDED},
-    "depthwise 13x13, odd": {"N": 1, "H": 64, "W": 64, "C": 33, "K": 33, "groups": 33, "R": 13, "S": 13, **PADDED},
-    "depthwise 31x31": {"N": 1, "H": 64, "W": 64, "C": 96, "K": 96, "groups": 96, "R": 31, "S": 31, **PADDED},
     "depthwise 5x5, small": {"N": 1, "H": 7, "W": 7, "C": 576, "K": 576, "groups": 576, "R": 5, "S": 5, **PADDED},
     "two filters a channel": {"N": 1, "H": 15, "W": 15, "C": 33, "K": 66, "groups": 33, "R": 3, "S": 3, **PADDED},
 }  # fmt: skip

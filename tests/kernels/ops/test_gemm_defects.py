@@ -129,8 +129,8 @@ DEFECTS = {
     "bias of the first group of rows": ("jit", "bias_ptr += b_matrix * columns_n", "bias_ptr += b_matrix * 0"),
     "only the first tile of a block": (
         "jit",
-        "tl.range(tl.program_id(0), tiles,",
-        "tl.range(tl.program_id(0), tl.num_programs(0),",
+        "tl.range(start, tiles,",
+        "tl.range(start, tl.num_programs(0),",
     ),
     "batch left out of the walk": ("jit", "else tiles_m * tiles_n * batch", "else tiles_m * tiles_n"),
     "descriptor of the first batch": ("jit", "matrix_descriptor(b_base,", "matrix_descriptor(b_ptr,"),

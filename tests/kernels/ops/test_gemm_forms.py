@@ -641,11 +641,11 @@ def test_every_form_has_a_default_and_a_space(operands, gated, board):
 ON_HOPPER = (
     # What a tile is, and whether descriptors bring it, against the fields that decide so.
     ((4096, 4096, 4096), {"dtype": "bf16"}, (128, 256, 64), True),
-    ((16384, 256, 1024), {"dtype": "bf16"}, (128, 256, 64), True),  # 128 tiles for 132 SMs
+    ((16384, 256, 1024), {"dtype": "bf16"}, (256, 128, 64), True),  # 128 tiles for 132 SMs
     ((2048, 1024, 1024), {"dtype": "bf16"}, (128, 128, 32), False),
     ((4096, 4096, 4096), {"dtype": "int8", "b_layout": "col"}, (128, 256, 128), True),
     ((4096, 4096, 4096), {"dtype": "int8"}, (128, 128, 64), False),  # B's rows are not along K
-    ((4096, 4096, 4096), {"dtype": "fp8e4m3", "b_layout": "col"}, (128, 128, 128), True),
+    ((4096, 4096, 4096), {"dtype": "fp8e4m3", "b_layout": "col"}, (256, 128, 128), True),
     ((1, 4096, 4096), {"dtype": "bf16"}, (16, 64, 128), False),
     ((64, 8192, 8192), {"dtype": "bf16"}, (64, 64, 128), False),
     ((64, 8192, 512), {"dtype": "bf16"}, (64, 64, 32), False),
