@@ -141,16 +141,13 @@ def test_persistent_blocks_copy_and_multiply_as_others_do(arch):
         assert reply["over"] is None, described(reply)
 
 
-@pytest.mark.smoke
 def test_a_specialised_loop_is_three_groups_of_warps():
     tile = GemmConfig(128, 128, 64, num_warps=4, num_stages=4, PERSISTENT=True, TMA=True, WARP_SPECIALIZE=True)
     scales = {"a_scale": "tensor", "b_scale": "column"}
     for reply in replies(
         90,
         [
-            (SQUARE, tile),
             (SQUARE, replace(tile, BLOCK_N=256)),
-            (replace(SQUARE, bias="fp16", activation="gelu_tanh"), tile),
             (replace(SQUARE, bias="fp16", activation="relu"), replace(tile, BLOCK_M=256)),
             (replace(SQUARE, bias="fp16", residual="fp16", strided=True), tile),
             (replace(SQUARE, gated="halves", activation="silu"), tile),
@@ -162,9 +159,8 @@ def test_a_specialised_loop_is_three_groups_of_warps():
         assert_specialised(reply)
         assert reply["instructions"]["wgmma"], described(reply)
         assert reply["over"] is None, (described(reply), reply["over"])
-    for arch in (86, 100):
-        (reply,) = replies(arch, [(SQUARE, replace(tile, num_stages=3))])
-        assert_specialised(reply)
+    (reply,) = replies(100, [(SQUARE, replace(tile, num_stages=3))])
+    assert_specialised(reply)
 
 
 # Defaults
