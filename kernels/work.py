@@ -6,6 +6,13 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
+SPECIALIZED_WARPS = 4
+"""`num_warps` of a warp-specialised loop: four warps copy, and two more groups of four, of Triton's making, work on
+half of the tile's rows each. With 8, Triton (3.6 and 3.9) leaves the loop as it is."""
+
+SPECIALIZED_REGISTERS = 168, 232
+"""Of a thread of such a block: as it is launched, and in the groups that multiply, which take those of the first."""
+
 
 @functools.lru_cache(maxsize=4096)
 def warp_tile(tile_m: int, tile_n: int, num_warps: int) -> tuple[float, float]:

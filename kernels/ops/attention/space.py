@@ -12,6 +12,7 @@ from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.problem import Config
 from tilewright.kernels.space import Space
+from tilewright.kernels.work import SPECIALIZED_WARPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,6 @@ MOST_NEEDED = 300
 
 LARGEST_BOX = 256
 """Most elements of a dimension that a tensor descriptor's load has (CUDA driver API, `cuTensorMapEncodeTiled`)."""
-
-SPECIALIZED_WARPS = 4
-"""As of the GEMM: `num_warps` of a specialised loop, in which eight more multiply."""
-
-SPECIALIZED_REGISTERS = 168, 232
-"""Of a thread of such a block: as it is launched, and in the groups that multiply, which take those of the first."""
 
 FMA_LOOP = 1024
 """Most multiply-adds of a thread in one dot on CUDA cores, which is unrolled whole: with 4096, ptxas takes 10 s and

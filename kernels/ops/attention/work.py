@@ -9,7 +9,6 @@ from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, Device
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.attention.space import (
-    SPECIALIZED_REGISTERS,
     AttentionConfig,
     head_blocks,
     multiplying_warps,
@@ -19,7 +18,7 @@ from tilewright.kernels.ops.attention.space import (
     value_blocks,
     vector_bytes,
 )
-from tilewright.kernels.work import Panel, Work
+from tilewright.kernels.work import SPECIALIZED_REGISTERS, Panel, Work
 from tilewright.tuning_db.record import Resources
 
 # Operations of single lanes on the CUDA cores, counted in the source; softmax is what a block does beside its dots.

@@ -109,7 +109,7 @@ def gemm_kernel(
     SPLIT_K: tl.constexpr,
     PERSISTENT: tl.constexpr,  # a program goes on to tiles that are a whole grid further
     FLATTEN: tl.constexpr,  # and starts to load the next tile while it finishes one
-    WARP_SPECIALIZE: tl.constexpr,  # one warp group copies, two multiply: see `space.SPECIALIZED_WARPS`
+    WARP_SPECIALIZE: tl.constexpr,  # one warp group copies, two multiply: see `work.SPECIALIZED_WARPS`
     STAGES: tl.constexpr,  # of its copies: `num_stages`
     TMA: tl.constexpr,  # operands come by tensor descriptors
     PIECES: tl.constexpr,  # of a tile's columns, for the epilogue: see `store_in_pieces`

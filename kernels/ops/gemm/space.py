@@ -12,7 +12,7 @@ from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.problem import Config
 from tilewright.kernels.space import Space
-from tilewright.kernels.work import Panel, Work, warp_tile
+from tilewright.kernels.work import SPECIALIZED_REGISTERS, SPECIALIZED_WARPS, Panel, Work, warp_tile
 from tilewright.tuning_db.record import Resources
 
 
@@ -46,14 +46,6 @@ AXES = {
     "WARP_SPECIALIZE": (False, True),
     "PAIRS": (False, True),
 }
-
-
-SPECIALIZED_WARPS = 4
-"""`num_warps` of a specialised loop: four warps copy, and two more groups of four, of Triton's making, multiply half of
-the tile's rows each. With 8, Triton (3.6 and 3.9) leaves the loop as it is."""
-
-SPECIALIZED_REGISTERS = 168, 232
-"""Of a thread of such a block: as it is launched, and in the groups that multiply, which take those of the first."""
 
 
 def multiplying_warps(config: GemmConfig) -> int:
