@@ -323,9 +323,12 @@ def _weighed(files: _Files, question: _Question, groups: Sequence[_Group]) -> _F
         texts.append({form: text for text, form in forms.items()})
         times.append({forms[text]: time for text, time in found})
     done: set[str] = set()
+    slower: dict[int, set[str]] = {}  # of closer keys with more than are weighed, all there are
     for place, form in merged(times):
-        closer = (weighed[at] for at in range(place) if cut[at])
-        if any(_has(files, group, form) for group in closer):
+        for at in range(place):
+            if cut[at] and at not in slower:
+                slower[at] = _forms(files, question, weighed[at])
+        if any(form in slower[at] for at in range(place) if cut[at]):
             continue  # that one's comes below
         done.add(form)
         kept = _one(files, question, weighed[place], texts[place][form])
@@ -373,11 +376,14 @@ def _one(files: _Files, question: _Question, group: _Group, config: str) -> Reco
     return None
 
 
-def _has(files: _Files, group: _Group, config: str) -> bool:
-    found: list[Row] = []
+def _forms(files: _Files, question: _Question, group: _Group) -> set[str]:
+    """All configurations of one key, as this revision writes them."""
+    found: set[str] = set()
     with files.noting(group.file):
-        found += group.file.rows(_OF_CONFIG, (group.digest, Provenance.MEASURED, config))
-    return bool(found)
+        found |= {
+            question.form(row["config"]) for row in group.file.rows(_FASTEST, (group.digest, Provenance.MEASURED, -1))
+        }
+    return found
 
 
 def _transfers(files: _Files, key: Key, near: Near | None) -> Iterator[_Problem]:

@@ -203,6 +203,14 @@ def test_beyond_the_fastest_that_are_weighed_too_the_closest_key_judges(
     assert offered[:10] == [str(at) for at in range(10)]
 
 
+def test_a_slow_configuration_of_a_closer_key_is_known_by_its_form_beyond_those_that_are_weighed(fill, ask) -> None:
+    """It was slow under the closer key, which wrote it without a field that the other one has."""
+    fill(*({"config": f'{{"a":{at}}}', "time_us": 10.0 + at, "kernel_hash": "rev-b"} for at in range(70)))
+    fill({"config": '{"a":69,"b":1}', "time_us": 1.0, "kernel_hash": "rev-b", "triton": "3.5.1"})
+    assert ask(defaults={"b": 1}).record.config == '{"a":0}'
+    assert ask(defaults={"b": 2}).record.config == '{"a":69,"b":1}'
+
+
 def test_the_nearest_shape_goes_first_in_whatever_order_they_are_stored(fill, ask) -> None:
     fill({"problem": shape(20)}, {"problem": shape(112)}, {"problem": shape(17)}, {"problem": shape(40)})
     assert ask().reason == "near shape M=16→17"
