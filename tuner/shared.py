@@ -93,6 +93,7 @@ class SharedSearch:
         self._mine: set[int] = set()
         self._noticed: set[int] = set()
         self._flat = 0
+        self._others = False  # had trials under way when this process last asked
         with storage.explained():
             self._id = storage.rdb.get_study_id_from_name(self.name)
             if not self._study.user_attrs:
@@ -110,9 +111,12 @@ class SharedSearch:
         return len(self.outcomes())
 
     def waiting(self) -> bool:
-        """Whether others have trials under way."""
+        """Whether to ask again: others have trials under way, or had when this process last asked.
+
+        Those that have ended since may be lost or given back, so that there is something to ask for again.
+        """
         with self._storage.explained():
-            return any(_under_way(trial) and trial._trial_id not in self._mine for trial in self._trials())
+            return self._others or self._under_way_elsewhere(self._trials())
 
     def outcomes(self) -> dict[Config, Entry]:
         """What became of the configurations tried; of one that was tried in two places, the later outcome."""
@@ -147,6 +151,7 @@ class SharedSearch:
             self._give_up_the_dead()
             while len(claims) < count:
                 trials = self._trials()
+                self._others = self._under_way_elsewhere(trials)
                 held = {self._config(trial) for trial in trials if _holds(trial)}
                 if len(held) >= budget:
                     break
@@ -240,6 +245,9 @@ class SharedSearch:
 
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
+
+    def _under_way_elsewhere(self, trials: Iterable[FrozenTrial]) -> bool:
+        return any(_under_way(trial) and trial._trial_id not in self._mine for trial in trials)
 
     def _trial(
         self, config: Config, state: Any, time_us: float | None = None, attributes: Mapping[str, Any] | None = None

@@ -26,7 +26,7 @@ from tests.tuner.simulation import BOARD, PROBLEM, ROOT, simulated, space
 from tilewright.kernels.problem import Config
 from tilewright.tuner import gpu_runner, tune
 from tilewright.tuner import storage as storage_module
-from tilewright.tuner.shared import MOST_LOST, Claim, SharedSearch
+from tilewright.tuner.shared import MOST_LOST, Claim, SharedSearch, _under_way
 from tilewright.tuner.storage import Storage
 from tilewright.tuner.tune import autotune
 from tilewright.tuning_db.errors import ExportFileError, StorageError, UsageError
@@ -121,9 +121,24 @@ def test_what_is_withdrawn_is_open_again(two: tuple[SharedSearch, SharedSearch])
     assert second.ask(2, 2) == []
     first.tell(claims[0], entry(claims[0].config))
     first.withdraw(claims)
-    assert not second.waiting()
+    assert second.waiting()
     assert second.tried == 1
     assert len(second.ask(2, 2)) == 1
+    assert not second.waiting()
+
+
+def test_what_a_third_gives_up_after_one_has_asked_is_asked_for_again(
+    two: tuple[SharedSearch, SharedSearch], url: str
+) -> None:
+    first, second = two
+    lost = died(first, 1)
+    with Storage(url) as storage, opened(storage) as third:
+        assert second.ask(1, 1) == third.ask(1, 1) == []
+        age_heartbeats(url, storage_module.GRACE_S + 5)
+        assert second.ask(0, 1) == []  # misses it
+        assert not any(_under_way(trial) for trial in third._trials())
+        assert third.waiting()
+        assert configs_of(third.ask(1, 1)) == configs_of(lost)
 
 
 def test_the_end_of_a_process_withdraws_its_claims(url: str) -> None:
