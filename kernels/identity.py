@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,9 @@ _UNSETTLED_S = 2.0
 """A file changed so recently may change once more without a new time: the coarsest file systems count in 2 s."""
 
 _KERNELS = str(Path(__file__).resolve().parent)
+_NO_KERNELS = ("__pycache__", "tensorrt")
+"""Folders here whose code no kernel and no prediction is made of: what is in them asks kernels, not the other way."""
+
 _PTXAS = str(Path(triton.__file__).resolve().parent / "backends" / "nvidia" / "bin")
 
 _known: dict[str, tuple[str | None, str]] = {}  # by name, of this process: the stamp it had before, and the value
@@ -64,9 +68,10 @@ def recall(database: TuningDB, kernel: Kernel[Any, Any], arch: int) -> None:
         DatabaseError: it can't be read.
     """
     missing = [name for name in _names(kernel, arch) if name not in _known]
-    for name, stamp in _stamped(missing):
-        value = database.noted(f"{name} {stamp}")
-        if value is not None:
+    stamps = dict(_stamped(missing))
+    noted = database.all_noted([f"{name} {stamp}" for name, stamp in stamps.items()])
+    for name, stamp in stamps.items():
+        if (value := noted.get(f"{name} {stamp}")) is not None:
             _known[name] = (stamp, value)
 
 
@@ -78,7 +83,7 @@ def note(database: TuningDB, kernel: Kernel[Any, Any], arch: int) -> None:
     """
     known = [name for name in _names(kernel, arch) if name in _known]
     notes = {f"{name} {stamp}": _known[name][1] for name, stamp in _stamped(known) if _known[name][0] == stamp}
-    if any(database.noted(stamp) != value for stamp, value in notes.items()):
+    if database.all_noted(list(notes)) != notes:
         database.note(notes)
 
 
@@ -104,7 +109,8 @@ def _stamped(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _code_stamp() -> str | None:
-    """Of all of this package's source. The text that is hashed is Python's, and some of its constants are Triton's."""
+    """Of all the source that kernels are made of. The text that is hashed is Python's, and some of its constants are
+    Triton's."""
     try:
         sources = _sources(_KERNELS)
     except OSError:
@@ -125,7 +131,7 @@ def _sources(folder: str) -> list[str]:
         for entry in entries:
             if entry.name.endswith(".py"):
                 found.append(entry.path)
-            elif entry.name != "__pycache__" and entry.is_dir():
+            elif entry.name not in _NO_KERNELS and entry.is_dir():
                 folders.append(entry.path)
     return found + [path for inner in folders for path in _sources(inner)]
 
@@ -138,5 +144,7 @@ def _stamp(paths: list[str], more: str = "") -> str | None:
         return None
     if not files or time.time() - max(now.st_ctime for _, now in files) < _UNSETTLED_S:
         return None
-    facts = [(path, now.st_size, now.st_ino, now.st_mtime_ns, now.st_ctime_ns) for path, now in files]
-    return hashlib.sha256(f"{facts} {more}".encode()).hexdigest()
+    paths_text = "\0".join([more, *(path for path, _ in files)])
+    numbers = [number for _, now in files for number in (now.st_size, now.st_ino, now.st_mtime_ns, now.st_ctime_ns)]
+    packed = struct.pack(f"<{len(numbers)}Q", *(number % 2**64 for number in numbers))
+    return hashlib.sha256(paths_text.encode(errors="surrogateescape") + packed).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dataclasses
 import difflib
@@ -165,10 +166,13 @@ def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
 
 @cache
 def _field_types(cls: type) -> dict[str, tuple[type, ...]]:
-    hints = typing.get_type_hints(cls)
+    hints: dict[str, Any] = {}
     kinds: dict[str, tuple[type, ...]] = {}
     for field in _fields(cls):
-        hint = hints[field.name]
+        hint = vars(builtins).get(str(field.type))  # of a configuration all: `get_type_hints` takes 0.2 ms
+        if hint is None:
+            hints = hints or typing.get_type_hints(cls)
+            hint = hints[field.name]
         kinds[field.name] = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return kinds
 

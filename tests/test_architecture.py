@@ -69,6 +69,13 @@ def test_tuning_db_knows_no_gpu() -> None:
         assert not roots & {"triton", "numpy", "cupy", "cupy_backends"}, path
 
 
+def test_kernels_know_nothing_of_tensorrt() -> None:
+    """The stamp of the kernels' code (`kernels.identity`) leaves its folder out."""
+    for path in (ROOT / "kernels").rglob("*.py"):
+        if "tensorrt" not in path.relative_to(ROOT).parts:
+            assert not [name for name in imports(path) if name.startswith("tilewright.kernels.tensorrt")], path
+
+
 def test_the_environment_is_read_in_one_file() -> None:
     readers = [path for path in SOURCES if re.search(r"\bos\.(environ|getenv)", path.read_text())]
     assert [path.relative_to(ROOT) for path in readers] == [Path("tuning_db/env.py")]

@@ -173,15 +173,23 @@ def _is_same_folder(one: Path, other: Path) -> bool:
         return False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Question:
     """What is asked, and what an answer is judged by."""
 
+    own: DatabaseFile
     key: Key
+    predicted: Key
     near: Near | None
     incumbent: str | None
     defaults: Mapping[str, Any]
-    refuted: frozenset[str]
+
+    @cached_property
+    def refuted(self) -> frozenset[str]:
+        """The configurations that have failed here. Read when they are needed, since there may be thousands, and what
+        was measured here under this very key is answered without."""
+        digests = (self.key.digest(), self.predicted.digest())
+        return frozenset(row["config"] for row in self.own.rows(_REFUTED, digests))
 
     def form(self, config: str) -> str:
         """The text of a configuration as this revision writes it, with the fields that an earlier one didn't have."""
@@ -212,16 +220,13 @@ def answers(
     added to `skipped` with the reason. `defaults` are the fields of a configuration that may be left out, with what
     they then are.
     """
-    digest = key.digest()
-    predicted_digest = replace(key, protocol=predicted_protocol).digest()
-    refuted = frozenset(row["config"] for row in file.rows(_REFUTED, (digest, predicted_digest)))
-    question = _Question(key, near, incumbent, defaults, refuted)
+    question = _Question(file, key, replace(key, protocol=predicted_protocol), near, incumbent, defaults)
     with _Files(file, shipped, skipped) as files:
         for group, record in _found(files, question):
             provenance = Provenance.MEASURED if group.exact else Provenance.TRANSFERRED
             yield Answer(record, provenance, group.reason)
-    for record in best_first(file, predicted_digest, Provenance.PREDICTED, incumbent):
-        if record.config not in refuted:
+    for record in best_first(file, question.predicted.digest(), Provenance.PREDICTED, incumbent):
+        if record.config not in question.refuted:
             yield Answer(record, Provenance.PREDICTED, "exact")
 
 
@@ -345,10 +350,11 @@ def _weighed(files: _Files, question: _Question, groups: Sequence[_Group]) -> _F
 def _of_group(files: _Files, question: _Question, group: _Group) -> Iterator[Record]:
     """The records of one key, best first, but for those that have failed here."""
     own = group.exact and not group.shipped
+    refuted = frozenset[str]() if own else question.refuted
     incumbent = question.incumbent if group.exact else None
     with files.noting(group.file):
         for record in best_first(group.file, group.digest, Provenance.MEASURED, incumbent):
-            if own or question.form(record.config) not in question.refuted:
+            if not refuted or question.form(record.config) not in refuted:
                 yield record
 
 

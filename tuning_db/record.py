@@ -32,9 +32,12 @@ class Provenance(StrEnum):
     DEFAULT = "default"  # no evidence at all
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+
+
 def canonical_json(value: Mapping[str, Any]) -> str:
     """The one text of a mapping: keys sorted, no blanks, no NaN. Equal mappings give equal texts."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _CANONICAL(value)
 
 
 @dataclass(frozen=True, slots=True)

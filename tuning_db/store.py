@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -304,8 +304,13 @@ class TuningDB:
 
     def noted(self, stamp: str) -> str | None:
         """What was noted under a stamp; see `note`."""
-        rows = self._file.rows("SELECT value FROM identities WHERE stamp = ?", (stamp,))
-        return rows[0]["value"] if rows else None
+        return self.all_noted([stamp]).get(stamp)
+
+    def all_noted(self, stamps: Collection[str]) -> dict[str, str]:
+        """What was noted under each of the stamps, those without a note left out; see `note`."""
+        marks = ", ".join("?" * len(stamps))
+        rows = self._file.rows(f"SELECT stamp, value FROM identities WHERE stamp IN ({marks})", tuple(stamps))
+        return {row["stamp"]: row["value"] for row in rows}
 
     def note(self, values: Mapping[str, str]) -> None:
         """Keep what was slow to work out, by stamps of what it was worked out from: hints for this machine, which are
