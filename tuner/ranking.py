@@ -9,10 +9,13 @@ How it goes, for a list of valid configurations that is known as a whole:
 3. Priors, what something else says of the same list (a prediction, records of another board), are its mean, in a
    weighted sum. The weights are fitted anew after every trial by non-negative least squares, so that a prior that
    misleads goes to 0 and the process, which models what the priors leave over, takes its place.
-4. A failure has no time and leaves none in the process, for a cliff there would bend what is learned of its neighbours.
+4. Trials made elsewhere (of another board, a near shape), where there are few, are the process's own: it sees of which
+   search a trial is, by a feature whose length scale tells how alike the searches are (Swersky et al., Multi-Task
+   Bayesian Optimization, 2013). What a prior leaves out comes with that: how sure it is, and the length scales.
+5. A failure has no time and leaves none in the process, for a cliff there would bend what is learned of its neighbours.
    A second process, over whether a configuration worked, gives the chance that one does, and the expected improvement
    is weighed with it.
-5. Proposals that wait for their outcome count as tried with the expected outcome (kriging believer), so that a batch
+6. Proposals that wait for their outcome count as tried with the expected outcome (kriging believer), so that a batch
    is spread.
 
 Measured on published spaces by `python -m benchmarks.search_quality`.
@@ -20,7 +23,8 @@ Measured on published spaces by `python -m benchmarks.search_quality`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,6 +40,9 @@ STARTERS = 6
 STARTERS_WITH_PRIOR = 2
 """Trials far from what the priors recommend, where there are some: they show how far the priors are to be trusted."""
 
+TRUST_ELSEWHERE = 20
+"""Trials that the spread of times elsewhere counts as, beside that of the trials here."""
+
 NEAR_BEST = 0.5
 """Logarithm of how much slower than the best a time may be and still count as it is: 1.65 times."""
 
@@ -46,6 +53,9 @@ ALWAYS_FITTED = 20
 """Trials up to which the hyperparameters are fitted after each; from then on after every `FITTED_EVERY`."""
 
 FITTED_EVERY = 5
+
+GROWTH = 1.2
+"""By how much there must be more trials until the hyperparameters are fitted again, beside trials from elsewhere."""
 
 MOST_FITTED = 200
 """Trials the process knows at the most: the better half of these, and an even share of the rest."""
@@ -63,15 +73,29 @@ _LEAST_SPREAD = 1e-3
 Rows = NDArray[np.intp]
 
 
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Trials of another search of the same kind.
+
+    Attributes:
+        features: of (trials, features), encoded together with the list's.
+        values: the logarithm of the time of each, all finite.
+    """
+
+    features: Array
+    values: Array
+
+
 class Ranking:
     """Proposals from one list, by `features` of (configurations, features) as `encode` makes them.
 
     Args:
         features: of every configuration of the list.
         priors: for each, the logarithm of the time it expects of every configuration, of (configurations).
+        elsewhere: trials of other searches.
         first: rows to try before any other, in this order.
-        starters: rows to try after those, far from them and from each other; by default `STARTERS_WITH_PRIOR`, or with
-            `first` `STARTERS` in all.
+        starters: rows to try after those, far from them and from each other; by default none with trials from
+            elsewhere, `STARTERS_WITH_PRIOR` with priors alone, or with `first` `STARTERS` in all.
         seed: of what is drawn at random. The same seed and outcomes give the same proposals.
     """
 
@@ -80,14 +104,20 @@ class Ranking:
         features: Array,
         *,
         priors: Sequence[Array] = (),
+        elsewhere: Sequence[Elsewhere] = (),
         first: Sequence[int] = (),
         starters: int | None = None,
         seed: int = 0,
     ) -> None:
-        self._features = features
+        # A column for each search elsewhere: 1 of its trials, 0 of all others.
+        self._features = features = np.hstack([features, np.zeros((len(features), len(elsewhere)))])
         self._seed = seed
         self._first = list(dict.fromkeys(first))
         self._priors = np.stack([_flattened(prior) for prior in priors], axis=1) if priors else None
+        self._elsewhere = _Foreign(features, elsewhere, self._priors)
+        self._level = higher_level if elsewhere else level
+        if starters is None and elsewhere:
+            starters = 0
         if starters is None:
             starters = STARTERS_WITH_PRIOR if priors else max(0, STARTERS - len(self._first))
         self._starters = [*self._first, *spread(features, starters, self._first, np.random.default_rng(seed))]
@@ -125,7 +155,7 @@ class Ranking:
             draw = np.random.default_rng((self._seed, int(taken.sum())))
             return int(draw.choice(np.flatnonzero(~taken)))
         model = self._updated(tried, outcomes, worked)
-        known = _clipped(outcomes[worked][model.used])
+        known = _clipped(outcomes[worked][model.used], self._level)
         mean, deviation = self._expected(model, known, waiting)
         gain = _expected_improvement(mean, deviation, known.min())
         gain *= model.chance()
@@ -142,27 +172,36 @@ class Ranking:
         prior: Array = np.zeros(len(model.candidates))
         if self._priors is not None:
             told = self._priors[model.candidates]
-            weights = _weights(told[model.posterior.trials], known)
+            weights = _weights(told[model.trials], known)
             prior = told @ weights
-        rest = known - prior[model.posterior.trials]
-        middle, width = rest.mean(), max(float(rest.std()), _LEAST_SPREAD)
-        values = (rest - middle) / width
+        rest = known - prior[model.trials]
+        middle, width = rest.mean(), max(self._elsewhere.spread_with(rest), _LEAST_SPREAD)
+        values = np.concatenate([model.foreign_values, (rest - middle) / width])
         if model.due:
             model.fit(values)
         places = model.places(waiting)
         model.posterior.add(places)
-        deviation = width * model.posterior.deviation()
+        count = len(prior)
+        deviation = width * model.posterior.deviation()[:count]
         model.posterior.drop(len(places))
-        return prior + middle + width * model.posterior.mean(values), deviation
+        return prior + middle + width * model.posterior.mean(values)[:count], deviation
 
     def _updated(self, tried: Rows, outcomes: Array, worked: NDArray[np.bool_]) -> _Model:
         """The model with these outcomes: the last one with what is new added, or a new one when a fit is due."""
         good, failed = tried[worked], tried[~worked]
         model = self._model
-        if model is None or not model.extends(good, failed) or _due(len(model.good), len(good)):
+        due = _due_beside_others if len(self._elsewhere) else _due
+        if model is None or not model.extends(good, failed) or due(len(model.good), len(good)):
             candidates = self._candidates(tried, outcomes)
             model = self._model = _Model(
-                self._process, self._working, self._features, good, outcomes[worked], failed, candidates
+                self._process,
+                self._working,
+                self._features,
+                good,
+                outcomes[worked],
+                failed,
+                candidates,
+                self._elsewhere,
             )
         else:
             model.extend(good, failed)
@@ -184,6 +223,46 @@ class Ranking:
         return np.array(sorted(kept.union(map(int, others))), dtype=np.intp)
 
 
+class _Foreign:
+    """Trials from elsewhere, as the process takes them in: what the priors leave over, standardised search by search.
+
+    Args:
+        features: of the list, with the columns of the searches.
+        searches: the trials.
+        priors: of (configurations, priors), flattened.
+    """
+
+    def __init__(self, features: Array, searches: Sequence[Elsewhere], priors: Array | None) -> None:
+        columns = np.eye(len(searches))
+        rows = [np.zeros((0, features.shape[1]))]
+        values, widths = [np.zeros(0)], []
+        for search, column in zip(searches, columns, strict=True):
+            rest = _clipped(search.values)
+            if priors is not None:
+                told = priors[_nearest(features[:, : search.features.shape[1]], search.features)]
+                rest = rest - told @ _weights(told, rest)
+            width = max(float(rest.std()), _LEAST_SPREAD)
+            rows.append(np.hstack([search.features, np.tile(column, (len(rest), 1))]))
+            values.append((rest - rest.mean()) / width)
+            widths.append(width)
+        self.features = np.concatenate(rows)
+        self.values = np.concatenate(values)
+        self._variance = float(np.mean(np.square(widths))) if widths else 0.0
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def spread_with(self, rest: Array) -> float:
+        """The standard deviation of values here, as far as they are enough to tell, or else elsewhere."""
+        trust = TRUST_ELSEWHERE if len(self) else 0
+        return float(np.sqrt((rest.var() * len(rest) + self._variance * trust) / (len(rest) + trust)))
+
+
+def _nearest(features: Array, others: Array) -> Rows:
+    """The row of `features` that each of `others` is nearest to."""
+    return np.array([int(np.argmin(((features - other) ** 2).sum(axis=1))) for other in others], dtype=np.intp)
+
+
 class _Model:
     """Both processes for one set of candidates and hyperparameters."""
 
@@ -196,20 +275,29 @@ class _Model:
         values: Array,
         failed: Rows,
         candidates: Rows,
+        elsewhere: _Foreign,
     ) -> None:
         self._process = process
         self._working = working
         self.candidates = candidates
-        self._features = features[candidates]
         # Of a list ranked as a whole a row's place is the row.
         self._place = None if len(candidates) == len(features) else {int(row): i for i, row in enumerate(candidates)}
         self.good = list(map(int, good))
         self.failed = list(map(int, failed))
-        self.used = _worth_fitting(values)
+        self.used = _worth_fitting(values, MOST_FITTED)
+        # The more was tried here, the fewer from elsewhere.
+        foreign = _worth_fitting(elsewhere.values, max(0, MOST_FITTED - len(self.used)))
+        self.foreign_values = elsewhere.values[foreign]
+        self._features = np.concatenate([features[candidates], elsewhere.features[foreign]])
         self.due = True
         self.posterior = Posterior(process, self._features)
-        self.posterior.trials = self.places(good[self.used])
+        self.posterior.trials = [*range(len(candidates), len(self._features)), *self.places(good[self.used])]
         self._works: Posterior | None = None
+
+    @property
+    def trials(self) -> list[int]:
+        """Where the trials made here are among the candidates."""
+        return self.posterior.trials[len(self.foreign_values) :]
 
     def places(self, rows: Iterable[int]) -> list[int]:
         """Where rows are among the candidates; those that are not there are left out."""
@@ -262,7 +350,7 @@ class _Model:
         mean = middle + width * self._works.mean(values)
         deviation = np.sqrt((width * self._works.deviation()) ** 2 + UNSURE)
         chance: Array = np.maximum(ndtr((mean - 0.5) / deviation), LEAST_CHANCE)
-        return chance
+        return chance[: len(self.candidates)]
 
 
 def _standardised(values: Array) -> tuple[Array, float, float]:
@@ -291,13 +379,19 @@ def _due(fitted: int, count: int) -> bool:
     return count > fitted and (count <= ALWAYS_FITTED or count // FITTED_EVERY > fitted // FITTED_EVERY)
 
 
-def _worth_fitting(values: Array) -> Rows:
-    """Indices of the values the process is to know, in their order."""
-    if len(values) <= MOST_FITTED:
+def _due_beside_others(fitted: int, count: int) -> bool:
+    """As `_due` where length scales are known from elsewhere: the more was tried, the less is another trial's news."""
+    return count >= max(fitted + 1, GROWTH * fitted)
+
+
+def _worth_fitting(values: Array, most: int) -> Rows:
+    """Indices of the values the process is to know, in their order: the better half of `most`, and an even share of the
+    rest."""
+    if len(values) <= most:
         return np.arange(len(values))
     order = np.argsort(values, kind="stable")
-    half = MOST_FITTED // 2
-    rest = order[half:][np.linspace(0, len(order) - half - 1, half).astype(int)]
+    half = most // 2
+    rest = order[half:][np.linspace(0, len(order) - half - 1, most - half).astype(int)]
     return np.sort(np.concatenate([order[:half], rest]))
 
 
@@ -306,8 +400,14 @@ def level(values: Array) -> float:
     return max(float(np.median(values)), float(values.min()) + NEAR_BEST)
 
 
-def _clipped(values: Array) -> Array:
-    return np.minimum(values, level(values))
+def higher_level(values: Array) -> float:
+    """As `level` where trials from elsewhere show what is bad: what is told of four in five values is how bad they are,
+    and of few trials how far to trust the others."""
+    return max(float(np.quantile(values, 0.8)), float(values.min()) + 2 * NEAR_BEST)
+
+
+def _clipped(values: Array, most: Callable[[Array], float] = level) -> Array:
+    return np.minimum(values, most(values))
 
 
 def _flattened(prior: Array) -> Array:

@@ -23,7 +23,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from tilewright.tuner.ranking import Ranking
+from tilewright.tuner.ranking import Elsewhere, Ranking
 from tilewright.tuner.surrogate import Array, encode
 from tilewright.tuning_db.errors import UsageError
 
@@ -42,6 +42,8 @@ class EnumeratedSampler(BaseSampler):
         axes: the values of each name; those that occur if left out. Trials suggest with these as categorical choices,
             in this order.
         priors: for each, the logarithm of the objective it expects of every configuration, of (configurations).
+        elsewhere: of each other search of the same kind (for another device, say) the configurations that worked, in
+            the list or not, with a value for each, positive and the smaller the better.
         first: indices of configurations to try before any other.
         starters: configurations to try after those, far from them and from each other; a few if left out.
         seed: the same seed and outcomes give the same proposals.
@@ -58,6 +60,7 @@ class EnumeratedSampler(BaseSampler):
         *,
         axes: Mapping[str, Sequence[Any]] | None = None,
         priors: Sequence[Array] = (),
+        elsewhere: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[float]]] = (),
         first: Sequence[int] = (),
         starters: int | None = None,
         seed: int = 0,
@@ -88,9 +91,26 @@ class EnumeratedSampler(BaseSampler):
         for prior in priors:
             if np.shape(prior) != (len(configs),):
                 raise UsageError(f"a prior of shape {np.shape(prior)} must have a value for each of {len(configs)}")
-        self.features = encode(self.axes, self._configs)
+        others = [dict(config) for tried, _ in elsewhere for config in tried]
+        for config in others:
+            if config.keys() != set(names):
+                raise UsageError(f"configuration {config} must have exactly the names {', '.join(names)}")
+        features = encode(self.axes, [*self._configs, *others])
+        self.features = features[: len(configs)]
         """Of every configuration, as the surrogate sees it: array of (configurations, features)."""
-        self._ranking = Ranking(self.features, priors=priors, first=first, starters=starters, seed=seed)
+        searches, start = [], len(configs)
+        for tried, values in elsewhere:
+            if len(tried) != len(values):
+                raise UsageError(f"{len(tried)} configurations tried elsewhere need a value each; got {len(values)}")
+            for value in values:
+                if not (math.isfinite(value) and value > 0):
+                    raise UsageError(f"a value from elsewhere is {value}: {type(self).__name__} needs positive ones")
+            if len(tried):
+                searches.append(Elsewhere(features[start : start + len(tried)], np.log(values)))
+            start += len(tried)
+        self._ranking = Ranking(
+            self.features, priors=priors, elsewhere=searches, first=first, starters=starters, seed=seed
+        )
         self._independent = RandomSampler(seed=seed)
         self._counts = counts
         self._lock = threading.Lock()

@@ -32,6 +32,11 @@ PLATEAU_BATCHES = 2
 """Batches in a row of which no proposal is expected to improve more, until the search ends."""
 
 
+MOST_JOINED = 150
+"""Trials made elsewhere that the search's own process takes in, those of the nearest sources; of a source with more, a
+process of its own gives a prior, and what was tried there counts as it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """Outcomes of configurations tried elsewhere: on another board, a near shape, by an earlier revision."""
@@ -81,18 +86,27 @@ class Candidates:
             name: tuple(dict.fromkeys((*values, *(getattr(config, name) for config in self.pool))))
             for name, values in axes.items()
         }
-        priors = []
+        predicted: list[Any] = []
         if predicted_us is not None:
             expected = dict(zip(configs, predicted_us, strict=True))
             # Of a default that the space does not recommend nothing good is expected.
             slowest = max(expected.values(), default=1.0)
-            priors.append(np.log([expected.get(config, slowest) for config in self.pool]))
-        priors += self._priors(evidence, seed)
+            predicted.append(np.log([expected.get(config, slowest) for config in self.pool]))
+        priors = [*predicted]
+        joined, left = [], MOST_JOINED
+        expectations = self._priors(evidence, seed)
+        for each, prior in zip(evidence, expectations, strict=True):
+            if len(each.times_us) > left:
+                priors.append(prior)
+                continue
+            left -= len(each.times_us)
+            joined.append(([self.fields(config) for config in each.times_us], list(each.times_us.values())))
         self.sampler = EnumeratedSampler(
             [self.fields(config) for config in self.pool],
             axes=self.axes,
             priors=priors,
-            first=self._first(default, priors),
+            elsewhere=joined,
+            first=self._first(default, [*predicted, *expectations]),
             starters=None if exploring else 0,
             seed=seed,
             counts=counts,

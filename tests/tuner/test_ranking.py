@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tilewright.tuner import ranking
-from tilewright.tuner.ranking import Ranking, spread
+from tilewright.tuner.ranking import Elsewhere, Ranking, spread
 from tilewright.tuner.surrogate import GaussianProcess, encode
 
 pytestmark = pytest.mark.smoke
@@ -26,6 +26,7 @@ def log_time(config: dict) -> float:
 
 TIMES = np.array([log_time(config) for config in LIST])
 BEST = int(np.nanargmin(TIMES))
+NOTHING = ranking._Foreign(FEATURES, [], None)
 
 
 def search(trials: int, batch: int = 1, **options) -> list[int]:
@@ -73,7 +74,9 @@ def test_what_is_like_failures_is_less_likely_to_work() -> None:
     rows = np.random.default_rng(0).choice(len(LIST), 40, replace=False)
     worked = ~np.isnan(TIMES[rows])
     processes = (GaussianProcess(FEATURES.shape[1]) for _ in range(2))
-    model = ranking._Model(*processes, FEATURES, rows[worked], TIMES[rows[worked]], rows[~worked], np.arange(len(LIST)))
+    model = ranking._Model(
+        *processes, FEATURES, rows[worked], TIMES[rows[worked]], rows[~worked], np.arange(len(LIST)), NOTHING
+    )
     chance = model.chance()
     assert isinstance(chance, np.ndarray)
     assert 0 < chance.min() < chance.max() < 1
@@ -84,7 +87,7 @@ def test_of_many_trials_the_chance_knows_successes_and_failures_in_proportion(mo
     monkeypatch.setattr(ranking, "MOST_FITTED", 20)
     failed, worked = np.flatnonzero(np.isnan(TIMES))[::2][:50], np.flatnonzero(~np.isnan(TIMES))[::2][:50]
     processes = (GaussianProcess(FEATURES.shape[1]) for _ in range(2))
-    model = ranking._Model(*processes, FEATURES, worked, TIMES[worked], failed, np.arange(len(LIST)))
+    model = ranking._Model(*processes, FEATURES, worked, TIMES[worked], failed, np.arange(len(LIST)), NOTHING)
     model.chance()
     assert model._works is not None
     assert len(model._works.trials) == 20
@@ -136,6 +139,62 @@ def test_of_two_priors_the_one_that_is_right_gets_the_weight() -> None:
     right, wrong = ranking._weights(np.stack([TIMES[worked], noise], axis=1), TIMES[worked])
     assert right > 0.9
     assert wrong < 0.1
+
+
+def elsewhere(times: np.ndarray, count: int = 60) -> Elsewhere:
+    """Outcomes of `count` configurations, drawn at random; the best tenth here is left out."""
+    known = np.flatnonzero(np.nan_to_num(TIMES, nan=-1.0) > np.nanquantile(TIMES, 0.1))
+    rows = np.random.default_rng(1).choice(known, count, replace=False)
+    return Elsewhere(FEATURES[rows], times[rows])
+
+
+def test_trials_made_elsewhere_shorten_a_search_though_none_of_them_was_good() -> None:
+    seen = elsewhere(3.0 + 1.5 * TIMES)
+    best = [int(np.argmin(((FEATURES - seen.features[place]) ** 2).sum(axis=1))) for place in np.argsort(seen.values)]
+    beside = [np.nanmin(TIMES[search(10, elsewhere=[seen], first=best[:3], seed=seed)]) for seed in range(6)]
+    alone = [np.nanmin(TIMES[search(10, first=best[:3], seed=seed)]) for seed in range(6)]
+    assert max(beside) <= 0.1
+    assert np.mean(beside) < np.mean(alone)
+
+
+def test_trials_made_elsewhere_that_mislead_are_recognised() -> None:
+    assert BEST in search(40, elsewhere=[elsewhere(-TIMES)])
+
+
+def test_of_two_searches_elsewhere_the_one_that_is_alike_is_believed() -> None:
+    both = [elsewhere(-TIMES), elsewhere(TIMES)]
+    assert BEST in search(30, elsewhere=both)
+    assert BEST in search(30, elsewhere=both[::-1])
+
+
+def test_of_trials_elsewhere_what_a_prior_leaves_over_is_taken_in() -> None:
+    features = np.hstack([FEATURES, np.zeros((len(LIST), 1))])
+    known = np.flatnonzero(~np.isnan(TIMES))[::5]
+    prior = np.minimum(np.nan_to_num(TIMES, nan=1.0), np.nanmedian(TIMES))[:, None]
+    seen = Elsewhere(FEATURES[known], 7.0 + TIMES[known])
+    beside, alone = ranking._Foreign(features, [seen], prior), ranking._Foreign(features, [seen], None)
+    assert beside.features.shape == alone.features.shape == (len(known), FEATURES.shape[1] + 1)
+    assert set(beside.features[:, -1]) == {1.0}
+    assert alone.values.std() == pytest.approx(1)
+    assert beside.spread_with(np.zeros(1)) < 0.1 * alone.spread_with(np.zeros(1))
+
+
+def test_the_more_is_tried_here_the_less_is_taken_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking, "MOST_FITTED", 30)
+    proposals = Ranking(FEATURES, elsewhere=[elsewhere(TIMES)])
+    rows = [int(row) for row in np.flatnonzero(~np.isnan(TIMES))[::9]]
+    told = []
+    for count in (5, 25, 35):
+        proposals.propose(rows[:count], TIMES[rows[:count]])
+        assert proposals._model is not None
+        told.append((len(proposals._model.foreign_values), len(proposals._model.trials)))
+    assert told == [(25, 5), (5, 25), (0, 30)]
+
+
+def test_a_batch_beside_trials_from_elsewhere_holds_no_proposal_twice() -> None:
+    rows = search(40, batch=8, elsewhere=[elsewhere(TIMES)])
+    assert len(set(rows)) == 40
+    assert BEST in rows
 
 
 def test_expected_improvement_shrinks_as_the_search_goes_on() -> None:

@@ -138,6 +138,20 @@ def test_first_and_priors() -> None:
     assert tried(study)[:2] == [tuple(CONFIGS[3].values()), tuple(CONFIGS[best].values())]
 
 
+def test_trials_made_elsewhere_are_told() -> None:
+    """Of a device that takes twice the time; its best are left out."""
+    known = sorted(CONFIGS, key=time_of)[len(CONFIGS) // 10 :: 5]
+    trials = [(known, [2 * time_of(config) for config in known])]
+    best = min(map(time_of, CONFIGS))
+    study = studied(12, EnumeratedSampler(CONFIGS, elsewhere=trials, seed=0))
+    assert study.best_value <= 1.1 * best
+    # Configurations that are not in the list count as well.
+    listed = [config for config in CONFIGS if config not in known]
+    sampler = EnumeratedSampler(listed, elsewhere=trials, seed=0)
+    assert sampler.features.shape[0] == len(listed)
+    assert studied(12, sampler).best_value <= 1.1 * best
+
+
 def test_a_parameter_that_is_no_axis_is_drawn_at_random() -> None:
     sampler = EnumeratedSampler(CONFIGS, seed=0)
     study = optuna.create_study(sampler=sampler)
@@ -156,6 +170,12 @@ def test_mistakes_are_told() -> None:
         EnumeratedSampler([{"m": 1}, {"m": 1}])
     with pytest.raises(UsageError, match=r"a prior of shape \(3,\) must have a value for each of 2"):
         EnumeratedSampler([{"m": 1}, {"m": 2}], priors=[np.zeros(3)])
+    with pytest.raises(UsageError, match=r"2 configurations tried elsewhere need a value each; got 1"):
+        EnumeratedSampler([{"m": 1}], elsewhere=[([{"m": 1}, {"m": 2}], [1.0])])
+    with pytest.raises(UsageError, match=r"a value from elsewhere is -1.0: EnumeratedSampler needs positive ones"):
+        EnumeratedSampler([{"m": 1}], elsewhere=[([{"m": 2}], [-1.0])])
+    with pytest.raises(UsageError, match=r"configuration \{'n': 2\} must have exactly the names m"):
+        EnumeratedSampler([{"m": 1}], elsewhere=[([{"n": 2}], [1.0])])
     with pytest.raises(UsageError, match=r"\{'m': 5\} is no configuration of the list"):
         EnumeratedSampler([{"m": 1}, {"m": 2}]).row_of({"m": 5})
 

@@ -3,11 +3,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 
 from tilewright.kernels.problem import Config
+from tilewright.tuner import sampler as sampler_module
 from tilewright.tuner import search as search_module
+from tilewright.tuner.sampler import EnumeratedSampler
 from tilewright.tuner.search import Evidence, Search
 
 pytestmark = pytest.mark.smoke
@@ -141,6 +144,20 @@ def test_evidence_of_configurations_that_are_not_in_the_space_counts_too() -> No
     odd = {config: time_of(config) for config in BIG[::3] if config.x % 2}
     search = Search(BIG_AXES, even, DEFAULT, evidence=[Evidence("board a10", odd)], seed=0)
     assert best_of(run(search, 8, batch=1)) <= 13
+
+
+def test_of_much_evidence_what_the_process_can_not_hold_becomes_a_prior(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nearest joins, the second is too much beside it, the third has room again."""
+    monkeypatch.setattr(search_module, "MOST_JOINED", 30)
+    pieces = [
+        Evidence(str(count), {config: time_of(config) for config in BIG[7 : 7 + count]}) for count in (20, 11, 10)
+    ]
+    with mock.patch.object(sampler_module, "EnumeratedSampler", side_effect=EnumeratedSampler) as made_with:
+        search = Search(BIG_AXES, BIG, DEFAULT, evidence=pieces, seed=0)
+    options = made_with.call_args.kwargs
+    assert [len(tried) for tried, _ in options["elsewhere"]] == [20, 10]
+    assert len(options["priors"]) == 1
+    assert len(set(run(search, 12, batch=4))) == 12
 
 
 def test_each_piece_of_evidence_has_its_best_tried_first() -> None:
