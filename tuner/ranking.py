@@ -260,7 +260,11 @@ class _Foreign:
 
 def _nearest(features: Array, others: Array) -> Rows:
     """The row of `features` that each of `others` is nearest to."""
-    return np.array([int(np.argmin(((features - other) ** 2).sum(axis=1))) for other in others], dtype=np.intp)
+    exact = {row.tobytes(): place for place, row in enumerate(np.ascontiguousarray(features))}
+    found = [exact.get(other.tobytes(), -1) for other in np.ascontiguousarray(others)]
+    for place in (place for place, row in enumerate(found) if row < 0):
+        found[place] = int(np.argmin(((features - others[place]) ** 2).sum(axis=1)))
+    return np.array(found, dtype=np.intp)
 
 
 class _Model:

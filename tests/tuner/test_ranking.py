@@ -229,3 +229,9 @@ def test_spread_rows_are_far_from_each_other_and_from_those_taken() -> None:
     least = min(float(((a - b) ** 2).sum()) for a, b in itertools.combinations(every, 2))
     at_random = FEATURES[np.random.default_rng(0).choice(len(LIST), 5)]
     assert least > 2 * min(float(((a - b) ** 2).sum()) for a, b in itertools.combinations(at_random, 2))
+
+
+def test_the_nearest_row_is_the_row_itself_where_it_is_there() -> None:
+    assert ranking._nearest(FEATURES, FEATURES[[5, 300]]).tolist() == [5, 300]
+    between = 0.6 * FEATURES[[7]] + 0.4 * FEATURES[[6]]
+    assert ranking._nearest(FEATURES, np.concatenate([between, FEATURES[[9]]])).tolist() == [7, 9]
