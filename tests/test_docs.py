@@ -71,6 +71,11 @@ def test_figures_of_the_search_are_those_of_the_results() -> None:
         shown = [f"{result['mean'][point]:.3f} / {result['p10'][point]:.3f}" for point in ("10", "30", "50", "100")]
         assert cells.split(" | ") == shown
         assert ms == f"{result['ms_per_trial']:.1f}"
+    beside = json.loads((ROOT / "benchmarks" / "results" / "search_quality_gp.json").read_text())
+    for name in ("optuna-gp", "tilewright"):
+        means = " / ".join(f"{beside['results'][name]['mean'][point]:.3f}" for point in ("30", "50", "100"))
+        assert means in DOCS["search.md"]
+    assert f"Over {beside['seeds']} seeds" in DOCS["search.md"]
     noise = json.loads((ROOT / "benchmarks" / "results" / "search_quality_noise.json").read_text())
     assert noise["noise"]
     assert f"after 50 trials is {noise['results']['tilewright']['mean']['50']:.3f}" in DOCS["search.md"]
