@@ -156,6 +156,15 @@ class Landscape:
             np.savez_compressed(stream, **arrays)
 
 
+def is_landscape(path: Path) -> bool:
+    """Whether a replayed space is a landscape of a kernel of ours."""
+    try:
+        read_arrays(path, (*ARRAYS, *TEXTS))
+    except UsageError:
+        return False
+    return True
+
+
 def load(path: Path) -> Landscape:
     """The landscape of a file.
 

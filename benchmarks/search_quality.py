@@ -12,6 +12,9 @@ With `--transfer`, the tables in that folder of the same kernel on other GPUs ar
 Pairs of GPUs with the same chip are left out of those and shown as `…, same chip`. Spaces without another GPU have no
 such row.
 
+Of a space that is a landscape of a kernel of ours (`benchmarks.landscape`), `tilewright+prediction` is the search as
+`autotune` makes it: with the prediction, before anything is compiled, and the default configuration.
+
 With `--noise` a search is told medians of 5 repeats drawn from those measured, and its score is the true one of the
 winner among its best 4, measured again 25 times: what a tuner on a GPU does.
 
@@ -40,9 +43,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as Printed
 
+from benchmarks import landscape_file
+from benchmarks.landscape_file import Landscape
 from benchmarks.measuring import environment
 from benchmarks.replay_tables import Table, load, shipped
-from benchmarks.strategies import OURS, Strategy, available, evidence_of, tilewright
+from benchmarks.strategies import OURS, Strategy, available, evidence_of, predicting, tilewright
 from tilewright.tuning_db.errors import UsageError
 
 CHECKPOINTS = (10, 20, 30, 50, 100)
@@ -64,10 +69,13 @@ class Task:
     noise: bool
     sources: tuple[Path, ...] = ()
     cached: int | None = None  # trials of each source; None for all
+    predicted: bool = False  # of a landscape: with the prediction and the default
 
     @property
     def label(self) -> str:
         """The strategy's row."""
+        if self.predicted:
+            return f"{self.strategy}+prediction"
         if not self.sources:
             return self.strategy
         same = all(_table(source).chip == _table(self.space).chip for source in self.sources)
@@ -78,6 +86,11 @@ class Task:
 @functools.cache
 def _table(path: Path) -> Table:
     return load(path)
+
+
+@functools.cache
+def _landscape(path: Path) -> Landscape:
+    return landscape_file.load(path)
 
 
 @functools.cache
@@ -114,6 +127,8 @@ def run(task: Task) -> tuple[list[float], float]:
     if task.sources:
         evidence = [evidence_of(_table(source), task.cached, task.seed) for source in task.sources]
         strategy = functools.partial(tilewright, evidence=[each for each in evidence if each.times_us])
+    if task.predicted:
+        strategy = functools.partial(predicting, landscape=_landscape(task.space))
     began = time.perf_counter()
     strategy(table, min(task.budget, len(table.times)), task.seed, observe)
     spent += time.perf_counter() - began
@@ -178,9 +193,14 @@ def tasks(
         ]
         far = [path for path in sources if _table(path).chip != table.chip]
         near = [path for path in sources if path not in far]
+        predicted = OURS in strategies and landscape_file.is_landscape(space)
+        if predicted:
+            _landscape(space)  # before any search, for one that is of another revision
         for seed in range(seeds):
             for strategy in strategies:
                 yield Task(space, strategy, seed, budget, noise)
+            if predicted:
+                yield Task(space, OURS, seed, budget, noise, predicted=True)
             if OURS in strategies:
                 for group in filter(None, (far, near)):
                     one = group[seed % len(group)]

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.landscape_file import Landscape
+from benchmarks.prediction import before_compiling
 from benchmarks.replay_tables import Table
 from tilewright.tuner.search import Evidence, Search
 
@@ -31,8 +33,26 @@ KERNEL_TUNER_SINCE = (1, 5)
 
 def tilewright(table: Table, budget: int, seed: int, observe: Observe, evidence: Sequence[Evidence] = ()) -> None:
     """The tuner's search, one proposal at a time, without a prediction or a default: a table has neither."""
-    search = Search(table.axes, table.configs, evidence=evidence, seed=seed)
-    rows = {config: row for row, config in enumerate(table.configs)}
+    _replayed(Search(table.axes, table.configs, evidence=evidence, seed=seed), table.configs, budget, observe)
+
+
+def predicting(table: Table, budget: int, seed: int, observe: Observe, landscape: Landscape) -> None:
+    """The tuner's search of a problem of ours, with the prediction and the default configuration that a run has; the
+    table is that of the landscape's file."""
+    predicted_us = before_compiling(landscape)
+    default = landscape.kernel.default(landscape.problem, landscape.device)
+    search = Search(
+        landscape.axes(),
+        list(predicted_us),
+        default if default in landscape.rows else None,  # of a revision with another default
+        predicted_us=list(predicted_us.values()),
+        seed=seed,
+    )
+    _replayed(search, list(landscape.rows), budget, observe)  # in the order of the table's rows
+
+
+def _replayed(search: Search, configs: Sequence[Any], budget: int, observe: Observe) -> None:
+    rows = {config: row for row, config in enumerate(configs)}
     for _ in range(budget):
         for trial, config in search.ask(1):
             time_ms = observe(rows[config])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from benchmarks import landscape_file
 from benchmarks.replay_tables import Table
 from benchmarks.search_quality import Task, main, overall, run, summary, tasks, winner
 from tests.benchmarks.tables import AXES, arrays, save
@@ -242,3 +243,25 @@ def test_tables_whose_axes_differ_are_not_learned_from(folder: Path) -> None:
     every = list(tasks([folder / "toy__A100.npz"], folder, ["tilewright"], budget=5, seeds=1, noise=False))
     tables = next(task for task in every if task.label == "tilewright+tables")
     assert [path.stem for path in tables.sources] == ["toy__RTX_2080_Ti", "toy__RTX_Titan", "toy__W6600"]
+
+
+def test_of_a_landscape_the_search_is_replayed_with_its_prediction_too() -> None:
+    path = min(landscape_file.SHIPPED.glob("*.npz"), key=lambda file: file.stat().st_size)
+    every = list(tasks([path], None, ["random", "tilewright"], budget=12, seeds=1, noise=False))
+    assert [task.label for task in every] == ["random", "tilewright", "tilewright+prediction"]
+    assert [task.label for task in tasks([path], None, ["random"], 12, 1, noise=False)] == ["random"]
+    plain, predicted = (run(task)[0] for task in every[1:])
+    assert plain != predicted
+    assert predicted == sorted(predicted)
+    assert predicted[-1] > 0
+
+
+def test_a_landscape_of_another_revision_ends_the_command_with_one_line(tmp_path: Path) -> None:
+    shipped = min(landscape_file.SHIPPED.glob("*.npz"), key=lambda file: file.stat().st_size)
+    with np.load(shipped, allow_pickle=False) as file:
+        content = {name: file[name] for name in file}
+    np.savez(tmp_path / "old.npz", **{**content, "version": np.array(0)})
+    result = command("--space", tmp_path / "old.npz", "--strategy", "tilewright")
+    assert result.exit_code == 2
+    assert len(result.output.splitlines()) == 1
+    assert "is of version 0 of the format" in result.output

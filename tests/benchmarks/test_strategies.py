@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import strategies
+from benchmarks import landscape_file, strategies
+from benchmarks.prediction import before_compiling, by_prediction
 from benchmarks.replay_tables import Table, load
-from benchmarks.strategies import STRATEGIES, Strategy, available, evidence_of, tilewright
+from benchmarks.strategies import STRATEGIES, Strategy, available, evidence_of, predicting, tilewright
 from tests.benchmarks.tables import save
 
 BUDGET = 14  # Optuna's samplers draw the first 10 at random
@@ -119,3 +120,18 @@ def test_optuna_learns_of_the_configuration_that_was_tried(table: Table, tmp_pat
         if trial.state == optuna.trial.TrialState.COMPLETE
     }
     assert told == {tuple(map(int, table.indices[row])): table.times[row] for row in rows[:5]}
+
+
+def test_a_landscape_is_searched_with_its_prediction_and_the_default() -> None:
+    path = min(landscape_file.SHIPPED.glob("*.npz"), key=lambda file: file.stat().st_size)
+    table, landscape = load(path), landscape_file.load(path)
+    rows = observed(predicting, table, 0, landscape=landscape)
+    assert len(rows) == len(set(rows)) == BUDGET
+    configs = list(landscape.rows)
+    for row in rows:  # the table's row is the landscape's
+        assert tuple(getattr(configs[row], name) for name in table.axes) == tuple(
+            getattr(table.configs[row], name) for name in table.axes
+        )
+    assert configs[rows[0]] == by_prediction(landscape, before_compiling(landscape))[0]
+    default = landscape.kernel.default(landscape.problem, landscape.device)
+    assert (default in [configs[row] for row in rows[:2]]) == (default in landscape.rows)
