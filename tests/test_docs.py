@@ -76,6 +76,10 @@ def test_figures_of_the_search_are_those_of_the_results() -> None:
         means = " / ".join(f"{beside['results'][name]['mean'][point]:.3f}" for point in ("30", "50", "100"))
         assert means in DOCS["search.md"]
     assert f"Over {beside['seeds']} seeds" in DOCS["search.md"]
+    own = json.loads((ROOT / "benchmarks" / "results" / "search_quality_landscapes.json").read_text())
+    for name, result in own["results"].items():
+        shown = [f"{result['mean'][point]:.3f} / {result['p10'][point]:.3f}" for point in ("10", "20", "30", "50")]
+        assert f"| {name} | {' | '.join(shown)} | {result['evals98']:g} trials |" in DOCS["search.md"]
     noise = json.loads((ROOT / "benchmarks" / "results" / "search_quality_noise.json").read_text())
     assert noise["noise"]
     assert f"after 50 trials is {noise['results']['tilewright']['mean']['50']:.3f}" in DOCS["search.md"]
