@@ -1,4 +1,5 @@
-"""Compiles what stdin asks for and prints what came out: for tests, whose own process interprets kernels.
+"""Compiles what each line of stdin asks for and prints a line of what came out: for tests, whose own process interprets
+kernels.
 
     [{"op": "gemm", "problem": "M=16,N=16,K=16" or its fields, "config": {…} or null, "arch": 86}, …]
 
@@ -82,4 +83,6 @@ ORDERED = (r"\bwgmma\.commit", r"\bwgmma\.wait", r"\bex2\b")
 
 
 if __name__ == "__main__":
-    json.dump([answer(job) for job in json.load(sys.stdin)], sys.stdout)
+    answers, sys.stdout = sys.stdout, sys.stderr  # what compilers print is no answer
+    for line in sys.stdin:
+        print(json.dumps([answer(job) for job in json.loads(line)]), file=answers, flush=True)

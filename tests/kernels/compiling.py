@@ -1,10 +1,13 @@
-"""Compiling from tests: in a process of its own, for the tests' own interprets; `compile_jobs` is what runs there."""
+"""Compiling from tests: in processes of their own, for the tests' own interprets; `compile_jobs` is what runs there."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import subprocess
 import sys
+import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,24 +16,75 @@ from tilewright.kernels.problem import Config, Problem
 from tilewright.tuning_db.env import compiling_environment
 
 
+class Compiler:
+    """A process that compiles, request by request. It ends with this one, whose pipe it reads."""
+
+    def __init__(self, **environment: str) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("compile_jobs.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=compiling_environment() | environment,
+            text=True,
+        )
+
+    def replies(self, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What `compile_jobs` answers; fails with what the process had to say if it ends instead."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(jobs) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            raise AssertionError(f"the compiling process ended: {self._errors.read()}")
+        replies: list[dict[str, Any]] = json.loads(line)
+        return replies
+
+    def close(self) -> None:
+        """Ends the process, whatever it does."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+_idle: dict[int, list[Compiler]] = defaultdict(list)
+"""By arch: Triton 3.6 settles on how to convert fp8 at the first arch that a process meets."""
+
+
+@atexit.register
+def _close() -> None:
+    for compilers in _idle.values():
+        while compilers:
+            compilers.pop().close()
+
+
 def compiled(arch: int, jobs: Sequence[tuple[str, Problem, Config | None]], **environment: str) -> list[dict[str, Any]]:
-    """What compiling each (op, problem, configuration or None for the default) for an arch gives. One process compiles
-    for one arch: Triton 3.6 settles on how to convert fp8 at the first arch that it meets."""
+    """What compiling each (op, problem, configuration or None for the default) for an arch gives.
+
+    Processes are kept for the next call, but for those of another environment.
+    """
     asked = [
         {"op": op, "problem": problem.to_dict(), "config": config and config.to_dict(), "arch": arch}
         for op, problem, config in jobs
     ]
-    command = [sys.executable, "-P", str(Path(__file__).with_name("compile_jobs.py"))]
-    done = subprocess.run(
-        command,
-        input=json.dumps(asked),
-        env=compiling_environment() | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    replies: list[dict[str, Any]] = json.loads(done.stdout)
+    kept = _idle[arch]
+    compiler = kept.pop() if kept and not environment else Compiler(**environment)
+    try:
+        replies = compiler.replies(asked)
+    except BaseException:  # a time limit too: its answer is still to come
+        compiler.close()
+        raise
+    if environment:
+        compiler.close()
+    else:
+        kept.append(compiler)
     return replies
 
 

@@ -7,18 +7,15 @@ on how to convert fp8 at the first arch that it meets.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import random
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from tests.kernels import compiling
 from tests.kernels.conformance import pairwise
 from tilewright.kernels import GemmConfig, GemmProblem, compile, resolve_device
 from tilewright.kernels.compile import (
@@ -31,7 +28,6 @@ from tilewright.kernels.compile import (
 )
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.space import SPACE, shared_bytes
-from tilewright.tuning_db.env import compiling_environment
 from tilewright.tuning_db.errors import CompileError, UsageError
 from tilewright.tuning_db.record import Resources
 
@@ -41,21 +37,7 @@ COMMON = (86, pytest.param(90, marks=pytest.mark.smoke))
 
 def compiled(arch, jobs, **environment):
     """What compiling each (problem, configuration or None for the default) for an arch gives."""
-    asked = [
-        {"op": "gemm", "problem": str(problem), "config": config and config.to_dict(), "arch": arch}
-        for problem, config in jobs
-    ]
-    command = [sys.executable, "-P", str(Path(__file__).with_name("compile_jobs.py"))]
-    done = subprocess.run(
-        command,
-        input=json.dumps(asked),
-        env=compiling_environment() | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return compiling.compiled(arch, [("gemm", problem, config) for problem, config in jobs], **environment)
 
 
 def named(reply):
