@@ -47,7 +47,9 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
         config = AttentionConfig(m, n, PACK=pack, num_warps=warps, num_stages=stages if wide <= 128 else 1)
     elif rows <= 32:
         n = 64 if wide <= 128 else 32
-        if least == 32 and (terms or wide > 128):
+        # Values of 8 bits are converted before they are multiplied: beside terms that takes all 255 registers.
+        converted = problem.unit == "fp8" and wide > 64 and terms
+        if converted or (least == 32 and (terms or wide > 128)):
             n //= 2
         n = 16 if narrow else n
         config = AttentionConfig(least, n, PACK=pack, num_stages=3 if copied else 1)

@@ -212,6 +212,7 @@ def test_the_default_compiles_without_spills(arch):
     rows = [
         ("every term", SHAPES[0], 128, "fp16"),
         ("bias, odd keys", (4, 4, 33), 64, "fp16"),
+        ("bias, odd keys", SHAPES[1], 80, "fp8e4m3"),
         ("unaligned", SHAPES[0], 128, "bf16"),
         ("any strides", SHAPES[0], 80, "fp16"),
         ("paged", SHAPES[2], 256, "fp16"),
