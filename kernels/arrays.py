@@ -157,10 +157,7 @@ class CupyKind(ArrayKind):
     def empty(self, like: Any, shape: tuple[int, ...], kind: str) -> Any:
         wanted = np.dtype(dtype(kind).numpy)
         with self._cupy.cuda.Device(self._device(like)):
-            if wanted.isbuiltin == 1:
-                return self._cupy.empty(shape, wanted)
-            # CuPy views memory as fp8, and makes no array of it.
-            return self._cupy.empty(shape, f"u{wanted.itemsize}").view(wanted)
+            return empty(self._cupy, shape, wanted)
 
     def scalar(self, like: Any, value: float) -> Any:
         with self._cupy.cuda.Device(self._device(like)):
@@ -319,6 +316,13 @@ def _in_elements(array: Any) -> tuple[int, ...]:
             f"strides of {array.strides} B are no multiples of the {size} B of an element: pass a copy"
         )
     return tuple(stride // size for stride in array.strides)
+
+
+def empty(cupy: Any, shape: tuple[int, ...], wanted: np.dtype[Any]) -> Any:
+    """An array of CuPy's on the current GPU, of fp8 too, which CuPy views memory as and makes no array of."""
+    if wanted.isbuiltin == 1:
+        return cupy.empty(shape, wanted)
+    return cupy.empty(shape, f"u{wanted.itemsize}").view(wanted)
 
 
 @cache

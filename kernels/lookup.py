@@ -13,10 +13,11 @@ import dataclasses
 import hashlib
 import heapq
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tilewright.kernels import compile as compile_path
 from tilewright.kernels import identity
@@ -38,7 +39,7 @@ from tilewright.tuning_db.errors import (
     ProblemError,
     UnsupportedError,
 )
-from tilewright.tuning_db.record import Key, Provenance, Record
+from tilewright.tuning_db.record import Answer, Key, Provenance, Record
 from tilewright.tuning_db.store import TuningDB
 
 TIMING_PROTOCOL = "cold-l2-2"
@@ -46,6 +47,12 @@ TIMING_PROTOCOL = "cold-l2-2"
 
 PREDICTED_CANDIDATES = 4
 """How many predicted configurations are offered before the default: some spill once they are compiled."""
+
+
+Usable = Callable[[Config], bool]
+"""Whether who asks can use a configuration. One that it can't is no evidence for it."""
+
+Answered = TypeVar("Answered")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,22 +190,33 @@ def _packed_choice(pack: Pack, kernel: Kernel[Any, Any], problem: Problem, devic
     return Choice(config, entry.provenance, f"packed: {entry.reason}", entry.time_us)
 
 
-def ranked(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path) -> Iterator[Choice]:
-    """As `candidates` without a pack and a caller's configuration, with the databases of `folder`."""
-    recorded = recorded_choice(kernel, problem, device, folder)
+def ranked(
+    kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path, usable: Usable | None = None
+) -> Iterator[Choice]:
+    """As `candidates` without a pack and a caller's configuration, with the databases of `folder`, and with usable
+    configurations alone: of each thing that is asked the best of those."""
+    recorded = recorded_choice(kernel, problem, device, folder, usable)
     if recorded is not None:
         yield recorded
-    for prediction, predicted in predicted_best(kernel, problem, device, PREDICTED_CANDIDATES):
+    for prediction, predicted in predicted_best(kernel, problem, device, PREDICTED_CANDIDATES, usable):
         yield Choice(predicted, Provenance.PREDICTED, f"by {MODEL}", prediction.time_us)
     default = kernel.default(problem, device)
     kernel.space.check(problem, default, device)  # a grid past the hardware's fits no configuration
-    yield Choice(default, Provenance.DEFAULT, "no evidence")
+    if usable is None or usable(default):
+        yield Choice(default, Provenance.DEFAULT, "no evidence")
 
 
-def shortlist(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path, count: int) -> Iterator[Choice]:
+def shortlist(
+    kernel: Kernel[Any, Any],
+    problem: Problem,
+    device: Device,
+    folder: Path,
+    count: int,
+    usable: Usable | None = None,
+) -> Iterator[Choice]:
     """The first of `candidates`, up to `count` records of the very problem on this device, best first, and then the
     other candidates: for who measures some and keeps the best. A configuration comes once for each thing that speaks
-    for it.
+    for it, and only if it is usable.
 
     Raises:
         UnsupportedError, PackError: as `candidates`.
@@ -206,58 +224,71 @@ def shortlist(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder
     check_supported(kernel, problem, device)
     pack = pack_for(kernel, device)
     packed = None if pack is None else _packed_choice(pack, kernel, problem, device)
-    if packed is not None:
+    if packed is not None and (usable is None or usable(packed.config)):
         yield packed
-    rest = ranked(kernel, problem, device, folder)
-    first = next(rest)
+    rest = ranked(kernel, problem, device, folder, usable)
+    first = next(rest, None)
+    if first is None:
+        return
     yield first
     if first.record is not None:
-        yield from _records(kernel, problem, device, folder, count)
+        yield from _with_database(
+            device, folder, lambda database: _records(kernel, problem, device, database, count, usable)
+        )
     yield from rest
 
 
-def _records(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path, count: int) -> Iterator[Choice]:
-    """The best records of exactly this problem, device, revision and toolchain: measured, then predicted; those that
-    were made here, then those that were shipped."""
-    key, protocol = record_key(kernel, problem, device), prediction_protocol(kernel)
-    incumbent = kernel.default(problem, device).to_json()
-    for shipped in (False, True):
-        try:
-            database = (
-                TuningDB.open_shipped(device.key) if shipped else TuningDB.open(device.key, folder, read_only=True)
-            )
-            if database is None:
-                continue
-            with database:
-                found = database.top(key, count, predicted_protocol=protocol, incumbent=incumbent)
-        except DatabaseError:
-            continue  # as in `recorded_choice`
-        for record in found:
-            config = fitting_config(kernel, problem, device, record)
-            if config is not None:
-                time_us = record.times.median_us if record.times else None
-                yield Choice(config, record.provenance, "exact, shipped" if shipped else "exact", time_us, record)
+def _records(
+    kernel: Kernel[Any, Any],
+    problem: Problem,
+    device: Device,
+    database: TuningDB,
+    count: int,
+    usable: Usable | None,
+) -> list[Choice]:
+    """The best records of exactly this problem and device: those made here, those shipped, those of other revisions and
+    toolchains, then predicted ones."""
+    identity.recall(database, kernel, device.arch)
+    found = database.of_problem(
+        record_key(kernel, problem, device),
+        count,
+        predicted_protocol=prediction_protocol(kernel),
+        accept=lambda record: _usable_config(kernel, problem, device, record, usable) is not None,
+        incumbent=kernel.default(problem, device).to_json(),
+        defaults=config_defaults(kernel),
+    )
+    return [_choice(each, kernel.space.config.from_json(each.record.config)) for each in found]
 
 
-def recorded_choice(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path) -> Choice | None:
+def recorded_choice(
+    kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path, usable: Usable | None = None
+) -> Choice | None:
     """What the device's database answers, or what was shipped for the device, if anything. A database that can't be
     read answers nothing: a program that runs a model goes on without it; `autotune` is where the damage is reported."""
+    return _with_database(device, folder, lambda database: answer(kernel, problem, device, database, usable))
+
+
+def _with_database(device: Device, folder: Path, asked: Callable[[TuningDB], Answered]) -> Answered:
+    """What is asked of the device's database, or of what was shipped alone where that can't be read."""
     try:
         with TuningDB.open(device.key, folder, read_only=True) as database:
-            return answer(kernel, problem, device, database)
+            return asked(database)
     except DatabaseError:
         with TuningDB.without_own(device.key, folder) as database:
-            return answer(kernel, problem, device, database)
+            return asked(database)
 
 
-def answer(kernel: Kernel[Any, Any], problem: Problem, device: Device, database: TuningDB) -> Choice | None:
-    """What an open database answers for a problem: its best record that fits this device, with its provenance."""
+def answer(
+    kernel: Kernel[Any, Any], problem: Problem, device: Device, database: TuningDB, usable: Usable | None = None
+) -> Choice | None:
+    """What an open database answers for a problem: its best record that fits this device and is usable, with its
+    provenance."""
 
     identity.recall(database, kernel, device.arch)
     accepted: list[Config] = []
 
     def accept(record: Record) -> bool:
-        config = fitting_config(kernel, problem, device, record)
+        config = _usable_config(kernel, problem, device, record, usable)
         if config is not None:
             accepted.append(config)
         return config is not None
@@ -272,8 +303,19 @@ def answer(kernel: Kernel[Any, Any], problem: Problem, device: Device, database:
     )
     if found is None:
         return None
+    return _choice(found, accepted[-1])
+
+
+def _choice(found: Answer, config: Config) -> Choice:
     times = found.record.times
-    return Choice(accepted[-1], found.provenance, found.reason, times.median_us if times else None, found.record)
+    return Choice(config, found.provenance, found.reason, times.median_us if times else None, found.record)
+
+
+def _usable_config(
+    kernel: Kernel[Any, Any], problem: Problem, device: Device, record: Record, usable: Usable | None
+) -> Config | None:
+    config = fitting_config(kernel, problem, device, record)
+    return config if config is not None and (usable is None or usable(config)) else None
 
 
 def config_defaults(kernel: Kernel[Any, Any]) -> dict[str, Any]:
@@ -309,11 +351,21 @@ def predictions(
 
 
 def predicted_best(
-    kernel: Kernel[Any, Any], problem: Problem, device: Device, count: int
+    kernel: Kernel[Any, Any], problem: Problem, device: Device, count: int, usable: Usable | None = None
 ) -> list[tuple[Prediction, Config]]:
     """The `count` configurations with the least predicted time, from estimated resources, of the coarse space and the
-    default: the call that asks is waiting, and `autotune` looks at the rest."""
+    default: the call that asks is waiting, and `autotune` looks at the rest. Where fewer of those than that are usable,
+    the whole space is looked at."""
     default = kernel.default(problem, device)
     known = predict(kernel.work(problem, default), kernel.estimate(problem, default, device), device)
-    others = (pair for pair in predictions(kernel, problem, device, coarse=True) if pair[1] != default)
-    return heapq.nsmallest(count, [*others, (known, default)], key=lambda pair: pair[0].time_us)
+
+    def by_time(coarse: bool) -> list[tuple[Prediction, Config]]:
+        others = (pair for pair in predictions(kernel, problem, device, coarse=coarse) if pair[1] != default)
+        every = [*others, (known, default)]
+        if usable is None:
+            return heapq.nsmallest(count, every, key=lambda pair: pair[0].time_us)
+        every.sort(key=lambda pair: pair[0].time_us)
+        return list(islice((pair for pair in every if usable(pair[1])), count))
+
+    found = by_time(coarse=True)
+    return found if usable is None or len(found) == count else by_time(coarse=False)

@@ -263,6 +263,31 @@ class TuningDB:
         ) as found:
             return next((answer for answer in found if accept is None or accept(answer.record)), None)
 
+    def of_problem(
+        self,
+        key: Key,
+        k: int,
+        *,
+        predicted_protocol: str | None = None,
+        accept: Accept | None = None,
+        incumbent: str | None = None,
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[Answer]:
+        """The `k` best answers that are of `key`'s very problem on its board, of whatever revision or toolchain, made
+        here or shipped: measured, then predicted. A configuration may be there as both.
+
+        The arguments are those of `best`.
+
+        Raises:
+            DatabaseError: as `best`.
+        """
+        protocol = predicted_protocol or key.protocol
+        with closing(
+            answers(self._file, key, protocol, None, self.skipped, incumbent, self._shipped, defaults)
+        ) as found:
+            own = (each for each in found if each.record.key.device == key.device)
+            return list(islice((each for each in own if accept is None or accept(each.record)), k))
+
     def evidence(
         self, key: Key, *, near: Near | None = None, least: int = 1, most: int
     ) -> list[tuple[str, list[Record]]]:

@@ -14,6 +14,9 @@ from tilewright.kernels.tensorrt.expressions import Number, Sizes, evaluate
 from tilewright.kernels.tensorrt.operation import PluginVariant, Tensor
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError
 
+DESCRIPTORS_SINCE = 90
+"""The arch from which on tensor descriptors lie in memory; on earlier ones they are arithmetic."""
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -124,6 +127,8 @@ class Case:
 
     def refusal(self, config: Config, device: Device) -> str | None:
         """None, or why the configuration can't serve all of the range by one launch; nothing is compiled."""
+        if getattr(config, "TMA", False) and device.arch >= DESCRIPTORS_SINCE:
+            return f"{config} makes tensor descriptors on the device, in scratch memory, and TensorRT gives none"
         for sizes in (self.profile.opt, self.profile.min, self.profile.max, self.profile.general):
             reason = self.kernel.space.fits(self.problem(sizes), config, device)
             if reason is not None:

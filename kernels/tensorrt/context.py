@@ -44,7 +44,7 @@ class Target:
 
 
 class _Place(NamedTuple):
-    """What numbers of tactics belong to: a case, whatever its profile."""
+    """What tactics belong to: a case, whatever its profile."""
 
     plugin: str
     attributes: str  # canonical JSON
@@ -59,9 +59,8 @@ class _Place(NamedTuple):
 
 @dataclass
 class _Known:
-    """The tactics of a place by number, and those of each profile, by the evidence there was."""
+    """The tactics of a place by number, and those of each profile and evidence."""
 
-    evidence: str
     numbers: dict[int, Tactic] = field(default_factory=dict)
     of_profile: dict[Hashable, list[Tactic]] = field(default_factory=dict)
 
@@ -79,43 +78,50 @@ class Tactics:
     target: Target
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _known: dict[_Place, _Known] = field(default_factory=dict)
-    _asked: dict[_Place, None] = field(default_factory=dict)  # since `begin`, in order
+    _asked: dict[_Place, dict[int, Tactic]] = field(default_factory=dict)  # since `begin`, in order
+    _failures: list[Exception] = field(default_factory=list)
 
     def begin(self) -> None:
-        """What is `described` begins here: at a build."""
+        """What is `described`, and `failure`, begin here: at a build."""
         with self._lock:
             self._asked.clear()
+            self._failures.clear()
+
+    def note_failure(self, error: Exception) -> None:
+        """Keeps what a plugin raised, for TensorRT doesn't."""
+        with self._lock:
+            self._failures.append(error)
+
+    @property
+    def failure(self) -> Exception | None:
+        """The first error that a plugin raised since `begin`."""
+        with self._lock:
+            return self._failures[0] if self._failures else None
 
     def of(self, case: Case) -> list[Tactic]:
-        """The tactics of a case, as the evidence is now. Cases that differ in their profile alone share numbers:
-        TensorRT keeps a kernel by its number, whatever the profile, so one that comes with a second profile gets a
-        number of its own.
+        """The tactics of a case, as the evidence is now.
 
         Raises:
             UnsupportedError, ProblemError, UsageError: as `tactics`.
         """
-        place, evidence = _Place.of(case), evidence_stamp(self.target.folder)
-        profile = tuple(
-            tuple(sorted(sizes.items())) for sizes in (case.profile.min, case.profile.opt, case.profile.max)
+        place = _Place.of(case)
+        profile = (
+            evidence_stamp(self.target.folder),
+            *(tuple(sorted(sizes.items())) for sizes in (case.profile.min, case.profile.opt, case.profile.max)),
         )
         with self._lock:
-            self._asked[place] = None
-            known = self._known.get(place)
-            if known is not None and known.evidence == evidence and profile in known.of_profile:
-                return known.of_profile[profile]  # TensorRT asks how many there are, and then which
-        found = tactics(case, self.target.device, self.target.folder, cuda=self.target.cuda, most=self.target.tactics)
+            known = self._known.setdefault(place, _Known())
+            found = known.of_profile.get(profile)  # TensorRT asks how many there are, and then which
+        if found is None:
+            found = tactics(
+                case, self.target.device, self.target.folder, cuda=self.target.cuda, most=self.target.tactics
+            )
         with self._lock:
-            known = self._known.get(place)
-            if known is None or known.evidence != evidence:
-                known = self._known[place] = _Known(evidence)
-            numbers = {(tactic.choice.config, tactic.plan.name): number for number, tactic in known.numbers.items()}
-            numbered = []
+            known.of_profile[profile] = found
             for tactic in found:
-                number = numbers.get((tactic.choice.config, tactic.plan.name)) or len(known.numbers) + 1
-                known.numbers[number] = Tactic(number, tactic.choice, tactic.plan)
-                numbered.append(known.numbers[number])
-            known.of_profile[profile] = numbered
-        return numbered
+                known.numbers[tactic.number] = tactic
+                self._asked.setdefault(place, {})[tactic.number] = tactic
+        return found
 
     def get(self, case: Case, number: int) -> Tactic:
         """The tactic that `of` gave this number, whatever has been tuned since.
@@ -125,7 +131,7 @@ class Tactics:
         """
         place = _Place.of(case)
         with self._lock:
-            asked = place in self._known
+            asked = place in self._known and number in self._known[place].numbers
         if not asked:
             self.of(case)
         with self._lock:
@@ -140,7 +146,7 @@ class Tactics:
 
     def described(self) -> list[dict[str, Any]]:
         """What was asked since `begin`, in plain values: for each case its tensors, and the configuration behind each
-        number."""
+        number, best evidence first."""
         with self._lock:
             return [
                 {
@@ -156,11 +162,10 @@ class Tactics:
                             "time_us": tactic.choice.time_us,
                             "kernel": tactic.plan.name,
                         }
-                        for number, tactic in self._known[place].numbers.items()
+                        for number, tactic in found.items()
                     },
                 }
-                for place in self._asked
-                if place in self._known
+                for place, found in self._asked.items()
             ]
 
 

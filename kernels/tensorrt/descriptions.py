@@ -61,10 +61,13 @@ def case_of(
     for name, description in zip(variant.inputs, inputs, strict=True):
         sizes: list[Number] = []
         for axis, size in enumerate(description.shape):
+            span = {which: int(getattr(description.shape, which)[axis]) for which in ranges} if size < 0 else {}
+            if len(set(span.values())) == 1:
+                size = span["opt"]  # dynamic in the network, and one size in this profile
             sizes.append(int(size) if size >= 0 else dimension(name, axis))
             if size < 0:
                 for which, found in ranges.items():
-                    found[name, axis] = int(getattr(description.shape, which)[axis])
+                    found[name, axis] = span[which]
         tensors.append(Tensor(name, tuple(sizes), canonical(description.dtype)))
     results = variant.operation.outputs({tensor.name: tensor for tensor in tensors}, attributes)
     formats = formats or [description.format.name for description in (*inputs, *outputs)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tilewright.kernels.arrays import require_cupy
 from tilewright.kernels.compile import triton_version
 from tilewright.kernels.lookup import code_hash
 from tilewright.kernels.tensorrt.catalogue import NAMESPACE, OPERATIONS
@@ -66,20 +67,41 @@ def build_engine(
 
     Raises:
         MissingDependencyError: no TensorRT is installed, or one without a builder; or there is no GPU.
-        UsageError: no such file, a model that TensorRT can't read, inputs without a profile, a device that isn't here.
+        UsageError: no such file or folder, a model that TensorRT can't read, inputs without a profile, a device that
+            isn't here.
+        TilewrightError: what a plugin raised, where one could not be built.
         RunError: TensorRT could not build the engine; the message is its first error.
     """
     if implementation not in ("aot", "jit"):
         raise UsageError(f"{implementation=} must be aot or jit")
-    source = Path(onnx_path)
+    source, path = Path(onnx_path), Path(engine_path)
+    cache = None if timing_cache is None else Path(timing_cache)
     if not source.is_file():
         raise UsageError(f"there is no file {source}")
-    register(device, cuda=cuda, tactics=tactics, db=db)
-    trt = tensorrt()
-    with _building:
-        return _build(
-            trt, source, Path(engine_path), dict(profiles or {}), implementation, timing_cache, workspace_bytes
-        )
+    for written in filter(None, (path, _beside(path), cache)):
+        if not written.parent.is_dir() or written.is_dir():
+            reason = "it is a folder" if written.is_dir() else f"there is no folder {written.parent}"
+            raise UsageError(f"{written} can't be written: {reason}")
+    with _building:  # what is registered holds for the build
+        register(device, cuda=cuda, tactics=tactics, db=db)
+        return _build(tensorrt(), source, path, _ranges(profiles or {}), implementation, cache, workspace_bytes)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _ranges(profiles: Mapping[str, Range]) -> dict[str, Range]:
+    """The profiles, each of three shapes of positive integers."""
+    for name, shapes in profiles.items():
+        try:
+            sizes = [list(shape) for shape in shapes]
+        except TypeError:
+            sizes = []
+        whole = all(type(size) is int and size > 0 for each in sizes for size in each)
+        if len(sizes) != 3 or not whole:
+            raise UsageError(f"the profile of {name} is {shapes!r} and must be its least, best and largest shape")
+    return {name: (tuple(least), tuple(best), tuple(largest)) for name, (least, best, largest) in profiles.items()}
 
 
 def _build(
@@ -88,7 +110,7 @@ def _build(
     path: Path,
     profiles: dict[str, Range],
     implementation: str,
-    timing_cache: str | Path | None,
+    cache: Path | None,
     workspace_bytes: int | None,
 ) -> Engine:
     logger, errors = collecting_logger(trt)
@@ -101,33 +123,50 @@ def _build(
     target = current().target.device
     if not target.live:
         raise UsageError(f"TensorRT builds for the GPU at hand, and {target.board} is not here: leave device out")
+    if target.live != _current_gpu():
+        raise UsageError(
+            f"TensorRT builds for the current GPU, which is {_current_gpu()}, not {target.live}: make that current"
+        )
     current().begin()
     preference = f"PREFER_{implementation.upper()}_PYTHON_PLUGINS"
     flags = [getattr(trt.NetworkDefinitionCreationFlag, name) for name in ("STRONGLY_TYPED", preference)]
     network = builder.create_network(sum(1 << int(flag) for flag in flags))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(source)):
+        _raise_failure()
         found = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)]
         raise UsageError(f"TensorRT can't read {source}: {_first(found + errors)}")
     config = builder.create_builder_config()
     if workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     _set_profile(builder, network, config, profiles)
-    cache = None if timing_cache is None else Path(timing_cache)
     _read_timings(config, cache)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
+        _raise_failure()
         raise RunError(f"TensorRT could not build {source}: {_first(errors)}")
-    if cache is not None:
-        with whole_file(cache) as stream:
-            stream.write(bytes(config.get_timing_cache().serialize()))
     provenance = _provenance(trt, source, bytes(serialized), profiles, implementation)
-    beside = path.with_name(f"{path.name}.json")
+    beside = _beside(path)
+    beside.unlink(missing_ok=True)  # of an earlier engine: whoever is killed here leaves none beside the new one
     with whole_file(path) as stream:
         stream.write(bytes(serialized))
     with whole_file(beside) as stream:
         stream.write(json.dumps(provenance, indent=1).encode())
+    if cache is not None:
+        with whole_file(cache) as stream:
+            stream.write(bytes(config.get_timing_cache().serialize()))
     return Engine(path, beside, provenance)
+
+
+def _current_gpu() -> str:
+    return f"cuda:{int(require_cupy().cuda.runtime.getDevice())}"
+
+
+def _raise_failure() -> None:
+    """Raises what a plugin raised, if one did: it says more than TensorRT, which only sees that one failed."""
+    failure = current().failure
+    if failure is not None:
+        raise failure
 
 
 def collecting_logger(trt: Any) -> tuple[Any, list[str]]:
@@ -172,7 +211,9 @@ def _set_profile(builder: Any, network: Any, config: Any, profiles: dict[str, Ra
         if any(not low <= middle <= high for low, middle, high in zip(least, best, largest, strict=True)):
             raise UsageError(f"the profile of {name} must grow: {least}, {best}, {largest}")
         profile.set_shape(name, least, best, largest)
-    config.add_optimization_profile(profile)
+    if config.add_optimization_profile(profile) < 0:
+        ranges = "; ".join(f"{name} {', '.join(map(str, profiles[name]))}" for name in dynamic)
+        raise UsageError(f"TensorRT refuses the profile {ranges}")
 
 
 def _read_timings(config: Any, cache: Path | None) -> None:

@@ -12,7 +12,7 @@ from tilewright.kernels.ops.gemm.packing import packed_rows
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.problem import Config
-from tilewright.kernels.tensorrt.expressions import Number, ceil_div, product
+from tilewright.kernels.tensorrt.expressions import Number, ceil_div, is_static, product
 from tilewright.kernels.tensorrt.operation import (
     Attribute,
     Attributes,
@@ -66,12 +66,16 @@ class GemmPlugin(PluginOperation):
         return (Tensor("out", (*form.lead, form.rows, columns), self._probe(tensors, attributes).output_dtype),)
 
     def check_static(self, tensors: Tensors, attributes: Attributes) -> None:
-        b, turned = tensors["b"], flag(attributes, "trans_b")
+        a, b, turned = tensors["a"], tensors["b"], flag(attributes, "trans_b")
         if self._gated(attributes):
             b.static(-2 if turned else -1, "N of gated columns")
         if self._weights(tensors, attributes):
             b.static(-1 if turned else -2, "K of quantised weights")
-            tensors["a"].static(-2 if flag(attributes, "trans_a") else -1, "K of quantised weights")
+            a.static(-2 if flag(attributes, "trans_a") else -1, "K of quantised weights")
+        depths = (a, -2 if flag(attributes, "trans_a") else -1), (b, -1 if turned else -2)
+        if any(is_static(tensor.dims[axis]) for tensor, axis in depths):
+            for (tensor, axis), (other, _) in zip(depths, depths[::-1], strict=True):
+                tensor.static(axis, f"K, as in {other.name}")
 
     def problem(self, tensors: Tensors, attributes: Attributes) -> GemmProblem:
         form = self._form(tensors, attributes)
@@ -136,11 +140,13 @@ class GemmPlugin(PluginOperation):
             return _Form(lead, m, m, n, k, product(lead_a), False, True)
         if one_a:
             return _Form((1,) * (rank - len(lead_b)) + lead_b, m, m, n, k, product(lead_b), True, False)
-        if len(lead_a) != len(lead_b):
+        shorter, longer = sorted((lead_a, lead_b), key=len)
+        if len(lead_a) != len(lead_b) and all(map(is_static, shorter)):
             raise ProblemError(
                 f"a has {len(a.dims)} dimensions and b {len(b.dims)}: as many, or b one matrix, or a one"
             )
-        return _Form(lead_a, m, m, n, k, product(lead_a), False, False)
+        # While TensorRT asks for data types, no dimension is known: of two ranks the shorter's are taken for 1.
+        return _Form(longer, m, m, n, k, product(longer), False, False)
 
     def _gated(self, attributes: Attributes) -> str | None:
         known = {"none": None, **{name: name for name in GATED}}

@@ -20,10 +20,14 @@ def tensorrt() -> Any:
     """
     try:
         import tensorrt as module
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
         raise MissingDependencyError(
-            f'TensorRT is not installed here ({error}): pip install "tilewright[tensorrt]"'
+            f'TensorRT is not installed here ({reason}): pip install "tilewright[tensorrt]"'
         ) from None
+    if not hasattr(module, "__version__"):
+        places = ", ".join(map(str, getattr(module, "__path__", ())))
+        raise MissingDependencyError(f"{places} is taken for TensorRT, and is not: run Python in another folder")
     check_version(module)
     return module
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-from tilewright.kernels.compile import HIDDEN_POINTERS, Binary
+from tilewright.kernels.compile import HIDDEN_POINTERS, Binary, ptxas_version
 from tilewright.tuning_db.errors import UnsupportedError, UsageError
 
 CUDA = "12.8"
@@ -55,6 +55,12 @@ def isa_for(arch: int, cuda: str) -> int:
             f"{known / 10:.1f}: name a newer one with cuda="
         )
     return known
+
+
+def assembled_isa(arch: int) -> int:
+    """The newest PTX ISA, times ten, that the ptxas of this Triton assembles for an arch. An arch may have one of its
+    own, older than that of the others."""
+    return ISA.get(".".join(ptxas_version(arch).split(".")[:2]), max(ISA.values()))
 
 
 def cuda_of_driver(number: int) -> str:

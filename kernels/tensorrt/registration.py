@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Union
 
 from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.lookup import check_supported
 from tilewright.kernels.tensorrt.catalogue import NAMESPACE, VERSION, plugins, typed
 from tilewright.kernels.tensorrt.context import Target, current, identity, set_current
 from tilewright.kernels.tensorrt.descriptions import case_of, described_outputs, launch_parameters
@@ -55,9 +58,11 @@ def register(
     """
     if env.interpreting():
         raise UsageError(f"{env.INTERPRET} is set: plugins are compiled; unset it before the first import of Triton")
-    if tactics < 1:
+    if type(tactics) is not int or tactics < 1:
         raise UsageError(f"{tactics=} must be an integer of at least 1")
-    folder = None if db is None else env.database_dir(db)
+    if cuda is not None and not isinstance(cuda, str):
+        raise UsageError(f'{cuda=} must be the CUDA version of the driver as text, such as "12.4"')
+    folder = None if db is None else _existing(db)
     trt, api = tensorrt(), plugin_api()
     try:
         resolved = resolve_device(device or "cuda:0")
@@ -80,6 +85,16 @@ def register(
             if name not in _registered:
                 _register(variant, trt, api)
                 _registered.add(name)
+
+
+def _existing(db: str | os.PathLike[str]) -> Path:
+    """The folder of the databases that was named: one that isn't there holds no record, and would do so silently."""
+    if not isinstance(db, str | os.PathLike):
+        raise UsageError(f"{db=} must be a folder's path")
+    folder = env.database_dir(db)
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder} of tuning databases: tune first, or leave db out")
+    return folder
 
 
 def _live_cuda() -> str | None:
@@ -108,14 +123,22 @@ def _register(variant: PluginVariant, trt: Any, api: Any) -> None:
         end = count + len(attributes)
         return arguments[:count], dict(zip(attributes, arguments[count:end], strict=True)), arguments[end:]
 
+    @noting_failures
     def describe(*descriptions: Any, **given: Any) -> Any:
         outputs = described_outputs(variant, descriptions, given, trt, api)
         return outputs if len(outputs) > 1 else outputs[0]
 
+    @noting_failures
     def autotune(*arguments: Any) -> Any:
         inputs, given, (outputs,) = split(arguments)
         return combinations(variant, inputs, outputs, given, api)
 
+    @noting_failures
+    def autotune_jit(*arguments: Any) -> Any:
+        inputs, given, (outputs,) = split(arguments)
+        return combinations(variant, inputs, outputs, given, api, ahead=False)
+
+    @noting_failures
     def aot(*arguments: Any) -> Any:
         inputs, given, (outputs, tactic) = split(arguments)
         plan = current().get(case_of(variant, inputs, outputs, given), int(tactic)).plan
@@ -137,13 +160,20 @@ def _register(variant: PluginVariant, trt: Any, api: Any) -> None:
     api.autotune(identifier)(autotune)
     api.aot_impl(identifier)(aot)
     api.impl(identifier)(jit)
-    _watch_creator(trt.get_plugin_registry().get_creator(variant.name, VERSION, NAMESPACE), variant)
+    _watch_creator(trt.get_plugin_registry().get_creator(variant.name, VERSION, NAMESPACE), variant, autotune_jit)
 
 
 def combinations(
-    variant: PluginVariant, inputs: Sequence[Any], outputs: Sequence[Any], attributes: Mapping[str, Any], api: Any
+    variant: PluginVariant,
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    attributes: Mapping[str, Any],
+    api: Any,
+    *,
+    ahead: bool = True,
 ) -> list[Any]:
-    """The types and formats that go together, with the tactics of each. Types are the network's own, which is typed.
+    """The types and formats that go together, with the tactics of each, where kernels are compiled ahead of time. Types
+    are the network's own, which is typed.
 
     Raises:
         ProblemError, UsageError, UnsupportedError: there is none; the message says why not the linear one.
@@ -153,12 +183,18 @@ def combinations(
     types = ",".join(TENSORRT_NAMES[tensor.dtype] for tensor in (*linear.inputs, *linear.outputs))
     found, refused = [], None
     for formats in variant.operation.formats(linear.tensors, linear.outputs, attributes):
+        case = case_of(variant, inputs, outputs, attributes, formats)
         try:
-            tactics = current().of(case_of(variant, inputs, outputs, attributes, formats))
+            if ahead:
+                numbers = [tactic.number for tactic in current().of(case)]
+            else:
+                case.check()
+                check_supported(case.kernel, case.problem(case.profile.opt), current().target.device)
+                numbers = []
         except UnsupportedError as error:
             refused = refused or error
             continue
-        found.append(api.AutoTuneCombination(types, ",".join(formats), [tactic.number for tactic in tactics]))
+        found.append(api.AutoTuneCombination(types, ",".join(formats), numbers))
     if not found:
         assert refused is not None
         raise refused
@@ -177,14 +213,30 @@ def _sign(function: Callable[..., Any], parameters: Mapping[str, Any], result: A
     )
 
 
-def _watch_creator(creator: Any, variant: PluginVariant) -> None:
-    """Has every new plugin's attributes checked and put in order, and gives it an identity.
+def noting_failures(function: Callable[..., Any]) -> Callable[..., Any]:
+    """That function, noting what it raises: TensorRT calls it through C++, which prints the error and forgets it."""
+
+    @functools.wraps(function)
+    def noting(*arguments: Any, **given: Any) -> Any:
+        try:
+            return function(*arguments, **given)
+        except Exception as error:
+            current().note_failure(error)
+            raise
+
+    return noting
+
+
+def _watch_creator(creator: Any, variant: PluginVariant, autotune_jit: Callable[..., Any]) -> None:
+    """Has every new plugin's attributes checked and put in order, and gives it an identity; formats without tactics, too,
+    if it launches from Python, where they count for nothing.
 
     TensorRT passes attributes in the order in which they came, calls a plugin without one that it needs, and shares
     timings between plugins that differ in their attributes or in their kernels' revision.
     """
     create = creator.create_plugin
 
+    @noting_failures
     @functools.wraps(create)
     def checked(name: str, namespace: str, fields: Any, phase: Any, *request: Any) -> Any:
         check_fields(variant, fields)
@@ -200,6 +252,8 @@ def _watch_creator(creator: Any, variant: PluginVariant) -> None:
         }
         suffix = identity(variant, plugin.attrs, current().target)
         plugin.get_timing_cache_id = lambda: suffix
+        if hasattr(plugin, "enqueue"):
+            plugin.autotune_function = autotune_jit
         return plugin
 
     creator.create_plugin = checked
@@ -225,7 +279,22 @@ def check_fields(variant: PluginVariant, fields: Any) -> None:
     missing = [f"{name} ({kind.__name__})" for name, kind in declared.items() if name not in found]
     if missing:
         raise UsageError(f"{variant.name} lacks the attributes {', '.join(missing)}: plugin_attributes() fills them in")
-    for name, kind in declared.items():
+    for field in fields:
+        kind = declared[field.name]
         accepted = {int: ("INT",), float: ("FLOAT", "INT"), str: ("CHAR",)}[kind]
-        if not found[name].startswith(accepted):
-            raise UsageError(f"{variant.name}: attribute {name} is {found[name]} and must be {kind.__name__}")
+        if not found[field.name].startswith(accepted):
+            raise UsageError(
+                f"{variant.name}: attribute {field.name} is {found[field.name]} and must be {kind.__name__}"
+            )
+        if kind is str:
+            _check_text(variant, field)
+        elif field.data.size != 1 or not math.isfinite(field.data.item()):
+            values = ", ".join(map(str, field.data.ravel()[:4]))
+            raise UsageError(f"{variant.name}: attribute {field.name} is [{values}] and must be one finite number")
+
+
+def _check_text(variant: PluginVariant, field: Any) -> None:
+    try:
+        bytes(field.data).decode()
+    except UnicodeDecodeError:
+        raise UsageError(f"{variant.name}: attribute {field.name} is no UTF-8: {bytes(field.data)[:40]!r}") from None

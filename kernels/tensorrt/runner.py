@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.kernels.arrays import require_cupy
+from tilewright.kernels.arrays import empty, require_cupy
 from tilewright.kernels.dtypes import DTYPES
 from tilewright.kernels.tensorrt.engine import collecting_logger
 from tilewright.kernels.tensorrt.library import tensorrt
@@ -129,7 +129,7 @@ class Runner:
             shape = tuple(int(size) for size in self._context.get_tensor_shape(name))
             if any(size < 0 for size in shape):
                 raise UnsupportedError(f"the shape {shape} of {name} depends on data, which this runner does not know")
-            outputs[name] = self._cupy.empty(shape, self._dtype(name))
+            outputs[name] = empty(self._cupy, shape, self._dtype(name))
         for name, array in (self._bound | outputs).items():
             self._context.set_tensor_address(name, int(array.data.ptr))
         return outputs

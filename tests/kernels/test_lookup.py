@@ -33,7 +33,7 @@ from tilewright.tuning_db.store import TuningDB
 DEVICE, A10, A100 = (resolve_device(name) for name in ("rtx3090", "a10", "a100"))
 PROBLEM = GemmProblem(128, 4096, 4096)
 MODEST = Resources(registers=128, spill_bytes=0, stack_bytes=0, shared_bytes=32768)
-TILES = [GemmConfig(64, 64, 32, GROUP_M=group) for group in range(1, 8)]
+TILES = [GemmConfig(64, 64, 32, GROUP_M=group) for group in range(1, 10)]
 
 
 @pytest.fixture(autouse=True)
@@ -143,8 +143,8 @@ def test_candidates_end_with_the_default(add):
 
 
 def test_the_shortlist_has_every_record_of_the_problem(add, folder, shipped):
-    def configs(count=8):
-        return [choice.config for choice in shortlist(GEMM, PROBLEM, DEVICE, folder, count)]
+    def configs(count=8, usable=None):
+        return [choice.config for choice in shortlist(GEMM, PROBLEM, DEVICE, folder, count, usable)]
 
     guesses = configs()
     assert guesses == [choice.config for choice in candidates(GEMM, PROBLEM, DEVICE)]
@@ -159,7 +159,15 @@ def test_the_shortlist_has_every_record_of_the_problem(add, folder, shipped):
     add(TILES[5], time_us=1, measured=False)
     assert configs() == [TILES[1], TILES[1], TILES[2], TILES[0], TILES[5], *guesses]
     add(TILES[6], time_us=9.9, folder=shipped)
-    assert configs() == [TILES[1], TILES[1], TILES[2], TILES[0], TILES[5], TILES[6], *guesses]
+    assert configs() == [TILES[1], TILES[1], TILES[2], TILES[0], TILES[6], TILES[5], *guesses]
+    add(TILES[7], time_us=50, kernel_hash="another")
+    add(TILES[8], time_us=0.5, device=A10)
+    assert configs() == [TILES[1], TILES[1], TILES[2], TILES[0], TILES[7], TILES[6], TILES[5], *guesses]
+    # What can't be used counts for nothing, and makes room.
+    assert configs(2, lambda config: config not in TILES[:3]) == [TILES[7], TILES[7], TILES[6], *guesses]
+    predicted = [TILES[0]]  # is in the space, too
+    assert configs(8, lambda config: config in TILES[:2]) == [TILES[1], TILES[1], TILES[0], *predicted]
+    assert configs(8, lambda config: False) == []
 
 
 def test_predictions_are_the_fastest_of_the_space(monkeypatch):
@@ -172,6 +180,16 @@ def test_predictions_are_the_fastest_of_the_space(monkeypatch):
     times = [prediction.time_us for prediction, _ in best]
     assert times == sorted(times)
     assert [config for _, config in predicted_best(kernel, PROBLEM, DEVICE, 3)] == [config for _, config in best[:3]]
+
+
+def test_the_whole_space_is_looked_at_where_little_of_the_coarse_one_is_usable():
+    every = predicted_best(GEMM, PROBLEM, DEVICE, 10_000, lambda config: True)
+    assert {config for _, config in every} == {*GEMM.space.configs(PROBLEM, DEVICE), GEMM.default(PROBLEM, DEVICE)}
+    coarse = set(GEMM.space.configs(PROBLEM, DEVICE, coarse=True))
+    found = predicted_best(GEMM, PROBLEM, DEVICE, 3, lambda config: config not in coarse)
+    assert found == [pair for pair in every if pair[1] not in coarse][:3]
+    some = predicted_best(GEMM, PROBLEM, DEVICE, 3, lambda config: config.num_warps == 4)
+    assert some == [pair for pair in predicted_best(GEMM, PROBLEM, DEVICE, 10**6) if pair[1].num_warps == 4][:3]
 
 
 def test_the_callers_configuration_is_checked_and_nothing_takes_its_place(add):

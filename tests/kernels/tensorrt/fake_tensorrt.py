@@ -45,6 +45,10 @@ class Fake:
         self.inputs, self.fails = inputs, fails
         self.did: list[tuple[Any, ...]] = []
 
+    def _add_profile(self, profile: Any) -> int:
+        self._log("profile")
+        return -1 if self.fails == "profile" else 0
+
     def _log(self, *what: Any) -> None:
         self.did.append(what)
 
@@ -76,7 +80,7 @@ class Fake:
     def config(self) -> Any:
         return SimpleNamespace(
             set_memory_pool_limit=lambda *given: self._log("memory", *given),
-            add_optimization_profile=lambda profile: self._log("profile"),
+            add_optimization_profile=self._add_profile,
             create_timing_cache=lambda content: content,
             set_timing_cache=self._set_cache,
             get_timing_cache=lambda: SimpleNamespace(serialize=lambda: b"timings"),

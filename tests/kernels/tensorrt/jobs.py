@@ -102,6 +102,37 @@ def rmsnorm(dtype: str, through: str = "c++") -> Job:
     )
 
 
+def static() -> list[Job]:
+    """Layers of one image, one token and one large product, all sizes of which are known."""
+    pads = {f"pad_{side}": 1 for side in ("top", "left", "bottom", "right")}
+    layer = Conv2dProblem(N=1, H=7, W=7, C=512, K=512, R=3, S=3, **pads, layout="nchw", w_layout="kcrs")
+    keys = ((1, 8, 4096, 128), "fp16")
+    token = AttentionProblem(B=1, H=32, Hkv=8, Sq=1, Skv=4096, D=128)
+    return [
+        Job(
+            "FusedConv2d",
+            [((1, 512, 7, 7), "fp16"), ((512, 512, 3, 3), "fp16")],
+            lambda: layer,
+            sizes=((),),
+            attributes=pads,
+            formats=[("HWC8", "LINEAR", "HWC8")],
+        ),
+        Job(
+            "FusedAttention",
+            [((1, 32, 1, 128), "fp16"), keys, keys],
+            lambda: token,
+            sizes=((),),
+            constants=(("SCALE", 128**-0.5),),
+        ),
+        Job(
+            "FusedGemm",
+            [((4096, 4096), "fp16"), ((4096, 4096), "fp16")],
+            lambda: GemmProblem(4096, 4096, 4096),
+            sizes=((),),
+        ),
+    ]
+
+
 DTYPES: dict[str, tuple[Callable[..., Job], tuple[str, ...]]] = {
     "gemm": (gemm, ("fp16", "bf16", "fp32", "int8", "fp8e4m3")),
     "conv2d": (conv2d, ("fp16", "bf16", "fp32", "int8", "fp8e4m3")),

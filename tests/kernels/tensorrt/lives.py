@@ -92,7 +92,8 @@ def check(job: Job, answer: dict[str, Any], board: str) -> None:
     for each, formats in zip(answer["formats"], found, strict=True):
         known = {one["number"]: one for one in answer["known"] if tuple(one["formats"]) == formats}
         numbers = [tactic["number"] for tactic in each["tactics"]]
-        assert numbers == sorted(known) == list(range(1, len(numbers) + 1))
+        assert numbers == sorted(known)
+        assert all(0 < number < 2**31 for number in numbers)
         configs = {number: kernel.space.config.from_dict(one["config"]) for number, one in known.items()}
         assert len(set(configs.values())) == len(configs)
         for tactic in each["tactics"]:

@@ -57,8 +57,9 @@ def fields(attributes: Mapping[str, Any]) -> list[Any]:
         if isinstance(value, str):
             made.append(trt.PluginField(name, value.encode(), trt.PluginFieldType.CHAR))
         else:
-            kind, text = FIELD_TYPES[type(value)]
-            made.append(trt.PluginField(name, np.array([value], kind), getattr(trt.PluginFieldType, text)))
+            values = value if isinstance(value, list) else [value]
+            kind, text = FIELD_TYPES[type(values[0])]
+            made.append(trt.PluginField(name, np.array(values, kind), getattr(trt.PluginFieldType, text)))
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,17 @@ from tilewright.tuning_db.store import TuningDB
 
 
 def put(
-    folder: Path, kernel: Kernel[Any, Any], problem: Problem, device: Device, config: Config, time_us: float
+    folder: Path,
+    kernel: Kernel[Any, Any],
+    problem: Problem,
+    device: Device,
+    config: Config,
+    time_us: float,
+    **changed: str,
 ) -> None:
-    """Puts a measured outcome into the device's database."""
+    """Puts a measured outcome into the device's database; `changed` are fields of its key."""
     record = Record(
-        key=record_key(kernel, problem, device),
+        key=replace(record_key(kernel, problem, device), **changed),
         config=config.to_json(),
         status=Status.OK,
         provenance=Provenance.MEASURED,

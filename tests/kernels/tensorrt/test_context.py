@@ -41,8 +41,7 @@ def evidence(monkeypatch):
     def tactics(*_, **__):
         known.times += 1
         return [
-            Tactic(index, SimpleNamespace(config=config), SimpleNamespace(name=name))
-            for index, (config, name) in enumerate(known, 1)
+            Tactic(int(name[1:]), SimpleNamespace(config=config), SimpleNamespace(name=name)) for config, name in known
         ]
 
     monkeypatch.setattr(context, "tactics", tactics)
@@ -71,7 +70,7 @@ def test_the_same_target_keeps_what_is_known():
     assert current() is not first
 
 
-def test_a_second_profile_gives_new_numbers_to_what_is_new(evidence):
+def test_a_second_profile_adds_to_what_is_known(evidence):
     tactics = Tactics(TARGET)
     evidence[:] = [("one", "k1"), ("two", "k2")]
     assert configs(tactics.of(gemm(1, 8, 16))) == {1: "one", 2: "two"}
@@ -91,21 +90,25 @@ def test_evidence_is_asked_once_for_each_profile_until_it_changes(evidence, fold
     assert evidence.times == 2
     evidence[:] = [("two", "k2"), ("one", "k1")]
     (folder / "rtx3090-82sm.sqlite").write_bytes(b"records")
-    # A build that has begun goes on with the numbers it was given.
-    assert tactics.get(gemm(1, 8, 16), 1).choice.config == "one"
-    assert configs(tactics.of(gemm(1, 8, 16))) == {1: "two", 2: "one"}
-    assert tactics.get(gemm(1, 8, 16), 1).choice.config == "two"
+    assert configs(tactics.of(gemm(1, 8, 16))) == {2: "two", 1: "one"}
+    evidence[:] = []
+    (folder / "rtx3090-82sm.sqlite").write_bytes(b"other records")
+    assert tactics.of(gemm(1, 8, 16)) == []
+    # A build that has begun goes on with the kernels that it was told of.
+    assert [tactics.get(gemm(1, 8, 16), number).choice.config for number in (1, 2)] == ["one", "two"]
 
 
-def test_what_a_build_asked_is_described(evidence):
+def test_what_a_build_asked_is_described(evidence, monkeypatch):
     tactics = Tactics(TARGET)
     choice = Choice(GemmConfig(64, 64, 32), None, "named", 3.5)
-    evidence[:] = []
+    evidence[:] = [("one", "k1")]
     tactics.of(gemm(1, 8, 16))
+    tactics.note_failure(ValueError("of another build"))
     tactics.begin()
-    assert tactics.described() == []
+    assert (tactics.described(), tactics.failure) == ([], None)
+    made = Tactic(1, choice, SimpleNamespace(name="k"))
+    monkeypatch.setattr(context, "tactics", lambda *_, **__: [made])
     tactics.of(gemm(1, 8, 16, activation="relu"))
-    tactics._known[next(iter(tactics._asked))].numbers[1] = Tactic(1, choice, SimpleNamespace(name="k"))
     (found,) = tactics.described()
     assert (found["plugin"], found["attributes"]["activation"]) == ("FusedGemm", "relu")
     assert found["inputs"] == ["a: fp16[?, 64] LINEAR", "b: fp16[64, 64] LINEAR"]
@@ -124,7 +127,7 @@ def test_other_attributes_have_numbers_of_their_own(evidence):
     evidence[:] = [("one", "k1")]
     tactics.of(gemm(1, 8, 16))
     evidence[:] = [("two", "k2")]
-    assert configs(tactics.of(gemm(1, 8, 16, activation="relu"))) == {1: "two"}
+    assert configs(tactics.of(gemm(1, 8, 16, activation="relu"))) == {2: "two"}
     assert tactics.get(gemm(1, 8, 16), 1).choice.config == "one"
 
 

@@ -65,6 +65,15 @@ def test_a_case_has_the_range_of_what_is_dynamic():
     assert [tensor.format for tensor in (*found.inputs, *found.outputs)] == formats
 
 
+def test_a_dimension_that_the_profile_holds_fast_is_static():
+    rows, depth = described((-1, 64)), described((-1, -1))
+    depth.shape.min, depth.shape.opt, depth.shape.max = (1, 64), (128, 64), (4096, 64)
+    given = plugin_attributes("FusedGemm")
+    found = case_of(GEMM, [depth, described((64, 32))], [described((-1, 32))], given)
+    assert found == case_of(GEMM, [rows, described((64, 32))], [described((-1, 32))], given)
+    assert found.inputs[0].dims == (dimension("a", 0), 64)
+
+
 def test_data_types_that_kernels_lack():
     with pytest.raises(UnsupportedError, match="tensors of FP4 are not supported"):
         case_of(GEMM, [described((8, 64), DataType.FP4), described((64, 32))], [], plugin_attributes("FusedGemm"))

@@ -14,7 +14,7 @@ from tests.kernels.tensorrt.lives import lead
 from tilewright.kernels import resolve_device
 from tilewright.kernels.tensorrt import build_engine, engine
 from tilewright.kernels.tensorrt.context import Tactics, Target
-from tilewright.tuning_db.errors import MissingDependencyError, RunError, UsageError
+from tilewright.tuning_db.errors import MissingDependencyError, RunError, UnsupportedError, UsageError
 
 PROFILE = {"x": ((1, 512), (64, 512), (512, 512))}
 
@@ -31,6 +31,7 @@ def build(model, monkeypatch):
     """Builds by a TensorRT that fails at one step, or not; gives the engine, or raises."""
     asked = []
     monkeypatch.setattr(engine, "register", lambda device, **given: asked.append((device, given)))
+    monkeypatch.setattr(engine, "_current_gpu", lambda: "cuda:0")
 
     def build(fails="", inputs=None, live="cuda:0", **given):
         device = replace(resolve_device("rtx3090"), live=live)
@@ -87,6 +88,16 @@ def test_timings_are_read_and_written(build, tmp_path):
         ({"profiles": {"y": PROFILE["x"]}}, UsageError, "the model has no input 'y'; it has x, mask"),
         ({"profiles": {"x": ((1, 5), (2, 5), (3, 5))}}, UsageError, r"\(1, 5\) of x does not go with its shape"),
         ({"profiles": {"x": ((9, 512), (2, 512), (3, 512))}}, UsageError, "the profile of x must grow"),
+        (
+            {"profiles": {"x": ((9, 512), (12, 512))}},
+            UsageError,
+            r"profile of x is \(\(9, 512\), .* must be its least, best",
+        ),
+        ({"profiles": {"x": (1, 2, 3)}}, UsageError, r"the profile of x is \(1, 2, 3\) and must be its least, best"),
+        ({"profiles": {"x": ((0, 512), (2, 512), (3, 512))}}, UsageError, "must be its least, best"),
+        ({"fails": "profile"}, UsageError, r"TensorRT refuses the profile x \(1, 512\), \(64, 512\), \(512, 512\)"),
+        ({"live": "cuda:1"}, UsageError, "the current GPU, which is cuda:0, not cuda:1: make that current"),
+        ({"timing_cache": "/none/timings"}, UsageError, "/none/timings can't be written: there is no folder /none"),
     ],
 )
 def test_failures_leave_nothing_behind(build, model, given, error, message):
@@ -94,6 +105,53 @@ def test_failures_leave_nothing_behind(build, model, given, error, message):
         build(**given)
     assert "\n" not in str(caught.value)
     assert [path.name for path in model.parent.iterdir()] == ["model.onnx"]
+
+
+def test_places_that_can_not_be_written_are_known_before_the_build(build, model):
+    beside = model.with_name("model.engine.json")
+    beside.mkdir()
+    with pytest.raises(UsageError, match=r"model.engine.json can't be written: it is a folder"):
+        build()
+    assert not model.with_name("model.engine").exists()
+    with pytest.raises(UsageError, match="there is no folder"):
+        build_engine(model, model.parent / "none" / "model.engine")
+
+
+def test_no_engine_lies_beside_what_another_was_made_of(build, model, monkeypatch):
+    """Whoever is killed between the two files leaves an engine without the other."""
+    build()
+
+    class Killed(BaseException):
+        pass
+
+    whole_file = engine.whole_file
+
+    def killed(path):
+        if path.suffix == ".json":
+            raise Killed
+        return whole_file(path)
+
+    monkeypatch.setattr(engine, "whole_file", killed)
+    with pytest.raises(Killed):
+        build(timing_cache=model.with_name("timings"))
+    assert sorted(path.name for path in model.parent.iterdir()) == ["model.engine", "model.onnx"]
+
+
+@pytest.mark.parametrize("fails", ["parse", "build"])
+def test_what_a_plugin_raised_is_raised(build, monkeypatch, fails):
+    """TensorRT only says that a plugin failed."""
+    error = UnsupportedError("FusedGemm has no tactic")
+    monkeypatch.setattr(Tactics, "failure", error)
+    with pytest.raises(UnsupportedError) as raised:
+        build(fails)
+    assert raised.value is error
+
+
+def test_a_build_holds_what_is_registered(build, monkeypatch):
+    held = []
+    monkeypatch.setattr(engine, "register", lambda *_, **__: held.append(engine._building.locked()))
+    build()
+    assert held == [True]
 
 
 def test_no_such_model(tmp_path):

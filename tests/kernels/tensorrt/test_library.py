@@ -27,6 +27,30 @@ def test_absent(monkeypatch):
         tensorrt()
 
 
+def test_one_that_does_not_load(monkeypatch):
+    class Finder:
+        def find_spec(self, name, *_):
+            if name == "tensorrt":
+                raise RuntimeError("libnvinfer:\n  no such symbol")
+
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(
+        MissingDependencyError, match=r"^TensorRT is not installed here \(libnvinfer: no such symbol\):"
+    ):
+        tensorrt()
+
+
+def test_a_folder_of_that_name(monkeypatch):
+    module = ModuleType("tensorrt")
+    module.__path__ = ["/here/tensorrt"]
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    with pytest.raises(
+        MissingDependencyError, match=r"^/here/tensorrt is taken for TensorRT, and is not: run Python in"
+    ):
+        tensorrt()
+
+
 @pytest.mark.parametrize("version", ["8.6.1", "10.15.1.29"])
 def test_too_old(monkeypatch, version):
     stand_in(monkeypatch, version)

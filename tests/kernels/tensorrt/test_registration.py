@@ -11,9 +11,9 @@ import pytest
 from tests.kernels.tensorrt import jobs, stubs, variants
 from tests.kernels.tensorrt.lives import Job, check, defaults, lead
 from tests.kernels.tensorrt.records import put
-from tilewright.kernels import GemmConfig, GemmProblem, resolve_device
+from tilewright.kernels import AttentionProblem, GemmConfig, GemmProblem, RmsNormProblem, resolve_device
 from tilewright.kernels.ops.gemm.launch import GEMM
-from tilewright.kernels.tensorrt import plugin_attributes, plugins, register
+from tilewright.kernels.tensorrt import plugin_attributes, plugins, ptx, register
 from tilewright.tuning_db.env import compiling_environment
 from tilewright.tuning_db.errors import UsageError
 
@@ -66,6 +66,16 @@ def test_the_contract_of_every_plugin(arch, tmp_path):
 
 
 @needs_bindings
+@pytest.mark.parametrize("arch", [86, 90])
+def test_the_contract_of_layers_whose_best_takes_memory(arch, tmp_path):
+    """Splits and descriptors, which predictions and defaults take here, are nothing that TensorRT launches."""
+    answers = lead(f"sm_{arch}", jobs.static(), tactics=2, TILEWRIGHT_DB_DIR=str(tmp_path))
+    for job, answer in zip(jobs.static(), answers, strict=True):
+        check(job, answer, f"sm_{arch}")
+        assert all(len(each["tactics"]) == 2 for each in answer["formats"])
+
+
+@needs_bindings
 def test_an_aligned_gemm_copies_in_width(tmp_path):
     """Static sizes that 16 divides are told to the compiler: rows may be any number."""
     inputs = [((jobs.ROWS, 512), "fp16"), ((512, 768), "fp16")]
@@ -113,13 +123,20 @@ assert len(before) > 100 and before == after
 
 
 @needs_bindings
-@pytest.mark.parametrize("arch", [86, 90])
-def test_ptx_is_written_for_the_driver_that_is_named(arch, tmp_path):
-    script = f"plugins.register('sm_{arch}', cuda='12.4', tactics=1)"
+@pytest.mark.parametrize(("arch", "cuda", "version"), [(86, "12.4", "8.4"), (90, "12.4", "8.4"), (86, "13.4", None)])
+def test_ptx_is_written_for_the_driver_that_is_named(arch, cuda, version, tmp_path):
+    """And in no version that the arch's ptxas doesn't assemble: for sm_80 to sm_89 that may be an older one."""
+    script = f"plugins.register('sm_{arch}', cuda={cuda!r}, tactics=1)"
     (answer,) = lead("", [LAYER], script=script, TILEWRIGHT_DB_DIR=str(tmp_path))
     (tactic,) = answer["formats"][0]["tactics"]
-    assert tactic["version"] == ["8.4"]
+    assert version is None or tactic["version"] == [version]
     assert tactic["ptxas"] == ""
+
+
+def test_the_version_of_ptx_is_one_that_ptxas_assembles(monkeypatch):
+    for release, isa in (("12.4.131", 84), ("12.9.86", 88), ("13.0.1", 90), ("13.4.59", 91)):
+        monkeypatch.setattr(ptx, "ptxas_version", lambda arch, release=release: release)
+        assert ptx.assembled_isa(86) == isa
 
 
 @needs_bindings
@@ -133,11 +150,11 @@ def test_the_cache_decides_the_tactics(tmp_path):
         put(tmp_path, GEMM, problem, device, config, time_us)
         (answer,) = lead("sm_86", [LAYER], tactics=3, TILEWRIGHT_DB_DIR=str(tmp_path))
         check(LAYER, answer, "sm_86")
-        known = {one["number"]: one for one in answer["known"]}
-        assert known[1]["config"] == config.to_dict()
-        assert (known[1]["provenance"], known[1]["reason"]) == ("measured", "exact")
+        first = answer["known"][0]
+        assert first["config"] == config.to_dict()
+        assert (first["provenance"], first["reason"]) == ("measured", "exact")
         seen.append(answer)
-    assert {one["number"]: one["config"] for one in seen[1]["known"]}[2] == tiles[0].to_dict()
+    assert seen[1]["known"][1]["config"] == tiles[0].to_dict()
     assert seen[0]["timing_id"] != seen[1]["timing_id"]
 
 
@@ -163,6 +180,12 @@ def raw(**changed: Any) -> dict[str, Any]:
     return LAYER.to_dict() | {"raw": {name: value for name, value in given.items() if value is not None}}
 
 
+def normalised(**changed: Any) -> dict[str, Any]:
+    """RMSNorm with other attributes, as they come."""
+    job = Job("FusedRmsNorm", [((4, 64), "fp16")], lambda: RmsNormProblem(4, 64))
+    return job.to_dict() | {"raw": plugin_attributes("FusedRmsNorm") | changed}
+
+
 def with_inputs(*inputs: Any) -> dict[str, Any]:
     return LAYER.to_dict() | {"inputs": [{"dims": list(dims), "dtype": dtype} for dims, dtype in inputs]}
 
@@ -175,6 +198,12 @@ def test_wrong_use_gets_one_clear_line(tmp_path):
         "FusedGemmBias: attribute trans_a is FLOAT32 and must be int": raw(trans_a=1.0),
         "FusedGemmBias: attribute activation is INT64 and must be str": raw(activation=1),
         "FusedGemmBias has no attribute 'colour'; it has activation": raw(colour=1),
+        "FusedGemmBias: attribute trans_a is [1, 1] and must be one finite number": raw(trans_a=[1, 1]),
+        "FusedRmsNorm: attribute eps is [nan] and must be one finite number": normalised(eps=float("nan")),
+        "K, as in b, dimension 1 of a, must be static: it is dynamic": with_inputs(
+            ((rows, rows), "fp16"), ((128, 192), "fp16"), ((192,), "fp16")
+        )
+        | {"sizes": [[1, 1]]},
         "fp8e4m3 needs sm_89": with_inputs(((rows, 128), "fp8e4m3"), ((128, 192), "fp8e4m3"), ((192,), "fp16")),
         "tensors of INT64 are not supported": with_inputs(
             ((rows, 128), "INT64"), ((128, 192), "fp16"), ((192,), "fp16")
@@ -191,6 +220,54 @@ def test_wrong_use_gets_one_clear_line(tmp_path):
     ):
         assert message in answer["error"], message
         assert "\n" not in answer["error"]
+
+
+@needs_bindings
+@pytest.mark.parametrize("through", ["python", "c++"])
+def test_matrices_of_another_rank_and_sizes_that_a_profile_holds_fast(tmp_path, through):
+    """TensorRT knows no dimension while it asks for data types; and one that a profile leaves no room is as static."""
+    one = GemmProblem(M=96, N=32, K=64)
+    turned = GemmProblem(M=16, N=32, K=64, batch=6, a_broadcast=True)
+    keys = ([2, 2, 2], 2, 40, 64)
+    asked = [
+        Job("FusedGemm", [((2, 3, 16, 64), "fp16"), ((1, 64, 32), "fp16")], lambda: one, sizes=((),)),
+        Job("FusedGemm", [((1, 16, 64), "fp16"), ((2, 3, 64, 32), "fp16")], lambda: turned, sizes=((),)),
+        Job("FusedGemm", [((96, [64, 64, 64]), "fp16"), ((64, 32), "fp16")], lambda k: one, sizes=((64,),)),
+        Job(
+            "FusedAttention",
+            [(([2, 2, 2], 2, 40, 64), "fp16"), ((2, 2, 40, 64), "fp16"), (keys, "fp16")],
+            lambda *_: AttentionProblem(2, 2, 40, 40, 64),
+            sizes=((2, 2),),
+            constants=(("SCALE", 1 / 8),),
+        ),
+    ]
+    jobs_through = [Job(**{**vars(job), "through": through}) for job in asked]
+    answers = lead("sm_86", jobs_through, tactics=1, TILEWRIGHT_DB_DIR=str(tmp_path))
+    for job, answer in zip(jobs_through, answers, strict=True):
+        check(job, answer, "sm_86")
+
+
+@needs_bindings
+def test_what_a_plugin_raises_is_noted_for_the_build(tmp_path):
+    """Through C++ it becomes a number."""
+    wrong = with_inputs(((jobs.ROWS, 128), "fp16"), ((64, 192), "fp16"), ((192,), "fp16"))
+    script = f"""
+plugins.register("sm_86")
+current().begin()
+assert current().failure is None
+try:
+    live({wrong!r})
+except RuntimeError as error:
+    assert "returned -" in str(error)
+assert str(current().failure).endswith("b must have 128 rows for K=128"), current().failure
+current().begin()
+try:
+    created("FusedGemmBias", {{}}, "PREFER_AOT")
+except Exception:
+    pass
+assert "lacks the attributes" in str(current().failure)
+"""
+    lead("sm_86", [], script=script, TILEWRIGHT_DB_DIR=str(tmp_path))
 
 
 @needs_bindings
@@ -220,8 +297,10 @@ assert current() is kept
 plugins.register("a10", tactics=2)
 assert current().target.device.board == "a10"
 assert str(current().target.folder) == os.environ["TILEWRIGHT_DB_DIR"]
-plugins.register("a10", tactics=2, db="elsewhere")
-assert str(current().target.folder) == "elsewhere"
+elsewhere = os.environ["TILEWRIGHT_DB_DIR"] + "/elsewhere"
+os.mkdir(elsewhere)
+plugins.register("a10", tactics=2, db=elsewhere)
+assert str(current().target.folder) == elsewhere
 registry = trt.get_plugin_registry()
 assert all(registry.get_creator(name, "1", "tilewright") is not None for name in plugins.plugins())
 """
@@ -236,6 +315,25 @@ plugins.register("sm_86")
 made, kept = created("FusedGemmBias", plugins.plugin_attributes("FusedGemmBias"), "PREFER_JIT")
 assert type(made).__name__ == "_TemplateJITPlugin"
 assert made.expects_tactic is False
+# Its formats come without tactics, and without a kernel compiled: each shape runs its own configuration.
+from types import SimpleNamespace
+from tilewright.kernels.tensorrt import context
+from tilewright.tuning_db.errors import UnsupportedError
+context.tactics = None
+def formats(dtype):
+    made, kept = created("FusedConv2d", plugins.plugin_attributes("FusedConv2d"), "PREFER_JIT")
+    shapes = (2, 8, 7, 7), (16, 8, 1, 1), (2, 16, 7, 7)
+    *inputs, output = (SimpleNamespace(shape=shape, dtype=dtype, format=trt.TensorFormat.LINEAR) for shape in shapes)
+    found = made.autotune_function(*inputs, *made.attrs.values(), [output])
+    return [combination for each in found for combination in each._get_combinations()]
+assert len(formats(trt.float16)) == 2
+assert not any(combination.tactics for combination in formats(trt.float16))
+try:
+    formats(trt.fp8)
+except UnsupportedError as error:
+    assert "fp8e4m3 needs sm_89" in str(error)
+else:
+    raise AssertionError("fp8 on sm_86")
 # All attributes go into the engine: what runs it makes the plugin of these.
 assert [field.name for field in made.get_fields_to_serialize()] == list(plugins.plugin_attributes("FusedGemmBias"))
 """
@@ -264,7 +362,11 @@ registration.resolve_device = resolve_device
 refused(UnknownDeviceError, "no device is called 'rtx9999'", "rtx9999")
 refused(UsageError, "sm_120 needs PTX 8.7, and the driver of CUDA 12.4 reads up to 8.4", "sm_120", cuda="12.4")
 refused(UsageError, "the folder of the databases (--db) is empty", "sm_86", db="")
-refused(UsageError, "tactics=0 must be an integer of at least 1", "sm_86", tactics=0)
+refused(UsageError, "there is no folder none of tuning databases", "sm_86", db="none")
+refused(UsageError, "db=3 must be a folder's path", "sm_86", db=3)
+for number in (0, "3", 2.5, True):
+    refused(UsageError, f"tactics={number!r} must be an integer of at least 1", "sm_86", tactics=number)
+refused(UsageError, "cuda=12.4 must be the CUDA version of the driver as text", "sm_86", cuda=12.4)
 registration.resolve_device = lambda name: replace(resolve_device("sm_86"), live="cuda:0")
 registration._live_cuda = lambda: "12.4"
 refused(UsageError, "cuda='12.8' is newer than the driver at hand, which is of CUDA 12.4", cuda="12.8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from tilewright.kernels.compile import Binary
 from tilewright.kernels.lookup import choose
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.tensorrt import tactics as tactics_module
-from tilewright.kernels.tensorrt.tactics import MOST, launch_plan, tactics
+from tilewright.kernels.tensorrt.tactics import MOST, launch_plan, number_of, tactics
 from tilewright.tuning_db.env import DB_DIR
 from tilewright.tuning_db.errors import CompileError, UnsupportedError
 from tilewright.tuning_db.record import Provenance, Resources
@@ -51,14 +52,15 @@ def configs(*arguments, **keywords):
 
 def test_without_a_cache_the_prediction_and_the_default(folder):
     chosen = found(folder)
-    assert [tactic.number for tactic in chosen] == list(range(1, len(chosen) + 1))
+    assert len({tactic.number for tactic in chosen}) == len(chosen)
+    assert all(tactic.number == number_of(tactic.choice.config, tactic.plan) for tactic in chosen)
     assert chosen[0].choice.config == choose(GEMM, PROBLEM, DEVICE).config
     assert {tactic.choice.provenance for tactic in chosen[:4]} == {Provenance.PREDICTED}
     assert GEMM.default(PROBLEM, DEVICE) in configs(folder)
     assert len(set(configs(folder))) == len(chosen)
 
 
-def test_the_cached_best_is_tactic_1_and_the_others_follow_by_time(folder):
+def test_the_cached_best_is_the_first_tactic_and_the_others_follow_by_time(folder):
     for config, time_us in ((TILES[2], 30), (TILES[0], 10), (TILES[1], 20)):
         put(folder, GEMM, PROBLEM, DEVICE, config, time_us)
     assert configs(folder)[:3] == TILES[:3]
@@ -66,14 +68,75 @@ def test_the_cached_best_is_tactic_1_and_the_others_follow_by_time(folder):
     assert configs(folder)[:4] == [TILES[3], *TILES[:3]]
 
 
-def test_the_default_is_among_any_number(folder):
+def test_the_default_is_among_any_number_but_one(folder):
     for time_us, config in enumerate(TILES, 1):
         put(folder, GEMM, PROBLEM, DEVICE, config, time_us)
     default = GEMM.default(PROBLEM, DEVICE)
     assert default not in TILES
     for most in (2, 5, MOST):
         assert configs(folder, most=most) == [*TILES[: most - 1], default]
-    assert configs(folder, most=1) == [default]
+    assert configs(folder, most=1) == TILES[:1]
+
+
+def test_numbers_are_of_the_content():
+    """So that a timing cache means the same kernel in every process, whatever was asked there before."""
+    plan = SimpleNamespace(name="tilewright_gemm_kernel_0123456789abcdef")
+    first = number_of(TILES[0], plan)
+    assert first == number_of(GemmConfig(**TILES[0].to_dict()), plan) == 1443690341
+    assert first != number_of(TILES[1], plan)
+    assert first != number_of(TILES[0], SimpleNamespace(name="another"))
+    assert all(1 <= number_of(tile, plan) < 2**31 for tile in TILES)
+
+
+SPLIT = [GemmConfig(64, 64, 32, GROUP_M=group, SPLIT_K=4) for group in range(1, 12)]
+
+
+def test_records_that_tensorrt_can_not_launch_hide_none_that_it_can(folder):
+    for time_us, config in enumerate(SPLIT, 1):
+        put(folder, GEMM, PROBLEM, DEVICE, config, time_us)
+    for time_us, config in enumerate(TILES, 100):
+        put(folder, GEMM, PROBLEM, DEVICE, config, time_us)
+    assert configs(folder)[: MOST - 1] == TILES[: MOST - 1]
+    assert configs(folder, most=11)[:10] == TILES[:10]
+
+
+def test_records_of_an_earlier_revision_follow_too(folder):
+    for time_us, config in enumerate((SPLIT[0], *TILES[:3]), 1):
+        put(folder, GEMM, PROBLEM, DEVICE, config, time_us, kernel_hash="earlier")
+    assert configs(folder)[:3] == TILES[:3]
+    assert {tactic.choice.provenance for tactic in found(folder)[:3]} == {Provenance.TRANSFERRED}
+
+
+DECODE = [((1, 32, 1, 128), "fp16"), ((1, 8, 4096, 128), "fp16"), ((1, 8, 4096, 128), "fp16")]
+LAST_LAYER = [((1, 512, 7, 7), "fp16"), ((512, 512, 3, 3), "fp16")]
+PADS = {f"pad_{side}": 1 for side in ("top", "left", "bottom", "right")}
+
+
+@pytest.mark.parametrize("board", ["a100", "rtx3090", "h200"])
+@pytest.mark.parametrize(
+    ("plugin", "inputs", "attributes"),
+    [
+        ("FusedAttention", DECODE, {}),
+        ("FusedConv2d", LAST_LAYER, PADS),
+        ("FusedGemm", [((1, 4096), "fp16"), ((4096, 4096), "fp16")], {}),
+        ("FusedGemm", [((4096, 4096), "fp16"), ((4096, 4096), "fp16")], {}),
+    ],
+    ids=["decode", "last convolution", "one row", "large"],
+)
+def test_where_the_best_needs_memory_the_best_that_does_not_is_taken(board, plugin, inputs, attributes, folder):
+    """Splits and descriptors are what predictions and defaults take here."""
+    device = resolve_device(board)
+    asked = case(plugin, inputs, **attributes)
+    chosen = tactics(asked, device, folder, cuda="12.8")
+    problem = asked.problem({})
+    default = asked.kernel.default(problem, device)
+    launchable = asked.refusal(default, device) is None
+    assert len(chosen) >= 4
+    assert all(asked.refusal(tactic.choice.config, device) is None for tactic in chosen)
+    assert (default in [tactic.choice.config for tactic in chosen]) == launchable
+    times = [tactic.choice.time_us for tactic in chosen if tactic.choice.provenance is Provenance.PREDICTED]
+    assert len(times) >= 3
+    assert times == sorted(times)
 
 
 def test_both_ends_of_the_range_have_a_word(folder):
