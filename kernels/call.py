@@ -109,11 +109,16 @@ LARGEST = float(np.finfo(np.float32).max)
 """Of finite numbers as kernels have them."""
 
 
-def _finite(name: str, value: Any) -> float:
+def as_float(value: Any) -> float:
+    """A real number as a float; infinite where an integer is past them all."""
     try:
-        number = float(value)
+        return float(value)
     except OverflowError:
-        number = math.inf
+        return math.inf if value > 0 else -math.inf
+
+
+def _finite(name: str, value: Any) -> float:
+    number = as_float(value)
     if not abs(number) <= LARGEST:
         raise UsageError(f"{name}={value!r} must be a finite number of fp32")
     return number
@@ -221,7 +226,7 @@ class Operation:
             return self._first(kind, arrays, outs, options)
         call, guards = ready
         for guard in guards:
-            guard.check(kind, given, addresses)
+            guard.check(kind, given, outs, addresses)
         return call.run(kind, arrays, outs, arguments)
 
     def _adopted(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Arrays:
@@ -315,14 +320,12 @@ class Operation:
                 continue
             name = self._outputs[position]
             _refuse_self_overlap(name, views[name])
-            if kind.host and not out.flags.writeable:
-                raise ProblemError(f"{name} is read-only")
             others = tuple(
                 (place, other, _reach(views[other]), other in self._in_place and views[other][1:] == views[name][1:])
                 for other, place in places.items()
                 if place < places[name] and views[other].pointer != NOWHERE
             )
-            guards.append(Guard(places[name], name, _reach(views[name]), others))
+            guards.append(Guard(places[name], name, position, _reach(views[name]), others))
         return tuple(guards)
 
     def _with_numbers(self, arrays: Arrays) -> Arrays:
@@ -364,18 +367,21 @@ class Guard(NamedTuple):
 
     place: int  # among the arrays that are there, as that of the others
     name: str
+    position: int  # among the outputs
     bytes: int  # from the first element to the end of the last
     # Of each array before it: place, name, bytes, and whether the output may be this very array.
     others: tuple[tuple[int, str, int, bool], ...]
 
-    def check(self, kind: ArrayKind, arrays: Arrays, addresses: Sequence[int]) -> None:
+    def check(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, addresses: Sequence[int]) -> None:
         """Does nothing if the output may be written while the other arrays are used: it is apart from each, or is one
-        that it may replace. `addresses` are of those among `arrays` that are there.
+        that it may replace. `arrays` are all, `outs` among them; `addresses` are of those that are there.
 
         Raises:
-            ProblemError: they share memory.
+            ProblemError: they share memory, or it may not be written at all.
         """
-        own, _, reach, others = self
+        own, _, position, reach, others = self
+        if kind.host and not outs[position].flags.writeable:
+            raise ProblemError(f"{self.name} is read-only")
         start = addresses[own]
         end = start + reach
         for place, name, size, replaceable in others:

@@ -10,7 +10,7 @@ from tilewright.kernels.compile import Binary
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import live_devices, resolve_device
 from tilewright.kernels.kernel import Kernel, Launch
-from tilewright.kernels.lookup import Choice, candidates, pack_for
+from tilewright.kernels.lookup import Choice, candidates, default_config, pack_for
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.runtime import GpuPlan, InterpretedPlan, Plan
 from tilewright.tuning_db import env
@@ -120,7 +120,7 @@ def _interpreted(
 ) -> tuple[Plan, Choice]:
     device = resolve_device(INTERPRETED_BOARD)
     if config is None:
-        config = kernel.default(problem, device)
+        config = default_config(kernel, problem, device)
     else:
         kernel.space.check(problem, config, device)
     return InterpretedPlan(_with(kernel.launches(problem, config), constants)), Choice(config, None, "interpreted")

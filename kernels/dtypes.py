@@ -6,6 +6,7 @@ alike.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.tuning_db.errors import ProblemError, UnsupportedError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,12 @@ def dtype(name: str) -> DType:
         return DTYPES[name]
     except KeyError:
         raise ProblemError(f"unknown dtype {name!r}; the names are {', '.join(DTYPES)}") from None
+
+
+def refused(name: str, kind: str, op: str, known: Collection[str]) -> ProblemError:
+    """Why an op does not take a data type for what is called `name`: it is none, or none of those that it knows."""
+    text = f"{name}={kind!r}: {op} takes {', '.join(known)}"
+    return UnsupportedProblemError(text) if kind in DTYPES else ProblemError(f"unknown {text}")
 
 
 def dtype_name(array_dtype: Any) -> str:

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from tilewright.kernels.activations import activate, activation, activation_name
 from tilewright.kernels.device import Device
-from tilewright.kernels.dtypes import DTYPES, dtype
+from tilewright.kernels.dtypes import DTYPES, dtype, refused
 from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.problem import Problem
 from tilewright.tuning_db.errors import ProblemError
@@ -77,7 +77,7 @@ class FusedProblem(Problem):
             ("residual", self.residual, FLOATS),
         ):
             if kind is not None and kind not in known:
-                raise ProblemError(f"{name}={kind!r}: {self.op} takes {', '.join(known)}")
+                raise refused(name, kind, self.op, known)
         if self.out_scale and self.out_dtype not in QUANTISED:
             raise ProblemError(f"out_scale is for a result of {', '.join(QUANTISED)}, not out_dtype={self.out_dtype!r}")
         if self.out_dtype == "int8" and not self.out_scale:

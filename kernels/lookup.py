@@ -159,6 +159,19 @@ def candidates(
     yield from ranked(kernel, problem, device, database_dir())
 
 
+def default_config(kernel: Kernel[Any, Any], problem: Problem, device: Device) -> Config:
+    """The default configuration of a problem that any fits.
+
+    Raises:
+        UnsupportedError: not even that one: a grid past the hardware's, or positions past 32 bits, fit none.
+    """
+    default: Config = kernel.default(problem, device)
+    limit = kernel.space.fits(problem, default, device)
+    if limit is not None:
+        raise UnsupportedError(f"{kernel.name} {problem} fits no configuration on {device.board}: {limit}")
+    return default
+
+
 def pack_for(kernel: Kernel[Any, Any], device: Device) -> Pack | None:
     """The pack of this process, if it has one.
 
@@ -195,13 +208,12 @@ def ranked(
 ) -> Iterator[Choice]:
     """As `candidates` without a pack and a caller's configuration, with the databases of `folder`, and with usable
     configurations alone: of each thing that is asked the best of those."""
+    default = default_config(kernel, problem, device)
     recorded = recorded_choice(kernel, problem, device, folder, usable)
     if recorded is not None:
         yield recorded
     for prediction, predicted in predicted_best(kernel, problem, device, PREDICTED_CANDIDATES, usable):
         yield Choice(predicted, Provenance.PREDICTED, f"by {MODEL}", prediction.time_us)
-    default = kernel.default(problem, device)
-    kernel.space.check(problem, default, device)  # a grid past the hardware's fits no configuration
     if usable is None or usable(default):
         yield Choice(default, Provenance.DEFAULT, "no evidence")
 

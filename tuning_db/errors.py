@@ -5,6 +5,7 @@
     │   ├── UnknownDeviceError              no board, arch or live GPU of that name
     │   ├── UnknownKernelError              no kernel or suite of that name
     │   ├── ProblemError                    malformed, missing or impossible problem; shapes that don't match
+    │   │   └── UnsupportedProblemError     (also UnsupportedError) well formed, and nothing here computes it
     │   ├── UnsupportedError (also NotImplementedError)   right in itself, but not on this device or in this kernel
     │   ├── IllegalConfigError              the configuration breaks a limit; the search skips this and nothing else
     │   ├── ExportFileError                 what is to be imported is no export, or a broken one
@@ -50,6 +51,10 @@ class ProblemError(UsageError):
 
 class UnsupportedError(UsageError, NotImplementedError):
     """Right in itself, but this device or this kernel can't do it."""
+
+
+class UnsupportedProblemError(ProblemError, UnsupportedError):
+    """A problem that is well formed, and that no kernel here computes."""
 
 
 class IllegalConfigError(UsageError):

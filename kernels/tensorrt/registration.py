@@ -228,7 +228,7 @@ def noting_failures(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _watch_creator(creator: Any, variant: PluginVariant, autotune_jit: Callable[..., Any]) -> None:
-    """Has every new plugin's attributes checked and put in order, and gives it an identity; formats without tactics, too,
+    """Has every new plugin's attributes checked and put in order, and gives it an identity; and formats without tactics
     if it launches from Python, where they count for nothing.
 
     TensorRT passes attributes in the order in which they came, calls a plugin without one that it needs, and shares

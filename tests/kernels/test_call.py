@@ -241,6 +241,11 @@ def test_an_output_that_overlaps_itself_or_is_read_only_is_refused():
     with pytest.raises(ProblemError, match=r"^out is read-only$"):
         run(op, out=frozen)
     assert plan.runs == []
+    run(op, out=np.zeros((2, 3), np.float32))
+    assert len(plan.runs) == 1
+    with pytest.raises(ProblemError, match=r"^out is read-only$"):  # whatever was written before it
+        run(op, out=frozen)
+    assert len(plan.runs) == 1
 
 
 @pytest.mark.parametrize(("value", "result"), [(None, None), (32, 32), (np.int64(32), 32)])

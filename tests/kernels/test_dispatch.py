@@ -74,6 +74,12 @@ def test_host_arrays_are_interpreted_with_the_default():
         plan_for(GEMM, PROBLEM, -1, config=GemmConfig(16, 16, 17))
 
 
+def test_what_fits_no_configuration_is_interpreted_by_none():
+    """Its positions would wrap around, and the result be wrong."""
+    with pytest.raises(UnsupportedError, match=r"^gemm M=1,N=1,K=2147483647,.* fits no configuration on a100: "):
+        plan_for(GEMM, GemmProblem(1, 1, 2**31 - 1, dtype="int8"), -1)
+
+
 def test_the_interpreter_takes_what_no_tuned_gpu_would():
     assert plan_for(GEMM, GemmProblem(16, 16, 32, dtype="fp8e4m3"), -1)[1].reason == "interpreted"
 

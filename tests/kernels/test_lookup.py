@@ -21,6 +21,7 @@ from tilewright.kernels.lookup import (
     record_key,
     shortlist,
 )
+from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.pack import Entry, Facts, write_pack
 from tilewright.kernels.prediction import MODEL
@@ -196,6 +197,21 @@ def test_the_callers_configuration_is_checked_and_nothing_takes_its_place(add):
     add(TILES[0])
     with pytest.raises(IllegalConfigError, match="BLOCK_M=24 must be a power of two"):
         choose(GEMM, PROBLEM, DEVICE, config=GemmConfig(24, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "text"),
+    [(GEMM, "M=1,N=1,K=2147483647,dtype=int8"), (CONV2D, "N=3,H=26755,W=26755,C=1,K=1,R=1,S=3,pad_right=2,dtype=int8")],
+    ids=["gemm", "conv2d"],
+)
+def test_what_fits_no_configuration_is_refused(kernel, text):
+    """Not even the default is chosen, by prediction or without: its positions would wrap around."""
+    problem = kernel.problem.parse(text)
+    assert kernel.space.fits(problem, kernel.default(problem, DEVICE), DEVICE) is not None
+    said = rf"^{kernel.name} {text} fits no configuration on {DEVICE.board}: "
+    with pytest.raises(UnsupportedError, match=said) as raised:
+        choose(kernel, problem, DEVICE)
+    assert isinstance(raised.value, NotImplementedError)
 
 
 def test_a_problem_the_device_lacks_is_refused_before_anything_is_asked(folder):

@@ -139,9 +139,11 @@ def _middle(name: str, size: int, width: int) -> Iterator[Workload]:
 PLAIN = ("proj_in", "proj_out", "qkv", "cross q", "cross kv", "attention output", "down")
 """Linear layers that the suites of language models have the like of."""
 
-OF_ENCODER = ("encoder conv_in", "downsample")
+_OF_EACH_IMAGE = tuple(workload for workload in (*unet(2), *vae(encoder=False)) if not workload.name.endswith(PLAIN))
+_LISTED = {workload.problem for workload in _OF_EACH_IMAGE}
 
+# The encoder is for an image that is there already: of it, the convolutions that the rest has not.
 SDXL = (
-    *(workload for workload in (*unet(2), *vae(encoder=False)) if not workload.name.endswith(PLAIN)),
-    *(workload for workload in vae(encoder=True) if any(place in workload.name for place in OF_ENCODER)),
+    *_OF_EACH_IMAGE,
+    *(each for each in vae(encoder=True) if each.op == "conv2d" and each.problem not in _LISTED),
 )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Operation, Prepared, flag
+from tilewright.kernels.call import Operation, Prepared, as_float, flag
 from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.operands import SCALARS, Options, dense_strides, problem_of, strides_of
 from tilewright.kernels.ops.attention.problem import SOFTCAP
@@ -142,7 +142,7 @@ def _size(name: str, value: Any, *, least: int = 1) -> int | None:
 def _positive(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not SMALLEST <= float(value) <= LARGEST:
+    if isinstance(value, bool) or not isinstance(value, Real) or not SMALLEST <= as_float(value) <= LARGEST:
         raise UsageError(f"{name}={value!r} must be a number above 0, of fp32")
     return float(value)
 

@@ -61,7 +61,11 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
         m, warps = (32, 4) if terms else (most, 8)
         config = AttentionConfig(m, 16, PACK=pack, num_warps=warps, num_stages=stages)
     elif rows <= 64:
-        few = wide > 64 or (groups and (problem.bias is not None or (terms and device.arch // 10 == 10)))
+        few = (
+            wide > 64
+            or (problem.unit == "fp8" and terms)
+            or (groups and (problem.bias is not None or (terms and device.arch // 10 == 10)))
+        )
         config = AttentionConfig(64, 16 if few else 32, PACK=pack, num_stages=stages)
     elif device.arch // 10 == 9 and wide <= 128 and not (terms or pack or problem.page_size or problem.unit == "fp8"):
         # Two blocks on an SM, whose softmax and dots fill each other's gaps: on an H200, 4096 causal keys of bf16 take

@@ -116,7 +116,8 @@ def attention_kernel(
         queries = tl.load(cu_seqlens_q_ptr + batch + 1) - first_q
     if cu_seqlens_k_ptr is not None:
         first_k = tl.load(cu_seqlens_k_ptr + batch)
-        keys = tl.load(cu_seqlens_k_ptr + batch + 1) - first_k
+        # As with kv_lens, keys beyond the most there may be are not seen, whatever the configuration.
+        keys = tl.minimum(tl.load(cu_seqlens_k_ptr + batch + 1) - first_k, Skv)
     if kv_lens_ptr is not None:
         keys = tl.maximum(0, tl.minimum(tl.load(kv_lens_ptr + batch), Skv))
     # A specialised loop has no way around it: its sequences are of one length, whose tiles all have rows.
@@ -268,12 +269,19 @@ def attention_kernel(
                 GUARDED=OVERLAP or TMA,
             )  # fmt: skip
 
-    divisor = tl.where(total == 0.0, 1.0, total)
-    lse = m + tl.log2(divisor)
-    factor = 1.0 / divisor
+    lse = m + tl.log2(total)
+    factor = 1.0 / total
     if v_scale_ptr is not None:
         factor *= tl.load(v_scale_ptr)
-    accumulator *= factor[:, None]
+    # A row that sees no key is 0, whatever v holds: it has 0 times v, over 0 or over its sink alone.
+    seen = total != 0.0
+    if sinks_ptr is not None:
+        sink = tl.zeros((BLOCK_M,), tl.float32) + LOG2E * tl.load(sinks_ptr + head)
+        seen = seen & ((total != 1.0) | (m != sink))
+    seen = seen[:, None]
+    accumulator = tl.where(seen, accumulator * factor[:, None], 0.0)
+    if TAIL_DV > 0:
+        accumulator_tail = tl.where(seen, accumulator_tail * factor[:, None], 0.0)
     row = (batch_64 * H + head) * Sq + query  # in (batch, H, Sq)
     if SPLIT_KV > 1:
         part = row * SPLIT_KV + split
@@ -284,7 +292,7 @@ def attention_kernel(
         store_tile(partial[:, None] + lane_dv[None, :], accumulator, used, mask_dv)
         if TAIL_DV > 0:
             tail = partial[:, None] + tail_dv[None, :]
-            store_tile(tail, accumulator_tail * factor[:, None], used, tail_mask_dv)
+            store_tile(tail, accumulator_tail, used, tail_mask_dv)
     else:
         kind: tl.constexpr = out_ptr.dtype.element_ty
         OUT_MULTIPLE: tl.constexpr = 128 // kind.primitive_bitwidth if ALIGNED else 1
@@ -298,7 +306,7 @@ def attention_kernel(
         store_tile(out, to_output(accumulator, None, kind), mask_m, mask_dv)
         if TAIL_DV > 0:
             tail = out_rows[:, None] + tail_dv[None, :]
-            store_tile(tail, to_output(accumulator_tail * factor[:, None], None, kind), mask_m, tail_mask_dv)
+            store_tile(tail, to_output(accumulator_tail, None, kind), mask_m, tail_mask_dv)
         if lse_ptr is not None:
             if VARLEN:
                 row = (first_q + query).to(tl.int64) * H + head

@@ -10,7 +10,7 @@ from tilewright.kernels.arrays import View
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.attention.space import AttentionConfig
-from tilewright.tuning_db.errors import ProblemError, UnsupportedError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError
 
 SCALARS = ("q_scale", "k_scale", "v_scale")
 """Inputs of one element."""
@@ -140,7 +140,7 @@ def _keys(views: Mapping[str, View], options: Options, b: int, d: int) -> tuple[
         if views["cu_seqlens_k"].shape != (b + 1,):
             raise ProblemError(f"cu_seqlens_k is {views['cu_seqlens_k'].shape} and must be ({b + 1},)")
         if "kv_lens" in views:
-            raise ProblemError("kv_lens goes with block_table or with keys of one batch array: leave it out")
+            raise UnsupportedProblemError("kv_lens goes with block_table or with keys of one batch array: leave it out")
         _same_tokens(k, v, 3, d, "(tokens, heads, head dim) with cu_seqlens_k")
         return k[1], _longest("max_seqlen_k", options.max_seqlen_k, "keys"), 0, v[2]
     if options.max_seqlen_k is not None:
@@ -174,7 +174,7 @@ def _check_others(views: Mapping[str, View], b: int, h: int, sq: int, skv: int) 
     kinds = {views[name].dtype for name in "qkv"}
     if len(kinds) > 1:
         named = ", ".join(f"{name} is {views[name].dtype}" for name in "qkv")
-        raise ProblemError(f"{named}: they must have one dtype")
+        raise UnsupportedProblemError(f"{named}: they must have one dtype")
     for name, shape, kind in (
         ("alibi_slopes", (h,), "fp32"),
         ("sinks", (h,), "fp32"),
@@ -189,7 +189,8 @@ def _check_others(views: Mapping[str, View], b: int, h: int, sq: int, skv: int) 
         if shape is not None and view.shape != shape:
             raise ProblemError(f"{name} is {view.shape} and must be {shape}")
         if view.dtype != kind:
-            raise ProblemError(f"{name} is {view.dtype} and must be {kind}")
+            wrong = UnsupportedProblemError if kind == "fp32" else ProblemError
+            raise wrong(f"{name} is {view.dtype} and must be {kind}")
         if view.strides[-1] != 1 and view.shape[-1] > 1:
             raise UnsupportedError(f"{name} must be contiguous; its strides are {view.strides}")
     bias = views.get("bias")

@@ -104,10 +104,14 @@ def persistent_kernel(
             MASKED=MASKS, GUARDED=False,
         )  # fmt: skip
 
-        divisor = tl.where(total == 0.0, 1.0, total)
-        accumulator *= (1.0 / divisor)[:, None]
+        # A row that sees no key is 0, whatever v holds: it has 0 times v, over 0 or over its sink alone.
+        seen = total != 0.0
+        if sinks_ptr is not None:
+            sink = tl.zeros((BLOCK_M,), tl.float32) + LOG2E * tl.load(sinks_ptr + head)
+            seen = seen & ((total != 1.0) | (m != sink))
+        accumulator = tl.where(seen[:, None], accumulator * (1.0 / total)[:, None], 0.0)
         row = place.to(tl.int64) * Sq + query
         out = out_ptr + row[:, None] * DIM_V + tl.arange(0, DIM_V)[None, :]
         tl.store(out, to_output(accumulator, None, out_ptr.dtype.element_ty))
         if lse_ptr is not None:
-            tl.store(lse_ptr + row, (m + tl.log2(divisor)) * LN2)
+            tl.store(lse_ptr + row, (m + tl.log2(total)) * LN2)

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tilewright.kernels.dtypes import DTYPES, dtype
+from tilewright.kernels.dtypes import dtype, refused
 from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.ops.attention import samples
 from tilewright.kernels.problem import Output, Problem
-from tilewright.tuning_db.errors import ProblemError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedProblemError
 
 Array = np.ndarray[Any, Any]
 
@@ -80,15 +80,16 @@ class AttentionProblem(Problem):
         if self.kv_heads < 1 or self.H % self.kv_heads:
             raise ProblemError(f"H={self.H} query heads must be a multiple of Hkv={self.Hkv} key heads")
         if self.dtype not in FLOATS:
-            known = "" if self.dtype in DTYPES else "unknown "
-            raise ProblemError(f"{known}dtype={self.dtype!r}: attention takes {', '.join(FLOATS)}")
+            raise refused("dtype", self.dtype, "attention", FLOATS)
         for name, size in (("D", self.D), ("Dv", self.dim_v)):
             if not self.smallest_dim <= size <= LARGEST_DIM:
-                raise ProblemError(f"{name}={size} must be from {self.smallest_dim} to {LARGEST_DIM} for {self.dtype}")
+                raise UnsupportedProblemError(
+                    f"{name}={size} must be from {self.smallest_dim} to {LARGEST_DIM} for {self.dtype}"
+                )
         put("out_dtype", self.out_dtype or ("bf16" if self.dtype.startswith("fp8") else self.dtype))
         for name, kind in (("out_dtype", self.out_dtype), ("bias", self.bias)):
             if kind is not None and kind not in FLOATS:
-                raise ProblemError(f"{name}={kind!r}: attention takes {', '.join(FLOATS)}")
+                raise refused(name, kind, "attention", FLOATS)
         self._check_window()
         self._check_storage()
         if self.scales and not self.dtype.startswith("fp8"):
@@ -123,11 +124,11 @@ class AttentionProblem(Problem):
         if self.page_size and not self.kv_lens:
             raise ProblemError("page_size needs kv_lens: how many keys of its blocks each sequence has")
         if self.varlen and self.kv_lens and not self.page_size:
-            raise ProblemError(
+            raise UnsupportedProblemError(
                 "varlen has its own lengths of keys: kv_lens goes with page_size or with one batch array"
             )
         if self.varlen and self.bias is not None:
-            raise ProblemError("a bias needs sequences of one length: varlen has none")
+            raise UnsupportedProblemError("a bias needs sequences of one length: varlen has none")
 
     @property
     def kv_heads(self) -> int:

@@ -99,7 +99,7 @@ def conv2d(
         MissingDependencyError: CuPy or a GPU is needed and absent.
     """
     arrays = (x, w, x_scale, w_scale, bias, residual, factor(alpha), out_scale)
-    window = (_hashable(stride), _hashable(padding), _hashable(dilation))
+    window = (_whole("stride", stride, 2), _whole("padding", padding, 2, 4), _whole("dilation", dilation, 2))
     return _CONV2D.run(
         arrays, (out,), (activation, *window, integer("groups", groups), layout, precision, out_dtype, _checked(config))
     )[0]
@@ -137,14 +137,17 @@ def conv1d(
     The rest, the result and the errors are as `conv2d` has them, with one dimension less.
     """
     arrays = (x, w, x_scale, w_scale, bias, residual, factor(alpha), out_scale)
-    window = (_hashable(stride), _hashable(padding), _hashable(dilation))
+    window = (_whole("stride", stride, 1), _whole("padding", padding, 2), _whole("dilation", dilation, 1))
     return _CONV1D.run(
         arrays, (out,), (activation, *window, integer("groups", groups), layout, precision, out_dtype, _checked(config))
     )[0]
 
 
-def _hashable(option: Any) -> Any:
-    return tuple(option) if option.__class__ is list else option
+def _whole(name: str, option: Any, *lengths: int) -> Any:
+    """An option of one integer or several, as Python's: 1, 1.0 and True are equal keys of a call that is remembered."""
+    if option.__class__ is int:
+        return option
+    return numbers(name, tuple(option) if isinstance(option, list) else option, lengths)
 
 
 def _checked(config: Any) -> Conv2dConfig | GemmConfig | None:

@@ -9,7 +9,7 @@ from typing import Any
 from tilewright.kernels.arrays import View
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.conv2d.problem import LAYOUTS
-from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError, UsageError
 
 TO_NHWC = {"nhwc": (0, 1, 2, 3), "nchw": (0, 2, 3, 1)}
 """Where N, H, W and C (K, R, S and C of weights) are among the dimensions of a layout."""
@@ -75,9 +75,9 @@ def layouts_of(views: dict[str, View], layout: str, whole: dict[str, tuple[int, 
             mine = memory_of(views[name])
             common = tuple(each for each in possible if each in mine)
             if not common:
-                where = "NHWC or NCHW" if name == "x" else " or ".join(possible).upper() + ", as x does"
+                where = "NHWC or NCHW memory" if name == "x" else f"{' or '.join(possible).upper()} memory, as x does,"
                 raise UnsupportedError(
-                    f"{name} of shape {whole[name]} must lie in {where} memory without gaps; pass a contiguous copy"
+                    f"{name} of shape {whole[name]} must lie in {where} without gaps; pass a contiguous copy"
                 )
             possible = common
     memory = possible[0]
@@ -121,7 +121,7 @@ def dtypes_of(views: dict[str, View], out_dtype: str | None) -> dict[str, Any]:
         ProblemError: the dtypes don't go together.
     """
     if views["x"].dtype != views["w"].dtype:
-        raise ProblemError(f"x is {views['x'].dtype} and w is {views['w'].dtype}: they must have one dtype")
+        raise UnsupportedProblemError(f"x is {views['x'].dtype} and w is {views['w'].dtype}: they must have one dtype")
     if out_dtype is not None:
         dtype(out_dtype)
     if "out" in views:
@@ -133,6 +133,6 @@ def dtypes_of(views: dict[str, View], out_dtype: str | None) -> dict[str, Any]:
     fields |= {name: name in views for name in ("x_scale", "alpha", "out_scale")}
     if "w_scale" in views:
         if views["w_scale"].dtype != "fp32":
-            raise ProblemError(f"w_scale is {views['w_scale'].dtype} and must be fp32")
+            raise UnsupportedProblemError(f"w_scale is {views['w_scale'].dtype} and must be fp32")
         fields["w_scale"] = "tensor" if math.prod(views["w_scale"].shape) == 1 else "channel"
     return fields

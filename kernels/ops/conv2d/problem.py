@@ -20,13 +20,13 @@ import numpy as np
 
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.device import Device
-from tilewright.kernels.dtypes import DTYPES, dtype
+from tilewright.kernels.dtypes import dtype, refused
 from tilewright.kernels.epilogue import FusedProblem, epilogue_reference, rounded, unsupported_dtype
 from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.problem import Output
 from tilewright.kernels.samples import INTEGER_SPREAD, normal, placed
-from tilewright.tuning_db.errors import ProblemError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedProblemError
 from tilewright.tuning_db.shapes import Near
 
 Array = np.ndarray[Any, Any]
@@ -79,8 +79,7 @@ class Conv2dProblem(FusedProblem):
         self._check_sizes()
         put = object.__setattr__  # frozen: canonical spellings are set once, here
         if self.dtype not in INPUT_DTYPES:
-            known = "" if self.dtype in DTYPES else "unknown "
-            raise ProblemError(f"{known}dtype={self.dtype!r}: conv2d takes {', '.join(INPUT_DTYPES)}")
+            raise refused("dtype", self.dtype, "conv2d", INPUT_DTYPES)
         if self.layout not in LAYOUTS:
             raise ProblemError(f"layout={self.layout!r} must be nhwc or nchw")
         if self.w_layout not in (None, *LAYOUTS.values()):
@@ -114,7 +113,9 @@ class Conv2dProblem(FusedProblem):
         ):
             for name in names:
                 if not least <= getattr(self, name) < 2**31:
-                    raise ProblemError(f"{name}={getattr(self, name)} must be from {least} to {2**31 - 1}")
+                    # A negative padding would cut x off.
+                    kind = UnsupportedProblemError if name.startswith("pad") else ProblemError
+                    raise kind(f"{name}={getattr(self, name)} must be from {least} to {2**31 - 1}")
         for name in ("C", "K"):
             if getattr(self, name) % self.groups:
                 raise ProblemError(f"{name}={getattr(self, name)} must be divisible by groups={self.groups}")

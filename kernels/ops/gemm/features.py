@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tilewright.kernels.activations import ACTIVATIONS
 from tilewright.kernels.kernel import Variant
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
@@ -12,6 +13,7 @@ SMALL: dict[str, Any] = {"M": 33, "N": 48, "K": 64}
 INT8: dict[str, Any] = {**SMALL, "dtype": "int8"}
 INT4: dict[str, Any] = {"M": 17, "N": 48, "K": 128, "b_dtype": "int4", "b_scale": "group"}
 GROUPED: dict[str, Any] = {**SMALL, "groups": 3}
+WITH_PARAMETERS = {"clamp": "clamp:0:6", "leaky_relu": "leaky_relu:0.1"}
 EVEN: dict[str, Any] = {"M": 96, "N": 64, "K": 64}
 
 FEATURES: dict[str, GemmProblem | Variant[GemmProblem, GemmConfig]] = {
@@ -27,6 +29,9 @@ FEATURES: dict[str, GemmProblem | Variant[GemmProblem, GemmConfig]] = {
     "int8, dequantised by row and column": GemmProblem(**INT8, a_scale="row", b_scale="column", out_dtype="fp16"),
     "int8 weights, a scale a column": GemmProblem(**SMALL, b_dtype="int8", b_scale="column"),
     "int8 weights, groups of 64": GemmProblem(**SMALL, b_dtype="int8", b_scale="group", group_size=64),
+    "int8 weights, groups of 32, zero points": GemmProblem(
+        **SMALL, b_dtype="int8", b_scale="group", group_size=32, b_zero=True
+    ),
     "int4 weights, groups of 32": GemmProblem(**INT4, group_size=32),
     "int4 weights, groups of 64, zero points": GemmProblem(**INT4, group_size=64, b_zero=True),
     "int4 weights, groups of 128, bf16": GemmProblem(**INT4, group_size=128, dtype="bf16", b_scale_dtype="bf16"),
@@ -61,9 +66,15 @@ FEATURES: dict[str, GemmProblem | Variant[GemmProblem, GemmConfig]] = {
     "bias along M": GemmProblem(**SMALL, bias="fp16", bias_axis="m"),
     "scales of any dtype": GemmProblem(**SMALL, dtype="bf16", a_scale="row", b_scale="column"),
     "gated halves (SwiGLU)": GemmProblem(**SMALL, gated="halves", activation="silu"),
+    "gated halves (ReGLU)": GemmProblem(**SMALL, gated="halves", activation="relu"),
     "gated pairs of columns (GEGLU)": GemmProblem(
         **SMALL, gated="interleaved", activation="gelu_tanh", bias="fp16", residual="fp16"
     ),
+    **{
+        f"activation {word}": GemmProblem(**SMALL, activation=WITH_PARAMETERS.get(word, word))
+        for word in ACTIVATIONS
+        if word != "none"
+    },
     "int8 result": GemmProblem(**SMALL, out_dtype="int8", out_scale=True, activation="relu"),
     "int8 to int8": GemmProblem(**INT8, a_scale="tensor", b_scale="column", out_dtype="int8", out_scale=True),
     "fp8e4m3 result": GemmProblem(**SMALL, dtype="bf16", out_dtype="fp8e4m3", out_scale=True),

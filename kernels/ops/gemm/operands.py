@@ -10,7 +10,7 @@ import numpy as np
 from tilewright.kernels.arrays import View
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.gemm.packing import packed_rows
-from tilewright.tuning_db.errors import ProblemError, UnsupportedError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError
 
 
 class Matrix(NamedTuple):
@@ -121,7 +121,7 @@ def scales_of(views: dict[str, View], n: int, group_size: int | None, groups: in
         fields["b_zero"] = True
     for name in ("a_scale", "b_scale"):
         if name in views and views[name].dtype != "fp32" and fields[name] != "group":
-            raise ProblemError(f"{name} is {views[name].dtype} and must be fp32")
+            raise UnsupportedProblemError(f"{name} is {views[name].dtype} and must be fp32")
     return fields
 
 
@@ -141,7 +141,7 @@ def dtypes_of(views: dict[str, View], out_dtype: str | None) -> dict[str, str | 
     """
     a, b = views["a"].dtype, views["b"].dtype
     if b != a and not (b in ("int8", "uint8") and a in ("fp16", "bf16")):
-        raise ProblemError(
+        raise UnsupportedProblemError(
             f"a is {a} and b is {b}: they must have one dtype, or a fp16 or bf16 and b int8 or uint8 (packed int4)"
         )
     if out_dtype is not None:

@@ -10,6 +10,7 @@ weights from -8 to 7 are packed as q + 8.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import array_api_compat
@@ -18,6 +19,19 @@ from tilewright.tuning_db.errors import ProblemError
 
 RUN = 32
 """Weights along K in one run."""
+
+
+def _namespace(name: str, array: Any) -> Any:
+    try:
+        return array_api_compat.array_namespace(array)
+    except TypeError:
+        raise ProblemError(f"{name} is {type(array).__name__} and must be an array of NumPy, CuPy or torch") from None
+
+
+def _rows(k: Any) -> int:
+    if isinstance(k, bool) or not isinstance(k, Integral):
+        raise ProblemError(f"{k=} must be an integer: the rows that were packed")
+    return int(k)
 
 
 def packed_rows(k: int) -> int:
@@ -35,7 +49,7 @@ def pack_int4(q: Any) -> Any:
     Raises:
         ProblemError: fewer than two dimensions, not integers, or some not from 0 to 15.
     """
-    xp = array_api_compat.array_namespace(q)
+    xp = _namespace("q", q)
     if len(q.shape) < 2 or not xp.isdtype(q.dtype, "integral") or 0 in q.shape:
         raise ProblemError(f"q is {tuple(q.shape)} of {q.dtype} and must be (..., K, N) of integers")
     low, high = int(xp.min(q)), int(xp.max(q))
@@ -62,7 +76,8 @@ def unpack_int4(packed: Any, k: int) -> Any:
     Raises:
         ProblemError: not the packed form of K rows.
     """
-    xp = array_api_compat.array_namespace(packed)
+    xp = _namespace("packed", packed)
+    k = _rows(k)
     if len(packed.shape) < 2 or packed.shape[-2] != packed_rows(k) or packed.dtype != xp.uint8:
         raise ProblemError(
             f"packed is {tuple(packed.shape)} of {packed.dtype}; {k=} rows are uint8 (..., {packed_rows(k)}, N)"

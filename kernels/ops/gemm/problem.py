@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tilewright.kernels.activations import activation_name
-from tilewright.kernels.dtypes import DTYPES, dtype
+from tilewright.kernels.dtypes import dtype, refused
 from tilewright.kernels.epilogue import GATED, FusedProblem
 from tilewright.kernels.ops.gemm.packing import packed_rows
 from tilewright.kernels.problem import Output
 from tilewright.kernels.samples import INTEGER_SPREAD, normal, placed
-from tilewright.tuning_db.errors import ProblemError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedProblemError
 
 Array = np.ndarray[Any, Any]
 
@@ -111,15 +111,15 @@ class GemmProblem(FusedProblem):
         if self.residual_broadcast and (self.residual is None or self.batch == 1):
             raise ProblemError("residual_broadcast needs a residual and batch > 1")
         if not 0 <= self.groups <= MOST_GROUPS:
-            raise ProblemError(f"groups={self.groups} must be from 0 to {MOST_GROUPS}")
+            kind = ProblemError if self.groups < 0 else UnsupportedProblemError
+            raise kind(f"groups={self.groups} must be from 0 to {MOST_GROUPS}")
         if self.groups and self.batch > 1:
             raise ProblemError(f"groups={self.groups} are pieces of one A: batch={self.batch} must be 1")
 
     def _check_operands(self) -> None:
         put = object.__setattr__  # frozen: canonical spellings are set once, here
         if self.dtype not in INPUT_DTYPES:
-            known = "" if self.dtype in DTYPES else "unknown "
-            raise ProblemError(f"{known}dtype={self.dtype!r}: gemm takes {', '.join(INPUT_DTYPES)}")
+            raise refused("dtype", self.dtype, "gemm", INPUT_DTYPES)
         if self.dtype == "fp32":
             put(self, "precision", self.precision or "ieee")
             if self.precision not in ("ieee", "tf32"):
@@ -129,7 +129,7 @@ class GemmProblem(FusedProblem):
         if self.b_dtype == self.dtype:
             put(self, "b_dtype", None)
         if self.b_dtype is not None and (self.b_dtype not in WEIGHT_DTYPES or self.dtype not in ("fp16", "bf16")):
-            raise ProblemError(
+            raise UnsupportedProblemError(
                 f"dtype={self.dtype!r} with b_dtype={self.b_dtype!r}: they are one, or fp16 or bf16 with int8 or int4"
             )
         if (self.b_scale == "group") != (self.group_size != 0):
@@ -138,17 +138,19 @@ class GemmProblem(FusedProblem):
             )
         if self.group_size and (self.group_size not in GROUP_SIZES or self.b_dtype is None):
             sizes = ", ".join(map(str, GROUP_SIZES))
-            raise ProblemError(
+            raise UnsupportedProblemError(
                 f"group_size={self.group_size} must be one of {sizes}, of weights of b_dtype int8 or int4"
             )
         if self.b_scale_dtype != "fp32" and (self.b_scale != "group" or self.b_scale_dtype not in SCALE_DTYPES):
-            raise ProblemError(
+            raise UnsupportedProblemError(
                 f"b_scale_dtype={self.b_scale_dtype!r}: scales are fp32, those of groups {' or '.join(SCALE_DTYPES)}"
             )
         if self.b_zero and self.b_dtype is None:
             raise ProblemError("b_zero is for weights of b_dtype int8 or int4")
         if (self.b_zero or self.group_size) and self.batch > 1 and not self.b_broadcast:
-            raise ProblemError(f"scales of groups and zero points are for one B, not one in each of batch={self.batch}")
+            raise UnsupportedProblemError(
+                f"scales of groups and zero points are for one B, not one in each of batch={self.batch}"
+            )
 
     def _check_epilogue(self) -> None:
         # What is absent: None or False, or the activation "none" (however it is spelled).

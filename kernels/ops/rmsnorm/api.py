@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import LARGEST, Operation, Prepared, flag
+from tilewright.kernels.call import LARGEST, Operation, Prepared, as_float, flag
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
 from tilewright.kernels.ops.rmsnorm.problem import EPS, RmsNormProblem
@@ -171,7 +171,7 @@ def _check_row_scale(view: View, shape: tuple[int, ...], wanted: bool) -> None:
 
 def _constant(name: str, value: Any, *, least: float = -math.inf) -> float:
     """A number as the kernel has it, in fp32."""
-    if not isinstance(value, Real) or not abs(float(value)) <= LARGEST or value < least:
+    if not isinstance(value, Real) or not abs(as_float(value)) <= LARGEST or value < least:
         at_least = f" of at least {least:g}" if least == 0 else ""
         raise UsageError(f"{name}={value!r} must be a finite number{at_least}")
     return float(np.float32(value))

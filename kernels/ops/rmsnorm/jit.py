@@ -66,7 +66,8 @@ def row_factors(total, highest, N, row_scale_ptrs, rows, M, EPS: tl.constexpr, k
             scale = highest * root * (1.0 / 448.0)
         else:
             scale = highest * root * (1.0 / 57344.0)
-        scale = tl.where(scale == 0.0, 1.0, scale)  # a row of zeros
+        # `LEAST_SCALE` of the problem: a row of zeros, or of so little that the quotient passes fp32.
+        scale = tl.where(scale < 1e-30, 1.0, scale)
         tl.store(row_scale_ptrs, scale, mask=rows < M)
         root = tl.math.div_rn(root, scale)
     return root[:, None]

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from tilewright.kernels.device import Device
-from tilewright.kernels.dtypes import DTYPES, dtype
+from tilewright.kernels.dtypes import DTYPES, dtype, refused
 from tilewright.kernels.epilogue import ROUNDOFF, FusedProblem, epilogue_reference, rounded, unsupported_dtype
 from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.problem import Output
@@ -66,9 +66,8 @@ class RmsNormProblem(FusedProblem):
             if not 0 < size < 2**31:
                 raise ProblemError(f"{name}={size} must be from 1 to {2**31 - 1}")
         for name, kind in (("dtype", self.dtype), ("weight", self.weight), ("residual", self.residual)):
-            if kind not in INPUT_DTYPES and (kind is not None or name == "dtype"):
-                known = "" if kind in DTYPES else "unknown "
-                raise ProblemError(f"{known}{name}={kind!r}: rmsnorm takes {', '.join(INPUT_DTYPES)}")
+            if kind is not None and kind not in INPUT_DTYPES:
+                raise refused(name, kind, "rmsnorm", INPUT_DTYPES)
         # Frozen: the canonical spelling is set once, here.
         object.__setattr__(self, "out_scale", self.out_scale or self.row_scale)
         self.check_epilogue(self.dtype)
@@ -133,6 +132,11 @@ class RmsNormProblem(FusedProblem):
         return replace(self, M=len(rows)), chosen, index
 
 
+LEAST_SCALE = 1e-30
+"""A row's scale that is less is 1, as that of a row of zeros: the reciprocal of what is near it is no fp32 number once
+it is multiplied with that of the norm."""
+
+
 def largest(kind: str) -> float:
     """The number that the largest of a row is quantised to."""
     return 127.0 if kind == "int8" else float(ml_dtypes.finfo(DTYPES[kind].numpy).max)
@@ -151,7 +155,8 @@ def reference(
     if not problem.row_scale:
         return {"out": epilogue_reference(problem, y, arrays)} | ({"residual_out": h} if problem.residual_out else {})
     highest = np.max(np.abs(y), axis=1)
-    scale = np.where(highest > 0, highest / largest(problem.output_dtype), 1.0)
+    scale = highest / largest(problem.output_dtype)
+    scale = np.where(scale < LEAST_SCALE, 1.0, scale)
     out = epilogue_reference(problem, y, {"out_scale": scale[:, None]})
     return {"out": out} | ({"residual_out": h} if problem.residual_out else {}) | {"row_scale": scale}
 

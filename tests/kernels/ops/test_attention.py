@@ -202,6 +202,41 @@ def test_rows_without_a_key_are_zero_and_minus_infinity(config, split):
     assert np.isfinite(out).all()
 
 
+@pytest.mark.parametrize(
+    "config", [SMALL, replace(SMALL, SPLIT_KV=2), replace(SMALL, TMA=True)], ids=["whole", "split", "descriptors"]
+)
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("dim", [16, 40])
+def test_a_row_that_sees_no_key_is_0_whatever_the_values_hold(config, dim, sinks):
+    problem = AttentionProblem(1, 2, 40, 24, dim, dtype="fp32", causal=True, bias="fp32", lse=True, sinks=sinks)
+    arrays = problem.inputs(0)
+    arrays["bias"][0, 0, 30] = -np.inf  # a row of its own, beside the 16 above the diagonal
+    arrays["v"][...] = np.nan
+    out, lse = run(problem, arrays, {}, config)
+    unseen = np.zeros((2, 40), bool)
+    unseen[:, :16] = unseen[:, 30] = True
+    assert (out[0][unseen] == 0).all()
+    if sinks:
+        np.testing.assert_allclose(lse[0], np.where(unseen, arrays["sinks"][:, None], lse[0]), rtol=1e-6)
+    else:
+        assert (lse[0][unseen] == -np.inf).all()
+    assert np.isnan(out[0][~unseen]).all()
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_keys_beyond_the_most_there_may_be_are_not_seen(split):
+    """Whatever the configuration: the host divides the keys among splits by `max_seqlen_k`."""
+    draw = np.random.default_rng(0)
+    q, k, v = (draw.standard_normal((rows, 1, 16)).astype(np.float32) for rows in (1, 200, 200))
+    starts = {"cu_seqlens_q": np.array([0, 1], np.int32), "cu_seqlens_k": np.array([0, 200], np.int32)}
+    config = AttentionConfig(16, 16, SPLIT_KV=split)
+    seen = attention(q, k, v, **starts, max_seqlen_q=1, max_seqlen_k=64, config=config)
+    all_of_them = {**starts, "cu_seqlens_k": np.array([0, 64], np.int32)}
+    np.testing.assert_array_equal(
+        seen, attention(q, k[:64], v[:64], **all_of_them, max_seqlen_q=1, max_seqlen_k=64, config=config)
+    )
+
+
 def test_a_bias_of_minus_infinity_masks_and_makes_no_nan():
     problem = AttentionProblem(1, 2, 18, 40, 16, dtype="fp32", bias="fp32", lse=True)
     arrays = problem.inputs(0)
@@ -566,7 +601,10 @@ DEFECTS = {
         "store_tile(out, to_output(accumulator, None, kind), mask_m, mask_dv)",
         "store_tile(out, to_output(accumulator, None, kind), None, mask_dv)",
     ),
-    "empty rows divided by zero": ("divisor = tl.where(total == 0.0, 1.0, total)", "divisor = total"),
+    "empty rows are no zeros": (
+        "accumulator = tl.where(seen, accumulator * factor[:, None], 0.0)",
+        "accumulator = accumulator * factor[:, None]",
+    ),
     "empty rows are NaN": ('base = tl.where(higher == -float("inf"), 0.0, higher)', "base = higher"),
     "v_scale forgotten": ("factor *= tl.load(v_scale_ptr)", "factor *= 1.0"),
     "splits do not end": ("last = tl.minimum(first + split_blocks, last)", "last = last"),
@@ -672,7 +710,7 @@ DEFECTS_OF_PERSISTENT_BLOCKS = {
     "tiles out of turn": ("tile = within // size", "tile = within // GROUP_H"),
     "slope of the first head": ("tl.load(alibi_slopes_ptr + head)", "tl.load(alibi_slopes_ptr)"),
     "sink forgotten": ("total += 1.0", "total += 0.0"),
-    "log-sum-exp base 2": ("(m + tl.log2(divisor)) * LN2", "(m + tl.log2(divisor))"),
+    "log-sum-exp base 2": ("(m + tl.log2(total)) * LN2", "(m + tl.log2(total))"),
     "rows of the first head": ("row = place.to(tl.int64) * Sq + query", "row = 0 * place.to(tl.int64) + query"),
     "one tile each": ("heads * tiles, tl.num_programs(0), warp", "tl.num_programs(0), tl.num_programs(0), warp"),
 }

@@ -16,7 +16,13 @@ from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.attention.reference import strides, tolerance
 from tilewright.kernels.ops.attention.space import AttentionConfig
-from tilewright.tuning_db.errors import IllegalConfigError, ProblemError, UnsupportedError, UsageError
+from tilewright.tuning_db.errors import (
+    IllegalConfigError,
+    ProblemError,
+    UnsupportedError,
+    UnsupportedProblemError,
+    UsageError,
+)
 
 
 @pytest.fixture
@@ -176,11 +182,15 @@ F = np.float32
         (ProblemError, "q has 2 sequences and k is (1, 2, 9, 32)", {"k": K[:1], "v": K[:1]}),
         (ProblemError, "k is (2, 2, 0, 32) and v is (2, 2, 0, 32): no", {"k": K[:, :, :0], "v": K[:, :, :0]}),
         (ProblemError, "H=3 query heads must be a multiple of Hkv=2", {"q": Q[:, :3]}),
-        (ProblemError, "D=8 must be from 16 to 256", {"q": Q[..., :8], "k": K[..., :8], "v": K[..., :8]}),
-        (ProblemError, "q is fp16, k is fp32, v is fp16: they must have one dtype", {"k": K.astype(F)}),
-        (ProblemError, "dtype='int8': attention takes", {name: np.ones((1, 1, 4, 32), np.int8) for name in "qkv"}),
+        (UnsupportedProblemError, "D=8 must be from 16 to 256", {"q": Q[..., :8], "k": K[..., :8], "v": K[..., :8]}),
+        (UnsupportedProblemError, "q is fp16, k is fp32, v is fp16: they must have one dtype", {"k": K.astype(F)}),
+        (
+            UnsupportedProblemError,
+            "dtype='int8': attention takes",
+            {name: np.ones((1, 1, 4, 32), np.int8) for name in "qkv"},
+        ),
         (UnsupportedError, "arrays of dtype float64 are not supported", {"q": Q.astype(float)}),
-        (ProblemError, "out_dtype='int8': attention takes", {"out_dtype": "int8"}),
+        (UnsupportedProblemError, "out_dtype='int8': attention takes", {"out_dtype": "int8"}),
         (ProblemError, "unknown dtype 'half'", {"out_dtype": "half"}),
         (ProblemError, "out is (2, 4, 6, 16) and must be (2, 4, 6, 32)", {"out": np.ones((2, 4, 6, 16), np.float16)}),
         (ProblemError, "out is fp16 and out_dtype='fp32'", {"out": np.ones_like(Q), "out_dtype": "fp32"}),
@@ -195,7 +205,7 @@ F = np.float32
         (ProblemError, "bias is (1, 2, 6, 9) and must be", {"bias": np.ones((1, 2, 6, 9), F)}),
         (ProblemError, "bias is (1, 4, 6, 1) and must be", {"bias": np.ones((1, 4, 6, 1), F)}),
         (ProblemError, "alibi_slopes is (2,) and must be (4,)", {"alibi_slopes": np.ones(2, F)}),
-        (ProblemError, "alibi_slopes is fp16 and must be fp32", {"alibi_slopes": np.ones(4, np.float16)}),
+        (UnsupportedProblemError, "alibi_slopes is fp16 and must be fp32", {"alibi_slopes": np.ones(4, np.float16)}),
         (ProblemError, "sinks is (2, 4) and must be (4,)", {"sinks": np.ones((2, 4), F)}),
         (UnsupportedError, "sinks must be contiguous", {"sinks": np.ones(8, F)[::2]}),
         (ProblemError, "kv_lens is (3,) and must be (2,)", {"kv_lens": np.ones(3, np.int32)}),
@@ -210,8 +220,16 @@ F = np.float32
         (ProblemError, "cu_seqlens_q needs cu_seqlens_k, or block_table", VARLEN | LONGEST | {"cu_seqlens_k": None}),
         (ProblemError, "cu_seqlens_k is (2,) and must be (3,)", VARLEN | LONGEST | {"cu_seqlens_k": STARTS[:2]}),
         (ProblemError, "cu_seqlens_q is (1,) and must be (sequences + 1,)", VARLEN | {"cu_seqlens_q": STARTS[:1]}),
-        (ProblemError, "kv_lens goes with block_table or with keys of one batch", VARLEN | LONGEST | {"kv_lens": LENS}),
-        (ProblemError, "a bias needs sequences of one length", VARLEN | LONGEST | {"bias": np.ones((1, 1, 5, 5), F)}),
+        (
+            UnsupportedProblemError,
+            "kv_lens goes with block_table or with keys of one batch",
+            VARLEN | LONGEST | {"kv_lens": LENS},
+        ),
+        (
+            UnsupportedProblemError,
+            "a bias needs sequences of one length",
+            VARLEN | LONGEST | {"bias": np.ones((1, 1, 5, 5), F)},
+        ),
         (ProblemError, "block_table needs kv_lens", {"block_table": TABLE}),
         (ProblemError, "block_table is (3,) and must be (2, most blocks", {"block_table": TABLE[0], "kv_lens": LENS}),
         (ProblemError, "k is (9, 2, 32) and v is (9, 2, 32): both must be (blocks, block size",
@@ -223,6 +241,7 @@ F = np.float32
         (UsageError, "scale=0 must be a number above 0", {"scale": 0}),
         (UsageError, "scale='2' must be a number above 0", {"scale": "2"}),
         (UsageError, "softcap=-1.0 must be a number above 0", {"softcap": -1.0}),
+        (UsageError, "must be a number above 0, of fp32", {"scale": 10**400}),
         (UsageError, "softcap=nan must be a number above 0", {"softcap": float("nan")}),
         (UsageError, "max_seqlen_q=0 must be at least 1", VARLEN | {"max_seqlen_q": 0}),
         (UsageError, "config must be an AttentionConfig, not {'BLOCK_M': 16}", {"config": {"BLOCK_M": 16}}),

@@ -140,10 +140,24 @@ def test_arrays_with_gaps_are_refused(name, view):
 def test_residual_and_out_lie_as_x_does():
     x, w = random_array((2, 8, 5, 6)), random_array((7, 8, 1, 1))
     residual = random_array((2, 7, 5, 6))
-    with pytest.raises(UnsupportedError, match=r"^residual of shape \(2, 7, 5, 6\) must lie in NHWC, as x does"):
+    with pytest.raises(
+        UnsupportedError, match=r"^residual of shape \(2, 7, 5, 6\) must lie in NHWC memory, as x does, without"
+    ):
         conv2d(channels_last(x), w, residual=residual, layout="nchw")
-    with pytest.raises(UnsupportedError, match=r"^out of shape \(2, 7, 5, 6\) must lie in NCHW, as x does"):
+    with pytest.raises(
+        UnsupportedError, match=r"^out of shape \(2, 7, 5, 6\) must lie in NCHW memory, as x does, without"
+    ):
         conv2d(x, w, out=channels_last(residual), layout="nchw")
+
+
+@pytest.mark.parametrize(("name", "value"), [("stride", 1.0), ("padding", False), ("dilation", True)])
+def test_what_equals_an_option_is_none_for_that(name, value):
+    """1, 1.0 and True would be one key of a call that is remembered."""
+    x, w = random_array((1, 4, 4, 16)), random_array((16, 1, 1, 16))
+    for call, arrays in ((conv2d, (x, w)), (conv1d, (x[:, 0], w[:, 0]))):
+        call(*arrays, **{name: int(value)})
+        with pytest.raises(UsageError, match=rf"^{name}={value} must be an integer"):
+            call(*arrays, **{name: value})
 
 
 # out
@@ -365,7 +379,7 @@ class Fake:
         (ProblemError, "stride_h=0 must be from 1", {"stride": 0}),
         (UsageError, "dilation=True must be an integer or 2 of them", {"dilation": True}),
         (UsageError, "groups='two' must be an integer", {"groups": "two"}),
-        (UsageError, "stride={1: 2} can't be a dict", {"stride": {1: 2}}),
+        (UsageError, "stride={1: 2} must be an integer or 2 of them", {"stride": {1: 2}}),
         (UsageError, "padding=None must be an integer", {"padding": None}),
         (ProblemError, "layout='hwc' must be nhwc or nchw", {"layout": "hwc"}),
         (UsageError, "unknown activation 'swosh'", {"activation": "swosh"}),

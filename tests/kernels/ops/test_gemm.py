@@ -25,7 +25,13 @@ from tilewright.kernels.ops.gemm import api
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import INPUT_DTYPES
 from tilewright.kernels.ops.gemm.reference import tolerance
-from tilewright.tuning_db.errors import IllegalConfigError, ProblemError, UnsupportedError, UsageError
+from tilewright.tuning_db.errors import (
+    IllegalConfigError,
+    ProblemError,
+    UnsupportedError,
+    UnsupportedProblemError,
+    UsageError,
+)
 
 
 @pytest.fixture
@@ -461,11 +467,11 @@ class Fake:
         (ProblemError, "a is (0, 8) and b is (8, 6): no dimension may be 0", {"a": A[:0]}),
         (ProblemError, "a is (4, 0) and b is (0, 6): no dimension may be 0", {"a": A[:, :0], "b": B[:0]}),
         (ProblemError, "no dimension may be 0", {"a": np.ones((0, 4, 8), np.float16)}),
-        (ProblemError, "a is fp16 and b is fp32: they must have one dtype", {"b": B.astype(np.float32)}),
+        (UnsupportedProblemError, "a is fp16 and b is fp32: they must have one dtype", {"b": B.astype(np.float32)}),
         (UnsupportedError, "arrays of dtype int64 are not", {"a": A.astype(np.int64), "b": B.astype(np.int64)}),
         (UnsupportedError, "arrays of dtype complex64 are not", {"bias": np.ones(6, np.complex64)}),
         (UnsupportedError, "arrays of dtype >f2 are not", {"a": A.astype(">f2")}),
-        (ProblemError, "dtype='int32': gemm takes fp16", {"a": A.astype(np.int32), "b": B.astype(np.int32)}),
+        (UnsupportedProblemError, "dtype='int32': gemm takes fp16", {"a": A.astype(np.int32), "b": B.astype(np.int32)}),
         (UnsupportedError, "a has strides (16, 2) for shape (4, 8)", {"a": np.ones((4, 16), np.float16)[:, ::2]}),
         (UnsupportedError, "b has strides (-6, 1) for shape (8, 6)", {"b": B[::-1]}),
         (UnsupportedError, "a has negative strides (-32, 8, 1)", {"a": np.stack([A] * 2)[::-1]}),

@@ -25,7 +25,13 @@ from tilewright.kernels.ops.gemm.launch import FLATTEN_WARPS, GEMM
 from tilewright.kernels.ops.gemm.packing import pack_int4, packed_rows
 from tilewright.kernels.ops.gemm.reference import tolerance
 from tilewright.kernels.ops.gemm.space import SPACE, fits, pieces
-from tilewright.tuning_db.errors import IllegalConfigError, ProblemError, UnsupportedError, UsageError
+from tilewright.tuning_db.errors import (
+    IllegalConfigError,
+    ProblemError,
+    UnsupportedError,
+    UnsupportedProblemError,
+    UsageError,
+)
 
 
 @pytest.fixture
@@ -474,8 +480,12 @@ F32 = np.float32
     ("error", "message", "arguments"),
     [
         (ProblemError, "b is (16, 6) of packed int4: K=64 rows are packed in 32", {"b": W4[:16]}),
-        (ProblemError, "a is fp32 and b is int8: they must have one dtype, or a fp16", {"a": A.astype(F32), "b": W8}),
-        (ProblemError, "a is int8 and b is fp16: they must have one dtype", {"a": A.astype(np.int8)}),
+        (
+            UnsupportedProblemError,
+            "a is fp32 and b is int8: they must have one dtype, or a fp16",
+            {"a": A.astype(F32), "b": W8},
+        ),
+        (UnsupportedProblemError, "a is int8 and b is fp16: they must have one dtype", {"a": A.astype(np.int8)}),
         (ProblemError, "a_scale is (6,) and must be (1,) or (4,)", {"a_scale": np.ones(6, F32)}),
         (ProblemError, "b_scale is (4,) and must be (1,) or (6,)", {"b_scale": np.ones(4, F32)}),
         (
@@ -494,16 +504,24 @@ F32 = np.float32
             "a_scale is (1, 4) and must be (3, 4)",
             {"a": np.stack([A] * 3), "b": np.ones((2, 1, 64, 6), np.float16), "a_scale": np.ones((1, 4), F32)},
         ),
-        (ProblemError, "a_scale is fp16 and must be fp32", {"a_scale": np.ones(4, np.float16)}),
-        (ProblemError, "b_scale is fp16 and must be fp32", {"b": W8, "b_scale": np.ones(6, np.float16)}),
+        (UnsupportedProblemError, "a_scale is fp16 and must be fp32", {"a_scale": np.ones(4, np.float16)}),
+        (UnsupportedProblemError, "b_scale is fp16 and must be fp32", {"b": W8, "b_scale": np.ones(6, np.float16)}),
         (ProblemError, "group_size=32 needs b_scale", {"b": W4, "group_size": 32}),
-        (ProblemError, "group_size=48 must be one of 32", {"b": W4, "b_scale": np.ones((2, 6), F32), "group_size": 48}),
         (
-            ProblemError,
+            UnsupportedProblemError,
+            "group_size=48 must be one of 32",
+            {"b": W4, "b_scale": np.ones((2, 6), F32), "group_size": 48},
+        ),
+        (
+            UnsupportedProblemError,
             "group_size=32 must be one of 32, 64, 128, of weights",
             {"b_scale": np.ones((2, 6), F32), "group_size": 32},
         ),
-        (ProblemError, "b_scale_dtype='int8': scales are fp32", {"b": W4, "b_scale": W8[:2], "group_size": 32}),
+        (
+            UnsupportedProblemError,
+            "b_scale_dtype='int8': scales are fp32",
+            {"b": W4, "b_scale": W8[:2], "group_size": 32},
+        ),
         (ProblemError, "b_zero is int8 and must be that of b, uint8", {"b": W4, "b_zero": W8[0]}),
         (ProblemError, "b_zero is (5,) and must be (1, 6) or (6,)", {"b": W8, "b_zero": W8[0, :5]}),
         (ProblemError, "b_zero is for weights", {"b_zero": B[0]}),
@@ -519,7 +537,7 @@ F32 = np.float32
             {"a": np.broadcast_to(A, (3, 4, 64)), "b": np.stack([B] * 3), "a_scale": np.ones((3, 4), F32)},
         ),
         (
-            ProblemError,
+            UnsupportedProblemError,
             "are for one B, not one in each of batch=3",
             {"a": np.stack([A] * 3), "b": np.stack([W4] * 3), "b_zero": W4[0]},
         ),
@@ -605,7 +623,7 @@ GROUPED = {"a": A, "b": np.stack([B] * 2), "offsets": np.array([0, 1, 4], np.int
         (ProblemError, "out is (4, 6) and must be (4, 3)", {"gated": "halves", "out": np.ones((4, 6), np.float16)}),
         (ProblemError, "b_scale is (6,) and must be (1,) or (2, 6) or (2, 1, 6)", {"b_scale": np.ones(6, F32)}),
         (
-            ProblemError,
+            UnsupportedProblemError,
             "groups=1025 must be from 0 to 1024",
             {"b": np.broadcast_to(B, (1025, 64, 6)), "offsets": np.zeros(1026, np.int32)},
         ),

@@ -61,6 +61,7 @@ def test_a_view_is_packed_as_its_copy():
         (np.ones((4, 4), np.float32), "q is (4, 4) of float32 and must be (..., K, N) of integers"),
         (np.ones(4, int), "q is (4,) of int64 and must be"),
         (np.ones((0, 4), int), "q is (0, 4) of int64 and must be"),
+        ([[1]], "q is list and must be an array of NumPy, CuPy or torch"),
     ],
     ids=str,
 )
@@ -76,3 +77,9 @@ def test_what_is_no_int4_is_refused(q, message):
 def test_what_is_not_packed_is_refused(packed):
     with pytest.raises(ProblemError, match=r"k=20 rows are uint8 \(..., 16, N\)"):
         unpack_int4(packed, 20)
+
+
+@pytest.mark.parametrize("k", [32.0, True, "32"])
+def test_rows_are_an_integer(k):
+    with pytest.raises(ProblemError, match=r"^k=.* must be an integer: the rows that were packed"):
+        unpack_int4(np.ones((16, 4), np.uint8), k)

@@ -214,6 +214,17 @@ def test_nan_and_infinity_stay_in_their_row(config):
     near(scale[[0, 3], 0], np.abs(expected).max(1) / 448)
 
 
+@pytest.mark.parametrize("config", [RmsNormConfig(2, 16), RmsNormConfig(2, 64)], ids=["walk", "whole rows"])
+@pytest.mark.parametrize("kind", ["int8", "fp8e4m3"])
+def test_rows_of_next_to_nothing_are_rows_of_zeros(config, kind):
+    x = np.tile(np.array([1, 0, 0.5, -0.25, 1], np.float32), (3, 6)) * np.array([[1e-37], [1e-20], [0]], np.float32)
+    quantised, scale = rmsnorm(x, out_dtype=kind, out_scale="row", config=config)
+    assert (quantised[[0, 2]].astype(float) == 0).all()
+    assert (scale[[0, 2]] == 1).all()
+    most = 127 if kind == "int8" else 448
+    np.testing.assert_allclose(quantised[1].astype(float), most * np.array([1, 0, 0.5, -0.25, 1] * 6), atol=1)
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("config", [None, RmsNormConfig(2, 32, num_stages=3)], ids=["whole rows", "walk"])
 def test_two_runs_give_the_same_bits(config):

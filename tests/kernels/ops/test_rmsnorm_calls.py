@@ -14,7 +14,13 @@ from tilewright.kernels import call as calling
 from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.ops.rmsnorm import api
 from tilewright.kernels.ops.rmsnorm.problem import reference
-from tilewright.tuning_db.errors import IllegalConfigError, ProblemError, UnsupportedError, UsageError
+from tilewright.tuning_db.errors import (
+    IllegalConfigError,
+    ProblemError,
+    UnsupportedError,
+    UnsupportedProblemError,
+    UsageError,
+)
 
 
 @pytest.fixture
@@ -209,9 +215,9 @@ X, W = np.ones((4, 8), np.float16), np.ones(8, np.float16)
         ),
         (UnsupportedError, "out has strides (1, 4)", {"out": np.ones((8, 4), np.float16).T}),
         (UnsupportedError, "arrays of dtype int64 are not", {"x": X.astype(np.int64)}),
-        (ProblemError, "dtype='int8': rmsnorm takes fp16, bf16, fp32", {"x": X.astype(np.int8)}),
-        (ProblemError, "weight='int8': rmsnorm takes", {"weight": W.astype(np.int8)}),
-        (ProblemError, "residual='int32': rmsnorm takes", {"residual": X.astype(np.int32)}),
+        (UnsupportedProblemError, "dtype='int8': rmsnorm takes fp16, bf16, fp32", {"x": X.astype(np.int8)}),
+        (UnsupportedProblemError, "weight='int8': rmsnorm takes", {"weight": W.astype(np.int8)}),
+        (UnsupportedProblemError, "residual='int32': rmsnorm takes", {"residual": X.astype(np.int32)}),
         (ProblemError, "out_dtype='int8' needs out_scale", {"out_dtype": "int8"}),
         (ProblemError, "out_scale is for a result of int8", {"out_scale": 0.5}),
         (ProblemError, "out_scale is for a result of int8", {"out_scale": "row"}),

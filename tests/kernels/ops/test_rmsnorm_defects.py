@@ -50,7 +50,7 @@ DEFECTS = {
         "h if factor is None else h * factor",
     ),
     "scale of the last tile": ("heights = tl.maximum(heights, height(h, factor))", "heights = height(h, factor)"),
-    "scale of a row of zeros": ("tl.where(scale == 0.0, 1.0, scale)", "scale + 0.0"),
+    "scale of a row of zeros": ("tl.where(scale < 1e-30, 1.0, scale)", "scale + 0.0"),
     "not divided by the scale": ("root = tl.math.div_rn(root, scale)", "root = root * 1.0"),
     "out_scale ignored": ("to_output(y, out_scale_ptr,", "to_output(y, None,"),
 }  # fmt: skip

@@ -470,6 +470,8 @@ def live(job: dict[str, Any]) -> dict[str, Any]:
                     "scalar_types": found["scalar_types"],
                     "version": re.findall(r"^\.version (\S+)", found["ptx"], re.MULTILINE),
                     "copies": len(re.findall(r"\bcp\.async\.\w+\.shared\.global", found["ptx"])),
+                    "wgmma": len(re.findall(r"\bwgmma\.mma_async", found["ptx"])),
+                    "wide": len(re.findall(r"\bcp\.async\.cg\.shared\.global [^;]*, 0x10\b", found["ptx"])),
                     "narrow": len(re.findall(r"\bld\.global(?:\.\w+)*\.[bus](?:8|16)\b", found["ptx"])),
                     "plan": recorded(found, job["plugin"]).to_json() if job.get("plans") else "",
                     "local_paths": len(re.findall(r"\.py\b|\.debug_|\.loc\b", found["ptx"])),

@@ -76,15 +76,17 @@ def test_the_contract_of_layers_whose_best_takes_memory(arch, tmp_path):
 
 
 @needs_bindings
-def test_an_aligned_gemm_copies_in_width(tmp_path):
+@pytest.mark.parametrize("arch", [86, 90])
+def test_an_aligned_gemm_copies_in_width(arch, tmp_path):
     """Static sizes that 16 divides are told to the compiler: rows may be any number."""
     inputs = [((jobs.ROWS, 512), "fp16"), ((512, 768), "fp16")]
     job = Job("FusedGemm", inputs, lambda m: GemmProblem(M=m, N=768, K=512), sizes=((128,),))
-    (answer,) = lead("sm_86", [job], tactics=3, TILEWRIGHT_DB_DIR=str(tmp_path))
-    check(job, answer, "sm_86")
+    (answer,) = lead(f"sm_{arch}", [job], tactics=3, TILEWRIGHT_DB_DIR=str(tmp_path))
+    check(job, answer, f"sm_{arch}")
     for tactic in answer["formats"][0]["tactics"]:
-        assert tactic["copies"] > 0
+        assert tactic["wide"] == tactic["copies"] > 0
         assert tactic["narrow"] == 0
+    assert any(tactic["wgmma"] for tactic in answer["formats"][0]["tactics"]) == (arch == 90)
 
 
 @pytest.mark.parametrize("arch", [86, 90])
@@ -376,6 +378,41 @@ registration._live_cuda = lambda: "13.0"
 plugins.register()
 assert current().target.cuda == "12.8"
 registration.resolve_device = resolve_device
+"""
+    lead("sm_86", [], script=script, TILEWRIGHT_DB_DIR=str(tmp_path))
+
+
+@needs_bindings
+def test_every_plugin_through_the_network_api(tmp_path):
+    script = """
+plugins.register("sm_86", tactics=1)
+tensor = trt.ITensor.__new__(trt.ITensor)
+names = api.op.tilewright
+for name, variant in plugins.plugins().items():
+    attributes = plugins.plugin_attributes(name)
+    layer = getattr(names, name)(*[tensor] * len(variant.inputs), **attributes)
+    inputs, shapes, made = layer(trt.QuickPluginCreationRequest.PREFER_AOT)
+    assert (len(inputs), len(shapes)) == (len(variant.inputs), 0)
+    assert (type(made).__name__, made.plugin_name, made.attrs) == ("_TemplateAOTPlugin", name, attributes)
+"""
+    lead("sm_86", [], script=script, TILEWRIGHT_DB_DIR=str(tmp_path))
+
+
+@needs_bindings
+def test_an_attribute_that_is_no_text(tmp_path):
+    script = """
+plugins.register("sm_86", tactics=1)
+kept = fields(plugins.plugin_attributes("FusedGemm"))
+kept[0] = trt.PluginField("activation", bytes([255, 254]), trt.PluginFieldType.CHAR)
+try:
+    creator_of("FusedGemm").create_plugin(
+        "FusedGemm", "tilewright", trt.PluginFieldCollection(kept), trt.TensorRTPhase.BUILD,
+        trt.QuickPluginCreationRequest.PREFER_AOT,
+    )
+except Exception as error:
+    assert "FusedGemm: attribute activation is no UTF-8: b" in str(error), error
+else:
+    raise AssertionError("no text")
 """
     lead("sm_86", [], script=script, TILEWRIGHT_DB_DIR=str(tmp_path))
 

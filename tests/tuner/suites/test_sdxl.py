@@ -33,6 +33,8 @@ def test_what_is_listed() -> None:
     listed = {workload.problem for workload in workloads}
     # Every convolution and every attention of what runs for each image.
     assert {problem for problem in whole if problem.op != "gemm"} <= listed
+    assert {w.problem for w in vae(encoder=True) if w.op == "conv2d"} <= listed
+    assert len(listed) == len(workloads)
     attention = [w.problem.to_dict() for w in workloads if w.op == "attention"]
     assert [(p["B"], p["H"], p["Sq"], p["Skv"], p["D"]) for p in attention] == [
         (2, 10, 4096, 4096, 64),
@@ -48,5 +50,5 @@ def test_what_is_listed() -> None:
         (2048, 1280, 10240, "gelu_erf"),
     ]
     # The encoder pads its strided convolutions on two sides.
-    padded = [w.problem.to_dict() for w in workloads if w.name.startswith("sdxl vae encoder down.")]
+    padded = [w.problem.to_dict() for w in workloads if "vae encoder" in w.name and " downsample" in w.name]
     assert [(p["pad_top"], p["pad_left"], p["pad_bottom"], p["pad_right"]) for p in padded] == 3 * [(0, 0, 1, 1)]
