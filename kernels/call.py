@@ -211,7 +211,10 @@ class Operation:
             ProblemError: arrays of several libraries or GPUs, an output over an input; or what `prepare` says.
             UsageError: an option of a type that can't be one, a number that is none; or what `prepare` says.
         """
-        kind = kind_of(arrays[0])
+        try:
+            kind = kind_of(arrays[0])
+        except UnsupportedError:
+            kind = _kind(self._inputs[0], arrays[0])  # raises with the name
         if kind.foreign:
             return self._adopted(kind, arrays, outs, options)
         try:

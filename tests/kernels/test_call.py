@@ -129,7 +129,7 @@ def test_signatures_are_not_kept_without_end(monkeypatch):
         (ProblemError, "factor is (2,) of fp32: a number, or one element of fp32", {"factor": np.ones(2, np.float32)}),
         (ProblemError, "factor is (1,) of fp16: a number, or", {"factor": np.ones(1, np.float16)}),
         (UnsupportedError, "builtins.float is no array", {"y": 1.0}),
-        (UnsupportedError, "builtins.NoneType is no array", {"x": None}),
+        (UnsupportedError, "x: builtins.NoneType is no array", {"x": None}),
         (UsageError, "config={} can't be a dict", {"options": (False, {})}),
         (ProblemError, "out may not share memory with x", {"out": X}),
         (ProblemError, "extra may not share memory with y", {"y": Y, "extra": Y[0, :2], "options": (True, None)}),
