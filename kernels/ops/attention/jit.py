@@ -270,18 +270,18 @@ def attention_kernel(
             )  # fmt: skip
 
     lse = m + tl.log2(total)
-    factor = 1.0 / total
-    if v_scale_ptr is not None:
-        factor *= tl.load(v_scale_ptr)
     # A row that sees no key is 0, whatever v holds: it has 0 times v, over 0 or over its sink alone.
     seen = total != 0.0
     if sinks_ptr is not None:
         sink = tl.zeros((BLOCK_M,), tl.float32) + LOG2E * tl.load(sinks_ptr + head)
         seen = seen & ((total != 1.0) | (m != sink))
-    seen = seen[:, None]
-    accumulator = tl.where(seen, accumulator * factor[:, None], 0.0)
+    factor = tl.where(seen, 1.0 / total, 0.0)
+    if v_scale_ptr is not None:
+        factor *= tl.load(v_scale_ptr)
+    unseen = (factor == 0.0)[:, None]
+    accumulator = tl.where(unseen, 0.0, accumulator * factor[:, None])
     if TAIL_DV > 0:
-        accumulator_tail = tl.where(seen, accumulator_tail * factor[:, None], 0.0)
+        accumulator_tail = tl.where(unseen, 0.0, accumulator_tail * factor[:, None])
     row = (batch_64 * H + head) * Sq + query  # in (batch, H, Sq)
     if SPLIT_KV > 1:
         part = row * SPLIT_KV + split

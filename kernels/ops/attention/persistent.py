@@ -109,7 +109,8 @@ def persistent_kernel(
         if sinks_ptr is not None:
             sink = tl.zeros((BLOCK_M,), tl.float32) + LOG2E * tl.load(sinks_ptr + head)
             seen = seen & ((total != 1.0) | (m != sink))
-        accumulator = tl.where(seen[:, None], accumulator * (1.0 / total)[:, None], 0.0)
+        factor = tl.where(seen, 1.0 / total, 0.0)
+        accumulator = tl.where((factor == 0.0)[:, None], 0.0, accumulator * factor[:, None])
         row = place.to(tl.int64) * Sq + query
         out = out_ptr + row[:, None] * DIM_V + tl.arange(0, DIM_V)[None, :]
         tl.store(out, to_output(accumulator, None, out_ptr.dtype.element_ty))

@@ -601,10 +601,7 @@ DEFECTS = {
         "store_tile(out, to_output(accumulator, None, kind), mask_m, mask_dv)",
         "store_tile(out, to_output(accumulator, None, kind), None, mask_dv)",
     ),
-    "empty rows are no zeros": (
-        "accumulator = tl.where(seen, accumulator * factor[:, None], 0.0)",
-        "accumulator = accumulator * factor[:, None]",
-    ),
+    "empty rows are no zeros": ("factor = tl.where(seen, 1.0 / total, 0.0)", "factor = 1.0 / total"),
     "empty rows are NaN": ('base = tl.where(higher == -float("inf"), 0.0, higher)', "base = higher"),
     "v_scale forgotten": ("factor *= tl.load(v_scale_ptr)", "factor *= 1.0"),
     "splits do not end": ("last = tl.minimum(first + split_blocks, last)", "last = last"),
