@@ -79,24 +79,24 @@ class Tactics:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _known: dict[_Place, _Known] = field(default_factory=dict)
     _asked: dict[_Place, dict[int, Tactic]] = field(default_factory=dict)  # since `begin`, in order
-    _failures: list[Exception] = field(default_factory=list)
+    _failure: Exception | None = None
 
     def begin(self) -> None:
-        """What is `described`, and `failure`, begin here: at a build."""
+        """What is `described` begins here: at a build. An error of before it is forgotten."""
         with self._lock:
             self._asked.clear()
-            self._failures.clear()
+            self._failure = None
 
     def note_failure(self, error: Exception) -> None:
-        """Keeps what a plugin raised, for TensorRT doesn't."""
+        """Keeps the first error that a plugin raised, for TensorRT doesn't."""
         with self._lock:
-            self._failures.append(error)
+            self._failure = self._failure or error
 
-    @property
-    def failure(self) -> Exception | None:
-        """The first error that a plugin raised since `begin`."""
+    def take_failure(self) -> Exception | None:
+        """The first error that a plugin raised since `begin`; it is not kept any longer."""
         with self._lock:
-            return self._failures[0] if self._failures else None
+            failure, self._failure = self._failure, None
+            return failure
 
     def of(self, case: Case) -> list[Tactic]:
         """The tactics of a case, as the evidence is now.

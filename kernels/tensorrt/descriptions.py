@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.kernels.tensorrt.case import Case, Profile
-from tilewright.kernels.tensorrt.expressions import Number, dimension, lowered
+from tilewright.kernels.tensorrt.expressions import Number, Sizes, dimension, evaluate, lowered
 from tilewright.kernels.tensorrt.operation import PluginVariant, Tensor
 from tilewright.kernels.tensorrt.plans import LaunchPlan
 from tilewright.kernels.tensorrt.types import canonical, member
+from tilewright.tuning_db.errors import ProblemError
 
 
 def symbolic(
@@ -71,9 +72,29 @@ def case_of(
         tensors.append(Tensor(name, tuple(sizes), canonical(description.dtype)))
     results = variant.operation.outputs({tensor.name: tensor for tensor in tensors}, attributes)
     formats = formats or [description.format.name for description in (*inputs, *outputs)]
+    for result, given in zip(results, outputs, strict=True):
+        _check_result(variant, result, given, ranges)
     placed = [replace(tensor, format=name) for tensor, name in zip((*tensors, *results), formats, strict=True)]
     count = len(tensors)
     return Case(variant, tuple(placed[:count]), tuple(placed[count:]), dict(attributes), Profile(**ranges))
+
+
+def _check_result(variant: PluginVariant, result: Tensor, given: Any, ranges: Mapping[str, Sizes]) -> None:
+    """Does nothing for an output of the shape that TensorRT has it in, which was worked out before there was a profile.
+
+    Raises:
+        ProblemError: it is of another, and would be written past.
+    """
+    for which, sizes in ranges.items():
+        shape = tuple(
+            int(size if size >= 0 else getattr(given.shape, which)[axis]) for axis, size in enumerate(given.shape)
+        )
+        wanted = tuple(evaluate(dim, sizes) for dim in result.dims)
+        if shape != wanted:
+            raise ProblemError(
+                f"{variant.name}: {result.name} is {shape} to TensorRT and {wanted} to the kernel: make the leading "
+                "dimensions static, in which the inputs differ"
+            )
 
 
 def launch_parameters(plan: LaunchPlan, variant: PluginVariant, inputs: Sequence[Any], plugin: Any) -> tuple[Any, Any]:

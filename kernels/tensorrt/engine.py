@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import threading
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from tilewright.kernels.arrays import require_cupy
 from tilewright.kernels.compile import triton_version
 from tilewright.kernels.lookup import code_hash
 from tilewright.kernels.tensorrt.catalogue import NAMESPACE, OPERATIONS
-from tilewright.kernels.tensorrt.context import current
+from tilewright.kernels.tensorrt.context import Tactics, current
 from tilewright.kernels.tensorrt.library import tensorrt
 from tilewright.kernels.tensorrt.registration import register
 from tilewright.kernels.tensorrt.tactics import MOST
@@ -82,7 +83,7 @@ def build_engine(
         if not written.parent.is_dir() or written.is_dir():
             reason = "it is a folder" if written.is_dir() else f"there is no folder {written.parent}"
             raise UsageError(f"{written} can't be written: {reason}")
-    with _building:  # what is registered holds for the build
+    with _building:  # no other build's `register` comes between
         register(device, cuda=cuda, tactics=tactics, db=db)
         return _build(tensorrt(), source, path, _ranges(profiles or {}), implementation, cache, workspace_bytes)
 
@@ -93,15 +94,16 @@ def _beside(path: Path) -> Path:
 
 def _ranges(profiles: Mapping[str, Range]) -> dict[str, Range]:
     """The profiles, each of three shapes of positive integers."""
+    checked: dict[str, Range] = {}
     for name, shapes in profiles.items():
         try:
-            sizes = [list(shape) for shape in shapes]
-        except TypeError:
-            sizes = []
-        whole = all(type(size) is int and size > 0 for each in sizes for size in each)
-        if len(sizes) != 3 or not whole:
+            least, best, largest = (tuple(operator.index(size) for size in shape) for shape in shapes)
+        except (TypeError, ValueError):
+            least = best = largest = (0,)
+        if any(size < 1 for shape in (least, best, largest) for size in shape):
             raise UsageError(f"the profile of {name} is {shapes!r} and must be its least, best and largest shape")
-    return {name: (tuple(least), tuple(best), tuple(largest)) for name, (least, best, largest) in profiles.items()}
+        checked[name] = least, best, largest
+    return checked
 
 
 def _build(
@@ -120,20 +122,21 @@ def _build(
         raise MissingDependencyError(
             f'this TensorRT {trt.__version__} has no builder: pip install "tilewright[tensorrt]" ({error})'
         ) from None
-    target = current().target.device
+    tactics = current()
+    target = tactics.target.device
     if not target.live:
         raise UsageError(f"TensorRT builds for the GPU at hand, and {target.board} is not here: leave device out")
     if target.live != _current_gpu():
         raise UsageError(
             f"TensorRT builds for the current GPU, which is {_current_gpu()}, not {target.live}: make that current"
         )
-    current().begin()
+    tactics.begin()
     preference = f"PREFER_{implementation.upper()}_PYTHON_PLUGINS"
     flags = [getattr(trt.NetworkDefinitionCreationFlag, name) for name in ("STRONGLY_TYPED", preference)]
     network = builder.create_network(sum(1 << int(flag) for flag in flags))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(source)):
-        _raise_failure()
+        _raise_failure(tactics)
         found = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)]
         raise UsageError(f"TensorRT can't read {source}: {_first(found + errors)}")
     config = builder.create_builder_config()
@@ -143,9 +146,10 @@ def _build(
     _read_timings(config, cache)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        _raise_failure()
+        _raise_failure(tactics)
         raise RunError(f"TensorRT could not build {source}: {_first(errors)}")
-    provenance = _provenance(trt, source, bytes(serialized), profiles, implementation)
+    tactics.take_failure()  # one that TensorRT has got over
+    provenance = _provenance(trt, source, bytes(serialized), profiles, implementation, tactics)
     beside = _beside(path)
     beside.unlink(missing_ok=True)  # of an earlier engine: whoever is killed here leaves none beside the new one
     with whole_file(path) as stream:
@@ -162,11 +166,11 @@ def _current_gpu() -> str:
     return f"cuda:{int(require_cupy().cuda.runtime.getDevice())}"
 
 
-def _raise_failure() -> None:
+def _raise_failure(tactics: Tactics) -> None:
     """Raises what a plugin raised, if one did: it says more than TensorRT, which only sees that one failed."""
-    failure = current().failure
+    failure = tactics.take_failure()
     if failure is not None:
-        raise failure
+        raise failure.with_traceback(None)  # what is under construction hangs on it
 
 
 def collecting_logger(trt: Any) -> tuple[Any, list[str]]:
@@ -231,10 +235,9 @@ def _read_timings(config: Any, cache: Path | None) -> None:
 
 
 def _provenance(
-    trt: Any, source: Path, engine: bytes, profiles: dict[str, Range], implementation: str
+    trt: Any, source: Path, engine: bytes, profiles: dict[str, Range], implementation: str, tactics: Tactics
 ) -> dict[str, Any]:
     """What the engine was made of, in plain values."""
-    tactics = current()
     return {
         "model": {"path": str(source.resolve()), "sha256": hashlib.sha256(source.read_bytes()).hexdigest()},
         "engine": {"sha256": hashlib.sha256(engine).hexdigest(), "bytes": len(engine)},

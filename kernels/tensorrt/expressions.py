@@ -41,6 +41,9 @@ class Expression:
     def __sub__(self, other: Number) -> Number:
         return _made("-", self, other)
 
+    def __rsub__(self, other: int) -> Number:
+        return _made("-", other, self)
+
     def __mul__(self, other: Number) -> Number:
         return _made("*", self, other)
 

@@ -140,7 +140,7 @@ class GemmPlugin(PluginOperation):
             return _Form(lead, m, m, n, k, product(lead_a), False, True)
         if one_a:
             return _Form((1,) * (rank - len(lead_b)) + lead_b, m, m, n, k, product(lead_b), True, False)
-        shorter, longer = sorted((lead_a, lead_b), key=len)
+        shorter, longer = (lead_a, lead_b) if len(lead_a) < len(lead_b) else (lead_b, lead_a)
         if len(lead_a) != len(lead_b) and all(map(is_static, shorter)):
             raise ProblemError(
                 f"a has {len(a.dims)} dimensions and b {len(b.dims)}: as many, or b one matrix, or a one"

@@ -144,6 +144,7 @@ def _register(variant: PluginVariant, trt: Any, api: Any) -> None:
         plan = current().get(case_of(variant, inputs, outputs, given), int(tactic)).plan
         return plan.name, plan.ptx, *launch_parameters(plan, variant, inputs, api)
 
+    @noting_failures
     def jit(*arguments: Any, stream: int) -> None:
         inputs, given, (outputs,) = split(arguments)
         enqueue(variant, inputs, outputs, given, stream)

@@ -7,6 +7,7 @@ the device before TensorRT hears of them, so none is refused later.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,7 +19,7 @@ from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.kernels.lookup import Choice, shortlist
 from tilewright.kernels.problem import Config
 from tilewright.kernels.tensorrt.case import Case
-from tilewright.kernels.tensorrt.expressions import minimum
+from tilewright.kernels.tensorrt.expressions import minimum, to_plain
 from tilewright.kernels.tensorrt.plans import LaunchPlan
 from tilewright.kernels.tensorrt.ptx import assembled_isa, check_readable, isa_for, prepared
 from tilewright.tuning_db.errors import CompileError, UnsupportedError
@@ -37,12 +38,13 @@ class Tactic:
 
 
 def number_of(config: Config, plan: LaunchPlan) -> int:
-    """The number of a tactic: a hash of its configuration and its kernel, from 1 to 2**31 - 1.
+    """The number of a tactic: a hash of its configuration, its kernel and how it is launched, from 1 to 2**31 - 1.
 
     TensorRT writes numbers into timing caches, and takes a kernel for that of its number whatever the profile: so the
     same number is the same kernel in every process, whatever else was asked and tuned there.
     """
-    content = f"{config.to_json()} {plan.name}"
+    launch = [to_plain(number) for number in (*plan.grid, *(number for _, number in plan.scalars))]
+    content = f"{config.to_json()} {plan.name} {json.dumps(launch)}"
     return int.from_bytes(sha256(content.encode()).digest()[:4], "big") % (2**31 - 1) + 1
 
 

@@ -270,18 +270,22 @@ def attention_kernel(
             )  # fmt: skip
 
     lse = m + tl.log2(total)
-    # A row that sees no key is 0, whatever v holds: it has 0 times v, over 0 or over its sink alone.
-    seen = total != 0.0
-    if sinks_ptr is not None:
-        sink = tl.zeros((BLOCK_M,), tl.float32) + LOG2E * tl.load(sinks_ptr + head)
-        seen = seen & ((total != 1.0) | (m != sink))
-    factor = tl.where(seen, 1.0 / total, 0.0)
+    factor = tl.where(total == 0.0, 0.0, 1.0 / total)
     if v_scale_ptr is not None:
         factor *= tl.load(v_scale_ptr)
-    unseen = (factor == 0.0)[:, None]
-    accumulator = tl.where(unseen, 0.0, accumulator * factor[:, None])
+    accumulator *= factor[:, None]
     if TAIL_DV > 0:
-        accumulator_tail = tl.where(unseen, 0.0, accumulator_tail * factor[:, None])
+        accumulator_tail *= factor[:, None]
+    # A row that sees no key is 0, whatever v holds: it has 0 times v, which may be NaN. Where there is a sink, its sum
+    # is that of the sink alone; so is that of keys that are little beside it, whose values count if they are numbers.
+    unseen = factor == 0.0
+    if sinks_ptr is not None:
+        sink = tl.zeros((BLOCK_M,), tl.float32) + LOG2E * tl.load(sinks_ptr + head)
+        unseen = (total == 1.0) & (m == sink) & (split == 0)
+    unseen = unseen[:, None]
+    accumulator = tl.where(unseen & (accumulator != accumulator), 0.0, accumulator)
+    if TAIL_DV > 0:
+        accumulator_tail = tl.where(unseen & (accumulator_tail != accumulator_tail), 0.0, accumulator_tail)
     row = (batch_64 * H + head) * Sq + query  # in (batch, H, Sq)
     if SPLIT_KV > 1:
         part = row * SPLIT_KV + split

@@ -104,13 +104,13 @@ def persistent_kernel(
             MASKED=MASKS, GUARDED=False,
         )  # fmt: skip
 
-        # A row that sees no key is 0, whatever v holds: it has 0 times v, over 0 or over its sink alone.
-        seen = total != 0.0
+        factor = tl.where(total == 0.0, 0.0, 1.0 / total)
+        accumulator *= factor[:, None]
+        # A row that sees no key is 0, whatever v holds; see `attention_kernel`.
+        unseen = factor == 0.0
         if sinks_ptr is not None:
-            sink = tl.zeros((BLOCK_M,), tl.float32) + LOG2E * tl.load(sinks_ptr + head)
-            seen = seen & ((total != 1.0) | (m != sink))
-        factor = tl.where(seen, 1.0 / total, 0.0)
-        accumulator = tl.where((factor == 0.0)[:, None], 0.0, accumulator * factor[:, None])
+            unseen = (total == 1.0) & (m == tl.zeros((BLOCK_M,), tl.float32) + LOG2E * tl.load(sinks_ptr + head))
+        accumulator = tl.where(unseen[:, None] & (accumulator != accumulator), 0.0, accumulator)
         row = place.to(tl.int64) * Sq + query
         out = out_ptr + row[:, None] * DIM_V + tl.arange(0, DIM_V)[None, :]
         tl.store(out, to_output(accumulator, None, out_ptr.dtype.element_ty))

@@ -83,9 +83,8 @@ class AttentionProblem(Problem):
             raise refused("dtype", self.dtype, "attention", FLOATS)
         for name, size in (("D", self.D), ("Dv", self.dim_v)):
             if not self.smallest_dim <= size <= LARGEST_DIM:
-                raise UnsupportedProblemError(
-                    f"{name}={size} must be from {self.smallest_dim} to {LARGEST_DIM} for {self.dtype}"
-                )
+                wrong = ProblemError if size < 1 else UnsupportedProblemError
+                raise wrong(f"{name}={size} must be from {self.smallest_dim} to {LARGEST_DIM} for {self.dtype}")
         put("out_dtype", self.out_dtype or ("bf16" if self.dtype.startswith("fp8") else self.dtype))
         for name, kind in (("out_dtype", self.out_dtype), ("bias", self.bias)):
             if kind is not None and kind not in FLOATS:

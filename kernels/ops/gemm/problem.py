@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tilewright.kernels.activations import activation_name
-from tilewright.kernels.dtypes import dtype, refused
+from tilewright.kernels.dtypes import DTYPES, dtype, refused
 from tilewright.kernels.epilogue import GATED, FusedProblem
 from tilewright.kernels.ops.gemm.packing import packed_rows
 from tilewright.kernels.problem import Output
@@ -129,7 +129,8 @@ class GemmProblem(FusedProblem):
         if self.b_dtype == self.dtype:
             put(self, "b_dtype", None)
         if self.b_dtype is not None and (self.b_dtype not in WEIGHT_DTYPES or self.dtype not in ("fp16", "bf16")):
-            raise UnsupportedProblemError(
+            kind = UnsupportedProblemError if self.b_dtype in DTYPES else ProblemError
+            raise kind(
                 f"dtype={self.dtype!r} with b_dtype={self.b_dtype!r}: they are one, or fp16 or bf16 with int8 or int4"
             )
         if (self.b_scale == "group") != (self.group_size != 0):
@@ -138,11 +139,11 @@ class GemmProblem(FusedProblem):
             )
         if self.group_size and (self.group_size not in GROUP_SIZES or self.b_dtype is None):
             sizes = ", ".join(map(str, GROUP_SIZES))
-            raise UnsupportedProblemError(
-                f"group_size={self.group_size} must be one of {sizes}, of weights of b_dtype int8 or int4"
-            )
+            kind = ProblemError if self.group_size < 0 else UnsupportedProblemError
+            raise kind(f"group_size={self.group_size} must be one of {sizes}, of weights of b_dtype int8 or int4")
         if self.b_scale_dtype != "fp32" and (self.b_scale != "group" or self.b_scale_dtype not in SCALE_DTYPES):
-            raise UnsupportedProblemError(
+            kind = UnsupportedProblemError if self.b_scale_dtype in DTYPES else ProblemError
+            raise kind(
                 f"b_scale_dtype={self.b_scale_dtype!r}: scales are fp32, those of groups {' or '.join(SCALE_DTYPES)}"
             )
         if self.b_zero and self.b_dtype is None:

@@ -223,6 +223,39 @@ def test_a_row_that_sees_no_key_is_0_whatever_the_values_hold(config, dim, sinks
     assert np.isnan(out[0][~unseen]).all()
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+def test_nor_is_one_of_persistent_blocks(sinks):
+    problem = AttentionProblem(1, 2, 256, 192, 16, dtype="bf16", out_dtype="fp32", causal=True, sinks=sinks)
+    arrays = problem.inputs(0)
+    arrays["v"][...] = np.nan
+    out = run(problem, arrays, {}, AttentionConfig(128, 32, TMA=True, WARP_SPECIALIZE=True, PERSISTENT=True))
+    out = out[0] if isinstance(out, tuple) else out
+    assert (out[0, :, :64] == 0).all()
+    assert np.isnan(out[0, :, 64:]).all()
+
+
+@pytest.mark.parametrize("keys", [33, 65])
+def test_a_key_that_weighs_as_much_as_the_sink_counts_in_every_split(keys):
+    """The sink is in the first; a later one that sees one key of the same score has a sum of 1, too."""
+    problem = AttentionProblem(1, 1, 1, keys, 16, dtype="fp32", sinks=True)
+    arrays = problem.inputs(0)
+    arrays["q"][...] = arrays["sinks"][...] = 0
+    arrays["v"][...] = 1
+    arrays["v"][0, 0, -1] = 1000
+    out = run(problem, arrays, {}, AttentionConfig(16, 32, SPLIT_KV=2))
+    np.testing.assert_allclose(out, (keys - 1 + 1000) / (keys + 1), rtol=1e-5)
+
+
+def test_keys_that_are_little_beside_the_sink_count():
+    problem = AttentionProblem(1, 1, 16, 1024, 16, dtype="fp32", sinks=True)
+    arrays = problem.inputs(0)
+    arrays["q"][...] = 0
+    arrays["sinks"][...] = 22
+    arrays["v"][...] = 100
+    out = run(problem, arrays, {}, SMALL)
+    np.testing.assert_allclose(out, 100 * 1024 * np.exp(-22), rtol=1e-4)
+
+
 @pytest.mark.parametrize("split", [1, 2])
 def test_keys_beyond_the_most_there_may_be_are_not_seen(split):
     """Whatever the configuration: the host divides the keys among splits by `max_seqlen_k`."""
@@ -601,7 +634,7 @@ DEFECTS = {
         "store_tile(out, to_output(accumulator, None, kind), mask_m, mask_dv)",
         "store_tile(out, to_output(accumulator, None, kind), None, mask_dv)",
     ),
-    "empty rows are no zeros": ("factor = tl.where(seen, 1.0 / total, 0.0)", "factor = 1.0 / total"),
+    "empty rows divided by zero": ("factor = tl.where(total == 0.0, 0.0, 1.0 / total)", "factor = 1.0 / total"),
     "empty rows are NaN": ('base = tl.where(higher == -float("inf"), 0.0, higher)', "base = higher"),
     "v_scale forgotten": ("factor *= tl.load(v_scale_ptr)", "factor *= 1.0"),
     "splits do not end": ("last = tl.minimum(first + split_blocks, last)", "last = last"),
@@ -707,6 +740,7 @@ DEFECTS_OF_PERSISTENT_BLOCKS = {
     "tiles out of turn": ("tile = within // size", "tile = within // GROUP_H"),
     "slope of the first head": ("tl.load(alibi_slopes_ptr + head)", "tl.load(alibi_slopes_ptr)"),
     "sink forgotten": ("total += 1.0", "total += 0.0"),
+    "empty rows divided by zero": ("factor = tl.where(total == 0.0, 0.0, 1.0 / total)", "factor = 1.0 / total"),
     "log-sum-exp base 2": ("(m + tl.log2(total)) * LN2", "(m + tl.log2(total))"),
     "rows of the first head": ("row = place.to(tl.int64) * Sq + query", "row = 0 * place.to(tl.int64) + query"),
     "one tile each": ("heads * tiles, tl.num_programs(0), warp", "tl.num_programs(0), tl.num_programs(0), warp"),
@@ -719,6 +753,7 @@ def exposing_persistent_blocks():
     yield grouped, config
     yield replace(grouped, B=1, H=3, Hkv=3, Sq=256, Skv=256, alibi=True, sinks=True), replace(config, GROUP_H=2)
     yield replace(grouped, Skv=224, causal=False, window_left=40, window_right=9), config
+    yield replace(grouped, B=1, Sq=256, Skv=192), config  # the first rows see no key
 
 
 def test_the_persistent_kernel_itself_shows_no_defect():

@@ -105,7 +105,12 @@ def test_what_a_build_asked_is_described(evidence, monkeypatch):
     tactics.of(gemm(1, 8, 16))
     tactics.note_failure(ValueError("of another build"))
     tactics.begin()
-    assert (tactics.described(), tactics.failure) == ([], None)
+    assert (tactics.described(), tactics.take_failure()) == ([], None)
+    errors = [ValueError("the first"), ValueError("what followed from it")]
+    for error in errors:
+        tactics.note_failure(error)
+    assert tactics.take_failure() is errors[0]
+    assert tactics.take_failure() is None
     made = Tactic(1, choice, SimpleNamespace(name="k"))
     monkeypatch.setattr(context, "tactics", lambda *_, **__: [made])
     tactics.of(gemm(1, 8, 16, activation="relu"))

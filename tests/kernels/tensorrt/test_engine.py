@@ -141,7 +141,7 @@ def test_no_engine_lies_beside_what_another_was_made_of(build, model, monkeypatc
 def test_what_a_plugin_raised_is_raised(build, monkeypatch, fails):
     """TensorRT only says that a plugin failed."""
     error = UnsupportedError("FusedGemm has no tactic")
-    monkeypatch.setattr(Tactics, "failure", error)
+    monkeypatch.setattr(Tactics, "take_failure", lambda tactics: error)
     with pytest.raises(UnsupportedError) as raised:
         build(fails)
     assert raised.value is error

@@ -14,6 +14,7 @@ from tilewright.kernels.compile import Binary
 from tilewright.kernels.lookup import choose
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.tensorrt import tactics as tactics_module
+from tilewright.kernels.tensorrt.expressions import dimension
 from tilewright.kernels.tensorrt.tactics import MOST, launch_plan, number_of, tactics
 from tilewright.tuning_db.env import DB_DIR
 from tilewright.tuning_db.errors import CompileError, UnsupportedError
@@ -80,11 +81,12 @@ def test_the_default_is_among_any_number_but_one(folder):
 
 def test_numbers_are_of_the_content():
     """So that a timing cache means the same kernel in every process, whatever was asked there before."""
-    plan = SimpleNamespace(name="tilewright_gemm_kernel_0123456789abcdef")
+    plan = SimpleNamespace(name="tilewright_gemm_kernel_0123456789abcdef", grid=(12, 1, 1), scalars=(("M", 128),))
     first = number_of(TILES[0], plan)
-    assert first == number_of(GemmConfig(**TILES[0].to_dict()), plan) == 1443690341
+    assert first == number_of(GemmConfig(**TILES[0].to_dict()), plan) == 1321943702
     assert first != number_of(TILES[1], plan)
-    assert first != number_of(TILES[0], SimpleNamespace(name="another"))
+    for changed in ({"name": "another"}, {"grid": (6, 1, 1)}, {"scalars": (("M", dimension("a", 0)),)}):
+        assert first != number_of(TILES[0], SimpleNamespace(**{**vars(plan), **changed}))
     assert all(1 <= number_of(tile, plan) < 2**31 for tile in TILES)
 
 
