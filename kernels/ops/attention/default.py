@@ -73,7 +73,9 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
         config = AttentionConfig(128 if wide <= 64 else 64, 64, PACK=pack, num_warps=4, num_stages=stages + 1)
     else:
         n = 32 if wide > 128 or terms else 64
-        if terms and wide > 64 and not groups:
+        # Rows of a bias that begin anywhere are read element by element, beside accumulators that tcgen05 hands over.
+        ragged = problem.bias is not None and problem.Skv % 8 and device.arch // 10 == 10
+        if ragged or (terms and wide > 64 and not groups):
             n = 16
         config = AttentionConfig(128, n, PACK=pack, num_warps=8, num_stages=stages)
     while fits(problem, config, device) is not None and config.num_stages > 1:
