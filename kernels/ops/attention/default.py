@@ -66,7 +66,8 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
             or (problem.unit == "fp8" and terms)
             or (groups and (problem.bias is not None or (terms and device.arch // 10 == 10)))
         )
-        config = AttentionConfig(64, 16 if few else 32, PACK=pack, num_stages=stages)
+        m = 32 if problem.unit == "fp8" and terms and wide > 64 and not groups else 64
+        config = AttentionConfig(m, 16 if few else 32, PACK=pack, num_stages=stages)
     elif device.arch // 10 == 9 and wide <= 128 and not (terms or pack or problem.page_size or problem.unit == "fp8"):
         # Two blocks on an SM, whose softmax and dots fill each other's gaps: on an H200, 4096 causal keys of bf16 take
         # 0.74 of the time of 128 rows of one block (head dim 128), and 8192 of head dim 64 take 0.85.
