@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.kernels.tensorrt.case import Case, Profile
-from tilewright.kernels.tensorrt.expressions import Number, Sizes, dimension, evaluate, lowered
+from tilewright.kernels.tensorrt.expressions import Number, Sizes, dimension, lowered
 from tilewright.kernels.tensorrt.operation import PluginVariant, Tensor
 from tilewright.kernels.tensorrt.plans import LaunchPlan
 from tilewright.kernels.tensorrt.types import canonical, member
@@ -57,39 +57,39 @@ def case_of(
     Raises:
         ProblemError, UsageError, UnsupportedError: they make none.
     """
-    tensors = []
+    network = []  # as `described_outputs` saw them, before there was a profile
     ranges: dict[str, dict[tuple[str, int], int]] = {"min": {}, "opt": {}, "max": {}}
     for name, description in zip(variant.inputs, inputs, strict=True):
         sizes: list[Number] = []
         for axis, size in enumerate(description.shape):
-            span = {which: int(getattr(description.shape, which)[axis]) for which in ranges} if size < 0 else {}
-            if len(set(span.values())) == 1:
-                size = span["opt"]  # dynamic in the network, and one size in this profile
             sizes.append(int(size) if size >= 0 else dimension(name, axis))
             if size < 0:
                 for which, found in ranges.items():
-                    found[name, axis] = span[which]
-        tensors.append(Tensor(name, tuple(sizes), canonical(description.dtype)))
+                    found[name, axis] = int(getattr(description.shape, which)[axis])
+        network.append(Tensor(name, tuple(sizes), canonical(description.dtype)))
+    # What is dynamic in the network may be one size in this profile.
+    fast = {place for place, size in ranges["min"].items() if size == ranges["max"][place]}
+    tensors = [tensor.with_known({place: ranges["opt"][place] for place in fast}) for tensor in network]
     results = variant.operation.outputs({tensor.name: tensor for tensor in tensors}, attributes)
+    if fast:
+        promised = variant.operation.outputs({tensor.name: tensor for tensor in network}, attributes)
+        for result, known in zip(results, promised, strict=True):
+            _check_result(variant, result, known, ranges)
+    varying = {which: {place: sizes[place] for place in sizes.keys() - fast} for which, sizes in ranges.items()}
     formats = formats or [description.format.name for description in (*inputs, *outputs)]
-    for result, given in zip(results, outputs, strict=True):
-        _check_result(variant, result, given, ranges)
     placed = [replace(tensor, format=name) for tensor, name in zip((*tensors, *results), formats, strict=True)]
     count = len(tensors)
-    return Case(variant, tuple(placed[:count]), tuple(placed[count:]), dict(attributes), Profile(**ranges))
+    return Case(variant, tuple(placed[:count]), tuple(placed[count:]), dict(attributes), Profile(**varying))
 
 
-def _check_result(variant: PluginVariant, result: Tensor, given: Any, ranges: Mapping[str, Sizes]) -> None:
-    """Does nothing for an output of the shape that TensorRT has it in, which was worked out before there was a profile.
+def _check_result(variant: PluginVariant, result: Tensor, promised: Tensor, ranges: Mapping[str, Sizes]) -> None:
+    """Does nothing for an output of the shape that TensorRT was told of before there was a profile.
 
     Raises:
         ProblemError: it is of another, and would be written past.
     """
-    for which, sizes in ranges.items():
-        shape = tuple(
-            int(size if size >= 0 else getattr(given.shape, which)[axis]) for axis, size in enumerate(given.shape)
-        )
-        wanted = tuple(evaluate(dim, sizes) for dim in result.dims)
+    for sizes in ranges.values():
+        shape, wanted = promised.at(sizes).dims, result.at(sizes).dims
         if shape != wanted:
             raise ProblemError(
                 f"{variant.name}: {result.name} is {shape} to TensorRT and {wanted} to the kernel: make the leading "

@@ -47,6 +47,10 @@ class Tensor:
         """With its dimensions' values."""
         return replace(self, dims=tuple(evaluate(dim, sizes) for dim in self.dims))
 
+    def with_known(self, sizes: Sizes) -> Tensor:
+        """With the values of those of its dimensions that are known."""
+        return replace(self, dims=tuple(sizes.get((self.name, axis), dim) for axis, dim in enumerate(self.dims)))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Its dimensions, all of them known."""
