@@ -93,14 +93,14 @@ def _beside(path: Path) -> Path:
 
 
 def _ranges(profiles: Mapping[str, Range]) -> dict[str, Range]:
-    """The profiles, each of three shapes of positive integers."""
+    """The profiles, each of three shapes. A size may be 0, as that of an empty cache is."""
     checked: dict[str, Range] = {}
     for name, shapes in profiles.items():
         try:
             least, best, largest = (tuple(operator.index(size) for size in shape) for shape in shapes)
         except (TypeError, ValueError):
-            least = best = largest = (0,)
-        if any(size < 1 for shape in (least, best, largest) for size in shape):
+            least = best = largest = (-1,)
+        if any(size < 0 for shape in (least, best, largest) for size in shape):
             raise UsageError(f"the profile of {name} is {shapes!r} and must be its least, best and largest shape")
         checked[name] = least, best, largest
     return checked

@@ -67,6 +67,11 @@ def test_without_dynamic_inputs_there_is_no_profile(build):
     assert ("profile",) not in build(inputs={"x": (8, 512)}, profiles={})[1].did
 
 
+def test_a_size_may_be_0_in_a_profile(build):
+    profile = ((0, 512), (64, 512), (512, 512))
+    assert ("shape", "x", *profile) in build(profiles={"x": profile})[1].did
+
+
 def test_timings_are_read_and_written(build, tmp_path):
     cache = tmp_path / "timings"
     assert ("timings", b"") in build(timing_cache=cache)[1].did
@@ -94,7 +99,7 @@ def test_timings_are_read_and_written(build, tmp_path):
             r"profile of x is \(\(9, 512\), .* must be its least, best",
         ),
         ({"profiles": {"x": (1, 2, 3)}}, UsageError, r"the profile of x is \(1, 2, 3\) and must be its least, best"),
-        ({"profiles": {"x": ((0, 512), (2, 512), (3, 512))}}, UsageError, "must be its least, best"),
+        ({"profiles": {"x": ((-1, 512), (2, 512), (3, 512))}}, UsageError, "must be its least, best"),
         ({"fails": "profile"}, UsageError, r"TensorRT refuses the profile x \(1, 512\), \(64, 512\), \(512, 512\)"),
         ({"live": "cuda:1"}, UsageError, "the current GPU, which is cuda:0, not cuda:1: make that current"),
         ({"timing_cache": "/none/timings"}, UsageError, "/none/timings can't be written: there is no folder /none"),
