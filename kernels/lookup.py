@@ -208,10 +208,10 @@ def ranked(
 ) -> Iterator[Choice]:
     """As `candidates` without a pack and a caller's configuration, with the databases of `folder`, and with usable
     configurations alone: of each thing that is asked the best of those."""
-    default = default_config(kernel, problem, device)
     recorded = recorded_choice(kernel, problem, device, folder, usable)
     if recorded is not None:
         yield recorded
+    default = default_config(kernel, problem, device)  # not before: most calls are answered by now
     for prediction, predicted in predicted_best(kernel, problem, device, PREDICTED_CANDIDATES, usable):
         yield Choice(predicted, Provenance.PREDICTED, f"by {MODEL}", prediction.time_us)
     if usable is None or usable(default):
