@@ -13,14 +13,15 @@ import dataclasses
 import hashlib
 import heapq
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tilewright.kernels import catalogue, identity
 from tilewright.kernels import compile as compile_path
-from tilewright.kernels import identity
 from tilewright.kernels.compile import ptxas_version, triton_version
 from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.kernels.kernel import Kernel
@@ -82,13 +83,14 @@ def record_key(kernel: Kernel[Any, Any], problem: Problem, device: Device, proto
 
 def prediction_protocol(kernel: Kernel[Any, Any]) -> str:
     """Name and revision of how a kernel's times are predicted: part of the key of its predicted records. It changes
-    with the model, and with what the op tells it: the modules of its problem, its space, its estimate and its work."""
+    with the code of the model, the figures of the boards, and what the op tells the model: the modules of its problem,
+    its space, its estimate and its work."""
     return identity.of_code(kernel, "prediction", lambda: _prediction_protocol(kernel))
 
 
 def _prediction_protocol(kernel: Kernel[Any, Any]) -> str:
     told = {function.__module__ for function in (kernel.space.fits, kernel.space.useful, kernel.estimate, kernel.work)}
-    told |= {kernel.problem.__module__, Work.__module__}
+    told |= {kernel.problem.__module__, Work.__module__, predict.__module__, catalogue.__name__}
     hashes = " ".join(module_hash(sys.modules[name]) for name in sorted(told))
     return f"{MODEL}-{hashlib.sha256(hashes.encode()).hexdigest()[:8]}"
 
@@ -276,7 +278,7 @@ def recorded_choice(
     kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path, usable: Usable | None = None
 ) -> Choice | None:
     """What the device's database answers, or what was shipped for the device, if anything. A database that can't be
-    read answers nothing: a program that runs a model goes on without it; `autotune` is where the damage is reported."""
+    read answers nothing but a warning: a program that runs a model goes on without it."""
     return _with_database(device, folder, lambda database: answer(kernel, problem, device, database, usable))
 
 
@@ -285,7 +287,12 @@ def _with_database(device: Device, folder: Path, asked: Callable[[TuningDB], Ans
     try:
         with TuningDB.open(device.key, folder, read_only=True) as database:
             return asked(database)
-    except DatabaseError:
+    except DatabaseError as error:
+        warnings.warn(
+            f"{error}. Its records are left out: programs go on with what was shipped or is predicted",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         with TuningDB.without_own(device.key, folder) as database:
             return asked(database)
 

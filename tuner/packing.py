@@ -24,7 +24,7 @@ from tilewright.kernels.registry import KERNELS, find_kernel
 from tilewright.tuner.pool import Pool
 from tilewright.tuner.runner import COMPILE_TIMEOUT_S
 from tilewright.tuning_db.atomic import whole_file
-from tilewright.tuning_db.env import refuse_if_frozen
+from tilewright.tuning_db.env import refuse_compiler_switches, refuse_if_frozen
 from tilewright.tuning_db.errors import ProblemError, RunError, UsageError
 from tilewright.tuning_db.record import Provenance, Resources, Status
 from tilewright.tuning_db.store import TuningDB
@@ -93,6 +93,7 @@ def build_pack(
         WorkerError: no worker process can be started.
     """
     refuse_if_frozen("no pack is made")
+    refuse_compiler_switches("no pack is made")
     tasks = [_Task(find_kernel(op), problem, device, folder) for op, problem in dict.fromkeys(problems)]
     if not tasks:
         raise UsageError("there is nothing to pack: tune the device first, or name problems or a suite")

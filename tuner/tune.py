@@ -38,7 +38,7 @@ from tilewright.tuner.search import Evidence, Search
 from tilewright.tuner.shared import MOST_LOST, Claim, SharedSearch
 from tilewright.tuner.storage import Storage
 from tilewright.tuner.suites import SUITES, Workload
-from tilewright.tuning_db.env import database_dir
+from tilewright.tuning_db.env import database_dir, refuse_compiler_switches
 from tilewright.tuning_db.errors import ProblemError, UsageError
 from tilewright.tuning_db.record import Environment, Key, Provenance, Record, Status
 from tilewright.tuning_db.store import TuningDB
@@ -173,6 +173,7 @@ def autotune(
         raise UsageError(
             "retune and storage exclude each other: what others have tried in a storage is not tried again"
         )
+    refuse_compiler_switches("nothing is tuned")
     target = resolve_device(device) if isinstance(device, str) else device
     gpus = equal_gpus(target, workers)
     workloads = resolve_workloads(target, kernels, problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from typing import BinaryIO
 from tilewright.tuning_db.errors import UsageError
 
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A stream whose bytes become the file `path` when the block ends well; before that, and else, nothing changes.
@@ -20,7 +24,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     or that a new one gets. A link stays one, to a file that changed; a pipe or a terminal is written to as it is.
 
     Raises:
-        UsageError: the folder isn't there or can't be written, or `path` is a folder.
+        UsageError: the folder isn't there or can't be written, `path` is a folder, or the disk is full.
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name a file in it")
@@ -42,6 +46,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         if path.exists():
             temporary.chmod(path.stat().st_mode & 0o777)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise UsageError(
+                f"{path} can't be written ({error.strerror}): free some space, or name a file elsewhere"
+            ) from None
         raise

@@ -24,6 +24,27 @@ FROZEN = "TILEWRIGHT_FROZEN"
 INTERPRET = "TRITON_INTERPRET"
 """Triton's own switch: kernels run on NumPy arrays in its interpreter. Must be set before Triton is imported."""
 
+COMPILER_SWITCHES = (
+    "ALLOW_LHS_TMEM_LAYOUT_CONVERSION",
+    "DISABLE_LLVM_OPT",
+    "DISABLE_MMA_V3",
+    "DISABLE_MMA_V5",
+    "DISABLE_PTXAS_OPT",
+    "LLVM_PASS_PLUGIN_PATH",
+    "PTXAS_OPTIONS",
+    "TRITON_ENABLE_ASAN",
+    "TRITON_ENABLE_EXPERIMENTAL_CONSAN",
+    "TRITON_F32_DEFAULT",
+    "TRITON_FORCE_DISABLE_FP_FUSION",
+    "TRITON_INSTRUMENTATION_MODE",
+    "TRITON_KERNEL_OVERRIDE",
+    "TRITON_LIBDEVICE_PATH",
+    "TRITON_OVERRIDE_ARCH",
+    "TRITON_PLUGIN_PATHS",
+    "TRITON_PREFER_TMEM_16x256_LAYOUT",
+)
+"""Triton's own switches, of 3.6 to 3.9, with which it makes other machine code of the same source."""
+
 _ON = {"1", "true", "on", "y", "yes"}
 _OFF = {"", "0", "false", "off", "n", "no"}
 
@@ -78,6 +99,19 @@ def refuse_if_frozen(what: str) -> None:
     """
     if frozen():
         raise UsageError(f"{FROZEN} is set: {what}; unset it to do so")
+
+
+def refuse_compiler_switches(what: str) -> None:
+    """Does nothing but where one of `COMPILER_SWITCHES` is on: no key has them, so outcomes with one would stand as
+    those of the plain compiler.
+
+    Raises:
+        UsageError: one is on; the message names it, and says that `what` isn't done then.
+    """
+    for name in COMPILER_SWITCHES:
+        value = os.environ.get(name, "")
+        if value.strip().lower() not in _OFF:
+            raise UsageError(f"{name}={value} makes Triton compile other machine code: {what}; unset it to do so")
 
 
 def interpreting() -> bool:

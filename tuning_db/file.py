@@ -44,6 +44,7 @@ SIDECARS = ("-wal", "-shm", "-journal")
 _IMMUTABLE = "mode=ro&immutable=1"
 
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_NO_TEXT = "{path} holds a text that is none ({error}): `autotune db check` names the row to delete"
 _ELSEWHERE = "choose another folder with --db or $TILEWRIGHT_DB_DIR"
 _ACCESS = {
     sqlite3.SQLITE_BUSY: f"another process has held it for over {TIMEOUT_S:.0f} s: end that process and try again",
@@ -52,7 +53,7 @@ _ACCESS = {
     sqlite3.SQLITE_READONLY: f"it can't be written: change its permissions, or {_ELSEWHERE}",
     sqlite3.SQLITE_CANTOPEN: f"it can't be opened: check the permissions of the file and its folder, or {_ELSEWHERE}",
     sqlite3.SQLITE_PERM: f"it can't be opened: check the permissions of the file and its folder, or {_ELSEWHERE}",
-    sqlite3.SQLITE_IOERR: f"reading or writing failed: check the disk, or {_ELSEWHERE}",
+    sqlite3.SQLITE_IOERR: f"reading or writing failed: check the disk and its free space, or {_ELSEWHERE}",
 }
 
 
@@ -164,15 +165,18 @@ class DatabaseFile:
             raise UsageError(f"{self.path} was opened before this process was forked: open it again here")
 
 
-def open_file(path: Path, *, read_only: bool = False, immutable: bool = False) -> DatabaseFile:
+def open_file(
+    path: Path, *, read_only: bool = False, immutable: bool = False, scratch: bool = False
+) -> DatabaseFile:
     """Open a file, for writing made first where it is missing, set aside first where it is damaged. One that is
-    `immutable`, which is read only, nobody ever writes to: SQLite then takes no locks and looks for no side files.
+    `immutable`, which is read only, nobody ever writes to: SQLite then takes no locks and looks for no side files. One
+    that is `scratch` is this process's own, for a while.
 
     Raises:
         DatabaseCorruptError: read-only, and the file is damaged or no database.
         DatabaseSchemaError: it is a newer Tilewright's, or read-only an older one's.
         DatabaseAccessError: it can't be opened, made or written.
-        UsageError: for writing, where `$TILEWRIGHT_FROZEN` is on.
+        UsageError: for writing, where `$TILEWRIGHT_FROZEN` is on and the file is not `scratch`.
     """
     with explained(path):
         if path.is_dir():
@@ -182,7 +186,8 @@ def open_file(path: Path, *, read_only: bool = False, immutable: bool = False) -
             return DatabaseFile(path, connection, read_only=True)
         if read_only:
             return DatabaseFile(path, _connect_to_read(path), read_only=True)
-        refuse_if_frozen(f"nothing is written to {path}")
+        if not scratch:
+            refuse_if_frozen(f"nothing is written to {path}")
         if (connection := _connect_if_ready(path)) is not None:
             return DatabaseFile(path, connection, read_only=False)
         connection, set_aside = _initialise(path)
@@ -200,6 +205,8 @@ def explained(path: Path, *, note_damage: bool = False) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", None)
+        if code is None and isinstance(error, sqlite3.OperationalError):  # "Could not decode to UTF-8 column …"
+            raise DatabaseCorruptError(_NO_TEXT.format(path=path, error=error)) from error
         if code is None:
             raise  # Python's own: a mistake in the calling code
         code &= 0xFF  # the primary code; the rest says where in SQLite
@@ -214,6 +221,8 @@ def explained(path: Path, *, note_damage: bool = False) -> Iterator[None]:
         if code in _ACCESS:
             raise DatabaseAccessError(f"{path} ({error}): {_ACCESS[code]}") from error
         raise DatabaseError(f"{path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DatabaseCorruptError(_NO_TEXT.format(path=path, error=error)) from error
     except TimeoutError as error:
         raise DatabaseAccessError(f"{path}: {_ACCESS[sqlite3.SQLITE_BUSY]}") from error
     except OSError as error:
@@ -346,15 +355,23 @@ def _is_ready_after_migration(connection: sqlite3.Connection, path: Path) -> boo
 def _create(path: Path) -> None:
     """Under the lock: make a complete file and put it in place of none or an empty one."""
     fresh = Path(f"{path}.new")
-    for leftover in (fresh, *(Path(f"{fresh}{suffix}") for suffix in SIDECARS)):
-        leftover.unlink(missing_ok=True)  # of a process that died here
-    connection = _connect(fresh, "mode=rwc")
+
+    def remove() -> None:
+        for leftover in (fresh, *(Path(f"{fresh}{suffix}") for suffix in SIDECARS)):
+            leftover.unlink(missing_ok=True)
+
+    remove()  # what is of a process that died here
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        schema.migrate(connection)
-    finally:
-        connection.close()  # the last connection: it empties the WAL into the file and removes it
-    fresh.replace(path)
+        connection = _connect(fresh, "mode=rwc")
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            schema.migrate(connection)
+        finally:
+            connection.close()  # the last connection: it empties the WAL into the file and removes it
+        fresh.replace(path)
+    except BaseException:  # a full disk, say
+        remove()
+        raise
 
 
 def _set_aside(path: Path) -> Path:

@@ -10,6 +10,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +26,7 @@ from tilewright.tuning_db.rows import (
     Row,
     environment_to_row,
     insertion,
+    no_record,
     record_to_row,
     row_to_environment,
     row_to_record,
@@ -41,18 +43,25 @@ MOST_RECORDS = 10_000_000
 MOST_RUNS = 100_000
 """Of one file: hundreds of times what a board collects."""
 
+_NO_RUN = "it is of a run that there is not"
 _PAGE = 1000  # rows in memory at a time
 _PAGE_BYTES = 1 << 23
+
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?\+00:00", re.ASCII)
 
 Objection = Callable[[Record], str | None]
 """What speaks against a record that is well formed: a configuration that is none of its kernel's, say."""
 
 
 def _moment(value: Any) -> str | None:
-    fine = isinstance(value, str) and re.fullmatch(
-        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?\+00:00", value, re.ASCII
-    )
-    return None if fine else "a time as 2026-01-31T12:00:00+00:00"
+    wanted = "a time as 2026-01-31T12:00:00+00:00"
+    if not (isinstance(value, str) and _MOMENT.fullmatch(value)):
+        return wanted
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:  # of a 13th month
+        return wanted
+    return None
 
 
 _HEADER = {
@@ -140,10 +149,12 @@ def entries(file: DatabaseFile, key: Key, config: str | None = None) -> dict[str
                 continue
             run = connection.execute("SELECT * FROM runs WHERE id = ?", (row["run_id"],)).fetchone()
             try:
-                fields = _record_fields(row_to_record(row), key.device)
-            except (ValueError, TypeError) as error:
-                raise _no_record(file.path, row, error) from error
-            found[row["config"]] = {"run": _run_fields(run), "record": fields}
+                if run is None:
+                    raise ValueError(_NO_RUN)
+                entry = {"run": _run_fields(run), "record": _record_fields(row_to_record(row), key.device)}
+            except ValueError as error:
+                raise no_record(file.path, row, error) from error
+            found[row["config"]] = entry
         return found
 
     return file.read(action)
@@ -181,7 +192,12 @@ def _export(
 ) -> int:
     (count,) = connection.execute(f"SELECT count(*) FROM records WHERE {chosen}", ops).fetchone()
     query = f"SELECT * FROM runs WHERE id IN (SELECT run_id FROM records WHERE {chosen})"
-    runs = {row["id"]: canonical_json(_run_fields(row)) for row in connection.execute(query, ops)}
+    runs = {}
+    for row in connection.execute(query, ops):
+        try:
+            runs[row["id"]] = canonical_json(_run_fields(row))
+        except ValueError as error:
+            raise DatabaseCorruptError(f"{path}: run {row['id']} is no run ({error}): delete it and its records") from error
     contents = sorted(set(runs.values()))
     numbers = {content: number for number, content in enumerate(contents, 1)}
 
@@ -193,14 +209,13 @@ def _export(
         write({"run": number, **json.loads(content)})
     for row in in_key_order(connection, chosen, ops):
         try:
-            write({"run": numbers[runs[row["run_id"]]], **_record_fields(row_to_record(row), device)})
-        except (ValueError, TypeError) as error:
-            raise _no_record(path, row, error) from error
+            if row["run_id"] not in runs:
+                raise ValueError(_NO_RUN)
+            line = {"run": numbers[runs[row["run_id"]]], **_record_fields(row_to_record(row), device)}
+        except ValueError as error:
+            raise no_record(path, row, error) from error
+        write(line)
     return int(count)
-
-
-def _no_record(path: Path, row: sqlite3.Row, error: Exception) -> DatabaseCorruptError:
-    return DatabaseCorruptError(f"{path}: record {row['id']} is no record ({error}): delete that row")
 
 
 def in_key_order(
@@ -265,7 +280,7 @@ def read_export(
     """
     lines = _Lines(stream, name)
     header = lines.header()
-    file = open_file(staging)
+    file = open_file(staging, scratch=True)
     try:
         runs: dict[int, int] = {}
         for _ in range(header["runs"]):

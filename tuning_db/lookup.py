@@ -36,10 +36,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tilewright.tuning_db.errors import DatabaseCorruptError, DatabaseError
+from tilewright.tuning_db.errors import DatabaseError
 from tilewright.tuning_db.file import DatabaseFile, open_file
 from tilewright.tuning_db.record import Answer, Key, Provenance, Record, canonical_json
-from tilewright.tuning_db.rows import Row, row_to_record
+from tilewright.tuning_db.rows import record_of
 from tilewright.tuning_db.schema import ANSWERABLE
 from tilewright.tuning_db.shapes import Near, nearest
 from tilewright.tuning_db.shipped_records import open_shipped, warn_of_unreadable
@@ -63,11 +63,11 @@ _GROUPS = f"""
     JOIN records ON id = (SELECT max(id) FROM records WHERE {_MEASURED} AND key_digest = keys.digest)
 """
 _BEST_FIRST = (
-    f"SELECT * FROM records WHERE {ANSWERABLE} AND key_digest = ? AND provenance = ? ORDER BY median_us, id LIMIT ?"
+    f"SELECT * FROM records WHERE {ANSWERABLE} AND key_digest = ? AND provenance = ? ORDER BY median_us, config LIMIT ?"
 )
 _FASTEST = (
     f"SELECT config, median_us FROM records WHERE {ANSWERABLE} AND key_digest = ? AND provenance = ? "
-    "ORDER BY median_us, id LIMIT ?"
+    "ORDER BY median_us, config LIMIT ?"
 )
 _OF_CONFIG = f"SELECT * FROM records WHERE {ANSWERABLE} AND key_digest = ? AND provenance = ? AND config = ?"
 _REFUTED = """
@@ -260,30 +260,16 @@ def best_first(
         rows = file.rows(_BEST_FIRST, (digest, provenance, limit))
         if rows and not seen and incumbent is not None and rows[0]["config"] != incumbent:
             for row in file.rows(_OF_CONFIG, (digest, provenance, incumbent)):
-                fastest, kept = to_record(file, rows[0]).times, to_record(file, row)
+                fastest, kept = record_of(file.path, rows[0]).times, record_of(file.path, row)
                 if fastest is not None and kept.times is not None and not fastest.beats(kept.times):
                     seen.add(incumbent)
                     yield kept
         for row in rows:
             if row["config"] not in seen:
                 seen.add(row["config"])
-                yield to_record(file, row)
+                yield record_of(file.path, row)
         if len(rows) < _FEW:
             return
-
-
-def to_record(file: DatabaseFile, row: Row) -> Record:
-    """The record of a row of this file.
-
-    Raises:
-        DatabaseCorruptError: the row can't have been written by Tilewright.
-    """
-    try:
-        return row_to_record(row)
-    except (ValueError, TypeError) as error:
-        raise DatabaseCorruptError(
-            f"{file.path}: record {row['id']} is no record ({error}): delete that row"
-        ) from error
 
 
 _Found = Iterator[tuple[_Group, Record]]
@@ -378,7 +364,7 @@ def _one(files: _Files, question: _Question, group: _Group, config: str) -> Reco
         return None
     with files.noting(group.file):
         for row in group.file.rows(_OF_CONFIG, (group.digest, Provenance.MEASURED, config)):
-            return to_record(group.file, row)
+            return record_of(group.file.path, row)
     return None
 
 

@@ -24,7 +24,7 @@ from tilewright.tuning_db.errors import DatabaseCorruptError, UsageError
 from tilewright.tuning_db.file import DatabaseFile
 from tilewright.tuning_db.interchange import in_key_order
 from tilewright.tuning_db.record import Status
-from tilewright.tuning_db.rows import Row, insertion, record_to_row, row_to_record
+from tilewright.tuning_db.rows import Row, insertion, record_of
 from tilewright.tuning_db.strict_json import shown
 
 
@@ -104,12 +104,8 @@ _RIVAL = "SELECT * FROM records WHERE key_digest = ? AND config = ? AND provenan
 
 
 def _check(row: sqlite3.Row, path: Path, device: str) -> None:
-    try:
-        record = row_to_record(row)
-        again = record_to_row(record, row["run_id"], "")
-    except (ValueError, TypeError) as error:
-        raise DatabaseCorruptError(f"{path}: record {row['id']} is no record ({error}): delete that row") from error
-    if again["key_digest"] != row["key_digest"]:
+    record = record_of(path, row)
+    if record.key.digest() != row["key_digest"]:
         raise DatabaseCorruptError(f"{path}: record {row['id']} doesn't match its key: delete that row")
     if record.key.device != device:
         raise UsageError(

@@ -78,6 +78,13 @@ class Times:
     p90_us: float
     samples: int
 
+    def __post_init__(self) -> None:
+        if not (0 < self.p10_us <= self.median_us <= self.p90_us < math.inf and self.samples > 0):
+            raise ValueError(
+                f"times must be 0 < p10 <= median <= p90, finite, of at least one sample; got p10_us={self.p10_us} "
+                f"median_us={self.median_us} p90_us={self.p90_us} samples={self.samples}"
+            )
+
     def beats(self, other: Times) -> bool:
         """Whether this is faster than the other beyond noise: by more than two standard errors of the difference of the
         medians, taking the samples as normal (of which 80 % lie within 2.563 standard deviations, and whose median has

@@ -6,8 +6,10 @@ import json
 import math
 import sqlite3
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from tilewright.tuning_db.errors import DatabaseCorruptError
 from tilewright.tuning_db.record import Environment, Key, Provenance, Record, Resources, Status, Times, canonical_json
 
 Row = Mapping[str, Any] | sqlite3.Row
@@ -44,12 +46,30 @@ def record_to_row(record: Record, run_id: int, created_at: str) -> dict[str, Any
     }
 
 
+_TEXTS = (*(name for name in KEY if name != "arch"), "config", "status", "provenance", "message", "created_at")
+_GROUPS = (dict.fromkeys(TIMES, float) | {"samples": int}, dict.fromkeys(RESOURCES, int))
+
+
 def row_to_record(row: Row) -> Record:
     """The record of a row of `records`.
 
     Raises:
-        ValueError: the row is none that `record_to_row` makes: someone edited it.
+        ValueError: the row is none that `record_to_row` makes: someone edited it, or the disk did.
     """
+    for name in _TEXTS:
+        if type(row[name]) is not str:
+            raise ValueError(f"{name}={row[name]!r} is no text")
+    if type(row["arch"]) is not int:
+        raise ValueError(f"arch={row['arch']!r} is no integer")
+    for group in _GROUPS:
+        values = [row[name] for name in group]
+        if values[0] is not None or values.count(None) < len(values):
+            for value, (name, kind) in zip(values, group.items(), strict=True):
+                if type(value) is not kind and type(value) is not int:
+                    raise ValueError(f"{name}={value!r} is no {'integer' if kind is int else 'number'}")
+    predicted_us = row["predicted_us"]
+    if not (predicted_us is None or (type(predicted_us) in (int, float) and math.isfinite(predicted_us))):
+        raise ValueError(f"predicted_us={predicted_us!r} is no finite number")
     return Record(
         key=Key(**{name: row[name] for name in KEY}),
         config=row["config"],
@@ -61,6 +81,23 @@ def row_to_record(row: Row) -> Record:
         predicted_us=row["predicted_us"],
         created_at=row["created_at"],
     )
+
+
+def record_of(path: Path, row: Row) -> Record:
+    """As `row_to_record`, of a row of the file at `path`.
+
+    Raises:
+        DatabaseCorruptError: it is no record.
+    """
+    try:
+        return row_to_record(row)
+    except ValueError as error:
+        raise no_record(path, row, error) from error
+
+
+def no_record(path: Path, row: Row, error: Exception) -> DatabaseCorruptError:
+    """What to say of a row that is no record."""
+    return DatabaseCorruptError(f"{path}: record {row['id']} is no record ({error}): delete that row")
 
 
 def insertion(table: str, row: Row, *, replace: bool = True) -> str:
@@ -77,5 +114,19 @@ def environment_to_row(environment: Environment, started_at: str) -> dict[str, A
 
 
 def row_to_environment(row: Row) -> Environment:
-    """The environment of a row of `runs`."""
-    return Environment(**{name: row[name] for name in ENVIRONMENT}, extra=json.loads(row["extra"]))
+    """The environment of a row of `runs`.
+
+    Raises:
+        ValueError: the row is none that `environment_to_row` makes.
+    """
+    fields = {name: row[name] for name in ENVIRONMENT}
+    for name, value in fields.items():
+        if type(value) is not str:
+            raise ValueError(f"{name}={value!r} is no text")
+    try:
+        extra = json.loads(row["extra"])
+    except TypeError:
+        extra = None
+    if not isinstance(extra, dict):
+        raise ValueError(f"extra={row['extra']!r} is no JSON object")
+    return Environment(**fields, extra=extra)

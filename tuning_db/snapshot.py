@@ -39,7 +39,7 @@ def _opened(path: Path, folder: Path) -> DatabaseFile:
         copy = folder / path.name
         with closing(_reading(path)) as source, closing(sqlite3.connect(copy)) as target:
             source.backup(target)
-        return open_file(copy)
+        return open_file(copy, scratch=True)
 
 
 def _is_older(path: Path) -> bool:

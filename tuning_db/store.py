@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Self
 from tilewright.tuning_db.env import database_dir, shipped_dir
 from tilewright.tuning_db.errors import DatabaseError, ExportFileError, UsageError
 from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
-from tilewright.tuning_db.lookup import answers, best_first, evidence, to_record
+from tilewright.tuning_db.lookup import answers, best_first, evidence
 from tilewright.tuning_db.record import Answer, Environment, Key, Provenance, Record, Status
-from tilewright.tuning_db.rows import environment_to_row, insertion, record_to_row, row_to_environment
+from tilewright.tuning_db.rows import environment_to_row, insertion, record_of, record_to_row, row_to_environment
+from tilewright.tuning_db.schema import ANSWERABLE
 from tilewright.tuning_db.shapes import Near
 from tilewright.tuning_db.shipped_records import open_shipped
 
@@ -31,6 +32,16 @@ Accept = Callable[[Record], bool]
 """Rechecks a candidate (its resources on the device at hand, say) before it is answered."""
 
 _NOTE = "INSERT OR REPLACE INTO identities (stamp, value) VALUES (?, ?)"
+
+# As the view `best`, and of two equally fast the one whose text sorts first, as in a lookup: no answer hangs on which
+# outcome came first.
+_BEST_OF_EACH = f"""
+    SELECT * FROM (
+        SELECT *, row_number() OVER (
+            PARTITION BY key_digest ORDER BY provenance = 'predicted', median_us, config
+        ) AS place FROM records WHERE {ANSWERABLE}
+    ) WHERE place = 1 ORDER BY op, problem, key_digest
+"""
 
 _PAGE = 1000  # rows per read of a long iteration: about 1 MB, and no read transaction stays open between
 
@@ -203,12 +214,12 @@ class TuningDB:
         """The outcome of one configuration under one key, measured before predicted."""
         query = "SELECT * FROM records WHERE key_digest = ? AND config = ? ORDER BY provenance = 'predicted' LIMIT 1"
         rows = self._file.rows(query, (key.digest(), config))
-        return to_record(self._file, rows[0]) if rows else None
+        return record_of(self._file.path, rows[0]) if rows else None
 
     def records(self, key: Key) -> list[Record]:
         """Every outcome under one key, in the order of arrival."""
         rows = self._file.rows("SELECT * FROM records WHERE key_digest = ? ORDER BY id", (key.digest(),))
-        return [to_record(self._file, row) for row in rows]
+        return [record_of(self._file.path, row) for row in rows]
 
     def find(
         self,
@@ -228,7 +239,7 @@ class TuningDB:
             query = f"SELECT * FROM records WHERE id > ?{where} ORDER BY id LIMIT {_PAGE}"
             rows = self._file.rows(query, (last, *given.values()))
             for row in rows:
-                yield to_record(self._file, row)
+                yield record_of(self._file.path, row)
             if len(rows) < _PAGE:
                 return
             last = rows[-1]["id"]
@@ -319,8 +330,8 @@ class TuningDB:
 
     def best_of_each(self) -> list[Record]:
         """The best record of every key, measured before predicted, ordered by op and problem."""
-        rows = self._file.rows("SELECT * FROM best ORDER BY op, problem, id")
-        return [to_record(self._file, row) for row in rows]
+        rows = self._file.rows(_BEST_OF_EACH)
+        return [record_of(self._file.path, row) for row in rows]
 
     def stats(self) -> dict[tuple[Status, Provenance], int]:
         """How many records there are of each status and provenance."""

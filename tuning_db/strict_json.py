@@ -25,7 +25,7 @@ def read_object(text: bytes) -> dict[str, Any]:
         ValueError: it is none, or holds what this module refuses; the message says what.
     """
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_number)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_float=_finite, parse_constant=_no_number)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {text[error.start]:#04x} at {error.start} is no UTF-8") from None
     except json.JSONDecodeError as error:
@@ -131,10 +131,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{shown(twice)} is given twice")
-    for name, value in pairs:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{shown(name)} is no finite number")
     return values
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{shown(digits)} is no finite number")
+    return value
 
 
 def _no_number(name: str) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from tilewright.tuning_db.errors import DatabaseCorruptError
@@ -17,6 +18,7 @@ from tilewright.tuning_db.record import Provenance, Status, canonical_json
 from tilewright.tuning_db.rows import row_to_record
 from tilewright.tuning_db.snapshot import open_snapshot
 from tilewright.tuning_db.strict_json import shown
+from tilewright.tuning_db.strict_json import text as is_text
 
 MOST_FINDINGS = 20
 """Told of one file: the first few say what is wrong."""
@@ -119,6 +121,7 @@ def check(path: Path) -> list[str]:
 
 
 def _findings(connection: sqlite3.Connection) -> Iterator[str]:
+    connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")  # so that every row can be read
     damage = [row[0] for row in connection.execute(f"PRAGMA integrity_check({MOST_FINDINGS})")]
     if damage != ["ok"]:
         yield from damage
@@ -143,9 +146,13 @@ def _objection(row: sqlite3.Row, device: str) -> str | None:
         for name, text in (("problem", record.key.problem), ("config", record.config)):
             if canonical_json(json.loads(text)) != text:
                 return f"its {name} is no canonical JSON: {shown(text)}"
+        digest = record.key.digest()
     except (ValueError, TypeError, AttributeError) as error:
         return f"it is no record ({error})"
-    if record.key.digest() != row["key_digest"]:
+    for name in row.keys():  # noqa: SIM118 - of a row, not a dict
+        if is_text(row[name]) is not None and isinstance(row[name], str):
+            return f"its {name} is no text: {shown(row[name])}"
+    if digest != row["key_digest"]:
         return "it doesn't match its key"
     if record.key.device != device:
         return f"it is of {shown(record.key.device)}, and others of {shown(device)}"

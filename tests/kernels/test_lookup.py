@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -301,7 +303,8 @@ def test_a_damaged_database_answers_nothing_and_stays_as_it_is(add, unpredicted,
     path = path_for(DEVICE.key, folder)
     damage(path)
     before = path.read_bytes() if path.is_file() else None
-    assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.DEFAULT
+    with pytest.warns(RuntimeWarning, match="Its records are left out"):
+        assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.DEFAULT
     assert (path.read_bytes() if path.is_file() else None) == before
 
 
@@ -343,13 +346,32 @@ def test_shipped_records_are_held_to_the_limits_of_the_device(add, shipped, unpr
 def test_where_ones_own_database_is_damaged_the_shipped_records_answer(add, folder, shipped):
     add(TILES[0], folder=shipped)
     path_for(DEVICE.key, folder).write_bytes(b"garbage" * 1000)
-    assert choose(GEMM, PROBLEM, DEVICE).reason == "exact, shipped"
+    with pytest.warns(RuntimeWarning, match="is damaged or no database .*Its records are left out"):
+        assert choose(GEMM, PROBLEM, DEVICE).reason == "exact, shipped"
+    path_for(DEVICE.key, folder).unlink()
     path_for(DEVICE.key, shipped).write_bytes(b"garbage" * 1000)
     with pytest.warns(RuntimeWarning, match="shipped with tilewright can't be read and are left out"):
         assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.PREDICTED
     add(TILES[1], device=A10)
     with pytest.warns(RuntimeWarning, match="left out"):
         assert choose(GEMM, PROBLEM, DEVICE).reason == f"board {A10.key}"
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("INSERT INTO _sqlite_migrations (migration_set, name, applied_at) VALUES ('tilewright', 's0999_x', '')", "newer"),
+        ("DELETE FROM _sqlite_migrations WHERE name > 's0002'", "an older Tilewright"),
+        ("UPDATE records SET message = CAST(x'ff41' AS TEXT)", "a text that is none"),
+        ("UPDATE records SET registers = 'x'", "record 1 is no record .registers='x' is no integer.: delete that row"),
+    ],
+)
+def test_what_ones_own_database_can_no_longer_answer_is_told(add, folder, unpredicted, statement, reason):
+    add(TILES[0])
+    with closing(sqlite3.connect(path_for(DEVICE.key, folder))) as raw, raw:
+        raw.execute(statement)
+    with pytest.warns(RuntimeWarning, match=reason):
+        assert choose(GEMM, PROBLEM, DEVICE).provenance is Provenance.DEFAULT
 
 
 def test_a_broken_shipped_file_is_one_line_of_a_program(folder, shipped):
@@ -417,6 +439,17 @@ def test_predictions_are_another_protocol_when_what_an_op_tells_of_itself_change
         lookup_module, "module_hash", lambda module: hashed(module) + module.__name__.rpartition(".")[2]
     )
     assert prediction_protocol(replace(GEMM)) != protocols["gemm"]  # a copy: that of the registered one is remembered
+
+
+@pytest.mark.parametrize("module", ["prediction", "catalogue"])
+def test_predictions_are_another_protocol_when_the_model_or_a_boards_figures_change(monkeypatch, module):
+    hashed, before = lookup_module.module_hash, prediction_protocol(replace(GEMM))
+    monkeypatch.setattr(
+        lookup_module,
+        "module_hash",
+        lambda each: "changed" if each.__name__ == f"tilewright.kernels.{module}" else hashed(each),
+    )
+    assert prediction_protocol(replace(GEMM)) != before
 
 
 @pytest.fixture

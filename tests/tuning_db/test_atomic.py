@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def test_what_fails_leaves_all_as_it_was(tmp_path: Path) -> None:
             interrupted(path)
         assert (path.read_bytes() if path.exists() else None) == before
         assert list(tmp_path.iterdir()) == ([path] if before else [])
+
+
+def test_a_full_disk_is_told_with_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with (
+        pytest.raises(UsageError, match=r"out\.jsonl can't be written \(No space left on device\): free some space"),
+        whole_file(path),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
 
 
 def test_permissions_stay(tmp_path: Path) -> None:

@@ -35,6 +35,16 @@ def test_interpreting_reads_the_variable_as_triton_does(
     assert env.interpreting() is expected
 
 
+@pytest.mark.parametrize("name", ["DISABLE_PTXAS_OPT", "PTXAS_OPTIONS", "TRITON_OVERRIDE_ARCH"])
+def test_switches_of_the_compiler_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for off in ("", "0", "false"):
+        monkeypatch.setenv(name, off)
+        env.refuse_compiler_switches("nothing is tuned")
+    monkeypatch.setenv(name, "-O0")
+    with pytest.raises(UsageError, match=f"^{name}=-O0 makes Triton compile other .*: nothing is tuned; unset it"):
+        env.refuse_compiler_switches("nothing is tuned")
+
+
 def test_a_compiling_environment_has_no_interpreter_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(env.INTERPRET, "1")
     monkeypatch.setenv("OTHER", "kept")

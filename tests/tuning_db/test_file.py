@@ -318,6 +318,16 @@ def test_a_dropped_table_is_an_error_of_the_database(filled: Path, key: Key) -> 
 # Use
 
 
+def test_text_that_is_none_is_damage_of_one_row(filled: Path, key: Key) -> None:
+    with closing(sqlite3.connect(filled)) as raw, raw:
+        raw.execute("UPDATE records SET message = CAST(x'ff41' AS TEXT)")
+    with (
+        TuningDB.open(key.device, filled.parent, read_only=True) as db,
+        pytest.raises(DatabaseCorruptError, match=r"holds a text that is none .*: `autotune db check` names the row"),
+    ):
+        db.records(key)
+
+
 def test_ctrl_c_in_a_transaction_takes_it_back(db: TuningDB, environment, key: Key) -> None:
     def interrupted(connection: sqlite3.Connection) -> None:
         connection.execute("INSERT INTO runs VALUES (9, 'a', 'b', 'c', 'd', 'e', 'f', '', '', '{}', 'now')")

@@ -187,6 +187,12 @@ GOOD_HEADER = {"format": "tilewright-records", "version": 1, "device": "d", "run
         (RECORD, {"arch": 2**70}, ":4: arch=1180591620717411303424 must be an integer"),
         (RECORD, {"message": "\ud800"}, r":4: message='\ud800' must be a text"),
         (RECORD, {"created_at": "2026-01-31T12:00:00Z"}, ":4: created_at='2026-01-31T12:00:00Z' must be a time"),
+        (RECORD, {"created_at": "2026-13-31T12:00:00+00:00"}, ":4: created_at='2026-13-31T12:00:00+00:00' must be a time"),
+        (
+            RECORD,
+            {"times": {"median_us": 1, "p10_us": 100, "p90_us": 1, "samples": 1}},
+            ":4: times must be 0 < p10 <= median <= p90",
+        ),
         (RECORD, {"op": ""}, ":4: op='' must be a text that is not empty"),
         (RECORD, {"device": "a10-72sm"}, ":4: 'device' is no field"),
     ],
@@ -221,6 +227,7 @@ def test_a_time_that_is_none(lines: list[dict], tmp_path: Path, value: object) -
         (b'{"format":"tilewright-records"', ":1: the line has no end: the file was cut short"),
         (b"null\n", ":1: None is no JSON object"),
         (b'{"a":1,"a":2}\n', ":1: 'a' is given twice"),
+        (b'{"a":{"b":[1e999]}}\n', ":1: '1e999' is no finite number"),
         (
             b'{"format":"tilewright-records","version":1,"device":"d","runs":1,"records":0}\n',
             ":2: the file ends where a run",
@@ -301,7 +308,10 @@ RECORDS = st.builds(
     st.builds(Key, WORD, WORD, PLAIN.map(canonical_json), st.just(DEVICE), st.integers(1, 9999), WORD, WORD, WORD),
     PLAIN.map(canonical_json),
     st.sampled_from([Provenance.MEASURED, Provenance.PREDICTED]),
-    st.none() | st.builds(Times, POSITIVE, POSITIVE, POSITIVE, st.integers(1, 2**40)),
+    st.none()
+    | st.tuples(st.lists(POSITIVE, min_size=3, max_size=3).map(sorted), st.integers(1, 2**40)).map(
+        lambda drawn: Times(drawn[0][1], drawn[0][0], drawn[0][2], drawn[1])
+    ),
     st.sampled_from([status for status in Status if status is not Status.OK]),
     st.none() | st.builds(Resources, COUNT, COUNT, COUNT, COUNT),
     TEXT,

@@ -203,6 +203,14 @@ def test_beyond_the_fastest_that_are_weighed_too_the_closest_key_judges(
     assert offered[:10] == [str(at) for at in range(10)]
 
 
+def test_of_two_equally_fast_it_hangs_on_neither_order_nor_file(tmp_path: Path, fill, ask, key: Key) -> None:
+    fill({"config": "b", "time_us": 3.0}, {"config": "a", "time_us": 3.0}, {"config": "c", "time_us": 4.0})
+    assert ask().record.config == "a"
+    with TuningDB.open(key.device, tmp_path) as db:
+        assert [record.config for record in db.top(key, 3)] == ["a", "b", "c"]
+        assert [record.config for record in db.best_of_each()] == ["a"]
+
+
 def test_a_slow_configuration_of_a_closer_key_is_known_by_its_form_beyond_those_that_are_weighed(fill, ask) -> None:
     """It was slow under the closer key, which wrote it without a field that the other one has."""
     fill(*({"config": f'{{"a":{at}}}', "time_us": 10.0 + at, "kernel_hash": "rev-b"} for at in range(70)))

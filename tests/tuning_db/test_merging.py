@@ -176,7 +176,8 @@ def test_a_merge_is_whole_or_not_at_all(tmp_path: Path, environment, make_record
         for change, error, reason in (
             ("status = 'okay'", DatabaseCorruptError, "'okay' is not a valid Status"),
             ("key_digest = 'zz'", DatabaseCorruptError, "doesn't match its key"),
-            ("median_us = NULL", DatabaseCorruptError, "a record has times exactly when"),
+            ("median_us = NULL", DatabaseCorruptError, "median_us=None is no number"),
+            ("registers = 'x'", DatabaseCorruptError, "registers='x' is no integer"),
         ):
             old = source._file.rows(f"SELECT * FROM records WHERE id = {last}")[0]
             column = change.split()[0]

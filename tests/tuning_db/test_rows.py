@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +20,23 @@ from tilewright.tuning_db import (
     TuningDB,
     canonical_json,
 )
-from tilewright.tuning_db.rows import insertion, record_to_row, row_to_record
+from tilewright.tuning_db.rows import (
+    environment_to_row,
+    insertion,
+    record_to_row,
+    row_to_environment,
+    row_to_record,
+)
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 COUNT = st.integers(0, 2**40)
-TIME = st.floats(0, 1e12)
+TIME = st.floats(1e-6, 1e12)
 JSON = st.dictionaries(TEXT, st.integers() | st.booleans() | TEXT).map(canonical_json)
 KEYS = st.builds(Key, TEXT, TEXT, JSON, st.just("a10-72"), st.integers(50, 200), TEXT, TEXT, TEXT)
 RESOURCES = st.none() | st.builds(Resources, COUNT, COUNT, COUNT, COUNT)
-TIMES = st.builds(Times, TIME, TIME, TIME, COUNT)
+TIMES = st.tuples(st.lists(TIME, min_size=3, max_size=3).map(sorted), st.integers(1, 2**40)).map(
+    lambda drawn: Times(drawn[0][1], drawn[0][0], drawn[0][2], drawn[1])
+)
 
 
 @st.composite
@@ -91,6 +100,37 @@ def test_an_edited_row_is_no_record(make_record) -> None:
     row = record_to_row(make_record(), 1, "")
     with pytest.raises(ValueError, match="'fine' is not a valid Status"):
         row_to_record({**row, "status": "fine"})
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("op", b"gemm", "op=b'gemm' is no text"),
+        ("message", None, "message=None is no text"),
+        ("arch", "86", "arch='86' is no integer"),
+        ("median_us", "fast", "median_us='fast' is no number"),
+        ("samples", 2.5, "samples=2.5 is no integer"),
+        ("median_us", None, "median_us=None is no number"),
+        ("registers", "x", "registers='x' is no integer"),
+        ("shared_bytes", None, "shared_bytes=None is no integer"),
+        ("predicted_us", float("inf"), "predicted_us=inf is no finite number"),
+        ("p10_us", 1e9, "times must be 0 < p10 <= median <= p90"),
+    ],
+)
+def test_a_row_with_a_value_of_another_kind_is_no_record(make_record, column: str, value: object, reason: str) -> None:
+    resources = Resources(32, 0, 0, 1024)
+    row = record_to_row(replace(make_record(), resources=resources), 1, "2026-01-01T00:00:00+00:00")
+    assert row_to_record(row).resources == resources
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        row_to_record({**row, column: value})
+
+
+@pytest.mark.parametrize(("column", "value"), [("extra", "[]"), ("extra", None), ("extra", "{"), ("host", 5)])
+def test_a_row_of_runs_that_is_none(environment: Environment, column: str, value: object) -> None:
+    row = environment_to_row(environment, "2026-01-01T00:00:00+00:00")
+    assert row_to_environment(row) == environment
+    with pytest.raises(ValueError, match=r"extra=|host=|Expecting"):
+        row_to_environment({**row, column: value})
 
 
 def test_environments_come_back(db: TuningDB, environment: Environment) -> None:

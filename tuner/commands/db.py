@@ -153,7 +153,7 @@ def check(context: click.Context, device: str | None, db: str | None, as_json: b
 @_folder
 @click.option(
     "--older-than",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, 36_500),
     metavar="DAYS",
     help="Measured results of other revisions that are older go too.",
 )
