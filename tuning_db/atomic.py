@@ -12,7 +12,6 @@ from typing import BinaryIO
 
 from tilewright.tuning_db.errors import UsageError
 
-
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

@@ -165,9 +165,7 @@ class DatabaseFile:
             raise UsageError(f"{self.path} was opened before this process was forked: open it again here")
 
 
-def open_file(
-    path: Path, *, read_only: bool = False, immutable: bool = False, scratch: bool = False
-) -> DatabaseFile:
+def open_file(path: Path, *, read_only: bool = False, immutable: bool = False, scratch: bool = False) -> DatabaseFile:
     """Open a file, for writing made first where it is missing, set aside first where it is damaged. One that is
     `immutable`, which is read only, nobody ever writes to: SQLite then takes no locks and looks for no side files. One
     that is `scratch` is this process's own, for a while.

@@ -197,7 +197,9 @@ def _export(
         try:
             runs[row["id"]] = canonical_json(_run_fields(row))
         except ValueError as error:
-            raise DatabaseCorruptError(f"{path}: run {row['id']} is no run ({error}): delete it and its records") from error
+            raise DatabaseCorruptError(
+                f"{path}: run {row['id']} is no run ({error}): delete it and its records"
+            ) from error
     contents = sorted(set(runs.values()))
     numbers = {content: number for number, content in enumerate(contents, 1)}
 

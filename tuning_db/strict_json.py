@@ -25,7 +25,9 @@ def read_object(text: bytes) -> dict[str, Any]:
         ValueError: it is none, or holds what this module refuses; the message says what.
     """
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_float=_finite, parse_constant=_no_number)
+        value = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_object, parse_float=_finite, parse_constant=_no_number
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {text[error.start]:#04x} at {error.start} is no UTF-8") from None
     except json.JSONDecodeError as error:

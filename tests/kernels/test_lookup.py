@@ -360,7 +360,10 @@ def test_where_ones_own_database_is_damaged_the_shipped_records_answer(add, fold
 @pytest.mark.parametrize(
     ("statement", "reason"),
     [
-        ("INSERT INTO _sqlite_migrations (migration_set, name, applied_at) VALUES ('tilewright', 's0999_x', '')", "newer"),
+        (
+            "INSERT INTO _sqlite_migrations (migration_set, name, applied_at) VALUES ('tilewright', 's0999_x', '')",
+            "newer",
+        ),
         ("DELETE FROM _sqlite_migrations WHERE name > 's0002'", "an older Tilewright"),
         ("UPDATE records SET message = CAST(x'ff41' AS TEXT)", "a text that is none"),
         ("UPDATE records SET registers = 'x'", "record 1 is no record .registers='x' is no integer.: delete that row"),

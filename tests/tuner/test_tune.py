@@ -283,7 +283,9 @@ def test_an_unusual_compiler_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
-    with pytest.raises(UsageError, match="DISABLE_PTXAS_OPT=1 makes Triton compile other machine code: nothing is tuned"):
+    with pytest.raises(
+        UsageError, match="DISABLE_PTXAS_OPT=1 makes Triton compile other machine code: nothing is tuned"
+    ):
         autotune("rtx3090", db=tmp_path / "db")
     assert not (tmp_path / "db").exists()
 
@@ -437,7 +439,7 @@ def test_shipped_records_are_evidence_for_a_search_that_measures_anew(
     assert set(evidence.times_us) == {config for _, config in shipped}
     assert not result.cached
     assert result.trials == len(measured.asked) == 4
-    assert result.config.BLOCK_M == best.config.BLOCK_M  # as fast as the best, which the evidence recommends to try
+    assert result.config["BLOCK_M"] == best.config["BLOCK_M"]  # as fast as the best, which the evidence recommends to try
 
 
 def test_predictions_are_searched_without_evidence(tmp_path: Path, counted: type[CountingRunner]) -> None:

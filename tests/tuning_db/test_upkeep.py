@@ -81,7 +81,10 @@ def test_a_whole_file_has_no_findings(filled: TuningDB, tmp_path: Path) -> None:
         ("UPDATE records SET shared_bytes = NULL WHERE id = 3", "record 3: it is no record (shared_bytes=None is no"),
         ("UPDATE records SET p90_us = 1e-9 WHERE id = 3", "record 3: it is no record (times must be 0 < p10 <= median"),
         ("UPDATE records SET message = CAST(x'ff41' AS TEXT) WHERE id = 3", "record 3: its message is no text: "),
-        ("UPDATE records SET op = CAST(x'ff41' AS TEXT) WHERE id = 3", "record 3: it is no record ('utf-8' codec can't"),
+        (
+            "UPDATE records SET op = CAST(x'ff41' AS TEXT) WHERE id = 3",
+            "record 3: it is no record ('utf-8' codec can't",
+        ),
         ("UPDATE records SET device = 'a10-72' WHERE id = 3", "record 3: it doesn't match its key"),
         ("UPDATE records SET run_id = 99 WHERE id = 3", "record 3 is of a run that there is not"),
     ],
