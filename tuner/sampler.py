@@ -12,7 +12,9 @@ valid one makes them stick. This one ranks the whole list (`ranking`).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import numbers
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,21 +29,31 @@ from tilewright.tuner.ranking import Elsewhere, Ranking
 from tilewright.tuner.surrogate import Array, encode
 from tilewright.tuning_db.errors import UsageError
 
+PROPOSAL = "tilewright:proposal"
+"""The system attribute of a trial with what was proposed for it: the place of each value on its axis."""
+
+
+def _every(trial: FrozenTrial) -> bool:
+    return True
+
 
 class EnumeratedSampler(BaseSampler):
     """Proposes configurations of a list, none twice; one objective, minimised or maximised.
 
     Objective values must be positive and count by their logarithm: times, rates, energies. A trial that fails, or is
-    pruned before it reported a value, teaches that its like may fail. Proposals still running count as tried with the
-    outcome expected of them, so that any number can be asked for at once, also by several processes with one storage.
-    When every configuration was tried, the first is proposed again, and a study that is optimising stops.
+    pruned before it reported a positive value, teaches that its like may fail. Proposals still running, and enqueued
+    configurations, count as tried with the outcome expected of them, so that any number can be asked for at once, also
+    by several processes with one storage: each proposal is kept with its trial, in the storage, and given up where an
+    earlier trial has the same. (Of two processes that propose within milliseconds both may still try one: the storage
+    has no lock.) When every configuration was tried, the first is proposed again, and a study that is optimising stops.
 
     Args:
-        configs: the valid configurations, each with the same names. Values are numbers (numerical axes), or anything
-            else that Optuna's categorical distribution takes.
+        configs: the valid configurations, each with the same names. Values are finite numbers (numerical axes), or
+            anything else that Optuna's categorical distribution takes.
         axes: the values of each name; those that occur if left out. Trials suggest with these as categorical choices,
             in this order.
-        priors: for each, the logarithm of the objective it expects of every configuration, of (configurations).
+        priors: for each, the logarithm of the objective it expects of every configuration, of (configurations), all
+            finite; the negative of it where the objective is maximised, as the smaller counts as the better here.
         elsewhere: of each other search of the same kind (for another device, say) the configurations that worked, in
             the list or not, with a value for each, positive and the smaller the better.
         first: indices of configurations to try before any other.
@@ -51,7 +63,8 @@ class EnumeratedSampler(BaseSampler):
             it untried.
 
     Raises:
-        UsageError: an empty list, names that differ, or values that are not on the axes.
+        UsageError: an empty list, names that differ, values that are not on the axes or no finite numbers, indices
+            that are none.
     """
 
     def __init__(
@@ -64,7 +77,7 @@ class EnumeratedSampler(BaseSampler):
         first: Sequence[int] = (),
         starters: int | None = None,
         seed: int = 0,
-        counts: Callable[[FrozenTrial], bool] = lambda trial: True,
+        counts: Callable[[FrozenTrial], bool] = _every,
     ) -> None:
         if not configs:
             raise UsageError("a sampler needs at least one configuration; got none")
@@ -72,15 +85,20 @@ class EnumeratedSampler(BaseSampler):
         for config in configs:
             if config.keys() != set(names):
                 raise UsageError(f"configuration {dict(config)} must have exactly the names {', '.join(names)}")
+        self._configs = [{name: _plain(value) for name, value in config.items()} for config in configs]
+        for name, value in itertools.chain.from_iterable(config.items() for config in self._configs):
+            _check_value(name, value)
         if axes is None:
-            axes = {name: list(dict.fromkeys(config[name] for config in configs)) for name in names}
-        self.axes: dict[str, tuple[Any, ...]] = {name: tuple(values) for name, values in axes.items()}
+            axes = {name: list(dict.fromkeys(config[name] for config in self._configs)) for name in names}
+        self.axes: dict[str, tuple[Any, ...]] = {name: tuple(map(_plain, values)) for name, values in axes.items()}
         """The values of each name, in the order of the categorical choices."""
+        for name, choices in self.axes.items():
+            for value in choices:
+                _check_value(name, value)
         self.distributions: dict[str, BaseDistribution] = {
             name: CategoricalDistribution(values) for name, values in self.axes.items()
         }
         """For `Study.ask`, or to create trials with."""
-        self._configs = [dict(config) for config in configs]
         self._rows: dict[tuple[Any, ...], int] = {}
         for row, config in enumerate(self._configs):
             for name, value in config.items():
@@ -91,7 +109,14 @@ class EnumeratedSampler(BaseSampler):
         for prior in priors:
             if np.shape(prior) != (len(configs),):
                 raise UsageError(f"a prior of shape {np.shape(prior)} must have a value for each of {len(configs)}")
-        others = [dict(config) for tried, _ in elsewhere for config in tried]
+            for row in np.flatnonzero(~np.isfinite(np.asarray(prior, dtype=float))):
+                raise UsageError(f"a prior expects {prior[row]} of {self._configs[row]}: it needs a finite logarithm")
+        for row in first:
+            if not 0 <= row < len(configs):
+                raise UsageError(f"first={list(first)} must be indices of the list, 0 to {len(configs) - 1}")
+        if starters is not None and starters < 0:
+            raise UsageError(f"{starters=} must be at least 0")
+        others = [{name: _plain(value) for name, value in config.items()} for tried, _ in elsewhere for config in tried]
         for config in others:
             if config.keys() != set(names):
                 raise UsageError(f"configuration {config} must have exactly the names {', '.join(names)}")
@@ -114,9 +139,6 @@ class EnumeratedSampler(BaseSampler):
         self._independent = RandomSampler(seed=seed)
         self._counts = counts
         self._lock = threading.Lock()
-        self._proposed: dict[
-            tuple[str, int], int
-        ] = {}  # by study and trial, until the storage shows the trial's values
 
     @property
     def expected_improvement(self) -> float:
@@ -124,13 +146,26 @@ class EnumeratedSampler(BaseSampler):
         the surrogate's."""
         return self._ranking.expected_improvement
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
+
+    def find(self, params: Mapping[str, Any]) -> int | None:
+        """The index in the list of a trial's parameters; None where they are of no configuration in it."""
+        if not self.axes.keys() <= params.keys():
+            return None
+        return self._rows.get(self._values(params))
+
     def row_of(self, params: Mapping[str, Any]) -> int:
-        """The index in the list of a trial's parameters.
+        """As `find`, of parameters that must be of the list.
 
         Raises:
-            UsageError: they are of no configuration in the list.
+            UsageError: they are of no configuration in it.
         """
-        row = self._row(params)
+        row = self.find(params)
         if row is None:
             raise UsageError(f"{dict(params)} is no configuration of the list")
         return row
@@ -142,21 +177,36 @@ class EnumeratedSampler(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All axes: they are proposed together."""
-        return self.distributions
+        return dict(self.distributions)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The proposal for a trial."""
+        """The proposal for a trial.
+
+        Raises:
+            UsageError: some of the axes are to be left out.
+        """
         if not search_space:
             return {}
+        if missing := self.axes.keys() - search_space.keys():
+            raise UsageError(
+                f"{type(self).__name__} proposes {', '.join(self.axes)} together, and {', '.join(sorted(missing))} is "
+                "fixed by another sampler: leave the other configurations out of the list instead"
+            )
         with self._lock:
-            row = self._ranking.propose(*self._outcomes(study, trial.number))
-            if row is None:
-                row = 0
-                with contextlib.suppress(RuntimeError):  # of a study that isn't optimising
-                    study.stop()
-            self._proposed[study.study_name, trial.number] = row
+            row = self.find(trial.system_attrs.get("fixed_params", {}))  # of one that was enqueued
+            while row is None:
+                row = self._ranking.propose(*self._outcomes(study, trial.number))
+                if row is None:
+                    with contextlib.suppress(RuntimeError):  # of a study that isn't optimising
+                        study.stop()
+                    return dict(self._configs[0])
+                places = {name: self.axes[name].index(value) for name, value in self._configs[row].items()}
+                # Where every process finds it: a trial has no parameters until its objective asks for them.
+                study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, places)
+                if row in self._held_before(study, trial.number):
+                    row = None
         return dict(self._configs[row])
 
     def sample_independent(
@@ -172,18 +222,15 @@ class EnumeratedSampler(BaseSampler):
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
         known: dict[int, float] = {}
         pending: list[int] = []
-        for trial in study.get_trials(deepcopy=False):
+        for trial in self._trials(study):
             if trial.number == asking or not self._counts(trial):
                 continue
-            row = self._row(trial.params)
-            if row is None:
-                row = self._proposed.get((study.study_name, trial.number))
+            row = self._row(trial)
             if row is None:
                 continue  # of another list
             if not trial.state.is_finished():
                 pending.append(row)
                 continue
-            self._proposed.pop((study.study_name, trial.number), None)
             value = _value(trial)
             if value is not None and not value > 0:
                 raise UsageError(f"trial {trial.number} has value {value}: {type(self).__name__} needs positive ones")
@@ -194,13 +241,46 @@ class EnumeratedSampler(BaseSampler):
                 known[row] = math.nan
         return list(known), list(known.values()), pending
 
-    def _row(self, params: Mapping[str, Any]) -> int | None:
-        if not self.axes.keys() <= params.keys():
-            return None
-        return self._rows.get(self._values(params))
+    def _held_before(self, study: Study, number: int) -> set[int | None]:
+        """The rows of trials with a lower number."""
+        return {self._row(trial) for trial in self._trials(study) if trial.number < number and self._counts(trial)}
+
+    def _trials(self, study: Study) -> list[FrozenTrial]:
+        # Of the whole study, of which some pruners show a sampler a part.
+        return study._storage.get_all_trials(study._study_id, deepcopy=False)
+
+    def _row(self, trial: FrozenTrial) -> int | None:
+        row = self.find(trial.params)
+        if row is None and (places := trial.system_attrs.get(PROPOSAL)) is not None:
+            row = self.find(self._at(places))
+        if row is None and not trial.state.is_finished():
+            row = self.find(trial.system_attrs.get("fixed_params", {}))  # enqueued
+        return row
+
+    def _at(self, places: Any) -> dict[str, Any]:
+        """The values at the places of a proposal; none for one of other axes."""
+        try:
+            return {name: self.axes[name][place] for name, place in places.items()}
+        except (AttributeError, KeyError, IndexError, TypeError):
+            return {}
 
     def _values(self, config: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(config[name] for name in self.axes)
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's as Python's, which every storage takes."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _check_value(name: str, value: Any) -> None:
+    try:
+        hash(value)
+        fine = not isinstance(value, numbers.Real) or math.isfinite(value)
+    except (TypeError, OverflowError):
+        fine = False
+    if not fine:
+        raise UsageError(f"{name}={value!r} must be a finite number, or anything that can be hashed")
 
 
 def _value(trial: FrozenTrial) -> float | None:
@@ -209,5 +289,5 @@ def _value(trial: FrozenTrial) -> float | None:
         return trial.value
     if trial.state is TrialState.PRUNED and trial.intermediate_values:
         last = trial.intermediate_values[max(trial.intermediate_values)]
-        return last if math.isfinite(last) else None
+        return last if math.isfinite(last) and last > 0 else None
     return None

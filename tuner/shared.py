@@ -244,7 +244,9 @@ class SharedSearch:
         self._storage.give_up_the_dead(self._study)
 
     def _trials(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
+        """Those of the list: other tools may add to a study what is none of its configurations."""
+        trials = self._study.get_trials(deepcopy=False)
+        return [trial for trial in trials if self._sampler.find(trial.params) is not None]
 
     def _under_way_elsewhere(self, trials: Iterable[FrozenTrial]) -> bool:
         return any(_under_way(trial) and trial._trial_id not in self._mine for trial in trials)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import numbers
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -47,7 +48,7 @@ def encode(axes: Mapping[str, Sequence[Any]], configs: Sequence[Mapping[str, Any
         distinct = list(dict.fromkeys((*values, *chosen)))
         if len(distinct) < 2:
             continue
-        if not all(isinstance(value, int | float) for value in distinct):  # bool is int
+        if not all(isinstance(value, numbers.Real) for value in distinct):  # bool is one, and NumPy's are
             columns = distinct[:1] if len(distinct) == 2 else distinct
             features += [np.array([value == each for value in chosen], dtype=float) for each in columns]
             continue
@@ -58,7 +59,7 @@ def encode(axes: Mapping[str, Sequence[Any]], configs: Sequence[Mapping[str, Any
         features.append(np.log2(column))
         logarithms.append(features[-1])
         if all(value == int(value) for value in distinct):
-            powers = np.log2([int(value) & -int(value) for value in chosen])
+            powers = np.log2([float(int(value) & -int(value)) for value in chosen])
             if not np.array_equal(powers, logarithms[-1]):
                 features.append(powers)
     if len(logarithms) <= MOST_PAIRED_AXES:

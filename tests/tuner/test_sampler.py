@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 
 import numpy as np
 import optuna
 import pytest
 
-from tilewright.tuner.sampler import EnumeratedSampler
+from tilewright.tuner.sampler import PROPOSAL, EnumeratedSampler
 from tilewright.tuning_db.errors import UsageError
 
 pytestmark = pytest.mark.smoke
@@ -96,6 +98,102 @@ def test_another_process_sees_what_is_running() -> None:
     assert len({tuple(params.values()) for params in asked}) == 8
 
 
+def test_processes_see_what_others_propose_before_their_objectives_ask_for_it() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    samplers = [EnumeratedSampler(CONFIGS, seed=0) for _ in range(2)]
+    studies = [
+        optuna.create_study(sampler=sampler, storage=storage, study_name="one", load_if_exists=True)
+        for sampler in samplers
+    ]
+    pairs = list(zip(studies, samplers, strict=True))
+    asked = [sampler.row_of(study.ask().relative_params) for _ in range(4) for study, sampler in pairs]
+    assert len(set(asked)) == 8
+
+
+def test_of_two_equal_proposals_the_later_trial_makes_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    earlier = study._storage.create_new_trial(study._study_id)  # of a process that is still proposing
+    proposing, proposed = sampler._ranking.propose, []
+
+    def meanwhile(*known):
+        proposed.append(proposing(*known))
+        if len(proposed) == 1:
+            config = CONFIGS[proposed[0]]
+            places = {name: sampler.axes[name].index(value) for name, value in config.items()}
+            study._storage.set_trial_system_attr(earlier, PROPOSAL, places)
+        return proposed[-1]
+
+    monkeypatch.setattr(sampler._ranking, "propose", meanwhile)
+    row = sampler.row_of(study.ask(sampler.distributions).params)
+    assert proposed == [proposed[0], row]
+    assert row != proposed[0]
+
+
+@pytest.mark.parametrize("asked_for", [0, 1])
+def test_a_trial_that_ends_before_it_asks_for_every_value_was_tried(asked_for: int) -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    rows = []
+
+    def broken(trial: optuna.Trial) -> float:
+        rows.append(sampler.row_of(trial.relative_params))
+        for name in list(sampler.axes)[:asked_for]:
+            trial.suggest_categorical(name, sampler.axes[name])
+        if asked_for and len(rows) % 2:
+            return 1.0 + len(rows)
+        raise RuntimeError
+
+    study.optimize(broken, n_trials=len(CONFIGS), catch=RuntimeError)
+    assert sorted(rows) == list(range(len(CONFIGS)))
+
+
+def test_what_is_enqueued_is_tried_once() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    wanted = [CONFIGS[7], CONFIGS[2]]
+    assert sampler.propose(study) is not None
+    for config in wanted:
+        study.enqueue_trial(config)
+    study.optimize(objective(sampler), n_trials=len(CONFIGS))
+    assert tried(study)[:2] == [tuple(config.values()) for config in wanted]
+    assert len(set(tried(study))) == len(CONFIGS)
+
+
+def test_with_a_pruner_that_divides_a_study_nothing_is_tried_twice() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler, pruner=optuna.pruners.HyperbandPruner(1, 4))
+    study.optimize(objective(sampler), n_trials=16)
+    assert len(set(tried(study))) == 16
+
+
+def test_pruned_at_a_value_that_is_not_positive_is_a_failure() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler, direction="maximize")
+
+    def accuracy(trial: optuna.Trial) -> float:
+        objective(sampler)(trial)
+        trial.report(0.0, 0)
+        raise optuna.TrialPruned
+
+    study.optimize(accuracy, n_trials=12)
+    assert len(set(tried(study))) == 12
+
+
+def test_a_study_can_be_pickled_and_copied() -> None:
+    study = studied(6, EnumeratedSampler(CONFIGS, seed=0))
+    for again in (pickle.loads(pickle.dumps(study)), copy.deepcopy(study)):
+        again.optimize(objective(again.sampler), n_trials=3)
+        assert len(set(tried(again))) == 9
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    ours = EnumeratedSampler([{"m": m} for m in (16, 32, 48, 64)])
+    theirs = EnumeratedSampler([{"m": m} for m in np.array([16, 32, 48, 64])])
+    assert np.array_equal(ours.features, theirs.features)
+    assert np.isfinite(EnumeratedSampler([{"m": m} for m in (3, 5, 2**70)]).features).all()
+
+
 def test_the_list_at_its_end_stops_the_study() -> None:
     study = studied(100, EnumeratedSampler(CONFIGS, seed=0))
     assert set(tried(study)) == {tuple(config.values()) for config in CONFIGS}
@@ -138,6 +236,14 @@ def test_first_and_priors() -> None:
     assert tried(study)[:2] == [tuple(CONFIGS[3].values()), tuple(CONFIGS[best].values())]
 
 
+def test_priors_of_what_is_maximised_are_negative() -> None:
+    prior = np.log([1000 / time_of(config) for config in CONFIGS])
+    sampler = EnumeratedSampler(CONFIGS, priors=[-prior], seed=0)
+    study = optuna.create_study(sampler=sampler, direction="maximize")
+    study.optimize(lambda trial: 1000 / objective(sampler)(trial), n_trials=4)
+    assert study.best_value == pytest.approx(1000 / min(map(time_of, CONFIGS)))
+
+
 def test_trials_made_elsewhere_are_told() -> None:
     """Of a device that takes twice the time; its best are left out."""
     known = sorted(CONFIGS, key=time_of)[len(CONFIGS) // 10 :: 5]
@@ -176,6 +282,20 @@ def test_mistakes_are_told() -> None:
         EnumeratedSampler([{"m": 1}], elsewhere=[([{"m": 2}], [-1.0])])
     with pytest.raises(UsageError, match=r"configuration \{'n': 2\} must have exactly the names m"):
         EnumeratedSampler([{"m": 1}], elsewhere=[([{"n": 2}], [1.0])])
+    with pytest.raises(UsageError, match=r"a prior expects nan of \{'m': 2\}: it needs a finite logarithm"):
+        EnumeratedSampler([{"m": 1}, {"m": 2}], priors=[np.array([0.0, np.nan])])
+    with pytest.raises(UsageError, match=r"first=\[2\] must be indices of the list, 0 to 1"):
+        EnumeratedSampler([{"m": 1}, {"m": 2}], first=[2])
+    with pytest.raises(UsageError, match=r"starters=-1 must be at least 0"):
+        EnumeratedSampler([{"m": 1}, {"m": 2}], starters=-1)
+    for value in (float("inf"), float("nan"), [1], 10**400):
+        with pytest.raises(UsageError, match=r"m=.* must be a finite number, or anything that can be hashed"):
+            EnumeratedSampler([{"m": 1}, {"m": value}], axes={"m": (1, value)})
+    sampler = EnumeratedSampler(CONFIGS)
+    study = optuna.create_study(sampler=optuna.samplers.PartialFixedSampler({"m": 64}, sampler))
+    with pytest.raises(UsageError, match=r"proposes m, warps, layout together, and m is fixed by another sampler"):
+        study.ask().suggest_categorical("warps", sampler.axes["warps"])
+    assert list(sampler.distributions) == ["m", "warps", "layout"]
     with pytest.raises(UsageError, match=r"\{'m': 5\} is no configuration of the list"):
         EnumeratedSampler([{"m": 1}, {"m": 2}]).row_of({"m": 5})
 

@@ -384,6 +384,14 @@ def test_an_outcome_that_somebody_has_edited_is_refused(tmp_path: Path, url: str
     assert not records_of(tmp_path, "two")
 
 
+def test_what_other_tools_add_to_a_study_is_passed_over(two: tuple[SharedSearch, SharedSearch]) -> None:
+    two[0]._study.enqueue_trial({})
+    (claim,) = two[1].ask(1, 1000)
+    two[1].tell(claim, entry(claim.config))
+    assert set(two[0].outcomes()) == {claim.config}
+    assert not two[0].waiting()
+
+
 def test_retuning_what_others_have_tried_is_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(UsageError, match="retune and storage exclude each other"):
         run(tmp_path, url, "one", retune=True)

@@ -439,7 +439,7 @@ def test_shipped_records_are_evidence_for_a_search_that_measures_anew(
     assert set(evidence.times_us) == {config for _, config in shipped}
     assert not result.cached
     assert result.trials == len(measured.asked) == 4
-    assert result.config["BLOCK_M"] == best.config["BLOCK_M"]  # as fast as the best, which the evidence recommends to try
+    assert result.config["BLOCK_M"] == best.config["BLOCK_M"]  # as fast as the best: evidence recommends it
 
 
 def test_predictions_are_searched_without_evidence(tmp_path: Path, counted: type[CountingRunner]) -> None:
