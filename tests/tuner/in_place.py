@@ -13,6 +13,7 @@ import triton.language as tl
 
 from tilewright.kernels.kernel import Argument, Launch, Tolerance
 from tilewright.kernels.problem import Config, Output, Problem
+from tilewright.kernels.work import Panel, Work
 
 Array = np.ndarray[Any, Any]
 
@@ -69,7 +70,32 @@ def reference(problem: HalveProblem, arrays: Mapping[str, Array]) -> dict[str, A
     return {"x": arrays["x"].astype(np.float64) / 2 + 1}
 
 
-HALVE: Any = SimpleNamespace(  # what `measure` asks of a kernel
+def work(problem: HalveProblem, config: HalveConfig) -> Work:
+    whole, nothing = Panel(4.0 * config.BLOCK), Panel(0.0)
+    return Work(
+        tiles_m=triton.cdiv(problem.N, config.BLOCK),
+        tiles_n=1,
+        splits=1,
+        batch=1,
+        group_m=1,
+        iterations=1,
+        tile_m=config.BLOCK,
+        tile_n=1,
+        tile_k=0,
+        num_warps=1,
+        num_stages=1,
+        unit="fp32",
+        operand_bytes=4,
+        load_bytes=4.0 * config.BLOCK,
+        vector_bytes=16,
+        panel_a=whole,
+        panel_b=nothing,
+        epilogue_bytes=4.0 * config.BLOCK,
+        workspace_bytes=0,
+    )
+
+
+HALVE: Any = SimpleNamespace(  # what measuring asks of a kernel
     name="halve",
     problem=HalveProblem,
     space=SimpleNamespace(config=HalveConfig, check=lambda problem, config, device: None),
@@ -79,4 +105,5 @@ HALVE: Any = SimpleNamespace(  # what `measure` asks of a kernel
     tolerance=lambda problem: {"x": Tolerance(relative=2.0**-22, absolute=0.0)},
     ragged=lambda problem, config: HalveProblem(2 * config.BLOCK - 1),
     strides=None,
+    work=work,
 )

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Scenario:
     kill_at: tuple[str, str, int] | None = None  # ("measure", "begin", 3)
     real: bool = False
     absent: Sequence[int] = ()  # GPUs that can't be taken into use
+    in_place: bool = False  # whether workers know `tests.tuner.in_place.HALVE` too
 
     def save(self, path: Path) -> Path:
         path.write_text(json.dumps(asdict(self)))
@@ -76,7 +78,7 @@ class Simulation:
             subprocess.run(["sleep", "600"], check=True)  # as a ptxas that never ends
         self.note(request, "end")
         resources = {"registers": 100, "spill_bytes": 0, "stack_bytes": 0, "shared_bytes": 32768}
-        return {"status": "ok", "resources": resources, "num_warps": request["config"]["num_warps"]}
+        return {"status": "ok", "resources": resources, "num_warps": request["config"].get("num_warps", 1)}
 
     def measure(self, request: Request) -> Reply:
         self.note(request, "begin")
@@ -161,11 +163,15 @@ def measured_for_real(request: Request, fault: str, configs: Sequence[Mapping[st
     return measure.measure(request)
 
 
-def prepare_real() -> None:
+def prepare_real(in_place: bool) -> None:
     """Interprets kernels in this process, and puts a simulated GPU in the place of a real one."""
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests.tuner.in_place import HALVE
     from tests.tuner.simulated_gpu import SimulatedGpu
     from tilewright.tuner import measure, timing
+
+    if in_place:
+        measure.find_kernel = {HALVE.name: HALVE}.__getitem__
 
     measure._gpus[0] = SimulatedGpu()  # type: ignore[assignment]
     timing.MOST_SETTLE_S = 0.0  # there is no power limit to wait for
@@ -178,7 +184,7 @@ def main(scenario_file: str, option: str = "--gpu", ordinal: str = "-1") -> None
         sys.exit(f"CUDARuntimeError: cuda:{ordinal} is busy or unavailable")
     simulation = Simulation(scenario, int(ordinal))
     tasks = {"compile": simulation.compile, "measure": simulation.measure}
-    serve(tasks, prepare_real if scenario.real else lambda: None)
+    serve(tasks, partial(prepare_real, scenario.in_place) if scenario.real else lambda: None)
 
 
 if __name__ == "__main__":

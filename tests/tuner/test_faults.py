@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import random
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.tuner.in_place import HALVE, HalveConfig, HalveProblem
 from tests.tuner.simulated_worker import FAULTS, Scenario, time_us
 from tests.tuner.simulation import BOARD, PROBLEM, simulated, space
-from tilewright.tuner import gpu_runner, runner
+from tilewright.kernels.problem import Config
+from tilewright.tuner import gpu_runner, tune
+from tilewright.tuner import runner as runner_module
 from tilewright.tuner.pool import Worker
+from tilewright.tuner.runner import Compiler, Outcome
 from tilewright.tuner.tune import Results, autotune
 from tilewright.tuning_db.record import Record, Status, canonical_json
 from tilewright.tuning_db.store import TuningDB
@@ -73,7 +78,7 @@ def run(folder: Path, faults: dict[str, str]) -> tuple[Results, dict[str, Record
 def test_every_fault_is_on_record_and_the_winner_is_that_of_a_run_without_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeouts: list[tuple[str, float, float]]
 ) -> None:
-    monkeypatch.setattr(runner, "COMPILE_TIMEOUT_S", COMPILE_TIMEOUT_S)
+    monkeypatch.setattr(runner_module, "COMPILE_TIMEOUT_S", COMPILE_TIMEOUT_S)
     monkeypatch.setattr(gpu_runner, "MEASURE_TIMEOUT_S", MEASURE_TIMEOUT_S)
     faultless, records = run(tmp_path / "without", {})
     assert {record.status for record in records.values()} == {Status.OK}
@@ -102,3 +107,42 @@ def test_every_fault_is_on_record_and_the_winner_is_that_of_a_run_without_any(
     for message, allowed, taken in timeouts:
         assert message == f"no answer in {allowed:g} s: killed"
         assert allowed <= taken < allowed + 2
+
+
+IN_PLACE = [HalveConfig(2**power) for power in range(3, 15)]
+
+
+def outcomes_in_place(folder: Path, faults: dict[str, str]) -> dict[Config, Outcome]:
+    """What becomes of every configuration of an op that overwrites its input, in the same isolation."""
+    folder.mkdir()
+    compiling = Scenario(journal=str(folder / "compiling"), faults=faults)
+    measuring = Scenario(journal=str(folder / "measuring"), faults=faults, real=True, in_place=True)
+    problem = HalveProblem(1000)
+    with simulated(compiling, measuring, folder), closing(tune.Pool(2)) as pool:
+        runner = gpu_runner.GpuRunner(Compiler(pool, BOARD), BOARD)
+        with closing(runner):
+            found = dict(runner.run(HALVE, problem, IN_PLACE))
+            best = sorted(
+                (config for config, outcome in found.items() if outcome.times is not None),
+                key=lambda config: found[config].times.median_us,
+            )[:4]
+            return found | dict(runner.finalists(HALVE, problem, best))
+
+
+def test_faults_of_a_kernel_that_overwrites_its_input_cost_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each trial, those after a fault too, finds the input whole: else the gate would refuse it."""
+    monkeypatch.setattr(runner_module, "COMPILE_TIMEOUT_S", COMPILE_TIMEOUT_S)
+    monkeypatch.setattr(gpu_runner, "MEASURE_TIMEOUT_S", MEASURE_TIMEOUT_S)
+    winner, *others = sorted(IN_PLACE, key=lambda config: time_us(config.to_dict()))
+    faults = {config.to_json(): fault for config, fault in zip(others[1:], FAULTS, strict=False)}
+    assert len(faults) == len(FAULTS) == 7
+    found = outcomes_in_place(tmp_path / "with", {**faults, winner.to_json(): "killed at first"})
+    assert set(found) == set(IN_PLACE)
+    for config, outcome in found.items():
+        status, message = EXPECTED[faults[config.to_json()]] if config.to_json() in faults else (Status.OK, "")
+        assert outcome.status is status, (config, outcome)
+        assert message in outcome.message
+    measured = {config: outcome for config, outcome in found.items() if outcome.times is not None}
+    assert min(measured, key=lambda config: measured[config].times.median_us) == winner
