@@ -76,7 +76,9 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
         n = 32 if wide > 128 or terms else 64
         # Rows of a bias that begin anywhere are read element by element, beside accumulators that tcgen05 hands over.
         ragged = problem.bias is not None and problem.Skv % 8 and device.arch // 10 == 10
-        if ragged or (terms and wide > 64 and not groups):
+        # Packed sequences of fp8 beside a slope per head: 16 bytes too many.
+        packed = problem.varlen and terms and problem.unit == "fp8" and wide > 128 and device.arch // 10 == 9
+        if ragged or packed or (terms and wide > 64 and not groups):
             n = 16
         config = AttentionConfig(128, n, PACK=pack, num_warps=8, num_stages=stages)
     while fits(problem, config, device) is not None and config.num_stages > 1:

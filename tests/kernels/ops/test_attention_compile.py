@@ -219,6 +219,7 @@ def test_the_default_compiles_without_spills(arch):
         ("paged, unaligned", SHAPES[1], 64, "fp8e5m2"),
         ("every term", SHAPES[3], 64, "fp32"),
         ("varlen", SHAPES[0], 256, "fp16"),
+        ("varlen", SHAPES[0], 256, "fp8e5m2"),
     ]
     assert_clean(attention_on(arch, defaults(arch, rows)))
 
