@@ -152,6 +152,8 @@ def closing_lines(results: Results, default_folder: Path) -> list[str]:
     done = f"{results.compiled} kernels compiled or found compiled in {results.elapsed_s:.1f} s"
     if results.compiled:
         done += f" ({results.compiled / results.elapsed_s:.1f}/s)"
+    if not any(result.trials or result.config for result in results.results):
+        return [done]  # the time was up before anything was tried
     lines = [f"{done}; saved in {results.db}"]
     if any(result.provenance is Provenance.PREDICTED for result in results.results):
         lines.append("These times are predicted, not measured: run the same command on the GPU itself to measure.")

@@ -178,7 +178,10 @@ class Storage:
         for attempt in range(ATTEMPTS):
             try:
                 # Tables that are there may be another Optuna's: none is added to them before that is known.
-                made = inspect(engine).has_table("alembic_version")
+                tables = inspect(engine)
+                made = tables.has_table("alembic_version")
+                if sqlite and not made and tables.has_table("_sqlite_migrations"):
+                    raise StorageError(f"the storage {self.name} is a tuning database: name a file of its own")
                 self._check_version(self._storage(url, unpooled, made))
                 break
             except early:

@@ -76,8 +76,13 @@ def test_the_end_says_where_it_was_saved_and_that_it_was_not_measured(results: R
     assert "predicted, not measured" in text
     assert "from tilewright.kernels import gemm" in text
     assert "export" not in text
-    results.results = [Result("w", "gemm", {}, provenance=Provenance.MEASURED)]
+    results.results = [Result("w", "gemm", {}, {"BLOCK_M": 16}, provenance=Provenance.MEASURED)]
     assert "predicted" not in "\n".join(report.closing_lines(results, Path("/data")))
+
+
+def test_where_nothing_was_tried_nothing_is_said_to_be_saved(results: Results) -> None:
+    results.results = [Result("w", "gemm", {}, status=Status.TIMEOUT)]
+    assert "saved" not in "\n".join(report.closing_lines(results, Path("/data")))
 
 
 def test_results_in_another_folder_come_with_how_programs_find_it(results: Results) -> None:

@@ -15,6 +15,7 @@ from tests.tuner.postgres import PASSWORD, postgres
 from tilewright.tuner import storage as storage_module
 from tilewright.tuner.storage import Storage
 from tilewright.tuning_db.errors import StorageError
+from tilewright.tuning_db.store import TuningDB
 
 SECRET = "hunter2"
 NOWHERE = "127.0.0.1:1"  # a port that nobody listens at
@@ -140,6 +141,15 @@ def test_heartbeats_survive_a_storage_that_fails_for_a_while(tmp_path: Path, mon
         storage.beat(7)
         assert beats.wait(30)
         assert set(calls) == {7}
+
+
+def test_a_tuning_database_is_no_storage_and_stays_as_it_is(tmp_path: Path) -> None:
+    with TuningDB.open("a10-72sm", tmp_path) as database:
+        path = database.path
+    before = path.read_bytes()
+    with pytest.raises(StorageError, match=r"a10-72sm.sqlite is a tuning database: name a file of its own"):
+        Storage(f"sqlite:///{path}")
+    assert path.read_bytes() == before
 
 
 def sqlite_error() -> Exception:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from tilewright.tuner.commands.output import EXIT_FAILED, EXIT_USAGE, new_table, print_json, print_table, say
-from tilewright.tuning_db.errors import DatabaseError
+from tilewright.tuning_db.errors import DatabaseError, UsageError
 from tilewright.tuning_db.file import open_file, path_for
 from tilewright.tuning_db.upkeep import Overview
 
@@ -24,11 +24,18 @@ def db() -> None:
     """Look after the tuning databases."""
 
 
-def _paths(device: str | None, folder: str | None) -> list[Path]:
-    """The file of a device, or every file there is."""
+def _paths(device: str | None, folder: str | None, *, must_exist: bool = True) -> list[Path]:
+    """The file of a device, or every file there is.
+
+    Raises:
+        UsageError: a folder was named that is none, and must be one.
+    """
     from tilewright.tuning_db.env import database_dir
 
     where = database_dir(folder)
+    if folder is not None and must_exist and not where.is_dir():
+        kind = "a file: name the folder it is in" if where.exists() else "not there: name the folder of the databases"
+        raise UsageError(f"--db {folder} is {kind}")
     if device is None:
         return sorted(where.glob("*.sqlite"))
     from tilewright.kernels.devices import resolve_device
@@ -52,7 +59,7 @@ def path(device: str | None, db: str | None) -> None:
     """Print the folder of the databases, or the file of a device, whether or not it is there."""
     from tilewright.tuning_db.env import database_dir
 
-    click.echo(database_dir(db) if device is None else _paths(device, db)[0])
+    click.echo(database_dir(db) if device is None else _paths(device, db, must_exist=False)[0])
 
 
 @db.command()
@@ -129,9 +136,11 @@ def check(context: click.Context, device: str | None, db: str | None, as_json: b
     """Check database files, shipped ones too, page by page and record by record, without changing them; exit status 1
     for a finding."""
     from tilewright.tuning_db import upkeep
+    from tilewright.tuning_db.env import database_dir
 
     document = []
-    for path in (*_paths(device, db), *_shipped_paths(device, db)):
+    own = _paths(device, db)
+    for path in (*own, *_shipped_paths(device, db)):
         try:
             findings = upkeep.check(path)
         except DatabaseError as error:
@@ -142,8 +151,8 @@ def check(context: click.Context, device: str | None, db: str | None, as_json: b
                 click.echo(f"{path}: {line.removeprefix(f'{path}: ')}")
     if as_json:
         print_json({"databases": document})
-    elif not document:
-        say("there is no database to check")
+    elif not own:
+        say(f"there is no database in {database_dir(db)}" + (": only what was shipped was checked" if document else ""))
     if any(not each["ok"] for each in document):
         context.exit(EXIT_FAILED)
 

@@ -134,6 +134,8 @@ def merge(sources: tuple[str, ...], db: str | None, as_json: bool) -> None:
 
     paths = []
     for source in map(Path, sources):
+        if not source.exists():
+            raise UsageError(f"there is no {source}: name a database file, or a folder of *.sqlite")
         found = sorted(source.glob("*.sqlite")) if source.is_dir() else [source]
         if not found:
             raise UsageError(f"{source} has no database: name a file, or a folder of *.sqlite")

@@ -43,7 +43,27 @@ def test_stats_of_a_folder_with_a_file_that_cannot_be_read(autotune, tmp_path: P
     assert status == 2
     assert "rtx3090-82sm.sqlite" in out
     assert "a10-72sm.sqlite is damaged or no database" in err
+    (tmp_path / "empty").mkdir()
     assert autotune("db", "stats", "--db", tmp_path / "empty")[:2] == (0, "")
+
+
+@pytest.mark.parametrize("command", [("stats",), ("check",), ("prune", "--device", "a10")])
+def test_a_folder_that_is_none_is_a_mistake(autotune, tmp_path: Path, command: tuple[str, ...]) -> None:
+    path = fill(tmp_path, record(3.0))
+    for folder, kind in (
+        (path, "a file: name the folder it is in"),
+        (tmp_path / "absent", "not there: name the folder"),
+    ):
+        status, out, err = autotune("db", *command, "--db", folder)
+        assert (status, out) == (2, "")
+        assert err.startswith(f"autotune: error: --db {folder} is {kind}")
+        assert err.count("\n") == 1
+
+
+def test_checking_where_there_is_none_says_so(autotune, tmp_path: Path) -> None:
+    status, _, err = autotune("db", "check", "--db", tmp_path)
+    assert status == 0
+    assert err.startswith(f"there is no database in {tmp_path}")
 
 
 def test_shipped_databases_are_shown_and_checked_too(autotune, tmp_path: Path, monkeypatch) -> None:
@@ -115,13 +135,14 @@ def test_prune(autotune, tmp_path: Path) -> None:
     [
         (("prune",), "Missing option '--device'"),
         (("prune", "--device", "a10"), "a10-72sm.sqlite: nothing to prune"),
+        (("prune", "--device", "a10", "--older-than", "800000"), "800000 is not in the range 0<=x<=36500"),
         (("prune", "--device", "a10", "--older-than", "-1"), "--older-than"),
         (("stats", "--device", "rtx309"), "no device is called"),
         (("mend",), "No such command 'mend'"),
     ],
 )
 def test_a_mistake_is_one_line(autotune, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    status, out, err = autotune("db", *arguments, *(() if "mend" in arguments else ("--db", tmp_path / "db")))
+    status, out, err = autotune("db", *arguments, *(() if "mend" in arguments else ("--db", tmp_path)))
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err
     assert not (tmp_path / "db").exists()
