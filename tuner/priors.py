@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tilewright.tuner.ranking import level
-from tilewright.tuner.surrogate import Array, GaussianProcess, Posterior, one_thread
+from tilewright.tuner.surrogate import SPREAD_ELSEWHERE, Array, GaussianProcess, Posterior, one_thread
 
 MOST_TRIALS = 150
 """Trials that a prior is fitted to: of more, the best 40 and a random part of the rest."""
@@ -35,7 +35,7 @@ def _prior_from_trials(features: Array, trials: Array, log_times: Array, draw: n
     most = level(log_times[order])
     values = np.minimum(log_times[order], most)
     middle, spread = values.mean(), max(float(values.std()), 1e-3)
-    process = GaussianProcess(features.shape[1])
+    process = GaussianProcess(features.shape[1], SPREAD_ELSEWHERE)
     process.fit(trials[order], (values - middle) / spread)
     posterior = Posterior(process, np.concatenate([features, trials[order]]))
     posterior.add(range(len(features), len(features) + len(order)))

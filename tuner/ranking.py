@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from scipy.special import ndtr
 
-from tilewright.tuner.surrogate import Array, GaussianProcess, Posterior, one_thread
+from tilewright.tuner.surrogate import SPREAD_ELSEWHERE, Array, GaussianProcess, Posterior, one_thread
 
 STARTERS = 6
 """Trials before the process takes over where there is no prior."""
@@ -121,7 +121,7 @@ class Ranking:
         if starters is None:
             starters = STARTERS_WITH_PRIOR if priors else max(0, STARTERS - len(self._first))
         self._starters = [*self._first, *spread(features, starters, self._first, np.random.default_rng(seed))]
-        self._process = GaussianProcess(features.shape[1])
+        self._process = GaussianProcess(features.shape[1], SPREAD_ELSEWHERE if elsewhere else 1.0)
         self._working = GaussianProcess(features.shape[1])
         self._model: _Model | None = None
         self.expected_improvement = float("inf")
