@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tilewright.tuner.packing import build_pack
+    from tilewright.tuner.results import Progress, Result, Results
     from tilewright.tuner.suites import SUITES, Workload, find_suite
-    from tilewright.tuner.tune import Progress, Result, Results, autotune
+    from tilewright.tuner.tune import autotune
 
 _HOMES = {
-    **dict.fromkeys(("autotune", "Results", "Result", "Progress"), "tilewright.tuner.tune"),
+    "autotune": "tilewright.tuner.tune",
+    **dict.fromkeys(("Results", "Result", "Progress"), "tilewright.tuner.results"),
     "build_pack": "tilewright.tuner.packing",
     **dict.fromkeys(("Workload", "SUITES", "find_suite"), "tilewright.tuner.suites"),
 }

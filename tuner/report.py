@@ -14,7 +14,7 @@ from rich.progress import Progress as ProgressBars
 from rich.table import Table
 
 from tilewright.kernels.device import Device
-from tilewright.tuner.tune import Progress, Result, Results
+from tilewright.tuner.results import Progress, Result, Results
 from tilewright.tuning_db.env import DB_DIR
 from tilewright.tuning_db.record import Provenance
 

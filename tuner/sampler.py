@@ -109,8 +109,9 @@ class EnumeratedSampler(BaseSampler):
         for prior in priors:
             if np.shape(prior) != (len(configs),):
                 raise UsageError(f"a prior of shape {np.shape(prior)} must have a value for each of {len(configs)}")
-            for row in np.flatnonzero(~np.isfinite(np.asarray(prior, dtype=float))):
-                raise UsageError(f"a prior expects {prior[row]} of {self._configs[row]}: it needs a finite logarithm")
+            for expected, config in zip(prior, self._configs, strict=True):
+                if not math.isfinite(expected):
+                    raise UsageError(f"a prior expects {expected} of {config}: it needs a finite logarithm")
         for row in first:
             if not 0 <= row < len(configs):
                 raise UsageError(f"first={list(first)} must be indices of the list, 0 to {len(configs) - 1}")

@@ -18,7 +18,7 @@ from unittest import mock
 from benchmarks import landscape
 from tests.tuner.simulated_worker import Scenario
 from tests.tuner.simulation import BOARD, simulated
-from tilewright.tuner import tune
+from tilewright.tuner import tuning_run
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def simulated_landscapes(compiling: Scenario, measuring: Scenario, folder: Path)
     """`benchmarks.landscape` of this process compiles and measures as the scenarios say."""
     with (
         simulated(compiling, measuring, folder),
-        mock.patch.object(landscape, "Pool", tune.Pool),
+        mock.patch.object(landscape, "Pool", tuning_run.Pool),
         mock.patch.object(landscape, "resolve_device", return_value=BOARD),
     ):
         yield

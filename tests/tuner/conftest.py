@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.tuner import cli
+from tests.tuner.counting import CountingRunner
+from tilewright.tuner import cli, tuning_run
 
 
 @pytest.fixture
@@ -29,3 +30,12 @@ def autotune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 def model_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of databases that tests of whole models share: what one has tuned the others find."""
     return tmp_path_factory.mktemp("model_db")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> type[CountingRunner]:
+    """Runs predict without compiling from now on; what they try is in `asked`."""
+    monkeypatch.setattr(CountingRunner, "asked", [])
+    monkeypatch.setattr(CountingRunner, "fail", False)
+    monkeypatch.setattr(tuning_run, "_make_runner", lambda compiler, device, gpus: CountingRunner(compiler, device))
+    return CountingRunner

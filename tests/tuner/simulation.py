@@ -16,7 +16,7 @@ from tests.tuner.simulated_worker import Scenario
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.registry import find_kernel
-from tilewright.tuner import gpu_runner, tune
+from tilewright.tuner import gpu_runner, tuning_run
 from tilewright.tuner.pool import Pool
 from tilewright.tuning_db.env import compiling_environment
 
@@ -45,7 +45,7 @@ def simulated(compiling: Scenario, measuring: Scenario, folder: Path) -> Iterato
         return partial(Pool, command=command, environment=environment)
 
     with (
-        mock.patch.object(tune, "Pool", pool("compiling", compiling)),
+        mock.patch.object(tuning_run, "Pool", pool("compiling", compiling)),
         mock.patch.object(gpu_runner, "Pool", pool("measuring", measuring)),
         mock.patch.object(gpu_runner, "live_devices", return_value=tuple(GPUS)),
     ):

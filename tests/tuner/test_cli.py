@@ -176,16 +176,16 @@ def test_a_corrupt_database_is_set_aside_by_name_and_the_run_goes_on(autotune, t
 
 
 def test_a_run_in_which_nothing_worked_is_status_1(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tilewright.tuner import tune
+    from tilewright.tuner import tuning_run
     from tilewright.tuner.runner import Outcome
     from tilewright.tuning_db.record import Status
 
-    class Refused(tune.PredictionRunner):
+    class Refused(tuning_run.PredictionRunner):
         def run(self, kernel, problem, configs, deadline):
             for config in configs:
                 yield config, Outcome(Status.COMPILE_ERROR, message="ptxas refused it")
 
-    monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: Refused(compiler, device))
+    monkeypatch.setattr(tuning_run, "_make_runner", lambda compiler, device, gpus: Refused(compiler, device))
     status, out, _ = autotune(*SMALL, "--quiet", "--db", tmp_path)
     assert status == 1
     assert "ptxas refused it" in out

@@ -15,11 +15,12 @@ from tests.tuner.in_place import HALVE, HalveConfig, HalveProblem
 from tests.tuner.simulated_worker import FAULTS, Scenario, time_us
 from tests.tuner.simulation import BOARD, PROBLEM, simulated, space
 from tilewright.kernels.problem import Config
-from tilewright.tuner import gpu_runner, tune
+from tilewright.tuner import gpu_runner, tuning_run
 from tilewright.tuner import runner as runner_module
 from tilewright.tuner.pool import Worker
+from tilewright.tuner.results import Results
 from tilewright.tuner.runner import Compiler, Outcome
-from tilewright.tuner.tune import Results, autotune
+from tilewright.tuner.tune import autotune
 from tilewright.tuning_db.record import Record, Status, canonical_json
 from tilewright.tuning_db.store import TuningDB
 
@@ -118,7 +119,7 @@ def outcomes_in_place(folder: Path, faults: dict[str, str]) -> dict[Config, Outc
     compiling = Scenario(journal=str(folder / "compiling"), faults=faults)
     measuring = Scenario(journal=str(folder / "measuring"), faults=faults, real=True, in_place=True)
     problem = HalveProblem(1000)
-    with simulated(compiling, measuring, folder), closing(tune.Pool(2)) as pool:
+    with simulated(compiling, measuring, folder), closing(tuning_run.Pool(2)) as pool:
         runner = gpu_runner.GpuRunner(Compiler(pool, BOARD), BOARD)
         with closing(runner):
             found = dict(runner.run(HALVE, problem, IN_PLACE))

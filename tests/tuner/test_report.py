@@ -11,7 +11,7 @@ from tilewright.kernels import AttentionConfig, Conv2dConfig, GemmConfig
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.problem import Config
 from tilewright.tuner import report
-from tilewright.tuner.tune import Progress, Result, Results
+from tilewright.tuner.results import Progress, Result, Results
 from tilewright.tuning_db.record import Provenance, Status
 
 pytestmark = pytest.mark.smoke

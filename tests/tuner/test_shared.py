@@ -24,7 +24,7 @@ from tests.tuner.shared_runs import CONFIGS, KEY, RACED, TRIALS, entry, opened
 from tests.tuner.simulated_worker import Scenario, read_journal, time_us
 from tests.tuner.simulation import BOARD, PROBLEM, ROOT, simulated, space
 from tilewright.kernels.problem import Config
-from tilewright.tuner import gpu_runner, tune
+from tilewright.tuner import gpu_runner, tuning_run
 from tilewright.tuner import storage as storage_module
 from tilewright.tuner.shared import MOST_LOST, Claim, SharedSearch, _under_way
 from tilewright.tuner.storage import Storage
@@ -300,7 +300,7 @@ def test_who_comes_late_has_the_outcomes_and_measures_nothing_but_the_best(tmp_p
     assert ones.keys() == twos.keys()
     # The best few and the default were compared on its own GPU, the others are as the first has them.
     compared = [config for config, (_, host) in twos.items() if host == "two"]
-    assert 2 <= len(compared) <= tune.FINALISTS + 1
+    assert 2 <= len(compared) <= tuning_run.FINALISTS + 1
     assert {config: ones[config] for config in ones if config not in compared} == {
         config: found for config, found in twos.items() if config not in compared
     }
@@ -333,7 +333,7 @@ def test_a_configuration_that_processes_are_lost_with_counts_as_failed(tmp_path:
                 claims[0] = replace(claims[0], lost=MOST_LOST)
             return claims
 
-    with mock.patch.object(tune, "SharedSearch", Unlucky):
+    with mock.patch.object(tuning_run, "SharedSearch", Unlucky):
         results = run(tmp_path, url, "one", trials=5)
     assert results.results[0].trials == 5
     (record, _) = records_of(tmp_path, "one")[lost[0].to_json()]
@@ -367,7 +367,7 @@ def test_a_storage_that_fails_in_a_run_is_one_line_and_what_was_tried_is_kept(tm
                 with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection, connection:
                     connection.execute("ALTER TABLE trials RENAME TO gone")
 
-    with mock.patch.object(tune, "SharedSearch", Failing), pytest.raises(StorageError) as caught:
+    with mock.patch.object(tuning_run, "SharedSearch", Failing), pytest.raises(StorageError) as caught:
         run(tmp_path, url, "one", trials=8)
     assert str(caught.value) == f"the storage {url} failed: no such table: trials"
     assert len(records_of(tmp_path, "one")) == 2

@@ -5,28 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
-from tilewright.kernels.devices import resolve_device
-from tilewright.kernels.lookup import TIMING_PROTOCOL, prediction_protocol, predictions, recorded_choice
+from tests.tuner.counting import DEVICE, SMALL, CountingRunner, MeasuringRunner
+from tilewright.kernels.lookup import prediction_protocol
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.prediction import MODEL
 from tilewright.kernels.registry import find_kernel
-from tilewright.tuner import search, tune
-from tilewright.tuner.runner import Outcome
+from tilewright.tuner import tune, tuning_run
+from tilewright.tuner.results import Progress
 from tilewright.tuner.suites import SUITES, Workload
-from tilewright.tuner.tune import Progress, autotune, resolve_workloads
-from tilewright.tuning_db.env import SHIPPED
+from tilewright.tuner.tune import autotune, resolve_workloads
 from tilewright.tuning_db.errors import ProblemError, UnknownKernelError, UnsupportedError, UsageError
-from tilewright.tuning_db.record import Provenance, Status, Times
+from tilewright.tuning_db.record import Provenance, Status
 from tilewright.tuning_db.store import TuningDB
-
-SMALL = "M=64,N=64,K=128"
-DEVICE = resolve_device("rtx3090")
 
 
 @pytest.mark.smoke
@@ -68,32 +64,6 @@ def test_every_outcome_is_on_record_with_its_environment(tmp_path: Path) -> None
     assert {record.key.problem for record in records} == {GemmProblem.parse(SMALL).to_json()}
 
 
-class CountingRunner(tune.PredictionRunner):
-    """Predicts without compiling, and notes what it was asked."""
-
-    asked: ClassVar[list[tuple[Any, GemmConfig]]] = []
-    fail: ClassVar[bool] = False
-
-    def run(self, kernel: Any, problem: Any, configs: Any, deadline: Any = None) -> Any:
-        for config in configs:
-            if deadline is not None and tune.time.monotonic() >= deadline:
-                return
-            self.asked.append((problem, config))
-            if self.fail:
-                yield config, Outcome(Status.COMPILE_ERROR, message="ptxas refused it")
-                continue
-            resources = kernel.estimate(problem, config, DEVICE)
-            yield config, Outcome(Status.OK, Times.single(1.0 + config.BLOCK_M), replace(resources, spill_bytes=0))
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> type[CountingRunner]:
-    monkeypatch.setattr(CountingRunner, "asked", [])
-    monkeypatch.setattr(CountingRunner, "fail", False)
-    monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: CountingRunner(compiler, device))
-    return CountingRunner
-
-
 def test_a_larger_budget_tries_only_what_is_new(tmp_path: Path, counted: type[CountingRunner]) -> None:
     autotune("rtx3090", problems=[SMALL], trials=4, db=tmp_path)
     assert len(counted.asked) == 4
@@ -104,20 +74,15 @@ def test_a_larger_budget_tries_only_what_is_new(tmp_path: Path, counted: type[Co
     assert not again.results[0].cached
 
 
-class MeasuringRunner(CountingRunner):
-    """As one that measures on a GPU."""
-
-    provenance = Provenance.MEASURED
-    protocol = TIMING_PROTOCOL
-
-
 @pytest.mark.parametrize("live", [False, True], ids=["predicted", "measured"])
 def test_a_configuration_that_a_tuned_space_gains_is_the_only_one_tried(
     tmp_path: Path, counted: type[CountingRunner], monkeypatch: pytest.MonkeyPatch, live: bool
 ) -> None:
     problem, device = GemmProblem.parse(SMALL), replace(DEVICE, live="cuda:0") if live else DEVICE
     if live:
-        monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: MeasuringRunner(compiler, device))
+        monkeypatch.setattr(
+            tuning_run, "_make_runner", lambda compiler, device, gpus: MeasuringRunner(compiler, device)
+        )
     default = GEMM.default(problem, device)
     space = [default, *[config for config in GEMM.space.configs(problem, device) if config != default][:10]]
     *few, added = space
@@ -294,211 +259,3 @@ def test_configurations_read_back_from_the_database(tmp_path: Path, counted: typ
     (result,) = autotune("rtx3090", problems=[SMALL], trials=2, db=tmp_path)
     assert GemmConfig.from_dict(result.config).to_dict() == result.config
     assert json.loads(json.dumps(result.problem)) == result.problem
-
-
-LIVE = replace(DEVICE, live="cuda:0")
-
-
-@pytest.fixture
-def measured(counted: type[CountingRunner], monkeypatch: pytest.MonkeyPatch) -> type[CountingRunner]:
-    monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: MeasuringRunner(compiler, device))
-    monkeypatch.setattr(tune, "equal_gpus", lambda device, workers: (device,))
-    return counted
-
-
-class LateRunner(MeasuringRunner):
-    """The time is up before the first two of a batch come out of the compiler: the default and the best predicted."""
-
-    late: ClassVar[list[bool]] = []
-
-    def run(self, kernel: Any, problem: Any, configs: Any, deadline: Any = None) -> Any:
-        if self.late:
-            yield from super().run(kernel, problem, configs, deadline)
-            return
-        yield from super().run(kernel, problem, configs[2:])
-        self.late.append(True)
-
-
-@pytest.mark.parametrize("retune", [False, True])
-def test_where_time_is_up_the_default_and_the_best_predicted_are_measured_all_the_same(
-    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch, retune: bool
-) -> None:
-    problem = GemmProblem.parse(SMALL)
-    default = GEMM.default(problem, DEVICE)
-    best = min(predictions(GEMM, problem, LIVE), key=lambda pair: pair[0].time_us)[1]
-    if retune:
-        autotune(LIVE, problems=[SMALL], trials=8, jobs=1, db=tmp_path)
-        measured.asked.clear()
-    monkeypatch.setattr(LateRunner, "late", [])
-    monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: LateRunner(compiler, device))
-    monkeypatch.setattr(tune, "is_past", lambda deadline: deadline is not None and bool(LateRunner.late))
-    autotune(LIVE, problems=[SMALL], trials=40, timeout=1000, jobs=8, db=tmp_path, retune=retune)
-    tried = [config for _, config in measured.asked]
-    assert set(tried[-2:]) == {best, default}
-    assert len(tried) == len(set(tried)) > 2
-
-
-def test_a_search_on_a_gpu_hears_of_outcomes_however_many_compile(
-    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batches: list[int] = []
-
-    class Noting(MeasuringRunner):
-        def run(self, kernel: Any, problem: Any, configs: Any, deadline: Any = None) -> Any:
-            batches.append(len(configs))
-            return super().run(kernel, problem, configs, deadline)
-
-    monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: Noting(compiler, device))
-    autotune(LIVE, problems=[SMALL], trials=40, jobs=64, db=tmp_path)
-    assert batches == [10] * 4
-    assert tune.ROUNDS == 4
-    batches.clear()
-    autotune(LIVE, problems=["M=32,N=32,K=64"], trials=8, jobs=1, db=tmp_path)
-    assert batches == [2] * 4
-
-
-def test_a_search_that_expects_nothing_more_ends_and_is_not_begun_again(
-    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(search, "PLATEAU", 1e9)  # nothing that is expected is enough
-    (first,) = autotune(LIVE, problems=[SMALL], jobs=1, db=tmp_path)
-    assert 4 < first.trials == len(measured.asked) < tune.MEASURED_TRIALS
-    (second,) = autotune(LIVE, problems=[SMALL], jobs=1, db=tmp_path)
-    assert second == replace(first, cached=True)
-    assert len(measured.asked) == first.trials
-    # A number that was asked for is made.
-    (third,) = autotune(LIVE, problems=[SMALL], trials=first.trials + 3, jobs=1, db=tmp_path)
-    assert len(measured.asked) == third.trials == first.trials + 3
-
-
-def test_a_plateau_of_another_space_is_none(
-    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(search, "PLATEAU", 1e9)
-    (first,) = autotune(LIVE, problems=[SMALL], jobs=1, db=tmp_path)
-    monkeypatch.setattr(tune, "prediction_protocol", lambda kernel: "another")
-    (second,) = autotune(LIVE, problems=[SMALL], jobs=1, db=tmp_path)
-    assert first.trials < tune.MEASURED_TRIALS
-    assert not second.cached
-
-
-def test_a_run_on_a_gpu_notes_the_driver(
-    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tune, "driver_versions", lambda: ("580.65.06", "13.0"))
-    for device, noted in ((LIVE, ("580.65.06", "13.0")), (DEVICE, ("", ""))):
-        folder = tmp_path / (device.live or "absent")
-        autotune(device, problems=[SMALL], trials=1, jobs=1, db=folder)
-        with TuningDB.open(device.key, folder, read_only=True) as database:
-            ((_, environment),) = database.runs().values()
-        assert (environment.driver, environment.cuda) == noted
-
-
-@pytest.fixture
-def evidence_given(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What each search from now on was given as evidence, oldest first."""
-    given: list[Any] = []
-
-    class SeenSearch(search.Search):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            given.append(options["evidence"])
-            super().__init__(*arguments, **options)
-
-    monkeypatch.setattr(tune, "Search", SeenSearch)
-    return given
-
-
-def test_what_was_measured_of_near_shapes_is_evidence(
-    tmp_path: Path, measured: type[CountingRunner], evidence_given: list[Any]
-) -> None:
-    autotune(LIVE, problems=[SMALL], trials=12, jobs=1, db=tmp_path)
-    autotune(LIVE, problems=["M=128,N=64,K=128"], trials=2, jobs=1, db=tmp_path)
-    autotune(LIVE, problems=["M=128,N=128,K=128"], trials=2, jobs=1, db=tmp_path)
-    nothing, (near,), (farther,) = evidence_given
-    assert not nothing
-    assert near.reason == "near shape M=128→64"
-    assert near.times_us == {config: 1.0 + config.BLOCK_M for _, config in measured.asked[:12]}
-    assert farther.reason == "near shape M=128→64 N=128→64"  # two trials of another are no evidence
-
-
-def test_shipped_records_are_evidence_for_a_search_that_measures_anew(
-    tmp_path: Path,
-    measured: type[CountingRunner],
-    evidence_given: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    autotune(LIVE, problems=[SMALL], trials=12, jobs=1, db=tmp_path / "shipped")
-    (best,) = autotune(LIVE, problems=[SMALL], trials=12, jobs=1, db=tmp_path / "shipped")
-    shipped = list(measured.asked)
-    monkeypatch.setenv(SHIPPED, str(tmp_path / "shipped"))
-    measured.asked.clear()
-    evidence_given.clear()
-    (result,) = autotune(LIVE, problems=[SMALL], trials=4, jobs=1, db=tmp_path / "own")
-    ((evidence,),) = evidence_given
-    assert evidence.reason == "exact, shipped"
-    assert set(evidence.times_us) == {config for _, config in shipped}
-    assert not result.cached
-    assert result.trials == len(measured.asked) == 4
-    assert result.config["BLOCK_M"] == best.config["BLOCK_M"]  # as fast as the best: evidence recommends it
-
-
-def test_predictions_are_searched_without_evidence(tmp_path: Path, counted: type[CountingRunner]) -> None:
-    for problem in (SMALL, "M=128,N=64,K=128"):
-        autotune(DEVICE, problems=[problem], trials=9, jobs=1, db=tmp_path)
-    assert len(counted.asked) == 18
-
-
-class NoisyRunner(MeasuringRunner):
-    """Everything takes 10 µs, give or take one; but the default, which takes a little longer."""
-
-    compared: ClassVar[list[list[GemmConfig]]] = []
-    default_us: ClassVar[float] = 10.1
-
-    def _times(self, config: GemmConfig) -> Times:
-        median_us = self.default_us if config == GEMM.default(GemmProblem.parse(SMALL), DEVICE) else 10.0
-        return Times(median_us, median_us - 1, median_us + 1, 20)
-
-    def run(self, kernel: Any, problem: Any, configs: Any, deadline: Any = None) -> Any:
-        for config, outcome in super().run(kernel, problem, configs, deadline):
-            yield config, replace(outcome, times=self._times(config))
-
-    def finalists(self, kernel: Any, problem: Any, configs: Any, deadline: Any = None) -> Any:
-        self.compared.append(configs)
-        yield from self.run(kernel, problem, configs, deadline)
-
-
-@pytest.mark.parametrize(("default_us", "stays"), [(10.1, True), (13.0, False)])
-def test_the_default_stays_unless_it_is_beaten_beyond_noise(
-    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch, default_us: float, stays: bool
-) -> None:
-    monkeypatch.setattr(NoisyRunner, "compared", [])
-    monkeypatch.setattr(NoisyRunner, "default_us", default_us)
-    monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: NoisyRunner(compiler, device))
-    problem = GemmProblem.parse(SMALL)
-    default = GEMM.default(problem, DEVICE)
-    (result,) = autotune(LIVE, problems=[SMALL], trials=8, jobs=1, db=tmp_path)
-    assert (result.config == default.to_dict()) == stays
-    assert default in NoisyRunner.compared[0]
-    assert len(NoisyRunner.compared[0]) == tune.FINALISTS + 1
-    choice = recorded_choice(GEMM, problem, DEVICE, tmp_path)
-    assert choice is not None
-    assert (choice.config == default) == stays
-    assert choice.provenance is Provenance.MEASURED
-
-
-def test_one_that_only_seems_the_best_after_the_comparison_is_compared_too(
-    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first measurements flatter: all that is measured again turns out slower than the rest."""
-
-    class FlatteringRunner(NoisyRunner):
-        def _times(self, config: GemmConfig) -> Times:
-            again = any(config in finalists for finalists in self.compared)
-            return Times.single(20.0 + config.BLOCK_M if again else 10.0 + config.BLOCK_M / 100)
-
-    monkeypatch.setattr(NoisyRunner, "compared", [])
-    monkeypatch.setattr(tune, "_make_runner", lambda compiler, device, gpus: FlatteringRunner(compiler, device))
-    autotune(LIVE, problems=[SMALL], trials=30, jobs=1, db=tmp_path)
-    assert len(NoisyRunner.compared) == tune.FINALIST_ROUNDS
-    assert all(len(each) >= tune.FINALISTS for each in NoisyRunner.compared)
-    assert not set(NoisyRunner.compared[0][:4]) & set(NoisyRunner.compared[1][:4])

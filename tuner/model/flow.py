@@ -40,7 +40,8 @@ from tilewright.tuner.model.verify.error_sums import OutputError
 from tilewright.tuner.model.workloads import ModelWorkloads, workloads
 from tilewright.tuner.model.write import write_model
 from tilewright.tuner.report import short_config
-from tilewright.tuner.tune import Progress, Result, autotune
+from tilewright.tuner.results import Progress, Result
+from tilewright.tuner.tune import autotune
 from tilewright.tuning_db.errors import MissingDependencyError, RunError, UnsupportedError, UsageError
 
 SAMPLES = 32

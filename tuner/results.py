@@ -1,0 +1,96 @@
+"""What a run of `autotune` gives, and what it tells while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tilewright.kernels.device import Device
+from tilewright.tuner.runner import Outcome
+from tilewright.tuning_db.record import Provenance, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The best configuration of one workload after a run, and what is known of it."""
+
+    workload: str
+    op: str
+    problem: dict[str, Any]
+    config: dict[str, Any] | None = None  # None if every configuration tried failed
+    time_us: float | None = None
+    tflops: float | None = None
+    roofline_fraction: float | None = None  # least possible time over this time: 1 is as fast as the board allows
+    registers: int | None = None
+    spills: int | None = None  # bytes per thread
+    shared_bytes: int | None = None
+    provenance: Provenance | None = None
+    status: Status = Status.OK
+    message: str = ""
+    trials: int = 0  # outcomes on record for this very problem, device, kernel and toolchain
+    cached: bool = False  # answered without trying anything in this run
+
+
+@dataclass(slots=True)
+class Results:
+    """What a run did. Iterates over its results."""
+
+    device: Device
+    db: Path
+    results: list[Result] = field(default_factory=list)
+    compiled: int = 0
+    elapsed_s: float = 0.0
+    set_aside: Path | None = None  # where a damaged database file was moved
+    lost_workers: tuple[str, ...] = ()  # why measuring processes were given up, whose work the others did
+
+    def __iter__(self) -> Any:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run is: sent at the start of each workload, after every outcome, and with the workload's result."""
+
+    workload: str
+    index: int  # of the workload, from 0
+    workloads: int
+    done: int  # trials of this workload
+    trials: int
+    best_us: float | None
+    result: Result | None = None  # with the last event of a workload
+
+
+@dataclass(slots=True)
+class Reporter:
+    """Sends the progress of one workload."""
+
+    send: Callable[[Progress], None]
+    workload: str
+    index: int
+    workloads: int
+    trials: int
+    done: int = 0
+    best_us: float | None = None
+
+    def started(self) -> None:
+        """The workload's turn has come."""
+        self.send(Progress(self.workload, self.index, self.workloads, self.done, self.trials, None))
+
+    def outcome(self, outcome: Outcome) -> None:
+        """A trial has ended."""
+        self.done += 1
+        if outcome.times is not None and (self.best_us is None or outcome.times.median_us < self.best_us):
+            self.best_us = outcome.times.median_us
+        self.send(Progress(self.workload, self.index, self.workloads, self.done, self.trials, self.best_us))
+
+    def finished(self, result: Result) -> None:
+        """The workload is done."""
+        event = Progress(
+            self.workload, self.index, self.workloads, self.done, self.trials, result.time_us, result=result
+        )
+        self.send(event)
