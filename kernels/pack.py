@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import triton.language as tl
 
@@ -31,6 +31,9 @@ from tilewright.tuning_db import strict_json as is_
 from tilewright.tuning_db.errors import PackError, UsageError
 from tilewright.tuning_db.record import Provenance, Resources, canonical_json
 from tilewright.tuning_db.rows import RESOURCES
+
+_Name = TypeVar("_Name")
+_Value = TypeVar("_Value")
 
 FORMAT = "tilewright-pack"
 VERSION = 1
@@ -204,8 +207,8 @@ class Pack:
             if manifest.get("format") == FORMAT and _is_newer(manifest.get("version")):
                 raise PackError(f"{path} is a newer Tilewright's (version {manifest['version']}): upgrade tilewright")
             is_.check_fields(manifest, _FIELDS)
-            self._entries = {(entry.op, entry.problem): entry for entry in map(_entry, manifest["entries"])}
-            self._kernels = {kernel["specialization"]: kernel for kernel in map(_kernel, manifest["kernels"])}
+            self._entries = _once(((entry.op, entry.problem), entry) for entry in map(_entry, manifest["entries"]))
+            self._kernels = _once((kernel["specialization"], kernel) for kernel in map(_kernel, manifest["kernels"]))
         except (ValueError, OSError) as error:
             raise self._damaged(str(error)) from None
         if manifest["hidden_pointers"] != HIDDEN_POINTERS:
@@ -316,6 +319,16 @@ class Pack:
 
 def _is_newer(version: object) -> bool:
     return isinstance(version, int) and version > VERSION
+
+
+def _once(pairs: Iterable[tuple[_Name, _Value]]) -> dict[_Name, _Value]:
+    """A mapping in which no name is given twice."""
+    found: dict[_Name, _Value] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{is_.shown(name)} is there twice")
+        found[name] = value
+    return found
 
 
 def _entry(values: dict[str, Any]) -> Entry:

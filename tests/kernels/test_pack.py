@@ -144,6 +144,8 @@ def kernel_of(manifest: dict) -> dict:
         (lambda m: kernel_of(m).update(num_warps=0), "num_warps=0 must be an integer from 1 to 32"),
         (lambda m: kernel_of(m).update(bytes=10**12), "bytes=1000000000000 must be an integer"),
         (lambda m: kernel_of(m).update(resources={}), "registers is missing"),
+        (lambda m: m["entries"].append(m["entries"][0]), " is there twice"),
+        (lambda m: m["kernels"].append(kernel_of(m)), " is there twice"),
     ],
 )  # fmt: skip
 def test_a_manifest_that_is_none(path: Path, change: Any, said: str) -> None:
