@@ -18,10 +18,10 @@ def plots(document: Mapping[str, Any], out: Path) -> list[Path]:
 
     made = "made-up times" if document["simulated"] else "measured"
     title = f"{document['device']['name']}, {made}"
-    return [
-        _ratios(pyplot, document, out / "ratios.png", title),
-        _roofline(pyplot, document, out / "roofline.png", title),
-    ]
+    drawn = [_ratios(pyplot, document, out / "ratios.png", title)]
+    if document["peaks"]:
+        drawn.append(_roofline(pyplot, document, out / "roofline.png", title))
+    return drawn
 
 
 def _ratios(pyplot: Any, document: Mapping[str, Any], path: Path, title: str) -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.contenders import DEFAULT, OURS
+from tilewright.kernels.registry import find_kernel
 
 Document = Mapping[str, Any]
 
@@ -29,11 +31,19 @@ def markdown(document: Document) -> str:
         *([f"`{document['command']}`"] if document.get("command") else []),
         *([document["tuned"]] if document.get("tuned") else []),
         "",
-        f"The board's own peaks in this run: a copy moves {peaks['copy_gbs']:.0f} GB/s (read and written), a bf16 "
-        f"product of 8192 x 8192 x 8192 reaches {peaks['matmul_tflops']:.0f} TFLOP/s.",
-        "",
+        *(
+            [
+                f"The board's own peaks in this run: a copy moves {peaks['copy_gbs']:.0f} GB/s (read and written), a "
+                f"bf16 product of 8192 x 8192 x 8192 reaches {peaks['matmul_tflops']:.0f} TFLOP/s.",
+                "",
+            ]
+            if peaks
+            else []
+        ),
+        *([f"Not measured: {'; '.join(document['errors'])}.", ""] if document.get("errors") else []),
         *_families(document["families"]),
         "",
+        *_passes(document["cases"], peaks),
         *_cases(document["cases"]),
     ]
     if document["load"]:
@@ -52,7 +62,7 @@ def _families(families: Sequence[Mapping[str, Any]]) -> list[str]:
     for family in families:
         ratio = "-" if family["ratio"] is None else f"{family['ratio']:.3f}"
         bar = "" if family["bar"] is None else f"{family['bar']:.2f}"
-        copied = "" if family.get("of_copy") is None else f"{family['of_copy']:.0%} (bar {family['copy_bar']:.0%})"
+        copied = "" if family.get("of_copy") is None else f"{family['of_copy']:.1%} (bar {family['copy_bar']:.0%})"
         met = {True: "yes", False: "no", None: ""}[family["met"]]
         against = {"whole": "best that computes the same", "library": "bare product"}.get(family["against"], "separate")
         best = "-" if family["best_ratio"] is None else f"{family['best_ratio']:.3f}"
@@ -63,6 +73,54 @@ def _families(families: Sequence[Mapping[str, Any]]) -> list[str]:
         *("against the best that computes the same", "of copy bandwidth"),
     ]
     return table(head, rows)
+
+
+LEAST_PASS_BYTES = 16e6
+"""Bytes of a pass below which its time says little of bandwidth."""
+
+
+def _passes(cases: Sequence[Mapping[str, Any]], peaks: Mapping[str, float]) -> list[str]:
+    """How good the separate passes were that a family's rival has: of the copy's bandwidth, what they must move at the
+    least over the time that they add to the library's product."""
+    rows = []
+    for family in dict.fromkeys(case["family"] for case in cases):
+        shares = [share for case in cases if case["family"] == family and (share := _pass_share(case, peaks))]
+        held = sum("elementwise" in (case["against"] or "") for case in cases if case["family"] == family)
+        if shares and held:
+            mean = math.exp(sum(map(math.log, shares)) / len(shares))
+            spread = [f"{share:.0%}" for share in (mean, min(shares), max(shares))]
+            rows.append([family, str(held), str(len(shares)), *spread])
+    if not rows:
+        return []
+    head = ["family", "cases held against separate passes", "measured", "of copy bandwidth, mean", "least", "most"]
+    return [
+        "The library's separate passes (bias, activation, residual), of the copy's bandwidth: what they must read and "
+        "write, over the time they add to the product. A ratio against passes at a third of the bandwidth is smaller "
+        "against good ones.",
+        "",
+        *table(head, rows),
+        "",
+    ]
+
+
+def _pass_share(case: Mapping[str, Any], peaks: Mapping[str, float]) -> float | None:
+    """The share of one case; None where it has no product and passes of one library, or next to nothing to move."""
+    timed = {name: each for name, each in case["contenders"].items() if not each["error"]}
+    added = [
+        each["median_us"] - timed[bare]["median_us"]
+        for name, each in timed.items()
+        if each["role"] == "separate" and (bare := name.partition(" + ")[0]) in timed
+    ]
+    if not peaks or not added or min(added) <= 0:
+        return None
+    problem = find_kernel(case["op"]).problem.from_dict(case["problem"])
+    result = problem.outputs()["out"]
+    elements = math.prod(result.shape)
+    product = 4 if case["problem"].get("dtype") == "int8" else 2  # bytes of an element
+    read = product * elements * (2 if case["problem"].get("gated") else 1)
+    read += 2 * elements if case["problem"].get("residual") else 0
+    moved = read + 2 * elements
+    return moved / min(added) / 1e3 / peaks["copy_gbs"] if moved >= LEAST_PASS_BYTES else None
 
 
 def _cases(cases: Sequence[Mapping[str, Any]]) -> list[str]:

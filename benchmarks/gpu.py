@@ -91,7 +91,13 @@ class Board(Protocol):
 
 @click.command()
 @click.option("--device", "device_name", default="cuda:0", show_default=True, help="The GPU.")
-@click.option("--minutes", default=8.0, show_default=True, help="For the whole run.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=8.0,
+    show_default=True,
+    help="For the whole run.",
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where results go.")
 @click.option("--family", "families", multiple=True, help="Only families whose name holds this text; repeatable.")
 @click.option("--trials", type=click.IntRange(min=0), default=0, help="Tune each problem first, with so many trials.")
@@ -108,20 +114,36 @@ def main(
 ) -> None:
     """Compares our kernels with the library's."""
     start = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
     db = db or out / "db"
     chosen = [case for case in cases() if not families or any(text in case.family.name for text in families)]
     try:
+        _refuse_another_run(out)
+        if not math.isfinite(minutes):
+            raise UsageError(f"--minutes {minutes} must be a finite number")
         if not chosen:
             names = "; ".join(family.name for family in FAMILIES)
             raise UsageError(f"no family has {' or '.join(map(repr, families))} in its name: {names}")
         if trials and not rehearse:
             _tune(device_name, chosen, trials, 30 * minutes, db)
         board: Board = RehearsalBoard(device_name) if rehearse else _board(device_name, db)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{out} can't be made ({error.strerror}): name another folder") from None
     except TilewrightError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     run(board, chosen, start + 60 * minutes, out)
+
+
+def _refuse_another_run(out: Path) -> None:
+    """Does nothing for a folder without a measured result."""
+    try:
+        simulated = json.loads((out / "gpu.json").read_text())["simulated"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    if not simulated:
+        raise UsageError(f"{out} has the results of another run: name another folder, or remove {out / 'gpu.json'}")
 
 
 def _board(device_name: str, db: Path) -> TorchBoard:
@@ -154,12 +176,20 @@ def run(board: Board, chosen: Sequence[Case], deadline: float, out: Path) -> dic
         "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
         "environment": board.environment(),
         "device": {"key": device.key, "name": device.name, "arch": device.sm, "bandwidth_gbs": device.bandwidth_gbs},
-        "peaks": board.peaks(),
+        "peaks": {},
         "clocks_before": board.clocks(),
-        "dispatch_us": dict(board.dispatch()),
+        "dispatch_us": {},
         "cases": [],
         "load": [],
+        "errors": [],
     }
+    # A board too small for the one, or a library without the other, is no reason to measure nothing.
+    for name, measure in (("peaks", board.peaks), ("dispatch_us", lambda: dict(board.dispatch()))):
+        try:
+            document[name] = measure()
+        except Exception as error:  # noqa: BLE001 - as in _compared
+            document["errors"].append(f"{name}: {_one_line(error)}")
+            console.print(f"no {document['errors'][-1]}")
     loaded: set[str] = set()
     for case in chosen:
         if time.monotonic() > deadline:
@@ -172,11 +202,9 @@ def run(board: Board, chosen: Sequence[Case], deadline: float, out: Path) -> dic
         if case.family.name in LOADED and case.family.name not in loaded and row["ratio"] is not None:
             loaded.add(case.family.name)
             document["load"].append(_loaded(board, case, row))
-        _write(document, out)
-    document["left_out"] = [f"{case.family.name}: {case.name}" for case in chosen[len(document["cases"]) :]]
-    document["families"] = summary(document["cases"])
+        _write(document, chosen, out)
     document["clocks_after"] = board.clocks()
-    _write(document, out)
+    _write(document, chosen, out)
     text = markdown(document)
     with whole_file(out / "gpu.md") as stream:
         stream.write(text.encode())
@@ -207,7 +235,7 @@ def _compared(board: Board, case: Case, peaks: Mapping[str, float]) -> dict[str,
         contenders = board.contenders(case)
         found, row["method"] = board.compare(case, contenders)
     except Exception as error:  # noqa: BLE001 - one case's failure is a line of the result, never the end of a run
-        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        row["error"] = _one_line(error)
         return row
     roles = {contender.name: contender.role for contender in contenders}
     row["contenders"] = {name: {"role": roles[name], **timed._asdict()} for name, timed in found.items()}
@@ -217,8 +245,9 @@ def _compared(board: Board, case: Case, peaks: Mapping[str, float]) -> dict[str,
     if not ours.error:
         row["tflops"] = problem.flops() / ours.median_us / 1e6
         row["gbs"] = problem.bytes_moved() / ours.median_us / 1e3
-        row["of_copy"] = row["gbs"] / peaks["copy_gbs"]
-        row["of_matmul"] = row["tflops"] / peaks["matmul_tflops"]
+        if peaks:
+            row["of_copy"] = row["gbs"] / peaks["copy_gbs"]
+            row["of_matmul"] = row["tflops"] / peaks["matmul_tflops"]
         default = found.get(DEFAULT)
         if default is not None and not default.error:
             row["default_ratio"] = ours.median_us / default.median_us
@@ -226,9 +255,18 @@ def _compared(board: Board, case: Case, peaks: Mapping[str, float]) -> dict[str,
 
 
 def rate(row: dict[str, Any], case: Case, roles: Mapping[str, str], found: Mapping[str, Timed]) -> None:
-    """Adds to a case's row what ours is held against, and the best of the library's ways to the very result."""
+    """Adds to a case's row what ours is held against, and the best of the library's ways to the very result; and an
+    error where ours is apart from all that compute it."""
     whole = replace(case, family=replace(case.family, against="whole"))
     ours = found[OURS]
+    apart = [
+        timed.difference
+        for name, timed in found.items()
+        if roles[name] != "ours" and not timed.error and timed.difference is not None
+    ]
+    if not ours.error and apart and not any(difference <= DIFFERENT for difference in apart):
+        row["error"] = f"the result differs from every way of the library's, by {min(apart):.2g} of the largest element"
+        return
     for name, rated in (("against", case), ("best", whole)):
         row[name] = None if ours.error else best_rival(rated, roles, found)
     for name, rival in (("ratio", row["against"]), ("best_ratio", row["best"])):
@@ -243,14 +281,15 @@ def best_rival(case: Case, roles: Mapping[str, str], found: Mapping[str, Timed])
         for name, timed in found.items()
         if roles[name] != "ours"
         and not timed.error
-        and not (timed.difference is not None and timed.difference > DIFFERENT)
+        and (timed.difference is None or timed.difference <= DIFFERENT)  # NaN is neither
         and (computes_all(case, roles[name]) if against == "whole" else roles[name] == against)
     ]
     return min(rivals, key=lambda name: found[name].median_us, default=None)
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each family's geometric mean, and whether its bars hold."""
+def summary(rows: Sequence[Mapping[str, Any]], left_out: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Each family's geometric mean, and whether its bars hold: None where a case of it was left out, or could not be
+    compared; a case that failed, or whose result of ours is wrong, makes them not hold."""
     found = []
     for family in FAMILIES:
         own = [row for row in rows if row["family"] == family.name]
@@ -258,19 +297,27 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not own:
             continue
         mean = _mean(ratios)
+        count = len(own) + sum(label.startswith(f"{family.name}: ") for label in left_out)
         entry: dict[str, Any] = {
             "family": family.name,
             "against": family.against,
-            "cases": len(own),
+            "cases": count,
             "compared": len(ratios),
             "ratio": mean,
             "best_ratio": _mean([row["best_ratio"] for row in own if row["best_ratio"] is not None]),
             "bar": family.bar,
-            "met": None if family.bar is None or mean is None else mean >= family.bar,
+            "met": None,
         }
+        held = [] if family.bar is None or mean is None else [mean >= family.bar]
         if family.copy_bar is not None:
-            entry["of_copy"] = _of_copy(family, own)
+            entry["of_copy"] = part = _of_copy(family, own)
             entry["copy_bar"] = family.copy_bar
+            held += [] if part is None else [part >= family.copy_bar]
+        failed = any(row.get("error") or row["contenders"].get(OURS, {}).get("error") for row in own)
+        if family.bar is not None and failed:
+            entry["met"] = False
+        elif held and len(ratios) == count:
+            entry["met"] = all(held)
         found.append(entry)
     return found
 
@@ -297,14 +344,21 @@ def _loaded(board: Board, case: Case, row: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return {**entry, "contenders": board.load(case, chosen)}
     except Exception as error:  # noqa: BLE001 - as in _compared
-        return {**entry, "error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+        return {**entry, "error": _one_line(error)}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _us(time_us: float | None) -> str:
     return "no time" if not time_us else f"{time_us:.1f} µs"
 
 
-def _write(document: Mapping[str, Any], out: Path) -> None:
+def _write(document: dict[str, Any], chosen: Sequence[Case], out: Path) -> None:
+    """Writes all there is so far: a run that is killed leaves a whole document of the cases that it came to."""
+    document["left_out"] = [f"{case.family.name}: {case.name}" for case in chosen[len(document["cases"]) :]]
+    document["families"] = summary(document["cases"], document["left_out"])
     with whole_file(out / "gpu.json") as stream:
         stream.write((json.dumps(document, indent=1) + "\n").encode())
 

@@ -53,12 +53,15 @@ def board_environment(ordinal: int) -> dict[str, Any]:
     """Driver and power limit (W) of a GPU of this machine, by NVML; nothing without it."""
     found: dict[str, Any] = {}
     with contextlib.suppress(ImportError):
+        import cupy
         import pynvml
 
         with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
             found["driver"] = pynvml.nvmlSystemGetDriverVersion()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(ordinal)
+            # By the address: NVML's own numbers know nothing of `CUDA_VISIBLE_DEVICES`.
+            address = cupy.cuda.runtime.deviceGetPCIBusId(ordinal)
+            handle = pynvml.nvmlDeviceGetHandleByPciBusId(address.encode())
             found["power_limit_w"] = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000
     return found
 

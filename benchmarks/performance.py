@@ -45,6 +45,9 @@ be written:
 - torch adds a convolution's bias in a pass of its own, and has cuDNN's fused form for ReLU alone. Where there is none,
   "cuDNN + elementwise" is two passes over the result, and "one elementwise" one.
 - int8 products are finished by two elementwise kernels, one of which casts.
+- Elementwise kernels of torch on strided halves, on int32 and on a bias along channels reach a tenth to a half of the
+  copy's bandwidth: a table of each run says how much. Ratios against them say what torch's user gains, not what a user
+  of good elementwise kernels would.
 - fp8: "fast accumulation" leaves sums in the tensor cores' 14 bits, ours go to fp32 every 128 products.
 
 To make such a run: `python -m benchmarks.gpu --trials 16 --minutes 10 --out DIR` tunes in half of the time and then
@@ -53,7 +56,10 @@ compares. `benchmarks/results/*/records-*.jsonl.gz` has every configuration that
 ## Not measured
 
 Any other board; a TensorRT engine; whole models; whole spaces (`python -m benchmarks.landscape` had time for samples);
-other libraries than torch (FlashAttention-3, cuDNN's graphs).
+other libraries than torch (FlashAttention-3, cuDNN's graphs, cuBLAS by other ways); torch.compile, whose elementwise
+kernels would be better than those here and which fuses epilogues into Triton products of its own; what
+`nvidia-matmul-heuristics` suggests; kernels in Gluon, of which there are none; tuning of one problem in 60 s to within
+3 % of a whole landscape's best.
 """
 
 

@@ -33,9 +33,10 @@ from tilewright.tuner.gpu import Gpu, read_kernel
 from tilewright.tuner.timing import Sampler, replay_copies, time_rounds
 from tilewright.tuner.turns import turn
 from tilewright.tuning_db import env
+from tilewright.tuning_db.errors import UsageError
 
 COPY_BYTES = 4 << 30
-"""Of the array whose copy gives the bandwidth: many times any L2."""
+"""Of the array whose copy gives the bandwidth, where a quarter of the memory is as much: many times any L2."""
 
 MATMUL = 8192
 """Size of the bf16 product that gives the arithmetic peak."""
@@ -96,11 +97,14 @@ class TorchBoard:
     Raises:
         MissingDependencyError, UnknownDeviceError: no GPU, or no CuPy.
         ImportError: no torch.
+        UsageError: a torch that can't use the GPU.
     """
 
     def __init__(self, ordinal: int, db: Path) -> None:
         import torch
 
+        if not torch.cuda.is_available():
+            raise UsageError(f"torch {torch.__version__} sees no GPU: install a build for CUDA")
         os.environ[env.DB_DIR] = str(db)
         forget_plans()
         self.torch = torch
@@ -136,7 +140,8 @@ class TorchBoard:
         """What the board reaches: a copy's GB/s, read and written, and TFLOP/s of a large bf16 product."""
         torch = self.torch
         with torch.cuda.stream(self.gpu.torch_stream):
-            source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+            size = min(COPY_BYTES, torch.cuda.mem_get_info()[0] // 4)
+            source = torch.empty(size, dtype=torch.uint8, device="cuda")
             source.random_(0, 256)
             target = torch.empty_like(source)
             copy = time_rounds([self.gpu.cold_sampler(partial(_copy, source, target))])[0].times
@@ -145,7 +150,7 @@ class TorchBoard:
             product = time_rounds([self.gpu.cold_sampler(lambda _: torch.mm(a, b.t()))])[0].times
         torch.cuda.empty_cache()
         return {
-            "copy_gbs": 2 * COPY_BYTES / copy.median_us / 1e3,
+            "copy_gbs": 2 * size / copy.median_us / 1e3,
             "matmul_tflops": 2 * MATMUL**3 / product.median_us / 1e6,
         }
 
@@ -284,7 +289,7 @@ class TorchBoard:
             import pynvml
 
             with contextlib.suppress(pynvml.NVMLError):
-                handle = pynvml.nvmlDeviceGetHandleByIndex(self.ordinal)
+                handle = pynvml.nvmlDeviceGetHandleByPciBusId(self.gpu.address.encode())
                 return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
         return None
 

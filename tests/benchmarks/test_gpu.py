@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import gpu
-from benchmarks.cases import FAMILIES, LARGE, RESNET_32, UP, Case, as_convolution, cases, computes_all
+from benchmarks import comparison_report, gpu
+from benchmarks.cases import FAMILIES, LARGE, RESNET_32, SKINNY, UP, Case, as_convolution, cases, computes_all
 from benchmarks.comparison_report import markdown
 from benchmarks.contenders import DEFAULT, OURS, Contender
 from benchmarks.rehearsal import RehearsalBoard
@@ -140,13 +140,84 @@ def test_the_rival_computes_the_whole_or_has_the_familys_role() -> None:
 
 def test_a_familys_figure_is_the_geometric_mean() -> None:
     row: dict[str, Any] = {"family": LARGE.name, "op": "gemm", "bytes": 1, "of_copy": 0.5, "best_ratio": 1.5}
-    (entry,) = gpu.summary([{**row, "ratio": 0.5}, {**row, "ratio": 2.0}, {**row, "ratio": None}])
+    row["contenders"] = {}
+    (entry,) = gpu.summary([{**row, "ratio": 0.5}, {**row, "ratio": 2.0}])
     assert entry["ratio"] == pytest.approx(1.0)
-    assert (entry["cases"], entry["compared"], entry["met"]) == (3, 2, True)
+    assert (entry["cases"], entry["compared"], entry["met"]) == (2, 2, True)
     (entry,) = gpu.summary([{**row, "ratio": 0.9}])
     assert entry["met"] is False
     (entry,) = gpu.summary([{**row, "ratio": None}])
     assert (entry["ratio"], entry["met"]) == (None, None)
+
+
+def test_a_bar_holds_only_for_a_family_of_which_every_case_was_compared() -> None:
+    row: dict[str, Any] = {"family": LARGE.name, "op": "gemm", "bytes": 1, "best_ratio": 1.5, "contenders": {}}
+    (entry,) = gpu.summary([{**row, "ratio": 2.0}], [f"{LARGE.name}: another"])  # the time was up
+    assert (entry["cases"], entry["compared"], entry["met"]) == (2, 1, None)
+    (entry,) = gpu.summary([{**row, "ratio": 2.0}, {**row, "ratio": None, "error": "differs"}])
+    assert entry["met"] is False
+    failed = {**row, "ratio": None, "contenders": {OURS: {"error": "LaunchError: no"}}}
+    (entry,) = gpu.summary([{**row, "ratio": 2.0}, failed])
+    assert entry["met"] is False
+
+
+def test_the_share_of_copy_bandwidth_is_a_bar_too() -> None:
+    row: dict[str, Any] = {"family": SKINNY.name, "op": "gemm", "bytes": 1, "best_ratio": 2.0, "contenders": {}}
+    for part, met in ((0.8491, False), (0.85, True)):
+        (entry,) = gpu.summary([{**row, "ratio": 2.0, "of_copy": part}])
+        assert entry["met"] is met
+
+
+@pytest.mark.parametrize("apart", [0.3, math.nan])
+def test_a_result_that_no_way_of_the_librarys_shares_is_an_error_and_no_ratio(apart: float) -> None:
+    roles = {OURS: "ours", DEFAULT: "ours", "bare": "library", "other": "library"}
+    found = {OURS: timed(9), DEFAULT: timed(12), "bare": timed(5)._replace(difference=apart)}
+    row: dict[str, Any] = {"ratio": None}
+    gpu.rate(row, BARE, roles, found)
+    assert "differs from every way of the library's" in row["error"]
+    assert row["ratio"] is None
+    row = {}
+    gpu.rate(row, BARE, roles, found | {"other": timed(11)._replace(difference=1e-3)})
+    assert row["against"] == "other"
+    assert "error" not in row
+
+
+def test_a_killed_run_leaves_a_whole_document(tmp_path: Path) -> None:
+    class Killed(RehearsalBoard):
+        def compare(self, case: Case, contenders: Sequence[Contender]) -> tuple[dict[str, Timed], str]:
+            if case is FUSED:
+                raise KeyboardInterrupt
+            return super().compare(case, contenders)
+
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(Killed("h200"), [BARE, FUSED], math.inf, tmp_path)
+    document = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["name"] for row in document["cases"]] == [BARE.name]
+    assert document["left_out"] == [f"{UP.name}: {FUSED.name}"]
+    assert LARGE.name in markdown(document)
+
+
+def test_without_peaks_or_dispatch_the_cases_are_compared_all_the_same(tmp_path: Path) -> None:
+    class Small(RehearsalBoard):
+        def peaks(self) -> dict[str, float]:
+            raise RuntimeError("CUDA out of memory")
+
+        def dispatch(self) -> list[tuple[str, float]]:
+            raise RuntimeError("no CuPy")
+
+    document = gpu.run(Small("h200"), [BARE], math.inf, tmp_path)
+    assert document["errors"] == ["peaks: RuntimeError: CUDA out of memory", "dispatch_us: RuntimeError: no CuPy"]
+    assert document["cases"][0]["ratio"] > 0
+    assert "Not measured: peaks: RuntimeError: CUDA out of memory" in (tmp_path / "gpu.md").read_text()
+
+
+def test_another_run_s_results_are_left_alone(tmp_path: Path) -> None:
+    for simulated, status in ((True, 0), (False, 2)):
+        (tmp_path / "gpu.json").write_text(json.dumps({"simulated": simulated}))
+        arguments = ["--rehearse", "--family", LARGE.name, "--out", str(tmp_path)]
+        result = CliRunner().invoke(gpu.main, arguments)
+        assert result.exit_code == status, result.output
+    assert json.loads((tmp_path / "gpu.json").read_text()) == {"simulated": False}
 
 
 class Failing(RehearsalBoard):
@@ -178,12 +249,38 @@ def test_a_run_ends_when_its_time_is_up(tmp_path: Path) -> None:
     assert "Left out for want of time" in (tmp_path / "gpu.md").read_text()
 
 
+def test_separate_passes_are_held_against_the_copy() -> None:
+    """A pass over 4096 x 4096 bf16, read and written, that takes the time of a copy at half the bandwidth."""
+    problem = GemmProblem(4096, 4096, 64, dtype="bf16", bias="bf16")
+    moved = 2 * 2 * 4096 * 4096
+    timed = {"cuBLAS": ("library", 10.0), "cuBLAS + elementwise": ("separate", 10.0 + moved / 2000 / 1e3)}
+    case = {
+        "family": "f",
+        "op": "gemm",
+        "problem": problem.to_dict(),
+        "against": "cuBLAS + elementwise",
+        "contenders": {name: {"role": role, "median_us": us, "error": ""} for name, (role, us) in timed.items()},
+    }
+    lines = comparison_report._passes([case], {"copy_gbs": 4000.0})
+    assert lines[-2] == "| f | 1 | 1 | 50% | 50% | 50% |"
+    assert comparison_report._passes([{**case, "against": "cuBLAS"}], {"copy_gbs": 4000.0}) == []
+    assert comparison_report._passes([case], {}) == []
+
+
+def test_no_time_is_a_mistake(tmp_path: Path) -> None:
+    result = CliRunner().invoke(gpu.main, ["--rehearse", "--minutes", "0", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "0.0 is not in the range x>0" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--device", "rtx3090"], "rtx3090 is not a GPU of this machine: nothing can be measured"),
         (["--family", "sparse"], "no family has 'sparse' in its name"),
         (["--device", "sm_1000"], "sm_1000"),
+        (["--minutes", "nan"], "--minutes nan must be a finite number"),
     ],
 )
 def test_what_can_t_be_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:

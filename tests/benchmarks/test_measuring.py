@@ -18,17 +18,26 @@ def nvml(**more: Any) -> SimpleNamespace:
         NVMLError=NvmlError,
         nvmlInit=lambda: None,
         nvmlSystemGetDriverVersion=lambda: "580.1",
-        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetHandleByPciBusId={b"0000:81:00.0": 1}.__getitem__,
         nvmlDeviceGetEnforcedPowerLimit=lambda handle: 700_000 + handle,
         **more,
     )
 
 
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that sees the second GPU alone, as its first."""
+    runtime = SimpleNamespace(deviceGetPCIBusId={0: "0000:81:00.0"}.__getitem__)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+
+
+@pytest.mark.usefixtures("cupy")
 def test_a_board_s_driver_and_power_limit_are_nvml_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml())
-    assert board_environment(1) == {"driver": "580.1", "power_limit_w": 700.001}
+    assert board_environment(0) == {"driver": "580.1", "power_limit_w": 700.001}
 
 
+@pytest.mark.usefixtures("cupy")
 def test_without_nvml_or_its_library_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert board_environment(0) == {}
