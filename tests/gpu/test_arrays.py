@@ -221,6 +221,25 @@ def test_torchs_current_stream(torch: Any, problem: Any) -> None:
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=op_of)
+def test_a_graph_that_torch_captures_on_a_stream_that_was_called_on_before(torch: Any, problem: Any) -> None:
+    """As it is documented for what needs scratch memory: the default configuration, whatever it is."""
+    moved = {name: to_torch(torch, array) for name, array in problem.inputs(0).items()}
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        outs = call(problem, moved)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call(problem, moved, outs)
+    for out in outs.values():
+        out.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not off(problem, problem.inputs(0), torch_hosted(torch, problem, outs))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=op_of)
 def test_a_graph_that_torch_captures(torch: Any, problem: Any) -> None:
     moved = {name: to_torch(torch, array) for name, array in problem.inputs(0).items()}
     # Without scratch memory: that would be allocated in the capture, which torch forbids.
