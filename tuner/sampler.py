@@ -12,7 +12,6 @@ valid one makes them stick. This one ranks the whole list (`ranking`).
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import numbers
 import threading
@@ -43,9 +42,9 @@ class EnumeratedSampler(BaseSampler):
     Objective values must be positive and count by their logarithm: times, rates, energies. A trial that fails, or is
     pruned before it reported a positive value, teaches that its like may fail. Proposals still running, and enqueued
     configurations, count as tried with the outcome expected of them, so that any number can be asked for at once, also
-    by several processes with one storage: each proposal is kept with its trial, in the storage, and given up where an
-    earlier trial has the same. (Of two processes that propose within milliseconds both may still try one: the storage
-    has no lock.) When every configuration was tried, the first is proposed again, and a study that is optimising stops.
+    by several processes with one storage: each proposal is kept with its trial, in the storage, and given up where
+    another trial has the same. (Two processes that keep theirs within milliseconds may still try one: the storage has
+    no lock.) When every configuration was tried, the first is proposed again, and a study that is optimising stops.
 
     Args:
         configs: the valid configurations, each with the same names. Values are finite numbers (numerical axes), or
@@ -86,10 +85,8 @@ class EnumeratedSampler(BaseSampler):
             if config.keys() != set(names):
                 raise UsageError(f"configuration {dict(config)} must have exactly the names {', '.join(names)}")
         self._configs = [{name: _plain(value) for name, value in config.items()} for config in configs]
-        for name, value in itertools.chain.from_iterable(config.items() for config in self._configs):
-            _check_value(name, value)
         if axes is None:
-            axes = {name: list(dict.fromkeys(config[name] for config in self._configs)) for name in names}
+            axes = {name: _distinct(name, [config[name] for config in self._configs]) for name in names}
         self.axes: dict[str, tuple[Any, ...]] = {name: tuple(map(_plain, values)) for name, values in axes.items()}
         """The values of each name, in the order of the categorical choices."""
         for name, choices in self.axes.items():
@@ -106,15 +103,9 @@ class EnumeratedSampler(BaseSampler):
                     raise UsageError(f"{name}={value!r} is not on its axis {self.axes[name]}")
             if self._rows.setdefault(self._values(config), row) != row:
                 raise UsageError(f"configuration {config} is in the list twice")
-        for prior in priors:
-            if np.shape(prior) != (len(configs),):
-                raise UsageError(f"a prior of shape {np.shape(prior)} must have a value for each of {len(configs)}")
-            for expected, config in zip(prior, self._configs, strict=True):
-                if not math.isfinite(expected):
-                    raise UsageError(f"a prior expects {expected} of {config}: it needs a finite logarithm")
-        for row in first:
-            if not 0 <= row < len(configs):
-                raise UsageError(f"first={list(first)} must be indices of the list, 0 to {len(configs) - 1}")
+        priors = [_logarithms(prior, self._configs) for prior in priors]
+        if not all(_is_index(row, len(configs)) for row in first):
+            raise UsageError(f"first={list(first)} must be indices of the list, 0 to {len(configs) - 1}")
         if starters is not None and starters < 0:
             raise UsageError(f"{starters=} must be at least 0")
         others = [{name: _plain(value) for name, value in config.items()} for tried, _ in elsewhere for config in tried]
@@ -158,7 +149,10 @@ class EnumeratedSampler(BaseSampler):
         """The index in the list of a trial's parameters; None where they are of no configuration in it."""
         if not self.axes.keys() <= params.keys():
             return None
-        return self._rows.get(self._values(params))
+        try:
+            return self._rows.get(self._values(params))
+        except TypeError:  # some value can't be hashed
+            return None
 
     def row_of(self, params: Mapping[str, Any]) -> int:
         """As `find`, of parameters that must be of the list.
@@ -196,18 +190,20 @@ class EnumeratedSampler(BaseSampler):
                 "fixed by another sampler: leave the other configurations out of the list instead"
             )
         with self._lock:
-            row = self.find(trial.system_attrs.get("fixed_params", {}))  # of one that was enqueued
+            row = self._given(study, trial)
             while row is None:
                 row = self._ranking.propose(*self._outcomes(study, trial.number))
                 if row is None:
                     with contextlib.suppress(RuntimeError):  # of a study that isn't optimising
                         study.stop()
                     return dict(self._configs[0])
-                places = {name: self.axes[name].index(value) for name, value in self._configs[row].items()}
-                # Where every process finds it: a trial has no parameters until its objective asks for them.
-                study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, places)
-                if row in self._held_before(study, trial.number):
-                    row = None
+                if row in self._held(study, lambda number: number != trial.number):
+                    row = None  # another has proposed it meanwhile
+                    continue
+                self._keep(study, trial, row)
+                if row in self._held(study, lambda number: number < trial.number):
+                    row = None  # at the very moment
+            self._keep(study, trial, row)
         return dict(self._configs[row])
 
     def sample_independent(
@@ -242,21 +238,50 @@ class EnumeratedSampler(BaseSampler):
                 known[row] = math.nan
         return list(known), list(known.values()), pending
 
-    def _held_before(self, study: Study, number: int) -> set[int | None]:
-        """The rows of trials with a lower number."""
-        return {self._row(trial) for trial in self._trials(study) if trial.number < number and self._counts(trial)}
+    def _given(self, study: Study, trial: FrozenTrial) -> int | None:
+        """The row of a trial that has one already: enqueued, or tried anew after its process died. Where a part of a
+        configuration was enqueued, an untried one with that part; None where there is none."""
+        given = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+        kept = self._proposed(trial)
+        if kept is not None and _agree(given, self._configs[kept]):
+            return kept
+        fixed = {name: value for name, value in given.items() if name in self.axes}
+        if not fixed:
+            return None
+        held = self._held(study, lambda number: number != trial.number)
+        rows = [row for row, config in enumerate(self._configs) if _agree(fixed, config)]
+        if len(fixed) < len(self.axes):
+            rows = [row for row in rows if row not in held]
+        return rows[int(np.random.default_rng((trial.number, len(rows))).integers(len(rows)))] if rows else None
+
+    def _keep(self, study: Study, trial: FrozenTrial, row: int) -> None:
+        """Keeps a proposal where every process finds it: a trial has no parameters until an objective asks for them."""
+        places = {name: self.axes[name].index(value) for name, value in self._configs[row].items()}
+        if trial.system_attrs.get(PROPOSAL) != places:
+            study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, places)
+            trial.system_attrs[PROPOSAL] = places
+
+    def _held(self, study: Study, among: Callable[[int], bool]) -> set[int | None]:
+        """The rows of the trials whose number is among those."""
+        return {self._row(trial) for trial in self._trials(study) if among(trial.number) and self._counts(trial)}
 
     def _trials(self, study: Study) -> list[FrozenTrial]:
         # Of the whole study, of which some pruners show a sampler a part.
         return study._storage.get_all_trials(study._study_id, deepcopy=False)
 
     def _row(self, trial: FrozenTrial) -> int | None:
-        row = self.find(trial.params)
-        if row is None and (places := trial.system_attrs.get(PROPOSAL)) is not None:
-            row = self.find(self._at(places))
+        """The row that a trial tries or has tried; None for one of another list, or of a mixture that is none of it."""
+        if self.axes.keys() <= trial.params.keys():
+            return self.find(trial.params)
+        row = self._proposed(trial)
         if row is None and not trial.state.is_finished():
             row = self.find(trial.system_attrs.get("fixed_params", {}))  # enqueued
-        return row
+        # An objective may have been given other values than those proposed.
+        return row if row is not None and _agree(trial.params, self._configs[row]) else None
+
+    def _proposed(self, trial: FrozenTrial) -> int | None:
+        places = trial.system_attrs.get(PROPOSAL)
+        return None if places is None else self.find(self._at(places))
 
     def _at(self, places: Any) -> dict[str, Any]:
         """The values at the places of a proposal; none for one of other axes."""
@@ -272,6 +297,39 @@ class EnumeratedSampler(BaseSampler):
 def _plain(value: Any) -> Any:
     """A number of NumPy's as Python's, which every storage takes."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _is_index(row: Any, count: int) -> bool:
+    return isinstance(row, numbers.Integral) and not isinstance(row, bool) and 0 <= row < count
+
+
+def _agree(given: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether what is given of a configuration is as there; other parameters are of no account."""
+    return all(config[name] == value for name, value in given.items() if name in config)
+
+
+def _distinct(name: str, values: Sequence[Any]) -> list[Any]:
+    """The values, each once."""
+    try:
+        return list(dict.fromkeys(values))
+    except TypeError:
+        for value in values:
+            _check_value(name, value)
+        raise
+
+
+def _logarithms(prior: Any, configs: Sequence[Mapping[str, Any]]) -> Array:
+    """A prior as numbers, one for each configuration, all finite."""
+    if np.shape(prior) != (len(configs),):
+        raise UsageError(f"a prior of shape {np.shape(prior)} must have a value for each of {len(configs)}")
+    try:
+        expected = np.asarray(prior, dtype=float)
+    except (TypeError, ValueError):
+        raise UsageError("a prior must have a logarithm, a number, for each configuration") from None
+    for value, config in zip(expected, configs, strict=True):
+        if not math.isfinite(value):
+            raise UsageError(f"a prior expects {value} of {config}: it needs a finite logarithm")
+    return expected
 
 
 def _check_value(name: str, value: Any) -> None:

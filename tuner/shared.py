@@ -282,6 +282,8 @@ def _holds(trial: FrozenTrial) -> bool:
 
 
 def _under_way(trial: FrozenTrial) -> bool:
+    if trial.state.name == "WAITING":  # of another tool, which no run takes up
+        return False
     return not trial.state.is_finished() and not trial.user_attrs.keys() & {OUTCOME, WITHDRAWN}
 
 

@@ -28,8 +28,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name a file in it")
     if path.exists() and not path.is_file():
-        with path.open("wb") as stream:
-            yield stream
+        try:
+            with path.open("wb") as stream:
+                yield stream
+        except OSError as error:
+            raise _explained(path, error) from None
         return
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -47,8 +50,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            raise UsageError(
-                f"{path} can't be written ({error.strerror}): free some space, or name a file elsewhere"
-            ) from None
+        if isinstance(error, OSError):
+            raise _explained(path, error) from None
         raise
+
+
+def _explained(path: Path, error: OSError) -> Exception:
+    """With the path and what to do, where the disk is full; others may be of whatever the bytes come from."""
+    if error.errno not in _FULL:
+        return error
+    return UsageError(f"{path} can't be written ({error.strerror}): free some space, or name a file elsewhere")

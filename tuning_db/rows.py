@@ -63,7 +63,7 @@ def row_to_record(row: Row) -> Record:
         raise ValueError(f"arch={row['arch']!r} is no integer")
     for group in _GROUPS:
         values = [row[name] for name in group]
-        if values[0] is not None or values.count(None) < len(values):
+        if values.count(None) < len(values):
             for value, (name, kind) in zip(values, group.items(), strict=True):
                 if type(value) is not kind and type(value) is not int:
                     raise ValueError(f"{name}={value!r} is no {'integer' if kind is int else 'number'}")

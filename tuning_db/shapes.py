@@ -149,7 +149,9 @@ def _query(near: Near, op: str, arch: int, shape: Shape, most: float) -> tuple[s
             if of == name:
                 conditions.append(f"({column} % {multiple} = 0) = ?")
                 bounds.append(size % multiple == 0)
-    text = f"SELECT id, {' * '.join(ratios)} AS ratio FROM shapes WHERE {' AND '.join(conditions)} ORDER BY ratio, id"
+    # Of equally near ones by their sizes, which the index has, so that no answer hangs on which was measured first.
+    order = ", ".join(["ratio", *COLUMNS[: len(shape.sizes)]])
+    text = f"SELECT id, {' * '.join(ratios)} AS ratio FROM shapes WHERE {' AND '.join(conditions)} ORDER BY {order}"
     return text, (*sizes, *bounds)
 
 

@@ -15,7 +15,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from tilewright.tuning_db.env import database_dir, shipped_dir
-from tilewright.tuning_db.errors import DatabaseError, ExportFileError, UsageError
+from tilewright.tuning_db.errors import DatabaseCorruptError, DatabaseError, ExportFileError, UsageError
 from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
 from tilewright.tuning_db.lookup import answers, best_first, evidence
 from tilewright.tuning_db.record import Answer, Environment, Key, Provenance, Record, Status
@@ -123,7 +123,10 @@ class TuningDB:
     def runs(self) -> dict[int, tuple[str, Environment]]:
         """Every run by its id: when it started (ISO 8601, UTC) and its environment."""
         rows = self._file.rows("SELECT * FROM runs ORDER BY id")
-        return {row["id"]: (row["started_at"], row_to_environment(row)) for row in rows}
+        try:
+            return {row["id"]: (row["started_at"], row_to_environment(row)) for row in rows}
+        except ValueError as error:
+            raise DatabaseCorruptError(f"{self.path} has a run that is none ({error}): `autotune db check`") from error
 
     def add(self, record: Record, run_id: int) -> None:
         """Keep one outcome. When this returns, it is kept.

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from tilewright.tuning_db.errors import DatabaseCorruptError
 from tilewright.tuning_db.file import DatabaseFile, damage_mark, explained
-from tilewright.tuning_db.interchange import in_key_order
 from tilewright.tuning_db.record import Provenance, Status, canonical_json
-from tilewright.tuning_db.rows import row_to_record
+from tilewright.tuning_db.rows import row_to_environment, row_to_record
 from tilewright.tuning_db.snapshot import open_snapshot
 from tilewright.tuning_db.strict_json import shown
 from tilewright.tuning_db.strict_json import text as is_text
@@ -102,8 +101,8 @@ def _overview(connection: sqlite3.Connection, path: Path) -> Overview:
 def check(path: Path) -> list[str]:
     """What is wrong with a file, the first `MOST_FINDINGS` in a line each; empty if nothing is. Changes nothing.
 
-    SQLite's own check of pages, tables and indexes; then every row: that it is a record, of the file's one device, with
-    canonical JSON, under its own key, of a run that there is.
+    SQLite's own check of pages, tables and indexes; then every row: that it is a run, or a record of the file's one
+    device, with canonical JSON, under its own key, of a run that there is.
 
     Raises:
         DatabaseAccessError: there is no such file, or it can't be read.
@@ -130,14 +129,38 @@ def _findings(connection: sqlite3.Connection) -> Iterator[str]:
     yield from (f"record {row['rowid']} is of a run that there is not" for row in broken)
     device = connection.execute("SELECT device FROM records ORDER BY id LIMIT 1").fetchone()
     left = MOST_FINDINGS
-    for row in in_key_order(connection):
-        reason = _objection(row, device[0])
-        if reason is not None:
-            yield f"record {row['id']}: {reason}"
-            left -= 1
-            if not left:
-                yield "there may be more"
-                return
+    for table, objection in (("runs", _objection_to_run), ("records", lambda row: _objection(row, device[0]))):
+        for row in _by_id(connection, table):
+            reason = objection(row)
+            if reason is not None:
+                yield f"{table.removesuffix('s')} {row['id']}: {reason}"
+                left -= 1
+                if not left:
+                    yield "there may be more"
+                    return
+
+
+def _by_id(connection: sqlite3.Connection, table: str) -> Iterator[sqlite3.Row]:
+    """Every row: by its number, for a text that is none can't be asked for again."""
+    last = -(2**63)
+    while rows := connection.execute(f"SELECT * FROM {table} WHERE id > ? ORDER BY id LIMIT 1000", (last,)).fetchall():
+        yield from rows
+        last = rows[-1]["id"]
+
+
+def _objection_to_run(row: sqlite3.Row) -> str | None:
+    try:
+        row_to_environment(row)
+    except ValueError as error:
+        return f"it is no run ({error})"
+    return _no_text(row)
+
+
+def _no_text(row: sqlite3.Row) -> str | None:
+    for name in row.keys():  # noqa: SIM118 - of a row, not a dict
+        if isinstance(row[name], str) and is_text(row[name]) is not None:
+            return f"its {name} is no text: {shown(row[name])}"
+    return None
 
 
 def _objection(row: sqlite3.Row, device: str) -> str | None:
@@ -149,9 +172,8 @@ def _objection(row: sqlite3.Row, device: str) -> str | None:
         digest = record.key.digest()
     except (ValueError, TypeError, AttributeError) as error:
         return f"it is no record ({error})"
-    for name in row.keys():  # noqa: SIM118 - of a row, not a dict
-        if is_text(row[name]) is not None and isinstance(row[name], str):
-            return f"its {name} is no text: {shown(row[name])}"
+    if (reason := _no_text(row)) is not None:
+        return reason
     if digest != row["key_digest"]:
         return "it doesn't match its key"
     if record.key.device != device:

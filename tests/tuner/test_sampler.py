@@ -130,6 +130,23 @@ def test_of_two_equal_proposals_the_later_trial_makes_another(monkeypatch: pytes
     assert row != proposed[0]
 
 
+def test_what_a_later_trial_proposed_while_this_one_was_thinking_is_left_to_it(monkeypatch) -> None:
+    sampler, other = (EnumeratedSampler(CONFIGS, seed=0) for _ in range(2))
+    study = optuna.create_study(sampler=sampler)
+    theirs = optuna.load_study(study_name=study.study_name, storage=study._storage, sampler=other)
+    proposing, asked = sampler._ranking.propose, []
+
+    def slowly(*known):
+        row = proposing(*known)
+        if not asked:
+            asked.append(other.row_of(theirs.ask().relative_params))
+            assert asked == [row]
+        return row
+
+    monkeypatch.setattr(sampler._ranking, "propose", slowly)
+    assert sampler.row_of(study.ask().relative_params) not in asked
+
+
 @pytest.mark.parametrize("asked_for", [0, 1])
 def test_a_trial_that_ends_before_it_asks_for_every_value_was_tried(asked_for: int) -> None:
     sampler = EnumeratedSampler(CONFIGS, seed=0)
@@ -152,12 +169,66 @@ def test_what_is_enqueued_is_tried_once() -> None:
     sampler = EnumeratedSampler(CONFIGS, seed=0)
     study = optuna.create_study(sampler=sampler)
     wanted = [CONFIGS[7], CONFIGS[2]]
-    assert sampler.propose(study) is not None
     for config in wanted:
         study.enqueue_trial(config)
+    row = sampler.propose(study)
+    assert row is not None
+    assert CONFIGS[row] not in wanted
     study.optimize(objective(sampler), n_trials=len(CONFIGS))
     assert tried(study)[:2] == [tuple(config.values()) for config in wanted]
     assert len(set(tried(study))) == len(CONFIGS)
+
+
+def test_what_is_enqueued_and_fails_before_it_asks_was_tried() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    study.enqueue_trial(CONFIGS[3])
+    rows = []
+
+    def broken(trial: optuna.Trial) -> float:
+        rows.append(sampler.row_of(trial.relative_params))
+        raise RuntimeError
+
+    study.optimize(broken, n_trials=len(CONFIGS), catch=RuntimeError)
+    assert rows[0] == 3
+    assert sorted(rows) == list(range(len(CONFIGS)))
+
+
+def test_a_part_of_a_configuration_may_be_enqueued() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    for _ in range(3):
+        study.enqueue_trial({"m": 64, "note": [1]})
+    study.optimize(objective(sampler), n_trials=len(CONFIGS))
+    assert [m for m, _, _ in tried(study)[:3]] == [64] * 3
+    assert len(set(tried(study))) == len(CONFIGS)
+
+
+def test_a_mixture_that_is_none_of_the_list_is_nothing_learned() -> None:
+    sampler = EnumeratedSampler(CONFIGS[:6], axes={"m": (16, 32), "warps": (1, 2, 4), "layout": ("row", "col")})
+    study = optuna.create_study(sampler=sampler)
+    trial = study.ask()
+    proposed = trial.relative_params
+    mixture = {"m": 32, "warps": 1, "layout": "row"}
+    assert mixture not in CONFIGS[:6]
+    trial.storage.set_trial_param(trial._trial_id, "m", 1, sampler.distributions["m"])
+    for name in ("warps", "layout"):
+        place = sampler.axes[name].index(mixture[name])
+        trial.storage.set_trial_param(trial._trial_id, name, place, sampler.distributions[name])
+    study.tell(trial, 1000.0)
+    assert sampler._outcomes(study) == ([], [], [])
+    assert proposed in CONFIGS[:6]
+
+
+def test_a_trial_that_is_tried_anew_keeps_what_it_had() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    lost = study.ask()
+    row = sampler.row_of(lost.relative_params)
+    study.tell(lost, state=optuna.trial.TrialState.FAIL)
+    attributes = study.trials[0].system_attrs
+    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING, system_attrs=attributes))
+    assert sampler.row_of(study.ask().relative_params) == row
 
 
 def test_with_a_pruner_that_divides_a_study_nothing_is_tried_twice() -> None:
@@ -286,11 +357,18 @@ def test_mistakes_are_told() -> None:
         EnumeratedSampler([{"m": 1}, {"m": 2}], priors=[np.array([0.0, np.nan])])
     with pytest.raises(UsageError, match=r"first=\[2\] must be indices of the list, 0 to 1"):
         EnumeratedSampler([{"m": 1}, {"m": 2}], first=[2])
+    for first in ([1.0], [True], ["1"]):
+        with pytest.raises(UsageError, match=r"first=.* must be indices of the list, 0 to 1"):
+            EnumeratedSampler([{"m": 1}, {"m": 2}], first=first)
+    with pytest.raises(UsageError, match=r"a prior must have a logarithm, a number, for each configuration"):
+        EnumeratedSampler([{"m": 1}, {"m": 2}], priors=[np.array([0.0, "x"], dtype=object)])
     with pytest.raises(UsageError, match=r"starters=-1 must be at least 0"):
         EnumeratedSampler([{"m": 1}, {"m": 2}], starters=-1)
     for value in (float("inf"), float("nan"), [1], 10**400):
         with pytest.raises(UsageError, match=r"m=.* must be a finite number, or anything that can be hashed"):
             EnumeratedSampler([{"m": 1}, {"m": value}], axes={"m": (1, value)})
+        with pytest.raises(UsageError, match=r"m=.* must be a finite number, or anything that can be hashed"):
+            EnumeratedSampler([{"m": 1}, {"m": value}])
     sampler = EnumeratedSampler(CONFIGS)
     study = optuna.create_study(sampler=optuna.samplers.PartialFixedSampler({"m": 64}, sampler))
     with pytest.raises(UsageError, match=r"proposes m, warps, layout together, and m is fixed by another sampler"):

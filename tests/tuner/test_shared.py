@@ -385,11 +385,16 @@ def test_an_outcome_that_somebody_has_edited_is_refused(tmp_path: Path, url: str
 
 
 def test_what_other_tools_add_to_a_study_is_passed_over(two: tuple[SharedSearch, SharedSearch]) -> None:
-    two[0]._study.enqueue_trial({})
+    fields = two[0]._candidates.fields(CONFIGS[0])
+    for params in ({}, {"BLOCK_M": [1]}, fields):
+        two[0]._study.enqueue_trial(params)
     (claim,) = two[1].ask(1, 1000)
     two[1].tell(claim, entry(claim.config))
     assert set(two[0].outcomes()) == {claim.config}
     assert not two[0].waiting()
+    # What was enqueued, and nobody takes up, is tried all the same.
+    claims = two[0].ask(len(CONFIGS), 1000)
+    assert configs_of(claims) == set(CONFIGS) - {claim.config}
 
 
 def test_retuning_what_others_have_tried_is_refused(tmp_path: Path, url: str) -> None:

@@ -45,6 +45,14 @@ def test_a_full_disk_is_told_with_the_path(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_device_is_told_too() -> None:
+    with (
+        pytest.raises(UsageError, match=r"/dev/full can't be written \(No space left on device\)"),
+        whole_file(Path("/dev/full")) as stream,
+    ):
+        stream.write(b"some")
+
+
 def test_permissions_stay(tmp_path: Path) -> None:
     path, plain = tmp_path / "out", tmp_path / "plain"
     path.write_bytes(b"old")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tilewright.tuning_db import DatabaseSchemaError, Environment, Provenance, Status, TuningDB
-from tilewright.tuning_db.errors import DatabaseAccessError
+from tilewright.tuning_db.errors import DatabaseAccessError, DatabaseCorruptError
 from tilewright.tuning_db.file import damage_mark
 from tilewright.tuning_db.upkeep import MOST_FINDINGS, Revision, check, overview, prune
 
@@ -95,6 +95,27 @@ def test_a_row_that_someone_edited_is_found(filled: TuningDB, statement: str, fi
     (found,) = check(filled.path)
     assert found.startswith(finding)
     assert filled.path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("statement", "finding"),
+    [
+        ("UPDATE runs SET extra = '[]'", "run 1: it is no run (extra='[]' is no JSON object"),
+        ("UPDATE runs SET host = CAST(x'ff41' AS TEXT)", "run 1: its host is no text: "),
+    ],
+)
+def test_a_run_that_someone_edited_is_found(filled: TuningDB, statement: str, finding: str) -> None:
+    spoil(filled, statement)
+    assert check(filled.path)[0].startswith(finding)
+    with pytest.raises(DatabaseCorruptError, match="`autotune db check`"):
+        filled.runs()
+
+
+def test_texts_that_are_none_are_found_wherever_they_are(db: TuningDB, run_id: int, make_record) -> None:
+    db.add_many((make_record(f'{{"n":{number}}}') for number in range(1003)), run_id)
+    spoil(db, "UPDATE records SET config = CAST(x'ff41' AS TEXT) WHERE id = 1000")
+    (found,) = check(db.path)
+    assert found.startswith("record 1000: it is no record")
 
 
 def test_a_stranger_among_the_records_is_found(filled: TuningDB, make_record) -> None:

@@ -33,9 +33,10 @@ def _paths(device: str | None, folder: str | None, *, must_exist: bool = True) -
     from tilewright.tuning_db.env import database_dir
 
     where = database_dir(folder)
-    if folder is not None and must_exist and not where.is_dir():
-        kind = "a file: name the folder it is in" if where.exists() else "not there: name the folder of the databases"
-        raise UsageError(f"--db {folder} is {kind}")
+    if must_exist and where.exists() and not where.is_dir():
+        raise UsageError(f"{where} is a file: name the folder it is in (--db)")
+    if must_exist and folder is not None and not where.exists():
+        raise UsageError(f"--db {folder} is not there: name the folder of the databases")
     if device is None:
         return sorted(where.glob("*.sqlite"))
     from tilewright.kernels.devices import resolve_device

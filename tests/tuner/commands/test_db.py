@@ -56,7 +56,7 @@ def test_a_folder_that_is_none_is_a_mistake(autotune, tmp_path: Path, command: t
     ):
         status, out, err = autotune("db", *command, "--db", folder)
         assert (status, out) == (2, "")
-        assert err.startswith(f"autotune: error: --db {folder} is {kind}")
+        assert f"{folder} is {kind}" in err
         assert err.count("\n") == 1
 
 
