@@ -300,7 +300,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_index(row: Any, count: int) -> bool:
-    return isinstance(row, numbers.Integral) and not isinstance(row, bool) and 0 <= row < count
+    return isinstance(row, int | np.integer) and not isinstance(row, bool) and bool(0 <= row < count)
 
 
 def _agree(given: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
