@@ -50,6 +50,9 @@ be written:
   of good elementwise kernels would.
 - fp8: "fast accumulation" leaves sums in the tensor cores' 14 bits, ours go to fp32 every 128 products.
 
+Energy is NVML's counter over closed loops of a second. Up to revision 5e77d54 each contender had one, ours first, from
+any moment to any other: such figures may be a tenth off, as powers above the board's limit show.
+
 To make such a run: `python -m benchmarks.gpu --trials 16 --minutes 10 --out DIR` tunes in half of the time and then
 compares. `benchmarks/results/*/records-*.jsonl.gz` has every configuration that was tried, as `autotune export` has it.
 

@@ -43,6 +43,9 @@ MATMUL = 8192
 
 DISPATCH_CALLS = 300
 
+REPLAYS = 4
+"""Of a graph in one step of a closed loop, between two waits."""
+
 COMPARED = 1 << 24
 """Elements of two results that are compared at the most."""
 
@@ -50,7 +53,14 @@ TURN_S = 120.0
 """How long a case waits for tuning runs on the same GPU."""
 
 ENERGY_S = 1.0
-"""Length of a closed loop: NVML's energy counter moves every 20 to 100 ms."""
+"""Length of a closed loop, at the least: it ends as it begins, where NVML's energy counter moves, which it does every
+20 to 100 ms."""
+
+SETTLE_S = 0.3
+"""Of the loop before it counts: the power limit acts some tens of milliseconds late."""
+
+PATIENCE_S = 0.5
+"""For the energy counter to move: one that stands still is none."""
 
 
 class Timed(NamedTuple):
@@ -251,34 +261,32 @@ class TorchBoard:
         return rows
 
     def load(self, case: Case, contenders: Sequence[Contender]) -> dict[str, dict[str, float]]:
-        """A closed loop over a captured graph for `ENERGY_S` each: calls a second, and joules a call where NVML counts
-        energy."""
+        """Closed loops over captured graphs: calls a second, and joules a call where NVML counts energy. Each contender
+        has two, the second in reverse order, so that a drift of clocks and heat falls on all alike."""
         torch, gpu = self.torch, self.gpu
-        found = {}
+        loops: dict[str, list[Loop]] = {contender.name: [] for contender in contenders}
         footprint = case.problem.bytes_moved()
         copies = min(64, 1 + 4 * self.device.l2_bytes // footprint)
         with torch.cuda.stream(gpu.torch_stream), torch.no_grad():
             arrays = [arrays_of(torch, case)]
             arrays += [{name: array.clone() for name, array in arrays[0].items()} for _ in range(copies - 1)]
+            graphs = {}
             for contender in contenders:
                 contender.call(arrays[0])
-                graph = gpu.capture(lambda copy, contender=contender: contender.call(arrays[copy]), copies, copies)
-                graph()
-                torch.cuda.synchronize()
-                replays, before, start = 0, self._joules(), time.perf_counter()
-                while time.perf_counter() - start < ENERGY_S:
-                    for _ in range(4):
+                graphs[contender.name] = gpu.capture(
+                    lambda copy, contender=contender: contender.call(arrays[copy]), copies, copies
+                )
+            for name in (*graphs, *reversed(graphs)):
+
+                def step(graph: Callable[[], None] = graphs[name]) -> None:
+                    for _ in range(REPLAYS):
                         graph()
                     torch.cuda.synchronize()
-                    replays += 4
-                elapsed, after = time.perf_counter() - start, self._joules()
-                calls = replays * copies
-                found[contender.name] = {"calls_per_s": calls / elapsed}
-                if before is not None and after is not None:
-                    found[contender.name]["joules_per_call"] = (after - before) / calls
-                    found[contender.name]["watt"] = (after - before) / elapsed
+
+                loops[name].append(closed_loop(step, self._joules))
+            graphs.clear()
         torch.cuda.empty_cache()
-        return found
+        return {name: rates(found, REPLAYS * copies) for name, found in loops.items()}
 
     def clocks(self) -> dict[str, Any]:
         """As `Gpu.clocks`."""
@@ -292,6 +300,50 @@ class TorchBoard:
                 handle = pynvml.nvmlDeviceGetHandleByPciBusId(self.gpu.address.encode())
                 return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
         return None
+
+
+class Loop(NamedTuple):
+    """What a closed loop came to."""
+
+    steps: int
+    seconds: float
+    joules: float | None  # None where they are not counted
+
+
+def closed_loop(
+    step: Callable[[], None], joules: Callable[[], float | None], clock: Callable[[], float] = time.perf_counter
+) -> Loop:
+    """Steps for `SETTLE_S` that don't count, and then for `ENERGY_S`, from one move of the counter to another."""
+
+    def until_it_moves(last: float | None) -> int:
+        """Steps until the counter has moved, or `PATIENCE_S` have passed."""
+        steps, began = 0, clock()
+        while last is not None and joules() == last and clock() - began < PATIENCE_S:
+            step()
+            steps += 1
+        return steps
+
+    began = clock()
+    while clock() - began < SETTLE_S:
+        step()
+    until_it_moves(joules())
+    steps, before, start = 0, joules(), clock()
+    while clock() - start < ENERGY_S:
+        step()
+        steps += 1
+    steps += until_it_moves(joules())
+    seconds, after = clock() - start, joules()
+    return Loop(steps, seconds, None if before is None or after is None else after - before)
+
+
+def rates(loops: Sequence[Loop], calls: int) -> dict[str, float]:
+    """Calls a second, and joules a call and watts where all loops counted energy, of so many calls a step."""
+    count, seconds = calls * sum(loop.steps for loop in loops), sum(loop.seconds for loop in loops)
+    found = {"calls_per_s": count / seconds}
+    counted = [loop.joules for loop in loops if loop.joules]
+    if len(counted) == len(loops):
+        found |= {"joules_per_call": sum(counted) / count, "watt": sum(counted) / seconds}
+    return found
 
 
 def driver_launch(plan: Plan, names: Sequence[str], addresses: Sequence[int]) -> Callable[[], None]:

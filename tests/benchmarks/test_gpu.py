@@ -17,7 +17,7 @@ from benchmarks.cases import FAMILIES, LARGE, RESNET_32, SKINNY, UP, Case, as_co
 from benchmarks.comparison_report import markdown
 from benchmarks.contenders import DEFAULT, OURS, Contender
 from benchmarks.rehearsal import RehearsalBoard
-from benchmarks.torch_board import Timed, driver_launch
+from benchmarks.torch_board import ENERGY_S, PATIENCE_S, Loop, Timed, closed_loop, driver_launch, rates
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.registry import find_kernel
@@ -265,6 +265,39 @@ def test_separate_passes_are_held_against_the_copy() -> None:
     assert lines[-2] == "| f | 1 | 1 | 50% | 50% | 50% |"
     assert comparison_report._passes([{**case, "against": "cuBLAS"}], {"copy_gbs": 4000.0}) == []
     assert comparison_report._passes([case], {}) == []
+
+
+def simulated_loop(watt: float | None, tick_s: float = 0.1, step_s: float = 0.003) -> Loop:
+    """A loop on a clock of its own, beside a counter that moves every `tick_s`."""
+    now = [0.0]
+
+    def step() -> None:
+        now[0] += step_s
+
+    def joules() -> float | None:
+        return None if watt is None else watt * tick_s * math.floor(now[0] / tick_s)
+
+    return closed_loop(step, joules, lambda: now[0])
+
+
+@pytest.mark.parametrize("tick_s", [0.02, 0.1])
+def test_energy_is_counted_from_one_move_of_the_counter_to_another(tick_s: float) -> None:
+    loop = simulated_loop(500.0, tick_s)
+    assert loop.joules is not None
+    assert loop.seconds == pytest.approx(loop.steps * 0.003)
+    assert ENERGY_S <= loop.seconds < ENERGY_S + 2 * tick_s
+    assert loop.joules / loop.seconds == pytest.approx(500, rel=0.01)  # and not off by a part of a tick
+    found = rates([loop, loop], calls=8)
+    assert found["watt"] == pytest.approx(500, rel=0.01)
+    assert found["calls_per_s"] == pytest.approx(8 / 0.003)
+    assert found["joules_per_call"] == pytest.approx(500 * 0.003 / 8, rel=0.01)
+
+
+@pytest.mark.parametrize("watt", [None, 0.0])
+def test_without_a_counter_or_with_one_that_stands_still_there_is_no_energy(watt: float | None) -> None:
+    loop = simulated_loop(watt)
+    assert loop.seconds < ENERGY_S + 2 * PATIENCE_S
+    assert set(rates([loop, loop], calls=8)) == {"calls_per_s"}
 
 
 def test_no_time_is_a_mistake(tmp_path: Path) -> None:
