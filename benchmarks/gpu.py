@@ -70,6 +70,9 @@ class Board(Protocol):
     def peaks(self) -> dict[str, float]:
         """`copy_gbs` and `matmul_tflops`."""
 
+    def prepare(self, chosen: Sequence[Case], seconds: float) -> int:
+        """Compiles what the cases will run, for so long at the most; how many kernels."""
+
     def chosen(self, case: Case) -> dict[str, Any]:
         """The configuration that our function runs a case with, its provenance and the reason."""
 
@@ -190,6 +193,13 @@ def run(board: Board, chosen: Sequence[Case], deadline: float, out: Path) -> dic
         except Exception as error:  # noqa: BLE001 - as in _compared
             document["errors"].append(f"{name}: {_one_line(error)}")
             console.print(f"no {document['errors'][-1]}")
+    began = time.monotonic()
+    try:
+        count = board.prepare(chosen, max(0.0, deadline - began) / 4)
+    except TilewrightError as error:  # each is compiled in its turn, then
+        console.print(f"nothing was compiled ahead: {error}")
+    else:
+        console.print(f"{count} kernels compiled ahead in {time.monotonic() - began:.0f} s")
     loaded: set[str] = set()
     for case in chosen:
         if time.monotonic() > deadline:

@@ -46,6 +46,10 @@ class RehearsalBoard:
         """The catalogue's."""
         return {"copy_gbs": self._device.bandwidth_gbs, "matmul_tflops": self._device.tensor_tflops["fp16"]}
 
+    def prepare(self, chosen: Sequence[Case], seconds: float) -> int:
+        """Nothing is compiled."""
+        return 0
+
     def chosen(self, case: Case) -> dict[str, Any]:
         """The default."""
         config = find_kernel(case.op).default(case.problem, self._device)

@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +25,15 @@ from tilewright.kernels import gemm
 from tilewright.kernels.arrays import require_cupy
 from tilewright.kernels.device import Device
 from tilewright.kernels.dispatch import forget_plans, plan_for
+from tilewright.kernels.lookup import recorded_choice
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.prediction import roofline_us
 from tilewright.kernels.registry import find_kernel
 from tilewright.kernels.runtime import Plan
 from tilewright.tuner.gpu import Gpu, read_kernel
+from tilewright.tuner.pool import Pool
+from tilewright.tuner.runner import Compiler
 from tilewright.tuner.timing import Sampler, replay_copies, time_rounds
 from tilewright.tuner.turns import turn
 from tilewright.tuning_db import env
@@ -163,6 +167,11 @@ class TorchBoard:
             "copy_gbs": 2 * size / copy.median_us / 1e3,
             "matmul_tflops": 2 * MATMUL**3 / product.median_us / 1e6,
         }
+
+    def prepare(self, chosen: Sequence[Case], seconds: float) -> int:
+        """As `compile_ahead`, on every processor."""
+        with Pool(len(os.sched_getaffinity(0))) as pool:
+            return compile_ahead(Compiler(pool, self.device), self.device, chosen, env.database_dir(), seconds)
 
     def chosen(self, case: Case) -> dict[str, Any]:
         """The configuration that our function runs a case with, and what speaks for it."""
@@ -300,6 +309,20 @@ class TorchBoard:
                 handle = pynvml.nvmlDeviceGetHandleByPciBusId(self.gpu.address.encode())
                 return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
         return None
+
+
+def compile_ahead(compiler: Compiler, device: Device, chosen: Sequence[Case], db: Path, seconds: float) -> int:
+    """Compiles the cases' configurations of ours, those on record and the defaults, into Triton's on-disk cache, where
+    the calls find them: one after another they would take minutes of the run. Gives up after so many seconds; how many
+    were compiled."""
+    futures = []
+    for case in chosen:
+        kernel = find_kernel(case.op)
+        recorded = recorded_choice(kernel, case.problem, device, db)
+        configs = [kernel.default(case.problem, device), *([] if recorded is None else [recorded.config])]
+        futures += [compiler.submit(kernel, case.problem, config) for config in dict.fromkeys(configs)]
+    wait(futures, seconds)
+    return compiler.compiled
 
 
 class Loop(NamedTuple):

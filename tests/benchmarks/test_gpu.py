@@ -6,19 +6,30 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import comparison_report, gpu
+from benchmarks import comparison_report, gpu, torch_board
 from benchmarks.cases import FAMILIES, LARGE, RESNET_32, SKINNY, UP, Case, as_convolution, cases, computes_all
 from benchmarks.comparison_report import markdown
 from benchmarks.contenders import DEFAULT, OURS, Contender
 from benchmarks.rehearsal import RehearsalBoard
-from benchmarks.torch_board import ENERGY_S, PATIENCE_S, Loop, Timed, closed_loop, driver_launch, rates
+from benchmarks.torch_board import (
+    ENERGY_S,
+    PATIENCE_S,
+    Loop,
+    Timed,
+    closed_loop,
+    compile_ahead,
+    driver_launch,
+    rates,
+)
 from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.lookup import Choice
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.registry import find_kernel
 
@@ -265,6 +276,35 @@ def test_separate_passes_are_held_against_the_copy() -> None:
     assert lines[-2] == "| f | 1 | 1 | 50% | 50% | 50% |"
     assert comparison_report._passes([{**case, "against": "cuBLAS"}], {"copy_gbs": 4000.0}) == []
     assert comparison_report._passes([case], {}) == []
+
+
+def test_defaults_and_what_is_on_record_are_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = resolve_device("h200")
+    recorded = dataclasses.replace(find_kernel("gemm").default(BARE.problem, board), GROUP_M=16)
+    monkeypatch.setattr(
+        torch_board,
+        "recorded_choice",
+        lambda kernel, problem, device, db: Choice(recorded, None, "on record") if problem is BARE.problem else None,
+    )
+    asked: list[Any] = []
+
+    class Compiling:
+        compiled = 3
+
+        def submit(self, kernel: Any, problem: Any, config: Any) -> Future[Any]:
+            asked.append((problem, config))
+            future: Future[Any] = Future()
+            future.set_result({"status": "ok"})
+            return future
+
+    compiler: Any = Compiling()
+    assert compile_ahead(compiler, board, [BARE, FUSED], tmp_path, 1.0) == 3
+    default = find_kernel("gemm").default
+    assert asked == [
+        (BARE.problem, default(BARE.problem, board)),
+        (BARE.problem, recorded),
+        (FUSED.problem, default(FUSED.problem, board)),
+    ]
 
 
 def simulated_loop(watt: float | None, tick_s: float = 0.1, step_s: float = 0.003) -> Loop:
