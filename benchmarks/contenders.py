@@ -7,6 +7,7 @@ that sets can rotate, and returns its result.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -163,7 +164,16 @@ def _library_gemms(torch: Any, problem: GemmProblem) -> list[Contender]:
     def separate(arrays: Arrays) -> Any:
         return pointwise(linear(arrays["a"], arrays["w"], arrays.get("bias")), arrays)
 
-    found = [*plain, Contender("cuBLAS + elementwise", "separate", separate)]
+    once = _compiled(torch, name, bool(problem.gated))
+
+    def compiled(arrays: Arrays) -> Any:
+        return once(linear(arrays["a"], arrays["w"]), arrays.get("bias"), arrays.get("residual"))
+
+    found = [
+        *plain,
+        Contender("cuBLAS + elementwise", "separate", separate),
+        Contender("cuBLAS + compiled elementwise", "separate", compiled),
+    ]
     if problem.gated:
 
         def eager(arrays: Arrays) -> Any:
@@ -201,9 +211,16 @@ def _library_int8(torch: Any, problem: GemmProblem) -> list[Contender]:
         result = scaled(product(arrays), arrays["a_scale"], arrays["b_scale"], arrays["bias"])
         return result.to(_kind(torch, problem.output_dtype))
 
+    once = _compiled(torch, "gelu_tanh", False)
+
+    def compiled(arrays: Arrays) -> Any:
+        scale = arrays["a_scale"] * arrays["b_scale"]
+        return once(product(arrays), arrays["bias"], None, scale, _kind(torch, problem.output_dtype))
+
     return [
         Contender("torch._int_mm", "library", product),
         Contender("torch._int_mm + 2 elementwise", "separate", separate),
+        Contender("torch._int_mm + compiled elementwise", "separate", compiled),
     ]
 
 
@@ -253,6 +270,36 @@ def _jiterated(torch: Any, name: str, parameters: str, body: str, eager: Callabl
         return eager
     code = f"template <typename T> T {name}({parameters}) {{ {body} }}"
     made: Callable[..., Any] = torch.cuda.jiterator._create_jit_fn(code)
+    return made
+
+
+@functools.cache
+def _compiled(torch: Any, activation: str, gated: bool) -> Callable[..., Any]:
+    """The whole epilogue over a bare product in one kernel, in fp32, by torch.compile: on a GPU, Triton's. Sizes are
+    arguments of it, so that what one case has compiled serves the next; on a processor it runs as it is."""
+    functional = torch.nn.functional
+    activations: dict[str, Callable[[Any], Any]] = {
+        "none": lambda y: y,
+        "relu": torch.relu,
+        "gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"),
+        "gelu_erf": functional.gelu,
+        "silu": functional.silu,
+        "clamp:0:6": lambda y: torch.clamp(y, 0, 6),
+    }
+    act = activations[activation]
+
+    def epilogue(y: Any, bias: Any, residual: Any = None, scale: Any = None, kind: Any = None) -> Any:
+        sums = y.float() if scale is None else y.float() * scale
+        sums = sums if bias is None else sums + bias.float()
+        if gated:
+            g, u = sums.chunk(2, dim=-1)
+            return (act(g) * u).to(kind or y.dtype)
+        sums = sums if residual is None else sums + residual.float()
+        return act(sums).to(kind or y.dtype)
+
+    if not torch.cuda.is_available():
+        return epilogue
+    made: Callable[..., Any] = torch.compile(epilogue, dynamic=True)
     return made
 
 
@@ -361,7 +408,18 @@ def _library_convolutions(torch: Any, problem: Conv2dProblem, *, flat: bool) -> 
         of = images(arrays)
         return pointwise(torch.nn.functional.conv2d(of["x"], of["w"], of.get("bias"), *window), of)
 
-    found = [Contender("cuDNN", "library", bare), Contender("cuDNN + elementwise", "separate", separate)]
+    whole = _compiled(torch, name, False)
+
+    def compiled(arrays: Arrays) -> Any:
+        of = images(arrays)
+        bias = of.get("bias")
+        return whole(bare(arrays), None if bias is None else bias[:, None, None], of.get("residual"))
+
+    found = [
+        Contender("cuDNN", "library", bare),
+        Contender("cuDNN + elementwise", "separate", separate),
+        Contender("cuDNN + compiled elementwise", "separate", compiled),
+    ]
     if problem.bias and not problem.residual and name in BIASED:
         # torch adds a bias behind the convolution, in a pass of its own: here it shares one with the activation.
         once = _jiterated(torch, *BIASED[name], partial(_biased, torch, name))
