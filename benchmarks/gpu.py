@@ -1,6 +1,7 @@
 """Our kernels against the best library at hand, on the GPU at hand, in one run.
 
     python -m benchmarks.gpu --minutes 8 --out DIR [--device cuda:0] [--family TEXT] [--trials N] [--db DIR]
+                              [--note TEXT]
 
 Tunes the cases' problems first if `--trials` is given, in half of the time; then compares, in turns and with a cold L2,
 each case's contenders: our kernel as the database knows it, in its default configuration, and the library's ways
@@ -105,6 +106,7 @@ class Board(Protocol):
 @click.option("--family", "families", multiple=True, help="Only families whose name holds this text; repeatable.")
 @click.option("--trials", type=click.IntRange(min=0), default=0, help="Tune each problem first, with so many trials.")
 @click.option("--db", type=click.Path(file_okay=False, path_type=Path), help="Folder of the tuning databases.")
+@click.option("--note", default="", help="What to know of the run, such as how the database was filled: for the page.")
 @click.option("--rehearse", is_flag=True, help="Without a GPU, on made-up times of the device that --device names.")
 def main(
     device_name: str,
@@ -113,6 +115,7 @@ def main(
     families: tuple[str, ...],
     trials: int,
     db: Path | None,
+    note: str,
     rehearse: bool,
 ) -> None:
     """Compares our kernels with the library's."""
@@ -136,7 +139,7 @@ def main(
     except TilewrightError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    run(board, chosen, start + 60 * minutes, out)
+    run(board, chosen, start + 60 * minutes, out, note)
 
 
 def _refuse_another_run(out: Path) -> None:
@@ -168,8 +171,8 @@ def _tune(device_name: str, chosen: Sequence[Case], trials: int, timeout_s: floa
     print(f"tuned {measured} of {len(workloads)} problems in {results.elapsed_s:.0f} s", flush=True)
 
 
-def run(board: Board, chosen: Sequence[Case], deadline: float, out: Path) -> dict[str, Any]:
-    """Measures what there is time for; the document that is written."""
+def run(board: Board, chosen: Sequence[Case], deadline: float, out: Path, note: str = "") -> dict[str, Any]:
+    """Measures what there is time for; the document that is written, with a note on how our kernels were tuned."""
     console = Console(width=160)
     if board.simulated:
         console.print("[bold]rehearsal:[/bold] no GPU is used and nothing is measured; times are made up")
@@ -179,6 +182,7 @@ def run(board: Board, chosen: Sequence[Case], deadline: float, out: Path) -> dic
         "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
         "environment": board.environment(),
         "device": {"key": device.key, "name": device.name, "arch": device.sm, "bandwidth_gbs": device.bandwidth_gbs},
+        **({"tuned": note} if note else {}),
         "peaks": {},
         "clocks_before": board.clocks(),
         "dispatch_us": {},

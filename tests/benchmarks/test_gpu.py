@@ -216,7 +216,8 @@ def test_without_peaks_or_dispatch_the_cases_are_compared_all_the_same(tmp_path:
         def dispatch(self) -> list[tuple[str, float]]:
             raise RuntimeError("no CuPy")
 
-    document = gpu.run(Small("h200"), [BARE], math.inf, tmp_path)
+    document = gpu.run(Small("h200"), [BARE], math.inf, tmp_path, "tuned by hand")
+    assert "tuned by hand" in (tmp_path / "gpu.md").read_text()
     assert document["errors"] == ["peaks: RuntimeError: CUDA out of memory", "dispatch_us: RuntimeError: no CuPy"]
     assert document["cases"][0]["ratio"] > 0
     assert "Not measured: peaks: RuntimeError: CUDA out of memory" in (tmp_path / "gpu.md").read_text()

@@ -157,6 +157,35 @@ def test_offsets_beyond_31_bits(cupy: Any, board: Device) -> None:
     assert compare(found, wanted, loose) is None
 
 
+@pytest.mark.parametrize("far", ["a", "b"])
+def test_operands_beyond_31_bits(cupy: Any, board: Device, far: str) -> None:
+    """Rows at both ends, and beside the edges of 2^31 elements, are random, all others 1: one read in place of another
+    shows. Of B, whose rows are all summed, A is 0 but at those."""
+    rows, columns = 70_000, 32_768  # 2.29 G elements, 4.6 GB
+    if board.memory_gib < 16:
+        pytest.skip(f"{board.board} has {board.memory_gib} GiB of memory; this takes 5")
+    random = np.random.default_rng(0)
+    chosen = np.array([0, 1, 65_535, 65_536, 65_537, rows - 1])
+    large = cupy.ones((rows, columns), np.float16)
+    own = random.standard_normal((len(chosen), columns), np.float32).astype(np.float16)
+    for row, values in zip(chosen.tolist(), own, strict=True):
+        large[row].set(values)
+    if far == "a":
+        other = random.standard_normal((columns, 16), np.float32).astype(np.float16)
+        out = gemm(large, cupy.asarray(other))
+        found, wanted = on_host(cupy, out[cupy.asarray(chosen)]), own.astype(float) @ other.astype(float)
+        terms = columns
+    else:
+        other = random.standard_normal((16, len(chosen)), np.float32).astype(np.float16)
+        a = np.zeros((16, rows), np.float16)
+        a[:, chosen] = other
+        found = on_host(cupy, gemm(cupy.asarray(a), large))
+        wanted = other.astype(float) @ own.astype(float)
+        terms = len(chosen)
+    tolerance = GEMM.tolerance(GemmProblem(M=16, N=16, K=terms, dtype="fp16"))["out"]
+    assert compare(found, wanted, tolerance._replace(absolute=tolerance.absolute * math.sqrt(terms))) is None
+
+
 # torch
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.gpu.conforming import conforms, skip_unless
+from tests.gpu.conforming import conforms, on_host, skip_unless
 from tests.kernels.conformance import pairwise
-from tilewright.kernels import RmsNormProblem
+from tilewright.kernels import RmsNormProblem, rmsnorm
 from tilewright.kernels.device import Device
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
+from tilewright.tuner.gate import compare
 
 pytestmark = pytest.mark.gpu
 
@@ -51,3 +53,21 @@ PROBLEMS = list(dict.fromkeys(problem_of(row) for row in pairwise(AXES)))
 def test_equals_the_reference(cupy: Any, board: Device, problem: RmsNormProblem) -> None:
     skip_unless(RMSNORM, problem, board)
     conforms(cupy, RMSNORM, problem)
+
+
+def test_offsets_beyond_31_bits(cupy: Any, board: Device) -> None:
+    """Rows at both ends, and beside the edges of 2^31 elements, are random, all others 1."""
+    rows, columns = 70_000, 32_768  # 2.29 G elements, 4.6 GB, and as many of the result
+    if board.memory_gib < 16:
+        pytest.skip(f"{board.board} has {board.memory_gib} GiB of memory; this takes 10")
+    chosen = (0, 1, 65_535, 65_536, 65_537, rows - 1)
+    x = cupy.ones((rows, columns), np.float16)
+    own = np.random.default_rng(0).standard_normal((len(chosen), columns), np.float32).astype(np.float16)
+    for row, values in zip(chosen, own, strict=True):
+        x[row].set(values)
+    out = rmsnorm(x)
+    exact = own.astype(float)
+    wanted = exact / np.sqrt((exact**2).mean(axis=1, keepdims=True) + 1e-6)
+    tolerance = RMSNORM.tolerance(RmsNormProblem(M=len(chosen), N=columns, dtype="fp16"))["out"]
+    found = np.stack([on_host(cupy, out[row]) for row in chosen])
+    assert compare(found, wanted, tolerance) is None
