@@ -76,11 +76,13 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
         n = 32 if wide > 128 or terms else 64
         # Rows of a bias that begin anywhere are read element by element, beside accumulators that tcgen05 hands over.
         ragged = problem.bias is not None and problem.Skv % 8 and device.arch // 10 == 10
-        # Packed sequences of fp8 beside a slope per head: 16 bytes too many.
-        packed = problem.varlen and terms and problem.unit == "fp8" and wide > 128 and device.arch // 10 == 9
-        if ragged or packed or (terms and wide > 64 and not groups):
+        # Packed sequences of fp8 beside a slope per head: 8 or 16 bytes too many.
+        packed = problem.varlen and terms and problem.unit == "fp8"
+        if ragged or (packed and wide > 128 and device.arch // 10 == 9) or (terms and wide > 64 and not groups):
             n = 16
         config = AttentionConfig(128, n, PACK=pack, num_warps=8, num_stages=stages)
+        if packed and wide == 128 and problem.D % 16 and device.arch // 10 == 12:
+            config = replace(config, BLOCK_M=64, num_warps=4)
     while fits(problem, config, device) is not None and config.num_stages > 1:
         config = replace(config, num_stages=config.num_stages - 1)
     return replace(config, GROUP_H=enough_heads(problem, config, device))
