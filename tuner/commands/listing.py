@@ -64,7 +64,6 @@ def show(device: str, db: str | None) -> None:
     """Show what is on record for a device: the best result of every problem and toolchain, tuned here or shipped."""
 
     from tilewright.kernels.devices import resolve_device
-    from tilewright.tuner.report import short_config
     from tilewright.tuning_db.env import database_dir
     from tilewright.tuning_db.store import TuningDB
 
@@ -84,7 +83,7 @@ def show(device: str, db: str | None) -> None:
                 table.add_row(
                     record.key.op,
                     _problem_text(record.key.op, record.key.problem),
-                    short_config(_fields(record.key.op, record.config)),
+                    _config_text(record.key.op, record.config),
                     f"{record.times.median_us:.1f}",
                     str(record.provenance),
                     record.key.triton,
@@ -106,11 +105,16 @@ def _problem_text(op: str, problem: str) -> str:
         return problem  # of a revision with other fields
 
 
-def _fields(op: str, config: str) -> dict[str, Any]:
+def _config_text(op: str, config: str) -> str:
     from tilewright.kernels.registry import find_kernel
+    from tilewright.tuner.report import short_config
 
     try:
-        fields: dict[str, Any] = find_kernel(op).space.config.from_json(config).to_dict()
-    except UsageError:
-        fields = json.loads(config)
-    return fields
+        return short_config(find_kernel(op).space.config.from_json(config).to_dict())
+    except UsageError:  # of a revision with other fields
+        pass
+    try:
+        fields: Any = json.loads(config)
+    except ValueError:
+        fields = None
+    return short_config(fields) if isinstance(fields, dict) else config  # which `db check` finds

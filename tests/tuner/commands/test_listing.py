@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
+
 import pytest
 
 from tests.tuner.commands.test_exchange import fill, record
@@ -52,3 +55,13 @@ def test_show_says_what_was_tuned_here_and_what_was_shipped(autotune, tmp_path, 
     _, out, err = autotune("show", "--device", "rtx3090", "--db", own.parent)
     assert [line.split()[-2] for line in out.splitlines()[1:]] == ["here", "shipped"]
     assert err == f"1 results on record in {own}, 1 shipped in {shipped}\n"
+
+
+@pytest.mark.parametrize(("config", "shown"), [("x", "x"), ("[1]", "[1]"), ('{"BLOCK_M":7,"of_old":true}', "7 of_old")])
+def test_show_of_a_configuration_that_is_none_shows_what_there_is(autotune, tmp_path, config: str, shown: str) -> None:
+    path = fill(tmp_path, record(3.0))
+    with closing(sqlite3.connect(path)) as raw, raw:
+        raw.execute("UPDATE records SET config = ?", (config,))
+    status, out, _ = autotune("show", "--device", "rtx3090", "--db", tmp_path)
+    assert status == 0
+    assert f" {shown} " in out.splitlines()[1]
