@@ -50,6 +50,10 @@ PREDICTED_CANDIDATES = 4
 """How many predicted configurations are offered before the default: some spill once they are compiled."""
 
 
+LIGHTER_REGISTERS = (0.75, 0.5)
+"""Parts of the default's registers that are offered after the default: an estimate may be off by a quarter
+(docs/prediction.md)."""
+
 Usable = Callable[[Config], bool]
 """Whether who asks can use a configuration. One that it can't is no evidence for it."""
 
@@ -141,7 +145,8 @@ def choose(kernel: Kernel[Any, Any], problem: Problem, device: Device, *, config
 def candidates(
     kernel: Kernel[Any, Any], problem: Problem, device: Device, *, config: Config | None = None
 ) -> Iterator[Choice]:
-    """Configurations for a problem, best evidence first, read as far as they are asked for; the default is the last.
+    """Configurations for a problem, best evidence first, read as far as they are asked for. The default comes after all
+    evidence; who can't run that either (an untested combination spills once it is compiled) gets lighter ones.
 
     Raises:
         UnsupportedError, IllegalConfigError, PackError: as `choose`.
@@ -159,6 +164,8 @@ def candidates(
         if env.frozen():
             return
     yield from ranked(kernel, problem, device, database_dir())
+    for lighter in lighter_configs(kernel, problem, device):
+        yield Choice(lighter, Provenance.DEFAULT, "no evidence, and the default can't run")
 
 
 def default_config(kernel: Kernel[Any, Any], problem: Problem, device: Device) -> Config:
@@ -367,6 +374,25 @@ def predictions(
     """The configurations worth trying, each with its prediction from estimated resources, in the space's order."""
     for config in kernel.space.configs(problem, device, coarse=coarse):
         yield predict(kernel.work(problem, config), kernel.estimate(problem, config, device), device), config
+
+
+def lighter_configs(kernel: Kernel[Any, Any], problem: Problem, device: Device) -> list[Config]:
+    """Configurations that take fewer registers than the default by estimate: of the coarse space the fastest predicted
+    with at most so many parts of the default's as `LIGHTER_REGISTERS` has, and the one with the fewest."""
+    most = kernel.estimate(problem, kernel.default(problem, device), device).registers
+    found: list[tuple[int, float, Config]] = []
+    for config in kernel.space.configs(problem, device, coarse=True):
+        resources = kernel.estimate(problem, config, device)
+        if resources.registers < most:
+            time_us = predict(kernel.work(problem, config), resources, device).time_us
+            found.append((resources.registers, time_us, config))
+    if not found:
+        return []
+    chosen: list[Config] = []
+    for part in LIGHTER_REGISTERS:
+        within = [each for each in found if each[0] <= part * most]
+        chosen += [min(within, key=lambda each: each[1])[2]] if within else []
+    return list(dict.fromkeys((*chosen, min(found, key=lambda each: each[:2])[2])))
 
 
 def predicted_best(

@@ -18,6 +18,7 @@ from tilewright.kernels.lookup import (
     candidates,
     code_hash,
     fitting_config,
+    lighter_configs,
     predicted_best,
     prediction_protocol,
     record_key,
@@ -133,16 +134,30 @@ def test_without_any_evidence_the_default(unpredicted):
     assert choose(GEMM, PROBLEM, DEVICE) == Choice(GEMM.default(PROBLEM, DEVICE), Provenance.DEFAULT, "no evidence")
 
 
-def test_candidates_end_with_the_default(add):
+def test_after_all_evidence_comes_the_default_and_what_is_lighter(add):
     add(TILES[0])
-    found = list(candidates(GEMM, PROBLEM, DEVICE))
-    assert [choice.provenance for choice in found] == [
-        Provenance.MEASURED,
-        *[Provenance.PREDICTED] * 4,
-        Provenance.DEFAULT,
-    ]
-    times = [choice.time_us for choice in found[1:5]]
+    first, *predicted, default, light, lighter, lightest = candidates(GEMM, PROBLEM, DEVICE)
+    assert first.provenance is Provenance.MEASURED
+    assert [choice.provenance for choice in predicted] == [Provenance.PREDICTED] * 4
+    times = [choice.time_us for choice in predicted]
     assert times == sorted(times)
+    assert default == Choice(GEMM.default(PROBLEM, DEVICE), Provenance.DEFAULT, "no evidence")
+    for choice in (light, lighter, lightest):
+        assert (choice.provenance, choice.reason) == (Provenance.DEFAULT, "no evidence, and the default can't run")
+        assert GEMM.space.fits(PROBLEM, choice.config, DEVICE) is None
+
+    def registers(choice):
+        return GEMM.estimate(PROBLEM, choice.config, DEVICE).registers
+
+    assert 0.75 * registers(default) >= registers(light) > 0.5 * registers(default) >= registers(lighter)
+    least = min(GEMM.estimate(PROBLEM, config, DEVICE).registers for config in GEMM.space.configs(PROBLEM, DEVICE))
+    assert registers(lighter) > registers(lightest) >= least
+
+
+def test_nothing_is_lighter_than_the_lightest():
+    lightest = lighter_configs(GEMM, PROBLEM, DEVICE)[-1]
+    kernel = replace(GEMM, default=lambda problem, device: lightest)
+    assert lighter_configs(kernel, PROBLEM, DEVICE) == []
 
 
 def test_the_shortlist_has_every_record_of_the_problem(add, folder, shipped):
@@ -150,7 +165,8 @@ def test_the_shortlist_has_every_record_of_the_problem(add, folder, shipped):
         return [choice.config for choice in shortlist(GEMM, PROBLEM, DEVICE, folder, count, usable)]
 
     guesses = configs()
-    assert guesses == [choice.config for choice in candidates(GEMM, PROBLEM, DEVICE)]
+    lighter = lighter_configs(GEMM, PROBLEM, DEVICE)
+    assert [*guesses, *lighter] == [choice.config for choice in candidates(GEMM, PROBLEM, DEVICE)]
     add(TILES[3], problem=replace(PROBLEM, M=256), time_us=1)
     # What is carried over has no records beside it: those are of another problem.
     assert configs() == [TILES[3], *guesses]

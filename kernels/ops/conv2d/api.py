@@ -25,7 +25,7 @@ from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.problem import Output
 from tilewright.kernels.runtime import Plan
-from tilewright.tuning_db.errors import ProblemError, UsageError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedProblemError, UsageError
 
 INPUTS = ("x", "w", "x_scale", "w_scale", "bias", "residual", "alpha", "out_scale")
 SCALARS = ("x_scale", "alpha", "out_scale")
@@ -199,6 +199,7 @@ def _prepare_row(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ..
         raise ProblemError(f"layout={layout!r} must be nlc or ncl")
     (stride_w,), (dilation_w,) = numbers("stride", stride, (1,)), numbers("dilation", dilation, (1,))
     left, right = numbers("padding", padding, (2,))
+    _refuse_window(stride_w, left, right, dilation_w)
     whole = {name: view.shape for name, view in views.items()}
     at = 1 if layout == "nlc" else 2
     for name, view in views.items():
@@ -206,7 +207,14 @@ def _prepare_row(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ..
             shape, strides = ((*each[:at], 1, *each[at:]) for each in (view.shape, view.strides))
             views[name] = view._replace(shape=shape, strides=strides)
         elif name in ("x", "w", "residual", "out"):
-            raise ProblemError(f"{name} is {view.shape} and must have 3 dimensions: {layout.upper()}")
+            wanted = layout.upper() if name != "w" else "KSC" if layout == "nlc" else "KCS"
+            raise ProblemError(f"{name} is {view.shape} and must have 3 dimensions: {wanted}")
+    length, taps = (whole[name][2 - (layout == "nlc")] for name in ("x", "w"))
+    if length and taps and length + left + right <= dilation_w * (taps - 1):
+        raise ProblemError(
+            f"L={length} with padding={left, right} is less than the {dilation_w * (taps - 1) + 1} that {taps} taps "
+            f"with dilation={dilation_w} reach"
+        )
     return _prepared(
         views,
         whole,
@@ -215,6 +223,15 @@ def _prepare_row(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ..
         {"stride_w": stride_w, "dilation_w": dilation_w, "pad_left": left, "pad_right": right},
         (activation, groups, precision, out_dtype, config),
     )
+
+
+def _refuse_window(stride: int, left: int, right: int, dilation: int) -> None:
+    """Does nothing for what a problem takes, whose names for these are those of two dimensions."""
+    for name, value, least in (("stride", stride, 1), ("dilation", dilation, 1)):
+        if not least <= value < 2**31:
+            raise ProblemError(f"{name}={value} must be from {least} to {2**31 - 1}")
+    if not 0 <= min(left, right) <= max(left, right) < 2**31:
+        raise UnsupportedProblemError(f"padding={left, right} must be from 0 to {2**31 - 1}")
 
 
 def _prepared(
@@ -229,7 +246,8 @@ def _prepared(
     for name in ("x", "w", "residual", "out"):
         if name in views:
             if len(views[name].shape) != 4:
-                raise ProblemError(f"{name} is {whole[name]} and must have 4 dimensions: {layout.upper()}")
+                wanted = layout.upper() if name != "w" else LAYOUTS[layout].upper()
+                raise ProblemError(f"{name} is {whole[name]} and must have 4 dimensions: {wanted}")
             views[name] = nhwc(views[name], layout)
     if groups is None:
         raise UsageError("groups=None must be an integer")

@@ -58,17 +58,28 @@ def default(problem: Conv2dProblem, device: Device) -> Conv2dConfig:
             config = replace(config, BLOCK_K=16)
         elif fold:
             config = replace(config, BLOCK_M=32)
+    elif max(vector_bytes(problem, config)) == 4 and problem.dtype == "fp32" and device.arch // 10 not in (9, 10):
+        config = replace(config, BLOCK_M=32)  # an address for every element that is copied: of 64 rows some spill
     elif wide and problem.pixels <= 32:
         config = replace(config, BLOCK_M=16 if problem.pixels <= 16 else 32, num_stages=4)
     elif wide and depth % 64 == 0 and problem.dtype != "fp32":
         config = replace(config, BLOCK_K=64)
-    tiles = math.ceil(problem.pixels / config.BLOCK_M) * math.ceil(problem.group_filters / config.BLOCK_N)
-    tiles *= problem.groups
-    split = 1
-    # A late layer of one image has less than one tile for every SM, and a depth to share.
-    while tiles * split * 2 <= device.sms and depth_blocks(problem, config) >= 8 * split and split < 16:
-        split *= 2
+    split = _split(problem, config, device)
+    if split > 1 and not copies and config.BLOCK_M == 64 and config.BLOCK_K > 16:
+        # Sums of other blocks beside single elements in registers: of 64 columns some spill.
+        config = replace(config, BLOCK_N=32)
+        split = _split(problem, config, device)
     config = replace(config, SPLIT_K=split)
     while fits(problem, config, device) is not None and config.num_stages > 1:
         config = replace(config, num_stages=config.num_stages - 1)
     return config
+
+
+def _split(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> int:
+    """A late layer of one image has less than one tile for every SM, and a depth to share."""
+    tiles = math.ceil(problem.pixels / config.BLOCK_M) * math.ceil(problem.group_filters / config.BLOCK_N)
+    tiles *= problem.groups
+    split = 1
+    while tiles * split * 2 <= device.sms and depth_blocks(problem, config) >= 8 * split and split < 16:
+        split *= 2
+    return split

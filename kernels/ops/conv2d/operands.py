@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
@@ -75,7 +76,7 @@ def layouts_of(views: dict[str, View], layout: str, whole: dict[str, tuple[int, 
             mine = memory_of(views[name])
             common = tuple(each for each in possible if each in mine)
             if not common:
-                where = "NHWC or NCHW memory" if name == "x" else f"{' or '.join(possible).upper()} memory, as x does,"
+                where = f"{_shown(possible, whole)} memory{'' if name == 'x' else ', as x does,'}"
                 raise UnsupportedError(
                     f"{name} of shape {whole[name]} must lie in {where} without gaps; pass a contiguous copy"
                 )
@@ -83,10 +84,17 @@ def layouts_of(views: dict[str, View], layout: str, whole: dict[str, tuple[int, 
     memory = possible[0]
     weights = memory_of(views["w"])
     if not weights:
+        where = _shown(sorted(LAYOUTS.values(), reverse=True), whole)
         raise UnsupportedError(
-            f"w of shape {whole['w']} must lie in KRSC or KCRS memory without gaps; pass a contiguous copy"
+            f"w of shape {whole['w']} must lie in {where} memory without gaps; pass a contiguous copy"
         )
     return memory, LAYOUTS[memory if memory in weights else weights[0]]
+
+
+def _shown(layouts: Iterable[str], whole: dict[str, tuple[int, ...]]) -> str:
+    """Layouts as the caller names them: of one dimension without rows, the other being L."""
+    letters = str.maketrans("W", "L", "HR") if len(whole["x"]) == 3 else {}
+    return " or ".join(layout.upper().translate(letters) for layout in layouts)
 
 
 def sizes_of(views: dict[str, View], groups: int, whole: dict[str, tuple[int, ...]]) -> dict[str, int]:

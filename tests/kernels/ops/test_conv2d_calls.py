@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -291,6 +292,28 @@ def test_conv1d_keeps_the_memory_of_its_input():
     assert turned.swapaxes(1, 2).flags.c_contiguous
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"stride": 0}, "stride=0 must be from 1 to 2147483647"),
+        ({"dilation": -1}, "dilation=-1 must be from 1 to 2147483647"),
+        ({"padding": (0, -2)}, "padding=(0, -2) must be from 0 to 2147483647"),
+        ({"padding": (1, 2), "dilation": 9}, "L=9 with padding=(1, 2) is less than the 19 that 3 taps with"),
+        ({"layout": "nhwc"}, "layout='nhwc' must be nlc or ncl"),
+        ({"w": np.zeros((12, 6), np.float32)}, "w is (12, 6) and must have 3 dimensions: KSC"),
+        ({"w": np.zeros((12, 6), np.float32), "layout": "ncl"}, "w is (12, 6) and must have 3 dimensions: KCS"),
+        ({"x": np.zeros((2, 9, 12), np.float32)[:, :, ::2]}, "x of shape (2, 9, 6) must lie in NLC or NCL"),
+        ({"w": np.zeros((12, 3, 12), np.float32)[:, :, ::2]}, "w of shape (12, 3, 6) must lie in KSC or KCS memory"),
+        ({"residual": np.zeros((2, 7, 24), np.float32)[:, :, ::2]}, "residual of shape (2, 7, 12) must lie in NLC"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_conv1d_speaks_of_one_dimension(options, said):
+    arrays = {"x": random_array((2, 9, 6)), "w": random_array((12, 3, 6))}
+    with pytest.raises((ProblemError, UnsupportedError), match=f"^{re.escape(said)}"):
+        conv1d(**{**arrays, **options})
+
+
 def test_one_tap_of_one_dimension_is_a_gemm_too(problems):
     x, w = random_array((2, 9, 6)), random_array((12, 1, 6))
     near(conv1d(x, w), x.astype(float) @ w[:, 0].T.astype(float))
@@ -343,7 +366,7 @@ class Fake:
     ("error", "message", "call"),
     [
         (ProblemError, "x is (5, 6, 8) and must have 4 dimensions: NHWC", {"x": X[0]}),
-        (ProblemError, "w is (4, 3, 8) and must have 4 dimensions: NHWC", {"w": W[:, 0]}),
+        (ProblemError, "w is (4, 3, 8) and must have 4 dimensions: KRSC", {"w": W[:, 0]}),
         (ProblemError, "out is (4,) and must have 4 dimensions", {"out": np.ones(4, np.float16)}),
         (ProblemError, "8 channels of x must be groups=1 times 4 of w", {"w": W[..., :4]}),
         (ProblemError, "8 channels of x must be groups=2 times 8 of w", {"groups": 2}),
