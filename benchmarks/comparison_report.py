@@ -41,7 +41,7 @@ def markdown(document: Document) -> str:
             else []
         ),
         *([f"Not measured: {'; '.join(document['errors'])}.", ""] if document.get("errors") else []),
-        *_families(document["families"]),
+        *_families(document["families"], document["cases"]),
         "",
         *_passes(document["cases"], peaks),
         *_cases(document["cases"]),
@@ -57,22 +57,61 @@ def markdown(document: Document) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _families(families: Sequence[Mapping[str, Any]]) -> list[str]:
+def _families(families: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = []
     for family in families:
-        ratio = "-" if family["ratio"] is None else f"{family['ratio']:.3f}"
+        own = [case for case in cases if case["family"] == family["family"]]
         bar = "" if family["bar"] is None else f"{family['bar']:.2f}"
-        copied = "" if family.get("of_copy") is None else f"{family['of_copy']:.1%} (bar {family['copy_bar']:.0%})"
         met = {True: "yes", False: "no", None: ""}[family["met"]]
         against = {"whole": "best that computes the same", "library": "bare product"}.get(family["against"], "separate")
-        best = "-" if family["best_ratio"] is None else f"{family['best_ratio']:.3f}"
         count = f"{family['compared']}/{family['cases']}"
-        rows.append([family["family"], against, count, ratio, bar, met, best, copied])
+        ratio, best, default = _ratio(family["ratio"]), _ratio(family["best_ratio"]), _ratio(_default_ratio(own))
+        rows.append([family["family"], against, count, ratio, bar, met, best, default, _copied(family, own)])
     head = [
         *("family", "against the library's", "cases", "ratio (geometric mean)", "bar", "met"),
-        *("against the best that computes the same", "of copy bandwidth"),
+        *("against the best that computes the same", "of the default", "of copy bandwidth"),
     ]
     return table(head, rows)
+
+
+def _default_ratio(cases: Sequence[Mapping[str, Any]]) -> float | None:
+    """The geometric mean of the rivals' times over those of the default configuration."""
+    ratios = []
+    for case in cases:
+        rival, default = (case["contenders"].get(name or "", {}) for name in (case.get("against"), DEFAULT))
+        if rival and default and not rival["error"] and not default["error"]:
+            ratios.append(rival["median_us"] / default["median_us"])
+    return geometric_mean(ratios)
+
+
+def _copied(family: Mapping[str, Any], cases: Sequence[Mapping[str, Any]]) -> str:
+    """The part of the copy's bandwidth, of the cases that its bar is for; and of all, where those are others."""
+    part = family.get("of_copy")
+    if part is None:
+        return ""
+    every = [case["of_copy"] for case in cases if case.get("of_copy") is not None]
+    bound = [case["of_copy"] for case in cases if case.get("of_copy") is not None and held_to_copy(case)]
+    bar = f"bar {family['copy_bar']:.0%}"
+    if len(bound) == len(every):
+        return f"{part:.1%} ({bar})"
+    return f"{part:.1%} ({bar}) in {len(bound)} of {len(every)} cases; {geometric_mean(every):.1%} in all"
+
+
+def held_to_copy(case: Mapping[str, Any]) -> bool:
+    """Whether a case is one that the bar of the copy's bandwidth is for: of attention those that read a GB or more."""
+    return bool(case["op"] != "attention" or case["bytes"] >= LEAST_ATTENTION_BYTES)
+
+
+LEAST_ATTENTION_BYTES = 1e9
+
+
+def geometric_mean(values: Sequence[float]) -> float | None:
+    """None without values."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 LEAST_PASS_BYTES = 16e6
@@ -84,19 +123,36 @@ def _passes(cases: Sequence[Mapping[str, Any]], peaks: Mapping[str, float]) -> l
     least over the time that they add to the library's product."""
     rows = []
     for family in dict.fromkeys(case["family"] for case in cases):
-        shares = [share for case in cases if case["family"] == family and (share := _pass_share(case, peaks))]
-        held = sum("elementwise" in (case["against"] or "") for case in cases if case["family"] == family)
-        if shares and held:
-            mean = math.exp(sum(map(math.log, shares)) / len(shares))
-            spread = [f"{share:.0%}" for share in (mean, min(shares), max(shares))]
-            rows.append([family, str(held), str(len(shares)), *spread])
+        own = [case for case in cases if case["family"] == family]
+        held = [case for case in own if "elementwise" in (case.get("against") or "")]
+        if not held or not peaks:
+            continue
+        shares = [share for case in own if (share := _pass_share(case, peaks))]
+        means = [
+            _ratio(
+                geometric_mean([case["ratio"] for case in own if case["ratio"] is not None and (case in held) is ours])
+            )
+            for ours in (True, False)
+        ]
+        spread = (
+            [f"{share:.0%}" for share in (geometric_mean(shares) or 0, min(shares), max(shares))]
+            if shares
+            else [""] * 3
+        )
+        rows.append([family, f"{len(held)} of {len(own)}", *means, str(len(shares)), *spread])
     if not rows:
         return []
-    head = ["family", "cases held against separate passes", "measured", "of copy bandwidth, mean", "least", "most"]
+    head = [
+        *("family", "held against separate passes", "their ratio", "the others' ratio"),
+        *("measured passes", "of copy bandwidth, mean", "least", "most"),
+    ]
     return [
-        "The library's separate passes (bias, activation, residual), of the copy's bandwidth: what they must read and "
-        "write, over the time they add to the product. A ratio against passes at a third of the bandwidth is smaller "
-        "against good ones.",
+        "Where the library's best way, or the one a family is held against, is a product and separate passes (bias, "
+        "activation, residual): the ratio of those cases and of the family's others, and the bandwidth of the passes "
+        "as a part of the copy's: what they must read and write, over the time they add to the product. A ratio "
+        "against passes at a third of the bandwidth is smaller against good ones. Measured are all passes of 16 MB or "
+        "more of the family, whether a case is held against them or not; a part above 100 % is no bandwidth: what the "
+        "pass reads was in the cache, or the product alone took another way.",
         "",
         *table(head, rows),
         "",

@@ -28,9 +28,9 @@ from typing import Any, Protocol
 import click
 from rich.console import Console
 
-from benchmarks.cases import FAMILIES, Case, Family, cases, computes_all
+from benchmarks.cases import FAMILIES, Case, cases, computes_all
 from benchmarks.charts import plots
-from benchmarks.comparison_report import markdown
+from benchmarks.comparison_report import geometric_mean, held_to_copy, markdown
 from benchmarks.contenders import DEFAULT, OURS, Contender
 from benchmarks.rehearsal import RehearsalBoard
 from benchmarks.torch_board import Timed, TorchBoard
@@ -310,7 +310,7 @@ def summary(rows: Sequence[Mapping[str, Any]], left_out: Sequence[str] = ()) -> 
         ratios = [row["ratio"] for row in own if row["ratio"] is not None]
         if not own:
             continue
-        mean = _mean(ratios)
+        mean = geometric_mean(ratios)
         count = len(own) + sum(label.startswith(f"{family.name}: ") for label in left_out)
         entry: dict[str, Any] = {
             "family": family.name,
@@ -318,13 +318,13 @@ def summary(rows: Sequence[Mapping[str, Any]], left_out: Sequence[str] = ()) -> 
             "cases": count,
             "compared": len(ratios),
             "ratio": mean,
-            "best_ratio": _mean([row["best_ratio"] for row in own if row["best_ratio"] is not None]),
+            "best_ratio": geometric_mean([row["best_ratio"] for row in own if row["best_ratio"] is not None]),
             "bar": family.bar,
             "met": None,
         }
         held = [] if family.bar is None or mean is None else [mean >= family.bar]
         if family.copy_bar is not None:
-            entry["of_copy"] = part = _of_copy(family, own)
+            entry["of_copy"] = part = _of_copy(own)
             entry["copy_bar"] = family.copy_bar
             held += [] if part is None else [part >= family.copy_bar]
         failed = any(row.get("error") or row["contenders"].get(OURS, {}).get("error") for row in own)
@@ -336,19 +336,9 @@ def summary(rows: Sequence[Mapping[str, Any]], left_out: Sequence[str] = ()) -> 
     return found
 
 
-def _of_copy(family: Family, own: Sequence[Mapping[str, Any]]) -> float | None:
-    """The geometric mean of the part of the copy bandwidth; of attention, of the cases that read a GB or more."""
-    parts = [
-        row["of_copy"]
-        for row in own
-        if row.get("of_copy") is not None and (row["op"] != "attention" or row["bytes"] >= 1e9)
-    ]
-    return _mean(parts)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    """The geometric mean."""
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+def _of_copy(own: Sequence[Mapping[str, Any]]) -> float | None:
+    """The geometric mean of the part of the copy bandwidth, of the cases that are held to it."""
+    return geometric_mean([row["of_copy"] for row in own if row.get("of_copy") is not None and held_to_copy(row)])
 
 
 def _loaded(board: Board, case: Case, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -271,12 +271,43 @@ def test_separate_passes_are_held_against_the_copy() -> None:
         "op": "gemm",
         "problem": problem.to_dict(),
         "against": "cuBLAS + elementwise",
+        "ratio": 2.0,
         "contenders": {name: {"role": role, "median_us": us, "error": ""} for name, (role, us) in timed.items()},
     }
-    lines = comparison_report._passes([case], {"copy_gbs": 4000.0})
-    assert lines[-2] == "| f | 1 | 1 | 50% | 50% | 50% |"
+    others = [{**case, "against": "cuBLAS", "ratio": ratio} for ratio in (0.5, 0.5, None)]
+    lines = comparison_report._passes([case, *others], {"copy_gbs": 4000.0})
+    assert lines[-2] == "| f | 1 of 4 | 2.000 | 0.500 | 4 | 50% | 50% | 50% |"
+    # Small ones say nothing of bandwidth, and yet that the family is held against passes.
+    small = {**case, "problem": GemmProblem(64, 64, 64, dtype="bf16", bias="bf16").to_dict()}
+    assert comparison_report._passes([small], {"copy_gbs": 4000.0})[-2] == "| f | 1 of 1 | 2.000 | - | 0 |  |  |  |"
     assert comparison_report._passes([{**case, "against": "cuBLAS"}], {"copy_gbs": 4000.0}) == []
     assert comparison_report._passes([case], {}) == []
+
+
+def test_a_family_s_line_has_the_default_s_figure_and_says_which_cases_a_copy_is_held_against() -> None:
+    def case(op: str, gb: float, of_copy: float, default_us: float) -> dict[str, Any]:
+        times = {"cuDNN": 8.0, DEFAULT: default_us}
+        contenders = {name: {"median_us": us, "error": ""} for name, us in times.items()}
+        return {
+            "family": "f",
+            "op": op,
+            "bytes": gb * 1e9,
+            "of_copy": of_copy,
+            "against": "cuDNN",
+            "contenders": contenders,
+        }
+
+    def line(*cases: dict[str, Any]) -> str:
+        family = {"family": "f", "against": "whole", "cases": 2, "compared": 2, "ratio": 1.0, "best_ratio": 1.0}
+        family |= {"bar": 1.1, "met": False, "of_copy": 0.9, "copy_bar": 0.85}
+        return comparison_report._families([family], cases)[-1]
+
+    whole = "| f | best that computes the same | 2/2 | 1.000 | 1.10 | no | 1.000 |"
+    small, large = case("attention", 0.5, 0.4, 4.0), case("attention", 2, 0.9, 16.0)
+    assert line(small, large) == f"{whole} 1.000 | 90.0% (bar 85%) in 1 of 2 cases; 60.0% in all |"
+    assert line(case("gemm", 0.5, 0.9, 4.0)) == f"{whole} 2.000 | 90.0% (bar 85%) |"
+    failed = {"family": "f", "op": "gemm", "bytes": 1, "contenders": {}, "error": "no"}
+    assert line(failed) == f"{whole} - | 90.0% (bar 85%) |"
 
 
 def test_defaults_and_what_is_on_record_are_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import performance
+from benchmarks.comparison_report import geometric_mean
 from benchmarks.cases import FAMILIES
 from benchmarks.gpu import summary
 from tilewright.kernels.registry import find_kernel
@@ -64,4 +65,10 @@ def test_the_readme_has_the_figures_of_the_file() -> None:
         assert sentence.format(f"{families[family]['best_ratio']:.2f}") in readme, family
     weights = families["gemm, int4 weights, M = 1, against bf16 ones"]["ratio"]
     assert f"int4 weights {weights:.2f} against bf16 ones" in readme
+    fused = []
+    for family in ("conv2d, ResNet-50, batch 1", "conv2d, ResNet-50, batch 32"):
+        own = [case for case in document["cases"] if case["family"] == family]
+        ratios = [case["ratio"] for case in own if "elementwise" not in case["against"]]
+        fused.append(f"{geometric_mean(ratios):.2f}")
+    assert f"ResNet-50 without those layers is at {' and '.join(fused)}." in readme
     assert f"at revision {document['environment']['revision']}," in readme
