@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import performance
-from benchmarks.comparison_report import geometric_mean
 from benchmarks.cases import FAMILIES
+from benchmarks.comparison_report import geometric_mean
 from benchmarks.gpu import summary
 from tilewright.kernels.registry import find_kernel
 
