@@ -14,6 +14,8 @@ answer comes from `TuningDB.best`, asked of real files.
   asked as if they were of one, for what that rule is worth.
 - Near shape and other board, our own kernels: of every problem that was measured in `--db` (the database folder, by
   default) with at least 10 configurations, what is answered without its own records.
+- Other key of the very problem: by how much the times of a configuration differ that was measured in `--db` under
+  another revision, toolchain or timing protocol as well, for every two of these.
 - `--model`: the same near shapes with times by the prediction model for the suites' problems instead of measured ones.
   It tells how the model's landscapes hang together, and nothing of a GPU.
 """
@@ -22,10 +24,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +44,9 @@ from benchmarks.measuring import environment
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.lookup import check_supported, predictions, record_key
 from tilewright.kernels.registry import find_kernel
+from tilewright.tuner.installation import present_form
 from tilewright.tuner.suites import SUITES
-from tilewright.tuning_db.env import database_dir
+from tilewright.tuning_db.env import SHIPPED, database_dir
 from tilewright.tuning_db.errors import ProblemError, RunError, UnknownKernelError, UnsupportedError, UsageError
 from tilewright.tuning_db.record import Environment, Key, Provenance, Record, Resources, Status, Times, canonical_json
 from tilewright.tuning_db.shapes import FARTHEST
@@ -251,6 +256,47 @@ def is_question(key: Key, times_us: dict[str, float]) -> bool:
     return sum(map(np.isfinite, times_us.values())) >= LEAST_CONFIGS
 
 
+def differences(folder: Path) -> list[float]:
+    """Of each configuration and every two keys under which it was measured for one problem and board: how much slower
+    the slower time is, as a fraction of the faster one."""
+    times: dict[tuple[str, ...], dict[Key, float]] = defaultdict(dict)
+    for path in sorted(folder.glob("*.sqlite")):
+        with TuningDB.open(path.stem, folder, read_only=True) as database:
+            for record in database.find(provenance=Provenance.MEASURED):
+                if record.times is not None:
+                    config = present_form(record.key.op, record.config)
+                    of = (record.key.op, record.key.problem, record.key.device, config)
+                    times[of][record.key] = record.times.median_us
+    pairs = itertools.chain(*(itertools.combinations(each.values(), 2) for each in times.values()))
+    return [max(pair) / min(pair) - 1 for pair in pairs]
+
+
+PARTS = (50, 80, 90, 95)
+
+
+def differing(found: Sequence[float]) -> tuple[str, dict[str, float]]:
+    """A line about differences, and their number and percentiles."""
+    percentiles = {f"p{part}": float(np.percentile(found, part)) for part in PARTS}
+    said = ", ".join(
+        f"{part} % by at most {percent(value)} %" for part, value in zip(PARTS, percentiles.values(), strict=True)
+    )
+    return f"times under two keys: {len(found)} pairs, {said}", {"pairs": len(found), **percentiles}
+
+
+@contextmanager
+def without_shipped() -> Iterator[None]:
+    """Leaves out what comes with the package: it may know the answers."""
+    before = os.environ.get(SHIPPED)
+    os.environ[SHIPPED] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SHIPPED]
+        else:
+            os.environ[SHIPPED] = before
+
+
 def left_out(landscapes: dict[Key, dict[str, float]], *, board: bool) -> dict[str, Answers]:
     """Answers to each landscape's question from the others of its board, or from those of the other boards."""
     answers: dict[str, Answers] = {}
@@ -258,7 +304,7 @@ def left_out(landscapes: dict[Key, dict[str, float]], *, board: bool) -> dict[st
         with tempfile.TemporaryDirectory(prefix="lookup-regret-") as name:
             others = [pair for pair in landscapes.items() if (pair[0].device == device) != board]
             put(Path(name), itertools.chain(*(records_of(key, times.items()) for key, times in others)))
-            with TuningDB.open(device, Path(name), read_only=True) as database:
+            with without_shipped(), TuningDB.open(device, Path(name), read_only=True) as database:
                 for key, times in landscapes.items():
                     if key.device == device:
                         answers.setdefault(key.op, Answers([], [])).ask(database, key, times)
@@ -351,6 +397,10 @@ def main(
         for title, board in (("near shape", False), ("other board of the arch", True)):
             table, document[title] = own_table(f"{title}, {folder}", left_out(landscapes, board=board))
             console.print(table)
+    found = differences(folder)
+    if found:
+        line, document["other key"] = differing(found)
+        console.print(line)
     if model is not None:
         title = f"near shape on {model} by the prediction model, nothing measured"
         table, document[title] = own_table(title, left_out(modelled(model), board=False))

@@ -323,12 +323,12 @@ def table(results: Mapping[str, Figures]) -> Table:
 def markdown(results: Mapping[str, Figures]) -> str:
     """The table of `docs/models.md`."""
     lines = [
-        "| model | in int8 | ours, dB | ONNX Runtime, dB | symmetric, dB | top-1, ours | theirs |",
-        "|---|---|---|---|---|---|---|",
+        "| model | in int8 | ours, dB | rounded to nearest | ONNX Runtime, dB | symmetric, dB | top-1, ours | theirs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in (name for name in MODELS if name in results):
         ours, theirs = results[name]["ours"], best(results[name], "asymmetric")[1]
-        figures = [f"{ours['share']:.0%}", f"{ours['db']:.1f}", f"{theirs['db']:.1f}"]
+        figures = [f"{ours['share']:.0%}", f"{ours['db']:.1f}", f"{ours['db_nearest']:.1f}", f"{theirs['db']:.1f}"]
         figures.append(f"{best(results[name], 'symmetric')[1]['db']:.1f}")
         lines.append(f"| {name} | {' | '.join(figures)} | {ours['top1']:.1%} | {theirs['top1']:.1%} |")
     return "\n".join(lines)

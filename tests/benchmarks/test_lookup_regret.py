@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,23 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.lookup_regret import Space, load, main, other_board, put, records_of, whole_table
+from benchmarks.lookup_regret import (
+    Space,
+    differences,
+    left_out,
+    load,
+    main,
+    measured_in,
+    other_board,
+    put,
+    records_of,
+    whole_table,
+)
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.lookup import record_key
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
+from tilewright.tuning_db.env import SHIPPED
 
 RTX3090, A10 = resolve_device("rtx3090"), resolve_device("a10")
 PROBLEM = GemmProblem(M=128, N=4096, K=4096)
@@ -62,6 +75,31 @@ def test_what_failed_gives_way_and_what_was_not_tried_is_counted(tmp_path: Path)
     of = run(tmp_path)["near shape"]["gemm"]
     assert (of["asked"], of["answers"], of["not_timed"]) == (2, 1, 1)  # configuration 5 was not tried on 128
     assert of["mean"] == pytest.approx(0.3)  # 3 fails on 256; 2 is as good as 4 on 128 and came first
+
+
+def test_times_of_one_configuration_under_two_keys_are_compared(tmp_path: Path) -> None:
+    key = record_key(GEMM, PROBLEM, RTX3090)
+    older, oldest = replace(key, kernel_hash="older"), replace(key, kernel_hash="oldest")
+    lacking = json.loads(CONFIGS[0])
+    del lacking["PAIRS"]  # a field that a later revision added
+    measured = [(key, CONFIGS[0], 110.0), (older, json.dumps(lacking), 100.0), (oldest, CONFIGS[0], 104.5)]
+    measured += [(key, CONFIGS[1], 5.0), (older, CONFIGS[1], np.inf), (older, CONFIGS[2], 7.0)]
+    put(tmp_path, [record for key, config, us in measured for record in records_of(key, [(config, us)])])
+    assert sorted(differences(tmp_path)) == pytest.approx([0.045, 110 / 104.5 - 1, 0.1])
+    figures = run(tmp_path)
+    assert figures["other key"]["pairs"] == 3
+    assert "times under two keys: 3 pairs, 50 % by at most 5.3 %, 80 % by at most" in figures["output"]
+
+
+def test_shipped_records_don_t_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped, own = tmp_path / "shipped", tmp_path / "own"
+    for folder in (shipped, own):
+        folder.mkdir()
+        put(folder, landscape(3, replace(PROBLEM, M=256)) if folder == shipped else landscape(5))
+    monkeypatch.setenv(SHIPPED, str(shipped))
+    (answers,) = left_out(measured_in(own), board=False).values()
+    assert (answers.asked, answers.unanswered) == (1, 1)
+    assert os.environ[SHIPPED] == str(shipped)
 
 
 def test_without_landscapes_it_says_so(tmp_path: Path) -> None:
