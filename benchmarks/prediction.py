@@ -169,6 +169,7 @@ def means(results: Mapping[str, Mapping[str, Figures]]) -> dict[str, Figures]:
             "landscapes": len(rows),
             "spearman": _mean([row["spearman"] for row in rows]),
             "top": {str(count): _mean([row["top"][str(count)] for row in rows]) for count in TOPS},
+            "known": {str(count): sum(row["top"][str(count)] is not None for row in rows) for count in TOPS},
         }
     return averages
 
@@ -187,23 +188,30 @@ def printed(title: str, methods: Mapping[str, Figures]) -> Table:
     for method, row in methods.items():
         if "landscapes" in row:
             method = f"{method} ({row['landscapes']})"  # not every method has every op
-        cells = [row["spearman"], *(row["top"][str(count)] for count in TOPS)]
-        shown.add_row(method, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
+        cells = ["-" if row["spearman"] is None else f"{row['spearman']:.3f}"]
+        for count, value in row["top"].items():
+            known = row.get("known", {}).get(count)
+            few = f" ({known})" if known and known < row["landscapes"] else ""
+            cells.append("-" if value is None else f"{value:.3f}{few}")
+        shown.add_row(method, *cells)
     return shown
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """What the compiled kernels' predictions reach on each landscape, beside random choice, as docs/landscapes.md has
-    it."""
+    """What predictions reach on each landscape, from compiled resources and before compiling, beside random choice, as
+    docs/landscapes.md has it."""
     rows = {**document["results"], "mean": document["mean"]}
-    head = ["landscape", "worked, of measured, of all", "Spearman", *(f"top-{count}" for count in TOPS), "random top-8"]
+    tops = [f"top-{count}" for count in TOPS]
+    head = ["landscape", "worked, of measured, of all", "", "Spearman", *tops]
     body = []
     for name, methods in rows.items():
-        compiled, chance = methods["compiled"], methods["random"]
-        tops = [compiled["top"][str(count)] for count in TOPS]
-        figures_of = [f"{value:.2f}" for value in (compiled["spearman"], *tops, chance["top"]["8"])]
         sizes = document["sizes"].get(name)
-        body.append([name, "" if sizes is None else " / ".join(map(str, sizes)), *figures_of])
+        first = [name, "" if sizes is None else " / ".join(map(str, sizes))]
+        for method in ("before compiling", "compiled", "random"):
+            of = methods[method]
+            cells = (of["spearman"], *(of["top"][str(count)] for count in TOPS))
+            body.append([*first, method, *("" if cell is None else f"{cell:.2f}" for cell in cells)])
+            first = ["", ""]
     return "\n".join(table(head, body)) + "\n"
 
 
