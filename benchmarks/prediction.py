@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,22 @@ def drawn(landscape: Landscape) -> list[Config]:
     return [config for config in listed(landscape) if landscape.rows[config].place <= reached] or listed(landscape)
 
 
-def by_prediction(landscape: Landscape, predicted_us: Mapping[Config, float]) -> list[Config]:
-    """Configurations by their predicted time; equal ones in the space's order, as the tuner has them."""
+def spilling(landscape: Landscape) -> set[Config]:
+    """The configurations that should spill, by estimated resources."""
+    kernel, problem, device = landscape.kernel, landscape.problem, landscape.device
+    return {config for config in listed(landscape) if kernel.estimate(problem, config, device).spill_bytes}
+
+
+def by_prediction(
+    landscape: Landscape, predicted_us: Mapping[Config, float], last: Collection[Config] = ()
+) -> list[Config]:
+    """Configurations by their predicted time, those of `last` behind all others; equal ones in the space's order, as
+    the tuner has them."""
     axes = landscape.axes()
     places = {name: {value: at for at, value in enumerate(values)} for name, values in axes.items()}
 
     def key(config: Config) -> tuple[Any, ...]:
-        return (predicted_us[config], *(places[name][getattr(config, name)] for name in axes))
+        return (config in last, predicted_us[config], *(places[name][getattr(config, name)] for name in axes))
 
     return sorted(predicted_us, key=key)
 
@@ -143,7 +152,7 @@ def figures(landscape: Landscape) -> dict[str, Figures]:
     found: dict[str, Figures] = {}
     for method, prediction in PREDICTIONS.items():
         predicted_us = prediction(landscape)
-        order = by_prediction(landscape, predicted_us)
+        order = by_prediction(landscape, predicted_us, spilling(landscape) if method == BEFORE else ())
         top = {str(count): max((reached[config] for config in order[:count]), default=0.0) for count in TOPS}
         found[method] = {"spearman": spearman(landscape, predicted_us), "top": top}
     sample = [reached[config] for config in drawn(landscape)]

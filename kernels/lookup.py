@@ -408,8 +408,8 @@ def predicted_best(
         others = (pair for pair in predictions(kernel, problem, device, coarse=coarse) if pair[1] != default)
         every = [*others, (known, default)]
         if usable is None:
-            return heapq.nsmallest(count, every, key=lambda pair: pair[0].time_us)
-        every.sort(key=lambda pair: pair[0].time_us)
+            return heapq.nsmallest(count, every, key=lambda pair: pair[0].order)
+        every.sort(key=lambda pair: pair[0].order)
         return list(islice((pair for pair in every if usable(pair[1])), count))
 
     found = by_time(coarse=True)

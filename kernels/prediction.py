@@ -29,10 +29,10 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from tilewright.kernels.device import WARP_SIZE, Device
-from tilewright.kernels.work import Dot, Panel, Work
+from tilewright.kernels.work import LINE_BYTES, Dot, Panel, Work
 from tilewright.tuning_db.record import Resources
 
-MODEL = "roofline-4"
+MODEL = "roofline-5"
 """Name and revision of this model: part of every predicted record's key. Change it with any formula or constant."""
 
 
@@ -44,9 +44,11 @@ class Term(StrEnum):
     ISSUE = "issue"  # instruction slots, and too few warps or independent mma to keep the tensor cores busy
     SHARED = "shared"  # operands written to shared memory, and read once per warp tile
     L2 = "l2"  # operand tiles through L2
+    LINES = "lines"  # rows shorter than a line of the cache
     DRAM = "dram"  # device memory
     REUSE = "reuse"  # panels shared within a wave, by GROUP_M, and kept from wave to wave
     WAVES = "waves"  # a last, partly filled wave
+    UNEVEN = "uneven"  # tiles of different lengths, the last of which begins late
     OCCUPANCY = "occupancy"  # resident blocks hide each other's latency
     PIPELINE = "pipeline"  # num_stages of copies in flight
     ALIGNMENT = "alignment"  # narrow loads are not asynchronous and cost instructions
@@ -103,6 +105,12 @@ class Prediction:
     waves: float
     occupancy: int  # resident blocks per SM
     dram_bytes: float
+    spill_bytes: int = 0  # a thread, of the resources it was made from
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        """By which configurations are ranked: what should spill comes last, for such code is refused."""
+        return self.spill_bytes > 0, self.time_us
 
 
 class Iteration(NamedTuple):
@@ -185,10 +193,12 @@ def predict(work: Work, resources: Resources, device: Device, *, without: Collec
             bound = demand.longest if chain <= 1.25 * max(demand) else Term.PIPELINE
     if work.splits > 1:
         cycles += finish_cycles(work, device, without)
+    if Term.UNEVEN not in without:
+        cycles += uneven_tiles(work, concurrent) * busy
     time = cycles / device.boost_mhz
     if Term.LAUNCH not in without:
         time += work.launches * LAUNCH_US
-    return Prediction(time, bound or Term.LAUNCH, total / concurrent, resident, traffic)
+    return Prediction(time, bound or Term.LAUNCH, total / concurrent, resident, traffic, resources.spill_bytes)
 
 
 def overlap(*times: float) -> float:
@@ -237,7 +247,7 @@ def wave_demand(
         beside=iterations * iteration.beside,
         shared=iterations * iteration.shared,
         issue=iterations * iteration.issue,
-        l2=0.0 if Term.L2 in without else busiest * l2_bytes(work, without) / rate,
+        l2=0.0 if Term.L2 in without else busiest * l2_cycles(work, rate, without),
         dram=0.0 if Term.DRAM in without else dram_cycles(moved, device),
         pipeline=0.0
         if Term.PIPELINE in without
@@ -433,6 +443,17 @@ def l2_bytes(work: Work, without: Collection[Term] = ()) -> float:
     return total
 
 
+def l2_cycles(work: Work, rate: float, without: Collection[Term] = ()) -> float:
+    """Cycles in which one block's bytes pass from L2 to its SM, at `rate` bytes per cycle.
+
+    The SM asks for lines, and each takes the time of a whole one through its port: tiles with rows of 32 or 64 bytes
+    take as long as those with rows of 128. (Not documented; on an H200 the samples in docs/landscapes.md show it for
+    GEMMs and convolutions, with descriptors and without.)
+    """
+    asked = 0.0 if Term.LINES in without else work.iterations * work.load_lines * LINE_BYTES
+    return max(l2_bytes(work, without) / rate, asked / SM_PORT_BYTES_PER_CYCLE)
+
+
 def asynchronous(work: Work, device: Device) -> bool:
     """Whether tiles are copied while others are computed: cp.async needs sm_80, 4 bytes a load, and 2 stages.
 
@@ -485,6 +506,21 @@ def follow_cycles(work: Work, device: Device, rate: float, resident: int, withou
         filled = fill_cycles(work, rate, without) if work.specialized else 0.0
         return ends - BLOCK_START_CYCLES - filled
     return ends + (BLOCK_GAP_CYCLES.get(device.arch, 0) if resident == 1 else 0)
+
+
+def uneven_tiles(work: Work, concurrent: int) -> float:
+    """How much longer than even tiles uneven ones take, in loops of the mean tile; 0 for tiles of one length.
+
+    Blocks start in order, and the last series of tiles begins with the longest. When the last of those starts, what is
+    left is the rest of its series and, on average, half a tile in every other place; only what the tile is longer than
+    these take is added, for till then all places are busy (list scheduling; R. Graham, "Bounds on Multiprocessing
+    Timing Anomalies", 1969).
+    """
+    if work.longest <= 1.0:
+        return 0.0
+    first = work.descent / work.tiles_m  # tiles of the series that are the longest
+    after = (work.descent - first * work.longest) / concurrent
+    return max(0.0, work.longest - 0.5 - after)
 
 
 def finish_cycles(work: Work, device: Device, without: Collection[Term] = ()) -> float:

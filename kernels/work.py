@@ -30,6 +30,10 @@ def warp_tile(tile_m: int, tile_n: int, num_warps: int) -> tuple[float, float]:
     return tile_m / rows, max(8.0, tile_n / columns)
 
 
+LINE_BYTES = 128
+"""Of the L1 cache (CUDA C++ Programming Guide, "Device Memory Accesses")."""
+
+
 class Dot(NamedTuple):
     """One dot of a block's iteration."""
 
@@ -86,8 +90,15 @@ class Work:
     panel_b: Panel
     epilogue_bytes: float  # read and written by one tile's epilogue
     workspace_bytes: float  # of one block's partial result, written and read again; 0 without split-K
+    # Lines of 128 bytes that one iteration's loads touch, row by row of the operands: more than `load_bytes` fill where
+    # rows are shorter. 0 where they are whole lines.
+    load_lines: float = 0.0
     launches: int = 1
     persistent: bool = False  # blocks go on to other tiles
+    # Tiles of different lengths: the longest over the mean, and the blocks over which they go from it to the shortest
+    # before the next such series.
+    longest: float = 1.0
+    descent: float = 1.0
     specialized: bool = False  # and warps that do nothing else copy ahead, past the end of a tile
     # in one iteration of one block, beside the dot
     second: tuple[int, int, int] | None = None  # rows, columns and depth of another dot

@@ -53,7 +53,7 @@ class Outlook:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _rank(self, problem: Problem) -> Ranked:
-        return sorted(self._until_stopped(problem), key=lambda pair: pair[0].time_us)
+        return sorted(self._until_stopped(problem), key=lambda pair: pair[0].order)
 
     def _until_stopped(self, problem: Problem) -> Iterator[tuple[Prediction, Config]]:
         for pair in predictions(find_kernel(problem.op), problem, self._device):

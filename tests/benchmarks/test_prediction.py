@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from benchmarks import heuristics, landscape
 from benchmarks import prediction as module
@@ -161,6 +162,13 @@ def test_means_are_of_those_that_have_a_figure() -> None:
     assert found["m"]["top"]["8"] == pytest.approx(0.3)
     assert (found["m"]["landscapes"], found["h"]["landscapes"]) == (2, 1)
     assert found["h"]["top"]["1"] is None
+    assert (found["m"]["known"]["1"], found["h"]["known"]["1"]) == (2, 0)
+    some = means({"a": {"h": row(None, 0.2)}, "b": {"h": row(None, None)}})
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(module.printed("means", some))
+    assert "h (2)" in capture.get()
+    assert "0.200 (1)" in capture.get()  # of one landscape of the two
 
 
 SUGGESTED = [SCORED[rank][0] for rank in (3, 1, 0)]
@@ -211,7 +219,8 @@ def test_the_command_prints_a_table_and_writes_its_figures(measured: Path, tmp_p
     # All 25 are in it and all worked; the recorded predictions are those of the model as it is.
     of = document["results"]["small__a100"]
     assert of[BEFORE] == of[RECORDED]
-    assert document["mean"] == {method: row | {"landscapes": 1} for method, row in of.items()}
+    known = {"landscapes": 1, "known": dict.fromkeys(of[BEFORE]["top"], 1)}
+    assert document["mean"] == {method: row | known for method, row in of.items()}
     assert -0.5 < of[BEFORE]["spearman"] < 0.5  # simulated times have nothing to do with the configuration
     best = max(of[BEFORE]["top"]["16"], of[RANDOM]["top"]["16"])
     assert 0 < of[RANDOM]["top"]["1"] < of[RANDOM]["top"]["4"] < best <= 1.0

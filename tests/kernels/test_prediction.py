@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import math
 import time
 from dataclasses import replace
@@ -247,6 +248,47 @@ def test_l2_bytes_of_a_block() -> None:
     assert prediction.l2_bytes(a_work(), {Term.EPILOGUE}) == 32 * 16384
     # Of 4 blocks of a tile one runs the epilogue; each writes a partial tile, and all 4 are read.
     assert prediction.l2_bytes(a_work(splits=4, workspace_bytes=65536.0)) == 32 * 16384 + 32768 / 4 + 2 * 65536
+
+
+def test_short_rows_take_as_long_as_whole_lines() -> None:
+    # 256 rows of 32 elements of 2 bytes are half a line each: of 32 iterations 8,192 lines, 2 cycles each.
+    assert prediction.l2_cycles(a_work(epilogue_bytes=0.0, load_lines=256.0), 64) == 2 * 8192
+    assert prediction.l2_cycles(a_work(epilogue_bytes=0.0, load_lines=256.0), 64, {Term.LINES}) == 8192
+    # Through a share of L2 that is slower than that the bytes take longer.
+    assert prediction.l2_cycles(a_work(epilogue_bytes=0.0, load_lines=256.0), 16) == 32 * 16384 / 16
+
+
+def test_lines_of_a_gemm_are_rows_of_its_operands() -> None:
+    def lines(problem: GemmProblem, block_k: int) -> float:
+        return GEMM.work(problem, GemmConfig(128, 64, block_k)).load_lines
+
+    along = GemmProblem(1024, 1024, 1024, b_layout="col")
+    assert [lines(along, depth) for depth in (16, 64, 128)] == [192, 192, 384]
+    # 32 rows of 64 columns of B are 128 bytes each; of A 32 of 128 rows, 256 bytes.
+    assert lines(replace(along, a_layout="col", b_layout="row"), 32) == 32 * 2 + 32
+    assert lines(replace(along, K=40), 64) == 192
+    assert lines(replace(along, b_dtype="int4", b_scale="group", group_size=128), 64) == 128 + 64
+
+
+@pytest.mark.parametrize(
+    ("tiles", "heads", "group", "places"),
+    [(16, 64, 1, 264), (16, 64, 8, 264), (16, 64, 32, 264), (32, 32, 1, 264), (64, 32, 1, 132), (128, 16, 8, 264)],
+)
+def test_uneven_tiles_end_as_late_as_list_scheduling_has_it(tiles: int, heads: int, group: int, places: int) -> None:
+    lengths = [(2 * row + 1) / tiles for row in reversed(range(tiles))]  # causal; 1 on average
+    free = [0.0] * places
+    for _ in range(heads // group):
+        for length in lengths:
+            for _ in range(group):
+                heapq.heappush(free, heapq.heappop(free) + length)
+    work = a_work(tiles_m=tiles, longest=lengths[0], descent=tiles * group)
+    assert prediction.uneven_tiles(work, places) == pytest.approx(max(free) - tiles * heads / places, abs=0.25)
+    assert prediction.uneven_tiles(a_work(), places) == 0
+
+
+def test_what_should_spill_is_ranked_last() -> None:
+    quick, slow = (predict(a_work(), replace(NO_SPILLS, spill_bytes=spilled), A100) for spilled in (4, 0))
+    assert slow.order < replace(quick, time_us=slow.time_us / 2).order
 
 
 def test_latency_is_dram_and_transfer_and_the_copy_to_registers() -> None:
@@ -723,6 +765,11 @@ DECIDED = (
         "a tile of 16 rows uses each byte of B from L2 for an eighth of the FLOP of one of 128",
     ),
     Decided(
+        Term.LINES, GemmProblem(8192, 8192, 8192, b_layout="col"), H200,
+        GemmConfig(128, 128, 64, 8, 1, 4, 5), GemmConfig(128, 128, 16, 8, 1, 4, 5),
+        "32 bytes of each row take as long as a line of 128, and are asked for four times as often",
+    ),
+    Decided(
         Term.DRAM, GemmProblem(8192, 8192, 8192, dtype="fp8e5m2"), A10,
         GemmConfig(128, 64, 64, 8, 1, 8, 3), GemmConfig(128, 64, 64, 1, 1, 8, 3),
         "a wave in one tile row reads all of B from device memory, one in 8 rows an eighth",
@@ -783,5 +830,5 @@ def test_each_term_decides_an_order(case: Decided) -> None:
 
 
 def test_no_term_is_there_for_nothing() -> None:
-    # A GEMM has nothing beside its dots: attention's tests show what that term decides.
-    assert {case.term for case in DECIDED} | {Term.BESIDE} == set(Term)
+    # A GEMM has nothing beside its dots, and even tiles: attention's tests show what those terms decide.
+    assert {case.term for case in DECIDED} | {Term.BESIDE, Term.UNEVEN} == set(Term)

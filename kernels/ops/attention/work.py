@@ -48,8 +48,8 @@ def estimate(problem: AttentionProblem, config: AttentionConfig, device: Device)
 def work(problem: AttentionProblem, config: AttentionConfig) -> Work:
     """The grid, the loop over keys and the bytes of one configuration.
 
-    Tiles see different numbers of keys; they are taken to be equal, at the mean, for the longest start first and the
-    shortest fill the last wave. Query heads that share keys share their panel of L2.
+    Tiles see different numbers of keys: the loop is that of the mean, and of causal tiles the longest see twice as many
+    or all there are. Query heads that share keys share their panel of L2.
     """
     element = dtype(problem.dtype).bytes
     heads = tile_heads(problem, config)
@@ -94,6 +94,8 @@ def work(problem: AttentionProblem, config: AttentionConfig) -> Work:
         launches=1 if config.SPLIT_KV == 1 else 2,
         second=(config.BLOCK_M, dv, config.BLOCK_N),
         lane_ops=each * scores + (dv + ROW_OPS) * config.BLOCK_M,
+        longest=min(float(keys.max()), 2 * visited) / visited if problem.causal else 1.0,
+        descent=tiles_m * min(config.GROUP_H, problem.B * problem.H // heads),
         overlapped=config.OVERLAP,
         specialized=config.WARP_SPECIALIZE,
         persistent=config.PERSISTENT,

@@ -13,7 +13,7 @@ from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem, seen_by
 from tilewright.kernels.problem import Config
 from tilewright.kernels.space import Space
-from tilewright.kernels.work import Panel, Work, warp_tile
+from tilewright.kernels.work import LINE_BYTES, Panel, Work, warp_tile
 from tilewright.tuning_db.record import Resources
 
 
@@ -443,6 +443,24 @@ def _depthwise_registers(problem: Conv2dProblem, config: Conv2dConfig) -> float:
     return 16 + 0.8 * held + 25 * weights + 1.7 * loaded
 
 
+def _load_lines(problem: Conv2dProblem, config: Conv2dConfig, pixels: float, columns: float) -> float:
+    """Lines of 128 bytes in the tiles of x and w of one iteration, with so many pixels and filters in bounds."""
+    element = dtype(problem.dtype).bytes
+    depth = min(config.BLOCK_K, problem.depth if config.FOLD else problem.group_channels)
+    w = _lines(columns, depth, element, True)
+    if problem.layout == "nchw":
+        return w + _lines(pixels, depth, element, False)
+    # Channels lie side by side, and folded, where they are all of them, those of neighbouring taps too.
+    run = problem.group_channels * (problem.S if config.FOLD and problem.groups == 1 else 1)
+    return w + max(1.0, depth / run) * _lines(pixels, min(depth, run), element, True)
+
+
+def _lines(pixels: float, channels: float, element: float, channels_last: bool) -> float:
+    """Lines of 128 bytes of so many pixels of so many channels."""
+    count, length = (pixels, channels) if channels_last else (channels, pixels)
+    return count * math.ceil(length * element / LINE_BYTES)
+
+
 def work(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
     """The grid, the loop and the bytes of one configuration."""
     element = dtype(problem.dtype).bytes
@@ -462,15 +480,20 @@ def work(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
     if problem.depthwise:
         # A column of tiles has its own channels of x: it is a problem of its own, as a group is.
         taps = problem.R * problem.S
+        # All taps of a row (of rows below each other: of a column) are loaded before the first is used.
+        iterations = problem.R if config.ROWS == 1 else problem.S
+        together = taps / iterations
         # Of each column of taps, a row of x is loaded once for all rows of output that see it.
         shared = min(1.0, rows_read(problem, config) / (problem.R * config.ROWS))
+        loaded = pixels * inside(problem) * shared
+        lines = _lines(loaded, columns, element, problem.layout == "nhwc")
         return Work(
             tiles_m=tiles_m,
             tiles_n=1,
             splits=1,
             batch=tiles_n,
             group_m=1,
-            iterations=taps,
+            iterations=iterations,
             tile_m=config.BLOCK_M * config.ROWS,
             tile_n=config.BLOCK_N,
             tile_k=0,
@@ -478,14 +501,21 @@ def work(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
             num_stages=1,
             unit=problem.unit,
             operand_bytes=element,
-            load_bytes=(pixels * inside(problem) * shared + 1) * columns * element,
+            load_bytes=together * (loaded + 1) * columns * element,
             vector_bytes=tile_vector_bytes(problem, config)[0],
+            load_lines=together * lines,
             panel_a=Panel(x_bytes / tiles_m / tiles_n),
             panel_b=Panel(columns * taps * element),
             epilogue_bytes=epilogue,
             workspace_bytes=0.0,
             # A product and a sum, and a conversion of what is loaded and not fp32 yet.
-            lane_ops=config.BLOCK_M * config.ROWS * config.BLOCK_N * (1.0 if problem.dtype == "fp32" else 1.0 + shared),
+            lane_ops=(
+                together
+                * config.BLOCK_M
+                * config.ROWS
+                * config.BLOCK_N
+                * (1.0 if problem.dtype == "fp32" else 1.0 + shared)
+            ),
         )
     blocks = depth_blocks(problem, config)
     tile_m, tile_n = dot_tile(problem, config)
@@ -506,6 +536,7 @@ def work(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
         operand_bytes=element,
         load_bytes=(pixels * inside(problem) + columns) * problem.depth / blocks * element,
         vector_bytes=min(tile_vector_bytes(problem, config)),
+        load_lines=_load_lines(problem, config, pixels * inside(problem), columns),
         # Tiles of one row of images share its halo through L2: what counts is x once.
         panel_a=Panel(x_bytes / problem.groups / tiles_m / splits),
         panel_b=Panel(columns * problem.depth / splits * element),

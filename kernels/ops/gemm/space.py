@@ -12,7 +12,7 @@ from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.problem import Config
 from tilewright.kernels.space import Space
-from tilewright.kernels.work import SPECIALIZED_REGISTERS, SPECIALIZED_WARPS, Panel, Work, warp_tile
+from tilewright.kernels.work import LINE_BYTES, SPECIALIZED_REGISTERS, SPECIALIZED_WARPS, Panel, Work, warp_tile
 from tilewright.tuning_db.record import Resources
 
 
@@ -459,6 +459,18 @@ PAIRED_OPERATIONS = 13 / 8
 """The same with PAIRS: 13 instructions for eight weights."""
 
 
+def _load_lines(problem: GemmProblem, config: GemmConfig, rows: float, columns: float) -> float:
+    """Lines of 128 bytes in the tiles of A and B of one iteration, with so many rows and columns in bounds."""
+    depth = min(config.BLOCK_K, problem.K)
+
+    def lines(width: float, element: float, along_depth: bool) -> float:
+        count, length = (width, depth) if along_depth else (depth, width)
+        return count * math.ceil(length * element / LINE_BYTES)
+
+    a = lines(rows, dtype(problem.dtype).bytes, problem.a_layout == "row")
+    return a + lines(columns, problem.b_bytes, problem.b_layout == "col")
+
+
 def work(problem: GemmProblem, config: GemmConfig) -> Work:
     """The grid, the loop and the bytes of one configuration. Groups of rows count as a batch, as if all were of one
     length: the blocks of the grid that then have no rows end at once."""
@@ -511,6 +523,7 @@ def work(problem: GemmProblem, config: GemmConfig) -> Work:
         operand_bytes=element,
         load_bytes=(rows * problem.K * element + columns * per_column) / k_blocks,
         vector_bytes=vector,
+        load_lines=_load_lines(problem, config, rows, columns),
         panel_a=Panel(rows * depth * element, problem.a_broadcast),
         panel_b=Panel(columns * per_column / config.SPLIT_K, problem.b_broadcast),
         epilogue_bytes=epilogue,

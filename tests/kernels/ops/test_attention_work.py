@@ -242,6 +242,23 @@ def test_what_lies_beside_the_dots_decides_an_order():
     assert time(many, Term.BESIDE) > time(few, Term.BESIDE)
 
 
+def test_heads_that_take_turns_end_earlier_where_rows_see_different_numbers_of_keys():
+    # 64 heads of 16 tiles on 264 places: head by head the longest tile of the last one begins late.
+    board = BOARDS["h200"]
+    causal = AttentionProblem(B=2, H=32, Sq=1024, Skv=1024, D=128, causal=True)
+    turns, by_head = (AttentionConfig(64, 64, GROUP_H=heads, num_stages=3) for heads in (32, 1))
+
+    def time(problem, config, *without):
+        resources = ATTENTION.estimate(problem, config, board)
+        return predict(ATTENTION.work(problem, config), resources, board, without=without).time_us
+
+    assert time(causal, turns) < 0.9 * time(causal, by_head)
+    assert time(causal, turns, Term.UNEVEN) == time(causal, by_head, Term.UNEVEN)
+    plain = replace(causal, causal=False)
+    assert time(plain, turns) == time(plain, by_head)
+    assert ATTENTION.work(causal, by_head).longest == pytest.approx(2, abs=0.2)
+
+
 # Resources, against what was compiled with Triton 3.9: of configurations drawn from the space, and some that spill
 
 # Problem, board, configuration and what else it does; registers, spilled bytes, shared memory.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_work_adds_up_to_what_the_blocks_do(case: tuple[Conv2dProblem, Conv2dCon
     shared = min(1.0, rows_read(problem, config) / (problem.R * config.ROWS))
     loaded = taps_inside(problem) * shared * columns_of_x * element + len(rows) * problem.K * problem.depth * element
     if wise:
-        steps = problem.R * problem.S
+        steps = problem.R if config.ROWS == 1 else problem.S
     elif config.FOLD:
         steps = math.ceil(problem.depth / config.BLOCK_K)
     else:
@@ -233,6 +234,28 @@ def test_the_default_fits_whatever_the_problem(case: tuple[Conv2dProblem, Conv2d
     assert fits(problem, config, board) is None
     assert config.num_warps == 4
     assert predict(CONV2D.work(problem, config), CONV2D.estimate(problem, config, board), board).time_us > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "lines"),
+    [
+        ({}, Conv2dConfig(128, 64, 16), 128 + 64),
+        ({}, Conv2dConfig(128, 64, 64), 128 + 64),
+        ({"C": 128}, Conv2dConfig(128, 64, 128), 2 * (128 + 64)),
+        ({"C": 40}, Conv2dConfig(128, 64, 64), 128 + 64),
+        ({"layout": "nchw"}, Conv2dConfig(128, 64, 16), 16 * 2 + 64),
+        # 32 of 147 elements of a filter, of two rows of three pixels of 3 channels each on average.
+        ({"C": 3, "R": 7, "S": 7}, Conv2dConfig(128, 64, 32, FOLD=True), 128 * 32 / 21 + 64),
+        # All taps of a row of a tile of channels, 32 bytes for each of its pixels; three rows of x for each of four.
+        ({"groups": 64}, Conv2dConfig(16, 16, 16, num_stages=1), 3 * 16),
+        ({"groups": 64}, Conv2dConfig(16, 16, 16, num_stages=1, ROWS=4), 3 * 64 * 6 / 12),
+    ],
+    ids=str,
+)
+def test_lines_are_rows_of_what_lies_side_by_side(changes: dict[str, Any], config: Conv2dConfig, lines: float) -> None:
+    problem = Conv2dProblem(**{"N": 1, "H": 66, "W": 66, "C": 64, "K": 64, "R": 3, "S": 3, **changes})
+    problem = replace(problem, H=64 + problem.R - 1, W=64 + problem.S - 1)  # 64×64 pixels without padding
+    assert CONV2D.work(problem, config).load_lines == pytest.approx(lines)
 
 
 def test_a_late_layer_of_one_image_shares_its_depth() -> None:
