@@ -115,13 +115,23 @@ def print_layers(rows: Sequence[Any]) -> None:
     print_table(table)
 
 
+class NamedPath(click.Path):
+    """A path that is not empty, as one from a variable that isn't set would be."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As `click.Path` does."""
+        if value == "":
+            self.fail("the name is empty: name one, or leave the option out", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def model_options(command: Any) -> Any:
     """The options of a whole model, for the command that tunes."""
     for option in reversed(
         (
-            click.option("--model", type=click.Path(path_type=Path), metavar="FILE", help="An ONNX model to optimise."),
+            click.option("--model", type=NamedPath(path_type=Path), metavar="FILE", help="An ONNX model to optimise."),
             click.option(
-                "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for what is made of it."
+                "--output", type=NamedPath(path_type=Path), metavar="DIR", help="Folder for what is made of it."
             ),
             click.option(
                 "--shape",
@@ -137,6 +147,7 @@ def model_options(command: Any) -> Any:
             ),
             click.option(
                 "--calibration",
+                type=NamedPath(),
                 metavar="FILE.npz|DIR|random",
                 help="Inputs of the model, for scales and for errors; random by default.",
             ),

@@ -26,9 +26,12 @@ from tilewright.tuner.model.calibration.data import RANDOM, Samples, load_data
 from tilewright.tuner.model.folding.fold import FoldingReport, fold
 from tilewright.tuner.model.fuse import FusionReport, fuse
 from tilewright.tuner.model.graph import copy_of, dtype_name, fused_nodes, static_shape
+from tilewright.tuner.model.messages import quoted
+from tilewright.tuner.model.output_folder import RESUME, output_folder
 from tilewright.tuner.model.precision.lower import Lowered, lower
-from tilewright.tuner.model.reading.read import read_model
+from tilewright.tuner.model.reading.read import OPSET, read_model
 from tilewright.tuner.model.reading.shapes import parse_shapes
+from tilewright.tuner.model.reading.source import Source
 from tilewright.tuner.model.report import document as parts
 from tilewright.tuner.model.report.estimate import Estimate, estimate, pairing, roofs
 from tilewright.tuner.model.report.html import write_page
@@ -42,7 +45,7 @@ from tilewright.tuner.model.write import write_model
 from tilewright.tuner.report import short_config
 from tilewright.tuner.results import Progress, Result
 from tilewright.tuner.tune import autotune
-from tilewright.tuning_db.errors import MissingDependencyError, RunError, UnsupportedError, UsageError
+from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunError, UnsupportedError, UsageError
 
 SAMPLES = 32
 """Calibration inputs by default: ranges of activations change little with more (measured in docs/models.md)."""
@@ -50,10 +53,11 @@ SAMPLES = 32
 EVALUATION = 8
 """Of the inputs, how many the errors are measured on; scales never see them."""
 
+READING_ERROR = 1e-2
+"""Relative difference of outputs between a file and what was read of it that is no rounding."""
+
 ERRORS_TOLD = 3
 """Outputs whose errors are told one by one."""
-
-RESUME = ".resume"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,7 @@ class Prepared:
 
     original: ir.Model  # as it was read, with static shapes
     fused: ir.Model
+    source: Source
     folding: FoldingReport
     fusion: FusionReport
     workloads: ModelWorkloads
@@ -188,6 +193,12 @@ def files(request: Request) -> list[str]:
     return ["model.fused.onnx", *lowered, "report.json", "report.html", "README.md"]
 
 
+def _engine_files(request: Request) -> list[str]:
+    """Those of an engine, if one may be built."""
+    name = "fused" if request.precision == "fp32" else request.precision
+    return [f"model.{name}.engine", f"model.{name}.engine.json"] if request.device.live else []
+
+
 def _nothing(_: Any) -> None:
     """For those who don't listen."""
 
@@ -199,6 +210,7 @@ def prepare(request: Request, tell: Callable[[str], None]) -> Prepared:
         ModelError, UsageError: the model can't be used, or its shapes aren't all given.
     """
     model = read_model(request.model, request.shapes, request.dims)
+    source = Source.of(request.model, model)
     original = copy_of(model)
     tell(f"read {request.model}: {len(model.graph)} nodes")
     folding = fold(model)
@@ -208,7 +220,7 @@ def prepare(request: Request, tell: Callable[[str], None]) -> Prepared:
         f"fused: {len(original.graph)} nodes became {fusion.nodes_after}, {len(found.layers)} of them fused, with "
         f"{found.coverage:.1%} of the operations"
     )
-    return Prepared(original, model, folding, fusion, found)
+    return Prepared(original, model, source, folding, fusion, found)
 
 
 def plan(request: Request, tell: Callable[[str], None] = _nothing) -> Planned:
@@ -243,13 +255,48 @@ def optimise(
     data = load_data(request.calibration, prepared.original, count=request.samples)
     if data.warning is not None:
         warn(data.warning)
-    calibration, evaluation = data.split(EVALUATION)
-    folder = open_folder(request.output)
-    resume = folder / RESUME
-    resume.mkdir(exist_ok=True)
+    halves = data.split(EVALUATION)
+    _check_reading(request, prepared, halves[1], tell)
+    with output_folder(request.output, [*files(request), *_engine_files(request)], request.model) as folder:
+        return _optimised(request, prepared, data, halves, folder, tell, progress)
+
+
+def _check_reading(request: Request, prepared: Prepared, data: Samples, tell: Callable[[str], None]) -> None:
+    """Does nothing where the file computes what was read of it: functions were inlined, opsets converted, and all that
+    follows is held against the result.
+
+    Raises:
+        ModelError: they differ.
+    """
+    try:
+        with Reference(request.model, data.feeds[:1]) as reference:
+            found = reference.compare(prepared.original)
+    except (ModelError, RunError) as error:
+        tell(f"{request.model} as it is was not run: {error}")
+        return
+    for output in found.outputs:
+        if (output.relative or 0.0) > READING_ERROR or output.bad_original != output.bad_changed:
+            raise ModelError(
+                f"{request.model} computes something else once it is read: output {quoted(output.output)} differs by "
+                f"{output.relative or 0.0:.1e} of its largest value. An operator means something else in "
+                f"opset {OPSET}: export the model with that"
+            )
+
+
+def _optimised(
+    request: Request,
+    prepared: Prepared,
+    data: Samples,
+    halves: tuple[Samples, Samples],
+    folder: Path,
+    tell: Callable[[str], None],
+    progress: Callable[[Progress], None],
+) -> Made:
+    """The rest of the way, from what was read, in a folder of this run's own."""
+    calibration, evaluation = halves
     with Reference(prepared.original, evaluation.feeds) as reference:
-        fused_file = folder / "model.fused.onnx"
-        write_model(prepared.fused, fused_file)
+        written = list(write_model(prepared.fused, folder / "model.fused.onnx"))
+        fused_file = written[0]
         fused_errors = reference.compare(prepared.fused, layers=_same_names(prepared))
         lowered = lower(
             prepared.fused,
@@ -258,16 +305,16 @@ def optimise(
             calibration=calibration,
             reference=reference,
             budget=request.budget,
-            key=_key(request, data),
-            resume=resume,
+            key=_key(request, prepared.source, data),
+            resume=folder / RESUME,
             tell=tell,
         )
         results = _tune(request, lowered.model, progress)
         errors = [parts.ErrorPart(fused_file.name, evaluation.origin, None, (), fused_errors)]
         final = fused_file
         if request.precision != "fp32":
-            final = folder / f"model.{request.precision}.onnx"
-            write_model(lowered.model, final)
+            final, *others = write_model(lowered.model, folder / f"model.{request.precision}.onnx")
+            written += [final, *others]
             comparison = reference.compare(lowered.model, layers=_same_names(prepared))
             errors.append(_error_part(request, final.name, evaluation, comparison))
         elif request.budget is not None:
@@ -275,7 +322,7 @@ def optimise(
     before = estimate(prepared.original, request.device)
     after = estimate(lowered.model, request.device, _times(lowered.model, results))
     engine = _engine(request, final, tell)
-    made = _report(request, prepared, lowered, results, errors, (before, after), folder, (fused_file, final, *engine))
+    made = _report(request, prepared, lowered, results, errors, (before, after), folder, (*written, *engine))
     parts.write_report(made, folder / "report.json")
     write_page(made, folder / "report.html")
     write_readme(made, folder / "README.md")
@@ -283,27 +330,9 @@ def optimise(
     return Made(made, not breaches, tuple(_closing(made, before, after, breaches, folder)))
 
 
-def open_folder(path: Path) -> Path:
-    """The output folder, made if it isn't there.
-
-    Raises:
-        UsageError: it can't be made or written to.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(f"--output {path} can't be written ({error.strerror}): name a folder that can") from None
-    return path
-
-
-def _key(request: Request, data: Samples) -> str:
+def _key(request: Request, source: Source, data: Samples) -> str:
     """A hash of what scales and errors depend on, besides the plan."""
-    digest = hashlib.sha256()
-    with request.model.open("rb") as stream:
-        digest.update(hashlib.file_digest(stream, "sha256").digest())
+    digest = hashlib.sha256(source.digest.encode())
     settings = [data.digest, request.precision, request.device.key, str(request.budget), _code()]
     digest.update(json.dumps([settings, dict(request.shapes), dict(request.dims)], sort_keys=True).encode())
     return digest.hexdigest()
@@ -431,14 +460,11 @@ def _report(
 
 
 def _model_part(request: Request, prepared: Prepared) -> parts.ModelPart:
-    with request.model.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    size = request.model.stat().st_size
     original = prepared.original
     return parts.ModelPart(
         name=request.model.name,
-        sha256=digest,
-        bytes=size,
+        sha256=prepared.source.sha256,
+        bytes=prepared.source.bytes,
         opset=original.opset_imports[""],
         nodes=len(original.graph),
         inputs=tuple(_tensor(value) for value in original.graph.inputs),

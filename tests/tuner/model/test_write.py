@@ -90,16 +90,47 @@ def test_large_models_have_external_data(tmp_path: Path, monkeypatch: pytest.Mon
     model = layers()
     for path in (tmp_path / "m.onnx", tmp_path / "again" / "m.onnx"):
         path.parent.mkdir(exist_ok=True)
-        write_model(model, path)
-    assert files(tmp_path / "again") == ["m.onnx", "m.onnx.data"]
+        names = sorted(file.name for file in write_model(model, path))
+    assert names == files(tmp_path / "again")
+    assert len(names) == 2
     assert (tmp_path / "m.onnx").stat().st_size < 5000
-    for name in ("m.onnx", "m.onnx.data"):
+    for name in names:
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
     assert same(read_model(tmp_path / "m.onnx"), model)
     # Onto itself: what is mapped is another file by then.
     write_model(read_model(tmp_path / "m.onnx"), tmp_path / "m.onnx")
     assert same(read_model(tmp_path / "m.onnx"), model)
+
+
+def test_until_a_model_is_replaced_it_has_its_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "LARGEST_FILE", 150_000)
+    first, second = layers(), layers(count=4)
+    (tmp_path / "m.0.data").touch()  # somebody else's
+    file, data = write_model(first, tmp_path / "m.onnx")
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx.ModelProto, "SerializeToString", killed, raising=False)
+        patch.setattr(write, "_remove_data", killed)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            write_model(second, tmp_path / "m.onnx")
+    assert same(read_model(file), first)
+    written = write_model(second, tmp_path / "m.onnx")
+    assert same(read_model(file), second)
+    assert data not in written
+    assert not data.exists()
+    # What fits into one file has none.
+    monkeypatch.setattr(write, "LARGEST_FILE", 2**30)
+    assert write_model(first, tmp_path / "m.onnx") == (file,)
+    assert [name for name in files(tmp_path) if name.endswith(".data")] == ["m.0.data"]
+    assert same(read_model(file), first)
 
 
 def test_no_second_copy_of_the_weights_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

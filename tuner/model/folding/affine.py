@@ -217,6 +217,9 @@ def _absorb(chain: _Chain, editor: Editor, budget: Budget) -> bool:
     if node is None or node.domain != "" or _only_use(chain.x) is None or node.graph is not editor.graph:
         return False
     scale, offset = chain.scale, chain.offset
+    shape = static_shape(chain.x)
+    if node.op_type == "MatMul" and (shape is None or chain.axis != len(shape) - 1):
+        return False  # channels of another axis than the columns of the weights
     if node.op_type in ("MatMul", "Gemm") and scale.size == offset.size == 1:
         return False  # attention's 1/√d, say, which is looked for where exporters put it
     if len(node.inputs) < 2 or not is_constant(node.inputs[1]):

@@ -12,7 +12,7 @@ import onnx_ir.passes.common as passes
 from onnxscript.rewriter import pattern
 
 from tilewright.tuner.model import bodies
-from tilewright.tuner.model.fuse import activations, attention, epilogue
+from tilewright.tuner.model.fuse import activations, attention, epilogue, ranks
 from tilewright.tuner.model.fuse.opening import OpenConv, OpenGemm, OpenMatMul, close, is_open, register_constants
 from tilewright.tuner.model.fuse.outcome import FusionReport, Log, Match, Miss
 from tilewright.tuner.model.graph import fused_nodes, unique_names
@@ -30,6 +30,7 @@ def fuse(model: ir.Model) -> FusionReport:
     before = len(model.graph)
     log = Log()
     activations.constants_last(model)
+    ranks.lower_constants(model)
     attention.apply(model, log)
     for rules in (
         pattern.RewriteRuleSet([rule.rule(log) for rule in (OpenMatMul, OpenGemm, OpenConv)]),

@@ -158,10 +158,11 @@ def _planned(node: ir.Node, bands: Bands) -> Planned:
     settings: dict[str, Any] = {}
     masks = _masks(given, (b, h, sq, cached))
     if attributes.get_int("is_causal", 0):
-        if past or "nonpad_kv_seqlen" in given or sq == cached:
+        if "nonpad_kv_seqlen" in given or sq == new:
             settings["causal"] = 1
         else:
-            hidden = np.arange(cached) > np.arange(sq)[:, None]
+            # The kernel's last query sees all keys. The operator's first sees those of the past and one more.
+            hidden = np.arange(cached) > past + np.arange(sq)[:, None]
             value = new_constant(np.where(hidden, np.float32(-np.inf), np.float32(0)), f"causal_{sq}x{cached}")
             masks.append(Mask("add", value, (b, h, sq, cached)))
     scale = attributes.get_float("scale", None)

@@ -175,6 +175,18 @@ def _knapsack(layers: Mapping[str, tuple[float, float]], allowed: float) -> list
     return chosen
 
 
+def _study(name: str, file: Path | None) -> Any:
+    import optuna
+
+    return optuna.create_study(
+        study_name=name,
+        storage=None if file is None else f"sqlite:///{file}",
+        directions=["minimize", "minimize"],
+        sampler=optuna.samplers.RandomSampler(seed=0),
+        load_if_exists=True,
+    )
+
+
 class _Book:
     """The plans that were tried, in a study."""
 
@@ -191,13 +203,14 @@ class _Book:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._layers, self._evaluate, self._progress = layers, evaluate, progress
         self.most = 0
-        self._study = optuna.create_study(
-            study_name=name,
-            storage=None if file is None else f"sqlite:///{file}",
-            directions=["minimize", "minimize"],
-            sampler=optuna.samplers.RandomSampler(seed=0),
-            load_if_exists=True,
-        )
+        try:
+            self._study = _study(name, file)
+        except Exception:
+            if file is None or not file.exists():
+                raise
+            # It was damaged, and only saves time.
+            file.replace(file.with_name(f"{file.name}.damaged"))
+            self._study = _study(name, file)
         self._known: dict[tuple[tuple[str, str], ...], Evaluation] = {}
         for trial in self._study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
             plan = {layer: trial.params.get(layer, kinds[-1]) for layer, kinds in layers.items()}

@@ -7,7 +7,7 @@ unpickled. It counts only under the key that it was written with.
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from tilewright.tuner.model.graph import DTYPES
 from tilewright.tuner.model.precision.post_training import Quantisation
@@ -25,7 +26,7 @@ from tilewright.tuner.model.write import write_model
 from tilewright.tuning_db.atomic import whole_file
 
 Array = np.ndarray[Any, Any]
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class Quantised:
         about = {
             "format": FORMAT,
             "key": key,
+            "model": _sha256(model),
             "kind": self.kind,
             "method": self.method,
             "decibel": self.decibel,
@@ -83,7 +85,8 @@ class Quantised:
             # Opened here: NumPy leaves a file open that is no archive.
             with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 about = json.loads(arrays["about"].tobytes())
-                if (about["format"], about["key"]) != (FORMAT, key):
+                # A run that was killed between the two files leaves a model of another key.
+                if (about["format"], about["key"], about["model"]) != (FORMAT, key, _sha256(_model_file(file))):
                     return None
                 dtype = DTYPES[QUANTISED[about["kind"]]].numpy()
                 weights, shifts = {}, {}
@@ -95,10 +98,16 @@ class Quantised:
                     elif word == "shifted":
                         shifts[arrays[name].tobytes().decode()] = arrays[f"shift.{index}"]
             model = ir.load(_model_file(file))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, io.UnsupportedOperation):
+            plans = about["plan"].items()
+            plan = {name: LayerPrecision(about["kind"], scales, zeros) for name, (scales, zeros) in plans}
+            return cls(about["kind"], model, plan, about["reasons"], about["method"], about["decibel"], weights, shifts)
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, DecodeError):
             return None
-        plan = {name: LayerPrecision(about["kind"], scales, zeros) for name, (scales, zeros) in about["plan"].items()}
-        return cls(about["kind"], model, plan, about["reasons"], about["method"], about["decibel"], weights, shifts)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _model_file(file: Path) -> Path:

@@ -199,6 +199,8 @@ class Reference:
             batched = [self._batch > 1 and ours[here].shape[:1] == (self._batch,) for _, here, _, _ in rows]
             inputs += self._batch if all(batched) else 1
             for (output, here, there, _), total, apart in zip(rows, sums, batched, strict=True):
+                if here == output and ours[here].shape != others[there].shape:
+                    raise _differently_shaped(output, ours[here], others[there])
                 total.add(*_same_size(output, ours[here], others[there]), apart)
         found = [
             total.row(output, here, here != output) for (output, here, _, _), total in zip(rows, sums, strict=True)
@@ -261,8 +263,12 @@ def compare(
 def _same_size(name: str, a: Array, b: Array) -> tuple[Array, Array]:
     """Both arrays, the second in the first's shape."""
     if a.size != b.size:
-        raise ModelError(f"{name!r} is {a.shape} in the original and {b.shape} in the changed model")
+        raise _differently_shaped(name, a, b)
     return a, b.reshape(a.shape)
+
+
+def _differently_shaped(name: str, a: Array, b: Array) -> ModelError:
+    return ModelError(f"{name!r} is {a.shape} in the original and {b.shape} in the changed model")
 
 
 def _plain(array: Array) -> Array:

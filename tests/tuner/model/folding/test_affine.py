@@ -55,6 +55,21 @@ def test_batch_norm_into_gemm(shape: tuple[int, ...] | None, transposed: int) ->
     assert report.folded == {"batch_norm": 1}
 
 
+@pytest.mark.parametrize("operator", ["Mul", "Div"])
+def test_rows_of_a_product_are_not_its_columns(operator: str) -> None:
+    """Their sizes agree; the weights have columns alone."""
+    nodes = [node("MatMul", "x w", "m"), node(operator, "m c", "y")]
+    left, _, _ = folded(nodes, (1, 4, 8), {"w": normal(0, 8, 4), "c": 1 + np.abs(normal(1, 4, 1))})
+    assert left == ["MatMul", operator]
+
+
+def test_channels_of_a_product_of_four_dimensions_are_not_its_columns() -> None:
+    nodes = [node("MatMul", "x w", "m"), batch_norm("m", "y", "n")]
+    left, _, _ = folded(nodes, (2, 4, 3, 8), {"w": normal(0, 8, 4), **norm("n", 4)})
+    assert left[0] == "MatMul"
+    assert len(left) > 1
+
+
 @pytest.mark.parametrize("operator", ["Conv", "ConvTranspose", "Gemm"])
 def test_weights_are_those_of_onnxscripts_rules(operator: str) -> None:
     if operator == "Gemm":

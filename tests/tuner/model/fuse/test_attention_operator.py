@@ -135,6 +135,18 @@ def test_past_keys_and_values(rank, causal, masked, present):
     assert operators(model).count("Concat") == 2
 
 
+@pytest.mark.parametrize("new", [SQ + 2, SQ - 1])
+def test_past_keys_and_more_or_fewer_new_ones_than_queries(new):
+    """The operator counts from the end of the past, the kernel from the end of all."""
+    g = Graph(23)
+    inputs = [*given(g, 4, new), "", g.input("past_k", B, HKV, 3, D), g.input("past_v", B, HKV, 3, DV)]
+    outputs = g("Attention", *inputs, outputs=3, is_causal=1, **heads(4))
+    model, _ = fused(g, outputs[0])
+    (node,) = fused_nodes(model)
+    settings = plugin_settings(node)
+    assert not settings["causal"]
+
+
 def test_present_keys_without_past_ones():
     g = Graph(23)
     outputs = g("Attention", *given(g, 3), outputs=3, **heads(3))

@@ -85,6 +85,24 @@ def test_what_can_not_be_read_is_made_anew(found, tmp_path, how):
     assert Quantised.load(file, "key") is None
 
 
+def test_a_model_that_a_killed_run_left_is_not_taken(found, tmp_path):
+    """It is written first, so a run that is killed then leaves its own beside what belongs to another."""
+    file = tmp_path / "kept.npz"
+    found.save(file, "key")
+    model = perceptron()
+    Quantised.of(quantise(model, [{"x": normal(0, 8, 32)}], "int8"), model).save(tmp_path / "other.npz", "other")
+    (tmp_path / "other.onnx").replace(tmp_path / "kept.onnx")
+    assert Quantised.load(file, "key") is None
+
+
+@pytest.mark.parametrize("name", ["kept.npz", "kept.onnx"])
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x0a\xff\xff"])
+def test_damaged_files_are_none(found, tmp_path, name, content):
+    found.save(tmp_path / "kept.npz", "key")
+    (tmp_path / name).write_bytes(content)
+    assert Quantised.load(tmp_path / "kept.npz", "key") is None
+
+
 def test_another_key_is_another_thing(found, tmp_path):
     found.save(tmp_path / "kept.npz", "key")
     assert Quantised.load(tmp_path / "kept.npz", "another") is None

@@ -1,0 +1,91 @@
+"""The folder of a run: its own, and nobody else's files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tilewright.tuner.model.output_folder import RESUME, output_folder
+from tilewright.tuning_db.errors import UsageError
+
+NAMES = ("model.fused.onnx", "report.json", "README.md")
+
+
+def test_it_is_made_and_given_up(tmp_path: Path) -> None:
+    model = tmp_path / "m.onnx"
+    for _ in range(2):
+        with output_folder(tmp_path / "a" / "b", NAMES, model) as folder:
+            assert (folder / RESUME).is_dir()
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with output_folder(tmp_path, NAMES, tmp_path / "m.onnx"):
+        code = (
+            "import sys; from pathlib import Path; from tilewright.tuner.model.output_folder import output_folder\n"
+            "try:\n    with output_folder(Path(sys.argv[1]), (), Path('m.onnx')): print('in')\n"
+            "except Exception as error: print(error)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (
+        f"--output {tmp_path}: another run writes to it: wait for its end, or name another folder"
+    )
+
+
+def test_what_killed_runs_had_begun_is_removed(tmp_path: Path) -> None:
+    (tmp_path / RESUME).mkdir()
+    ours = [".model.fused.onnx.0a.part", ".model.fused.00ff.data.0a.part", f"{RESUME}/.int8.npz.0a.part"]
+    theirs = [".other.onnx.0a.part", "model.fused.onnx"]
+    for name in (*ours, *theirs):
+        (tmp_path / name).touch()
+    with output_folder(tmp_path, NAMES, tmp_path / "m.onnx"):
+        assert not any((tmp_path / name).exists() for name in ours)
+        assert all((tmp_path / name).exists() for name in theirs)
+
+
+def test_the_model_is_not_replaced(tmp_path: Path) -> None:
+    model, link = tmp_path / "model.fused.onnx", tmp_path / "link.onnx"
+    model.touch()
+    link.symlink_to(model)
+    for name in (model, link):
+        with pytest.raises(
+            UsageError, match=r"model.fused.onnx is the model itself, and would be replaced: name another"
+        ):
+            output_folder(tmp_path, NAMES, name).__enter__()
+    assert not (tmp_path / RESUME).exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.json"])
+def test_other_peoples_files_are_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("my project")
+    with pytest.raises(UsageError, match=rf"its {name} was not written by autotune, and would be replaced"):
+        output_folder(tmp_path, NAMES, tmp_path / "m.onnx").__enter__()
+    assert not (tmp_path / RESUME).exists()
+    (tmp_path / name).write_text("made by Tilewright 0.1")
+    with output_folder(tmp_path, NAMES, tmp_path / "m.onnx"):
+        pass
+
+
+def test_what_can_not_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UsageError, match=r"--output .*inside can't be written \(Not a directory\): name a folder that can"
+    ):
+        output_folder(tmp_path / "file" / "inside", (), tmp_path / "m.onnx").__enter__()
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(UsageError, match=r"report.json is a folder, and a file of that name is to be written"):
+        output_folder(tmp_path, NAMES, tmp_path / "m.onnx").__enter__()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / RESUME).touch()
+    with pytest.raises(UsageError, match=r"can't be written \(File exists\)"):
+        output_folder(tmp_path / "taken", (), tmp_path / "m.onnx").__enter__()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UsageError, match="Permission denied"):
+        output_folder(tmp_path / "new", (), tmp_path / "m.onnx").__enter__()
