@@ -34,7 +34,7 @@ from benchmarks import heuristics
 from benchmarks.comparison_report import table
 from benchmarks.landscape_file import SHIPPED, Landscape, load
 from benchmarks.measuring import environment, revision
-from tilewright.kernels.prediction import MODEL, predict
+from tilewright.kernels.prediction import MODEL, Prediction, predict
 from tilewright.kernels.problem import Config
 from tilewright.tuning_db.errors import UsageError
 from tilewright.tuning_db.record import Status
@@ -55,9 +55,18 @@ def listed(landscape: Landscape) -> list[Config]:
 
 def before_compiling(landscape: Landscape) -> dict[Config, float]:
     """The model's times in µs, from estimated resources."""
+    return {config: each.time_us for config, each in _predicted(landscape).items()}
+
+
+def priors(landscape: Landscape) -> dict[Config, float]:
+    """What the tuner's search is told to expect in µs."""
+    return {config: each.prior_us for config, each in _predicted(landscape).items()}
+
+
+def _predicted(landscape: Landscape) -> dict[Config, Prediction]:
     kernel, problem, device = landscape.kernel, landscape.problem, landscape.device
     return {
-        config: predict(kernel.work(problem, config), kernel.estimate(problem, config, device), device).time_us
+        config: predict(kernel.work(problem, config), kernel.estimate(problem, config, device), device)
         for config in listed(landscape)
     }
 
@@ -89,8 +98,7 @@ def drawn(landscape: Landscape) -> list[Config]:
 
 def spilling(landscape: Landscape) -> set[Config]:
     """The configurations that should spill, by estimated resources."""
-    kernel, problem, device = landscape.kernel, landscape.problem, landscape.device
-    return {config for config in listed(landscape) if kernel.estimate(problem, config, device).spill_bytes}
+    return {config for config, each in _predicted(landscape).items() if each.spill_bytes}
 
 
 def by_prediction(

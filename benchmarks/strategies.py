@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.landscape_file import Landscape
-from benchmarks.prediction import before_compiling
+from benchmarks.prediction import priors
 from benchmarks.replay_tables import Table
 from tilewright.tuner.search import Evidence, Search
 
@@ -39,7 +39,7 @@ def tilewright(table: Table, budget: int, seed: int, observe: Observe, evidence:
 def predicting(table: Table, budget: int, seed: int, observe: Observe, landscape: Landscape) -> None:
     """The tuner's search of a problem of ours, with the prediction and the default configuration that a run has; the
     table is that of the landscape's file."""
-    predicted_us = before_compiling(landscape)
+    predicted_us = priors(landscape)
     default = landscape.kernel.default(landscape.problem, landscape.device)
     search = Search(
         landscape.axes(),

@@ -157,7 +157,7 @@ class TuningRun:
         if alone and not set(configs).union((default,)) - known.keys():
             return self._result(workload, kernel, key, cached=True)
         expected: dict[str, Any] = {
-            "predicted_us": [prediction.time_us for prediction, _ in scored],
+            "predicted_us": [prediction.prior_us for prediction, _ in scored],
             "evidence": self._evidence(kernel, problem, key) if self._device.live else (),
             "exploring": bool(self._device.live),
             "seed": seed,

@@ -289,6 +289,7 @@ def test_uneven_tiles_end_as_late_as_list_scheduling_has_it(tiles: int, heads: i
 def test_what_should_spill_is_ranked_last() -> None:
     quick, slow = (predict(a_work(), replace(NO_SPILLS, spill_bytes=spilled), A100) for spilled in (4, 0))
     assert slow.order < replace(quick, time_us=slow.time_us / 2).order
+    assert (slow.prior_us, quick.prior_us) == (slow.time_us, 1.5 * quick.time_us)
 
 
 def test_latency_is_dram_and_transfer_and_the_copy_to_registers() -> None:
