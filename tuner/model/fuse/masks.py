@@ -229,14 +229,21 @@ def _hiding(mask: Mask) -> Mask | None:
 def _parts(mask: Mask) -> Iterator[Mask]:
     """The masks that together hide what one hides: operands of `And` where it says what is seen, of `Or` where it says
     what is not. Hugging Face's masks are a causal one and one of padding."""
-    node = mask.value.producer()
-    joins = "Or" if mask.hidden else "And"
-    if node is not None and node.domain == "" and node.op_type in (joins, "Not"):
-        for value in node.inputs:
-            assert value is not None
-            yield from _parts(replace(mask, value=value, hidden=mask.hidden != (node.op_type == "Not")))
-    else:
-        yield mask
+    seen: set[tuple[ir.Value, bool]] = set()  # one is enough of what comes twice
+    waiting = [(mask.value, mask.hidden)]
+    while waiting:
+        value, hidden = waiting.pop()
+        if (value, hidden) in seen:
+            continue
+        seen.add((value, hidden))
+        node = value.producer()
+        joins = "Or" if hidden else "And"
+        if node is not None and node.domain == "" and node.op_type in (joins, "Not"):
+            for operand in reversed(node.inputs):
+                assert operand is not None
+                waiting.append((operand, hidden != (node.op_type == "Not")))
+        else:
+            yield replace(mask, value=value, hidden=hidden)
 
 
 def _arranged(mask: Mask, shape: Shape) -> tuple[Layout, Plan]:

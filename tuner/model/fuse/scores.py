@@ -7,7 +7,6 @@ the softmax. What masks come to, as one bias and a band of keys, is for `masks.p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,9 +16,9 @@ from tilewright.tuner.model.fuse.layout import RESHAPES, Layout, Shape, moved, p
 from tilewright.tuner.model.fuse.opening import FLOATS
 from tilewright.tuner.model.graph import constant, dtype_name, scalar, static_shape
 
-LOW = -5e3
-"""A mask's value from which on a weight is taken for 0: exp(-5000) is, and models have -10⁴, -10⁹, the least of a data
-type or -∞."""
+LOW = -9984.0
+"""A mask's value from which on a weight is taken for 0. Models have -10⁴, which in bf16 is -9984, -10⁹, the least of a
+data type or -∞; a number nearer to 0 may be a bias that means itself."""
 
 PRODUCTS = ("MatMul", "Einsum")
 _LONGEST = 24
@@ -249,22 +248,27 @@ def _masked(node: ir.Node, factor: float, place: Shape) -> tuple[ir.Value, Mask]
     return second, Mask("add", first, place, factor=factor)
 
 
-def _reaches(value: ir.Value, depth: int = 0) -> bool:
-    """Whether a value comes from a product, by way of nodes that scores may go through."""
-    node = value.producer()
-    if node is None or node.domain != "" or depth > _LONGEST:
-        return False
-    if node.op_type in PRODUCTS:
-        return True
-    if node.op_type in ("Add", "Mul", "Max"):
-        ways: Sequence[ir.Value | None] = node.inputs
-    elif node.op_type == "Where":
-        ways = node.inputs[1:]
-    elif node.op_type in ("Cast", "Clip", "Div", "Identity", "Sub", "Tanh", *RESHAPES):
-        ways = node.inputs[:1]
-    else:
-        return False
-    return any(way is not None and _reaches(way, depth + 1) for way in ways)
+def _reaches(value: ir.Value) -> bool:
+    """Whether a value comes from a product, by way of at most `_LONGEST` nodes that scores may go through."""
+    seen: set[ir.Node] = set()  # of `Add(a, a)` upon `Add(a, a)` the ways are 2 to the power of the nodes
+    level = [value]
+    for _ in range(_LONGEST + 1):
+        ways: list[ir.Value | None] = []
+        for each in level:
+            node = each.producer()
+            if node is None or node.domain != "" or node in seen:
+                continue
+            seen.add(node)
+            if node.op_type in PRODUCTS:
+                return True
+            if node.op_type in ("Add", "Mul", "Max"):
+                ways += node.inputs
+            elif node.op_type == "Where":
+                ways += node.inputs[1:]
+            elif node.op_type in ("Cast", "Clip", "Div", "Identity", "Sub", "Tanh", *RESHAPES):
+                ways += node.inputs[:1]
+        level = [way for way in ways if way is not None]
+    return False
 
 
 def _is_floor(node: ir.Node) -> bool:

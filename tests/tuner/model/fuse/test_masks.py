@@ -24,6 +24,8 @@ from tests.tuner.model.fuse.forms import (
     triangle,
     turned,
 )
+from tilewright.tuner.model.fuse.masks import _parts
+from tilewright.tuner.model.fuse.scores import Mask
 from tilewright.tuner.model.graph import constant, fused_nodes, plugin_inputs, plugin_settings, static_shape
 
 
@@ -161,7 +163,7 @@ def test_masks(form):
     assert report.counts() == {"attention": 1}
 
 
-@pytest.mark.parametrize("fill", [LEAST, -np.inf, -1e9, -1e4])
+@pytest.mark.parametrize("fill", [LEAST, -np.inf, -1e9, -65504, -1e4, -9984])
 @pytest.mark.parametrize("written", ["added", "where", "where not", "of a batch"])
 def test_constant_triangles_are_causal(fill, written):
     g = Graph()
@@ -301,3 +303,13 @@ def test_layers_share_what_is_made_of_their_mask():
     model, _ = fused(g, x)
     assert len(fused_nodes(model)) == 3
     assert operators(model).count("Where") == 1
+
+
+def test_a_condition_and_itself_are_one_part() -> None:
+    g = Graph()
+    value = g.input("mask", S, S, dtype="bool")
+    for _ in range(12):
+        value = g("And", value, value)
+    (end,) = g.model(value).graph.outputs
+    (part,) = _parts(Mask("hide", end, (S, S)))
+    assert part.value.name == "mask"

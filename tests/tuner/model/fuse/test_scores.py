@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from tests.tuner.model.fuse.forms import (
@@ -20,6 +21,7 @@ from tests.tuner.model.fuse.forms import (
 )
 from tests.tuner.model.graphs import relative_error, results
 from tilewright.tuner.model.fuse import fuse
+from tilewright.tuner.model.fuse.scores import _reaches
 from tilewright.tuner.model.graph import fused_nodes
 
 
@@ -37,6 +39,10 @@ def clipped_on_both_sides(g: Graph) -> str:
 
 def hidden_by_too_little(g: Graph) -> str:
     return attend(g, g("Where", g.input("mask", S, S, dtype="bool"), scores(g), g.array(-100.0)))
+
+
+def hidden_by_what_may_be_a_bias(g: Graph) -> str:
+    return attend(g, g("Where", g.input("mask", S, S, dtype="bool"), scores(g), g.array(-6000.0)))
 
 
 def no_product(g: Graph) -> str:
@@ -70,6 +76,7 @@ LEFT = {
     over_queries: "are not summed over keys",
     clipped_on_both_sides: "its scores come by way of Clip",
     hidden_by_too_little: "puts -100 for hidden scores",
+    hidden_by_what_may_be_a_bias: "puts -6000 for hidden scores",
     no_product: "its scores are 'scores', and no product of queries and keys",
     masked_before_the_softcap: "comes before the softcap",
     a_scale_of_each_key: "kernels have one scale",
@@ -126,3 +133,25 @@ def test_a_row_that_sees_no_key_is_the_exception():
     fuse(model)
     got = results(model, feeds)[0]
     assert relative_error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("operator", ["Add", "Max"])
+def test_sums_of_a_value_and_itself_are_followed_once(operator, monkeypatch):
+    g = Graph()
+    value = g.input("x", S, S)
+    for _ in range(12):
+        value = g(operator, value, value)
+    (end,) = g.model(value).graph.outputs
+    asked = []
+    producer = ir.Value.producer
+    monkeypatch.setattr(ir.Value, "producer", lambda value: asked.append(value) or producer(value))
+    assert not _reaches(end)
+    assert len(asked) < 30  # not 2¹²
+
+
+def test_a_product_is_found_behind_what_comes_twice():
+    g = Graph()
+    value = scores(g)
+    for _ in range(8):
+        value = g("Add", value, value)
+    assert _reaches(g.model(value).graph.outputs[0])
