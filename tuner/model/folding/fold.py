@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -45,14 +45,15 @@ class FoldingReport:
 def fold(model: ir.Model) -> FoldingReport:
     """Folds what is constant into constants and weights, and removes what changes nothing, in place.
 
-    Outputs are those of the model before but for rounding. A value that is left keeps its name, and is the same as that
-    of this name was before; a node that is left keeps its name. All constants are initializers afterwards. What a
-    model may grow by is bounded (`constants.LARGEST_FOLDED`, `constants.MOST_FOLDED`).
+    Outputs are those of the model before but for rounding, and have their names. A value that is left keeps its name,
+    and is the same as that of this name was before; a node that is left keeps its name. All constants are initializers
+    afterwards. What a model may grow by is bounded (`constants.LARGEST_FOLDED`, `constants.MOST_FOLDED`).
 
     Raises:
         ModelError: a node that can't be what it says, or a BatchNorm of negative variance.
     """
     before = len(model.graph)
+    outputs = [str(value.name) for value in model.graph.outputs]
     budget = Budget()
     found: Counter[str] = Counter()
     found["unused"] += _lost(model, common.RemoveUnusedNodesPass())
@@ -70,7 +71,9 @@ def fold(model: ir.Model) -> FoldingReport:
             break
     found["common"] += _lost(model, common.DeduplicateInitializersPass(), common.CommonSubexpressionEliminationPass())
     found["unused"] += _lost(model, common.RemoveUnusedNodesPass())
-    _run(model, common.RemoveUnusedOpsetsPass(), common.OutputFixPass())
+    _run(model, common.RemoveUnusedOpsetsPass())
+    _name_outputs(model, outputs)
+    _fix_inner_outputs(model)
     unique_names(model)
     return FoldingReport(before, len(model.graph), {kind: count for kind, count in sorted(found.items()) if count})
 
@@ -99,6 +102,36 @@ def _lost(model: ir.Model, *passes: ir.passes.PassBase) -> int:
     before = len(model.graph)
     _run(model, *passes)
     return before - len(model.graph)
+
+
+def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
+    """Gives the outputs their names again: of two that have come to one value, the second is an `Identity` of it."""
+    graph = model.graph
+    owner: dict[ir.Value, str] = {}
+    for value, name in zip(graph.outputs, names, strict=True):
+        fixed = value.is_graph_input() or value.is_initializer()
+        owner.setdefault(value, str(value.name) if fixed else name)
+    for value, name in owner.items():
+        if value.name != name:
+            value.name = name
+    for place, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
+        if owner[value] != name:
+            node = ir.node("Identity", [value], name=f"{name}_Identity")
+            (output,) = node.outputs
+            output.name, output.type, output.shape = name, value.type, value.shape
+            graph.append(node)
+            graph.outputs[place] = output
+
+
+def _fix_inner_outputs(model: ir.Model) -> None:
+    """Puts an `Identity` where a subgraph gives one value twice, or its own input. Of the main graph, whose outputs
+    have names that callers know, those stay as the file has them."""
+    outputs = list(model.graph.outputs)
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(value for value in dict.fromkeys(outputs) if not value.is_graph_input())
+    _run(model, common.OutputFixPass())
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(outputs)
 
 
 def _fold_constants(model: ir.Model, budget: Budget) -> int:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import onnx
+import onnx.helper
 import onnx_ir as ir
 
 from tilewright.tuner.model.graph import static_shape
@@ -144,6 +145,15 @@ def _forget_shapes(model: onnx.ModelProto) -> None:
     copies = onnx.GraphProto(value_info=kept)
     model.graph.ClearField("value_info")
     model.graph.value_info.extend(copies.value_info)
+    # An output may be an input or a weight as it is: then it is the same value, and has that one's shape.
+    bound = {value.name: value.type for value in model.graph.input}
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for output in model.graph.output:
+        if output.name in bound:
+            output.type.CopyFrom(bound[output.name])
+        elif output.name in weights:
+            tensor = weights[output.name]
+            output.CopyFrom(onnx.helper.make_tensor_value_info(output.name, tensor.data_type, list(tensor.dims)))
 
 
 def _take_names(name: str, tensor: onnx.TypeProto.Tensor, shape: _Shape, sizes: dict[str, int]) -> None:

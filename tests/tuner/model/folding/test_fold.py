@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from tests.tuner.model.files import proto, saved, tensor, value
 from tests.tuner.model.folds import folded, node
 from tests.tuner.model.graphs import model_of, normal, relative_error, results
 from tilewright.tuner.model.folding.fold import fold
@@ -92,6 +93,31 @@ def test_what_computes_the_same_is_done_once() -> None:
     left, report, _ = folded(nodes, (2, 3), arrays)
     assert left == ["Add", "Add", "Sum"]
     assert report.folded == {"common": 1}
+
+
+NO_CHANGE = [
+    node("Identity", "a", "b"),
+    node("Dropout", "a", "b"),
+    node("Reshape", "a shape", "b"),
+    node("Transpose", "a", "b", perm=[0, 1]),
+    node("Cast", "a", "b", to=1),
+]
+
+
+@pytest.mark.parametrize("last", NO_CHANGE, ids=lambda last: last.op_type)
+def test_outputs_that_come_to_one_value_keep_their_names(last: onnx.NodeProto) -> None:
+    nodes = [node("Relu", "x", "a"), last, node("Identity", "b", "c")]
+    left, _, _ = folded(nodes, (2, 3), {"shape": np.int64([2, 3])}, outputs=("b", "a", "c"))
+    assert left.count("Relu") == 1
+
+
+def test_an_output_that_is_listed_twice_or_an_input_or_a_weight_is_left(tmp_path: Path) -> None:
+    outputs = [value("y", (2, 3)), value("x", (2, 3)), value("k", (3,)), value("y", (2, 3))]
+    made = proto([node("Add", "x k", "y")], outputs=outputs, tensors=[tensor("k", normal(0, 3))])
+    model = read_model(saved(made, tmp_path / "m.onnx"))
+    report = fold(model)
+    assert [output.name for output in model.graph.outputs] == ["y", "x", "k", "y"]
+    assert report.nodes_after == 1
 
 
 def test_quantisation_is_kept() -> None:

@@ -64,6 +64,20 @@ def test_what_the_file_says_of_other_shapes_may_be_of_another_batch(tmp_path: Pa
     assert shapes["g"][1] == 3
 
 
+def test_an_output_may_be_an_input_or_a_weight(tmp_path: Path) -> None:
+    outputs = [value("y", None), value("x", ("n", 3)), value("w", (3, 32)), value("small", (3,))]
+    made = proto(
+        [node("MatMul", "x w", "m"), node("Relu", "m", "y")],
+        inputs=[value("x", ("n", 3))],
+        outputs=outputs,
+        tensors=[tensor("w", np.ones((3, 32), np.float32)), tensor("small", np.ones(3, np.float32))],
+    )
+    model = read_model(saved(made, tmp_path / "m.onnx"), dims={"n": 2})
+    assert {each.name: static_shape(each) for each in (*model.graph.inputs, *model.graph.outputs)} == {
+        "x": (2, 3), "y": (2, 32), "w": (3, 32), "small": (3,),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("texts", "wanted"),
     [
