@@ -19,7 +19,7 @@ from tilewright.tuner.model.report.memory import Memory
 from tilewright.tuner.model.verify.compare import Comparison
 from tilewright.tuning_db.atomic import whole_file
 
-VERSION = 1
+VERSION = 2
 """Of the document: the names, types and meanings of its fields."""
 
 

@@ -35,7 +35,7 @@ from tilewright.kernels.prediction import (
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner.model.graph import dtype_name, is_constant, is_fused
-from tilewright.tuner.model.report.memory import is_view, value_bytes
+from tilewright.tuner.model.report.memory import is_view, known_bytes
 from tilewright.tuner.model.report.node_problem import problem_of
 from tilewright.tuner.model.workloads import flops_of
 from tilewright.tuning_db.errors import IllegalConfigError, UsageError
@@ -177,10 +177,11 @@ def memory_us(moved: float, device: Device) -> float:
 
 
 def node_bytes(node: ir.Node) -> int:
-    """Bytes that a node reads and writes at the least: every input once, and every output."""
+    """Bytes that a node reads and writes at the least: every input once, and every output. What has no
+    known size counts nothing."""
     used = (value for value in node.outputs if value.name and (value.uses() or value.is_graph_output()))
-    written = sum(value_bytes(value) for value in used)
-    read = {value: value_bytes(value) for value in node.inputs if value is not None}
+    written = sum(known_bytes(value) for value in used)
+    read = {value: known_bytes(value) for value in node.inputs if value is not None}
     first = node.inputs[0] if node.inputs else None
     if first is not None and node.domain == "" and node.op_type in _PARTIAL_READERS:
         read[first] = min(read[first], written)

@@ -251,11 +251,17 @@ def _memory(report: ModelReport) -> str:
         ]
         for title, old, new, note in rows
     )
+    unknown = (
+        f"<p>Values whose size depends on the data, and is counted nowhere: {before.unknown_values} before, "
+        f"{after.unknown_values} after.</p>"
+        if before.unknown_values or after.unknown_values
+        else ""
+    )
     return (
         "<h2>Memory</h2><p>Activations by liveness: a value from the node that makes it to the last that reads it; "
         "views share, nothing works in place, workspaces are not counted.</p>"
         '<div class="key"><span><i class="before"></i>before</span><span><i class="after"></i>after</span></div>'
-        f"{table(('', 'before', 'after', '', ''), cells)}"
+        f"{table(('', 'before', 'after', '', ''), cells)}{unknown}"
     )
 
 

@@ -31,6 +31,7 @@ class Memory:
     peak_bytes: int  # activations, with graph inputs and outputs
     peak_node: str | None  # the first node during which they are that many; None: a graph without nodes
     interface_bytes: int  # of them graph inputs and outputs
+    unknown_values: int  # whose size depends on the data, so that they are in none of these
 
     @property
     def weight_bytes(self) -> int:
@@ -48,20 +49,23 @@ class Span:
 
 
 def memory_of(model: ir.Model) -> Memory:
-    """The memory that a model needs.
-
-    Raises:
-        ModelError: a value has no static shape, or a type that has no size.
-    """
+    """The memory that a model needs; values of unknown size are counted, and taken for nothing."""
     nodes = list(model.graph)
     levels = _levels(model.graph)
     at = max(range(len(nodes)), key=levels.__getitem__, default=None)
-    interface = {id(_storage(value)): value_bytes(_storage(value)) for value in _interface(model.graph)}
+    interface = {id(_storage(value)): known_bytes(_storage(value)) for value in _interface(model.graph)}
     return Memory(
         weights=weights_of(model),
         peak_bytes=levels[at or 0],
         peak_node=None if at is None else nodes[at].name,
         interface_bytes=sum(interface.values()),
+        unknown_values=sum(
+            not _is_known(value)
+            for graph in _graphs(model.graph)
+            for node in graph
+            for value in node.outputs
+            if value.name and _storage(value) is value
+        ),
     )
 
 
@@ -70,7 +74,7 @@ def weights_of(model: ir.Model) -> dict[str, int]:
     found: dict[str, int] = {}
 
     def add(value: ir.Value) -> None:
-        found[dtype_name(value)] = found.get(dtype_name(value), 0) + value_bytes(value)
+        found[dtype_name(value)] = found.get(dtype_name(value), 0) + known_bytes(value)
 
     for graph in _graphs(model.graph):
         for value in graph.initializers.values():
@@ -102,7 +106,7 @@ def live_spans(graph: ir.Graph) -> dict[ir.Value, Span]:
     for value in _interface(graph):
         if not is_constant(_storage(value)):
             first[_storage(value)], last[_storage(value)] = 0, max(0, end)
-    return {value: Span(value_bytes(value), first[value], last[value]) for value in first}
+    return {value: Span(known_bytes(value), first[value], last[value]) for value in first}
 
 
 def value_bytes(value: ir.Value) -> int:
@@ -111,13 +115,28 @@ def value_bytes(value: ir.Value) -> int:
     Raises:
         ModelError: its shape is not static, or its type has no size.
     """
-    tensor = value.const_value
-    shape = static_shape(value) if tensor is None else tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
-    kind = value.dtype if tensor is None else tensor.dtype
+    shape, kind = _shape_and_kind(value)
     if shape is None or kind is None or kind in (ir.DataType.STRING, ir.DataType.UNDEFINED):
         what = "no static shape" if shape is None else f"the type {kind.name if kind is not None else 'unknown'}"
         raise ModelError(f"value {value.name!r} has {what}: its memory can't be told; bind all dimensions")
     return math.ceil(math.prod(shape) * kind.bitwidth / 8)
+
+
+def known_bytes(value: ir.Value) -> int:
+    """`value_bytes`, or 0 where that can't be told: of a result whose size depends on values."""
+    return value_bytes(value) if _is_known(value) else 0
+
+
+def _is_known(value: ir.Value) -> bool:
+    shape, kind = _shape_and_kind(value)
+    return shape is not None and kind not in (None, ir.DataType.STRING, ir.DataType.UNDEFINED)
+
+
+def _shape_and_kind(value: ir.Value) -> tuple[tuple[int, ...] | None, ir.DataType | None]:
+    tensor = value.const_value
+    if tensor is None:
+        return static_shape(value), value.dtype
+    return tuple(int(dim) for dim in tensor.shape), tensor.dtype  # type: ignore[arg-type]
 
 
 def is_view(node: ir.Node) -> bool:

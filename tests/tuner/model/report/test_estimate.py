@@ -233,3 +233,14 @@ def test_a_node_that_two_need_is_counted_with_the_first() -> None:
         *({"x": (4,)}, ["y"], {}),
     )
     assert pairing(original, changed) == {"l": ("neg", "left"), "r": ("right",), "sum": ("sum",)}
+
+
+def test_results_of_unknown_size_count_nothing() -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"], "relu"),
+        helper.make_node("NonZero", ["a"], ["i"], "places"),
+        helper.make_node("Cast", ["i"], ["y"], "cast", to=1),
+    ]
+    assert rows(model_of(nodes, {"x": (256, 512)}, ["y"], {}))["places"].time_us == pytest.approx(
+        memory_us(4 * 256 * 512, DEVICE)
+    )

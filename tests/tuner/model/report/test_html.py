@@ -133,6 +133,13 @@ def test_a_device_that_isn_t_there_is_named_as_such() -> None:
     assert "not at hand" not in render(there)
 
 
+def test_values_of_unknown_size_are_told() -> None:
+    report = sample()
+    after = replace(report.memory.after, unknown_values=3)
+    assert "whose size depends on the data" not in render(report)
+    assert "0 before, 3 after" in render(replace(report, memory=replace(report.memory, after=after)))
+
+
 def test_long_tables_stay_readable(monkeypatch: pytest.MonkeyPatch) -> None:
     report = sample()
     many = report.fusion.left * (page_parts.MOST_ROWS + 5)
