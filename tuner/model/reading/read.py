@@ -23,7 +23,7 @@ from tilewright.tuner.model.graph import scalar, unique_names
 from tilewright.tuner.model.messages import one_line, quiet, quoted
 from tilewright.tuner.model.reading.external import ExternalFiles
 from tilewright.tuner.model.reading.names import check_functions, check_operators, check_text, put_in_order
-from tilewright.tuner.model.reading.shapes import bind_shapes, check_sizes, infer_shapes, unknown_shapes
+from tilewright.tuner.model.reading.shapes import bind_shapes, check_outputs, check_sizes, infer_shapes, unknown_shapes
 from tilewright.tuner.model.reading.shapes import parse_shapes as parse_shapes
 from tilewright.tuner.model.reading.weights import put_back, take_weights
 from tilewright.tuner.model.write import write_model as write_model
@@ -75,6 +75,7 @@ def read_model(
     put_back(result, weights)
     if unknown_shapes(result):
         fold_constants(result, Budget(largest=_FOLDED_FOR_SHAPES, most=_FOLDED_FOR_SHAPES * 64))
+    check_outputs(result)
     check_sizes(result)
     unique_names(result)
     _check_repeatable(result)
@@ -111,6 +112,8 @@ def _parse(path: Path) -> onnx.ModelProto:
             content = stream.read(state.st_size)
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error.strerror}") from None
+    except ValueError as error:  # a null character
+        raise ModelError(f"{quoted(str(path))} is no path: {error}") from None
     model = onnx.ModelProto()
     try:
         model.ParseFromString(content)

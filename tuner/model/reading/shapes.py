@@ -9,7 +9,7 @@ import onnx
 import onnx.helper
 import onnx_ir as ir
 
-from tilewright.tuner.model.graph import static_shape
+from tilewright.tuner.model.graph import DTYPES, static_shape
 from tilewright.tuner.model.messages import listed, one_line, quoted
 from tilewright.tuning_db.errors import ModelError, UsageError
 
@@ -20,6 +20,9 @@ LARGEST_VALUE = 1 << 36
 """Bytes of one value, 64 GiB: what is larger is a damaged shape, or nothing that one GPU can hold."""
 
 _Shape = tuple[int, ...]
+
+_COMPARED = {*DTYPES.values(), ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64}
+"""Types of outputs of which ONNX Runtime gives an array."""
 
 
 def parse_shapes(texts: Sequence[str]) -> tuple[dict[str, _Shape], dict[str, int]]:
@@ -105,6 +108,26 @@ def unknown_shapes(model: ir.Model) -> list[str]:
     """The values of the main graph whose shape or type isn't known."""
     values = [output for node in model.graph for output in node.outputs if output.name]
     return [str(value.name) for value in values if static_shape(value) is None or value.dtype is None]
+
+
+def check_outputs(model: ir.Model) -> None:
+    """Refuses outputs that can't be compared with another model's.
+
+    Raises:
+        ModelError: one is a sequence or optional, or of texts or of a type that no array has.
+    """
+    for value in model.graph.outputs:
+        name = quoted(str(value.name))
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            kind = type(value.type).__name__.removesuffix("Type").lower()
+            raise ModelError(
+                f"output {name} is of the kind {kind}: only tensors are supported, take it out of the outputs"
+            )
+        if value.dtype is not None and value.dtype not in _COMPARED:
+            raise ModelError(
+                f"output {name} is {value.dtype.name.lower()}: only tensors of truth values, integers and floats from "
+                f"8 bits on are supported, cast it or take it out of the outputs"
+            )
 
 
 def check_sizes(model: ir.Model) -> None:

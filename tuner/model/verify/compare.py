@@ -27,6 +27,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tilewright.tuner.model.graph import elements, static_shape
+from tilewright.tuner.model.messages import quoted
 from tilewright.tuner.model.verify.error_budget import Budget
 from tilewright.tuner.model.verify.error_sums import LayerError, LayerSums, OutputError, OutputSums
 from tilewright.tuning_db.errors import ModelError
@@ -268,7 +269,8 @@ def _same_size(name: str, a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def _differently_shaped(name: str, a: Array, b: Array) -> ModelError:
-    return ModelError(f"{name!r} is {a.shape} in the original and {b.shape} in the changed model")
+    why = ": where a size depends on values, no precision but fp32 keeps it" if a.size != b.size else ""
+    return ModelError(f"{quoted(name)} is {a.shape} in the original and {b.shape} in the changed model{why}")
 
 
 def _plain(array: Array) -> Array:

@@ -20,10 +20,10 @@ class OutputError:
     logits: bool  # whether it is the logits behind the output
     exact: bool  # every element is equal
     relative: float | None
-    centred_relative: float | None  # None for one input, too
+    centred_relative: float | None  # None for one input, too, and where sizes depend on the input
     max_abs: float
     cosine: float | None
-    sqnr_db: float | None  # None for one input, and without any error
+    sqnr_db: float | None  # None for one input, without any error, and where sizes depend on the input
     top1: float | None  # None of what has no classes: integers, vectors
     bad_original: int  # NaN and infinities; they are left out of the errors
     bad_changed: int
@@ -95,6 +95,7 @@ class OutputSums:
         self.first: Array | None = None
         self.total = self.least = self.most = np.zeros(0)
         self.squares = 0.0
+        self.varied = False  # in size, from input to input: then there is no mean of elements
 
     def add(self, a: Array, b: Array, batched: bool) -> None:
         floating = a.dtype.kind == "f" or a.dtype.kind == "V"
@@ -105,8 +106,11 @@ class OutputSums:
         if self.first is None:
             self.first = samples[0].copy()
             self.total, self.least, self.most = (np.zeros_like(self.first) for _ in range(3))
-        shifted = samples - self.first
         self.count += len(samples)
+        self.varied |= samples.shape[1:] != self.first.shape
+        if self.varied:
+            return
+        shifted = samples - self.first
         self.total += shifted.sum(axis=0)
         self.squares += _dot(shifted, shifted)
         self.least = np.minimum(self.least, shifted.min(axis=0))
@@ -125,7 +129,7 @@ class OutputSums:
     def row(self, output: str, value: str, logits: bool) -> OutputError:
         sums = self.sums
         centred_largest, centred_squares = 0.0, 0.0
-        if self.count > 1 and self.total.size:
+        if self.count > 1 and self.total.size and not self.varied:
             mean = self.total / self.count
             centred_largest = float(np.maximum(self.most - mean, mean - self.least).max())
             centred_squares = max(0.0, self.squares - self.count * _dot(mean, mean))

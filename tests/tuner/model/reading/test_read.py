@@ -139,6 +139,10 @@ def test_no_regular_file(tmp_path: Path) -> None:
     assert "has 2147483648 bytes" in refusal(large)
 
 
+def test_a_null_character_in_the_path() -> None:
+    assert "is no path" in refusal(Path("a\0b.onnx"))
+
+
 def test_truncated_anywhere(tmp_path: Path) -> None:
     whole = (LIGHT / "light_squeezenet.onnx").read_bytes()
     path = tmp_path / "m.onnx"
@@ -174,6 +178,39 @@ WRONG: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "unknown operator": (lambda: proto([node("Relux", "x", "y")]), r"not valid.*Relux"),
     "ir too new": (lambda: proto([RELU], ir_version=99), r"IR version 99"),
     "opset too old": (lambda: proto([RELU], opset=8), r"imports 8 of the standard operators: it must be one from 9"),
+    "output of texts": (
+        lambda: proto([node("Cast", "x", "y", to=TensorProto.STRING)], outputs=[value("y", None, TensorProto.STRING)]),
+        r"output 'y' is string: only tensors of truth values, integers and floats",
+    ),
+    "output of 4 bits": (
+        lambda: proto([node("Cast", "x", "y", to=TensorProto.INT4)], outputs=[value("y", None, TensorProto.INT4)]),
+        r"output 'y' is int4",
+    ),
+    "output of a float that no array has": (
+        lambda: proto(
+            [node("Cast", "x", "y", to=TensorProto.FLOAT8E4M3FNUZ)],
+            outputs=[value("y", None, TensorProto.FLOAT8E4M3FNUZ)],
+        ),
+        r"output 'y' is float8e4m3fnuz",
+    ),
+    "sequence": (
+        lambda: proto(
+            [node("SplitToSequence", "x", "y")],
+            outputs=[
+                helper.make_value_info("y", helper.make_sequence_type_proto(helper.make_tensor_type_proto(1, None)))
+            ],
+        ),
+        r"output 'y' is of the kind sequence: only tensors",
+    ),
+    "optional": (
+        lambda: proto(
+            [node("Optional", "x", "y")],
+            outputs=[
+                helper.make_value_info("y", helper.make_optional_type_proto(helper.make_tensor_type_proto(1, None)))
+            ],
+        ),
+        r"output 'y' is of the kind optional",
+    ),
     "opset too new": (lambda: proto([RELU], opset=999), r"imports 999"),
 }
 

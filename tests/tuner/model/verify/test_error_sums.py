@@ -130,3 +130,11 @@ def test_a_layer_is_not_centred() -> None:
     assert row.sqnr_db == pytest.approx(10 * np.log10((one**2).sum() / (noise**2).sum()), rel=1e-9)
     assert row.relative == pytest.approx(np.abs(noise).max() / np.abs(one).max(), rel=1e-12)
     assert (row.value, row.original) == ("there", "here")
+
+
+def test_of_sizes_that_depend_on_the_input_nothing_is_centred() -> None:
+    # (2, 1) would go with (2, 4) by broadcasting.
+    a = [np.ones((2, 4)), np.full((2, 1), 3.0), np.zeros((2, 0))]
+    found = errors(a, [a[0] + 0.5, *a[1:]])
+    assert (found.relative, found.max_abs, found.exact) == (0.5 / 3, 0.5, False)
+    assert (found.centred_relative, found.sqnr_db) == (None, None)
