@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBars
 from rich.table import Table
+from rich.text import Text
 
 from tilewright.kernels.device import Device
 from tilewright.tuner.results import Progress, Result, Results
@@ -51,7 +52,7 @@ class ProgressView:
     def __enter__(self) -> Self:
         if not self._quiet and self._console.is_terminal:
             self._bars = ProgressBars(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[best]}"),
@@ -89,7 +90,8 @@ class ProgressView:
             )
         elif event.result is not None:
             position = f"[{event.index + 1}/{event.workloads}]"
-            self._console.print(f"{position} {event.workload}: {one_line(event.result)}", markup=False, soft_wrap=True)
+            line = f"{position} {event.workload}: {one_line(event.result)}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def one_line(result: Result) -> str:
@@ -123,7 +125,7 @@ def results_table(results: Results) -> Table:
     table.add_column("provenance", no_wrap=True)
     for result in results.results:
         table.add_row(
-            result.workload,
+            Text(result.workload),
             short_config(result.config),
             _number(result.time_us, 1),
             _number(result.tflops, 1),
@@ -131,7 +133,7 @@ def results_table(results: Results) -> Table:
             _number(result.registers, 0),
             _number(result.spills, 0),
             _number(result.shared_bytes, 0),
-            str(result.provenance) if result.provenance else f"{result.status}: {result.message}",
+            Text(str(result.provenance) if result.provenance else f"{result.status}: {result.message}"),
         )
     return table
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,18 @@ def test_plain_progress_is_a_line_per_workload() -> None:
         "[1/2] llama3-8b qkv, decode: 61.3 µs predicted, 16×64×128 split 4 warps 4 stages 3 (16 trials)",
         "[2/2] odd one: compile_error: ptxas refused it",
     ]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_name_is_no_markup(terminal: bool, results: Results) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=300, force_terminal=terminal)
+    with report.ProgressView(console, quiet=False) as view:
+        view(Progress("blk[/0]/mm", 0, 1, 3, 16, 70.0))
+        view(Progress("blk[/0]/mm", 0, 1, 16, 16, 61.27, result=GOOD))
+    assert "blk[/0]/mm" in stream.getvalue()
+    console.print(report.results_table(replace(results, results=[replace(GOOD, workload="blk[/1]/mm")])))
+    assert "blk[/1]/mm" in stream.getvalue()
 
 
 def test_bars_on_a_terminal_show_the_workload_and_its_best() -> None:

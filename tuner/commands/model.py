@@ -9,10 +9,14 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.text import Text
 
 from tilewright.tuner.commands.output import EXIT_FAILED, new_table, print_table
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "auto")
+MOST_SAMPLES = 65536
+"""All are read once at the start: more only take hours, and ranges stay what they are."""
+
 ALONE = ("kernels", "problems", "suites", "storage")
 """Options of a run over kernels, which a model has no use for: its workloads are its own."""
 
@@ -43,6 +47,7 @@ def run_model(context: click.Context, options: dict[str, Any], *, as_json: bool,
     from tilewright.tuner import report
     from tilewright.tuner.gpu_runner import equal_gpus
     from tilewright.tuner.model.flow import Request, optimise, plan
+    from tilewright.tuner.model.messages import printable
 
     target = resolve_device(options["device"])
     equal_gpus(target, options["workers"])
@@ -61,10 +66,11 @@ def run_model(context: click.Context, options: dict[str, Any], *, as_json: bool,
 
     def tell(line: str) -> None:
         if not quiet:
-            errors.print(line, markup=False, highlight=False, soft_wrap=True)
+            errors.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def warn(line: str) -> None:
-        errors.print(f"warning: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        line = printable(f"warning: {line}")
+        errors.print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
     if options["dry_run"]:
         planned = plan(request, tell)
@@ -75,7 +81,7 @@ def run_model(context: click.Context, options: dict[str, Any], *, as_json: bool,
         else:
             print_workloads(planned.workloads.rows())
             for line in planned.lines():
-                click.echo(line)
+                click.echo(printable(line))
         return
     with report.ProgressView(errors, quiet, report.describe_device(target)) as progress:
         made = optimise(request, tell, warn, progress)
@@ -84,34 +90,39 @@ def run_model(context: click.Context, options: dict[str, Any], *, as_json: bool,
     else:
         print_layers(made.rows)
         for line in made.lines:
-            click.echo(line)
+            click.echo(printable(line))
     if not made.met:
         context.exit(EXIT_FAILED)
 
 
 def print_workloads(rows: Sequence[dict[str, Any]]) -> None:
     """The distinct workloads of a model: how often each comes, and its share."""
+    from tilewright.tuner.model.messages import shown
+
     table = new_table(["workload", "op"], ["count", "GFLOP", "FLOPs", "bytes"], ["problem"])
     for row in rows:
         table.add_row(
-            row["first"],
+            Text(shown(row["first"])),
             row["op"],
             str(row["count"]),
             f"{row['flops'] / 1e9:.3g}",
             f"{row['flops_share']:.1%}",
             f"{row['bytes_share']:.1%}",
-            row["text"],
+            Text(row["text"]),
         )
     print_table(table)
 
 
 def print_layers(rows: Sequence[Any]) -> None:
     """Times before and after, each with what it is based on."""
+    from tilewright.tuner.model.messages import shown
+
     table = new_table(["layer", "op"], ["before µs", "after µs"], ["based on"])
     for row in rows:
         fields = dataclasses.asdict(row)
         times = ["" if fields[name] is None else f"{fields[name]:.1f}" for name in ("before_us", "after_us")]
-        table.add_row(fields["node"], fields["op"], *times, fields["after_provenance"] or fields["before_provenance"])
+        names = [Text(shown(fields[name])) for name in ("node", "op")]
+        table.add_row(*names, *times, fields["after_provenance"] or fields["before_provenance"])
     print_table(table)
 
 
@@ -152,7 +163,10 @@ def model_options(command: Any) -> Any:
                 help="Inputs of the model, for scales and for errors; random by default.",
             ),
             click.option(
-                "--samples", type=click.IntRange(min=2), metavar="N", help="Calibration inputs to use at the most."
+                "--samples",
+                type=click.IntRange(min=2, max=MOST_SAMPLES),
+                metavar="N",
+                help="Calibration inputs to use at the most.",
             ),
             click.option(
                 "--max-error",

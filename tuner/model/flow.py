@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from tilewright.tuner.model.calibration.data import RANDOM, Samples, load_data
 from tilewright.tuner.model.folding.fold import FoldingReport, fold
 from tilewright.tuner.model.fuse import FusionReport, fuse
 from tilewright.tuner.model.graph import copy_of, dtype_name, fused_nodes, static_shape
-from tilewright.tuner.model.messages import quoted
+from tilewright.tuner.model.messages import listed, quoted, shown
 from tilewright.tuner.model.output_folder import RESUME, output_folder
 from tilewright.tuner.model.precision.lower import Lowered, lower
 from tilewright.tuner.model.reading.read import OPSET, read_model
@@ -150,7 +150,7 @@ class Planned:
         return [
             f"{nodes[0]} nodes become {nodes[1]}, of which {len(found.layers)} are fused, "
             f"with {found.coverage:.1%} of the model's operations",
-            *(f"not fused: {left.operator} {left.node!r}: {left.reason}" for left in found.unsupported),
+            *(f"not fused: {shown(left.operator)} {quoted(left.node)}: {left.reason}" for left in found.unsupported),
             f"precision: {request.precision}{budget}, on {len(self.data)} inputs ({self.data.origin})",
             f"to tune for {request.device.board}: {len(found.distinct())} distinct workloads",
             f"to write: {', '.join(files(request))}" + (f" in {request.output}" if request.output else ""),
@@ -173,7 +173,7 @@ class Made:
     """What a run made."""
 
     report: parts.ModelReport
-    met: bool  # whether the errors are inside the budget; True without one
+    met: bool  # whether the errors are inside the budget, if there is one, and nothing new is NaN or infinite
     lines: tuple[str, ...]  # the end of what people are told
 
     @property
@@ -231,6 +231,7 @@ def plan(request: Request, tell: Callable[[str], None] = _nothing) -> Planned:
     """
     prepared = prepare(request, tell)
     data = load_data(request.calibration, prepared.original, count=request.samples)
+    data.split(EVALUATION)
     return Planned(request, prepared.workloads, prepared.fusion, data)
 
 
@@ -248,7 +249,8 @@ def optimise(
 
     Raises:
         ModelError, UsageError: the model, the data or the arguments can't be used; nothing was written.
-        RunError: something failed on the way; what was finished is kept.
+        RunError: ONNX Runtime can't run the model, then nothing was written; or something failed on the way, and what
+            was finished is kept.
     """
     assert request.output is not None
     prepared = prepare(request, tell)
@@ -256,9 +258,12 @@ def optimise(
     if data.warning is not None:
         warn(data.warning)
     halves = data.split(EVALUATION)
-    _check_reading(request, prepared, halves[1], tell)
-    with output_folder(request.output, [*files(request), *_engine_files(request)], request.model) as folder:
-        return _optimised(request, prepared, data, halves, folder, tell, progress)
+    with Reference(prepared.original, halves[1].feeds) as reference:
+        reference.work_out()
+        _check_reading(request, prepared, halves[1], tell)
+        key, names = _key(request, prepared.source, data), [*files(request), *_engine_files(request)]
+        with output_folder(request.output, names, request.model) as folder:
+            return _optimised(request, prepared, key, halves, reference, folder, tell, warn, progress)
 
 
 def _check_reading(request: Request, prepared: Prepared, data: Samples, tell: Callable[[str], None]) -> None:
@@ -268,12 +273,13 @@ def _check_reading(request: Request, prepared: Prepared, data: Samples, tell: Ca
     Raises:
         ModelError: they differ.
     """
-    try:
-        with Reference(request.model, data.feeds[:1]) as reference:
-            found = reference.compare(prepared.original)
-    except (ModelError, RunError) as error:
-        tell(f"{request.model} as it is was not run: {error}")
-        return
+    with Reference(request.model, data.feeds[:1]) as reference:
+        try:
+            reference.work_out()
+        except (ModelError, RunError) as error:  # what was read of it did run
+            tell(f"{request.model} as it is was not run: {error}")
+            return
+        found = reference.compare(prepared.original)
     for output in found.outputs:
         if (output.relative or 0.0) > READING_ERROR or output.bad_original != output.bad_changed:
             raise ModelError(
@@ -286,39 +292,40 @@ def _check_reading(request: Request, prepared: Prepared, data: Samples, tell: Ca
 def _optimised(
     request: Request,
     prepared: Prepared,
-    data: Samples,
+    key: str,
     halves: tuple[Samples, Samples],
+    reference: Reference,
     folder: Path,
     tell: Callable[[str], None],
+    warn: Callable[[str], None],
     progress: Callable[[Progress], None],
 ) -> Made:
     """The rest of the way, from what was read, in a folder of this run's own."""
     calibration, evaluation = halves
-    with Reference(prepared.original, evaluation.feeds) as reference:
-        written = list(write_model(prepared.fused, folder / "model.fused.onnx"))
-        fused_file = written[0]
-        fused_errors = reference.compare(prepared.fused, layers=_same_names(prepared))
-        lowered = lower(
-            prepared.fused,
-            request.device,
-            kind=request.precision,
-            calibration=calibration,
-            reference=reference,
-            budget=request.budget,
-            key=_key(request, prepared.source, data),
-            resume=folder / RESUME,
-            tell=tell,
-        )
-        results = _tune(request, lowered.model, progress)
-        errors = [parts.ErrorPart(fused_file.name, evaluation.origin, None, (), fused_errors)]
-        final = fused_file
-        if request.precision != "fp32":
-            final, *others = write_model(lowered.model, folder / f"model.{request.precision}.onnx")
-            written += [final, *others]
-            comparison = reference.compare(lowered.model, layers=_same_names(prepared))
-            errors.append(_error_part(request, final.name, evaluation, comparison))
-        elif request.budget is not None:
-            errors[0] = _error_part(request, fused_file.name, evaluation, fused_errors)
+    written = list(write_model(prepared.fused, folder / "model.fused.onnx"))
+    fused_file = written[0]
+    fused_errors = reference.compare(prepared.fused, layers=_same_names(prepared))
+    lowered = lower(
+        prepared.fused,
+        request.device,
+        kind=request.precision,
+        calibration=calibration,
+        reference=reference,
+        budget=request.budget,
+        key=key,
+        resume=folder / RESUME,
+        tell=tell,
+    )
+    results = _tune(request, lowered.model, progress)
+    errors = [parts.ErrorPart(fused_file.name, evaluation.origin, None, (), fused_errors)]
+    final = fused_file
+    if request.precision != "fp32":
+        final, *others = write_model(lowered.model, folder / f"model.{request.precision}.onnx")
+        written += [final, *others]
+        comparison = reference.compare(lowered.model, layers=_same_names(prepared))
+        errors.append(_error_part(request, final.name, evaluation, comparison))
+    elif request.budget is not None:
+        errors[0] = _error_part(request, fused_file.name, evaluation, fused_errors)
     before = estimate(prepared.original, request.device)
     after = estimate(lowered.model, request.device, _times(lowered.model, results))
     engine = _engine(request, final, tell)
@@ -326,8 +333,11 @@ def _optimised(
     parts.write_report(made, folder / "report.json")
     write_page(made, folder / "report.html")
     write_readme(made, folder / "README.md")
-    breaches = errors[-1].breaches
-    return Made(made, not breaches, tuple(_closing(made, before, after, breaches, folder)))
+    breaches, spoiled = errors[-1].breaches, _spoiled(errors[-1].comparison)
+    if spoiled:
+        kind = "" if request.precision == "fp32" else ": --precision bf16 or fp32 has the range"
+        warn(f"{listed(spoiled)} of {final.name} has NaN or infinities that the original has not{kind}")
+    return Made(made, not (breaches or spoiled), tuple(_closing(made, before, after, breaches, folder)))
 
 
 def _key(request: Request, source: Source, data: Samples) -> str:
@@ -356,7 +366,8 @@ def _same_names(prepared: Prepared) -> dict[str, str]:
 
 def _tune(request: Request, model: ir.Model, progress: Callable[[Progress], None]) -> dict[Any, Result]:
     """The best configuration of every distinct problem, by the problem."""
-    wanted = workloads(model).distinct()
+    # Their names are shown while it goes.
+    wanted = [replace(each, name=shown(each.name)) for each in workloads(model).distinct()]
     if not wanted:
         return {}
     results = autotune(
@@ -536,6 +547,11 @@ def _closing(
     return lines
 
 
+def _spoiled(comparison: Comparison) -> list[str]:
+    """The outputs with more NaN or infinities than the original's."""
+    return list(dict.fromkeys(row.output for row in comparison.outputs if row.bad_changed > row.bad_original))
+
+
 def _error_lines(rows: Sequence[OutputError]) -> list[str]:
     """The errors of the outputs, the worst first; the others' as one."""
 
@@ -548,7 +564,8 @@ def _error_lines(rows: Sequence[OutputError]) -> list[str]:
         bad = row.bad_changed - row.bad_original
         said = f"{row.relative:.1e} of its largest value" if row.relative is not None else "zeros before, no more"
         lines.append(
-            f"error of {row.value}: {said}" + (f", and {bad} NaN or infinite more than before" if bad > 0 else "")
+            f"error of {shown(row.value)}: {said}"
+            + (f", and {bad} NaN or infinite more than before" if bad > 0 else "")
         )
     others = ordered[ERRORS_TOLD:]
     if others:

@@ -69,6 +69,21 @@ def test_a_missed_budget_is_a_failed_run(autotune, tmp_path: Path, model_db: Pat
     assert "outside the error budget: " in out
 
 
+def test_names_are_neither_markup_nor_commands(autotune, tmp_path: Path, model_db: Path) -> None:
+    model, data = written(tmp_path)
+    proto = onnx.load(model)
+    proto.graph.node[0].name = "blk[/0]/conv"
+    proto.graph.node[-1].name = "\x1b[31mhead\n" + "n" * 300
+    onnx.save(proto, model)
+    arguments = ("--device", "sm_86", "--model", model, "--calibration", data)
+    for more in (("--dry-run",), ("--output", tmp_path / "build", "--trials", "1", "--db", model_db)):
+        status, out, err = autotune(*arguments, *more)
+        assert status == 0
+        assert "blk[/0]/conv" in out
+        assert all(line.isprintable() for line in (out + err).splitlines())
+        assert "n" * 100 not in out + err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -79,6 +94,7 @@ def test_a_missed_budget_is_a_failed_run(autotune, tmp_path: Path, model_db: Pat
         (("--model", "m.onnx", "--output", "o", "--suite", "bert"), "--suite does not go with --model"),
         (("--model", "m.onnx", "--output", "o", "--problem", "M=1,N=1,K=1"), "--problem does not go with --model"),
         (("--model", "m.onnx", "--output", "o", "--precision", "int3"), "int3"),
+        (("--model", "m.onnx", "--output", "o", "--samples", "300000000"), "2<=x<=65536"),
         (("--model", "nowhere.onnx", "--output", "o"), "nowhere.onnx"),
     ],
 )

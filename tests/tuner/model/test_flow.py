@@ -12,6 +12,8 @@ import onnxruntime
 import pytest
 
 from examples.model import images
+from tests.tuner.model.files import node, proto, saved, tensor, value
+from tests.tuner.model.graphs import normal
 from tests.tuner.model.networks import written
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model import flow
@@ -147,6 +149,76 @@ def test_a_budget_that_is_missed_is_said_to_be(tmp_path):
     assert made.report.errors[-1].breaches
 
 
+def product(path: Path, *more: onnx.NodeProto, outputs: dict[str, int], factor: float = 1.0, **arrays: object) -> Path:
+    """m = x·w of (2, 3) and (3, 32), and what is made of it."""
+    tensors = [tensor("w", factor * normal(0, 3, 32)), *(tensor(name, array) for name, array in arrays.items())]
+    kinds = [value(name, None, kind) for name, kind in outputs.items()]
+    return saved(proto([node("MatMul", "x w", "m"), *more], outputs=kinds, tensors=tensors), path / "m.onnx")
+
+
+def test_a_model_that_can_not_be_run_leaves_nothing(tmp_path):
+    model = product(tmp_path, node("CumSum", "m axis", "y"), outputs={"y": 1}, axis=np.int64(7))
+    with pytest.raises(RunError, match="ONNX Runtime failed"):
+        run(request(model, tmp_path / "build"))
+    assert not (tmp_path / "build").exists()
+
+
+def test_results_of_unknown_size_go_the_whole_way(tmp_path):
+    nodes = [node("Relu", "m", "r"), node("NonZero", "r", "y")]
+    made, _ = run(request(product(tmp_path, *nodes, outputs={"y": 7, "m": 1}), tmp_path / "build", precision="fp32"))
+    assert made.met
+    assert made.report.memory.after.unknown_values == 1
+
+
+def test_outputs_of_one_value_go_the_whole_way(tmp_path):
+    nodes = [node("Identity", "m", "a"), node("Dropout", "m", "b")]
+    outputs = {"b": 1, "m": 1, "a": 1, "x": 1, "w": 1}
+    run(request(product(tmp_path, *nodes, outputs=outputs), tmp_path / "build"))
+    for name in ("model.fused.onnx", "model.fp16.onnx"):
+        session = onnxruntime.InferenceSession(tmp_path / "build" / name, providers=["CPUExecutionProvider"])
+        assert [output.name for output in session.get_outputs()] == list(outputs)
+
+
+def test_new_infinities_fail_a_run_without_a_budget(tmp_path):
+    model = product(tmp_path, node("MatMul", "m v", "y"), outputs={"y": 1}, factor=2e4, v=normal(1, 32, 4))
+    made, listener = run(request(model, tmp_path / "build"))
+    assert not made.met
+    assert listener.warnings[-1] == (
+        "'y' of model.fp16.onnx has NaN or infinities that the original has not: --precision bf16 or fp32 has the range"
+    )
+    made, _ = run(request(model, tmp_path / "bf16", precision="bf16"))
+    assert made.met
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "auto"])
+def test_a_model_without_layers_is_judged(tmp_path, precision):
+    model = saved(proto([node("Exp", "x", "y")]), tmp_path / "m.onnx")
+    made, _ = run(request(model, tmp_path / "build", precision=precision, max_error="0.01"))
+    assert made.met
+    assert made.report.errors[-1].budget == "max=0.01"
+    made, _ = run(request(model, tmp_path / "build", precision=precision, max_error="sqnr=400"))
+    assert made.met  # in fp32, which is exact
+
+
+def test_a_dry_run_checks_the_data_as_the_run_does(tmp_path):
+    model, _ = written(tmp_path)
+    np.savez(tmp_path / "one.npz", image=images(2, seed=5))
+    asked = request(model, tmp_path / "build", calibration=str(tmp_path / "one.npz"))
+    for do in (plan, optimise):
+        with pytest.raises(ModelError, match="at least 2 are needed"):
+            do(asked)
+
+
+def test_names_that_are_commands_to_a_terminal_are_escaped(tmp_path):
+    product = node("MatMul", "x w", "y\x1b[31m")
+    product.name = "blk[/0]/mm\n" * 30
+    tensors = [tensor("w", normal(0, 3, 32))]
+    model = saved(proto([product], outputs=[value("y\x1b[31m", None)], tensors=tensors), tmp_path / "m.onnx")
+    made, _ = run(request(model, tmp_path / "build", max_error="0"))
+    assert any("error of 'y\\x1b[31m'" in line for line in made.lines)
+    assert all(line.isprintable() for line in made.lines)
+
+
 def test_a_dry_run_writes_nothing(tmp_path):
     model, data = written(tmp_path, batch="batch")
     before = sorted(tmp_path.rglob("*"))
@@ -195,10 +267,10 @@ def test_new_weights_in_an_old_place_are_a_new_model(tmp_path):
     for factor in (1, -1):
         changed = onnx.ModelProto()
         changed.CopyFrom(held)
-        for tensor in changed.graph.initializer:
-            if len(tensor.dims) == 4:
-                array = onnx.numpy_helper.to_array(tensor)
-                tensor.CopyFrom(onnx.numpy_helper.from_array((factor * array).astype(array.dtype), tensor.name))
+        for weight in changed.graph.initializer:
+            if len(weight.dims) == 4:
+                array = onnx.numpy_helper.to_array(weight)
+                weight.CopyFrom(onnx.numpy_helper.from_array((factor * array).astype(array.dtype), weight.name))
         (tmp_path / "apart.data").unlink(missing_ok=True)
         onnx.save(changed, tmp_path / "apart.onnx", **places)
         made, _ = run(asked)

@@ -4,13 +4,32 @@ import logging
 
 import pytest
 
-from tilewright.tuner.model.messages import LONGEST_LINE, LONGEST_NAME, listed, one_line, quiet, quoted
+from tilewright.tuner.model.messages import (
+    LONGEST_LINE,
+    LONGEST_NAME,
+    listed,
+    one_line,
+    printable,
+    quiet,
+    quoted,
+    shown,
+)
 
 
 def test_names_are_quoted_escaped_and_cut() -> None:
     assert quoted("conv1/w") == "'conv1/w'"
     assert quoted("a\n\x1b[31m") == "'a\\n\\x1b[31m'"
     assert len(quoted("n" * 10**6)) == LONGEST_NAME + 3
+
+
+def test_names_are_shown_as_they_are_if_a_terminal_can() -> None:
+    assert shown("blk[/0]/mm: é") == "blk[/0]/mm: é"
+    assert shown("a\n\x1b[31m") == "'a\\n\\x1b[31m'"
+    assert len(shown("n" * 10**6)) == LONGEST_NAME + 3
+
+
+def test_lines_command_no_terminal() -> None:
+    assert printable("a\x1b[31mb\nc ×") == "a [31mb c ×"
 
 
 def test_what_a_library_says_becomes_a_line() -> None:

@@ -132,6 +132,9 @@ class _Chooser:
 
     def by_search(self, budget: Budget) -> Lowered:
         """As low as the budget lets it be."""
+        if not self._layers:
+            base = self._base([kind for kind in kinds_for(self._kind, self._device) if kind in FLOATS], budget)
+            return Lowered(self._made({}, base, None), self._part({}, base, None, None), None)
         kinds = kinds_for(self._kind, self._device)
         quantised = self._fastest([self._quantised(kind) for kind in kinds if kind in QUANTISED])
         floats = [kind for kind in kinds if kind in FLOATS]

@@ -27,7 +27,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tilewright.tuner.model.graph import elements, static_shape
-from tilewright.tuner.model.messages import quoted
+from tilewright.tuner.model.messages import quoted, shown
 from tilewright.tuner.model.verify.error_budget import Budget
 from tilewright.tuner.model.verify.error_sums import LayerError, LayerSums, OutputError, OutputSums
 from tilewright.tuning_db.errors import ModelError
@@ -66,7 +66,8 @@ class Comparison:
         no softmax tells which those are, of the first output that has classes.
         """
         found = [
-            f"{row.value}: NaN or infinite: {row.bad_original} elements of the original, {row.bad_changed} of the other"
+            f"{shown(row.value)}: NaN or infinite: {row.bad_original} elements of the original, "
+            f"{row.bad_changed} of the other"
             for row in self._all
             if row.bad_original or row.bad_changed
         ]
@@ -82,17 +83,17 @@ class Comparison:
                 if row.exact:
                     continue
                 if value is None:
-                    found.append(f"{row.value}: {name} can't be told ({self.inputs} input(s)), wanted {limit:g}")
+                    found.append(f"{shown(row.value)}: {name} can't be told ({self.inputs} input(s)), wanted {limit:g}")
                 elif (value > limit) if upper else (value < limit):
                     found.append(
-                        f"{row.value}: {name}={value:.6g}, wanted {'at most' if upper else 'at least'} {limit:g}"
+                        f"{shown(row.value)}: {name}={value:.6g}, wanted {'at most' if upper else 'at least'} {limit:g}"
                     )
         if budget.top1 is not None:
             judged = self._classes()
             if not judged:
                 found.append(f"no output has classes: top1={budget.top1:g} can't be told; leave it out")
             found += [
-                f"{row.value}: top1={row.top1:.6g}, wanted at least {budget.top1:g}"
+                f"{shown(row.value)}: top1={row.top1:.6g}, wanted at least {budget.top1:g}"
                 for row in judged
                 if row.top1 is not None and row.top1 < budget.top1
             ]
@@ -208,16 +209,33 @@ class Reference:
         ]
         return Comparison(inputs, tuple(found), tuple(self._layers(changed, layers or {})))
 
-    def _originals(self) -> Iterator[dict[str, Array]]:
-        """The original's outputs and logits, feed by feed, from the second time on as they were kept."""
-        names = [*self._outputs, *(logits.value for logits in self._logits.values())]
-        names = list(dict.fromkeys(names))
+    def work_out(self) -> None:
+        """Runs the original, unless that is done: what it can't do shows before anything else is.
+
+        Raises:
+            ModelError: it can't be loaded, or a feed doesn't fit.
+            RunError: ONNX Runtime failed.
+        """
         if self._kept is None:
             kept: tempfile.SpooledTemporaryFile[bytes] = tempfile.SpooledTemporaryFile(KEPT_BYTES)  # noqa: SIM115
-            for values in self._run(self._model, self._feeds, names):
-                for name in names:
-                    np.save(kept, _plain(values[name]), allow_pickle=False)
+            names = self._names()
+            try:
+                for values in self._run(self._model, self._feeds, names):
+                    for name in names:
+                        np.save(kept, _plain(values[name]), allow_pickle=False)
+            except BaseException:
+                kept.close()
+                raise
             self._kept = kept
+
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys([*self._outputs, *(logits.value for logits in self._logits.values())]))
+
+    def _originals(self) -> Iterator[dict[str, Array]]:
+        """The original's outputs and logits, feed by feed, from the second time on as they were kept."""
+        self.work_out()
+        assert self._kept is not None
+        names = self._names()
         self._kept.seek(0)
         for _ in self._feeds:
             yield {name: np.load(self._kept, allow_pickle=False) for name in names}
