@@ -151,7 +151,7 @@ def unique_names(model: ir.Model) -> None:
     """Gives every node a name of its own, and leaves those that have one: names are how layers are spoken of."""
     taken: set[str] = set()
     for node in model.graph:
-        base = node.name or f"{node.op_type}_{node.outputs[0].name}"
+        base = node.name or "_".join([node.op_type, *(str(value.name) for value in node.outputs[:1])])
         name, count = base, 1
         while name in taken:
             count += 1

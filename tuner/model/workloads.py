@@ -169,7 +169,7 @@ def flops_of(node: ir.Node) -> int | None:
     """Operations of a node that is not fused, a multiplication and an addition as two; None where shapes are unknown or
     the operator isn't counted."""
     inputs = [None if value is None else static_shape(value) for value in (*node.inputs, None, None)]
-    out = static_shape(node.outputs[0])
+    out = static_shape(node.outputs[0]) if node.outputs else None
     if node.op_type in UNCOUNTED or None in (inputs[0], inputs[1], out):
         return None
     first, second = inputs[0] or (), inputs[1] or ()

@@ -83,3 +83,11 @@ def test_every_node_gets_a_name_of_its_own():
     graph.unique_names(model)
     assert [node.name for node in model.graph] == ["same", "same_2", "Relu_y"]
     assert normal(0, 2).shape == (2,)
+
+
+def test_nodes_without_outputs_get_names_too():
+    node = ir.Node("com.microsoft", "Gelu", [], num_outputs=0)
+    model = ir.Model(ir.Graph([], [], nodes=[node], opset_imports={"": 21}), ir_version=10)
+    node.name = None
+    graph.unique_names(model)
+    assert node.name == "Gelu"

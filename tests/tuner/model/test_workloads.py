@@ -106,3 +106,7 @@ def test_operations_of_an_attention_with_a_cache():
     shapes = {"q": (1, 4, 2, 16), "k": (1, 4, 2, 16), "v": (1, 4, 2, 8), "pk": (1, 4, 5, 16), "pv": (1, 4, 5, 8)}
     model = model_of([node], shapes, ["y", "nk", "nv"], {}, opset=23)
     assert flops_of(next(iter(model.graph))) == 2 * 4 * 2 * 7 * (16 + 8)
+
+
+def test_a_node_without_outputs_has_no_flops():
+    assert flops_of(ir.Node("com.microsoft", "Attention", [], num_outputs=0)) is None

@@ -21,10 +21,13 @@ All of the data is read once at the start, feed by feed, so that what is wrong w
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from tilewright.tuner.model.calibration.arrays import ArrayFile, open_npy, open_npz
@@ -110,13 +113,16 @@ def load_data(source: str, model: ir.Model, *, count: int, seed: int = 0) -> Sam
     Raises:
         UsageError: `count` is less than 1.
         ModelError: data that isn't there, can't be read, doesn't fit the model, or has NaN or infinity in it; a model
-            without inputs, or with one that can't be fed.
+            without inputs, or with one that can't be fed, or with more than half of this machine's memory of them.
     """
     if count < 1:
         raise UsageError(f"{count} calibration samples are too few: at least 1 is needed")
     inputs = model_inputs(model)
     if not inputs:
         raise ModelError(f"model {quoted(str(model.graph.name))} has no inputs: there is nothing to calibrate it with")
+    size = sum(math.prod(each.shape) * each.dtype.itemsize for each in inputs)
+    if size > _memory() // 2:  # the model's own values take as much again at the least
+        raise _too_large(size)
     warning: str | None = None
     feeds: Batches
     path = Path(source)
@@ -132,7 +138,11 @@ def load_data(source: str, model: ir.Model, *, count: int, seed: int = 0) -> Sam
         raise ModelError(f"calibration data {source} {found}: give an .npz file, a folder of them, or {RANDOM}")
     if len(feeds) > count:
         feeds = Selected(feeds, spread(len(feeds), count))
-    return Samples(feeds, origin, _digest(feeds), warning)
+    try:
+        digest = _digest(feeds)
+    except MemoryError:
+        raise _too_large(size) from None
+    return Samples(feeds, origin, digest, warning)
 
 
 class ArchiveFeeds(Feeds):
@@ -252,5 +262,17 @@ def _digest(feeds: Batches) -> str:
     for feed in feeds:
         for name, array in feed.items():
             digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-            digest.update(array.tobytes())
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _too_large(size: int) -> ModelError:
+    return ModelError(
+        f"one feed of the model's inputs has {size} bytes, which is too much for this machine's memory: give smaller "
+        f"dimensions with --shape"
+    )

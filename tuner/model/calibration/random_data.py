@@ -7,6 +7,7 @@ stay below the length of the shortest table. Integers that look up nothing, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,21 +72,22 @@ def index_bound(value: ir.Value) -> int | None:
             continue
         seen.add((current, added))
         for node, position in current.uses():
+            if node.domain != "":
+                continue
             if (bound := _table(node, position)) is not None:
                 bounds.append(bound - added)
             elif (node.op_type in _CARRIERS and position == 0) or node.op_type == "Concat":
                 waiting.extend((output, added) for output in node.outputs)
             elif node.op_type == "Add":
                 other = constant(node.inputs[1 - position])
-                if other is not None and other.size:
+                # Minus infinity is added to no index.
+                if other is not None and other.size and math.isfinite(other.max()):
                     waiting.append((node.outputs[0], added + int(other.max())))
     return min(bounds, default=None)
 
 
 def _table(node: ir.Node, position: int) -> int | None:
     """How many entries the table has that a node's input is an index into."""
-    if node.domain != "":
-        return None
     if node.op_type in ("Gather", "GatherElements", "ScatterElements") and position == 1:
         table = node.inputs[0]
         shape = None if table is None else static_shape(table)
@@ -94,8 +96,8 @@ def _table(node: ir.Node, position: int) -> int | None:
     if node.op_type == "GatherND" and position == 1:
         table = node.inputs[0]
         shape = None if table is None else static_shape(table)
-        return None if shape is None else min(shape)
+        return None if shape is None else min(shape, default=None)
     if node.op_type == "OneHot" and position == 0:
         depth = constant(node.inputs[1])
-        return None if depth is None else int(depth.reshape(-1)[0])
+        return None if depth is None or not depth.size else int(depth.reshape(-1)[0])
     return None

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from tilewright.tuner.model.calibration import data as loading
 from tilewright.tuner.model.calibration.data import RANDOM_WARNING, Samples, load_data
 from tilewright.tuning_db.errors import ModelError, UsageError
 
@@ -261,3 +262,18 @@ def test_random_data_is_loud_and_depends_on_its_seed_alone() -> None:
     again = load_data("random", given, count=5, seed=7)
     assert again.digest == samples.digest
     assert load_data("random", given, count=5, seed=8).digest != samples.digest
+
+
+def test_inputs_that_no_memory_holds_get_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_memory", lambda: 95)
+    with pytest.raises(ModelError, match=r"one feed of the model's inputs has 48 bytes, which is too much"):
+        load_data("random", PICTURES, count=1)
+    monkeypatch.setattr(loading, "_memory", lambda: 96)
+    assert len(load_data("random", PICTURES, count=1)) == 1
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(loading.RandomFeeds, "feed", full)
+    with pytest.raises(ModelError, match="has 48 bytes, which is too much for this machine's memory"):
+        load_data("random", PICTURES, count=1)

@@ -60,6 +60,10 @@ CASES = {
         9,
     ),
     "a mask": (model(("Cast", ["ids"], {"to": TensorProto.FLOAT})), None),
+    "what is added and is no number": (
+        model(("Cast", ["ids"], {"to": TensorProto.FLOAT}), ("Add", ["v0", "low"], {}), low=np.float32([-np.inf])),
+        None,
+    ),
     "what is looked up in": (
         model(("Gather", ["ids", "last"], {"axis": 1}), ("Gather", ["t", "v0"], {}), last=np.array([5]), t=table(4, 3)),
         4,
@@ -85,3 +89,13 @@ def test_a_table_without_entries() -> None:
     empty = model(("Gather", ["t", "ids"], {}), t=table(0, 3))
     with pytest.raises(ModelError, match="input 'ids' is an index into a table of no entries"):
         load_data("random", empty, count=1)
+
+
+def test_a_one_hot_without_a_depth_bounds_nothing() -> None:
+    odd = model(("OneHot", ["ids", "depth", "ends"], {}), depth=np.zeros(0, np.int64), ends=np.float32([0, 1]))
+    assert index_bound(odd.graph.inputs[0]) is None
+
+
+def test_operators_of_other_domains_are_not_followed() -> None:
+    odd = model(("Add", ["ids", "one", "one"], {"domain": "own"}), one=np.array(1))
+    assert index_bound(odd.graph.inputs[0]) is None
