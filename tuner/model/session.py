@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +41,9 @@ large model costs more than it gains."""
 OWN_BYTES = 64 << 20
 """A larger file, which then has its weights in it, ONNX Runtime reads itself, and holds them once; we would twice. Of a
 smaller one it uses what we read, with external weights mapped."""
+
+LONGEST_NODE_S = 5.0
+"""How long an interrupted run waits for the node that is being computed, which can't be interrupted."""
 
 # Types that NumPy has no dtype of and ONNX Runtime no NumPy array: they travel as bits of the integer type. FP32 holds
 # every number of each, so what comes out is cast to it in the graph and back here, without loss.
@@ -109,7 +114,7 @@ class Session:
         results: dict[str, Array] = {}
         if fetched:
             try:
-                arrays = self._session.run(fetched, {name: _given(array) for name, array in feed.items()})
+                arrays = self._computed(fetched, {name: _given(array) for name, array in feed.items()})
             except _errors() as error:
                 refused = type(error).__name__ == "InvalidArgument"
                 raise (ModelError if refused else RunError)(
@@ -117,6 +122,32 @@ class Session:
                 ) from None
             results = dict(zip(fetched, arrays, strict=True))
         return {name: self._result(name, feed, results) for name in self._outputs}
+
+    def _computed(self, fetched: Sequence[str], feed: Mapping[str, Any]) -> list[Array]:
+        """What ONNX Runtime gives for a feed, while Ctrl-C and SIGTERM work.
+
+        Python handles signals in the main thread between its own instructions, and a model may run for hours: that
+        thread waits for another one. ONNX Runtime looks at `terminate` after every node, those of loops too.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return list(self._session.run(fetched, feed))
+        options = _runtime().RunOptions()
+        running: Future[list[Array]] = Future()
+
+        def compute() -> None:
+            try:
+                running.set_result(self._session.run(fetched, feed, options))
+            except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+                running.set_exception(error)
+
+        try:
+            threading.Thread(target=compute, daemon=True).start()
+            wait([running])
+        except BaseException:
+            options.terminate = True
+            wait([running], timeout=LONGEST_NODE_S)
+            raise
+        return running.result()
 
     def _result(self, name: str, feed: Feed, results: Mapping[str, Array]) -> Array:
         if name in self._constants:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -272,6 +273,60 @@ def test_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_main_values() -> None:
     assert set(main_values(ir.from_proto(chain(WEIGHT)))) == {"x", "w", "one", "h", "r", "y"}
+
+
+ENDLESS = """
+import os, signal, sys, threading
+import numpy as np, onnx, onnx_ir as ir
+from onnx import TensorProto, helper, numpy_helper
+from tilewright.tuner.model.session import Session
+
+class Stopped(BaseException):
+    pass
+
+def stop(number, frame):
+    raise Stopped
+
+number = signal.Signals[sys.argv[1]]
+signal.signal(number, stop)
+info = helper.make_tensor_value_info
+body = helper.make_graph(
+    [helper.make_node("Identity", ["on"], ["on2"]), helper.make_node("Add", ["v", "one"], ["v2"])],
+    "body",
+    [info("i", TensorProto.INT64, []), info("on", TensorProto.BOOL, []), info("v", TensorProto.FLOAT, [])],
+    [info("on2", TensorProto.BOOL, []), info("v2", TensorProto.FLOAT, [])],
+    [numpy_helper.from_array(np.float32(1), "one")],
+)
+graph = helper.make_graph(
+    [helper.make_node("Loop", ["times", "", "zero"], ["y"], body=body)],
+    "loop",
+    [info("times", TensorProto.INT64, [])],
+    [info("y", TensorProto.FLOAT, [])],
+    [numpy_helper.from_array(np.float32(0), "zero")],
+)
+made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+session = Session(ir.from_proto(made))
+threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+try:
+    session.run({"times": np.array(2**40)})
+except Stopped:
+    assert threading.active_count() == 1
+    print(session.run({"times": np.array(3)})["y"])
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_run_that_takes_for_ever_can_be_interrupted(name: str) -> None:
+    """And the session goes on afterwards."""
+    ended = subprocess.run([sys.executable, "-c", ENDLESS, name], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "3.0\n", "")
+
+
+def test_a_session_of_another_thread() -> None:
+    opened = Session(ir.from_proto(chain(WEIGHT)))
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(opened.run, {"x": X}).result()
+    np.testing.assert_array_equal(found["y"], opened.run({"x": X})["y"])
 
 
 MEMORY = """
