@@ -93,7 +93,7 @@ def test_weights_of_every_type(kind: str, raw: bool, count: int, tmp_path: Path)
     held = helper.make_tensor("w", int(dtype), [1, count], array.astype(dtype.numpy()).reshape(-1))
     if raw:
         held = ir.to_proto(ir.tensor(array.astype(dtype.numpy()), name="w", dtype=dtype))
-    model = proto([node("Identity", "w", "y")], tensors=[held], outputs=[value("y", None, int(dtype))])
+    model = proto([node("Cast", "w", "y", to=TensorProto.FLOAT)], tensors=[held], outputs=[value("y", None)])
     path = saved(model, tmp_path / "m.onnx")
     result = read_model(path).graph.initializers["w"].const_value
     assert result is not None
