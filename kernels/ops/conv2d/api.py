@@ -70,8 +70,8 @@ def conv2d(
         w: (K, R, S, C/groups), or (K, C/groups, R, S), of the same dtype.
         x_scale: factor on the sums: a number, or one fp32 element on the GPU.
         w_scale: likewise, or one for each output channel, fp32 (K,).
-        bias: (K,).
-        residual: of the result's shape.
+        bias: (K,), of fp16, bf16, fp32 or fp8.
+        residual: of the result's shape, of any of these.
         activation: a name of `activations.ACTIVATIONS`, with its parameters: "silu", "leaky_relu:0.1", "clamp:0:6".
         alpha: factor on the sums: a number, or an fp32 array of one element on the GPU.
         out_scale: scale of a quantised result (int8, fp8): likewise.
@@ -82,8 +82,9 @@ def conv2d(
             channels is a depthwise convolution.
         layout: order of the dimensions of x, w, residual and out: "nhwc" or "nchw".
         precision: of fp32 operands: "ieee" (default; CUDA cores) or "tf32" (tensor cores, 10-bit mantissa).
-        out_dtype: canonical dtype name of the result; by default that of `x`, bf16 for fp8, and for int8 int32 or, if
-            anything else is fused, bf16. "int8" needs `out_scale`.
+        out_dtype: canonical dtype name of the result; by default that of `x`, bf16 for fp8, and for int8 int32 or, with
+            `x_scale` or `w_scale`, bf16. Of int8 with neither, nothing but the bare int32 sums. "int8" needs
+            `out_scale`.
         out: array (N, P, Q, K), or (N, K, P, Q), to write to, of `out_dtype`; it may be `residual`, but not overlap
             another input.
         config: a configuration to use instead of the tuned one; a `GemmConfig` for what runs as a GEMM.

@@ -62,7 +62,7 @@ def gemm(
     `lookup`. The call returns as soon as the work is on the caller's current stream.
 
     Args:
-        a: (..., M, K), of fp16, bf16, fp32, int8, or (sm_89 on) fp8e4m3, fp8e5m2. Rows or columns contiguous, by its
+        a: (..., M, K), of fp16, bf16, fp32, int8, fp8e5m2, or (sm_89 on) fp8e4m3. Rows or columns contiguous, by its
             strides.
         b: (..., K, N), of the same dtype; under fp16 and bf16 also int8, or int4 packed by `pack_int4`: uint8
             (..., 16·⌈K/32⌉, N). Likewise by its strides; leading dimensions of `a` and `b` broadcast as in
@@ -72,16 +72,17 @@ def gemm(
         b_zero: zero points of int8 or int4 weights, B = b_scale · (b - b_zero), of the dtype of `b`: (N,), or with
             `group_size` (⌈K/group_size⌉, N). By default 0, of int4 8.
         group_size: rows of int8 or int4 weights that share a scale: 32, 64 or 128.
-        bias: (N,), or with `bias_axis="m"` (M,).
-        residual: (..., M, N), gated (..., M, N/2), its leading dimensions broadcast to the result's.
+        bias: (N,), or with `bias_axis="m"` (M,), of fp16, bf16, fp32 or fp8.
+        residual: (..., M, N), gated (..., M, N/2), of any of these, its leading dimensions broadcast to the result's.
         activation: a name of `activations.ACTIVATIONS`, with its parameters: "gelu", "leaky_relu:0.1", "clamp:0:6".
         gated: pairs of columns: "halves", all g before all u, or "interleaved", g, u, g, u, …. SwiGLU, GEGLU and ReGLU
             have the activations silu, gelu and relu.
         alpha: factor on the product: a number, or an fp32 array of one element on the GPU.
         out_scale: scale of a quantised result (int8, fp8): likewise.
         precision: of fp32 operands: "ieee" (default; CUDA cores) or "tf32" (tensor cores, 10-bit mantissa).
-        out_dtype: canonical dtype name of the result; by default that of `a`, bf16 for fp8, and for int8 int32 or, if
-            anything else is fused, bf16. "int8" needs `out_scale`.
+        out_dtype: canonical dtype name of the result; by default that of `a`, bf16 for fp8, and for int8 int32 or, with
+            `a_scale` or `b_scale`, bf16. Of int8 with neither, nothing but the bare int32 sums. "int8" needs
+            `out_scale`.
         out: array (..., M, N), gated (..., M, N/2), to write to, of `out_dtype`; it may be `residual`, but not overlap
             another input.
         config: a configuration to use instead of the tuned one.
@@ -93,6 +94,7 @@ def gemm(
         ProblemError: shapes or dtypes that don't go together; the message has them.
         UnsupportedError: an operand with neither rows nor columns contiguous, or a dtype this GPU lacks.
         IllegalConfigError: `config` breaks a limit of the problem or the GPU.
+        UsageError: an option that can't be one, as an unknown activation or a `group_size` that is no integer.
         MissingDependencyError: CuPy or a GPU is needed and absent.
     """
     if config is not None:
