@@ -50,7 +50,8 @@ class Packed:
 
 
 def problems_on_record(device: Device, folder: Path, ops: Sequence[str] = ()) -> list[tuple[str, Problem]]:
-    """Every problem that a device's database has a result for, with its op; of those that these kernels know.
+    """Every problem that a device's own database has a result for, with its op; of those that these kernels know. Shipped
+    records are not among them.
 
     Raises:
         DatabaseError: the database can't be read.

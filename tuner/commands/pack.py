@@ -20,7 +20,7 @@ from tilewright.tuning_db.errors import UsageError
     "problems",
     multiple=True,
     metavar="KEY=VALUE,…",
-    help="A problem to pack; repeatable. By default, all that is on record for the device.",
+    help="A problem to pack; repeatable. By default, all that was tuned here for the device.",
 )
 @click.option("--suite", "suites", multiple=True, metavar="NAME", help="A suite to pack; repeatable.")
 @click.option(
