@@ -18,12 +18,12 @@ import numpy as np
 
 from tilewright.kernels.arrays import ArrayKind, View, kind_of
 from tilewright.kernels.dispatch import Constants, call_cache, plan_for
-from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.dtypes import array_dtype_text, dtype
 from tilewright.kernels.interpreter import require_interpreter
 from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.problem import Config, Output, Problem
 from tilewright.kernels.runtime import Plan, Run
-from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError, UsageError
 
 MOST_CALLS = 65536
 """Signatures an op remembers; a program with more (every shape new) prepares them again rather than grow for ever."""
@@ -91,12 +91,13 @@ class PlannedCall:
         return outs
 
     def _on_device(self, kind: ArrayKind, like: Any, name: str, value: float, stream: int) -> Any:
-        """A number on the device, made once per value and stream, in whose order it is filled: a kernel takes no
-        floats."""
-        key = (kind, self.ordinal, stream, value)  # by number: CuPy's devices have no hash
+        """A number on the device, made once per name, value and stream, in whose order it is filled: a kernel takes
+        no floats."""
+        # By the GPU's number: CuPy's devices have no hash. By name, as not every input may have every value.
+        key = (kind, self.ordinal, stream, name, value)
         array = _numbers.get(key)
         if array is None:
-            array = kind.scalar(like, _finite(name, value))
+            array = kind.scalar(like, _number(name, value))
             if len(_numbers) < MOST_NUMBERS:
                 _numbers[key] = array  # for good, as a captured CUDA graph may read it
         return array
@@ -105,8 +106,11 @@ class PlannedCall:
 NOWHERE = 0
 """Address of a number in its view: it is put on the device by the call."""
 
-LARGEST = float(np.finfo(np.float32).max)
-"""Of finite numbers as kernels have them."""
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+"""Of normal numbers above 0, and of finite ones, as kernels have them."""
+
+DIVISORS = ("out_scale",)
+"""Inputs that a result is divided by: numbers above 0. Arrays are not looked at, for that would mean waiting."""
 
 
 def as_float(value: Any) -> float:
@@ -117,15 +121,17 @@ def as_float(value: Any) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _finite(name: str, value: Any) -> float:
+def _number(name: str, value: Any) -> float:
     number = as_float(value)
+    if name in DIVISORS and not SMALLEST <= number <= LARGEST:
+        raise UsageError(f"{name}={value!r} must be a number above 0, of fp32")
     if not abs(number) <= LARGEST:
         raise UsageError(f"{name}={value!r} must be a finite number of fp32")
     return number
 
 
 def factor(value: Any) -> Any:
-    """A factor, or None where it is 1: nothing is multiplied then."""
+    """A factor, or None where it is 1 or None: nothing is multiplied then."""
     if value.__class__ is float:  # what it mostly is; asking the abstract class takes half a microsecond
         return None if value == 1.0 else value
     return None if isinstance(value, numbers.Real) and value == 1.0 else value
@@ -164,10 +170,15 @@ def _kind(name: str, array: Any) -> ArrayKind:
         raise UnsupportedError(f"{name}: {error}") from None
 
 
-def _view(name: str, array: Any) -> View:
+def _view(name: str, array: Any, known: Sequence[str]) -> View:
+    """An array as a kernel sees it; `known` are the dtypes that it may have, if they are told."""
     try:
         return kind_of(array).view(array)
     except UnsupportedError as error:
+        found = array_dtype_text(getattr(array, "dtype", None))
+        if known and found is not None:  # as NumPy's and torch's integers are int64 unless they are told otherwise
+            names = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
+            raise UnsupportedProblemError(f"{name} is {found} and must be {names}") from None
         raise UnsupportedError(f"{name}: {error}") from None
 
 
@@ -186,12 +197,14 @@ class Operation:
         scalar_or_array: tuple[str, ...] = (),
         in_place: tuple[str, ...] = (),
         required: tuple[str, ...] = (),
+        dtypes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """`inputs` and `outputs` are the names of the arrays, in the order of calls; the first input decides library,
         device and stream. Those in `scalars` are numbers or have one element, those in `scalar_or_array` are numbers or
         of any shape; an output may be one of those in `in_place`, element for element. `options` are the names of what
         else a call says: text, numbers, tuples of them, a configuration or None. `prepare` gets the views of the arrays
-        that are there, by name, and the options' values. Without `required`, the first input is.
+        that are there, by name, and the options' values. Without `required`, the first input is. `dtypes` are those
+        that an array may have, by its name, for the message about one whose dtype no kernel has.
         """
         self.kernel = kernel
         self._required = required or inputs[:1]
@@ -201,6 +214,7 @@ class Operation:
         self._scalars = tuple(index for index, name in enumerate(inputs) if name in scalars)
         self._numbers = tuple(index for index, name in enumerate(inputs) if name in scalars + scalar_or_array)
         self._in_place = frozenset(in_place)
+        self._dtypes = {**dict.fromkeys(scalars, ("fp32",)), **(dtypes or {})}
         self._calls: dict[tuple[Any, ...], tuple[Prepared, tuple[Guard, ...]]] = call_cache()
 
     # A method, as `Prepared.run` is: an object with `__call__` takes twice as long to call.
@@ -296,7 +310,7 @@ class Operation:
             if array.__class__ is float and index in self._numbers:
                 views[name] = View(NOWHERE, (1,), (1,), "fp32", next(iter(views.values())).device)
             elif array is not None:
-                views[name] = _view(name, array)
+                views[name] = _view(name, array, self._dtypes.get(name, ()))
         for index in self._scalars:
             scalar = views.get(self._inputs[index])
             if scalar is not None and (scalar.dtype != "fp32" or math.prod(scalar.shape) != 1):
@@ -332,13 +346,19 @@ class Operation:
         return tuple(guards)
 
     def _with_numbers(self, arrays: Arrays) -> Arrays:
-        """The arrays with numbers that are no floats as such; the very same tuple where there are none."""
+        """The arrays with numbers that are no floats as such; the very same tuple where there are none.
+
+        Raises:
+            UsageError: a number that the input can't be, or something that is none.
+        """
         for index in self._numbers:
             value = arrays[index]
-            if value is None or value.__class__ is float:
+            if value is None:
                 continue
-            if isinstance(value, numbers.Real):
-                arrays = (*arrays[:index], _finite(self._inputs[index], value), *arrays[index + 1 :])
+            if value.__class__ is float:
+                _number(self._inputs[index], value)  # before anything is compiled for it
+            elif isinstance(value, numbers.Real):
+                arrays = (*arrays[:index], _number(self._inputs[index], value), *arrays[index + 1 :])
             elif isinstance(value, str | bytes | numbers.Number | list | tuple):
                 raise UsageError(f"{self._inputs[index]}={value!r} must be a real number or an array")
         return arrays

@@ -81,13 +81,23 @@ def refused(name: str, kind: str, op: str, known: Collection[str]) -> ProblemErr
     return UnsupportedProblemError(text) if kind in DTYPES else ProblemError(f"unknown {text}")
 
 
+def array_dtype_text(array_dtype: Any) -> str | None:
+    """What a library calls a dtype that kernels don't have; None for one that they have, or for none."""
+    text = None if array_dtype is None else _text(array_dtype)
+    return None if text in _ARRAY_NAMES else text
+
+
+def _text(array_dtype: Any) -> str:
+    return str(array_dtype).removeprefix("torch.")
+
+
 def dtype_name(array_dtype: Any) -> str:
     """The canonical name of an array's `dtype` attribute, of NumPy, CuPy, torch or JAX.
 
     Raises:
         UnsupportedError: kernels have no such data type.
     """
-    text = str(array_dtype).removeprefix("torch.")
+    text = _text(array_dtype)
     try:
         return _ARRAY_NAMES[text]
     except KeyError:

@@ -71,13 +71,12 @@ class FusedProblem(Problem):
         put = object.__setattr__  # frozen: set once, as the problem is made
         put(self, "activation", activation_name(self.activation))
         put(self, "out_dtype", self.out_dtype or default_out_dtype)
-        for name, kind, known in (
-            ("out_dtype", self.out_dtype, OUTPUT_DTYPES),
-            ("bias", self.bias, FLOATS),
-            ("residual", self.residual, FLOATS),
-        ):
-            if kind is not None and kind not in known:
-                raise refused(name, kind, self.op, known)
+        if self.output_dtype not in OUTPUT_DTYPES:
+            sums = getattr(self, "dtype", None) == "int8"  # nothing else gives int32
+            raise refused("out_dtype", self.output_dtype, self.op, OUTPUT_DTYPES if sums else (*FLOATS, "int8"))
+        for name, kind in (("bias", self.bias), ("residual", self.residual)):
+            if kind is not None and kind not in FLOATS:
+                raise refused(name, kind, self.op, FLOATS)
         if self.out_scale and self.out_dtype not in QUANTISED:
             raise ProblemError(f"out_scale is for a result of {', '.join(QUANTISED)}, not out_dtype={self.out_dtype!r}")
         if self.out_dtype == "int8" and not self.out_scale:

@@ -50,8 +50,8 @@ class Packed:
 
 
 def problems_on_record(device: Device, folder: Path, ops: Sequence[str] = ()) -> list[tuple[str, Problem]]:
-    """Every problem that a device's own database has a result for, with its op; of those that these kernels know. Shipped
-    records are not among them.
+    """Every problem that a device's own database has a result for, with its op; of those that these kernels know. Of
+    shipped records none.
 
     Raises:
         DatabaseError: the database can't be read.

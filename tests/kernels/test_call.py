@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tilewright.kernels import call as calling
+from tilewright.kernels import gemm, rmsnorm
 from tilewright.kernels.call import Operation, PlannedCall
 from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.problem import Output
@@ -185,6 +186,21 @@ def test_numbers_that_fp32_has_not_are_refused(factor):
     with pytest.raises(UsageError, match=r"^factor=.* must be a finite number of fp32$"):
         run(op, factor=factor)
     assert plan.runs == []
+
+
+@pytest.mark.parametrize("scale", [0.0, 0, -0.0, -1.0, 1e-39, 1e39, float("nan"), float("inf")])
+def test_a_result_is_divided_by_a_number_above_0(scale):
+    x, w = np.ones((16, 16), np.float16), np.ones((16, 16), np.float16)
+    gemm(x, w, alpha=0.0, out_scale=1.0, out_dtype="int8")  # what is kept as alpha is no out_scale
+    with pytest.raises(UsageError, match=r"^out_scale=.* must be a number above 0, of fp32$"):
+        gemm(x, w, alpha=0.0, out_scale=scale, out_dtype="int8")
+    with pytest.raises(UsageError, match=r"^out_scale=.* must be a number above 0, of fp32$"):
+        rmsnorm(x, out_scale=scale, out_dtype="int8")
+
+
+def test_no_factor_is_a_factor_of_1():
+    x, w = np.ones((16, 16), np.float16), np.ones((16, 16), np.float16)
+    np.testing.assert_array_equal(gemm(x, w, alpha=None), gemm(x, w))
 
 
 def test_numbers_are_not_kept_on_the_device_without_end(monkeypatch):

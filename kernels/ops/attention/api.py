@@ -6,19 +6,15 @@ import math
 from numbers import Real
 from typing import Any
 
-import numpy as np
-
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Operation, Prepared, as_float, flag
+from tilewright.kernels.call import LARGEST, SMALLEST, Operation, Prepared, as_float, flag
+from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.operands import SCALARS, Options, dense_strides, problem_of, strides_of
 from tilewright.kernels.ops.attention.problem import SOFTCAP
 from tilewright.kernels.ops.attention.reference import strides
 from tilewright.kernels.ops.attention.space import AttentionConfig
 from tilewright.tuning_db.errors import UsageError
-
-SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-"""Of normal fp32 numbers above 0."""
 
 
 def attention(
@@ -183,5 +179,14 @@ INPUTS = (
 )
 
 _ATTENTION = Operation(
-    ATTENTION, INPUTS, Options._fields, _prepare, outputs=("out", "lse"), scalars=SCALARS, required=("q", "k", "v")
+    ATTENTION,
+    INPUTS,
+    Options._fields,
+    _prepare,
+    outputs=("out", "lse"),
+    scalars=SCALARS,
+    required=("q", "k", "v"),
+    dtypes=dict.fromkeys(("q", "k", "v", "bias", "out"), FLOATS)
+    | dict.fromkeys(("alibi_slopes", "sinks", "lse"), ("fp32",))
+    | dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "block_table", "kv_lens"), ("int32",)),
 )

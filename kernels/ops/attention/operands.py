@@ -203,8 +203,6 @@ def _check_others(views: Mapping[str, View], b: int, h: int, sq: int, skv: int) 
 
 
 def _out_dtype(views: Mapping[str, View], wanted: str | None) -> str | None:
-    if wanted is not None:
-        dtype(wanted)
     if "out" not in views:
         return wanted
     if wanted not in (None, views["out"].dtype):

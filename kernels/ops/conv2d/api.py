@@ -9,6 +9,7 @@ from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
 from tilewright.kernels.call import Arrays, Operation, PlannedCall, Prepared, factor, integer
 from tilewright.kernels.dispatch import plan_for
+from tilewright.kernels.epilogue import FLOATS, OUTPUT_DTYPES
 from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.conv2d.operands import (
     FROM_NHWC,
@@ -19,7 +20,7 @@ from tilewright.kernels.ops.conv2d.operands import (
     paddings,
     sizes_of,
 )
-from tilewright.kernels.ops.conv2d.problem import LAYOUTS, Conv2dProblem, as_gemm
+from tilewright.kernels.ops.conv2d.problem import INPUT_DTYPES, LAYOUTS, Conv2dProblem, as_gemm
 from tilewright.kernels.ops.conv2d.space import Conv2dConfig
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.space import GemmConfig
@@ -73,8 +74,8 @@ def conv2d(
         bias: (K,), of fp16, bf16, fp32 or fp8.
         residual: of the result's shape, of any of these.
         activation: a name of `activations.ACTIVATIONS`, with its parameters: "silu", "leaky_relu:0.1", "clamp:0:6".
-        alpha: factor on the sums: a number, or an fp32 array of one element on the GPU.
-        out_scale: scale of a quantised result (int8, fp8): likewise.
+        alpha: factor on the sums: a number, or an fp32 array of one element on the GPU; None is 1.
+        out_scale: scale of a quantised result (int8, fp8): a number above 0, or such an array, which is not looked at.
         stride: one for both dimensions, or (height, width).
         padding: zeros around x: one number, (height, width), or (top, left, bottom, right), the order of ONNX.
         dilation: distance of neighbouring taps: one for both dimensions, or (height, width).
@@ -308,6 +309,14 @@ _CONV2D, _CONV1D = (
         scalar_or_array=("w_scale",),
         in_place=("residual",),
         required=("x", "w"),
+        dtypes={
+            "x": INPUT_DTYPES,
+            "w": INPUT_DTYPES,
+            "w_scale": ("fp32",),
+            "bias": FLOATS,
+            "residual": FLOATS,
+            "out": OUTPUT_DTYPES,
+        },
     )
     for prepare in (_prepare, _prepare_row)
 )

@@ -8,7 +8,6 @@ from numbers import Integral
 from typing import Any
 
 from tilewright.kernels.arrays import View
-from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.conv2d.problem import LAYOUTS
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError, UsageError
 
@@ -130,8 +129,6 @@ def dtypes_of(views: dict[str, View], out_dtype: str | None) -> dict[str, Any]:
     """
     if views["x"].dtype != views["w"].dtype:
         raise UnsupportedProblemError(f"x is {views['x'].dtype} and w is {views['w'].dtype}: they must have one dtype")
-    if out_dtype is not None:
-        dtype(out_dtype)
     if "out" in views:
         if out_dtype not in (None, views["out"].dtype):
             raise ProblemError(f"out is {views['out'].dtype} and out_dtype={out_dtype!r}: leave one out")

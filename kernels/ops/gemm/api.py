@@ -9,6 +9,7 @@ from typing import Any
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
 from tilewright.kernels.call import Arrays, Operation, Prepared, factor, integer
+from tilewright.kernels.epilogue import FLOATS, OUTPUT_DTYPES
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.operands import (
     Matrix,
@@ -22,7 +23,7 @@ from tilewright.kernels.ops.gemm.operands import (
     scales_of,
     shapes_of,
 )
-from tilewright.kernels.ops.gemm.problem import OPERANDS, GemmProblem
+from tilewright.kernels.ops.gemm.problem import INPUT_DTYPES, OPERANDS, SCALE_DTYPES, GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.problem import Output
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
@@ -33,6 +34,18 @@ SCALARS = ("alpha", "out_scale")
 
 SCALES = ("a_scale", "b_scale")
 """Inputs of one element or of many."""
+
+ARRAY_DTYPES = {
+    "a": INPUT_DTYPES,
+    "b": (*INPUT_DTYPES, "uint8"),
+    "a_scale": ("fp32",),
+    "b_scale": SCALE_DTYPES,
+    "b_zero": ("int8", "uint8"),
+    "bias": FLOATS,
+    "residual": FLOATS,
+    "out": OUTPUT_DTYPES,
+}
+"""What each array may be."""
 
 
 def gemm(
@@ -77,8 +90,8 @@ def gemm(
         activation: a name of `activations.ACTIVATIONS`, with its parameters: "gelu", "leaky_relu:0.1", "clamp:0:6".
         gated: pairs of columns: "halves", all g before all u, or "interleaved", g, u, g, u, …. SwiGLU, GEGLU and ReGLU
             have the activations silu, gelu and relu.
-        alpha: factor on the product: a number, or an fp32 array of one element on the GPU.
-        out_scale: scale of a quantised result (int8, fp8): likewise.
+        alpha: factor on the product: a number, or an fp32 array of one element on the GPU; None is 1.
+        out_scale: scale of a quantised result (int8, fp8): a number above 0, or such an array, which is not looked at.
         precision: of fp32 operands: "ieee" (default; CUDA cores) or "tf32" (tensor cores, 10-bit mantissa).
         out_dtype: canonical dtype name of the result; by default that of `a`, bf16 for fp8, and for int8 int32 or, with
             `a_scale` or `b_scale`, bf16. Of int8 with neither, nothing but the bare int32 sums. "int8" needs
@@ -245,4 +258,5 @@ _GEMM = Operation(
     scalar_or_array=SCALES,
     in_place=("residual",),
     required=("a", "b"),
+    dtypes=ARRAY_DTYPES,
 )

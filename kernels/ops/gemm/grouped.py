@@ -7,7 +7,7 @@ from typing import Any
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
 from tilewright.kernels.call import Operation, Prepared, factor, integer
-from tilewright.kernels.ops.gemm.api import INPUTS, OPTIONS, SCALARS, SCALES, alignments, check_config
+from tilewright.kernels.ops.gemm.api import ARRAY_DTYPES, INPUTS, OPTIONS, SCALARS, SCALES, alignments, check_config
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.operands import (
     Matrix,
@@ -135,4 +135,5 @@ _GROUPED = Operation(
     scalar_or_array=SCALES,
     in_place=("residual",),
     required=("a", "b", "offsets"),
+    dtypes={**ARRAY_DTYPES, "offsets": ("int32",)},
 )

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tilewright.kernels.arrays import View
-from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.gemm.packing import packed_rows
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError
 
@@ -144,8 +143,6 @@ def dtypes_of(views: dict[str, View], out_dtype: str | None) -> dict[str, str | 
         raise UnsupportedProblemError(
             f"a is {a} and b is {b}: they must have one dtype, or a fp16 or bf16 and b int8 or uint8 (packed int4)"
         )
-    if out_dtype is not None:
-        dtype(out_dtype)
     if "out" in views:
         if out_dtype not in (None, views["out"].dtype):
             raise ProblemError(f"out is {views['out'].dtype} and out_dtype={out_dtype!r}: leave one out")

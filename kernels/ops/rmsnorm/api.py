@@ -10,9 +10,9 @@ import numpy as np
 
 from tilewright.kernels.arrays import ArrayKind, View
 from tilewright.kernels.call import LARGEST, Operation, Prepared, as_float, flag
-from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
-from tilewright.kernels.ops.rmsnorm.problem import EPS, RmsNormProblem
+from tilewright.kernels.ops.rmsnorm.problem import EPS, INPUT_DTYPES, RmsNormProblem
 from tilewright.kernels.ops.rmsnorm.space import RmsNormConfig
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
 
@@ -45,8 +45,9 @@ def rmsnorm(
         eps: a number of at least 0, compiled in; rows of zeros are NaN if it is 0.
         weight_offset: a number added to the weight, compiled in: 1 for models that keep weight - 1.
         out_dtype: canonical dtype name of the result; by default that of `x`. "int8" needs `out_scale`.
-        out_scale: scale of a quantised result (int8, fp8): a number, or an fp32 array of one element on the GPU, or
-            "row" for one of each row that takes its largest element to the type's largest number (1 of a row of zeros).
+        out_scale: scale of a quantised result (int8, fp8): a number above 0, or an fp32 array of one element on the
+            GPU, which is not looked at, or "row" for one of each row that takes its largest element to the type's
+            largest number (1 of a row of zeros).
         out: array as `x` to write to, of `out_dtype`; it may be `x` or `residual`.
         residual_out: array as `x` to write h to, of the residual's dtype; it may be `residual` or `x`.
         return_residual: whether h is a result; `residual_out` says so too.
@@ -93,7 +94,7 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
     if "row_scale" in views:
         _check_row_scale(views["row_scale"], (*x.shape[:-1], 1), scaled_rows)
     if "out" in views and out_dtype not in (None, views["out"].dtype):
-        raise ProblemError(f"out is {views['out'].dtype} and out_dtype={dtype(out_dtype).name!r}: leave one out")
+        raise ProblemError(f"out is {views['out'].dtype} and out_dtype={out_dtype!r}: leave one out")
     wants_sum = return_residual or "residual_out" in views
     if wants_sum and "residual" not in views:
         raise ProblemError("return_residual and residual_out need a residual: without one h is x")
@@ -185,4 +186,9 @@ _RMSNORM = Operation(
     outputs=("out", "residual_out", "row_scale"),
     scalars=("out_scale",),
     in_place=("x", "residual"),
+    dtypes={
+        **dict.fromkeys(("x", "residual", "weight", "residual_out"), INPUT_DTYPES),
+        "out": (*FLOATS, "int8"),
+        "row_scale": ("fp32",),
+    },
 )

@@ -19,7 +19,13 @@ from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem, as_gemm, tolerance
 from tilewright.kernels.ops.conv2d.space import Conv2dConfig
 from tilewright.kernels.ops.gemm.launch import GEMM
-from tilewright.tuning_db.errors import IllegalConfigError, ProblemError, UnsupportedError, UsageError
+from tilewright.tuning_db.errors import (
+    IllegalConfigError,
+    ProblemError,
+    UnsupportedError,
+    UnsupportedProblemError,
+    UsageError,
+)
 
 
 @pytest.fixture
@@ -375,7 +381,7 @@ class Fake:
         (ProblemError, "no dimension may be 0", {"x": X[:0]}),
         (ProblemError, "no dimension may be 0", {"w": W[:, :, :0]}),
         (ProblemError, "x is fp16 and w is fp32: they must have one dtype", {"w": W.astype(np.float32)}),
-        (UnsupportedError, "arrays of dtype int64 are not", {"x": X.astype(np.int64)}),
+        (UnsupportedProblemError, "x is int64 and must be fp16", {"x": X.astype(np.int64)}),
         (ProblemError, "dtype='int32': conv2d takes", {"x": X.astype(np.int32), "w": W.astype(np.int32)}),
         (ProblemError, "W=2 with padding is less than the 3 that 3 taps", {"x": X[:, :, :2].copy()}),
         (ProblemError, "bias is (5,) and must be (4,)", {"bias": np.ones(5, np.float16)}),
@@ -406,7 +412,7 @@ class Fake:
         (UsageError, "padding=None must be an integer", {"padding": None}),
         (ProblemError, "layout='hwc' must be nhwc or nchw", {"layout": "hwc"}),
         (UsageError, "unknown activation 'swosh'", {"activation": "swosh"}),
-        (ProblemError, "unknown dtype 'float16'; the names are", {"out_dtype": "float16"}),
+        (ProblemError, "unknown out_dtype='float16': conv2d takes fp16", {"out_dtype": "float16"}),
         (ProblemError, "out_dtype='int8' needs out_scale", {"out_dtype": "int8"}),
         (ProblemError, "out_scale is for a result of int8", {"out_scale": 0.5}),
         (ProblemError, "precision='tf32' is for dtype=fp32", {"precision": "tf32"}),

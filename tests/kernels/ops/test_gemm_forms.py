@@ -616,7 +616,7 @@ GROUPED = {"a": A, "b": np.stack([B] * 2), "offsets": np.array([0, 1, 4], np.int
         (ProblemError, "a is (4, 64) and b is (64, 6): they must be (M, K) and (groups, K, N)", {"b": B}),
         (ProblemError, "K=64 and K=63 must be equal", {"b": GROUPED["b"][:, :63]}),
         (ProblemError, "offsets is (2,) and must be (3,)", {"offsets": GROUPED["offsets"][:2]}),
-        (UnsupportedError, "arrays of dtype int64 are not supported", {"offsets": np.array([0, 1, 4])}),
+        (UnsupportedProblemError, "offsets is int64 and must be int32", {"offsets": np.array([0, 1, 4])}),
         (ProblemError, "offsets is fp32 and must be int32", {"offsets": np.zeros(3, F32)}),
         (ProblemError, "bias is (6,) and must be (2, 6)", {"bias": np.ones(6, F32)}),
         (ProblemError, "residual is (4, 5) and must be (4, 6)", {"residual": np.ones((4, 5), F32)}),
