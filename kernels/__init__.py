@@ -27,6 +27,22 @@ from tilewright.kernels.ops.rmsnorm.problem import RmsNormProblem
 from tilewright.kernels.ops.rmsnorm.space import RmsNormConfig
 from tilewright.kernels.prediction import Prediction, predict
 from tilewright.kernels.registry import KERNELS, find_kernel
+from tilewright.tuning_db.errors import (
+    CompileError,
+    IllegalConfigError,
+    LaunchError,
+    MissingDependencyError,
+    NotPackedError,
+    PackError,
+    ProblemError,
+    RunError,
+    TilewrightError,
+    UnknownDeviceError,
+    UnknownKernelError,
+    UnsupportedError,
+    UnsupportedProblemError,
+    UsageError,
+)
 
 __all__ = [
     "gemm",
@@ -53,4 +69,18 @@ __all__ = [
     "choose",
     "Prediction",
     "predict",
+    "TilewrightError",
+    "UsageError",
+    "UnknownDeviceError",
+    "UnknownKernelError",
+    "ProblemError",
+    "UnsupportedError",
+    "UnsupportedProblemError",
+    "IllegalConfigError",
+    "PackError",
+    "NotPackedError",
+    "MissingDependencyError",
+    "RunError",
+    "CompileError",
+    "LaunchError",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 
 from tilewright.kernels.catalogue import CATALOGUE, REFERENCE_BOARDS
 from tilewright.kernels.device import WARP_SIZE, Device
-from tilewright.tuning_db.errors import MissingDependencyError, UnknownDeviceError
+from tilewright.tuning_db.errors import MissingDependencyError, UnknownDeviceError, UsageError
 
 _BOARDS = {device.board: device for device in CATALOGUE}
 
@@ -50,7 +50,10 @@ def resolve_device(name: str) -> Device:
     Raises:
         UnknownDeviceError: nothing has that name, or the live GPU's arch is not in the catalogue.
         MissingDependencyError: a live GPU is asked for, and CuPy, the driver or the GPU is missing.
+        UsageError: what is no text can't be a name.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"{name=} must be the name of a device, such as 'sm_86', 'rtx3090' or 'cuda:0'")
     text = name.strip().lower()
     if match := _LIVE.fullmatch(text):
         return _live_device(int(match[1] or 0))

@@ -10,7 +10,7 @@ from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
-from tilewright.tuning_db.errors import UnknownKernelError
+from tilewright.tuning_db.errors import UnknownKernelError, UsageError
 
 KERNELS: tuple[Kernel[Any, Any], ...] = (GEMM, CONV2D, ATTENTION, RMSNORM)
 
@@ -20,7 +20,10 @@ def find_kernel(name: str) -> Kernel[Any, Any]:
 
     Raises:
         UnknownKernelError: there is none; the message names the nearest.
+        UsageError: what is no text can't be one.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"{name=} must be the name of a kernel: {', '.join(kernel.name for kernel in KERNELS)}")
     by_name = {kernel.name: kernel for kernel in KERNELS}
     if name in by_name:
         return by_name[name]

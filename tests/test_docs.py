@@ -17,11 +17,13 @@ import pytest
 
 from tilewright.kernels import KERNELS, pack
 from tilewright.kernels.activations import ACTIVATIONS, ALIASES
+from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.prediction import Term
 from tilewright.kernels.tensorrt import build_engine, plugins, register
 from tilewright.kernels.tensorrt.catalogue import OPERATIONS
 from tilewright.tuner.cli import cli
 from tilewright.tuner.suites import SUITES
+from tilewright.tuner.tune import resolve_workloads
 from tilewright.tuning_db import env, interchange
 from tilewright.tuning_db.env import compiling_environment
 from tilewright.tuning_db.record import Provenance, Status
@@ -136,6 +138,16 @@ def test_every_option_is_documented() -> None:
         assert f"\n{name} " in text
 
 
+def test_the_problems_shown_are_problems() -> None:
+    shown = re.findall(
+        r'^autotune --device (\w+)(?: --kernel (\w+))? --problem "(.*)"$', DOCS["command-line.md"], re.MULTILINE
+    )
+    assert {op or "gemm" for _, op, _ in shown} == {kernel.name for kernel in KERNELS}
+    for device, op, text in shown:
+        (workload,) = resolve_workloads(resolve_device(device), [op] if op else None, [text])
+        assert workload.op == (op or "gemm")
+
+
 def test_every_environment_variable_is_documented() -> None:
     for name in (env.DB_DIR, env.SHIPPED, env.PACK, env.FROZEN, env.INTERPRET):
         assert any(name in text for text in (README, *DOCS.values())), name
@@ -223,3 +235,18 @@ def test_the_database_page_says_what_is_near(kernel) -> None:
         near = kernel.near(problem)
         assert may_differ.issuperset(near.sizes + near.free)
         assert multiples.issuperset(name for name, _ in near.multiples)
+
+
+def test_errors_the_docs_name_are_importable_beside_the_kernels() -> None:
+    from tilewright import kernels
+    from tilewright.tuning_db import errors
+
+    named = {name for text in (README, *DOCS.values()) for name in re.findall(r"`(\w+Error)`", text)}
+    ours = {name for name in named if hasattr(errors, name)}
+    assert {"ProblemError", "UnsupportedError", "NotPackedError", "PackError"} <= ours
+    documented = {
+        name
+        for function in (kernels.gemm, kernels.grouped_gemm, kernels.conv2d, kernels.attention, kernels.rmsnorm)
+        for name in re.findall(r"\b(\w+Error)\b", function.__doc__ or "")
+    }
+    assert ours | documented <= set(kernels.__all__)

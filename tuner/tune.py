@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.lookup import check_supported
 from tilewright.kernels.problem import Problem
-from tilewright.kernels.registry import find_kernel
+from tilewright.kernels.registry import KERNELS, find_kernel
 from tilewright.tuner.gpu_runner import equal_gpus
 from tilewright.tuner.results import Progress, Reporter, Results
 from tilewright.tuner.storage import Storage
 from tilewright.tuner.suites import SUITES, Workload
 from tilewright.tuner.tuning_run import TuningRun
 from tilewright.tuning_db.env import database_dir, refuse_compiler_switches
-from tilewright.tuning_db.errors import UsageError
+from tilewright.tuning_db.errors import ProblemError, UsageError
 from tilewright.tuning_db.store import TuningDB
 
 PREDICTED_TRIALS = 12
@@ -141,7 +144,7 @@ def resolve_workloads(
         if isinstance(problem, str):
             if len(chosen) > 1:
                 raise UsageError(f"the problem {problem!r} needs one kernel to belong to, not {len(chosen)}")
-            problem = (chosen[0] if chosen else find_kernel("gemm")).problem.parse(problem)
+            problem = _parsed(problem, chosen[0] if chosen else None)
         elif not isinstance(problem, Problem | Workload):
             raise UsageError(
                 f"{problem!r} is no problem: pass a Problem, a Workload or a text such as 'M=64,N=64,K=64'"
@@ -154,3 +157,27 @@ def resolve_workloads(
         check_supported(kernel, workload.problem, device)
         kernel.space.check(workload.problem, kernel.default(workload.problem, device), device)
     return tuple(workloads)
+
+
+def _parsed(text: str, kernel: Kernel[Any, Any] | None) -> Problem:
+    """The problem that a text says, of this kernel; without one, of `gemm`.
+
+    Raises:
+        ProblemError: there is none; for want of a kernel's name, the message has those that it may be of.
+    """
+    if kernel is not None:
+        return kernel.problem.parse(text)
+    gemm = find_kernel("gemm")
+    try:
+        return gemm.problem.parse(text)
+    except ProblemError as error:
+        names = {part.partition("=")[0].strip() for part in text.split(",")}
+        others = [
+            other.name
+            for other in KERNELS
+            if other is not gemm and names <= {field.name for field in dataclasses.fields(other.problem)}
+        ]
+        if not others:
+            raise
+        hint = " or ".join(f"--kernel {other}" for other in others)
+        raise ProblemError(f"{error}; a problem of another op than gemm needs its name: {hint}") from None

@@ -14,7 +14,7 @@ from tilewright.kernels import devices
 from tilewright.kernels.catalogue import CATALOGUE, REFERENCE_BOARDS
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import live_devices, read_device, resolve_device, skipped_devices
-from tilewright.tuning_db.errors import MissingDependencyError, UnknownDeviceError
+from tilewright.tuning_db.errors import MissingDependencyError, UnknownDeviceError, UsageError
 
 BOARDS = {device.board: device for device in CATALOGUE}
 
@@ -197,6 +197,11 @@ def test_an_unknown_name_is_answered_with_the_nearest(typo: str, meant: str) -> 
 @pytest.mark.parametrize("name", ["", "   ", "quantum", "cuda:x", "cuda:-1", "rtx\n3090x", "sm_"])
 def test_a_name_like_no_other_is_answered_in_one_line(name: str) -> None:
     assert "autotune devices" in message_of(name, UnknownDeviceError)
+
+
+@pytest.mark.parametrize("name", [3, 8.6, None, b"sm_86"])
+def test_what_is_no_text_is_no_devices_name(name: Any) -> None:
+    assert "must be the name of a device, such as 'sm_86'" in message_of(name, UsageError)
 
 
 @pytest.mark.parametrize("name", ["sm_70", "70", "7.0", "sm_87", "sm_121"])

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tilewright.kernels.registry import KERNELS, find_kernel
-from tilewright.tuning_db.errors import UnknownKernelError
+from tilewright.tuning_db.errors import UnknownKernelError, UsageError
 
 pytestmark = pytest.mark.smoke
 
@@ -24,3 +26,9 @@ def test_an_unknown_kernel_names_the_nearest() -> None:
         find_kernel("gem")
     with pytest.raises(UnknownKernelError, match=r"unknown kernel 'zzz' \(kernels"):
         find_kernel("zzz")
+
+
+@pytest.mark.parametrize("name", [3, None, b"gemm"])
+def test_what_is_no_text_is_no_kernels_name(name: Any) -> None:
+    with pytest.raises(UsageError, match=r"^name=.* must be the name of a kernel: gemm, conv2d, attention, rmsnorm$"):
+        find_kernel(name)

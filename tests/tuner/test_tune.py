@@ -259,3 +259,24 @@ def test_configurations_read_back_from_the_database(tmp_path: Path, counted: typ
     (result,) = autotune("rtx3090", problems=[SMALL], trials=2, db=tmp_path)
     assert GemmConfig.from_dict(result.config).to_dict() == result.config
     assert json.loads(json.dumps(result.problem)) == result.problem
+
+
+@pytest.mark.parametrize(
+    ("text", "ops"),
+    [
+        ("B=2,H=4,Sq=33,Skv=47,D=64", "--kernel attention"),
+        ("N=1,H=8,W=8,C=3,K=8,R=3,S=3", "--kernel conv2d"),
+        ("M=4,N=4", "--kernel rmsnorm"),
+        ("dtype=fp16", "--kernel conv2d or --kernel attention or --kernel rmsnorm"),
+    ],
+)
+def test_a_problem_of_another_op_needs_its_name(text: str, ops: str) -> None:
+    with pytest.raises(
+        ProblemError, match=rf"^GemmProblem .*; a problem of another op than gemm needs its name: {ops}$"
+    ):
+        resolve_workloads(DEVICE, problems=[text])
+
+
+def test_a_problem_of_no_op_is_answered_with_gemms_fields() -> None:
+    with pytest.raises(ProblemError, match=r"^GemmProblem has no field 'm' \(fields: [^()]*\)$"):
+        resolve_workloads(DEVICE, problems=["m=4,N=4,K=4"])
