@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tilewright.tuner.commands.output import new_table, print_table, say
 from tilewright.tuning_db.errors import UsageError
+
+if TYPE_CHECKING:
+    from tilewright.tuning_db.record import Key
 
 
 @click.command()
@@ -61,7 +64,8 @@ def suites() -> None:
 @click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
 @click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
 def show(device: str, db: str | None) -> None:
-    """Show what is on record for a device: the best result of every problem and toolchain, tuned here or shipped."""
+    """Show what is on record for a device, tuned here or shipped: the best result of every problem by each kernel
+    revision, toolchain and protocol. Revisions are hashes of the kernel's code, `this` is the one that runs here."""
 
     from tilewright.kernels.devices import resolve_device
     from tilewright.tuning_db.env import database_dir
@@ -69,7 +73,9 @@ def show(device: str, db: str | None) -> None:
 
     target = resolve_device(device)
     folder = database_dir(db)
-    table = new_table(("op", "problem", "configuration"), ("time µs",), ("provenance", "triton", "from", "when"))
+    table = new_table(
+        ("op", "problem", "configuration"), ("time µs",), ("provenance", "revision", "triton", "from", "when")
+    )
     counts = []
     with ExitStack() as stack:
         databases = [("here", stack.enter_context(TuningDB.open(target.key, folder, read_only=True)))]
@@ -86,6 +92,7 @@ def show(device: str, db: str | None) -> None:
                     _config_text(record.key.op, record.config),
                     f"{record.times.median_us:.1f}",
                     str(record.provenance),
+                    _revision_text(record.key),
                     record.key.triton,
                     place,
                     record.created_at[:19],
@@ -94,6 +101,17 @@ def show(device: str, db: str | None) -> None:
     if table.row_count:
         print_table(table)
     say(", ".join(counts))
+
+
+def _revision_text(key: Key) -> str:
+    from tilewright.kernels.lookup import code_hash
+    from tilewright.kernels.registry import find_kernel
+
+    try:
+        current = key.kernel_hash == code_hash(find_kernel(key.op))
+    except UsageError:
+        current = False  # of an op that is gone
+    return "this" if current else key.kernel_hash[:8]
 
 
 def _problem_text(op: str, problem: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,27 @@ def test_show_says_what_was_tuned_here_and_what_was_shipped(autotune, tmp_path, 
     _, out, err = autotune("show", "--device", "rtx3090", "--db", own.parent)
     assert [line.split()[-2] for line in out.splitlines()[1:]] == ["here", "shipped"]
     assert err == f"1 results on record in {own}, 1 shipped in {shipped}\n"
+
+
+def test_show_tells_revisions_apart(autotune, tmp_path) -> None:
+    mine = record(3.0)
+    fill(tmp_path, mine, *(replace(mine, key=replace(mine.key, kernel_hash=mark * 64)) for mark in "ab"))
+    status, out, err = autotune("show", "--device", "rtx3090", "--db", tmp_path)
+    assert status == 0
+    header, *rows = (line.split() for line in out.splitlines())
+    place = header.index("revision") - len(header)
+    assert header[place - 1] == "provenance"
+    assert sorted(row[place] for row in rows) == ["aaaaaaaa", "bbbbbbbb", "this"]
+    assert {row[place - 1] for row in rows} == {"measured"}
+    assert err.startswith("3 results on record")
+
+
+def test_show_of_an_op_that_is_gone(autotune, tmp_path) -> None:
+    mine = record(3.0)
+    fill(tmp_path, replace(mine, key=replace(mine.key, op="gone")))
+    status, out, _ = autotune("show", "--device", "rtx3090", "--db", tmp_path)
+    assert status == 0
+    assert mine.key.kernel_hash[:8] in out
 
 
 @pytest.mark.parametrize(("config", "shown"), [("x", "x"), ("[1]", "[1]"), ('{"BLOCK_M":7,"of_old":true}', "7 of_old")])
