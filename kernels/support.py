@@ -8,6 +8,7 @@ on one. The tests run these in the interpreter and compile them for every arch t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tilewright.kernels.devices import resolve_device
@@ -25,6 +26,9 @@ equals its float64 reference in Triton's interpreter; the last column is a probl
 What is missing raises `UnsupportedError`, which is also a `NotImplementedError`. Written by
 `python -m tilewright.kernels.support`; a test holds it to the code.
 
+A mark in brackets says that it compiles and is right there too, but without the hardware that it is for (tensor
+descriptors from sm_90 on, warp groups of Hopper's): it has no effect or no use there, and `autotune` doesn't try it.
+
 sm_75 has no tensor-core path in Triton: what is marked there runs on CUDA cores.
 """
 
@@ -37,6 +41,25 @@ def works(kernel: Kernel[Any, Any], problem: Problem, config: Config | None, dev
     return config is None or kernel.space.fits(problem, config, device) is None
 
 
+def tried(kernel: Kernel[Any, Any], problem: Problem, config: Config | None, device_name: str) -> bool:
+    """Whether the space of such a device has every variant that the configuration is: its fields that are true."""
+    if config is None or kernel.space.narrow is None:
+        return True
+    # Of a board with one SM, for which no problem is too small.
+    device = replace(resolve_device(device_name), sms=1)
+    kept = kernel.space.narrow(problem, device, kernel.space.axes)
+    return all(True in kept[name] for name, value in config.to_dict().items() if value is True)
+
+
+def mark(kernel: Kernel[Any, Any], problem: Problem, config: Config | None, device_name: str) -> str:
+    """A cell of the table."""
+    if not works(kernel, problem, config, device_name):
+        return ""
+    # What no space has at all is no matter of the arch.
+    somewhere = any(tried(kernel, problem, config, f"sm_{arch}") for arch in ARCHS)
+    return "(✓)" if somewhere and not tried(kernel, problem, config, device_name) else "✓"
+
+
 def table() -> str:
     """`docs/kernels.md`, in Markdown."""
     lines = [HEAD]
@@ -45,7 +68,7 @@ def table() -> str:
         lines += ["| feature | " + " | ".join(f"sm_{arch}" for arch in ARCHS) + " | problem |"]
         lines += ["|---|" + "---|" * (len(ARCHS) + 1)]
         for name, problem, config in kernel.feature_cases:
-            marks = " | ".join("✓" if works(kernel, problem, config, f"sm_{arch}") else "" for arch in ARCHS)
+            marks = " | ".join(mark(kernel, problem, config, f"sm_{arch}") for arch in ARCHS)
             lines.append(f"| {name} | {marks} | `{problem}` |")
         lines.append("")
     return "\n".join(lines)

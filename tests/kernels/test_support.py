@@ -12,7 +12,7 @@ from tests.kernels.compiling import compiled, described
 from tests.kernels.conformance import Guarded, check
 from tilewright.kernels import KERNELS, resolve_device
 from tilewright.kernels.runtime import InterpretedPlan
-from tilewright.kernels.support import ARCHS, table, works
+from tilewright.kernels.support import ARCHS, mark, table, works
 from tilewright.tuning_db.env import compiling_environment
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,6 +31,27 @@ def test_the_command_prints_the_page():
     command = [sys.executable, "-m", "tilewright.kernels.support"]
     done = subprocess.run(command, env=compiling_environment(), capture_output=True, text=True, check=True)
     assert done.stdout == table()
+
+
+def test_what_has_no_effect_on_an_arch_is_marked_so():
+    cells = {
+        (kernel.name, name): [mark(kernel, problem, config, f"sm_{arch}") for arch in ARCHS]
+        for kernel in KERNELS
+        for name, problem, config in kernel.feature_cases
+    }
+    from_90 = ["(✓)"] * 4 + ["✓"] * 3
+    on_90 = ["(✓)"] * 4 + ["✓"] + ["(✓)"] * 2
+    bracketed = {names: marks for names, marks in cells.items() if "(✓)" in marks}
+    assert bracketed == {
+        ("gemm", "tensor descriptors"): from_90,
+        ("gemm", "tensor descriptors, persistent"): from_90,
+        ("gemm", "warp-specialised"): on_90,
+        ("gemm", "warp-specialised, gated halves"): on_90,
+        ("attention", "values multiplied during the next softmax"): on_90,
+        ("attention", "warp-specialised"): on_90,
+        ("attention", "warp-specialised, persistent"): on_90,
+        ("attention", "tensor descriptors"): on_90,
+    }
 
 
 def test_every_kernel_has_features_and_every_problem_another_one():

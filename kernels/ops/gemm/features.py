@@ -61,10 +61,10 @@ FEATURES: dict[str, GemmProblem | Variant[GemmProblem, GemmConfig]] = {
     ),
     # epilogue
     "alpha, bias, residual, activation": GemmProblem(
-        **SMALL, alpha=True, bias="fp32", residual="bf16", activation="gelu_erf"
+        **SMALL, alpha=True, bias="fp32", residual="fp16", activation="gelu_erf"
     ),
     "bias along M": GemmProblem(**SMALL, bias="fp16", bias_axis="m"),
-    "scales of any dtype": GemmProblem(**SMALL, dtype="bf16", a_scale="row", b_scale="column"),
+    "scales of any dtype": GemmProblem(**SMALL, a_scale="row", b_scale="column"),
     "gated halves (SwiGLU)": GemmProblem(**SMALL, gated="halves", activation="silu"),
     "gated halves (ReGLU)": GemmProblem(**SMALL, gated="halves", activation="relu"),
     "gated pairs of columns (GEGLU)": GemmProblem(
