@@ -131,10 +131,10 @@ def nearest(config: GemmConfig, configs: Sequence[GemmConfig]) -> GemmConfig:
 
 
 @click.command()
-@click.option("--op", "ops", multiple=True, help="As of benchmarks.landscape, like the next three.")
-@click.option("--problem", "problems", multiple=True)
-@click.option("--workload", "names", multiple=True)
-@click.option("--preset", "presets", multiple=True, type=click.Choice(list(PRESETS)))
+@click.option("--op", "ops", multiple=True, help="Of the problems: one for all, or one each; gemm if left out.")
+@click.option("--problem", "problems", multiple=True, help="As M=4096,N=4096,K=4096,dtype=bf16; repeatable.")
+@click.option("--workload", "names", multiple=True, help="A workload of the suites by its name; repeatable.")
+@click.option("--preset", "presets", multiple=True, type=click.Choice(list(PRESETS)), help="A list of workloads.")
 @click.option("--device", "device_name", required=True, help="The board to ask for; it need not be here.")
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The file.")
 def main(

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
+
 from benchmarks.comparison_report import markdown
 from benchmarks.profiling import markdown as profile_table
 
@@ -109,10 +111,11 @@ def _profiled(name: str, folder: Path) -> str:
     return "\n".join(lines)
 
 
+@click.command()
 def main() -> None:
-    """Writes the page."""
+    """Writes docs/performance.md from the files under benchmarks/results."""
     PAGE.write_text(page())
-    print(f"written to {PAGE}")
+    click.echo(f"written to {PAGE}")
 
 
 if __name__ == "__main__":

@@ -339,11 +339,31 @@ def _teller(status: Status, name: str) -> Say:
 
 
 @click.command()
-@click.option("--model", "names", multiple=True, type=click.Choice([known.name for known in ARCHITECTURES]))
-@click.option("--samples", "count", default=256, show_default=True, type=click.IntRange(2))
-@click.option("--calibration", default=64, show_default=True, type=click.IntRange(STRIDE))
+@click.option(
+    "--model",
+    "names",
+    multiple=True,
+    type=click.Choice([known.name for known in ARCHITECTURES]),
+    help="Repeatable; all if left out.",
+)
+@click.option(
+    "--samples",
+    "count",
+    default=256,
+    show_default=True,
+    type=click.IntRange(2),
+    help="Inputs that models are judged on.",
+)
+@click.option(
+    "--calibration", default=64, show_default=True, type=click.IntRange(STRIDE), help="Other inputs, for the scales."
+)
 @click.option("--small", is_flag=True, help="Architectures of an eighth of the channels, or two layers: for tests.")
-@click.option("--json", "file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--json",
+    "file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Keeps results; models it has are not done again.",
+)
 def main(names: tuple[str, ...], count: int, calibration: int, small: bool, file: Path | None) -> None:
     """Compares int8 models, ours and ONNX Runtime's, with fp32."""
     calibration -= calibration % STRIDE

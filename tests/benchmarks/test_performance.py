@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from benchmarks import performance
 from benchmarks.cases import FAMILIES
@@ -18,6 +19,16 @@ FILES = sorted(performance.RESULTS.glob("*/gpu.json"))
 
 def test_the_page_is_what_the_files_say() -> None:
     assert performance.PAGE.read_text() == performance.page(), "run `python -m benchmarks.performance`"
+
+
+def test_asked_for_help_it_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(performance, "PAGE", tmp_path / "performance.md")
+    result = CliRunner().invoke(performance.main, ["--help"])
+    assert result.exit_code == 0
+    assert "Writes docs/performance.md" in result.output
+    assert not performance.PAGE.exists()
+    assert CliRunner().invoke(performance.main, []).exit_code == 0
+    assert performance.PAGE.read_text() == performance.page()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
