@@ -9,7 +9,9 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import click
 import numpy as np
@@ -22,6 +24,7 @@ from tilewright.kernels.prediction import Term
 from tilewright.kernels.tensorrt import build_engine, plugins, register
 from tilewright.kernels.tensorrt.catalogue import OPERATIONS
 from tilewright.tuner.cli import cli
+from tilewright.tuner.model.report.document import ModelReport
 from tilewright.tuner.suites import SUITES
 from tilewright.tuner.tune import resolve_workloads
 from tilewright.tuning_db import env, interchange
@@ -149,8 +152,25 @@ def test_the_problems_shown_are_problems() -> None:
 
 
 def test_every_environment_variable_is_documented() -> None:
-    for name in (env.DB_DIR, env.SHIPPED, env.PACK, env.FROZEN, env.INTERPRET):
-        assert any(name in text for text in (README, *DOCS.values())), name
+    names = set(re.findall(r'"([A-Z][A-Za-z0-9]*_[A-Za-z0-9_]+)"', inspect.getsource(env)))
+    assert names > {env.DB_DIR, env.SHIPPED, env.PACK, env.FROZEN, env.INTERPRET, "TRITON_PTXAS_PATH"}
+    for name in names:
+        assert f"`{name}`" in DOCS["command-line.md"], name
+
+
+def test_every_key_of_a_models_report_is_documented() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)`(?:, `tilewright`)? \| (.*) \|$", DOCS["command-line.md"], re.MULTILINE))
+
+    def keys(kind: Any) -> Iterator[str]:
+        """Of a document's part, all the way down."""
+        for hint in get_type_hints(kind).values() if dataclasses.is_dataclass(kind) else get_args(kind):
+            yield from keys(hint)
+        if dataclasses.is_dataclass(kind):
+            yield from (field.name for field in dataclasses.fields(kind))
+
+    for name, kind in get_type_hints(ModelReport).items():
+        for key in (name, *keys(kind)):
+            assert key == "tilewright" or f"`{key}`" in f"`{name}` {rows[name]}", f"{name}: {key}"
 
 
 def test_every_field_of_the_formats_is_documented() -> None:

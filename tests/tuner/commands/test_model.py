@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +17,20 @@ import pytest
 
 from examples.model import images, network
 from tests.tuner.model.networks import written
+
+ROOT = Path(__file__).parent.parent.parent.parent
+
+
+def keys(value: Any, beneath: Collection[str]) -> Iterator[str]:
+    """Every key of a document but those beneath some, which are names of the model's."""
+    if isinstance(value, list):
+        for each in value:
+            yield from keys(each, beneath)
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield name
+            if name not in beneath:
+                yield from keys(each, beneath)
 
 
 def test_a_model_goes_the_whole_way(autotune, tmp_path: Path, model_db: Path) -> None:
@@ -55,6 +72,13 @@ def test_a_dry_run_says_what_would_be_done(autotune, tmp_path: Path) -> None:
     assert "of which 4 are fused" in out
     status, out, err = autotune(*arguments, "--json", "--quiet")
     assert (status, err) == (0, "")
+    (documented,) = re.findall(
+        r"With `--model` and `--dry-run` it is\n\n```\n(.*?)```",
+        (ROOT / "docs" / "command-line.md").read_text(),
+        re.DOTALL,
+    )
+    for key in keys(json.loads(out), beneath=("patterns", "layers", "ends", "problem")):
+        assert f'"{key}"' in documented
     assert json.loads(out)["fusion"]["patterns"] == {
         "conv2d + activation": 2, "conv2d + residual": 1, "gemm + activation": 1,
     }  # fmt: skip
