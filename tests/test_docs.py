@@ -270,3 +270,12 @@ def test_errors_the_docs_name_are_importable_beside_the_kernels() -> None:
         for name in re.findall(r"\b(\w+Error)\b", function.__doc__ or "")
     }
     assert ours | documented <= set(kernels.__all__)
+
+
+def test_the_models_of_the_default_suite_are_named() -> None:
+    words = {"llama3-8b": "Llama-3-8B", "bert": "BERT", "vit": "ViT", "resnet50": "ResNet-50"}
+    words |= {"mobilenet": "MobileNetV2", "convnext": "ConvNeXt-T"}
+    for workload in SUITES["default"]:
+        (word,) = {word for start, word in words.items() if workload.name.startswith(start)}
+        for text in (README, (ROOT / "CHANGELOG.md").read_text()):
+            assert word in text[: text.index("autotune devices")]
