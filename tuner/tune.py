@@ -165,11 +165,10 @@ def _parsed(text: str, kernel: Kernel[Any, Any] | None) -> Problem:
     Raises:
         ProblemError: there is none; for want of a kernel's name, the message has those that it may be of.
     """
-    if kernel is not None:
-        return kernel.problem.parse(text)
     gemm = find_kernel("gemm")
     try:
-        return gemm.problem.parse(text)
+        problem: Problem = (kernel or gemm).problem.parse(text)
+        return problem
     except ProblemError as error:
         names = {part.partition("=")[0].strip() for part in text.split(",")}
         others = [
@@ -177,7 +176,7 @@ def _parsed(text: str, kernel: Kernel[Any, Any] | None) -> Problem:
             for other in KERNELS
             if other is not gemm and names <= {field.name for field in dataclasses.fields(other.problem)}
         ]
-        if not others:
+        if kernel is not None or not others:
             raise
         hint = " or ".join(f"--kernel {other}" for other in others)
         raise ProblemError(f"{error}; a problem of another op than gemm needs its name: {hint}") from None
