@@ -24,7 +24,7 @@ from tilewright.kernels.prediction import Term
 from tilewright.kernels.tensorrt import build_engine, plugins, register
 from tilewright.kernels.tensorrt.catalogue import OPERATIONS
 from tilewright.tuner.cli import cli
-from tilewright.tuner.model.report.document import ModelReport
+from tilewright.tuner.model.report.document import VERSION, ModelReport
 from tilewright.tuner.suites import SUITES
 from tilewright.tuner.tune import resolve_workloads
 from tilewright.tuning_db import env, interchange
@@ -168,6 +168,7 @@ def test_every_key_of_a_models_report_is_documented() -> None:
         if dataclasses.is_dataclass(kind):
             yield from (field.name for field in dataclasses.fields(kind))
 
+    assert f"| `version`, `tilewright` | of the document, {VERSION}; of the program |" in DOCS["command-line.md"]
     for name, kind in get_type_hints(ModelReport).items():
         for key in (name, *keys(kind)):
             assert key == "tilewright" or f"`{key}`" in f"`{name}` {rows[name]}", f"{name}: {key}"
