@@ -58,8 +58,9 @@ class Term(StrEnum):
     SPILLS = "spills"  # registers kept in local memory
 
 
-# Constants, none of them but `BLOCK_GAP_CYCLES` fitted to a result of ours. Cycles are SM clocks at boost;
-# "gpu-benches" are the measured tables of github.com/te42kyfo/gpu-benches.
+# Constants, none of them but `BLOCK_GAP_CYCLES` fitted to a result of ours; that lines count whole (`l2_cycles`) was
+# read off some as well. Cycles are SM clocks at boost; "gpu-benches" are the measured tables of
+# github.com/te42kyfo/gpu-benches.
 DRAM_EFFICIENCY = 0.9  # gpu-benches: 0.85 to 0.92 on A100, 0.92 to 0.98 on L40; a copy on H200: 4.3 of 4.8 TB/s
 COMPUTE_EFFICIENCY = 0.9  # of the dense peak, sustained by a full pipeline
 COMPUTE_EFFICIENCY_HOPPER = 0.82  # power holds the clock down: cuBLAS bf16 8192³ on H200 is 769 to 798 of 989 TFLOP/s
@@ -98,8 +99,7 @@ ATOMIC_CYCLES = 2 * L2_LATENCY_CYCLES  # a fence until the partial tile is in L2
 
 SPILL_DOUBT = 1.5
 """Factor on the time of what should spill, where a search weighs it against others: estimates of registers are off by a
-quarter at times, so it may not, and if it does a trial is lost. (A judgement; 3 does as well on the samples in
-docs/landscapes.md, and without it a search there is at 0.986 of the optimum after 10 trials, with it at 0.996.)"""
+quarter at times, so it may not, and if it does a trial is lost. (A judgement; no source.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ def predict(work: Work, resources: Resources, device: Device, *, without: Collec
             waves.append((1, rest, math.ceil(rest / device.sms)))
 
     iteration = iteration_cycles(work, resources, device, without)
-    cycles, traffic = 0.0, 0.0
+    cycles, traffic, loop = 0.0, 0.0, 0.0
     bound: Term | None = None
     for count, blocks, busiest in waves:
         rate = l2_rate(device, blocks)
@@ -201,11 +201,12 @@ def predict(work: Work, resources: Resources, device: Device, *, without: Collec
         cycles += first * (busy + ends) + (count - first) * max(busy, alone + follow)
         traffic += count * moved
         if bound is None:
+            loop = busy
             bound = demand.longest if chain <= 1.25 * max(demand) else Term.PIPELINE
     if work.splits > 1:
         cycles += finish_cycles(work, device, without)
     if Term.UNEVEN not in without:
-        cycles += uneven_tiles(work, concurrent) * busy
+        cycles += uneven_tiles(work, concurrent) * loop
     time = cycles / device.boost_mhz
     if Term.LAUNCH not in without:
         time += work.launches * LAUNCH_US
@@ -520,18 +521,22 @@ def follow_cycles(work: Work, device: Device, rate: float, resident: int, withou
 
 
 def uneven_tiles(work: Work, concurrent: int) -> float:
-    """How much longer than even tiles uneven ones take, in loops of the mean tile; 0 for tiles of one length.
+    """By how much uneven tiles take longer than whole waves of even ones, in loops of the mean tile.
 
     Blocks start in order, and the last series of tiles begins with the longest. When the last of those starts, what is
-    left is the rest of its series and, on average, half a tile in every other place; only what the tile is longer than
-    these take is added, for till then all places are busy (list scheduling; R. Graham, "Bounds on Multiprocessing
-    Timing Anomalies", 1969).
+    left is the rest of its series and, on average, half a tile in every other place; it ends later than an even
+    division of all tiles would by what it is longer than these take (list scheduling; R. Graham, "Bounds on
+    Multiprocessing Timing Anomalies", 1969), and no later than waves of nothing but the longest would.
     """
-    if work.longest <= 1.0:
+    loops = work.blocks / concurrent
+    waves = math.ceil(loops)
+    if work.longest <= 1.0 or waves == 0:
         return 0.0
+    if waves == 1:
+        return work.longest - 1.0
     first = work.descent / work.tiles_m  # tiles of the series that are the longest
     after = (work.descent - first * work.longest) / concurrent
-    return max(0.0, work.longest - 0.5 - after)
+    return max(0.0, min(loops + work.longest - 0.5 - after, waves * work.longest) - waves)
 
 
 def finish_cycles(work: Work, device: Device, without: Collection[Term] = ()) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +33,11 @@ def warp_tile(tile_m: int, tile_n: int, num_warps: int) -> tuple[float, float]:
 
 LINE_BYTES = 128
 """Of the L1 cache (CUDA C++ Programming Guide, "Device Memory Accesses")."""
+
+
+def lines(rows: float, bytes_each: float, *, joined: bool) -> float:
+    """Lines of the cache that so many rows of a tile lie in; `joined` where they lie side by side without a gap."""
+    return math.ceil(rows * bytes_each / LINE_BYTES) if joined else rows * math.ceil(bytes_each / LINE_BYTES)
 
 
 class Dot(NamedTuple):
@@ -91,7 +97,7 @@ class Work:
     epilogue_bytes: float  # read and written by one tile's epilogue
     workspace_bytes: float  # of one block's partial result, written and read again; 0 without split-K
     # Lines of 128 bytes that one iteration's loads touch, row by row of the operands: more than `load_bytes` fill where
-    # rows are shorter. 0 where they are whole lines.
+    # rows are shorter. 0: not counted, for rows are long.
     load_lines: float = 0.0
     launches: int = 1
     persistent: bool = False  # blocks go on to other tiles

@@ -69,6 +69,11 @@ def work(problem: AttentionProblem, config: AttentionConfig) -> Work:
     height = rows / tiles_m
     term = 0.0 if problem.bias is None else dtype(problem.bias).bytes
     scores = config.BLOCK_M * config.BLOCK_N
+    # Rows of a causal square see all keys at the most, twice the mean; of a window, no more than it.
+    longest = min(float(keys.max()), 2 * visited) if problem.causal else visited
+    if problem.window_left is not None:
+        longest = min(longest, problem.window_left + 1 + edge + config.BLOCK_M / heads)
+    longest = max(longest, visited)
     each = LANE_OPS + SOFTCAP_OPS * problem.softcap + BIAS_OPS * (term > 0) + ALIBI_OPS * problem.alibi
     return Work(
         tiles_m=tiles_m,
@@ -94,7 +99,7 @@ def work(problem: AttentionProblem, config: AttentionConfig) -> Work:
         launches=1 if config.SPLIT_KV == 1 else 2,
         second=(config.BLOCK_M, dv, config.BLOCK_N),
         lane_ops=each * scores + (dv + ROW_OPS) * config.BLOCK_M,
-        longest=min(float(keys.max()), 2 * visited) / visited if problem.causal else 1.0,
+        longest=longest / visited,
         descent=tiles_m * min(config.GROUP_H, problem.B * problem.H // heads),
         overlapped=config.OVERLAP,
         specialized=config.WARP_SPECIALIZE,

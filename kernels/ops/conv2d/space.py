@@ -13,7 +13,7 @@ from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem, seen_by
 from tilewright.kernels.problem import Config
 from tilewright.kernels.space import Space
-from tilewright.kernels.work import LINE_BYTES, Panel, Work, warp_tile
+from tilewright.kernels.work import Panel, Work, lines, warp_tile
 from tilewright.tuning_db.record import Resources
 
 
@@ -447,18 +447,15 @@ def _load_lines(problem: Conv2dProblem, config: Conv2dConfig, pixels: float, col
     """Lines of 128 bytes in the tiles of x and w of one iteration, with so many pixels and filters in bounds."""
     element = dtype(problem.dtype).bytes
     depth = min(config.BLOCK_K, problem.depth if config.FOLD else problem.group_channels)
-    w = _lines(columns, depth, element, True)
+    w = lines(columns, depth * element, joined=depth == problem.depth)
     if problem.layout == "nchw":
-        return w + _lines(pixels, depth, element, False)
-    # Channels lie side by side, and folded, where they are all of them, those of neighbouring taps too.
-    run = problem.group_channels * (problem.S if config.FOLD and problem.groups == 1 else 1)
-    return w + max(1.0, depth / run) * _lines(pixels, min(depth, run), element, True)
-
-
-def _lines(pixels: float, channels: float, element: float, channels_last: bool) -> float:
-    """Lines of 128 bytes of so many pixels of so many channels."""
-    count, length = (pixels, channels) if channels_last else (channels, pixels)
-    return count * math.ceil(length * element / LINE_BYTES)
+        return w + lines(depth, pixels * element, joined=False)
+    # Channels lie side by side, and where a step has them all those of neighbouring pixels too; folded, a row's taps.
+    whole = problem.groups == 1 and problem.stride_w == 1
+    if not config.FOLD:
+        return w + lines(pixels, depth * element, joined=whole and depth == problem.C)
+    run = min(depth, problem.group_channels * (problem.S if problem.groups == 1 else 1))
+    return w + depth / run * lines(pixels, run * element, joined=False)
 
 
 def work(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
@@ -486,7 +483,9 @@ def work(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
         # Of each column of taps, a row of x is loaded once for all rows of output that see it.
         shared = min(1.0, rows_read(problem, config) / (problem.R * config.ROWS))
         loaded = pixels * inside(problem) * shared
-        lines = _lines(loaded, columns, element, problem.layout == "nhwc")
+        beside = problem.layout == "nhwc"  # channels of a pixel, else pixels of a channel
+        count, length = (loaded, columns) if beside else (columns, loaded)
+        joined = beside and columns == problem.C and problem.stride_w == 1
         return Work(
             tiles_m=tiles_m,
             tiles_n=1,
@@ -503,7 +502,7 @@ def work(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
             operand_bytes=element,
             load_bytes=together * (loaded + 1) * columns * element,
             vector_bytes=tile_vector_bytes(problem, config)[0],
-            load_lines=together * lines,
+            load_lines=together * lines(count, length * element, joined=joined),
             panel_a=Panel(x_bytes / tiles_m / tiles_n),
             panel_b=Panel(columns * taps * element),
             epilogue_bytes=epilogue,

@@ -12,7 +12,7 @@ from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.problem import Config
 from tilewright.kernels.space import Space
-from tilewright.kernels.work import LINE_BYTES, SPECIALIZED_REGISTERS, SPECIALIZED_WARPS, Panel, Work, warp_tile
+from tilewright.kernels.work import SPECIALIZED_REGISTERS, SPECIALIZED_WARPS, Panel, Work, lines, warp_tile
 from tilewright.tuning_db.record import Resources
 
 
@@ -463,12 +463,13 @@ def _load_lines(problem: GemmProblem, config: GemmConfig, rows: float, columns: 
     """Lines of 128 bytes in the tiles of A and B of one iteration, with so many rows and columns in bounds."""
     depth = min(config.BLOCK_K, problem.K)
 
-    def lines(width: float, element: float, along_depth: bool) -> float:
-        count, length = (width, depth) if along_depth else (depth, width)
-        return count * math.ceil(length * element / LINE_BYTES)
+    def of(width: float, whole: int, element: float, along_depth: bool) -> float:
+        if along_depth:
+            return lines(width, depth * element, joined=depth == problem.K)
+        return lines(depth, width * element, joined=width == whole)
 
-    a = lines(rows, dtype(problem.dtype).bytes, problem.a_layout == "row")
-    return a + lines(columns, problem.b_bytes, problem.b_layout == "col")
+    a = of(rows, problem.M, dtype(problem.dtype).bytes, problem.a_layout == "row")
+    return a + of(columns, problem.N, problem.b_bytes, problem.b_layout == "col")
 
 
 def work(problem: GemmProblem, config: GemmConfig) -> Work:

@@ -257,6 +257,10 @@ def test_heads_that_take_turns_end_earlier_where_rows_see_different_numbers_of_k
     plain = replace(causal, causal=False)
     assert time(plain, turns) == time(plain, by_head)
     assert ATTENTION.work(causal, by_head).longest == pytest.approx(2, abs=0.2)
+    # Tiles of a window are of nearly one length, as are those of a few queries over many keys.
+    window = replace(causal, Sq=8192, Skv=8192, window_left=1023)
+    assert 1 <= ATTENTION.work(window, by_head).longest < 1.15
+    assert 1 <= ATTENTION.work(replace(causal, Sq=64, Skv=16384), by_head).longest < 1.01
 
 
 # Resources, against what was compiled with Triton 3.9: of configurations drawn from the space, and some that spill

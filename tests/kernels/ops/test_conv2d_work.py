@@ -241,8 +241,10 @@ def test_the_default_fits_whatever_the_problem(case: tuple[Conv2dProblem, Conv2d
     [
         ({}, Conv2dConfig(128, 64, 16), 128 + 64),
         ({}, Conv2dConfig(128, 64, 64), 128 + 64),
+        ({"C": 128}, Conv2dConfig(128, 64, 64), 128 + 64),
         ({"C": 128}, Conv2dConfig(128, 64, 128), 2 * (128 + 64)),
-        ({"C": 40}, Conv2dConfig(128, 64, 64), 128 + 64),
+        ({"C": 16}, Conv2dConfig(128, 64, 16), 128 / 4 + 64),  # pixels side by side
+        ({"C": 16, "stride_w": 2}, Conv2dConfig(128, 64, 16), 128 + 64),
         ({"layout": "nchw"}, Conv2dConfig(128, 64, 16), 16 * 2 + 64),
         # 32 of 147 elements of a filter, of two rows of three pixels of 3 channels each on average.
         ({"C": 3, "R": 7, "S": 7}, Conv2dConfig(128, 64, 32, FOLD=True), 128 * 32 / 21 + 64),
@@ -254,7 +256,8 @@ def test_the_default_fits_whatever_the_problem(case: tuple[Conv2dProblem, Conv2d
 )
 def test_lines_are_rows_of_what_lies_side_by_side(changes: dict[str, Any], config: Conv2dConfig, lines: float) -> None:
     problem = Conv2dProblem(**{"N": 1, "H": 66, "W": 66, "C": 64, "K": 64, "R": 3, "S": 3, **changes})
-    problem = replace(problem, H=64 + problem.R - 1, W=64 + problem.S - 1)  # 64×64 pixels without padding
+    # 64×64 pixels without padding.
+    problem = replace(problem, H=63 + problem.R, W=63 * problem.stride_w + problem.S)
     assert CONV2D.work(problem, config).load_lines == pytest.approx(lines)
 
 
