@@ -10,7 +10,7 @@ from tilewright.kernels.compile import Binary
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import live_devices, resolve_device
 from tilewright.kernels.kernel import Kernel, Launch
-from tilewright.kernels.lookup import Choice, candidates, default_config, pack_for
+from tilewright.kernels.lookup import LIGHTER, Choice, candidates, default_config, pack_for
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.runtime import GpuPlan, InterpretedPlan, Plan
 from tilewright.tuning_db import env
@@ -87,7 +87,9 @@ def _prepare(
             binaries = _packed(kernel, problem, device, choice, launches, constants)
             return GpuPlan(launches, device, ordinal, binaries), choice
         except (UnsupportedError, CompileError, LaunchError) as error:
-            refused = error  # a guess whose real code spills, doesn't compile or doesn't load: the next one
+            # A guess whose real code spills, doesn't compile or doesn't load: the next one. Of what is lighter than the
+            # default nobody needs to hear.
+            refused = refused if refused is not None and choice.reason == LIGHTER else error
     assert refused is not None
     raise refused
 

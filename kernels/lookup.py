@@ -163,9 +163,7 @@ def candidates(
             yield packed
         if env.frozen():
             return
-    yield from ranked(kernel, problem, device, database_dir())
-    for lighter in lighter_configs(kernel, problem, device):
-        yield Choice(lighter, Provenance.DEFAULT, "no evidence, and the default can't run")
+    yield from all_ranked(kernel, problem, device, database_dir())
 
 
 def default_config(kernel: Kernel[Any, Any], problem: Problem, device: Device) -> Config:
@@ -212,11 +210,22 @@ def _packed_choice(pack: Pack, kernel: Kernel[Any, Any], problem: Problem, devic
     return Choice(config, entry.provenance, f"packed: {entry.reason}", entry.time_us)
 
 
+LIGHTER = "no evidence, and the default can't run"
+"""The reason of what comes after the default."""
+
+
+def all_ranked(kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path) -> Iterator[Choice]:
+    """As `candidates` without a pack and a caller's configuration, with the databases of `folder`."""
+    yield from ranked(kernel, problem, device, folder)
+    for config in lighter_configs(kernel, problem, device):
+        yield Choice(config, Provenance.DEFAULT, LIGHTER)
+
+
 def ranked(
     kernel: Kernel[Any, Any], problem: Problem, device: Device, folder: Path, usable: Usable | None = None
 ) -> Iterator[Choice]:
-    """As `candidates` without a pack and a caller's configuration, with the databases of `folder`, and with usable
-    configurations alone: of each thing that is asked the best of those."""
+    """As `all_ranked` up to the default, with usable configurations alone: of each thing that is asked the best of
+    those."""
     recorded = recorded_choice(kernel, problem, device, folder, usable)
     if recorded is not None:
         yield recorded
@@ -236,8 +245,8 @@ def shortlist(
     usable: Usable | None = None,
 ) -> Iterator[Choice]:
     """The first of `candidates`, up to `count` records of the very problem on this device, best first, and then the
-    other candidates: for who measures some and keeps the best. A configuration comes once for each thing that speaks
-    for it, and only if it is usable.
+    other candidates up to the default: for who measures some and keeps the best. A configuration comes once for each
+    thing that speaks for it, and only if it is usable.
 
     Raises:
         UnsupportedError, PackError: as `candidates`.
@@ -383,7 +392,7 @@ def lighter_configs(kernel: Kernel[Any, Any], problem: Problem, device: Device) 
     found: list[tuple[int, float, Config]] = []
     for config in kernel.space.configs(problem, device, coarse=True):
         resources = kernel.estimate(problem, config, device)
-        if resources.registers < most:
+        if resources.registers < most and not resources.spill_bytes:
             time_us = predict(kernel.work(problem, config), resources, device).time_us
             found.append((resources.registers, time_us, config))
     if not found:

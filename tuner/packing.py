@@ -17,7 +17,7 @@ from typing import Any
 from tilewright.kernels.compile import Binary, over_limits, ptxas_version, triton_version
 from tilewright.kernels.device import Device
 from tilewright.kernels.kernel import Kernel, Launch
-from tilewright.kernels.lookup import Choice, code_hash, ranked
+from tilewright.kernels.lookup import Choice, all_ranked, code_hash
 from tilewright.kernels.pack import Entry, Facts, Pack, specialization_digest, write_pack
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.registry import KERNELS, find_kernel
@@ -134,7 +134,7 @@ class _Task:
     refusal: str = ""  # of the latest choice
 
     def __post_init__(self) -> None:
-        self.choices: Iterator[Choice] = ranked(self.kernel, self.problem, self.device, self.folder)
+        self.choices: Iterator[Choice] = all_ranked(self.kernel, self.problem, self.device, self.folder)
 
     def advance(self) -> None:
         """Takes the next choice.

@@ -10,6 +10,7 @@ import pytest
 
 from tilewright.kernels import Choice, GemmConfig, GemmProblem, dispatch, resolve_device
 from tilewright.kernels.dispatch import call_cache, forget_plans, plan_for
+from tilewright.kernels.lookup import LIGHTER
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.runtime import InterpretedPlan
 from tilewright.tuning_db.errors import (
@@ -100,6 +101,16 @@ def test_a_refused_candidate_gives_way_to_the_next(gpu, error):
     plan, choice = plan_for(GEMM, PROBLEM, 0)
     assert (plan, choice.config) == ("plan 3", TILES[2])
     assert [group for group, *_ in gpu.plans] == [1, 2, 3]
+
+
+def test_what_is_lighter_than_the_default_is_tried_and_not_spoken_of(gpu, monkeypatch):
+    choices = [Choice(TILES[0], Provenance.DEFAULT, "no evidence"), Choice(TILES[1], Provenance.DEFAULT, LIGHTER)]
+    monkeypatch.setattr(dispatch, "candidates", lambda *_, **__: iter(choices))
+    gpu.refuse = {1: UnsupportedError("the default spills"), 2: UnsupportedError("and so does that")}
+    with pytest.raises(UnsupportedError, match=r"^the default spills$"):
+        plan_for(GEMM, PROBLEM, 0)
+    gpu.refuse = {1: UnsupportedError("the default spills")}
+    assert plan_for(GEMM, PROBLEM, 0) == ("plan 2", choices[1])
 
 
 def test_when_all_are_refused_the_last_reason_is_given_and_nothing_remembered(gpu):

@@ -224,7 +224,7 @@ def choices(monkeypatch: pytest.MonkeyPatch):
         for tile in (16, 32):
             yield Choice(gemm.space.config(tile, 16, 32), Provenance.PREDICTED, "by the test", 1.0)
 
-    monkeypatch.setattr(packing, "ranked", ranked)
+    monkeypatch.setattr(packing, "all_ranked", ranked)
     monkeypatch.setattr(packing, "Pool", FakePool)
     return [("gemm", gemm.problem(64, 64, 64))]
 

@@ -15,7 +15,7 @@ from tilewright.tuner.commands.output import EXIT_FAILED, new_table, print_table
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "auto")
 MOST_SAMPLES = 65536
-"""All are read once at the start: more only take hours, and ranges stay what they are."""
+"""All are read once at the start, which of more would take hours. (A judgement.)"""
 
 ALONE = ("kernels", "problems", "suites", "storage")
 """Options of a run over kernels, which a model has no use for: its workloads are its own."""

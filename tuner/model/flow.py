@@ -27,7 +27,7 @@ from tilewright.tuner.model.folding.fold import FoldingReport, fold
 from tilewright.tuner.model.fuse import FusionReport, fuse
 from tilewright.tuner.model.graph import copy_of, dtype_name, fused_nodes, static_shape
 from tilewright.tuner.model.messages import listed, quoted, shown
-from tilewright.tuner.model.output_folder import RESUME, output_folder
+from tilewright.tuner.model.output_folder import RESUME, OutputFolder, check_output, output_folder
 from tilewright.tuner.model.precision.lower import Lowered, lower
 from tilewright.tuner.model.reading.read import OPSET, read_model
 from tilewright.tuner.model.reading.shapes import parse_shapes
@@ -258,10 +258,12 @@ def optimise(
     if data.warning is not None:
         warn(data.warning)
     halves = data.split(EVALUATION)
+    names = [*files(request), *_engine_files(request)]
+    check_output(request.output, names, request.model)
     with Reference(prepared.original, halves[1].feeds) as reference:
         reference.work_out()
         _check_reading(request, prepared, halves[1], tell)
-        key, names = _key(request, prepared.source, data), [*files(request), *_engine_files(request)]
+        key = _key(request, prepared.source, data)
         with output_folder(request.output, names, request.model) as folder:
             return _optimised(request, prepared, key, halves, reference, folder, tell, warn, progress)
 
@@ -281,12 +283,16 @@ def _check_reading(request: Request, prepared: Prepared, data: Samples, tell: Ca
             return
         found = reference.compare(prepared.original)
     for output in found.outputs:
-        if (output.relative or 0.0) > READING_ERROR or output.bad_original != output.bad_changed:
-            raise ModelError(
-                f"{request.model} computes something else once it is read: output {quoted(output.output)} differs by "
-                f"{output.relative or 0.0:.1e} of its largest value. An operator means something else in "
-                f"opset {OPSET}: export the model with that"
-            )
+        if output.bad_original != output.bad_changed:
+            how = f"has {output.bad_changed} NaN and infinities, not {output.bad_original}"
+        elif (output.relative or 0.0) > READING_ERROR:
+            how = f"differs by {output.relative:.1e} of its largest value"
+        else:
+            continue
+        raise ModelError(
+            f"{request.model} computes something else once it is read, which inlines functions and converts it to "
+            f"opset {OPSET}: output {quoted(output.output)} {how}. Export it with opset {OPSET}, without functions"
+        )
 
 
 def _optimised(
@@ -295,13 +301,14 @@ def _optimised(
     key: str,
     halves: tuple[Samples, Samples],
     reference: Reference,
-    folder: Path,
+    output: OutputFolder,
     tell: Callable[[str], None],
     warn: Callable[[str], None],
     progress: Callable[[Progress], None],
 ) -> Made:
     """The rest of the way, from what was read, in a folder of this run's own."""
     calibration, evaluation = halves
+    folder = output.path
     written = list(write_model(prepared.fused, folder / "model.fused.onnx"))
     fused_file = written[0]
     fused_errors = reference.compare(prepared.fused, layers=_same_names(prepared))
@@ -313,7 +320,7 @@ def _optimised(
         reference=reference,
         budget=request.budget,
         key=key,
-        resume=folder / RESUME,
+        resume=output.resume,
         tell=tell,
     )
     results = _tune(request, lowered.model, progress)
@@ -333,9 +340,11 @@ def _optimised(
     parts.write_report(made, folder / "report.json")
     write_page(made, folder / "report.html")
     write_readme(made, folder / "README.md")
+    output.keep([*written, *engine, *(folder / name for name in files(request))], request.model)
     breaches, spoiled = errors[-1].breaches, _spoiled(errors[-1].comparison)
     if spoiled:
-        kind = "" if request.precision == "fp32" else ": --precision bf16 or fp32 has the range"
+        ranges = {"fp32": "", "bf16": ": --precision fp32 has the digits"}
+        kind = ranges.get(request.precision, ": --precision bf16 or fp32 has the range")
         warn(f"{listed(spoiled)} of {final.name} has NaN or infinities that the original has not{kind}")
     return Made(made, not (breaches or spoiled), tuple(_closing(made, before, after, breaches, folder)))
 

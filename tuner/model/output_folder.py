@@ -4,21 +4,77 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from tilewright.tuner.model.write import DATA_FILE
+from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.errors import UsageError
 
 RESUME = ".resume"
-"""What a run that goes on finds here: scales, plans, and the lock."""
+"""What a run that goes on finds here: scales, plans, the lock, and which files are of runs."""
 
-_OURS = b"tilewright"  # in every report, readme and model of ours, in one case or another
-_TEXTS = (".md", ".json", ".html")
+_NAMES = "files.json"
+_CHUNK = 1 << 20  # bytes looked through at a time
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFolder:
+    """A folder that is a run's own."""
+
+    path: Path
+    resume: Path  # in it, for what a run goes on from
+
+    def keep(self, files: Collection[Path], model: Path) -> None:
+        """Notes the files that this run has written, and removes data of models that runs before had written here, but
+        for what these files are, or the model that was read names.
+
+        Raises:
+            UsageError: the note can't be written.
+        """
+        names = _names(self.resume) or set()
+        now = {file.name for file in files}
+        old = [name for name in names - now if re.fullmatch(DATA_FILE, name)]
+        gone = {name for name in old if not _mentions(model, name)}
+        for name in gone:
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
+        _note(self.resume, (names | now) - gone)
+
+
+def check_output(path: Path, names: Sequence[str], model: Path) -> None:
+    """Does nothing for a folder into which files of these names may be written; it need not be there.
+
+    Raises:
+        UsageError: one of the files is the model that is read, is a folder, or was not written by a run like this one.
+    """
+    ours = _names(path / RESUME)
+    for name in names:
+        file = path / name
+        try:
+            if not file.exists():
+                continue
+            if file.is_dir():
+                raise UsageError(f"--output {path}: {file} is a folder, and a file of that name is to be written")
+            if model.exists() and file.samefile(model):
+                raise UsageError(
+                    f"--output {path}: {file} is the model itself, and would be replaced: name another folder"
+                )
+            if ours is not None and name not in ours:
+                raise UsageError(
+                    f"--output {path}: its {name} was not written by autotune, and would be replaced: name another "
+                    f"folder"
+                )
+        except OSError as error:
+            raise UsageError(f"--output {path}: {file} can't be read ({_reason(error)}): name another folder") from None
 
 
 @contextmanager
-def output_folder(path: Path, names: Sequence[str], model: Path) -> Iterator[Path]:
+def output_folder(path: Path, names: Sequence[str], model: Path) -> Iterator[OutputFolder]:
     """The folder, made if it isn't there, for as long as the block runs no other run's.
 
     Args:
@@ -27,15 +83,13 @@ def output_folder(path: Path, names: Sequence[str], model: Path) -> Iterator[Pat
         model: the file that is read, which none of them may be.
 
     Raises:
-        UsageError: it can't be made or written to, another run writes to it, or one of the files is the model, is a
-            folder, or was not written by a run like this one.
+        UsageError: it can't be made or written to, another run writes to it, or as `check_output`.
     """
     from filelock import FileLock, Timeout
 
-    for name in names:
-        _refuse_others(path / name, path, model)
     resume = path / RESUME
     try:
+        check_output(path, names, model)
         resume.mkdir(parents=True, exist_ok=True)
         lock = FileLock(resume / "lock", timeout=0)
         lock.acquire()
@@ -46,29 +100,41 @@ def output_folder(path: Path, names: Sequence[str], model: Path) -> Iterator[Pat
     except OSError as error:
         raise UsageError(f"--output {path} can't be written ({_reason(error)}): name a folder that can") from None
     try:
+        # Before the first is written: a run that is killed then finds its own files.
+        _note(resume, (_names(resume) or set()) | set(names))
         _sweep(path, names)
-        yield path
+        yield OutputFolder(path, resume)
     finally:
         lock.release()
 
 
-def _refuse_others(file: Path, folder: Path, model: Path) -> None:
+def _names(resume: Path) -> set[str] | None:
+    """The names of files that runs have written; none where there was no run, None where there is no note of it."""
+    if not resume.is_dir():
+        return set()
     try:
-        if not file.exists():
-            return
-        if file.is_dir():
-            raise UsageError(f"--output {folder}: {file} is a folder, and a file of that name is to be written")
-        if model.exists() and file.samefile(model):
-            raise UsageError(
-                f"--output {folder}: {file} is the model itself, and would be replaced: name another folder"
-            )
-        if file.suffix in _TEXTS and _OURS not in file.read_bytes().lower():
-            raise UsageError(
-                f"--output {folder}: its {file.name} was not written by autotune, and would be replaced: name another "
-                f"folder"
-            )
-    except OSError as error:
-        raise UsageError(f"--output {folder}: {file} can't be read ({_reason(error)}): name another folder") from None
+        return set(map(str, json.loads((resume / _NAMES).read_text())))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _note(resume: Path, names: Collection[str]) -> None:
+    with whole_file(resume / _NAMES) as stream:
+        stream.write(json.dumps(sorted(names)).encode() + b"\n")
+
+
+def _mentions(file: Path, name: str) -> bool:
+    """Whether a file has a name in it; true where that can't be told."""
+    wanted, before = name.encode(), b""
+    try:
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                if wanted in before + chunk:
+                    return True
+                before = chunk[-len(wanted) :]
+    except OSError:
+        return True
+    return False
 
 
 def _reason(error: OSError) -> str:

@@ -140,8 +140,12 @@ class Session:
             except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
                 running.set_exception(error)
 
+        thread = threading.Thread(target=compute, daemon=True)
         try:
-            threading.Thread(target=compute, daemon=True).start()
+            thread.start()
+        except RuntimeError as error:
+            raise RunError(f"{self._label}: no thread can be started to run it ({error})") from None
+        try:
             wait([running])
         except BaseException:
             options.terminate = True

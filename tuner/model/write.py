@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +21,9 @@ _SEPARATE = 1024  # bytes from which a weight is written by itself
 _ALIGNMENT = 4096  # of weights in external data: they can be mapped
 _STUB = "weights"
 _DIGITS = 16  # of the hash in the name of a data file
+DATA_FILE = rf".+\.[0-9a-f]{{{_DIGITS}}}\.data"
+"""What names of data files are like."""
+
 
 # Numbers of fields (onnx.proto), as tags of what has a length: number * 8 + 2.
 _MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = b"\x3a", b"\x2a", b"\x4a"
@@ -32,8 +33,8 @@ def write_model(model: ir.Model, path: Path) -> tuple[Path, ...]:
     """Writes the model to an ONNX file, whole or not at all; equal models give equal bytes.
 
     Weights of more than `LARGEST_FILE` bytes in all go to `<stem>.<hash of them>.data` beside it, which is put in place
-    first: until the model's file is replaced, the one before has its own data still. They are written one after
-    another, so that no second copy of all is ever in memory. The model stays as it is.
+    first: until the model's file is replaced, the one before has its own data still, which is then left lying. They
+    are written one after another, so that no second copy of all is ever in memory. The model stays as it is.
 
     Returns:
         The files: the model's, and that of its data if there is one.
@@ -54,7 +55,6 @@ def write_model(model: ir.Model, path: Path) -> tuple[Path, ...]:
     if sum(tensor.nbytes for tensor in weights.values()) <= LARGEST_FILE:
         with whole_file(path) as stream:
             _write_inside(message, weights, stream)
-        _remove_data(path)
         return (path,)
     with whole_file(path) as stream:
         digest = hashlib.sha256()
@@ -64,17 +64,7 @@ def write_model(model: ir.Model, path: Path) -> tuple[Path, ...]:
         with whole_file(data_path) as data:
             _write_outside(message, weights, data, data_path.name)
         stream.write(message.SerializeToString(deterministic=True))
-    _remove_data(path, data_path)
     return path, data_path
-
-
-def _remove_data(path: Path, *kept: Path) -> None:
-    """Removes the data of models that were in the file before."""
-    name = re.compile(rf"{re.escape(path.stem)}\.[0-9a-f]{{{_DIGITS}}}\.data")
-    for file in path.parent.iterdir():
-        if name.fullmatch(file.name) and file not in kept:
-            with contextlib.suppress(OSError):
-                file.unlink()
 
 
 def _without(model: ir.Model, weights: dict[str, ir.TensorProtocol]) -> onnx.ModelProto:

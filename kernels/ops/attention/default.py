@@ -104,7 +104,7 @@ def _specialised(problem: AttentionProblem, device: Device) -> AttentionConfig |
 def enough_heads(problem: AttentionProblem, config: AttentionConfig, device: Device) -> int:
     """Heads that have three tiles for every SM: where blocks are dealt out head by head, the long rows of the last one
     begin when all others are about to end. By list scheduling, 64 heads of 16 causal tiles in turns take 1.03 times as
-    long as 264 blocks at once would at the best, head by head 1.28."""
+    long as 264 blocks at once would at the best, head by head 1.32."""
     each = math.ceil(problem.Sq * tile_heads(problem, config) / config.BLOCK_M)
     if not problem.causal or tiles(problem, config) <= max(device.sms, tiles(problem, config) // each):
         return 1

@@ -295,7 +295,9 @@ def test_what_reading_changed_is_no_result(tmp_path):
     ]
     graph = make.make_graph(nodes, "g", values[:1], values[1:], tensors)
     onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 10)], ir_version=5), tmp_path / "old.onnx")
-    with pytest.raises(ModelError, match=r"computes something else once it is read: output 'y' differs by .*opset 21"):
+    with pytest.raises(
+        ModelError, match=r"computes something else once it is read, .* output 'y' differs by .*opset 21"
+    ):
         run(request(tmp_path / "old.onnx", tmp_path / "build", precision="fp32"))
     assert not (tmp_path / "build").exists()
 

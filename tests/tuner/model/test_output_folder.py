@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.tuner.model.output_folder import RESUME, output_folder
+from tilewright.tuner.model.output_folder import RESUME, check_output, output_folder
 from tilewright.tuning_db.errors import UsageError
 
 NAMES = ("model.fused.onnx", "report.json", "README.md")
@@ -19,7 +19,9 @@ def test_it_is_made_and_given_up(tmp_path: Path) -> None:
     model = tmp_path / "m.onnx"
     for _ in range(2):
         with output_folder(tmp_path / "a" / "b", NAMES, model) as folder:
-            assert (folder / RESUME).is_dir()
+            assert (folder.path, folder.resume) == (tmp_path / "a" / "b", tmp_path / "a" / "b" / RESUME)
+            assert folder.resume.is_dir()
+            (folder.path / "report.json").touch()
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
@@ -58,15 +60,32 @@ def test_the_model_is_not_replaced(tmp_path: Path) -> None:
     assert not (tmp_path / RESUME).exists()
 
 
-@pytest.mark.parametrize("name", ["README.md", "report.json"])
+@pytest.mark.parametrize("name", NAMES)
 def test_other_peoples_files_are_not_replaced(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("my project")
+    (tmp_path / name).write_text("# Notes on tilewright")
     with pytest.raises(UsageError, match=rf"its {name} was not written by autotune, and would be replaced"):
         output_folder(tmp_path, NAMES, tmp_path / "m.onnx").__enter__()
     assert not (tmp_path / RESUME).exists()
-    (tmp_path / name).write_text("made by Tilewright 0.1")
-    with output_folder(tmp_path, NAMES, tmp_path / "m.onnx"):
-        pass
+    (tmp_path / name).unlink()
+    for _ in range(2):  # what a run writes, one that is killed as well, is there for the next
+        with output_folder(tmp_path, NAMES, tmp_path / "m.onnx"):
+            (tmp_path / name).write_text("its own")
+    (tmp_path / "model.int8.onnx").touch()
+    with pytest.raises(UsageError, match=r"its model.int8.onnx was not written by autotune"):
+        check_output(tmp_path, ["model.int8.onnx"], tmp_path / "m.onnx")
+
+
+def test_data_of_models_before_is_removed(tmp_path: Path) -> None:
+    old, used, theirs = (f"model.fused.{digit * 16}.data" for digit in "abc")
+    model = tmp_path / "m.onnx"
+    model.write_text(f"location {used} offset 0")
+    (tmp_path / theirs).touch()
+    for name in (old, used, "model.fused.dddddddddddddddd.data"):
+        (tmp_path / name).touch()
+        with output_folder(tmp_path, NAMES, model) as folder:
+            folder.keep([tmp_path / "model.fused.onnx", tmp_path / name], model)
+    # What the model reads, what the run wrote, and what no run did.
+    assert {path.name for path in tmp_path.glob("*.data")} == {used, theirs, name}
 
 
 def test_what_can_not_be_written_is_told(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ All of the data is read once at the start, feed by feed, so that what is wrong w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -267,12 +268,15 @@ def _digest(feeds: Batches) -> str:
 
 
 def _memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of memory that this process may have: the machine's, or its control group's."""
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+        return min(most, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return most
 
 
 def _too_large(size: int) -> ModelError:
     return ModelError(
-        f"one feed of the model's inputs has {size} bytes, which is too much for this machine's memory: give smaller "
-        f"dimensions with --shape"
+        f"one feed of the model's inputs has {size} bytes, of {_memory()} bytes of memory: it must be less than half, "
+        f"so make dimensions smaller (with --shape, where the model leaves them open)"
     )

@@ -16,8 +16,8 @@ _BROADCASTING = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Mean", "Sum")
 
 
 def lower_constants(model: ir.Model) -> None:
-    """Takes them off every operator of the main graph that broadcasts, where shapes are known; what the model computes
-    stays the same."""
+    """Takes them off sums, products and the like of the main graph (`_BROADCASTING`), where shapes are known; what the
+    model computes stays the same."""
     editor = Editor(model)
     for node in list(model.graph):
         if node.domain == "" and node.op_type in _BROADCASTING:
@@ -40,18 +40,21 @@ def _lower(node: ir.Node, editor: Editor) -> None:
         return  # the constant repeats x
     inputs: list[ir.Value | None] = []
     for value, shape in zip(node.inputs, shapes, strict=False):
-        array = constant(value) if value is not None and shape is not None and len(shape) > max(ranks) else None
-        if value is None or shape is None or len(shape) <= max(ranks):
+        assert value is not None
+        assert shape is not None
+        if len(shape) <= max(ranks):
             inputs.append(value)
-        elif array is None:
+            continue
+        array = constant(value)
+        if array is None:
             return
-        else:
-            kept = shape[len(shape) - max(ranks) :]
-            inputs.append(editor.constant(array.reshape(kept), f"{value.name}_lowered", value.dtype))
+        inputs.append(editor.constant(array.reshape(shape[extra:]), f"{value.name}_lowered", value.dtype))
     attributes = dict(node.attributes)
     lowered = editor.node(node.op_type, inputs, out, out.dtype, base=f"{out.name}_lowered", attributes=attributes)
     lowered.outputs[0].shape = ir.Shape(wanted[extra:])
     target = editor.constant(np.array(wanted, np.int64), f"{out.name}_shape")
-    raised = editor.node("Reshape", [lowered.outputs[0], target], out, out.dtype, base=f"{out.name}_raised")
+    raised = editor.node(
+        "Reshape", [lowered.outputs[0], target], out, out.dtype, base=f"{out.name}_raised", attributes={"allowzero": 1}
+    )
     editor.graph.insert_before(node, lowered)
     editor.replace(node, raised)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,17 +200,19 @@ class _Book:
         progress: Callable[[int, int], None],
     ) -> None:
         import optuna
+        from sqlalchemy.exc import DatabaseError, OperationalError
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._layers, self._evaluate, self._progress = layers, evaluate, progress
         self.most = 0
         try:
             self._study = _study(name, file)
-        except Exception:
-            if file is None or not file.exists():
+        except DatabaseError as error:
+            if file is None or isinstance(error, OperationalError):  # locked, or the disk is full
                 raise
-            # It was damaged, and only saves time.
-            file.replace(file.with_name(f"{file.name}.damaged"))
+            # It only saves time.
+            aside = file.replace(file.with_name(f"{file.name}.damaged"))
+            warnings.warn(f"{file} was damaged and is now {aside}: plans are tried again", RuntimeWarning, stacklevel=2)
             self._study = _study(name, file)
         self._known: dict[tuple[tuple[str, str], ...], Evaluation] = {}
         for trial in self._study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):

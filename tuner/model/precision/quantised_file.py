@@ -17,7 +17,6 @@ from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 
 from tilewright.tuner.model.graph import DTYPES
 from tilewright.tuner.model.precision.post_training import Quantisation
@@ -55,12 +54,14 @@ class Quantised:
         Raises:
             UsageError: they can't be written.
         """
-        model = _model_file(file)
-        write_model(self.model, model)
+        files = write_model(self.model, _model_file(file))
+        for old in file.parent.glob(f"{file.stem}.*.data"):
+            if old not in files:
+                old.unlink()
         about = {
             "format": FORMAT,
             "key": key,
-            "model": _sha256(model),
+            "model": {each.name: _known_by(each) for each in files},
             "kind": self.kind,
             "method": self.method,
             "decibel": self.decibel,
@@ -86,7 +87,9 @@ class Quantised:
             with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 about = json.loads(arrays["about"].tobytes())
                 # A run that was killed between the two files leaves a model of another key.
-                if (about["format"], about["key"], about["model"]) != (FORMAT, key, _sha256(_model_file(file))):
+                if (about["format"], about["key"]) != (FORMAT, key):
+                    return None
+                if any(_known_by(file.with_name(name)) != known for name, known in about["model"].items()):
                     return None
                 dtype = DTYPES[QUANTISED[about["kind"]]].numpy()
                 weights, shifts = {}, {}
@@ -101,11 +104,14 @@ class Quantised:
             plans = about["plan"].items()
             plan = {name: LayerPrecision(about["kind"], scales, zeros) for name, (scales, zeros) in plans}
             return cls(about["kind"], model, plan, about["reasons"], about["method"], about["decibel"], weights, shifts)
-        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, DecodeError):
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, AttributeError):
             return None
 
 
-def _sha256(file: Path) -> str:
+def _known_by(file: Path) -> str | int:
+    """The hash of a model's file; of its data, which has one in its name, the size."""
+    if file.suffix == ".data":
+        return file.stat().st_size
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -287,8 +287,7 @@ def _same_size(name: str, a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def _differently_shaped(name: str, a: Array, b: Array) -> ModelError:
-    why = ": where a size depends on values, no precision but fp32 keeps it" if a.size != b.size else ""
-    return ModelError(f"{quoted(name)} is {a.shape} in the original and {b.shape} in the changed model{why}")
+    return ModelError(f"{quoted(name)} is {a.shape} in the original and {b.shape} in the changed model")
 
 
 def _plain(array: Array) -> Array:

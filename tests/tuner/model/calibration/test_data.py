@@ -266,7 +266,9 @@ def test_random_data_is_loud_and_depends_on_its_seed_alone() -> None:
 
 def test_inputs_that_no_memory_holds_get_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_memory", lambda: 95)
-    with pytest.raises(ModelError, match=r"one feed of the model's inputs has 48 bytes, which is too much"):
+    with pytest.raises(
+        ModelError, match=r"one feed of the model's inputs has 48 bytes, of 95 bytes of memory: it must be less"
+    ):
         load_data("random", PICTURES, count=1)
     monkeypatch.setattr(loading, "_memory", lambda: 96)
     assert len(load_data("random", PICTURES, count=1)) == 1
@@ -275,5 +277,5 @@ def test_inputs_that_no_memory_holds_get_one_line(monkeypatch: pytest.MonkeyPatc
         raise MemoryError
 
     monkeypatch.setattr(loading.RandomFeeds, "feed", full)
-    with pytest.raises(ModelError, match="has 48 bytes, which is too much for this machine's memory"):
+    with pytest.raises(ModelError, match="has 48 bytes, of 96 bytes of memory"):
         load_data("random", PICTURES, count=1)

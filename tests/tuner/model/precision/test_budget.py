@@ -99,6 +99,15 @@ def test_kinds_between_the_fewest_and_the_most_bits_are_tried():
     assert found.chosen.plan == {"a": "fp8"}
 
 
+def test_a_damaged_study_is_set_aside_and_told(tmp_path):
+    file = tmp_path / "precision.sqlite"
+    file.write_bytes(b"no database, but as long as a page of one" * 100)
+    with pytest.warns(RuntimeWarning, match=r"precision.sqlite was damaged and is now .*precision.sqlite.damaged"):
+        found = search(LAYERS, TIMES, Model(0.02), study=file)
+    assert found.met
+    assert (tmp_path / "precision.sqlite.damaged").exists()
+
+
 @pytest.mark.parametrize("killed_after", [1, 3, 6, 8])
 def test_a_search_that_was_killed_goes_on(tmp_path, killed_after):
     file = tmp_path / "precision.sqlite"

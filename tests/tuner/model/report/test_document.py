@@ -93,7 +93,7 @@ def test_the_checker_finds_what_is_wrong() -> None:
         assert words in line
 
 
-def test_fields_of_version_1() -> None:
+def test_fields_of_version_2() -> None:
     """Programs read these. A change here is one of `VERSION`."""
     assert VERSION == 2
     assert names_of(ModelReport, {}) == {
