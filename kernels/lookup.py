@@ -1,10 +1,10 @@
 """Which configuration a problem gets on a device, and on what evidence. Never tunes, never writes.
 
 The order: the caller's own configuration; the pack, if this process has one (`pack`), which is where it ends for a
-frozen one; a record (`tuning_db`); this module's prediction; the default. Of records, what was measured here or shipped
-with the package is weighed with what earlier revisions and other toolchains measured; then come near shapes, other
-boards, and what a tuning run predicted that compiled it. A candidate that does not fit the device is passed over,
-whatever its evidence.
+frozen one; a record (`tuning_db`); this module's prediction; the default; what is lighter than that. Of records, what
+was measured here or shipped with the package is weighed with what earlier revisions and other toolchains measured; then
+come near shapes, other boards, and what a tuning run predicted that compiled it. A candidate that does not fit the
+device is passed over, whatever its evidence.
 """
 
 from __future__ import annotations
