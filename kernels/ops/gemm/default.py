@@ -85,29 +85,33 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
 
     On an H200 it takes 0.72 of the time of the plain default at 4096³, and 0.53 at 16384×256×1024; of int8 at 4096³
     0.63, of fp8 0.52. Warp-specialised, the next tile is copied during the epilogue: for K up to 1024 that takes 0.85
-    to 1.04 of the other's time, of int8 at 4096³ 0.80, of fp8 0.89 (0.87 at 8192³), and at K of 4096 and 16 bits 1.02
-    to 1.08.
+    to 1.04 of the other's time, of int8 at 4096³ 0.80, and at K of 4096 and 16 bits 1.02 to 1.08. Of fp8 at 4096³ tiles
+    of 256×128 would take 0.89 with Triton 3.6, and spill with 3.9, as other epilogues than the lightest do: they are
+    for the tuner to find.
     """
     if problem.b_dtype is not None or problem.K < 256:
         return None
-    # Results of 4 bytes take a place in shared memory beside the next tile's operands, and residuals registers.
-    special = problem.residual is None and not problem.gated and dtype(problem.output_dtype).bytes < 4
+    # Results of 4 bytes take a place in shared memory beside the next tile's operands, and what the epilogue needs
+    # registers: with Triton 3.9 an activation spills, and so do a bias and scales by row or column together.
+    vectors = {problem.a_scale, problem.b_scale} - {None, "tensor"}
+    light = problem.activation == "none" and not (problem.alpha or problem.out_scale)
+    light = light and (problem.bias is None or (problem.bias_axis == "n" and not vectors))
+    special = light and problem.residual is None and not problem.gated and dtype(problem.output_dtype).bytes < 4
     if problem.unit in ("fp16", "bf16"):
-        bare = problem.bias is None and problem.activation == "none"
         if problem.K > FEW_PRODUCTS or not special:
             config = GemmConfig(128, 256, 64, num_warps=8, num_stages=4)
-        elif bare:
+        elif problem.bias is None:
             config = GemmConfig(256, 128, 64, num_warps=4, num_stages=4, WARP_SPECIALIZE=True)
         else:
             config = GemmConfig(128, 256, 64, num_warps=4, num_stages=3, WARP_SPECIALIZE=True)
     elif problem.unit not in ("int8", "fp8") or (problem.a_layout, problem.b_layout) != ("row", "col"):
         return None  # wgmma takes 8-bit operands as they lie, along K
+    elif problem.unit == "fp8":  # of which there are two sums of each tile
+        config = GemmConfig(128, 128, 128, num_warps=8, num_stages=4)
     elif not special:
-        wide = problem.unit == "int8"  # of fp8 there are two sums of each tile
-        config = GemmConfig(128, 256 if wide else 128, 128, num_warps=8, num_stages=3 if wide else 4)
+        config = GemmConfig(128, 256, 128, num_warps=8, num_stages=3)
     else:
-        rows = 128 if problem.unit == "int8" else 256
-        config = GemmConfig(rows, 2**15 // rows, 128, num_warps=4, num_stages=4, WARP_SPECIALIZE=True)
+        config = GemmConfig(128, 256, 128, num_warps=4, num_stages=4, WARP_SPECIALIZE=True)
     config = replace(config, PERSISTENT=True, TMA=True)
     tiles_m, tiles_n = tiles(problem, config)
     # Tiles of which a third is idle cost more than the larger tile gains.

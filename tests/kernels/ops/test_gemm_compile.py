@@ -220,6 +220,15 @@ def assert_clean(answers):
     assert not short
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp8e4m3", "fp8e5m2", "int8"])
+def test_large_defaults_of_hopper_do_not_spill(kind):
+    square = GemmProblem(4096, 4096, 4096, dtype=kind, b_layout="col")
+    scaled = replace(square, a_scale="tensor", b_scale="column", out_dtype="bf16")
+    problems = [square, scaled, replace(scaled, bias="fp32"), replace(scaled, bias="fp32", activation="gelu_tanh")]
+    problems += [replace(square, a_scale="tensor", b_scale="tensor", out_dtype="bf16", bias="fp16")]
+    assert_clean(replies(90, [(problem, None) for problem in problems + [replace(each, K=1024) for each in problems]]))
+
+
 @pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.smoke), 90])
 def test_defaults_of_forms_compile_without_spills(arch):
     seen, rows = set(), []
