@@ -103,19 +103,25 @@ def check(
         assert_close(out.array, expected[name], kernel.tolerance(problem)[name])
 
 
-def pairwise(axes: Mapping[str, Sequence[Any]], *, seed: int = 0, tries: int = 20) -> Iterator[dict[str, Any]]:
-    """Rows that take every pair of values of any two axes together at least once, as few as a greedy search finds."""
+def covering(
+    axes: Mapping[str, Sequence[Any]], strength: int, *, seed: int = 0, tries: int = 20
+) -> Iterator[dict[str, Any]]:
+    """Rows that take all values of any `strength` axes together at least once, as few as a greedy search finds."""
     draw = random.Random(seed)
     names = list(axes)
     missing = {
-        ((one, i), (other, j))
-        for one, other in itertools.combinations(names, 2)
-        for i in range(len(axes[one]))
-        for j in range(len(axes[other]))
+        tuple(zip(chosen, indices, strict=True))
+        for chosen in itertools.combinations(names, strength)
+        for indices in itertools.product(*(range(len(axes[name])) for name in chosen))
     }
     while missing:
         start = dict(draw.choice(sorted(missing)))
         rows = [{name: start.get(name, draw.randrange(len(axes[name]))) for name in names} for _ in range(tries)]
-        best = max(rows, key=lambda row: len(missing.intersection(itertools.combinations(row.items(), 2))))
-        missing.difference_update(itertools.combinations(best.items(), 2))
+        best = max(rows, key=lambda row: len(missing.intersection(itertools.combinations(row.items(), strength))))
+        missing.difference_update(itertools.combinations(best.items(), strength))
         yield {name: axes[name][index] for name, index in best.items()}
+
+
+def pairwise(axes: Mapping[str, Sequence[Any]], *, seed: int = 0, tries: int = 20) -> Iterator[dict[str, Any]]:
+    """Rows that take every pair of values of any two axes together at least once."""
+    return covering(axes, 2, seed=seed, tries=tries)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.kernels.compiling import compiled, described
-from tests.kernels.conformance import pairwise
+from tests.kernels.conformance import covering, pairwise
 from tilewright.kernels import resolve_device
 from tilewright.kernels.compile import HIDDEN_POINTERS
 from tilewright.kernels.ops.conv2d.launch import CONV2D
@@ -202,9 +201,9 @@ def test_the_default_compiles_without_spills(arch: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("arch", [75, *ARCHS])
-def test_the_default_compiles_without_spills_whatever_the_problem(arch: int) -> None:
-    rows = [dict(zip(MATRIX, values, strict=True)) for values in itertools.product(*MATRIX.values())]
-    problems = list(supported(arch, rows))
+def test_the_default_compiles_without_spills_whatever_the_three(arch: int) -> None:
+    # Every shape in every dtype with every epilogue, and any other three: a fifth of the product, which takes hours.
+    problems = list(supported(arch, covering(MATRIX, 3, seed=arch, tries=4)))
     parts = [[("conv2d", problem, None) for problem in problems[start::4]] for start in range(4)]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for replies in threads.map(lambda part: compiled(arch, part), parts):
