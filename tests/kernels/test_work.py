@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from tilewright.kernels.ops.gemm.problem import GemmProblem
-from tilewright.kernels.ops.gemm.space import GemmConfig, work
+from tilewright.kernels.ops.gemm.space import GemmConfig
+from tilewright.kernels.ops.gemm.work import work
 
 pytestmark = pytest.mark.smoke
 

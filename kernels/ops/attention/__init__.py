@@ -1,1 +1,1 @@
-"""The fused attention. Read in this order: problem, reference, jit, mainloop, combine, space, default, launch, api."""
+"""The fused attention. Read in this order: problem, reference, jit, mainloop, combine, space, work, default, launch, api."""

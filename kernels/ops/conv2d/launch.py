@@ -8,7 +8,7 @@ import triton.language as tl
 
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
-from tilewright.kernels.ops.conv2d import depthwise, jit, problem, space
+from tilewright.kernels.ops.conv2d import depthwise, jit, problem, space, work
 from tilewright.kernels.ops.conv2d.default import default
 from tilewright.kernels.ops.conv2d.features import FEATURES
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
@@ -139,8 +139,8 @@ CONV2D: Kernel[Conv2dProblem, Conv2dConfig] = Kernel(
     launches=launches,
     reference=problem.reference,
     tolerance=problem.tolerance,
-    estimate=space.estimate,
-    work=space.work,
+    estimate=work.estimate,
+    work=work.work,
     near=problem.near,
     supported=problem.supported,
     ragged=space.ragged,

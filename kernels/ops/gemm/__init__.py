@@ -1,1 +1,1 @@
-"""The fused GEMM. Read in this order: problem, jit, space, default, launch, operands, api."""
+"""The fused GEMM. Read in this order: problem, jit, space, work, default, launch, operands, api."""

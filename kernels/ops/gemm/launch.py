@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
-from tilewright.kernels.ops.gemm import jit, reference, space
+from tilewright.kernels.ops.gemm import jit, reference, space, work
 from tilewright.kernels.ops.gemm.default import default
 from tilewright.kernels.ops.gemm.features import FEATURES
 from tilewright.kernels.ops.gemm.problem import OPERANDS, GemmProblem
@@ -145,8 +145,8 @@ GEMM: Kernel[GemmProblem, GemmConfig] = Kernel(
     launches=launches,
     reference=reference.reference,
     tolerance=reference.tolerance,
-    estimate=space.estimate,
-    work=space.work,
+    estimate=work.estimate,
+    work=work.work,
     near=reference.near,
     supported=reference.supported,
     ragged=space.ragged,

@@ -6,7 +6,7 @@ import math
 
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch
-from tilewright.kernels.ops.rmsnorm import jit, problem, space
+from tilewright.kernels.ops.rmsnorm import jit, problem, space, work
 from tilewright.kernels.ops.rmsnorm.features import FEATURES
 from tilewright.kernels.ops.rmsnorm.problem import EPS, RmsNormProblem
 from tilewright.kernels.ops.rmsnorm.space import RmsNormConfig
@@ -68,8 +68,8 @@ RMSNORM: Kernel[RmsNormProblem, RmsNormConfig] = Kernel(
     launches=launches,
     reference=problem.reference,
     tolerance=problem.tolerance,
-    estimate=space.estimate,
-    work=space.work,
+    estimate=work.estimate,
+    work=work.work,
     near=problem.near,
     supported=problem.supported,
     ragged=space.ragged,

@@ -1,4 +1,4 @@
-"""The configurations of the fused RMSNorm: axes, limits, the default, and the work each one means."""
+"""The configurations of the fused RMSNorm: axes, limits, and the default."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.rmsnorm.problem import RmsNormProblem
 from tilewright.kernels.problem import Config
 from tilewright.kernels.space import Space
-from tilewright.kernels.work import Panel, Work
-from tilewright.tuning_db.record import Resources
 
 REGISTERS_PER_BLOCK = 65536
 """On every arch from sm_53 on (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
@@ -94,6 +92,30 @@ def shared_bytes(problem: RmsNormProblem, config: RmsNormConfig, device: Device)
     return total * (config.num_stages - 1)
 
 
+def registers_needed(problem: RmsNormProblem, config: RmsNormConfig) -> float:
+    """Registers of one thread, as many as it would take without a limit.
+
+    They are h of its elements and half of what they were loaded as (the rest is converted by then), the weights, what
+    it takes to quantise, to write h too and to address narrow loads, a pointer to each of its rows, and a base; a walk
+    along the row keeps the largest elements found, and counts. The factors are read off 1,200 kernels compiled for
+    sm_75 to sm_120: of those that don't spill, four of five are within a quarter.
+    """
+    each = elements(config)
+    read = dtype(problem.dtype).bytes + (dtype(problem.residual).bytes if problem.residual is not None else 0)
+    share = 0.85 + 0.4 * read / 4 + 0.2 * (problem.weight is not None)
+    share += 0.3 * problem.out_scale + 0.25 * problem.residual_out + (0.0 if wide(problem) else 0.25)
+    needed = 17.0
+    if not whole(problem, config):
+        needed += 10
+        share += 0.9 * problem.row_scale
+    # Threads lie along a row first, each with one load of it.
+    across = config.num_warps * WARP_SIZE * vector_bytes(problem, config) / dtype(problem.dtype).bytes
+    rows = config.BLOCK_M / max(1.0, across / config.BLOCK_N)
+    if rows > 1:
+        needed += 0.3 * rows * (2 + (problem.residual is not None) + problem.residual_out)
+    return needed + share * each
+
+
 def fits(problem: RmsNormProblem, config: RmsNormConfig, device: Device) -> str | None:
     """None, or the limit that the configuration breaks, with the values."""
     for name, value in config.to_dict().items():
@@ -133,7 +155,7 @@ def useful(problem: RmsNormProblem, config: RmsNormConfig, device: Device) -> st
         return f"{config.num_warps} warps, alone on their SM, leave some of its {SCHEDULERS} schedulers idle"
     if config.num_warps > 1 and each < 4:
         return f"{each:g} elements a thread: half of {config.num_warps} warps would do"
-    if each > 64 or estimate(problem, config, device).spill_bytes:
+    if each > 64 or registers_needed(problem, config) >= registers_allowed(config) + 1:
         return f"{each:g} elements a thread leave none of its {registers_allowed(config)} registers"
     if config.num_stages > 1:
         if shared_bytes(problem, config, device) == 0:
@@ -171,84 +193,3 @@ def ragged(problem: RmsNormProblem, config: RmsNormConfig) -> RmsNormProblem:
     if tiles == 1:
         columns = min(columns, problem.N)
     return replace(problem, M=max(1, 2 * config.BLOCK_M - 1), N=columns)
-
-
-def estimate(problem: RmsNormProblem, config: RmsNormConfig, device: Device) -> Resources:
-    """Resources before anything is compiled.
-
-    Registers of one thread are h of its elements and half of what they were loaded as (the rest is converted by then),
-    the weights, what it takes to quantise, to write h too and to address narrow loads, a pointer to each of its rows,
-    and a base; a walk along the row keeps the largest elements found, and counts. The factors are read off 1,200
-    kernels compiled for sm_75 to sm_120: of those that don't spill, four of five are within a quarter.
-    """
-    each = elements(config)
-    read = dtype(problem.dtype).bytes + (dtype(problem.residual).bytes if problem.residual is not None else 0)
-    share = 0.85 + 0.4 * read / 4 + 0.2 * (problem.weight is not None)
-    share += 0.3 * problem.out_scale + 0.25 * problem.residual_out + (0.0 if wide(problem) else 0.25)
-    needed = 17.0
-    if not whole(problem, config):
-        needed += 10
-        share += 0.9 * problem.row_scale
-    # Threads lie along a row first, each with one load of it.
-    across = config.num_warps * WARP_SIZE * vector_bytes(problem, config) / dtype(problem.dtype).bytes
-    rows = config.BLOCK_M / max(1.0, across / config.BLOCK_N)
-    if rows > 1:
-        needed += 0.3 * rows * (2 + (problem.residual is not None) + problem.residual_out)
-    needed += share * each
-    allowed = registers_allowed(config)
-    spilled = 4 * int(max(0.0, needed - allowed))
-    return Resources(
-        registers=int(min(needed, allowed)),
-        spill_bytes=spilled,
-        stack_bytes=spilled,
-        shared_bytes=shared_bytes(problem, config, device),
-    )
-
-
-def work(problem: RmsNormProblem, config: RmsNormConfig) -> Work:
-    """The grid, the loop and the bytes of one configuration, whose columns are all in one tile column.
-
-    A second walk is charged to device memory like the first. The rows of all resident blocks are more than L2 holds
-    (16 blocks with 8 KiB each on 82 SMs are 11 MB), but for problems so small that memory is not what they wait for.
-    """
-    tiles = math.ceil(problem.M / config.BLOCK_M)
-    walks = 1 if whole(problem, config) else 2
-    iterations = walks * math.ceil(problem.N / config.BLOCK_N)
-    rows = problem.M / tiles  # in bounds, on average
-    read = dtype(problem.dtype).bytes
-    if problem.residual is not None:
-        read += dtype(problem.residual).bytes
-    weight = 0.0 if problem.weight is None else problem.N * dtype(problem.weight).bytes
-    weighings = walks if problem.row_scale else 1
-    written = dtype(problem.output_dtype).bytes
-    if problem.residual is not None and problem.residual_out:
-        written += dtype(problem.residual).bytes
-    # Operations an element: to widen, add and square; to scale, weigh and round, which to 8 bits takes a division and
-    # limits.
-    lanes = (2 + 2 * (problem.residual is not None)) * walks + 2.5
-    lanes += weighings * (problem.weight is not None) + 3 * problem.row_scale
-    if problem.out_scale:
-        lanes += 4 if problem.row_scale else 14
-    return Work(
-        tiles_m=tiles,
-        tiles_n=1,
-        splits=1,
-        batch=1,
-        group_m=1,
-        iterations=iterations,
-        tile_m=config.BLOCK_M,
-        tile_n=config.BLOCK_N,
-        tile_k=0,
-        num_warps=config.num_warps,
-        num_stages=1 if whole(problem, config) else config.num_stages,
-        unit=problem.unit,
-        operand_bytes=dtype(problem.dtype).bytes,
-        load_bytes=(walks * rows * problem.N * read + weighings * weight) / iterations,
-        vector_bytes=vector_bytes(problem, config),
-        panel_a=Panel(walks * rows * problem.N * read),
-        panel_b=Panel(weight),
-        epilogue_bytes=rows * (problem.N * written + 4 * problem.row_scale),
-        workspace_bytes=0.0,
-        lane_ops=lanes * config.BLOCK_M * config.BLOCK_N / walks,
-        special_ops=config.BLOCK_M / iterations,
-    )

@@ -25,7 +25,8 @@ from tilewright.kernels.ops.conv2d import depthwise, jit
 from tilewright.kernels.ops.conv2d.api import conv2d
 from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.conv2d.problem import INPUT_DTYPES, Conv2dProblem, tolerance, touched
-from tilewright.kernels.ops.conv2d.space import Conv2dConfig, inside
+from tilewright.kernels.ops.conv2d.space import Conv2dConfig
+from tilewright.kernels.ops.conv2d.work import inside
 from tilewright.tuning_db.errors import ProblemError, RunError
 
 A100 = resolve_device("a100")

@@ -18,6 +18,7 @@ from tilewright.kernels.catalogue import CATALOGUE
 from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, Device
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.conv2d import space
+from tilewright.kernels.ops.conv2d import work as work_of
 from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem, touched
 from tilewright.kernels.ops.conv2d.space import (
@@ -475,13 +476,13 @@ def test_positions_that_taps_see_are_counted_without_looking_at_each(length, tap
     at = np.arange(outputs)[:, None] * stride + np.arange(taps) * dilation - before
     inside = (at >= 0) & (at < length)
     assert touched(length, outputs, taps, stride, dilation, before) == len(np.unique(at[inside]))
-    assert space._inside(length, outputs, taps, stride, dilation, before) == pytest.approx(inside.mean())
+    assert work_of.inside_along(length, outputs, taps, stride, dilation, before) == pytest.approx(inside.mean())
 
 
 def test_long_rows_cost_no_more_than_short_ones():
     problem = Conv2dProblem(N=1, H=1, W=2**30, C=1, K=16, R=1, S=31, pad_left=15, pad_right=15)
     assert problem.pixels_read() == 2**30
-    assert 0.99 < space.inside(problem) < 1
+    assert 0.99 < work_of.inside(problem) < 1
 
 
 def test_rows_below_each_other_are_in_the_space_of_depthwise_problems_with_as_many() -> None:

@@ -16,7 +16,8 @@ from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, Device
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
-from tilewright.kernels.ops.gemm.space import AXES, WEIGHT_OPERATIONS, GemmConfig, tile_vector_bytes
+from tilewright.kernels.ops.gemm.space import AXES, GemmConfig, tile_vector_bytes
+from tilewright.kernels.ops.gemm.work import WEIGHT_OPERATIONS
 from tilewright.kernels.prediction import occupancy
 from tilewright.tuning_db.record import Resources
 

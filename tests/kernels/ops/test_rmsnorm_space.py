@@ -17,7 +17,8 @@ from tilewright.kernels.catalogue import CATALOGUE
 from tilewright.kernels.lookup import check_supported
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
 from tilewright.kernels.ops.rmsnorm.problem import INPUT_DTYPES, reference, tolerance
-from tilewright.kernels.ops.rmsnorm.space import AXES, SPACE, elements, estimate, fits, ragged, useful, whole, work
+from tilewright.kernels.ops.rmsnorm.space import AXES, SPACE, elements, fits, ragged, useful, whole
+from tilewright.kernels.ops.rmsnorm.work import estimate, work
 from tilewright.kernels.prediction import roofline_us
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError
 
