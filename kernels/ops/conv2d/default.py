@@ -65,9 +65,10 @@ def default(problem: Conv2dProblem, device: Device) -> Conv2dConfig:
     elif wide and depth % 64 == 0 and problem.dtype != "fp32":
         config = replace(config, BLOCK_K=64)
     split = _split(problem, config, device)
-    if split > 1 and not copies and config.BLOCK_M == 64 and config.BLOCK_K > 16:
-        # Sums of other blocks beside single elements in registers: of 64 columns some spill. Twice as many tiles share
-        # the work out as half as many splits do.
+    single = not copies or max(vector_bytes(problem, config)) < 16
+    if split > 1 and single and config.BLOCK_M == 64 and config.BLOCK_K > 16:
+        # Sums of other blocks beside single elements, or the addresses they are copied from: of 64 columns some spill.
+        # Twice as many tiles share the work out as half as many splits do.
         config = replace(config, BLOCK_N=32)
         split = _split(problem, config, device)
     config = replace(config, SPLIT_K=split)
