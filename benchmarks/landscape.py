@@ -108,15 +108,15 @@ class Survey:
         self.spent_s = 0.0  # of the GPU
         self.unsaved = False
         kernel, problem, device = landscape.kernel, landscape.problem, landscape.device
-        self._predicted_us = {config: each.time_us for each, config in predictions(kernel, problem, device)}
+        self._predicted = {config: each for each, config in predictions(kernel, problem, device)}
         default = kernel.default(problem, device)
-        every = list(dict.fromkeys((*self._predicted_us, default)))
+        every = list(dict.fromkeys((*self._predicted, default)))
         landscape.size = len(every)
-        best = sorted(self._predicted_us, key=self._predicted_us.__getitem__)[:FIRST]
+        best = sorted(self._predicted, key=lambda config: self._predicted[config].order)[:FIRST]
         self._first = dict.fromkeys((default, *named, *best))
         drawn = [every[at] for at in np.random.default_rng(landscape.seed).permutation(len(every))]
         # What is named need not be listed, as long as it can run; it is behind all that may be drawn.
-        others = [config for config in named if config not in self._predicted_us and config != default]
+        others = [config for config in named if config not in self._predicted and config != default]
         for config in others:
             kernel.space.check(problem, config, device)
         self._places = {config: place for place, config in enumerate((*drawn, *others))}
@@ -155,7 +155,7 @@ class Survey:
         landscape = self.landscape
         for config, outcome in runner.run(landscape.kernel, landscape.problem, self.ready, until):
             del self._window[config]
-            predicted_us = self._predicted_us.get(config, float("nan"))
+            predicted_us = self._predicted[config].time_us if config in self._predicted else float("nan")
             landscape.rows[config] = Row(outcome, predicted_us, self._places[config], config in self._first)
             self.unsaved = True
             yield outcome

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,13 @@ def listed(landscape: Landscape) -> list[Config]:
     return [config for config, row in landscape.rows.items() if not math.isnan(row.predicted_us)]
 
 
-def before_compiling(landscape: Landscape) -> dict[Config, float]:
-    """The model's times in µs, from estimated resources."""
-    return {config: each.time_us for config, each in _predicted(landscape).items()}
+Order = tuple[bool, float]
+"""`Prediction.order`: whether it should spill, and the time in µs."""
+
+
+def before_compiling(landscape: Landscape) -> dict[Config, Order]:
+    """What the model says of estimated resources."""
+    return {config: each.order for config, each in _predicted(landscape).items()}
 
 
 def priors(landscape: Landscape) -> dict[Config, float]:
@@ -71,20 +75,20 @@ def _predicted(landscape: Landscape) -> dict[Config, Prediction]:
     }
 
 
-def compiled(landscape: Landscape) -> dict[Config, float]:
-    """The model's times in µs, from compiled resources, of what compiled and is within the device's limits."""
+def compiled(landscape: Landscape) -> dict[Config, Order]:
+    """What the model says of compiled resources, of what compiled and is within the device's limits."""
     kernel, problem, device = landscape.kernel, landscape.problem, landscape.device
     outcomes = {config: landscape.rows[config].outcome for config in listed(landscape)}
     return {
-        config: predict(kernel.work(problem, config), outcome.resources, device).time_us
+        config: predict(kernel.work(problem, config), outcome.resources, device).order
         for config, outcome in outcomes.items()
         if outcome.resources is not None and outcome.status is not Status.OUT_OF_RESOURCES
     }
 
 
-def recorded(landscape: Landscape) -> dict[Config, float]:
-    """Times in µs from estimated resources, as they were predicted when the landscape was measured."""
-    return {config: landscape.rows[config].predicted_us for config in listed(landscape)}
+def recorded(landscape: Landscape) -> dict[Config, Order]:
+    """The times alone that were predicted from estimated resources when the landscape was measured."""
+    return {config: (False, landscape.rows[config].predicted_us) for config in listed(landscape)}
 
 
 PREDICTIONS = {BEFORE: before_compiling, COMPILED: compiled, RECORDED: recorded}
@@ -96,23 +100,15 @@ def drawn(landscape: Landscape) -> list[Config]:
     return [config for config in listed(landscape) if landscape.rows[config].place <= reached] or listed(landscape)
 
 
-def spilling(landscape: Landscape) -> set[Config]:
-    """The configurations that should spill, by estimated resources."""
-    return {config for config, each in _predicted(landscape).items() if each.spill_bytes}
-
-
-def by_prediction(
-    landscape: Landscape, predicted_us: Mapping[Config, float], last: Collection[Config] = ()
-) -> list[Config]:
-    """Configurations by their predicted time, those of `last` behind all others; equal ones in the space's order, as
-    the tuner has them."""
+def by_prediction(landscape: Landscape, predicted: Mapping[Config, Order]) -> list[Config]:
+    """Configurations as the tuner ranks them, equal ones in the space's order."""
     axes = landscape.axes()
     places = {name: {value: at for at, value in enumerate(values)} for name, values in axes.items()}
 
     def key(config: Config) -> tuple[Any, ...]:
-        return (config in last, predicted_us[config], *(places[name][getattr(config, name)] for name in axes))
+        return (*predicted[config], *(places[name][getattr(config, name)] for name in axes))
 
-    return sorted(predicted_us, key=key)
+    return sorted(predicted, key=key)
 
 
 def fractions(landscape: Landscape) -> dict[Config, float]:
@@ -137,12 +133,12 @@ def expected_best(values: Sequence[float], count: int) -> float:
     return mean
 
 
-def spearman(landscape: Landscape, predicted_us: Mapping[Config, float]) -> float | None:
-    """The rank correlation over the random sample, of what worked and is predicted; None for fewer than 3, or where
-    all are equal."""
+def spearman(landscape: Landscape, predicted: Mapping[Config, Order]) -> float | None:
+    """The rank correlation of times over the random sample, of what worked and is predicted; None for fewer than 3, or
+    where all are equal."""
     times_us = landscape.times_us
-    configs = [config for config in drawn(landscape) if config in times_us and config in predicted_us]
-    pairs = np.array([(predicted_us[config], times_us[config]) for config in configs]).reshape(-1, 2)
+    configs = [config for config in drawn(landscape) if config in times_us and config in predicted]
+    pairs = np.array([(predicted[config][1], times_us[config]) for config in configs]).reshape(-1, 2)
     if len(pairs) < 3 or (pairs == pairs[0]).all(axis=0).any():
         return None
     return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
@@ -159,10 +155,10 @@ def figures(landscape: Landscape) -> dict[str, Figures]:
     reached = fractions(landscape)
     found: dict[str, Figures] = {}
     for method, prediction in PREDICTIONS.items():
-        predicted_us = prediction(landscape)
-        order = by_prediction(landscape, predicted_us, spilling(landscape) if method == BEFORE else ())
+        predicted = prediction(landscape)
+        order = by_prediction(landscape, predicted)
         top = {str(count): max((reached[config] for config in order[:count]), default=0.0) for count in TOPS}
-        found[method] = {"spearman": spearman(landscape, predicted_us), "top": top}
+        found[method] = {"spearman": spearman(landscape, predicted), "top": top}
     sample = [reached[config] for config in drawn(landscape)]
     found[RANDOM] = {"spearman": None, "top": {str(count): expected_best(sample, count) for count in TOPS}}
     if heuristics.installed():

@@ -10,6 +10,22 @@ MAX_REGISTERS_PER_THREAD = 255
 
 WARP_SIZE = 32
 
+REGISTERS_PER_BLOCK = 65536
+"""On every arch from sm_53 on (same table)."""
+
+SUBPARTITIONS = 4
+"""Of an SM, each with its own warps, its own tensor core and a scheduler of one instruction a cycle (same guide,
+"Compute Capabilities")."""
+
+MAX_WARPS_PER_BLOCK = 32
+MAX_GRID_X, MAX_GRID_Y = 2**31 - 1, 65535
+"""Limits of a launch on every arch (same table)."""
+
+
+def registers_allowed(num_warps: int) -> int:
+    """Registers that a thread of a block of so many warps can have at the most."""
+    return min(MAX_REGISTERS_PER_THREAD, REGISTERS_PER_BLOCK // (num_warps * WARP_SIZE))
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -48,6 +64,22 @@ class Device:
     def sm(self) -> str:
         """The arch as a compiler writes it: `sm_86`."""
         return f"sm_{self.arch}"
+
+    @property
+    def major(self) -> int:
+        """Major number of the compute capability: 8 for sm_86."""
+        return self.arch // 10
+
+    @property
+    def hopper(self) -> bool:
+        """Whether this is compute capability 9.x: wgmma, and warp groups that give each other registers."""
+        return self.major == 9
+
+    @property
+    def has_group_dots(self) -> bool:
+        """Whether a warp group has one instruction for a dot of 64 rows that reads its operands from shared memory:
+        wgmma on sm_90, tcgen05 on sm_100 and sm_103. All others, sm_120 too, have mma.sync alone."""
+        return self.major in (9, 10)
 
     def tflops(self, unit: str) -> float:
         """Peak TFLOP/s of dot products at `unit` (a dtype's `unit`, or `fp32` for CUDA cores).

@@ -50,6 +50,10 @@ DTYPES: dict[str, DType] = {
     )
 }
 
+FP8_SUM = 128
+"""Products of fp8 that a dot adds up before the sum moves on to fp32: tensor cores of sm_90 add them with 14 bits (the
+interval that DeepSeek-V3 settled on, arXiv:2412.19437, section 3.3.2)."""
+
 # What array libraries print for a dtype (NumPy, CuPy, torch after "torch.", JAX), to the canonical name.
 _ARRAY_NAMES = {
     "float16": "fp16",

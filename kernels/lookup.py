@@ -22,14 +22,14 @@ from typing import Any, TypeVar
 
 from tilewright.kernels import catalogue, identity
 from tilewright.kernels import compile as compile_path
-from tilewright.kernels.compile import ptxas_version, triton_version
-from tilewright.kernels.device import WARP_SIZE, Device
+from tilewright.kernels.compile import over_limits, ptxas_version, triton_version
+from tilewright.kernels.device import Device
 from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.pack import Pack, active_pack
 from tilewright.kernels.prediction import MODEL, Prediction, predict
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.source import module_hash
-from tilewright.kernels.work import Work
+from tilewright.kernels.work import Work, block_warps
 from tilewright.tuning_db import env
 from tilewright.tuning_db.env import database_dir
 from tilewright.tuning_db.errors import (
@@ -369,11 +369,8 @@ def fitting_config(kernel: Kernel[Any, Any], problem: Problem, device: Device, r
     if kernel.space.fits(problem, config, device) is not None:
         return None
     resources = record.resources
-    if resources is not None:
-        warps = getattr(config, "num_warps", 1)
-        too_many = resources.registers * warps * WARP_SIZE > device.registers_per_sm
-        if too_many or resources.spill_bytes or resources.shared_bytes > device.shared_per_block:
-            return None
+    if resources is not None and over_limits(resources, device, block_warps(config, device)) is not None:
+        return None
     return config
 
 

@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
-from tilewright.kernels.device import WARP_SIZE, Device
-from tilewright.kernels.work import LINE_BYTES, Dot, Panel, Work
+from tilewright.kernels.device import SUBPARTITIONS, WARP_SIZE, Device
+from tilewright.kernels.work import LINE_BYTES, Dot, Panel, Work, reads_operands_shared
 from tilewright.tuning_db.record import Resources
 
 MODEL = "roofline-5"
@@ -63,7 +63,7 @@ class Term(StrEnum):
 # github.com/te42kyfo/gpu-benches.
 DRAM_EFFICIENCY = 0.9  # gpu-benches: 0.85 to 0.92 on A100, 0.92 to 0.98 on L40; a copy on H200: 4.3 of 4.8 TB/s
 COMPUTE_EFFICIENCY = 0.9  # of the dense peak, sustained by a full pipeline
-COMPUTE_EFFICIENCY_HOPPER = 0.82  # power holds the clock down: cuBLAS bf16 8192³ on H200 is 769 to 798 of 989 TFLOP/s
+COMPUTE_EFFICIENCY_HOPPER = 0.82  # power holds the clock down: just over what cuBLAS reaches, 0.78 to 0.81 (docs)
 MMA_SYNC_SHARE = {9: 0.62, 10: 0.31}
 """Of the peak, by major arch: wgmma and tcgen05 alone reach it. Luo et al., arXiv:2402.13499, find 62.9 % on average on
 Hopper; Blackwell has twice the peak, and its mma.sync is taken to be no faster than Hopper's."""
@@ -81,7 +81,6 @@ LANES_PER_CYCLE = {75: 64, 80: 64}
 """fp32 operations per cycle and SM, by arch; 128 on the others (CUDA C++ Programming Guide, "Throughput of Native
 Arithmetic Instructions")."""
 SPECIAL_PER_CYCLE = 16  # exponentials and the like per cycle and SM, on every arch (same table)
-SUBPARTITIONS = 4  # of an SM, each with its own tensor core and a scheduler of one instruction a cycle
 # Instructions of a warp, counted in the SASS of compiled kernels for sm_86: within 3 % of the loops of 5 tile shapes.
 LOOP_INSTRUCTIONS = 40  # per iteration: counters, buffer indices, barriers
 COPY_INSTRUCTIONS = 3  # per cp.async of 16 bytes a lane: itself and a 64-bit address
@@ -329,9 +328,8 @@ def datapath(work: Work, device: Device) -> Datapath:
     """What Triton lowers the dot to (read off compiled kernels, 3.6 and 3.9)."""
     if work.unit == "fp32" or not device.tensor_tflops:
         return Datapath.FMA
-    if device.arch // 10 in (9, 10) and work.tile_m >= 64 and work.num_warps >= 4:
-        return Datapath.WGMMA
-    return Datapath.MMA
+    shared = reads_operands_shared(device, work.unit, work.tile_m, work.num_warps)
+    return Datapath.WGMMA if shared else Datapath.MMA
 
 
 def thread_tile(work: Work, dot: Dot) -> float:
@@ -341,9 +339,9 @@ def thread_tile(work: Work, dot: Dot) -> float:
 
 def dot_rate(work: Work, device: Device) -> float:
     """FLOP per cycle and SM that the datapath sustains."""
-    efficiency = COMPUTE_EFFICIENCY_HOPPER if device.arch // 10 == 9 else COMPUTE_EFFICIENCY
+    efficiency = COMPUTE_EFFICIENCY_HOPPER if device.hopper else COMPUTE_EFFICIENCY
     if datapath(work, device) is Datapath.MMA:
-        efficiency *= MMA_SYNC_SHARE.get(device.arch // 10, 1.0)
+        efficiency *= MMA_SYNC_SHARE.get(device.major, 1.0)
     return device.tflops(work.unit) * 1e6 / (device.sms * device.boost_mhz) * efficiency
 
 

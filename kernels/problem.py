@@ -35,7 +35,7 @@ class _Value:
         Raises:
             ProblemError: one isn't; the message has its value.
         """
-        for name, kinds in _field_types(type(self)).items():  # type: ignore[arg-type]  # a class is hashable
+        for name, kinds in field_types(type(self)).items():  # type: ignore[arg-type]  # a class is hashable
             _check_type(name, getattr(self, name), kinds)
 
     def to_json(self) -> str:
@@ -49,7 +49,7 @@ class _Value:
         Raises:
             ProblemError: a field is unknown, missing or of the wrong type.
         """
-        kinds = _field_types(cls)  # type: ignore[arg-type]  # a class is hashable, Self included
+        kinds = field_types(cls)  # type: ignore[arg-type]  # a class is hashable, Self included
         for name in values:
             if name not in kinds:
                 near = difflib.get_close_matches(name, kinds, n=1)
@@ -88,7 +88,7 @@ class _Value:
         Raises:
             ProblemError: malformed text, or as `from_dict`.
         """
-        kinds = _field_types(cls)  # type: ignore[arg-type]  # a class is hashable, Self included
+        kinds = field_types(cls)  # type: ignore[arg-type]  # a class is hashable, Self included
         values: dict[str, Any] = {}
         for part in text.split(","):
             name, equals, word = (piece.strip() for piece in part.partition("="))
@@ -108,9 +108,11 @@ class Output(NamedTuple):
 
 
 class Config(_Value):
-    """The choices of one kernel: tiles, warps, stages, variants. Subclasses are frozen dataclasses."""
+    """The choices of one kernel: tiles, warps, stages, variants. Subclasses are frozen dataclasses of integers and
+    flags, with `num_warps` among them."""
 
     __slots__ = ()
+    num_warps: int
 
 
 class Problem(_Value, ABC):
@@ -165,7 +167,8 @@ def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
 
 
 @cache
-def _field_types(cls: type) -> dict[str, tuple[type, ...]]:
+def field_types(cls: type) -> dict[str, tuple[type, ...]]:
+    """The types that each field of a dataclass may have, by name."""
     hints: dict[str, Any] = {}
     kinds: dict[str, tuple[type, ...]] = {}
     for field in _fields(cls):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from tilewright.kernels.device import Device
-from tilewright.kernels.problem import Config, Problem
+from tilewright.kernels.device import (
+    MAX_GRID_X,
+    MAX_GRID_Y,
+    MAX_WARPS_PER_BLOCK,
+    Device,
+    registers_allowed,
+)
+from tilewright.kernels.problem import Config, Problem, field_types
 from tilewright.tuning_db.errors import IllegalConfigError
 
 P = TypeVar("P", bound=Problem)
@@ -62,3 +68,44 @@ class Space(Generic[P, C]):
         limit = self.fits(problem, config, device)
         if limit is not None:
             raise IllegalConfigError(f"{config} does not fit {problem} on {device.board}: {limit}")
+
+
+# What `fits` of every op looks at, beside the op's own limits.
+
+
+def malformed(config: Config, powers_of_two: Collection[str]) -> str | None:
+    """None, or which field is no flag, no integer of at least 1, or none of the powers of two that it has to be."""
+    for name, kinds in field_types(type(config)).items():  # type: ignore[arg-type]  # a class is hashable
+        value = getattr(config, name)
+        if bool in kinds:
+            if not isinstance(value, bool):
+                return f"{name}={value!r} must be true or false"
+        elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            return f"{name}={value!r} must be an integer of at least 1"
+        elif name in powers_of_two and value & (value - 1):
+            return f"{name}={value} must be a power of two"
+    if config.num_warps > MAX_WARPS_PER_BLOCK:
+        return f"num_warps={config.num_warps} is over the {MAX_WARPS_PER_BLOCK} of a block"
+    return None
+
+
+def over_block(config: Config, device: Device, *, held: float, shared_bytes: int) -> str | None:
+    """None, or which limit of a block is broken by the sums (of a kernel without dots: elements) that each of its
+    threads holds, or by its shared memory."""
+    allowed = registers_allowed(config.num_warps)
+    if held > allowed:
+        return f"{held:.0f} registers a thread for its part of the tile are over the {allowed} it can have"
+    most = device.shared_per_block
+    if shared_bytes > most:
+        return f"{shared_bytes} B of shared memory are over the {most} B a block of {device.sm} can have"
+    return None
+
+
+def over_grid(blocks: int, **splits: int) -> str | None:
+    """None, or which limit of a grid so many blocks break, or the splits that each of them is of, given by name."""
+    for name, count in splits.items():
+        if count > MAX_GRID_Y:
+            return f"{name}={count} is over the grid's {MAX_GRID_Y}"
+    if blocks > MAX_GRID_X:
+        return f"{blocks} tiles are over the grid's {MAX_GRID_X}"
+    return None

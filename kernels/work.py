@@ -7,12 +7,27 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tilewright.kernels.device import Device
+from tilewright.kernels.problem import Config
+
 SPECIALIZED_WARPS = 4
 """`num_warps` of a warp-specialised loop: four warps copy, and two more groups of four, of Triton's making, work on
 half of the tile's rows each. With 8, Triton (3.6 and 3.9) leaves the loop as it is."""
 
 SPECIALIZED_REGISTERS = 168, 232
 """Of a thread of such a block: as it is launched, and in the groups that multiply, which take those of the first."""
+
+
+def block_warps(config: Config, device: Device) -> int:
+    """Warps of a block as it is launched: of a warp-specialised loop those that copy, and two groups that multiply."""
+    specialized = device.hopper and getattr(config, "WARP_SPECIALIZE", False)
+    return 3 * SPECIALIZED_WARPS if specialized else config.num_warps
+
+
+def reads_operands_shared(device: Device, unit: str, rows: int, num_warps: int) -> bool:
+    """Whether a dot of so many rows becomes wgmma or tcgen05, which read operands from shared memory: they take 64 rows
+    and a warp group."""
+    return device.has_group_dots and unit != "fp32" and rows >= 64 and num_warps >= 4
 
 
 @functools.lru_cache(maxsize=4096)

@@ -126,3 +126,12 @@ def test_tests_mirror_the_source() -> None:
         if not test.exists():
             missing.append(str(relative))
     assert not missing
+
+
+@pytest.mark.parametrize(
+    "package", sorted((ROOT / "kernels" / "ops").glob("*/__init__.py")), ids=lambda path: path.parent.name
+)
+def test_an_op_says_in_which_order_to_read_it(package: Path) -> None:
+    _, _, order = (ast.get_docstring(ast.parse(package.read_text())) or "").partition("Read in this order:")
+    listed = re.findall(r"\w+", order)
+    assert sorted(listed) == sorted(path.stem for path in package.parent.glob("*.py") if path != package)

@@ -240,7 +240,7 @@ def evidence(
     """What was measured elsewhere, and by steps 1 to 3 would be asked: the reason, and all the records of one key, the
     closest key first. Shipped records of `key` itself come first. Read as far as it is consumed."""
     with _Files(file, shipped, skipped) as files:
-        for groups in _transfers(files, key, near):
+        for _, groups in _transfers(files, key, near):
             for group in groups:
                 if group.exact and not group.shipped:
                     continue  # the key's own
@@ -278,22 +278,14 @@ _Problem = list[_Group]  # what was measured of one on one board, closest first
 
 def _found(files: _Files, question: _Question) -> _Found:
     """All that was measured, best first, but for what has failed here."""
-    key, near = question.key, question.near
-    for groups in _ranked(files, files.of_device, key, None):
-        if groups[0].exact and not groups[0].shipped:
+    for of_others, groups in _transfers(files, question.key, question.near):
+        if of_others:
+            groups = [group for group in groups if not group.exact]  # a copy of this board's file is no other board
+        elif groups[0].exact and not groups[0].shipped:
             # What was measured here under this very key gives way to nobody else's measurements.
             yield from _weighed(files, question, [group for group in groups if not group.shipped])
             groups = [group for group in groups if group.shipped]
         yield from _weighed(files, question, groups)
-    if near is not None:
-        for groups in _ranked(files, files.of_device, key, near):
-            yield from _weighed(files, question, groups)
-    for groups in _ranked(files, files.of_others, key, None):
-        # A copy of this board's file is no other board.
-        yield from _weighed(files, question, [group for group in groups if not group.exact])
-    if near is not None:
-        for groups in _ranked(files, files.of_others, key, near):
-            yield from _weighed(files, question, groups)
 
 
 def _weighed(files: _Files, question: _Question, groups: Sequence[_Group]) -> _Found:
@@ -378,14 +370,13 @@ def _forms(files: _Files, question: _Question, group: _Group) -> set[str]:
     return found
 
 
-def _transfers(files: _Files, key: Key, near: Near | None) -> Iterator[_Problem]:
-    """Steps 1 to 3: the groups of records that could answer or be carried over, by problem and board, best first."""
-    yield from _ranked(files, files.of_device, key, None)
-    if near is not None:
-        yield from _ranked(files, files.of_device, key, near)
-    yield from _ranked(files, files.of_others, key, None)
-    if near is not None:
-        yield from _ranked(files, files.of_others, key, near)
+def _transfers(files: _Files, key: Key, near: Near | None) -> Iterator[tuple[bool, _Problem]]:
+    """Steps 1 to 3: whether they are of other boards, and the groups of records that could answer or be carried over,
+    by problem and board, best first."""
+    for of_others, asked in ((False, files.of_device), (True, files.of_others)):
+        for of_shapes in (None,) if near is None else (None, near):
+            for groups in _ranked(files, asked, key, of_shapes):
+                yield of_others, groups
 
 
 def _ranked(files: _Files, asked: Sequence[DatabaseFile], key: Key, near: Near | None) -> Iterator[_Problem]:

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
 MARGIN = 0.05
-"""By which share less time a less close key must have it. 388 times a configuration of a problem was measured on an
-H200 by two revisions or protocols: 80 % of the pairs lie within 2 % of each other, 90 % within 4 %, 95 % within 6 %."""
+"""By which share less time a less close key must have it. Of pairs of times that one configuration took under two keys,
+nine in ten differ by less: `docs/tuning-database.md` has them."""
 
 Times = Mapping[str, float]
 """Of one key: microseconds by configuration, in the order in which they answer."""

@@ -93,8 +93,9 @@ def test_every_configuration_is_in_the_file_with_its_time(whole: Path) -> None:
 
 def test_the_default_and_the_best_predicted_come_first(whole: Path) -> None:
     landscape = load(whole)
-    predicted = {config: each.time_us for each, config in predictions(GEMM, PROBLEM, BOARD)}
-    wanted = {GEMM.default(PROBLEM, BOARD), *sorted(predicted, key=predicted.__getitem__)[:FIRST]}
+    ranked = sorted(predictions(GEMM, PROBLEM, BOARD), key=lambda pair: pair[0].order)
+    wanted = {GEMM.default(PROBLEM, BOARD), *(config for _, config in ranked[:FIRST])}
+    predicted = {config: each.time_us for each, config in ranked}
     first = {config for config, row in landscape.rows.items() if row.first}
     assert first == wanted
     assert {config: row.predicted_us for config, row in landscape.rows.items() if config in predicted} == predicted

@@ -112,7 +112,7 @@ def test_compiled_resources_are_predicted_from() -> None:
     slow = Resources(registers=255, spill_bytes=4000, stack_bytes=4000, shared_bytes=60000)
     row = landscape.rows[config]
     landscape.rows[config] = replace(row, outcome=replace(row.outcome, resources=slow))
-    wanted = predict(GEMM.work(PROBLEM, config), slow, BOARD).time_us
+    wanted = predict(GEMM.work(PROBLEM, config), slow, BOARD).order
     assert module.compiled(landscape)[config] == wanted
     assert by_prediction(landscape, module.compiled(landscape))[-1] == config
     assert by_prediction(landscape, module.before_compiling(landscape))[0] == config
@@ -139,13 +139,13 @@ def test_a_default_that_the_space_does_not_list_is_not_ranked_but_may_be_the_bes
 @pytest.mark.parametrize("times_us", [[1.0, 2.0], [3.0, 3.0, 3.0, 3.0]])
 def test_there_is_no_correlation_of_two_or_of_equal_ones(times_us: list[float]) -> None:
     landscape = made(dict(enumerate(times_us)))
-    assert spearman(landscape, dict(SCORED)) is None
+    assert spearman(landscape, {config: (False, time_us) for config, time_us in SCORED}) is None
 
 
 def test_equal_predictions_keep_the_order_of_the_space() -> None:
     landscape = made(dict.fromkeys(range(len(SCORED)), 1.0))
     listed = [config for _, config in predictions(GEMM, PROBLEM, BOARD)]
-    assert by_prediction(landscape, dict.fromkeys(reversed(listed), 1.0)) == listed
+    assert by_prediction(landscape, dict.fromkeys(reversed(listed), (False, 1.0))) == listed
 
 
 def test_a_landscape_without_anything_that_worked_is_refused() -> None:

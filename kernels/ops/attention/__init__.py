@@ -1,1 +1,5 @@
-"""The fused attention. Read in this order: problem, reference, jit, mainloop, combine, space, work, default, launch, api."""
+"""The fused attention.
+
+Read in this order: problem, reference, samples, tiles, mainloop, jit, persistent, combine, space, work, default,
+launch, features, operands, api.
+"""

@@ -33,7 +33,7 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
     least = 16 if rows <= 16 else 32
     # Each element that is loaded by itself takes an address, each term of the scores registers of its own, and
     # mma.sync, unlike dots of a warp group, has the queries in registers.
-    groups = device.arch // 10 in (9, 10)
+    groups = device.has_group_dots
     narrow = not problem.aligned or not copied
     terms = problem.bias is not None or problem.softcap or problem.alibi
     # Two warp groups on 64 rows lie side by side. On an H200 one such problem came out wrong (Triton 3.6; bf16, head
@@ -64,24 +64,24 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
         few = (
             wide > 64
             or (problem.unit == "fp8" and terms)
-            or (groups and (problem.bias is not None or (terms and device.arch // 10 == 10)))
+            or (groups and (problem.bias is not None or (terms and device.major == 10)))
         )
         m = 32 if problem.unit == "fp8" and terms and wide > 64 and not groups else 64
         config = AttentionConfig(m, 16 if few else 32, PACK=pack, num_stages=stages)
-    elif device.arch // 10 == 9 and wide <= 128 and not (terms or pack or problem.page_size or problem.unit == "fp8"):
+    elif device.hopper and wide <= 128 and not (terms or pack or problem.page_size or problem.unit == "fp8"):
         # Two blocks on an SM, whose softmax and dots fill each other's gaps: on an H200, 4096 causal keys of bf16 take
         # 0.74 of the time of 128 rows of one block (head dim 128), and 8192 of head dim 64 take 0.85.
         config = AttentionConfig(128 if wide <= 64 else 64, 64, PACK=pack, num_warps=4, num_stages=stages + 1)
     else:
         n = 32 if wide > 128 or terms else 64
         # Rows of a bias that begin anywhere are read element by element, beside accumulators that tcgen05 hands over.
-        ragged = problem.bias is not None and problem.Skv % 8 and device.arch // 10 == 10
+        ragged = problem.bias is not None and problem.Skv % 8 and device.major == 10
         # Packed sequences of fp8 beside a slope per head: 8 or 16 bytes too many.
         packed = problem.varlen and terms and problem.unit == "fp8"
-        if ragged or (packed and wide > 128 and device.arch // 10 == 9) or (terms and wide > 64 and not groups):
+        if ragged or (packed and wide > 128 and device.hopper) or (terms and wide > 64 and not groups):
             n = 16
         config = AttentionConfig(128, n, PACK=pack, num_warps=8, num_stages=stages)
-        if packed and wide == 128 and problem.D % 16 and device.arch // 10 == 12:
+        if packed and wide == 128 and problem.D % 16 and device.major == 12:
             config = replace(config, BLOCK_M=64, num_warps=4)
     while fits(problem, config, device) is not None and config.num_stages > 1:
         config = replace(config, num_stages=config.num_stages - 1)
@@ -94,7 +94,7 @@ def _specialised(problem: AttentionProblem, device: Device) -> AttentionConfig |
     On an H200, 2 x 8192 keys of 16 heads take 0.80 of the time of the other default; with a causal mask 0.96 to 1.04.
     """
     terms = problem.bias is not None or problem.softcap or problem.alibi or problem.window_left is not None
-    if device.arch // 10 != 9 or (problem.D, problem.dim_v) != (128, 128) or terms or problem.right is not None:
+    if not device.hopper or (problem.D, problem.dim_v) != (128, 128) or terms or problem.right is not None:
         return None
     config = AttentionConfig(128, 128, TMA=True, WARP_SPECIALIZE=True, PERSISTENT=True)
     full = problem.Skv >= 1024 and tiles(problem, config) >= 2 * device.sms
@@ -118,7 +118,7 @@ def enough_splits(problem: AttentionProblem, config: AttentionConfig, device: De
     On an H200, 8 heads of 131072 keys take 147 µs in 64 splits and 130 in 32, and 128 heads of 8192 keys 145 in 4 and
     131 in one.
     """
-    wanted = 0.95 * device.sms if device.arch // 10 == 9 else 2 * device.sms
+    wanted = 0.95 * device.sms if device.hopper else 2 * device.sms
     splits, blocks = 1, tiles(problem, config)
     while splits < 64 and blocks * splits < wanted and key_blocks(problem, config) >= 8 * splits:
         splits *= 2

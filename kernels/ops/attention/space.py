@@ -1,4 +1,4 @@
-"""The configurations of the fused attention: axes, limits, and the work each one means."""
+"""The configurations of the fused attention: axes and limits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, WARP_SIZE, Devic
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.problem import Config
-from tilewright.kernels.space import Space
-from tilewright.kernels.work import SPECIALIZED_WARPS
+from tilewright.kernels.space import Space, malformed, over_block, over_grid
+from tilewright.kernels.work import SPECIALIZED_WARPS, reads_operands_shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +126,9 @@ def vector_bytes(problem: AttentionProblem) -> int:
     return min(16, row & -row)
 
 
-def unified(problem: AttentionProblem, config: AttentionConfig, device: Device) -> bool:
-    """Whether dots become wgmma or tcgen05, which read operands from shared memory: 64 rows and a warp group."""
-    return device.arch // 10 in (9, 10) and problem.unit != "fp32" and config.BLOCK_M >= 64 and config.num_warps >= 4
+def keeps_operands_shared(problem: AttentionProblem, config: AttentionConfig, device: Device) -> bool:
+    """Whether dots read their operands from shared memory."""
+    return reads_operands_shared(device, problem.unit, config.BLOCK_M, config.num_warps)
 
 
 def along_rows(problem: AttentionProblem, config: AttentionConfig) -> bool:
@@ -151,7 +151,7 @@ def shared_bytes(problem: AttentionProblem, config: AttentionConfig, device: Dev
     element = int(dtype(problem.dtype).bytes)
     m, n = config.BLOCK_M, config.BLOCK_N
     d, dv = head_blocks(problem.D, m, problem.smallest_dim), value_blocks(problem, config)
-    in_place = unified(problem, config, device)
+    in_place = keeps_operands_shared(problem, config, device)
     # Blocks of the head dim that are too small for 4 bytes a thread are not copied ahead.
     least = 4 * config.num_warps * WARP_SIZE
     k, v = (n * element * sum(part for part in parts if part * n * element >= least) for parts in (d, dv))
@@ -191,13 +191,13 @@ def registers_needed(problem: AttentionProblem, config: AttentionConfig, device:
     if problem.unit == "fp32" or not device.tensor_tflops:
         # Dots are unrolled whole, and most of their operands are loaded before the first multiply-add.
         return 50 + held + scores + 0.1 * m * n * max(d, dv) / threads
-    in_place, on_rows = unified(problem, config, device), along_rows(problem, config)
+    in_place, on_rows = keeps_operands_shared(problem, config, device), along_rows(problem, config)
     repeated = max(1.0, 16 * config.num_warps / m) if in_place or on_rows else 1.0  # warps with the same rows
     element = int(dtype(problem.dtype).bytes)
     queries = 0.0 if in_place or not on_rows else 0.4 * m * d * element / 4 / threads
     loaded = 0.0 if config.TMA else n * (d + dv) / threads
     addresses = 1.5 * loaded * element / 16 if vector_bytes(problem) == 16 else 0.8 * loaded
-    held_factor, score_factor = (1.0, 1.1) if in_place and device.arch // 10 == 10 else (1.3, 1.45)
+    held_factor, score_factor = (1.0, 1.1) if in_place and device.major == 10 else (1.3, 1.45)
     if config.OVERLAP:
         # The weights of the block before stay in fp32, and its values have addresses of their own.
         addresses *= 2
@@ -207,14 +207,9 @@ def registers_needed(problem: AttentionProblem, config: AttentionConfig, device:
 
 def fits(problem: AttentionProblem, config: AttentionConfig, device: Device) -> str | None:
     """None, or the limit that the configuration breaks, with the values."""
-    for name, value in config.to_dict().items():
-        if name in ("PACK", "OVERLAP", "TMA", "WARP_SPECIALIZE", "PERSISTENT"):
-            if not isinstance(value, bool):
-                return f"{name}={value!r} must be true or false"
-        elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            return f"{name}={value!r} must be an integer of at least 1"
-        elif name != "num_stages" and value & (value - 1):
-            return f"{name}={value} must be a power of two"
+    limit = malformed(config, ("BLOCK_M", "BLOCK_N", "SPLIT_KV", "GROUP_H", "num_warps"))
+    if limit is not None:
+        return limit
     if min(config.BLOCK_M, config.BLOCK_N) < 16:
         return "the smallest tile of two dots is 16×16"
     if config.PACK and problem.kv_heads == problem.H:
@@ -223,25 +218,19 @@ def fits(problem: AttentionProblem, config: AttentionConfig, device: Device) -> 
         if problem.page_size and getattr(config, name):
             return f"{name} is for keys that lie one behind the other, not in pages of {problem.page_size}"
     if config.TMA:
-        refused = _refused_by_descriptors(problem, config)
-        if refused is not None:
-            return refused
+        limit = _refused_by_descriptors(problem, config)
+        if limit is not None:
+            return limit
     if config.WARP_SPECIALIZE:
-        refused = _refused_by_specialisation(problem, config)
-        if refused is not None:
-            return refused
+        limit = _refused_by_specialisation(problem, config)
+        if limit is not None:
+            return limit
     elif config.PERSISTENT:
         return "PERSISTENT goes with WARP_SPECIALIZE"
-    if config.num_warps > 32:
-        return f"num_warps={config.num_warps} is over the 32 of a block"
     held = config.BLOCK_M * sum(value_blocks(problem, config)) / (multiplying_warps(config) * WARP_SIZE)
-    if held > MAX_REGISTERS_PER_THREAD:
-        return f"{held:.0f} accumulators a thread are over its {MAX_REGISTERS_PER_THREAD} registers"
-    shared = shared_bytes(problem, config, device)
-    if shared > device.shared_per_block:
-        return f"{shared} B of shared memory are over the {device.shared_per_block} B a block of {device.sm} can have"
-    if config.SPLIT_KV > 65535:
-        return f"SPLIT_KV={config.SPLIT_KV} is over the grid's 65535"
+    limit = over_block(config, device, held=held, shared_bytes=shared_bytes(problem, config, device))
+    if limit is not None:
+        return limit
     # Positions are 32-bit, those of the last block's padding too.
     rows = problem.Sq * tile_heads(problem, config) + config.BLOCK_M
     if max(rows, problem.Skv + problem.Sq + config.BLOCK_N * (config.SPLIT_KV + 1)) >= 2**31:
@@ -249,9 +238,7 @@ def fits(problem: AttentionProblem, config: AttentionConfig, device: Device) -> 
     if config.GROUP_H * math.ceil(rows / config.BLOCK_M) >= 2**31:
         return f"tiles of GROUP_H={config.GROUP_H} heads of {problem.Sq} queries pass 32 bits"
     blocks = problem.B * problem.H * problem.Sq if config.SPLIT_KV > 1 else tiles(problem, config)
-    if blocks >= 2**31:
-        return f"{blocks} blocks are over the grid's {2**31 - 1}"
-    return None
+    return over_grid(blocks, SPLIT_KV=config.SPLIT_KV)
 
 
 def _refused_by_descriptors(problem: AttentionProblem, config: AttentionConfig) -> str | None:
@@ -332,14 +319,14 @@ def useful(problem: AttentionProblem, config: AttentionConfig, device: Device) -
             return f"a dot of {products:.0f} multiply-adds a thread, unrolled, compiles for too long, and spills"
         if m * n < 4 * warps * WARP_SIZE:
             return f"{warps} warps have fewer than 4 of {m}×{n} scores a thread"
-    elif unified(problem, config, device) or along_rows(problem, config):
+    elif keeps_operands_shared(problem, config, device) or along_rows(problem, config):
         if 16 * warps > m:
             return f"{warps} warps of 16 rows are more than {m} rows have"
     elif 8 * warps > min(n, sum(value_blocks(problem, config))):
         return f"{warps} warps of 8 columns are more than {n} keys or a head have"
     if config.OVERLAP or config.TMA:
         name = "OVERLAP" if config.OVERLAP else "TMA"
-        if device.arch // 10 != 9 or not unified(problem, config, device):
+        if not device.hopper or not keeps_operands_shared(problem, config, device):
             return f"{name} is for warp groups of wgmma (sm_90, 64 rows or more), which run beside other work"
         if config.num_stages < 2:
             return f"{name} without copies ahead (num_stages={config.num_stages}) has nothing to run beside"
@@ -347,7 +334,7 @@ def useful(problem: AttentionProblem, config: AttentionConfig, device: Device) -
             return f"{name} takes longer to start than it saves in {blocks // config.SPLIT_KV} blocks of keys"
     if config.PERSISTENT and tiles(problem, config) < 2 * device.sms:
         return f"{tiles(problem, config)} tiles on {device.sms} SMs leave PERSISTENT blocks fewer than 2 each"
-    if device.arch // 10 in (9, 10) and m >= 64 and warps < 4 and problem.unit != "fp32":
+    if device.has_group_dots and m >= 64 and warps < 4 and problem.unit != "fp32":
         return f"{warps} warps are no warp group: no wgmma, no tcgen05"
     needed = registers_needed(problem, config, device)
     if needed > MOST_NEEDED:
@@ -380,7 +367,7 @@ def narrow(
     kept["SPLIT_KV"] = tuple(s for s in axes["SPLIT_KV"] if s == 1 or least * (s // 2) < 4 * device.sms)
     if not problem.causal:
         kept["GROUP_H"] = tuple(size for size in axes["GROUP_H"] if size == 1)
-    if device.arch // 10 != 9 or problem.page_size or problem.unit == "fp32":
+    if not device.hopper or problem.page_size or problem.unit == "fp32":
         kept["OVERLAP"] = kept["TMA"] = kept["WARP_SPECIALIZE"] = (False,)
     if problem.bias is not None or problem.varlen or problem.unit not in ("fp16", "bf16"):
         kept["WARP_SPECIALIZE"] = (False,)

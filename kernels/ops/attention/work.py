@@ -34,7 +34,7 @@ def estimate(problem: AttentionProblem, config: AttentionConfig, device: Device)
     """Resources before anything is compiled."""
     needed = registers_needed(problem, config, device)
     registers, most = min(MAX_REGISTERS_PER_THREAD, int(needed)), MAX_REGISTERS_PER_THREAD
-    if config.WARP_SPECIALIZE and device.arch // 10 == 9:
+    if config.WARP_SPECIALIZE and device.hopper:
         registers, most = SPECIALIZED_REGISTERS
     spilled = 4 * int(max(0.0, needed - most))
     return Resources(

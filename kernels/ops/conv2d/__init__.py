@@ -1,1 +1,4 @@
-"""The fused 2-D convolution. Read in this order: problem, jit, space, work, default, launch, operands, api."""
+"""The fused convolution.
+
+Read in this order: problem, jit, depthwise, space, work, default, launch, features, operands, api.
+"""

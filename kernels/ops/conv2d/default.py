@@ -54,11 +54,11 @@ def default(problem: Conv2dProblem, device: Device) -> Conv2dConfig:
         # Folded single elements have an address and a mask each: of 64 rows and 32 deep some spill. Dots of a warp
         # group need the rows.
         config = replace(config, num_stages=1)
-        if fold and device.arch // 10 in (9, 10) and dtype(problem.dtype).bytes > 1:
+        if fold and device.has_group_dots and dtype(problem.dtype).bytes > 1:
             config = replace(config, BLOCK_K=16)
         elif fold:
             config = replace(config, BLOCK_M=32)
-    elif max(vector_bytes(problem, config)) == 4 and problem.dtype == "fp32" and device.arch // 10 not in (9, 10):
+    elif max(vector_bytes(problem, config)) == 4 and problem.dtype == "fp32" and not device.has_group_dots:
         config = replace(config, BLOCK_M=32)  # an address for every element that is copied: of 64 rows some spill
     elif wide and problem.pixels <= 32:
         config = replace(config, BLOCK_M=16 if problem.pixels <= 16 else 32, num_stages=4)

@@ -6,17 +6,13 @@ import math
 
 import triton.language as tl
 
-from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.dtypes import FP8_SUM, dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
 from tilewright.kernels.ops.conv2d import depthwise, jit, problem, space, work
 from tilewright.kernels.ops.conv2d.default import default
 from tilewright.kernels.ops.conv2d.features import FEATURES
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
 from tilewright.kernels.ops.conv2d.space import Conv2dConfig
-
-FP8_SUM = 128
-"""As for a GEMM: tensor cores of sm_90 add fp8 products with 14 bits; after this many the sum moves on to fp32."""
-
 
 LOADS_AHEAD = 3
 """Rows of x that a step of the depthwise kernel's loop loads, at the least, so that one is waited for with others."""

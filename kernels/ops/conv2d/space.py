@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, WARP_SIZE, Device
+from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
 from tilewright.kernels.problem import Config
-from tilewright.kernels.space import Space
+from tilewright.kernels.space import Space, malformed, over_block, over_grid
+from tilewright.kernels.work import reads_operands_shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def dot_tile(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[int, int]:
 def keeps_operands_shared(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> bool:
     """Whether the dot becomes wgmma or tcgen05, which read operands from shared memory: 64 rows and a warp group."""
     rows, _ = dot_tile(problem, config)
-    return device.arch // 10 in (9, 10) and problem.unit != "fp32" and rows >= 64 and config.num_warps >= 4
+    return reads_operands_shared(device, problem.unit, rows, config.num_warps)
 
 
 def shared_bytes(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> int:
@@ -112,7 +113,7 @@ def shared_bytes(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -
     element = int(dtype(problem.dtype).bytes)
     keeps_all = keeps_operands_shared(problem, config, device)
     # int8 is mma.sync on sm_100 with Triton 3.6, and tcgen05 with 3.9.
-    fewer = device.arch // 10 == 10 and problem.unit == "int8"
+    fewer = device.major == 10 and problem.unit == "int8"
     stages = config.num_stages if keeps_all and not fewer else config.num_stages - 1
     if device.arch < 80:
         stages = 1
@@ -151,20 +152,9 @@ def rows_read(problem: Conv2dProblem, config: Conv2dConfig) -> int:
 
 def fits(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str | None:
     """None, or the limit that the configuration breaks, with the values."""
-    for name, value in config.to_dict().items():
-        if name == "FOLD":
-            if not isinstance(value, bool):
-                return f"FOLD={value!r} must be true or false"
-        elif not isinstance(value, int) or value < 1:
-            return f"{name}={value!r} must be an integer of at least 1"
-    for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"):
-        value = getattr(config, name)
-        if value & (value - 1):
-            return f"{name}={value} must be a power of two"
-    if config.num_warps > 32:
-        return f"num_warps={config.num_warps} is over the 32 of a block"
-    if accumulators(config) > MAX_REGISTERS_PER_THREAD:
-        return f"{accumulators(config):.0f} accumulators a thread are over its {MAX_REGISTERS_PER_THREAD} registers"
+    limit = malformed(config, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"))
+    if limit is not None:
+        return limit
     if not problem.depthwise:
         if config.ROWS > 1:
             return f"ROWS={config.ROWS} is for depthwise convolutions"
@@ -174,10 +164,9 @@ def fits(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str | 
         if config.FOLD and problem.depth >= 2**31:
             return f"{problem.depth} products a sum pass 32 bits in one depth: FOLD must be false"
     shared = shared_bytes(problem, config, device)
-    if shared > device.shared_per_block:
-        return f"{shared} B of shared memory are over the {device.shared_per_block} B a block of {device.sm} can have"
-    if config.SPLIT_K > 65535:
-        return f"SPLIT_K={config.SPLIT_K} is over the grid's 65535"
+    limit = over_block(config, device, held=accumulators(config), shared_bytes=shared)
+    if limit is not None:
+        return limit
     # Positions are 32-bit, those of the last block's padding too, and so are those of the tiles in a group.
     tiles_n = math.ceil(filters_across(problem) / config.BLOCK_N)
     reach = problem.dilation_h * (problem.R - 1), problem.dilation_w * (problem.S - 1)
@@ -193,9 +182,7 @@ def fits(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str | 
     if max(ends) >= 2**31:
         return f"positions in {problem.pixels} pixels by {problem.K} channels pass 32 bits"
     tiles = math.ceil(positions(problem, config) / config.BLOCK_M) * tiles_n * _batch(problem)
-    if tiles >= 2**31:
-        return f"{tiles} tiles are over the grid's {2**31 - 1}"
-    return None
+    return over_grid(tiles, SPLIT_K=config.SPLIT_K)
 
 
 def filters_across(problem: Conv2dProblem) -> int:

@@ -1,1 +1,5 @@
-"""The fused GEMM. Read in this order: problem, jit, space, work, default, launch, operands, api."""
+"""The fused GEMM.
+
+Read in this order: problem, reference, weights, mainloop, tail, jit, space, work, default, launch, features,
+operands, api, grouped, packing.
+"""

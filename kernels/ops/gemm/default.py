@@ -40,7 +40,7 @@ def default(problem: GemmProblem, device: Device) -> GemmConfig:
     if problem.b_dtype == "int4" and device.arch >= 80:
         config = replace(config, PAIRS=True)
     config = replace(config, BLOCK_N=max(config.BLOCK_N, least_n))
-    if device.arch // 10 == 9:
+    if device.hopper:
         own = (_few_rows(problem, rows), _few_weights(problem, rows, device), _described(problem, device))
         config = next((each for each in own if each is not None and fits(problem, each, device) is None), config)
     while fits(problem, config, device) is not None and config.num_stages > 1:

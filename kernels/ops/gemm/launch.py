@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.dtypes import FP8_SUM, dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
 from tilewright.kernels.ops.gemm import jit, reference, space, work
 from tilewright.kernels.ops.gemm.default import default
 from tilewright.kernels.ops.gemm.features import FEATURES
 from tilewright.kernels.ops.gemm.problem import OPERANDS, GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig, tiles
-
-FP8_SUM = 128
-"""Tensor cores of sm_90 add fp8 products with 14 bits; after this many the sum moves on to fp32 (the interval that
-DeepSeek-V3 settled on, arXiv:2412.19437, section 3.3.2)."""
 
 PERSISTENT_WARPS = 8
 """Warps that one SM gets of a persistent launch: with 8, every thread can have all of its 255 registers."""

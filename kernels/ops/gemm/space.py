@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, WARP_SIZE, Device
+from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.problem import Config
-from tilewright.kernels.space import Space
-from tilewright.kernels.work import SPECIALIZED_WARPS
+from tilewright.kernels.space import Space, malformed, over_block, over_grid
+from tilewright.kernels.work import SPECIALIZED_WARPS, reads_operands_shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +110,8 @@ def tile_vector_bytes(problem: GemmProblem, config: GemmConfig) -> tuple[int, in
 
 
 def keeps_operands_shared(problem: GemmProblem, config: GemmConfig, device: Device) -> bool:
-    """Whether the dot becomes wgmma or tcgen05, which read operands from shared memory: 64 rows and a warp group."""
-    return device.arch // 10 in (9, 10) and problem.unit != "fp32" and config.BLOCK_M >= 64 and config.num_warps >= 4
+    """Whether the dot reads its operands from shared memory."""
+    return reads_operands_shared(device, problem.unit, config.BLOCK_M, config.num_warps)
 
 
 def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> int:
@@ -128,14 +128,14 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
     element = dtype(problem.dtype).bytes
     keeps_all = keeps_operands_shared(problem, config, device)
     # int8 is mma.sync on sm_100 with Triton 3.6, and tcgen05 with 3.9; A over weights may lack a copy there.
-    fewer = device.arch // 10 == 10 and (problem.unit == "int8" or problem.b_dtype is not None)
+    fewer = device.major == 10 and (problem.unit == "int8" or problem.b_dtype is not None)
     stages = config.num_stages if keeps_all and not fewer else config.num_stages - 1
     b_stages = config.num_stages - 1 if problem.b_dtype is not None else stages
     if device.arch < 80:
         stages = b_stages = 1
     a_vector, b_vector = tile_vector_bytes(problem, config)
     turned = problem.a_layout == "col" and element == 1
-    turned = turned and (config.BLOCK_M == 16 or (keeps_all and device.arch // 10 == 9))
+    turned = turned and (config.BLOCK_M == 16 or (keeps_all and device.hopper))
     # Rows of half a gated tile's 16 bytes start at multiples of 8 (N / 2): weights so narrow are not copied ahead.
     narrow = problem.b_dtype is not None and problem.gated == "halves" and config.BLOCK_N == 32
     b_turned = problem.b_layout == "row" and (element == 1 or narrow)
@@ -183,17 +183,9 @@ def pieces(problem: GemmProblem, config: GemmConfig) -> int:
 
 def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
     """None, or the limit that the configuration breaks, with the values."""
-    for name in ("PERSISTENT", "TMA", "WARP_SPECIALIZE", "PAIRS"):
-        if not isinstance(getattr(config, name), bool):
-            return f"{name}={getattr(config, name)!r} must be True or False"
-    for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "SPLIT_K", "num_warps", "num_stages"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            return f"{name}={value!r} must be an integer of at least 1"
-    for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"):
-        value = getattr(config, name)
-        if value & (value - 1):
-            return f"{name}={value} must be a power of two"
+    limit = malformed(config, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"))
+    if limit is not None:
+        return limit
     least_k = 32 if problem.b_dtype == "int4" else max(16, 32 // int(dtype(problem.dtype).bytes))
     least_n = 32 if problem.gated == "halves" else 16
     if min(config.BLOCK_M - 16, config.BLOCK_N - least_n, config.BLOCK_K - least_k) < 0:
@@ -203,15 +195,10 @@ def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None
         return f"PAIRS is for int4 weights, from sm_80 on, not for b_dtype={problem.b_dtype} on {device.sm}"
     if problem.group_size % config.BLOCK_K:
         return f"BLOCK_K={config.BLOCK_K} does not divide group_size={problem.group_size}"
-    if config.num_warps > 32:
-        return f"num_warps={config.num_warps} is over the 32 of a block"
-    if accumulators(config) > MAX_REGISTERS_PER_THREAD:
-        return f"{accumulators(config):.0f} accumulators a thread are over its {MAX_REGISTERS_PER_THREAD} registers"
     shared = shared_bytes(problem, config, device)
-    if shared > device.shared_per_block:
-        return f"{shared} B of shared memory are over the {device.shared_per_block} B a block of {device.sm} can have"
-    if config.SPLIT_K > 65535:
-        return f"SPLIT_K={config.SPLIT_K} is over the grid's 65535"
+    limit = over_block(config, device, held=accumulators(config), shared_bytes=shared)
+    if limit is not None:
+        return limit
     if config.PERSISTENT and config.SPLIT_K > 1:
         return f"PERSISTENT goes with SPLIT_K=1, not {config.SPLIT_K}"
     if config.TMA:
@@ -229,17 +216,15 @@ def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None
         if config.PERSISTENT and (problem.batch > 1 or problem.groups):
             return f"TMA with PERSISTENT is for one A and B, not batch={problem.batch} and groups={problem.groups}"
     if config.WARP_SPECIALIZE:
-        refused = _refused_by_specialisation(problem, config)
-        if refused is not None:
-            return refused
+        limit = _refused_by_specialisation(problem, config)
+        if limit is not None:
+            return limit
     # Positions are 32-bit, those of the last block's padding too, and so are those of the tiles in a group.
     tiles_m, tiles_n = tiles(problem, config)
     ends = (problem.M + config.BLOCK_M, problem.N + config.BLOCK_N, problem.K + config.BLOCK_K * config.SPLIT_K)
     if max(*ends, config.GROUP_M * tiles_n) >= 2**31:
         return f"positions in {problem.M}×{problem.N}×{problem.K} with GROUP_M={config.GROUP_M} pass 32 bits"
-    if tiles_m * tiles_n * problem.batch >= 2**31:
-        return f"{tiles_m * tiles_n * problem.batch} tiles are over the grid's {2**31 - 1}"
-    return None
+    return over_grid(tiles_m * tiles_n * problem.batch, SPLIT_K=config.SPLIT_K)
 
 
 def _refused_by_specialisation(problem: GemmProblem, config: GemmConfig) -> str | None:
@@ -263,7 +248,7 @@ def _refused_by_specialisation(problem: GemmProblem, config: GemmConfig) -> str 
 def _least_persistent(device: Device, described: bool) -> float:
     """Tiles from which on persistent blocks are worth trying: two for every SM. On an H200 one is enough with tensor
     descriptors: 16384×256×1024, 128 tiles, takes 17.1 µs with them and 19.5 without."""
-    return (0.95 if described and device.arch // 10 == 9 else 2.0) * device.sms
+    return (0.95 if described and device.hopper else 2.0) * device.sms
 
 
 def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
@@ -277,12 +262,12 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
     if config.PERSISTENT:
         count = tiles_m * tiles_n * problem.batch
         if config.WARP_SPECIALIZE:
-            if device.arch // 10 != 9:
+            if not device.hopper:
                 return f"WARP_SPECIALIZE is for Hopper, and changes nothing on {device.sm}"
             if 2 * count < device.sms:
                 return f"{count} tiles leave most of {device.sms} SMs without a WARP_SPECIALIZE block"
         elif count < _least_persistent(device, config.TMA):
-            least = "one" if config.TMA and device.arch // 10 == 9 else "two"
+            least = "one" if config.TMA and device.hopper else "two"
             return f"{count} tiles are fewer than {least} for each PERSISTENT block on {device.sms} SMs"
         if small or config.BLOCK_M * config.BLOCK_N < 128 * 128:
             return f"the other blocks of an SM hide the start of one of {config.BLOCK_M}×{config.BLOCK_N}"
@@ -365,7 +350,7 @@ def narrow(problem: GemmProblem, device: Device, axes: Mapping[str, tuple[Any, .
     count = max(
         (problem.M // rows + max(1, problem.groups)) * math.ceil(problem.N / columns) for rows, columns in shapes
     )
-    if device.arch // 10 != 9 or 2 * count * problem.batch < device.sms:
+    if not device.hopper or 2 * count * problem.batch < device.sms:
         kept["WARP_SPECIALIZE"] = (False,)
     if kept["WARP_SPECIALIZE"] == (False,) and count * problem.batch < _least_persistent(device, True in kept["TMA"]):
         kept["PERSISTENT"] = (False,)

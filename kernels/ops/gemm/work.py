@@ -64,7 +64,7 @@ def estimate(problem: GemmProblem, config: GemmConfig, device: Device) -> Resour
         # The last block to arrive holds its sum and the next partial tile.
         registers = max(registers, min(MAX_REGISTERS_PER_THREAD, 2 * accumulators(config)))
     most = MAX_REGISTERS_PER_THREAD
-    if config.WARP_SPECIALIZE and device.arch // 10 == 9:
+    if config.WARP_SPECIALIZE and device.hopper:
         registers, most = SPECIALIZED_REGISTERS
     spilled = 4 * int(max(0.0, needed - most))
     return Resources(

@@ -1,1 +1,1 @@
-"""Fused RMSNorm. Read in this order: problem, jit, space, work, launch, features, api."""
+"""The fused RMSNorm. Read in this order: problem, jit, space, work, launch, features, api."""

@@ -5,17 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, WARP_SIZE, Device
+from tilewright.kernels.device import SUBPARTITIONS, WARP_SIZE, Device, registers_allowed
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.rmsnorm.problem import RmsNormProblem
 from tilewright.kernels.problem import Config
-from tilewright.kernels.space import Space
-
-REGISTERS_PER_BLOCK = 65536
-"""On every arch from sm_53 on (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
-
-SCHEDULERS = 4
-"""Of an SM, each with its own warps (same guide, "Compute Capabilities")."""
+from tilewright.kernels.space import Space, malformed, over_block
 
 LARGEST_TENSOR = 2**20
 """Elements of a tile: Triton's own limit."""
@@ -69,11 +63,6 @@ def vector_bytes(problem: RmsNormProblem, config: RmsNormConfig) -> int:
     return min(16, max(narrowest, int(elements(config)) * narrowest)) if wide(problem) else narrowest
 
 
-def registers_allowed(config: RmsNormConfig) -> int:
-    """Registers that a thread can have with so many warps."""
-    return min(MAX_REGISTERS_PER_THREAD, REGISTERS_PER_BLOCK // (config.num_warps * WARP_SIZE))
-
-
 def shared_bytes(problem: RmsNormProblem, config: RmsNormConfig, device: Device) -> int:
     """Shared memory of the copies in flight, in bytes. The compiled kernel may take more (to sum over warps, and to
     change the layout between a load and a store of different width), never less.
@@ -118,22 +107,14 @@ def registers_needed(problem: RmsNormProblem, config: RmsNormConfig) -> float:
 
 def fits(problem: RmsNormProblem, config: RmsNormConfig, device: Device) -> str | None:
     """None, or the limit that the configuration breaks, with the values."""
-    for name, value in config.to_dict().items():
-        if not isinstance(value, int) or value < 1:
-            return f"{name}={value!r} must be an integer of at least 1"
-    for name in ("BLOCK_M", "BLOCK_N", "num_warps"):
-        value = getattr(config, name)
-        if value & (value - 1):
-            return f"{name}={value} must be a power of two"
-    if config.num_warps > 32:
-        return f"num_warps={config.num_warps} is over the 32 of a block"
+    limit = malformed(config, ("BLOCK_M", "BLOCK_N", "num_warps"))
+    if limit is not None:
+        return limit
     if config.BLOCK_M * config.BLOCK_N > LARGEST_TENSOR:
         return f"a tile of {config.BLOCK_M}×{config.BLOCK_N} is over the {LARGEST_TENSOR} elements of a tensor"
-    if elements(config) > registers_allowed(config):
-        return f"{elements(config):.0f} elements a thread are over its {registers_allowed(config)} registers"
-    shared = shared_bytes(problem, config, device)
-    if shared > device.shared_per_block:
-        return f"{shared} B of shared memory are over the {device.shared_per_block} B a block of {device.sm} can have"
+    limit = over_block(config, device, held=elements(config), shared_bytes=shared_bytes(problem, config, device))
+    if limit is not None:
+        return limit
     # Positions are 32-bit, those of the last block's padding too.
     if max(problem.M + config.BLOCK_M, problem.N + config.BLOCK_N) >= 2**31:
         return f"positions in {problem.M}×{problem.N} with tiles of {config.BLOCK_M}×{config.BLOCK_N} pass 32 bits"
@@ -151,12 +132,12 @@ def useful(problem: RmsNormProblem, config: RmsNormConfig, device: Device) -> st
     if config.BLOCK_M > 1 and blocks < device.sms:
         return f"{config.BLOCK_M} rows a block leave some of {device.sms} SMs without any of {problem.M}"
     each = elements(config)
-    if blocks <= device.sms and config.num_warps < SCHEDULERS and each >= 8:
-        return f"{config.num_warps} warps, alone on their SM, leave some of its {SCHEDULERS} schedulers idle"
+    if blocks <= device.sms and config.num_warps < SUBPARTITIONS and each >= 8:
+        return f"{config.num_warps} warps, alone on their SM, leave some of its {SUBPARTITIONS} schedulers idle"
     if config.num_warps > 1 and each < 4:
         return f"{each:g} elements a thread: half of {config.num_warps} warps would do"
-    if each > 64 or registers_needed(problem, config) >= registers_allowed(config) + 1:
-        return f"{each:g} elements a thread leave none of its {registers_allowed(config)} registers"
+    if each > 64 or registers_needed(problem, config) >= registers_allowed(config.num_warps) + 1:
+        return f"{each:g} elements a thread leave none of its {registers_allowed(config.num_warps)} registers"
     if config.num_stages > 1:
         if shared_bytes(problem, config, device) == 0:
             return "no load of this kernel is asynchronous: more than 1 stage changes nothing"

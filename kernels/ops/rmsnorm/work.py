@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import math
 
-from tilewright.kernels.device import Device
+from tilewright.kernels.device import Device, registers_allowed
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.rmsnorm.problem import RmsNormProblem
 from tilewright.kernels.ops.rmsnorm.space import (
     RmsNormConfig,
-    registers_allowed,
     registers_needed,
     shared_bytes,
     vector_bytes,
@@ -22,7 +21,7 @@ from tilewright.tuning_db.record import Resources
 
 def estimate(problem: RmsNormProblem, config: RmsNormConfig, device: Device) -> Resources:
     """Resources before anything is compiled."""
-    needed, allowed = registers_needed(problem, config), registers_allowed(config)
+    needed, allowed = registers_needed(problem, config), registers_allowed(config.num_warps)
     spilled = 4 * int(max(0.0, needed - allowed))
     return Resources(
         registers=int(min(needed, allowed)),

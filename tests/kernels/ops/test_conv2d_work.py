@@ -167,7 +167,7 @@ def test_a_tile_too_small_for_its_threads_is_loaded_narrowly() -> None:
         (Conv2dConfig(16, 16, 16, ROWS=2), "ROWS=2 is for depthwise convolutions"),
         (Conv2dConfig(8, 16, 16), "the smallest tile of a fp16 dot is 16×16×16"),
         (Conv2dConfig(16, 16, 16, num_warps=64), "num_warps=64 is over the 32 of a block"),
-        (Conv2dConfig(256, 256, 16), "512 accumulators a thread are over its 255 registers"),
+        (Conv2dConfig(256, 256, 16), "512 registers a thread for its part of the tile are over the 255"),
         (Conv2dConfig(256, 256, 128, num_warps=16, num_stages=4), "B of shared memory are over the 166912 B"),
         (Conv2dConfig(16, 16, 16, SPLIT_K=65536), "SPLIT_K=65536 is over the grid's 65535"),
     ],

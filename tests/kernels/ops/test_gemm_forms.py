@@ -586,7 +586,7 @@ F32 = np.float32
             "PERSISTENT goes with SPLIT_K=1, not 2",
             {"config": GemmConfig(16, 16, 32, SPLIT_K=2, PERSISTENT=True)},
         ),
-        (IllegalConfigError, "PERSISTENT=1 must be True or False", {"config": GemmConfig(16, 16, 32, PERSISTENT=1)}),
+        (IllegalConfigError, "PERSISTENT=1 must be true or false", {"config": GemmConfig(16, 16, 32, PERSISTENT=1)}),
         (
             IllegalConfigError,
             "is for one A and B, not batch=2",

@@ -245,8 +245,16 @@ X, W = np.ones((4, 8), np.float16), np.ones(8, np.float16)
         (IllegalConfigError, "BLOCK_N=24 must be a power of two", {"config": RmsNormConfig(1, 24)}),
         (IllegalConfigError, "BLOCK_M=0 must be an integer", {"config": RmsNormConfig(0, 16)}),
         (IllegalConfigError, "num_warps=64 is over the 32", {"config": RmsNormConfig(1, 16, 64)}),
-        (IllegalConfigError, "512 elements a thread are over its 255", {"config": RmsNormConfig(16, 1024, 1)}),
-        (IllegalConfigError, "128 elements a thread are over its 64", {"config": RmsNormConfig(128, 1024, 32)}),
+        (
+            IllegalConfigError,
+            "512 registers a thread for its part of the tile are over the 255",
+            {"config": RmsNormConfig(16, 1024, 1)},
+        ),
+        (
+            IllegalConfigError,
+            "128 registers a thread for its part of the tile are over the 64",
+            {"config": RmsNormConfig(128, 1024, 32)},
+        ),
         (IllegalConfigError, "is over the 1048576 elements of a tensor", {"config": RmsNormConfig(64, 32768, 32)}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
