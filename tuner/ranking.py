@@ -54,11 +54,13 @@ ALWAYS_FITTED = 20
 
 FITTED_EVERY = 5
 
-GROWTH = 1.2
-"""By how much there must be more trials until the hyperparameters are fitted again, beside trials from elsewhere."""
+FITTED_BESIDE_OTHERS = 6
+"""The same beside trials from elsewhere, which tell the hyperparameters more than another trial does; they are kept
+from then on. On the replayed spaces later fits make searches no better, and slower."""
 
 MOST_FITTED = 200
-"""Trials the process knows at the most: the better half of these, and an even share of the rest."""
+"""Trials the process is fitted to at the most: the better half of these, and an even share of the rest. A fifth more
+are added one by one until it is fitted again."""
 
 MOST_RANKED = 20_000
 """Configurations ranked at a time; of a longer list those near the best and a random part, drawn anew at every fit."""
@@ -190,8 +192,7 @@ class Ranking:
         """The model with these outcomes: the last one with what is new added, or a new one when a fit is due."""
         good, failed = tried[worked], tried[~worked]
         model = self._model
-        due = _due_beside_others if len(self._elsewhere) else _due
-        if model is None or not model.extends(good, failed) or due(len(model.good), len(good)):
+        if model is None or not model.extends(good, failed) or self._is_due(model, len(good)):
             candidates = self._candidates(tried, outcomes)
             model = self._model = _Model(
                 self._process,
@@ -206,6 +207,16 @@ class Ranking:
         else:
             model.extend(good, failed)
         return model
+
+    def _is_due(self, model: _Model, count: int) -> bool:
+        """Whether the hyperparameters are to be fitted again to so many successful trials, and the candidates of a long
+        list chosen again."""
+        if count <= model.fitted:
+            return False
+        if len(self._elsewhere) and model.ranks_all:
+            known = len(model.posterior.trials) + count - len(model.good)
+            return count <= FITTED_BESIDE_OTHERS or known >= 1.2 * MOST_FITTED
+        return count <= ALWAYS_FITTED or count // FITTED_EVERY > model.fitted // FITTED_EVERY
 
     def _candidates(self, tried: Rows, values: Array) -> Rows:
         """Rows to rank: all, or of a long list the tried, those nearest the best few, and some at random."""
@@ -284,9 +295,11 @@ class _Model:
         self._process = process
         self._working = working
         self.candidates = candidates
+        self.ranks_all = len(candidates) == len(features)
         # Of a list ranked as a whole a row's place is the row.
-        self._place = None if len(candidates) == len(features) else {int(row): i for i, row in enumerate(candidates)}
+        self._place = None if self.ranks_all else {int(row): i for i, row in enumerate(candidates)}
         self.good = list(map(int, good))
+        self.fitted = len(self.good)  # as many as the hyperparameters were fitted to
         self.failed = list(map(int, failed))
         self.used = _worth_fitting(values, MOST_FITTED)
         # The more was tried here, the fewer from elsewhere.
@@ -377,15 +390,6 @@ def spread(features: Array, count: int, taken: Sequence[int], draw: np.random.Ge
         chosen.append(row)
         away = np.minimum(away, ((features[pool] - features[row]) ** 2).sum(axis=1))
     return chosen[len(taken) :]
-
-
-def _due(fitted: int, count: int) -> bool:
-    return count > fitted and (count <= ALWAYS_FITTED or count // FITTED_EVERY > fitted // FITTED_EVERY)
-
-
-def _due_beside_others(fitted: int, count: int) -> bool:
-    """As `_due` where length scales are known from elsewhere: the more was tried, the less is another trial's news."""
-    return count >= max(fitted + 1, GROWTH * fitted)
 
 
 def _worth_fitting(values: Array, most: int) -> Rows:

@@ -182,13 +182,36 @@ def test_of_trials_elsewhere_what_a_prior_leaves_over_is_taken_in() -> None:
 def test_the_more_is_tried_here_the_less_is_taken_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranking, "MOST_FITTED", 30)
     proposals = Ranking(FEATURES, elsewhere=[elsewhere(TIMES)])
-    rows = [int(row) for row in np.flatnonzero(~np.isnan(TIMES))[::9]]
+    rows = [int(row) for row in np.flatnonzero(~np.isnan(TIMES))[::7]]
     told = []
     for count in (5, 25, 35):
         proposals.propose(rows[:count], TIMES[rows[:count]])
         assert proposals._model is not None
         told.append((len(proposals._model.foreign_values), len(proposals._model.trials)))
     assert told == [(25, 5), (5, 25), (0, 30)]
+
+
+@pytest.mark.parametrize(
+    ("told", "most_ranked", "fitted"),
+    [
+        (False, 20_000, [*range(6, 21), 25, 30, 35, 40, 45, 50]),
+        (True, 20_000, [3, 4, 5, 6, 16, 26, 36, 46]),  # 50 of both are fitted, and 10 more added
+        (True, 100, [*range(3, 21), 25, 30, 35, 40, 45, 50]),
+    ],
+)
+def test_hyperparameters_are_fitted_as_often_as_trials_tell_them_something(
+    monkeypatch: pytest.MonkeyPatch, told: bool, most_ranked: int, fitted: list[int]
+) -> None:
+    monkeypatch.setattr(ranking, "MOST_FITTED", 50)
+    monkeypatch.setattr(ranking, "MOST_RANKED", most_ranked)
+    works = np.where(np.isnan(TIMES), 3.0, TIMES)
+    proposals = Ranking(FEATURES, elsewhere=[elsewhere(works)] if told else [])
+    counts, fit = [], ranking._Model.fit
+    monkeypatch.setattr(ranking._Model, "fit", lambda model, values: (counts.append(model.fitted), fit(model, values)))
+    rows: list[int] = []
+    for _ in range(54):
+        rows.append(proposals.propose(rows, works[rows]))
+    assert counts == fitted
 
 
 def test_a_batch_beside_trials_from_elsewhere_holds_no_proposal_twice() -> None:
