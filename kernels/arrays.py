@@ -102,7 +102,8 @@ class NumpyKind(ArrayKind):
                 addresses.append(array)
             else:
                 address = array.__array_interface__["data"][0]
-                signatures += (array.shape, array.strides, array.dtype, address % 16 == 0)
+                # By class too: a masked array, or a number of NumPy's, looks like a plain array but for that.
+                signatures += (array.__class__, array.shape, array.strides, array.dtype, address % 16 == 0)
                 addresses.append(address)
         return signatures, addresses, arguments
 
@@ -233,6 +234,10 @@ class TorchKind(ArrayKind):
         return int(self._torch.cuda.current_stream(device).cuda_stream)
 
 
+_IN_CUDA = (2, 13)
+"""DLPack's device types of a GPU's memory and of managed memory (`DLDeviceType` in dlpack.h)."""
+
+
 class DlpackKind(CupyKind):
     """Any other array in a GPU's memory, seen through CuPy without a copy: JAX, and what has DLPack or
     `__cuda_array_interface__`.
@@ -249,11 +254,18 @@ class DlpackKind(CupyKind):
     def adopt(self, array: Any) -> Any:
         other = hasattr(array, "__cuda_array_interface__")
         if hasattr(array, "__dlpack__"):
+            place = array.__dlpack_device__()[0] if hasattr(array, "__dlpack_device__") else _IN_CUDA[0]
+            if place not in _IN_CUDA and not other:
+                raise UnsupportedError(
+                    f"a {type(array).__name__} is not in a GPU's memory (DLPack's device type is {int(place)}): move "
+                    f"it there"
+                )
             try:
                 return self._cupy.from_dlpack(array)
-            except (BufferError, RuntimeError, TypeError, ValueError):  # a type one of the two doesn't exchange
+            # A type one of the two doesn't exchange.
+            except (BufferError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
                 if not other:
-                    raise
+                    raise UnsupportedError(f"CuPy can't take a {type(array).__name__} by DLPack: {error}") from error
         if not other:
             raise UnsupportedError(
                 f"{type(array).__name__} is no array: pass NumPy, CuPy, torch or JAX arrays, or any with DLPack"

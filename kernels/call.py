@@ -134,7 +134,7 @@ def factor(value: Any) -> Any:
     """A factor, or None where it is 1 or None: nothing is multiplied then."""
     if value.__class__ is float:  # what it mostly is; asking the abstract class takes half a microsecond
         return None if value == 1.0 else value
-    return None if isinstance(value, numbers.Real) and value == 1.0 else value
+    return None if not isinstance(value, bool) and isinstance(value, numbers.Real) and value == 1.0 else value
 
 
 def integer(name: str, value: Any) -> int | None:
@@ -168,6 +168,13 @@ def _kind(name: str, array: Any) -> ArrayKind:
         return kind_of(array)
     except UnsupportedError as error:
         raise UnsupportedError(f"{name}: {error}") from None
+
+
+def _adopt(name: str, kind: ArrayKind, array: Any) -> Any:
+    try:
+        return kind.adopt(array)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{name}: {error}") from error.__cause__
 
 
 def _view(name: str, array: Any, known: Sequence[str]) -> View:
@@ -251,10 +258,13 @@ class Operation:
         self._refuse_libraries(kind, arrays, outs)
         arrays = self._with_numbers(arrays)
 
-        def seen(given: Arrays) -> Arrays:
-            return tuple(x if x is None or x.__class__ is float else kind.adopt(x) for x in given)
+        def seen(names: tuple[str, ...], given: Arrays) -> Arrays:
+            return tuple(
+                x if x is None or x.__class__ is float else _adopt(name, kind, x)
+                for name, x in zip(names, given, strict=True)
+            )
 
-        results = self.run(seen(arrays), seen(outs), options)
+        results = self.run(seen(self._inputs, arrays), seen(self._outputs, outs), options)
         return tuple(
             out if out is not None else result if result is None else kind.give_back(result, arrays[0])
             for out, result in zip(outs, results, strict=True)
@@ -263,8 +273,23 @@ class Operation:
     def _first(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Arrays:
         """The first call of its signature, or one whose numbers are of another type than float."""
         with_numbers = self._with_numbers(arrays)
-        if with_numbers is not arrays:
-            return self.run(with_numbers, outs, options)
+        if with_numbers is arrays:
+            self._learn(kind, arrays, outs, options)
+        return self.run(with_numbers, outs, options)
+
+    def make_ready(self, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> None:
+        """Does all of a call but the launch, which then can't be refused: arrays are the library's own, numbers floats.
+
+        Raises:
+            As `run`.
+        """
+        kind = kind_of(arrays[0])
+        signatures, _, _ = kind.look(arrays + outs)
+        if (kind, options, tuple(signatures)) not in self._calls:
+            self._learn(kind, arrays, outs, options)
+
+    def _learn(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> None:
+        """Keeps what there is to know of all calls with the signatures of this one."""
         self._refuse_libraries(kind, arrays, outs)
         self._refuse_absent(arrays)
         self._refuse_options(options)
@@ -274,7 +299,6 @@ class Operation:
             self._calls.clear()
         signatures, _, _ = kind.look(arrays + outs)
         self._calls[(kind, options, tuple(signatures))] = (call, self._guards(kind, views, outs))
-        return self.run(arrays, outs, options)
 
     def planned(
         self,
@@ -357,7 +381,7 @@ class Operation:
                 continue
             if value.__class__ is float:
                 _number(self._inputs[index], value)  # before anything is compiled for it
-            elif isinstance(value, numbers.Real):
+            elif not isinstance(value, bool) and isinstance(value, numbers.Real):
                 arrays = (*arrays[:index], _number(self._inputs[index], value), *arrays[index + 1 :])
             elif isinstance(value, str | bytes | numbers.Number | list | tuple):
                 raise UsageError(f"{self._inputs[index]}={value!r} must be a real number or an array")

@@ -65,6 +65,8 @@ class Space(Generic[P, C]):
         Raises:
             IllegalConfigError: it doesn't; the message names the limit.
         """
+        if not isinstance(config, self.config):
+            raise IllegalConfigError(f"{config!r} is no {self.config.__name__}")
         limit = self.fits(problem, config, device)
         if limit is not None:
             raise IllegalConfigError(f"{config} does not fit {problem} on {device.board}: {limit}")

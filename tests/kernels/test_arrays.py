@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tilewright.kernels import arrays, gemm
+from tilewright.kernels import arrays, gemm, rmsnorm
 from tilewright.kernels.arrays import CupyKind, DlpackKind, NumpyKind, TorchKind, View, kind_of, require_cupy
 from tilewright.kernels.dtypes import DTYPES
 from tilewright.tuning_db.env import compiling_environment
@@ -356,7 +356,7 @@ def test_dlpack_is_preferred_for_it_orders_streams(cupy, monkeypatch):
     assert array.waits == 0
 
 
-@pytest.mark.parametrize("error", [BufferError, RuntimeError, TypeError, ValueError])
+@pytest.mark.parametrize("error", [BufferError, NotImplementedError, RuntimeError, TypeError, ValueError])
 def test_what_dlpack_does_not_exchange_is_waited_for(cupy, monkeypatch, error):
     def refusing(array):
         raise error("no such type")
@@ -365,8 +365,19 @@ def test_what_dlpack_does_not_exchange_is_waited_for(cupy, monkeypatch, error):
     array = Jax()
     assert kind_of(array).adopt(array) is array.adopted
     assert array.waits == 1
-    with pytest.raises(error, match="no such type"):
+    with pytest.raises(UnsupportedError, match=r"^CuPy can't take a DlpackOnly by DLPack: no such type$"):
         kind_of(DlpackOnly()).adopt(DlpackOnly())
+
+
+def test_an_array_in_host_memory_is_refused_with_its_name(cupy):
+    class OnHost(DlpackOnly):
+        def __dlpack_device__(self):
+            return (1, 0)
+
+    with pytest.raises(UnsupportedError, match=r"^a OnHost is not in a GPU's memory \(DLPack's device type is 1\)"):
+        kind_of(OnHost()).adopt(OnHost())
+    with pytest.raises(UnsupportedError, match=r"^x: a OnHost is not in a GPU's memory"):
+        rmsnorm(OnHost())
 
 
 def test_foreign_libraries_have_kinds_of_their_own(cupy):

@@ -110,10 +110,12 @@ def attention_kernel(
     first_q = 0
     first_k = 0
     queries = Sq
+    computed = Sq  # of the queries
     keys = Skv
     if cu_seqlens_q_ptr is not None:
         first_q = tl.load(cu_seqlens_q_ptr + batch)
         queries = tl.load(cu_seqlens_q_ptr + batch + 1) - first_q
+        computed = tl.minimum(queries, Sq)
     if cu_seqlens_k_ptr is not None:
         first_k = tl.load(cu_seqlens_k_ptr + batch)
         # As with kv_lens, keys beyond the most there may be are not seen, whatever the configuration.
@@ -122,7 +124,7 @@ def attention_kernel(
         keys = tl.maximum(0, tl.minimum(tl.load(kv_lens_ptr + batch), Skv))
     # A specialised loop has no way around it: its sequences are of one length, whose tiles all have rows.
     if not WARP_SPECIALIZE:  # noqa: SIM102 - known to the compiler, where the condition within is not
-        if tile * BLOCK_M >= queries * HEADS:
+        if tile * BLOCK_M >= computed * HEADS:
             return
 
     # Rows of the tile: which query and which head each is.
@@ -130,7 +132,7 @@ def attention_kernel(
     lane_m = (tl.minimum(tile * BLOCK_M, Sq) if WARP_SPECIALIZE else tile * BLOCK_M) + tl.arange(0, BLOCK_M)
     query = lane_m // HEADS
     head = tile_head * HEADS + lane_m % HEADS if PACK else tile_head
-    inside = query < queries
+    inside = query < computed
     mask_m = None if EVEN_M else inside[:, None]
     lane_d = tl.arange(0, BLOCK_D)
     lane_dv = tl.arange(0, BLOCK_DV)
@@ -176,7 +178,7 @@ def attention_kernel(
     # Which blocks of keys the tile sees at all, [first, last), and which of them whole, [whole, masked).
     diagonal = keys - queries  # the key on the diagonal of query 0
     top = tile * BLOCK_M // HEADS
-    bottom = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // HEADS, queries - 1)
+    bottom = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // HEADS, computed - 1)
     end = keys
     end_of_all = keys  # keys before it are seen by every row
     begin = 0

@@ -34,8 +34,9 @@ class AttentionProblem(Problem):
     """One fused attention.
 
     Left out, `Hkv` is H, `Dv` is D, `out_dtype` the input's (bf16 for fp8). A window that masks nothing, and `causal`
-    for one query, are left out themselves. Of sequences of different lengths (`varlen`, `kv_lens`), Sq and Skv are the
-    longest; `lengths` says which they are when the problem is measured.
+    for one query, are left out themselves, but for `varlen`, of which a sequence may have more. Of sequences of
+    different lengths (`varlen`, `kv_lens`), Sq and Skv are the longest; `lengths` says which they are when the problem
+    is measured.
     """
 
     op: ClassVar[str] = "attention"
@@ -112,6 +113,8 @@ class AttentionProblem(Problem):
             put("window_right", None)
         if self.window_left is not None and self.window_left >= self.Skv - 1:
             put("window_left", None)
+        if self.varlen:
+            return  # a sequence may have more queries than are computed
         if self.window_right is not None and self.window_right >= self.Sq - 1:
             put("window_right", None)
         if self.Sq == 1:

@@ -137,19 +137,24 @@ class LoopedCall:
     # For each call, the index into a, b, residual and out.
     indices: tuple[tuple[tuple[int, ...], ...], ...]
     rows: bool  # whether a_scale has one for each row of a
-    options: dict[str, Any]
+    options: tuple[Any, ...]
 
     def run(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, arguments: list[Any]) -> Arrays:
         """Puts the calls on the current stream, in order."""
-        given = dict(zip(INPUTS, arrays, strict=True)) | self.options
-        if given["alpha"] is None:
-            given["alpha"] = 1.0
-        a, b, residual, a_scale = (given.pop(name) for name in ("a", "b", "residual", "a_scale"))
-        result = kind.empty(a, *self.output) if outs[0] is None else outs[0]
+        given = dict(zip(INPUTS, arrays, strict=True))
+        result = kind.empty(given["a"], *self.output) if outs[0] is None else outs[0]
+        calls = []
         for at_a, at_b, at_residual, at_out in self.indices:
-            part = None if residual is None else residual[at_residual]
-            scale = a_scale[at_a] if self.rows else a_scale
-            gemm(a[at_a], b[at_b], a_scale=scale, residual=part, out=result[at_out], **given)
+            parts = given | {"a": given["a"][at_a], "b": given["b"][at_b]}
+            if given["residual"] is not None:
+                parts["residual"] = given["residual"][at_residual]
+            if self.rows:
+                parts["a_scale"] = given["a_scale"][at_a]
+            calls.append((tuple(parts.values()), (result[at_out],), self.options))
+        for call in calls:  # all of them, before the first writes: one may be refused for how its part is aligned
+            _GEMM.make_ready(*call)
+        for call in calls:
+            _GEMM.run(*call)
         return (result,)
 
 
@@ -178,8 +183,7 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
         indices = outer_indices(views, batch, len(batch) - inner)
         if result.a_scale == "row" and views["a_scale"].shape != views["a"].shape[:-1]:
             raise ProblemError(f"a_scale is {views['a_scale'].shape} and must be {views['a'].shape[:-1]}")
-        named = dict(zip(OPTIONS, options, strict=True))
-        return LoopedCall(Output(shape, result.output_dtype), indices, result.a_scale == "row", named)
+        return LoopedCall(Output(shape, result.output_dtype), indices, result.a_scale == "row", options)
 
     count = math.prod(batch)
     steps = {name: matrix.batch[-1] if batch else 0 for name, matrix in matrices.items()}

@@ -108,6 +108,8 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
         return None  # wgmma takes 8-bit operands as they lie, along K
     elif problem.unit == "fp8":  # of which there are two sums of each tile
         config = GemmConfig(128, 128, 128, num_warps=8, num_stages=4)
+    elif problem.gated == "halves" and (problem.bias is not None or problem.residual is not None):
+        config = GemmConfig(128, 128, 128, num_warps=8, num_stages=4)  # sums of both halves, beside them 256 spill
     elif not special:
         config = GemmConfig(128, 256, 128, num_warps=8, num_stages=3)
     else:

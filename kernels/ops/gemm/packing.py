@@ -14,6 +14,7 @@ from numbers import Integral
 from typing import Any
 
 import array_api_compat
+import numpy as np
 
 from tilewright.tuning_db.errors import ProblemError
 
@@ -23,14 +24,23 @@ RUN = 32
 
 def _namespace(name: str, array: Any) -> Any:
     try:
+        if isinstance(array, np.ma.MaskedArray | np.matrix):  # a mask would be ignored; a matrix has no more dimensions
+            raise TypeError
         return array_api_compat.array_namespace(array)
     except TypeError:
         raise ProblemError(f"{name} is {type(array).__name__} and must be an array of NumPy, CuPy or torch") from None
 
 
+def _is_integral(xp: Any, dtype: Any) -> bool:
+    try:
+        return bool(xp.isdtype(dtype, "integral"))
+    except TypeError:  # of ml_dtypes, which NumPy knows no kind of
+        return False
+
+
 def _rows(k: Any) -> int:
-    if isinstance(k, bool) or not isinstance(k, Integral):
-        raise ProblemError(f"{k=} must be an integer: the rows that were packed")
+    if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
+        raise ProblemError(f"{k=} must be an integer of at least 1: the rows that were packed")
     return int(k)
 
 
@@ -50,7 +60,7 @@ def pack_int4(q: Any) -> Any:
         ProblemError: fewer than two dimensions, not integers, or some not from 0 to 15.
     """
     xp = _namespace("q", q)
-    if len(q.shape) < 2 or not xp.isdtype(q.dtype, "integral") or 0 in q.shape:
+    if len(q.shape) < 2 or not _is_integral(xp, q.dtype) or 0 in q.shape:
         raise ProblemError(f"q is {tuple(q.shape)} of {q.dtype} and must be (..., K, N) of integers")
     low, high = int(xp.min(q)), int(xp.max(q))
     if low < 0 or high > 15:
@@ -78,7 +88,8 @@ def unpack_int4(packed: Any, k: int) -> Any:
     """
     xp = _namespace("packed", packed)
     k = _rows(k)
-    if len(packed.shape) < 2 or packed.shape[-2] != packed_rows(k) or packed.dtype != xp.uint8:
+    wrong = len(packed.shape) < 2 or packed.shape[-2] != packed_rows(k) or 0 in packed.shape
+    if wrong or packed.dtype != xp.uint8:
         raise ProblemError(
             f"packed is {tuple(packed.shape)} of {packed.dtype}; {k=} rows are uint8 (..., {packed_rows(k)}, N)"
         )

@@ -192,7 +192,9 @@ def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None
         of = problem.b_dtype or problem.dtype
         return f"the smallest tile of a {of} dot is 16×{least_n}×{least_k}" + (" in halves" if least_n > 16 else "")
     if config.PAIRS and (problem.b_dtype != "int4" or device.arch < 80):
-        return f"PAIRS is for int4 weights, from sm_80 on, not for b_dtype={problem.b_dtype} on {device.sm}"
+        return (
+            f"PAIRS is for int4 weights, from sm_80 on, not for b of {problem.b_dtype or problem.dtype} on {device.sm}"
+        )
     if problem.group_size % config.BLOCK_K:
         return f"BLOCK_K={config.BLOCK_K} does not divide group_size={problem.group_size}"
     shared = shared_bytes(problem, config, device)

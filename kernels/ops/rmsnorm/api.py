@@ -43,7 +43,8 @@ def rmsnorm(
         weight: (N,), of any of these, or None for none.
         residual: as `x`, of any of these, or None.
         eps: a number of at least 0, compiled in; rows of zeros are NaN if it is 0.
-        weight_offset: a number added to the weight, compiled in: 1 for models that keep weight - 1.
+        weight_offset: a number added to the weight, compiled in: 1 for models that keep weight - 1. Without a weight it
+            counts for nothing.
         out_dtype: canonical dtype name of the result; by default that of `x`. "int8" needs `out_scale`.
         out_scale: scale of a quantised result (int8, fp8): a number above 0, or an fp32 array of one element on the
             GPU, which is not looked at, or "row" for one of each row that takes its largest element to the type's

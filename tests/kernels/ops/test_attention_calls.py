@@ -86,6 +86,9 @@ def test_what_masks_nothing_is_left_out_of_the_problem():
     )
     one = AttentionProblem(1, 1, 1, 9, 16)
     assert AttentionProblem(1, 1, 1, 9, 16, causal=True) == one
+    several = AttentionProblem(1, 1, 1, 9, 16, varlen=True)  # a sequence may have more queries than are computed
+    assert AttentionProblem(1, 1, 1, 9, 16, varlen=True, causal=True) != several
+    assert AttentionProblem(1, 1, 1, 9, 16, varlen=True, window_right=2) != several
     assert AttentionProblem(1, 1, 1, 9, 16, window_right=0, bias_batch=True, bias_rows=False) == one
 
 
@@ -107,6 +110,25 @@ def test_slices_of_one_projection_need_no_copy():
     result = attention(q, k, v, causal=True, out=out.swapaxes(1, 2))
     assert np.shares_memory(result, out)
     np.testing.assert_array_equal(out.swapaxes(1, 2), expected)
+
+
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": (None, 2)}, {"window": (3, 1)}], ids=str)
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("computed", [1, 2, 5])
+def test_of_a_longer_sequence_the_first_queries_are_computed(computed, splits, mask):
+    starts, tokens, keys = np.array([0, 6, 9], np.int32), random(9, 2, 32), random(18, 2, 32, seed=1)
+    ends = np.array([0, 9, 18], np.int32)
+    call = {"q": tokens, "k": keys, "v": keys, "cu_seqlens_q": starts, "cu_seqlens_k": ends, "max_seqlen_k": 9, **mask}
+    expected, expected_lse = attention(max_seqlen_q=6, return_lse=True, **call)
+    out, lse = np.full((9, 2, 32), np.nan, np.float32), np.full((9, 2), np.nan, np.float32)
+    config = AttentionConfig(16, 16, SPLIT_KV=splits)
+    attention(max_seqlen_q=computed, return_lse=True, out=out, lse=lse, config=config, **call)
+    for begin, end in ((0, 6), (6, 9)):
+        last = min(begin + computed, end)
+        np.testing.assert_allclose(out[begin:last], expected[begin:last], atol=1e-5)
+        np.testing.assert_allclose(lse[begin:last], expected_lse[begin:last], atol=1e-5)
+        assert np.isnan(out[last:end]).all()
+        assert np.isnan(lse[last:end]).all()
 
 
 def test_keys_of_one_sequence_may_serve_a_batch():

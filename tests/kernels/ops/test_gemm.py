@@ -647,6 +647,31 @@ def test_a_masked_array_is_refused():
     a = np.ones((16, 16), np.float32)
     with pytest.raises(UnsupportedError, match="masked arrays are not supported"):
         gemm(np.ma.masked_array(a, mask=True), a)
+    gemm(a, a)  # warm calls too, whose arrays look the same
+    with pytest.raises(UnsupportedError, match=r"^b: masked arrays are not supported"):
+        gemm(a, np.ma.masked_array(a, mask=True))
+
+
+def test_a_number_of_numpy_is_none_of_its_arrays():
+    a = np.ones((16, 32), np.float32)
+    b = np.ones((32, 16), np.float32)
+    expected = gemm(a, b, alpha=2.0)
+    for alpha in (np.array(2, np.float32), np.float32(2), np.array([2], np.float32)):
+        np.testing.assert_array_equal(gemm(a, b, alpha=alpha), expected)
+    with pytest.raises(UsageError, match="alpha=True must be a real number or an array"):
+        gemm(a, b, alpha=True)
+
+
+def test_of_a_looped_call_nothing_is_written_before_all_of_it_is_ready():
+    # (2, 1, M, K) by (1, 2, K, N): a call for each outer index, of which the second's A is not aligned.
+    tile = GemmConfig(16, 16, 16, GROUP_M=1, num_stages=2, TMA=True)
+    buffer = np.zeros(2 * 257 + 16, np.float16)
+    first = (-buffer.ctypes.data % 16) // 2
+    a = np.lib.stride_tricks.as_strided(buffer[first:], (2, 1, 16, 16), (257 * 2, 2, 32, 2))
+    out = np.full((2, 2, 16, 16), 7, np.float16)
+    with pytest.raises(IllegalConfigError, match="TMA needs tiles of A and B that start at 16 bytes"):
+        gemm(a, np.ones((1, 2, 16, 16), np.float16), out=out, config=tile)
+    assert (out == 7).all()
 
 
 def test_numpy_scalars_are_numbers():

@@ -226,6 +226,7 @@ def test_large_defaults_of_hopper_do_not_spill(kind):
     scaled = replace(square, a_scale="tensor", b_scale="column", out_dtype="bf16")
     problems = [square, scaled, replace(scaled, bias="fp32"), replace(scaled, bias="fp32", activation="gelu_tanh")]
     problems += [replace(square, a_scale="tensor", b_scale="tensor", out_dtype="bf16", bias="fp16")]
+    problems += [replace(scaled, a_scale="row", bias="fp32", gated="halves", activation="silu")]
     assert_clean(replies(90, [(problem, None) for problem in problems + [replace(each, K=1024) for each in problems]]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -58,6 +59,8 @@ def test_a_view_is_packed_as_its_copy():
     [
         (np.full((4, 4), 16), "q has values from 16 to 16, and int4 is 0 to 15: signed weights are packed as q + 8"),
         (np.array([[-8, 7]]), "q has values from -8 to 7"),
+        (np.ones((4, 4), ml_dtypes.uint4), "q is (4, 4) of uint4 and must be (..., K, N) of integers"),
+        (np.ma.ones((4, 4), int), "q is MaskedArray and must be an array of NumPy"),
         (np.ones((4, 4), np.float32), "q is (4, 4) of float32 and must be (..., K, N) of integers"),
         (np.ones(4, int), "q is (4,) of int64 and must be"),
         (np.ones((0, 4), int), "q is (0, 4) of int64 and must be"),
@@ -79,7 +82,7 @@ def test_what_is_not_packed_is_refused(packed):
         unpack_int4(packed, 20)
 
 
-@pytest.mark.parametrize("k", [32.0, True, "32"])
+@pytest.mark.parametrize("k", [32.0, True, "32", 0, -5])
 def test_rows_are_an_integer(k):
-    with pytest.raises(ProblemError, match=r"^k=.* must be an integer: the rows that were packed"):
+    with pytest.raises(ProblemError, match=r"^k=.* must be an integer of at least 1: the rows that were packed"):
         unpack_int4(np.ones((16, 4), np.uint8), k)
