@@ -182,17 +182,15 @@ def time_one(
         samples += sample(_chunk(len(samples), start, budget_s, now))
 
 
-def time_rounds(
-    samplers: Sequence[Sampler], *, budget_s: float | None = None, now: Clock = time.perf_counter
-) -> list[Timing]:
+def time_rounds(samplers: Sequence[Sampler], *, now: Clock = time.perf_counter) -> list[Timing]:
     """Times several configurations in turns, one sample each a round; all get the same number of samples.
 
     Every second round runs backwards, A B C C B A: a steady drift then falls on all of them alike. The budget is
-    `BUDGET_S` for each configuration unless it is given, for all together.
+    `BUDGET_S` for each configuration, for all together.
     """
     if not samplers:
         return []
-    budget = BUDGET_S * len(samplers) if budget_s is None else budget_s
+    budget = BUDGET_S * len(samplers)
     begun = now()
     warm_up(samplers, now)
     order = list(range(len(samplers)))

@@ -22,7 +22,6 @@ import base64
 import contextlib
 import json
 import os
-import platform
 import queue
 import signal
 import sys
@@ -101,23 +100,10 @@ def measure_task(request: Request) -> Reply:
     return reply
 
 
-def environment_task(request: Request) -> Reply:
-    """Versions of what compiles for `arch` here: `triton`, `ptxas`, `python`."""
-    from tilewright.kernels.compile import ptxas_version, triton_version
-
-    return {
-        "status": Status.OK,
-        "triton": triton_version(),
-        "ptxas": ptxas_version(request["arch"]),
-        "python": platform.python_version(),
-    }
-
-
 TASKS: Mapping[str, Task] = {
     "compile": compile_task,
     "build": build_task,
     "measure": measure_task,
-    "environment": environment_task,
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
 from itertools import islice
@@ -315,19 +314,16 @@ class TuningDB:
         with closing(evidence(self._file, key, near, self.skipped, self._shipped)) as found:
             return list(islice((each for each in found if len(each[1]) >= least), most))
 
-    def top(
-        self, key: Key, k: int, *, predicted_protocol: str | None = None, incumbent: str | None = None
-    ) -> list[Record]:
+    def top(self, key: Key, k: int, *, incumbent: str | None = None) -> list[Record]:
         """The `k` best records of exactly this key, each of another configuration: measured, then predicted.
 
         A prediction is left out where the configuration was measured, well or badly. `incumbent`: as in `best`.
         """
         chosen = list(islice(best_first(self._file, key.digest(), Provenance.MEASURED, incumbent), k))
-        predicted = replace(key, protocol=predicted_protocol or key.protocol)
         if len(chosen) < k:
             query = "SELECT config FROM records WHERE key_digest = ? AND provenance = 'measured'"
             measured = {row["config"] for row in self._file.rows(query, (key.digest(),))}
-            guesses = best_first(self._file, predicted.digest(), Provenance.PREDICTED, incumbent)
+            guesses = best_first(self._file, key.digest(), Provenance.PREDICTED, incumbent)
             chosen += [record for record in guesses if record.config not in measured]
         return chosen[:k]
 

@@ -33,9 +33,6 @@ from tilewright.tuner.model.graph import (
 from tilewright.tuning_db.errors import UnsupportedError
 
 QUANTISED = ("int8", "uint8", "fp8e4m3")
-BODY_OPSET = 21
-"""The least version of ONNX's operators that bodies can be written in: since then `QuantizeLinear` knows 8-bit floats
-and half precision, and `Gelu` (20) is there."""
 
 
 class Writer:

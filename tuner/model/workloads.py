@@ -16,7 +16,6 @@ from tilewright.kernels.problem import Problem
 from tilewright.kernels.tensorrt.catalogue import find_plugin
 from tilewright.kernels.tensorrt.operation import Tensor
 from tilewright.tuner.model.graph import (
-    dtype_name,
     fused_nodes,
     op_of,
     plugin_settings,
@@ -187,16 +186,6 @@ def flops_of(node: ir.Node) -> int | None:
         keys = (static_shape(node.outputs[1]) or second)[2] if len(node.outputs) > 1 else second[2]
         return 2 * math.prod(first[:3]) * keys * (first[3] + third[3])
     return None
-
-
-def dtype_counts(model: ir.Model) -> dict[str, int]:
-    """How many fused nodes read their first input in each data type."""
-    counts: dict[str, int] = {}
-    for node in fused_nodes(model):
-        value = node.inputs[0]
-        assert value is not None
-        counts[dtype_name(value)] = counts.get(dtype_name(value), 0) + 1
-    return counts
 
 
 def ops(model: ir.Model) -> dict[str, int]:
