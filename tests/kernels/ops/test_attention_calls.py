@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.kernels.ops.test_attention import SMALL, outs_for, run
+from tests.kernels.ops.attention_cases import SMALL, outs_for, run
 from tilewright.kernels import call as calling
 from tilewright.kernels import resolve_device
 from tilewright.kernels.dispatch import forget_plans

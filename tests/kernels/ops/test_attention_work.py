@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.ops.test_attention import conforms
+from tests.kernels.ops.attention_cases import conforms
 from tilewright.kernels.catalogue import CATALOGUE
 from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD
 from tilewright.kernels.dtypes import dtype

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.kernels.conformance import Guarded, assert_close
-from tests.kernels.ops.test_conv2d import run
+from tests.kernels.ops.conv2d_cases import run
 from tilewright.kernels import GemmConfig
 from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.kernel import Tolerance
