@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,19 @@ def compiled(arch: int, jobs: Sequence[tuple[str, Problem, Config | None]], **en
 def described(reply: dict[str, Any]) -> str:
     """One reply in a message."""
     return f"sm_{reply['arch']} {reply['op']} {reply['problem']} {reply['config']}"
+
+
+def assert_clean(replies: Iterable[dict[str, Any]], *, scratch: bool = True) -> None:
+    """All launches compile, without spills and within limits, and no more shared memory is estimated than is taken.
+
+    `scratch`: whether they may have scratch of Triton's own, which descriptors lie in.
+    """
+    for reply in replies:
+        for launch in (reply, *reply["more"]):
+            assert "error" not in launch, (described(reply), launch["error"])
+            assert launch["over"] is None, (described(reply), launch["over"])
+            assert scratch or launch["scratch"] == 0, described(reply)
+        assert reply["estimate"] <= reply["resources"]["shared_bytes"], described(reply)
 
 
 def assert_specialised(reply: dict[str, Any]) -> None:

@@ -125,3 +125,16 @@ def covering(
 def pairwise(axes: Mapping[str, Sequence[Any]], *, seed: int = 0, tries: int = 20) -> Iterator[dict[str, Any]]:
     """Rows that take every pair of values of any two axes together at least once."""
     return covering(axes, 2, seed=seed, tries=tries)
+
+
+def every_value(axes: Mapping[str, Sequence[Any]], *, seed: int = 0) -> list[dict[str, Any]]:
+    """As many of the rows of `pairwise` as it takes for every value of every axis to occur."""
+    seen: set[tuple[str, str]] = set()
+    rows = []
+    for row in pairwise(axes, seed=seed):
+        values = {(name, str(value)) for name, value in row.items()}
+        if not values <= seen:
+            seen |= values
+            rows.append(row)
+    assert len(seen) == sum(map(len, axes.values()))
+    return rows

@@ -16,7 +16,8 @@ from dataclasses import replace
 import pytest
 
 from tests.kernels import compiling
-from tests.kernels.conformance import pairwise
+from tests.kernels.compiling import assert_clean
+from tests.kernels.conformance import every_value
 from tilewright.kernels import GemmConfig, GemmProblem, compile, resolve_device
 from tilewright.kernels.compile import (
     Binary,
@@ -285,23 +286,11 @@ def supported(arch, rows):
                 yield problem
 
 
-def assert_clean(replies):
-    bad = [(named(reply), reply.get("error") or reply["over"]) for reply in replies]
-    assert not [each for each in bad if each[1]]
-    assert all(reply["estimate"] <= reply["resources"]["shared_bytes"] for reply in replies)
-
-
 @pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.smoke), 90])
 def test_the_default_compiles_without_spills(arch):
-    # As many rows as it takes for every shape, dtype, layout and epilogue to occur; all of them are a slow test.
-    seen, rows = set(), []
-    for row in pairwise(MATRIX, seed=arch):
-        values = {(name, str(value)) for name, value in row.items()}
-        if not values <= seen:
-            seen |= values
-            rows.append(row)
-    assert len(seen) == sum(map(len, MATRIX.values()))
-    assert_clean(compiled(arch, [(problem, None) for problem in supported(arch, rows)]))
+    # Every shape, dtype, layout and epilogue occurs; all of their combinations are a slow test.
+    problems = supported(arch, every_value(MATRIX, seed=arch))
+    assert_clean(compiled(arch, [(problem, None) for problem in problems]))
 
 
 @pytest.mark.slow

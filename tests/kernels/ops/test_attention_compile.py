@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.kernels.compiling import assert_specialised, compiled, described
+from tests.kernels.compiling import assert_clean, assert_specialised, compiled, described
 from tilewright.kernels import resolve_device
 from tilewright.kernels.compile import HIDDEN_POINTERS
 from tilewright.kernels.ops.attention.launch import ATTENTION
@@ -27,16 +27,6 @@ def attention_on(arch, jobs):
     return compiled(arch, [("attention", problem, config) for problem, config in jobs])
 
 
-def assert_clean(replies):
-    """No spill, nothing over a limit, no scratch of Triton's own, in the first launch or another."""
-    for reply in replies:
-        for launch in (reply, *reply["more"]):
-            assert launch.get("error") is None, (described(reply), launch.get("error"))
-            assert launch["over"] is None, (described(reply), launch["over"])
-            assert launch["scratch"] == 0
-        assert reply["estimate"] <= reply["resources"]["shared_bytes"], described(reply)
-
-
 @pytest.mark.parametrize("arch", [80, pytest.param(86, marks=pytest.mark.smoke), 89, 90, 100, 120])
 def test_keys_are_copied_ahead_and_multiplied_on_tensor_cores(arch):
     prefill, decode, projected = attention_on(arch, [(PREFILL, None), (DECODE, None), (PROJECTED, None)])
@@ -47,7 +37,7 @@ def test_keys_are_copied_ahead_and_multiplied_on_tensor_cores(arch):
         assert not found["narrow loads"], described(reply)
         # A warp group of wgmma or tcgen05 needs 64 rows.
         assert [name for name in ("mma.sync", "wgmma", "tcgen05") if found[name]] == [expected], described(reply)
-    assert_clean((prefill, decode, projected))
+    assert_clean((prefill, decode, projected), scratch=False)
     assert len(decode["more"]) == 1
     assert decode["more"][0]["name"] == "combine_kernel"
 
@@ -208,7 +198,7 @@ def defaults(arch, rows):
 
 
 def test_packed_fp8_with_slopes_does_not_spill_on_sm_120():
-    assert_clean(attention_on(120, defaults(120, [("varlen", SHAPES[0], 72, "fp8e4m3")])))
+    assert_clean(attention_on(120, defaults(120, [("varlen", SHAPES[0], 72, "fp8e4m3")])), scratch=False)
 
 
 @pytest.mark.parametrize("arch", [86, 90])
@@ -225,7 +215,7 @@ def test_the_default_compiles_without_spills(arch):
         ("varlen", SHAPES[0], 256, "fp16"),
         ("varlen", SHAPES[0], 256, "fp8e5m2"),
     ]
-    assert_clean(attention_on(arch, defaults(arch, rows)))
+    assert_clean(attention_on(arch, defaults(arch, rows)), scratch=False)
 
 
 @pytest.mark.slow
@@ -235,4 +225,4 @@ def test_the_default_compiles_without_spills_whatever_the_problem(arch):
     jobs = list(defaults(arch, itertools.product(FEATURES, SHAPES, DIMS, KINDS)))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for replies in threads.map(lambda part: attention_on(arch, jobs[part::8]), range(8)):
-            assert_clean(replies)
+            assert_clean(replies, scratch=False)

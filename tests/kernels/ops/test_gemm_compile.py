@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.kernels.compiling import assert_specialised, compiled, described
-from tests.kernels.conformance import pairwise
+from tests.kernels.compiling import assert_clean, assert_specialised, compiled, described
+from tests.kernels.conformance import every_value, pairwise
 from tilewright.kernels import GemmConfig, GemmProblem, resolve_device
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.space import fits
@@ -213,13 +213,6 @@ def distinct(arch, rows):
             yield problem, None
 
 
-def assert_clean(answers):
-    bad = [(described(reply), reply.get("error") or reply["over"]) for reply in answers]
-    assert not [each for each in bad if each[1]]
-    short = [described(reply) for reply in answers if reply["estimate"] > reply["resources"]["shared_bytes"]]
-    assert not short
-
-
 @pytest.mark.parametrize("kind", ["bf16", "fp8e4m3", "fp8e5m2", "int8"])
 def test_large_defaults_of_hopper_do_not_spill(kind):
     square = GemmProblem(4096, 4096, 4096, dtype=kind, b_layout="col")
@@ -232,14 +225,7 @@ def test_large_defaults_of_hopper_do_not_spill(kind):
 
 @pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.smoke), 90])
 def test_defaults_of_forms_compile_without_spills(arch):
-    seen, rows = set(), []
-    for row in pairwise(MATRIX, seed=arch):
-        values = {(name, str(value)) for name, value in row.items()}
-        if not values <= seen:
-            seen |= values
-            rows.append(row)
-    assert len(seen) == sum(map(len, MATRIX.values()))
-    assert_clean(replies(arch, list(distinct(arch, rows))))
+    assert_clean(replies(arch, list(distinct(arch, every_value(MATRIX, seed=arch)))))
 
 
 @pytest.mark.slow
