@@ -1,4 +1,4 @@
-"""Compiled code for GPUs that are not here: its instructions, what it takes, and what refuses to compile.
+"""Compiled code for GPUs that are not here: its parameters, what it takes, and what refuses to compile.
 
 Compilation runs in processes of its own, for this one interprets. A process compiles for one arch: Triton 3.6 settles
 on how to convert fp8 at the first arch that it meets.
@@ -6,18 +6,13 @@ on how to convert fp8 at the first arch that it meets.
 
 from __future__ import annotations
 
-import itertools
-import os
-import random
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from tests.kernels import compiling
-from tests.kernels.compiling import assert_clean
-from tests.kernels.conformance import every_value
+from tests.kernels.compiling import assert_clean, described
 from tilewright.kernels import GemmConfig, GemmProblem, compile, resolve_device
 from tilewright.kernels.compile import (
     Binary,
@@ -28,7 +23,6 @@ from tilewright.kernels.compile import (
     triton_version,
 )
 from tilewright.kernels.ops.gemm.launch import GEMM
-from tilewright.kernels.ops.gemm.space import SPACE, shared_bytes
 from tilewright.tuning_db.errors import CompileError, UsageError
 from tilewright.tuning_db.record import Resources
 
@@ -41,61 +35,8 @@ def compiled(arch, jobs, **environment):
     return compiling.compiled(arch, [("gemm", problem, config) for problem, config in jobs], **environment)
 
 
-def named(reply):
-    return f"sm_{reply['arch']} {reply['problem']} {reply['config']}"
-
-
 SQUARE = GemmProblem(4096, 4096, 4096)
 FUSED = {"bias": "fp16", "residual": "fp16", "activation": "gelu_erf", "alpha": True}
-
-
-# Instructions
-
-
-@pytest.mark.parametrize("arch", [75, 80, pytest.param(86, marks=pytest.mark.smoke), COMMON[1], 89, 100, 120])
-def test_aligned_operands_are_copied_asynchronously_and_multiplied_on_tensor_cores(arch):
-    kinds = [] if arch == 75 else ["bf16", *(["fp8e4m3"] if arch >= 89 else [])]
-    problems = [
-        SQUARE,
-        GemmProblem(512, 512, 512, a_layout="col", b_layout="col", residual="fp16"),
-        *(replace(SQUARE, dtype=kind, out_dtype=None, b_layout="col") for kind in kinds),
-    ]
-    tensor = {90: "wgmma", 100: "tcgen05"}.get(arch, "mma.sync")
-    skinny = compiled(arch, [(GemmProblem(16, 4096, 4096), None)])
-    for reply in compiled(arch, [(problem, None) for problem in problems]) + skinny:
-        found = reply["instructions"]
-        assert not found["narrow loads"], named(reply)
-        if arch == 75:
-            assert not any(found[name] for name in ("cp.async", "mma.sync", "wgmma", "tcgen05")), named(reply)
-            continue
-        # A warp group of wgmma or tcgen05 needs 64 rows.
-        expected = "mma.sync" if reply["config"]["BLOCK_M"] < 64 else tensor
-        assert found["cp.async"] or found["bulk tensor"], named(reply)
-        assert [name for name in ("mma.sync", "wgmma", "tcgen05") if found[name]] == [expected], named(reply)
-
-
-@pytest.mark.parametrize("arch", COMMON)
-def test_any_length_that_is_no_multiple_of_16_elements_leaves_single_loads(arch):
-    problems = [
-        replace(SQUARE, K=4104),
-        replace(SQUARE, N=4104),
-        replace(SQUARE, aligned=False),
-        replace(SQUARE, strided=True, aligned=False),
-    ]
-    # Descriptors, Hopper's default, ask for rows of 16 bytes and no more.
-    plain = GemmConfig(128, 128, 32, GROUP_M=8, num_warps=8, num_stages=4)
-    for reply in compiled(arch, [(problem, plain) for problem in problems]):
-        assert reply["instructions"]["narrow loads"], named(reply)
-    # The stride is what has to be aligned, and the rows of A are K long whatever M is.
-    for reply in compiled(arch, [(replace(SQUARE, K=4104, strided=True), plain), (replace(SQUARE, M=4097), plain)]):
-        assert reply["instructions"]["cp.async"], named(reply)
-
-
-def test_ieee_fp32_runs_on_cuda_cores_and_tf32_on_tensor_cores():
-    small = GemmConfig(32, 32, 32, num_stages=2)
-    exact = GemmProblem(512, 512, 512, dtype="fp32")
-    ieee, tf32 = compiled(86, [(exact, small), (replace(exact, precision="tf32"), small)])
-    assert (ieee["instructions"]["mma.sync"], tf32["instructions"]["mma.sync"] > 0) == (0, True)
 
 
 # Parameters
@@ -111,7 +52,7 @@ def test_the_entry_has_the_present_arguments_and_two_hidden_pointers():
     for reply in (plain, fused, strided, with_scratch):
         sizes = {"i32": ".u32", "i64": ".u64"}
         expected = [sizes.get(kind, ".u64") for kind in reply["arguments"]] + [".u64"] * compile.HIDDEN_POINTERS
-        assert [kind.replace(".b", ".u") for kind in reply["parameters"]] == expected, named(reply)
+        assert [kind.replace(".b", ".u") for kind in reply["parameters"]] == expected, described(reply)
         assert reply["scratch"] == 0
         assert reply["name"] == "gemm_kernel"
     assert [len(reply["parameters"]) for reply in (plain, fused, strided, with_scratch)] == [8, 11, 19, 10]
@@ -136,11 +77,11 @@ def test_resources_are_what_ptxas_says(arch, tmp_path):
     for reply in replies:
         registers, stack, stores = ptxas_says(reply["log"])
         taken = reply["resources"]
-        assert (taken["registers"], taken["stack_bytes"]) == (registers, stack), named(reply)
+        assert (taken["registers"], taken["stack_bytes"]) == (registers, stack), described(reply)
         # A slot that is stored to twice is one slot.
-        assert taken["spill_bytes"] == min(stores, stack), named(reply)
+        assert taken["spill_bytes"] == min(stores, stack), described(reply)
         # Nothing here has static shared memory, and what the driver keeps is not the kernel's.
-        assert taken["shared_bytes"] == reply["dynamic_shared"], named(reply)
+        assert taken["shared_bytes"] == reply["dynamic_shared"], described(reply)
     assert [bool(reply["resources"]["spill_bytes"]) for reply in replies] == [False, True, False]
     assert "spill to local memory" in replies[1]["over"]
 
@@ -178,131 +119,6 @@ def test_what_is_no_cubin_is_refused():
 def test_limits_of_a_device(change, warps, limit):
     resources = replace(Resources(registers=128, spill_bytes=0, stack_bytes=0, shared_bytes=0), **change)
     assert over_limits(resources, resolve_device("rtx3090"), warps) == limit
-
-
-def sampled(arch, count, seed):
-    """Problems and configurations that fit the arch's reference board, at random."""
-    device, draw = resolve_device(f"sm_{arch}"), random.Random(f"{arch} {seed}")
-    kinds = [kind for kind in ("fp16", "fp32", "fp8e5m2", "fp8e4m3") if kind != "fp8e4m3" or arch >= 89]
-    while count:
-        problem = GemmProblem(
-            *(draw.choice([33, 512]) for _ in range(3)),
-            dtype=draw.choice(kinds if arch > 75 else ["fp16", "fp32"]),
-            a_layout=draw.choice(["row", "col"]),
-            b_layout=draw.choice(["row", "col"]),
-            aligned=draw.random() < 0.8,
-        )
-        if problem.dtype == "fp32" and arch > 75:
-            problem = replace(problem, precision="tf32")
-        config = replace(
-            draw.choice(
-                [GemmConfig(*tile) for tile in itertools.product((16, 32, 64, 128), (16, 32, 64), (16, 32, 64))]
-            ),
-            num_warps=draw.choice([2, 4, 8]),
-            num_stages=draw.choice([1, 2, 3, 4, 5]),
-        )
-        if GEMM.supported(problem, device) is None and SPACE.fits(problem, config, device) is None:
-            count -= 1
-            yield problem, config
-
-
-def estimates_hold(arch, count, seed):
-    device = resolve_device(f"sm_{arch}")
-    exact = 0
-    for reply in compiled(arch, sampled(arch, count, seed)):
-        assert "error" not in reply, (named(reply), reply.get("error"))
-        estimate = shared_bytes(GemmProblem.parse(reply["problem"]), GemmConfig.from_dict(reply["config"]), device)
-        assert estimate <= reply["resources"]["shared_bytes"], named(reply)
-        assert estimate == reply["estimate"]
-        exact += estimate == reply["resources"]["shared_bytes"]
-    return exact / count
-
-
-@pytest.mark.parametrize("arch", [80, 86, 90])
-def test_estimated_shared_memory_is_never_over_the_real(arch):
-    # Nor is it a poor one: most of the time it is the real figure.
-    assert estimates_hold(arch, 8, seed=0) > 0.5
-
-
-def test_8_bit_operands_that_wgmma_can_not_read_along_k_are_not_copied_ahead():
-    config = GemmConfig(128, 64, 64, num_stages=3)
-    layouts = list(itertools.product(("row", "col"), repeat=2))
-    problems = [replace(SQUARE, dtype="fp8e4m3", out_dtype=None, a_layout=a, b_layout=b) for a, b in layouts]
-    a_tile, b_tile = 128 * 64, 64 * 64
-    for (a, b), reply in zip(layouts, compiled(90, [(problem, config) for problem in problems]), strict=True):
-        copies = (3 if a == "row" else 1), (3 if b == "col" else 1)
-        assert reply["resources"]["shared_bytes"] == copies[0] * a_tile + copies[1] * b_tile, named(reply)
-        assert reply["estimate"] == reply["resources"]["shared_bytes"], named(reply)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("seed", range(1, 5))
-@pytest.mark.parametrize("arch", ARCHS)
-def test_estimated_shared_memory_is_never_over_the_real_in_a_larger_sample(arch, seed):
-    estimates_hold(arch, 50, seed)
-
-
-# The default configuration
-
-SHAPES = {
-    "one row": {"M": 1, "N": 4096, "K": 4096},
-    "few rows, K ragged": {"M": 16, "N": 4096, "K": 4112},
-    "few rows, unaligned": {"M": 17, "N": 4097, "K": 4097},
-    "few columns": {"M": 4096, "N": 16, "K": 4096},
-    "few columns, unaligned": {"M": 4097, "N": 31, "K": 1001},
-    "middle": {"M": 256, "N": 768, "K": 768},
-    "middle, ragged": {"M": 200, "N": 304, "K": 528},
-    "middle, unaligned": {"M": 201, "N": 303, "K": 527},
-    "large": {"M": 4096, "N": 4096, "K": 4096},
-    "large, ragged": {"M": 4096, "N": 4112, "K": 4112},
-    "large, unaligned": {"M": 4097, "N": 4097, "K": 4097},
-    "strided batch": {"M": 2048, "N": 4096, "K": 4096, "batch": 3, "strided": True},
-    "strided, unaligned": {"M": 2048, "N": 4096, "K": 4096, "strided": True, "aligned": False},
-    "small strided batch, unaligned": {"M": 5, "N": 400, "K": 400, "batch": 2, "strided": True, "aligned": False},
-}
-KINDS = (("fp16", None), ("bf16", None), ("fp32", "ieee"), ("fp32", "tf32"), ("fp8e4m3", None), ("fp8e5m2", None))
-EPILOGUES = ({}, {"bias": "fp32", "residual": "fp16", "activation": "gelu_erf", "alpha": True})
-MATRIX = {
-    "shape": tuple(SHAPES),
-    "kind": KINDS,
-    "a_layout": ("row", "col"),
-    "b_layout": ("row", "col"),
-    "epilogue": EPILOGUES,
-}
-
-
-def supported(arch, rows):
-    """The problems of rows of MATRIX that an arch has, each machine code once."""
-    device, seen = resolve_device(f"sm_{arch}"), set()
-    for row in rows:
-        kind, precision = row["kind"]
-        layouts = {name: row[name] for name in ("a_layout", "b_layout")}
-        problem = GemmProblem(**SHAPES[row["shape"]], dtype=kind, precision=precision, **layouts, **row["epilogue"])
-        if GEMM.supported(problem, device) is None:
-            code = GEMM.launches(problem, GEMM.default(problem, device))[0].specialization
-            if code not in seen:
-                seen.add(code)
-                yield problem
-
-
-@pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.smoke), 90])
-def test_the_default_compiles_without_spills(arch):
-    # Every shape, dtype, layout and epilogue occurs; all of their combinations are a slow test.
-    problems = supported(arch, every_value(MATRIX, seed=arch))
-    assert_clean(compiled(arch, [(problem, None) for problem in problems]))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize("arch", ARCHS)
-def test_the_default_compiles_without_spills_whatever_the_problem(arch):
-    rows = [dict(zip(MATRIX, values, strict=True)) for values in itertools.product(*MATRIX.values())]
-    problems = list(supported(arch, rows))
-    parts = [[(problem, None) for problem in problems[start::4]] for start in range(4)]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for replies in threads.map(lambda part: compiled(arch, part), parts):
-            assert_clean(replies)
 
 
 # A spill that need not be
