@@ -107,12 +107,6 @@ def test_the_wheel_has_the_shipped_records(tmp_path: Path) -> None:
     assert found == {path.name for path in (tree / "tuning_db" / "shipped").glob("*.sqlite")}
 
 
-def test_every_package_has_a_docstring() -> None:
-    for path in SOURCES:
-        tree = ast.parse(path.read_text())
-        assert ast.get_docstring(tree), f"{path.relative_to(ROOT)} does not say what it is for"
-
-
 def test_tests_mirror_the_source() -> None:
     """Every source file has its test file, in the same place under tests."""
     missing = []
