@@ -29,7 +29,7 @@ from tilewright.tuning_db.errors import ProblemError, RunError, UsageError
 from tilewright.tuning_db.record import Provenance, Resources, Status
 from tilewright.tuning_db.store import TuningDB
 
-Constants = Mapping[str, Sequence[float]]
+PackedConstants = Mapping[str, Sequence[float]]
 """By name, the values to pack beside the default of each constexpr that callers choose: `{"EPS": [1e-5]}`."""
 
 
@@ -78,7 +78,7 @@ def build_pack(
     output: Path,
     *,
     folder: Path,
-    constants: Constants | None = None,
+    constants: PackedConstants | None = None,
     jobs: int | None = None,
 ) -> Packed:
     """Compile what a program on `device` would run for each problem (an op's name and a `Problem`), and write the pack.
@@ -159,7 +159,7 @@ class _Task:
         )
 
 
-def _checked(constants: Constants, tasks: Sequence[_Task]) -> Constants:
+def _checked(constants: PackedConstants, tasks: Sequence[_Task]) -> PackedConstants:
     taken = {name for task in tasks for name in task.kernel.constants(task.problem)}
     for name, values in constants.items():
         if name not in taken:
@@ -172,7 +172,7 @@ def _checked(constants: Constants, tasks: Sequence[_Task]) -> Constants:
 
 
 def _compile_all(
-    pool: Pool, device: Device, tasks: Sequence[_Task], constants: Constants, binaries: dict[str, Binary]
+    pool: Pool, device: Device, tasks: Sequence[_Task], constants: PackedConstants, binaries: dict[str, Binary]
 ) -> None:
     """Gives every task a choice that compiles within limits, and `binaries` its code, by specialization."""
     futures: dict[tuple[str, ...], Future[dict[str, Any]]] = {}
@@ -224,7 +224,7 @@ class _Build:
         }
 
 
-def _variants(constants: Constants, task: _Task) -> Iterator[tuple[tuple[str, float], ...]]:
+def _variants(constants: PackedConstants, task: _Task) -> Iterator[tuple[tuple[str, float], ...]]:
     """Every combination of the defaults and the values given, of the constants that this problem takes."""
     names = [name for name in task.kernel.constants(task.problem) if name in constants]
     for values in itertools.product(*((None, *constants[name]) for name in names)):
