@@ -7,10 +7,12 @@ import numpy as np
 from tests.kernels.calls import rmsnorm_outs as outs_for
 from tests.kernels.calls import run_rmsnorm as run
 from tests.kernels.conformance import assert_close, check
-from tilewright.kernels import RmsNormConfig
+from tilewright.kernels import RmsNormConfig, RmsNormProblem
 from tilewright.kernels.dtypes import DTYPES
 from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
+
+LLAMA = RmsNormProblem(M=4096, N=4096, weight="fp16", residual="fp16", residual_out=True)
 
 WALKS = (None, RmsNormConfig(2, 16, num_stages=2))
 """Configurations that hold rows of up to a few hundred in registers, and one that walks along them."""
