@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.landscape_file import Landscape
 from benchmarks.prediction import priors
 from benchmarks.replay_tables import Table
-from tilewright.tuner.search import Evidence, Search
+from tilewright.tuner.search import Candidates, Evidence, Search
 
 Observe = Callable[[int], float]
 Strategy = Callable[[Table, int, int, Observe], None]
@@ -33,7 +33,8 @@ KERNEL_TUNER_SINCE = (1, 5)
 
 def tilewright(table: Table, budget: int, seed: int, observe: Observe, evidence: Sequence[Evidence] = ()) -> None:
     """The tuner's search, one proposal at a time, without a prediction or a default: a table has neither."""
-    _replayed(Search(table.axes, table.configs, evidence=evidence, seed=seed), table.configs, budget, observe)
+    candidates = Candidates(table.axes, table.configs, evidence=evidence, seed=seed)
+    _replayed(Search(candidates), table.configs, budget, observe)
 
 
 def predicting(table: Table, budget: int, seed: int, observe: Observe, landscape: Landscape) -> None:
@@ -41,14 +42,14 @@ def predicting(table: Table, budget: int, seed: int, observe: Observe, landscape
     table is that of the landscape's file."""
     predicted_us = priors(landscape)
     default = landscape.kernel.default(landscape.problem, landscape.device)
-    search = Search(
+    candidates = Candidates(
         landscape.axes(),
         list(predicted_us),
         default if default in landscape.rows else None,  # of a revision with another default
         predicted_us=list(predicted_us.values()),
         seed=seed,
     )
-    _replayed(search, list(landscape.rows), budget, observe)  # in the order of the table's rows
+    _replayed(Search(candidates), list(landscape.rows), budget, observe)  # in the order of the table's rows
 
 
 def _replayed(search: Search, configs: Sequence[Any], budget: int, observe: Observe) -> None:

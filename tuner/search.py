@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
+    from tilewright.tuner.sampler import EnumeratedSampler
+
 RECOMMENDED = 3
 """Configurations that the priors recommend to try first, at least one of each prior."""
 
@@ -30,7 +31,6 @@ noise is more."""
 
 PLATEAU_BATCHES = 2
 """Batches in a row of which no proposal is expected to improve more, until the search ends."""
-
 
 MOST_JOINED = 150
 """Trials made elsewhere that the search's own process takes in, those of the nearest sources; of a source with more, a
@@ -46,7 +46,7 @@ class Evidence:
 
 
 class Candidates:
-    """The list of configurations that a search goes through, and the sampler that proposes from it.
+    """The list of configurations that a search goes through, and what is expected of them.
 
     Args:
         axes: the values of each of a configuration's fields.
@@ -56,12 +56,10 @@ class Candidates:
         evidence: what is known of the configurations elsewhere.
         exploring: whether to try a few configurations that nothing speaks for: of no use where outcomes are predicted.
         seed: of the search.
-        counts: as `EnumeratedSampler` takes it.
 
     Attributes:
         pool: the configurations, none twice.
         axes: the values of each field, with those that only the default has.
-        sampler: proposes from `pool`, by index.
     """
 
     def __init__(
@@ -74,10 +72,7 @@ class Candidates:
         evidence: Sequence[Evidence] = (),
         exploring: bool = True,
         seed: int = 0,
-        counts: Callable[[FrozenTrial], bool] = lambda trial: True,
     ) -> None:
-        from tilewright.tuner.sampler import EnumeratedSampler
-
         self._names = list(axes)
         self.pool: list[Config] = list(dict.fromkeys((*configs, *(() if default is None else (default,)))))
         self._places = {config: place for place, config in enumerate(self.pool)}
@@ -92,23 +87,32 @@ class Candidates:
             # Of a default that the space does not recommend nothing good is expected.
             slowest = max(expected.values(), default=1.0)
             predicted.append(np.log([expected.get(config, slowest) for config in self.pool]))
-        priors = [*predicted]
-        joined, left = [], MOST_JOINED
-        expectations = self._priors(evidence, seed)
+        self._priors = [*predicted]
+        self._joined: list[tuple[list[dict[str, Any]], list[float]]] = []
+        left = MOST_JOINED
+        expectations = self._expectations(evidence, seed)
         for each, prior in zip(evidence, expectations, strict=True):
             if len(each.times_us) > left:
-                priors.append(prior)
+                self._priors.append(prior)
                 continue
             left -= len(each.times_us)
-            joined.append(([self.fields(config) for config in each.times_us], list(each.times_us.values())))
-        self.sampler = EnumeratedSampler(
+            self._joined.append(([self.fields(config) for config in each.times_us], list(each.times_us.values())))
+        self._first = self._recommended(default, [*predicted, *expectations])
+        self._starters = None if exploring else 0
+        self._seed = seed
+
+    def sampler(self, counts: Callable[[FrozenTrial], bool] = lambda trial: True) -> EnumeratedSampler:
+        """A new one that proposes from `pool`, by index; `counts` as it takes it."""
+        from tilewright.tuner.sampler import EnumeratedSampler  # brings Optuna, as `Search`
+
+        return EnumeratedSampler(
             [self.fields(config) for config in self.pool],
             axes=self.axes,
-            priors=priors,
-            elsewhere=joined,
-            first=self._first(default, [*predicted, *expectations]),
-            starters=None if exploring else 0,
-            seed=seed,
+            priors=self._priors,
+            elsewhere=self._joined,
+            first=self._first,
+            starters=self._starters,
+            seed=self._seed,
             counts=counts,
         )
 
@@ -116,16 +120,16 @@ class Candidates:
         """A configuration as a trial's parameters."""
         return {name: getattr(config, name) for name in self._names}
 
-    def _first(self, default: Config | None, priors: Sequence[Any]) -> list[int]:
+    def _recommended(self, default: Config | None, priors: Sequence[Any]) -> list[int]:
         """The best by the first prior before the default: of one trial, a program should get no less than of none."""
         best = [int(np.argmin(prior)) for prior in priors]
         if priors:
             best += map(int, np.argsort(np.mean(priors, axis=0), kind="stable")[:RECOMMENDED])
         recommended = list(dict.fromkeys(best))[: max(RECOMMENDED, len(priors))]
-        tried_by_default = [] if default is None else [self._places[default]]
-        return [*recommended[:1], *tried_by_default, *recommended[1:]]
+        place_of_default = [] if default is None else [self._places[default]]
+        return [*recommended[:1], *place_of_default, *recommended[1:]]
 
-    def _priors(self, evidence: Sequence[Evidence], seed: int) -> list[Any]:
+    def _expectations(self, evidence: Sequence[Evidence], seed: int) -> list[Any]:
         """What each piece of evidence leads to expect of the pool, as logarithms."""
         if not evidence:
             return []
@@ -145,33 +149,19 @@ class Candidates:
 
 
 class Search:
-    """One problem's study.
+    """One problem's study, of these candidates."""
 
-    Args:
-        axes, configs, default, options: as `Candidates` takes them.
-        known: as `learn` takes it.
-    """
-
-    def __init__(
-        self,
-        axes: Mapping[str, Sequence[Any]],
-        configs: Sequence[Config],
-        default: Config | None = None,
-        *,
-        known: Mapping[Config, float | None] = MappingProxyType({}),
-        **options: Any,
-    ) -> None:
+    def __init__(self, candidates: Candidates) -> None:
         import optuna  # 0.3 s: not paid by a run that the cache answers
 
         # The study's log is the tuner's own progress; Optuna's would print a line for every trial.
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna = optuna
-        self._candidates = Candidates(axes, configs, default, **options)
-        self._sampler = self._candidates.sampler
-        self._untried = set(self._candidates.pool)
+        self._candidates = candidates
+        self._sampler = candidates.sampler()
+        self._untried = set(candidates.pool)
         self._study = optuna.create_study(sampler=self._sampler, direction="minimize")
         self._flat = 0
-        self.learn(known)
 
     @property
     def finished(self) -> bool:

@@ -21,7 +21,7 @@ import contextlib
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -67,28 +67,20 @@ class SharedSearch:
     Args:
         storage: where the study is; others find it by the key and the candidates, which all must be equal.
         key: of the outcomes.
-        axes, configs, default, options: as `Candidates` takes them.
+        candidates: what to try.
     """
 
-    def __init__(
-        self,
-        storage: Storage,
-        key: Key,
-        axes: Mapping[str, Sequence[Any]],
-        configs: Sequence[Config],
-        default: Config | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, storage: Storage, key: Key, candidates: Candidates) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna = optuna
         self._states = optuna.trial.TrialState
         self._storage = storage
-        self._candidates = Candidates(axes, configs, default, counts=_holds, **options)
-        self._sampler = self._candidates.sampler
-        self._rows = {config: row for row, config in enumerate(self._candidates.pool)}
-        self.name = f"tilewright {key.op} {study_digest(key, self._candidates)}"
+        self._candidates = candidates
+        self._sampler = candidates.sampler(counts=_holds)
+        self._rows = {config: row for row, config in enumerate(candidates.pool)}
+        self.name = f"tilewright {key.op} {study_digest(key, candidates)}"
         self._study = storage.study(self.name, self._sampler)
         self._mine: set[int] = set()
         self._noticed: set[int] = set()

@@ -27,7 +27,7 @@ from tilewright.tuner.outlook import Outlook
 from tilewright.tuner.pool import Pool
 from tilewright.tuner.results import Reporter, Result
 from tilewright.tuner.runner import Compiler, Outcome, PredictionRunner, Runner, is_past
-from tilewright.tuner.search import Evidence, Search
+from tilewright.tuner.search import Candidates, Evidence, Search
 from tilewright.tuner.shared import MOST_LOST, Claim, SharedSearch
 from tilewright.tuner.storage import Storage
 from tilewright.tuner.suites import Workload
@@ -156,14 +156,17 @@ class TuningRun:
         configs = [config for _, config in scored]
         if alone and not set(configs).union((default,)) - known.keys():
             return self._result(workload, kernel, key, cached=True)
-        expected: dict[str, Any] = {
-            "predicted_us": [prediction.prior_us for prediction, _ in scored],
-            "evidence": self._evidence(kernel, problem, key) if self._device.live else (),
-            "exploring": bool(self._device.live),
-            "seed": seed,
-        }
+        candidates = Candidates(
+            kernel.space.axes,
+            configs,
+            default,
+            predicted_us=[prediction.prior_us for prediction, _ in scored],
+            evidence=self._evidence(kernel, problem, key) if self._device.live else (),
+            exploring=bool(self._device.live),
+            seed=seed,
+        )
         if self._storage is not None:
-            with SharedSearch(self._storage, key, kernel.space.axes, configs, default, **expected) as shared:
+            with SharedSearch(self._storage, key, candidates) as shared:
                 tried, plateau = self._search_shared(
                     shared, kernel, problem, key, trials, stop_early, deadline, progress, report
                 )
@@ -173,7 +176,7 @@ class TuningRun:
             return self._result(workload, kernel, key, cached=not tried)
         report.done = len(known)
         runner = self._started()
-        search = Search(kernel.space.axes, configs, default, **expected)
+        search = Search(candidates)
         progress.began()
         tried, proposed, outcomes = len(known), 0, set(known)
         batch = self._batch(trials)

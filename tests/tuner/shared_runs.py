@@ -22,6 +22,7 @@ from unittest import mock
 from tests.tuner.simulated_worker import PATIENCE_S, Scenario
 from tilewright.kernels.problem import Config
 from tilewright.tuner import storage as storage_module
+from tilewright.tuner.search import Candidates
 from tilewright.tuner.shared import SharedSearch, _holds
 from tilewright.tuner.storage import Storage
 from tilewright.tuning_db.record import Key
@@ -49,8 +50,8 @@ def entry(config: Pair, time_us: float | None = 1.0) -> dict[str, Any]:
     return {"record": {"config": config.to_dict(), "times": time_us and {"median_us": time_us}}, "run": {}}
 
 
-def opened(storage: Storage, key: Key = KEY, configs: list[Pair] = CONFIGS, **options: Any) -> SharedSearch:
-    return SharedSearch(storage, key, AXES, configs, CONFIGS[7], **options)
+def opened(storage: Storage, key: Key = KEY, configs: list[Pair] = CONFIGS) -> SharedSearch:
+    return SharedSearch(storage, key, Candidates(AXES, configs, CONFIGS[7]))
 
 
 def tune(url: str, folder: Path, host: str, processes: int, kill_at: int | None) -> None:

@@ -11,7 +11,7 @@ from tilewright.kernels.problem import Config
 from tilewright.tuner import sampler as sampler_module
 from tilewright.tuner import search as search_module
 from tilewright.tuner.sampler import EnumeratedSampler
-from tilewright.tuner.search import Evidence, Search
+from tilewright.tuner.search import Candidates, Evidence, Search
 
 pytestmark = pytest.mark.smoke
 
@@ -35,7 +35,13 @@ def time_of(config: Pair) -> float:
 
 
 def made(**options) -> Search:
-    return Search(AXES, VALID, **{"default": DEFAULT, "predicted_us": range(1, 1 + len(VALID)), **options})
+    return Search(Candidates(AXES, VALID, **{"default": DEFAULT, "predicted_us": range(1, 1 + len(VALID)), **options}))
+
+
+def made_with(known: Mapping[Config, float | None]) -> Search:
+    search = made()
+    search.learn(known)
+    return search
 
 
 def run(search: Search, trials: int, batch: int = 3) -> list[Pair]:
@@ -55,10 +61,10 @@ def test_the_best_predicted_comes_first_then_the_default_then_the_next_best() ->
 def test_a_search_that_does_not_explore_follows_its_prediction() -> None:
     order = {config: time_of(config) for config in BIG}
     best_first = sorted(BIG, key=order.__getitem__)
-    search = Search(
+    candidates = Candidates(
         BIG_AXES, best_first, best_first[0], predicted_us=[order[c] for c in best_first], exploring=False, seed=0
     )
-    tried = run(search, 12)
+    tried = run(Search(candidates), 12)
     assert all(best_first.index(config) < 40 for config in tried)
 
 
@@ -92,22 +98,22 @@ def test_what_is_learned_between_proposals_is_not_proposed_any_more() -> None:
 
 
 def test_what_is_known_of_another_space_is_passed_over() -> None:
-    assert len(run(made(known={Pair(3, 9): 1.0, Pair(3, 8): None}), 100)) == len({*VALID, DEFAULT})
+    assert len(run(made_with({Pair(3, 9): 1.0, Pair(3, 8): None}), 100)) == len({*VALID, DEFAULT})
 
 
 def test_known_configurations_are_not_tried_again() -> None:
     known: dict[Config, float | None] = {config: time_of(config) for config in VALID[:5]}
     known[VALID[5]] = None
-    tried = run(made(known=known), 100)
+    tried = run(made_with(known), 100)
     assert not set(tried) & set(known)
     assert len(tried) == len({*VALID, DEFAULT}) - len(known)
 
 
 def test_one_seed_gives_one_search() -> None:
     options = {"predicted_us": [config.x + 1.0 for config in BIG], "seed": 1}
-    one, other = (run(Search(BIG_AXES, BIG, DEFAULT, **options), 20) for _ in range(2))
+    one, other = (run(Search(Candidates(BIG_AXES, BIG, DEFAULT, **options)), 20) for _ in range(2))
     assert one == other
-    assert one != run(Search(BIG_AXES, BIG, DEFAULT, **{**options, "seed": 2}), 20)
+    assert one != run(Search(Candidates(BIG_AXES, BIG, DEFAULT, **{**options, "seed": 2})), 20)
 
 
 def test_a_default_off_the_axes_is_tried_too() -> None:
@@ -126,7 +132,7 @@ def best_of(tried: Sequence[Pair]) -> float:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_prediction_that_misleads_is_overcome(seed: int) -> None:
     predicted = [100 / time_of(config) for config in BIG]
-    tried = run(Search(BIG_AXES, BIG, DEFAULT, predicted_us=predicted, seed=seed), 40)
+    tried = run(Search(Candidates(BIG_AXES, BIG, DEFAULT, predicted_us=predicted, seed=seed)), 40)
     assert best_of(tried) <= 12  # of 10 to 118; at random 40 trials give 14 in the mean
 
 
@@ -134,7 +140,7 @@ def test_a_prediction_that_misleads_is_overcome(seed: int) -> None:
 def test_evidence_from_elsewhere_is_made_use_of(seed: int) -> None:
     """Trials on another board, where all takes half the time and its best is beside this one's."""
     elsewhere = Evidence("board a10", {config: time_of(Pair(config.x + 1, config.y)) / 2 for config in BIG[::11]})
-    search = Search(BIG_AXES, BIG, DEFAULT, evidence=[elsewhere], seed=seed)
+    search = Search(Candidates(BIG_AXES, BIG, DEFAULT, evidence=[elsewhere], seed=seed))
     assert best_of(run(search, 8, batch=1)) <= 13
 
 
@@ -142,7 +148,7 @@ def test_evidence_of_configurations_that_are_not_in_the_space_counts_too() -> No
     """The space is of even x alone, the evidence of odd ones."""
     even = [config for config in BIG if config.x % 2 == 0]
     odd = {config: time_of(config) for config in BIG[::3] if config.x % 2}
-    search = Search(BIG_AXES, even, DEFAULT, evidence=[Evidence("board a10", odd)], seed=0)
+    search = Search(Candidates(BIG_AXES, even, DEFAULT, evidence=[Evidence("board a10", odd)], seed=0))
     assert best_of(run(search, 8, batch=1)) <= 13
 
 
@@ -152,9 +158,9 @@ def test_of_much_evidence_what_the_process_can_not_hold_becomes_a_prior(monkeypa
     pieces = [
         Evidence(str(count), {config: time_of(config) for config in BIG[7 : 7 + count]}) for count in (20, 11, 10)
     ]
-    with mock.patch.object(sampler_module, "EnumeratedSampler", side_effect=EnumeratedSampler) as made_with:
-        search = Search(BIG_AXES, BIG, DEFAULT, evidence=pieces, seed=0)
-    options = made_with.call_args.kwargs
+    with mock.patch.object(sampler_module, "EnumeratedSampler", side_effect=EnumeratedSampler) as sampler:
+        search = Search(Candidates(BIG_AXES, BIG, DEFAULT, evidence=pieces, seed=0))
+    options = sampler.call_args.kwargs
     assert [len(tried) for tried, _ in options["elsewhere"]] == [20, 10]
     assert len(options["priors"]) == 1
     assert len(set(run(search, 12, batch=4))) == 12
@@ -162,12 +168,12 @@ def test_of_much_evidence_what_the_process_can_not_hold_becomes_a_prior(monkeypa
 
 def test_each_piece_of_evidence_has_its_best_tried_first() -> None:
     pieces = [Evidence(str(best), {config: 1.0 + (config != best) for config in VALID}) for best in VALID[4:9]]
-    tried = run(Search(AXES, VALID, DEFAULT, evidence=pieces), 6)
+    tried = run(Search(Candidates(AXES, VALID, DEFAULT, evidence=pieces)), 6)
     assert set(tried) >= {DEFAULT, *VALID[4:9]}
 
 
 def test_a_search_that_expects_nothing_more_is_finished() -> None:
-    search = Search(BIG_AXES, BIG, DEFAULT, seed=0)
+    search = Search(Candidates(BIG_AXES, BIG, DEFAULT, seed=0))
     asked = 0
     while not search.finished:
         asked += len(run(search, 4, batch=4))
@@ -177,7 +183,7 @@ def test_a_search_that_expects_nothing_more_is_finished() -> None:
 
 def test_improvement_in_sight_keeps_a_search_going(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_module, "PLATEAU", 0.0)
-    search = Search(BIG_AXES, BIG, DEFAULT, seed=0)
+    search = Search(Candidates(BIG_AXES, BIG, DEFAULT, seed=0))
     run(search, 60, batch=4)
     assert not search.finished
 
@@ -188,4 +194,4 @@ def test_equal_configurations_hash_equally() -> None:
 
 def test_what_is_known_may_be_any_mapping() -> None:
     known: Mapping[Config, float | None] = {VALID[0]: 3.0}
-    assert VALID[0] not in run(made(known=known), 5)
+    assert VALID[0] not in run(made_with(known), 5)

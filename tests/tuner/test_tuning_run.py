@@ -122,12 +122,12 @@ def evidence_given(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What each search from now on was given as evidence, oldest first."""
     given: list[Any] = []
 
-    class SeenSearch(search.Search):
+    class SeenCandidates(search.Candidates):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             given.append(options["evidence"])
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(tuning_run, "Search", SeenSearch)
+    monkeypatch.setattr(tuning_run, "Candidates", SeenCandidates)
     return given
 
 
