@@ -19,7 +19,7 @@ from tilewright.tuner.gpu_runner import equal_gpus
 from tilewright.tuner.results import Progress, Reporter, Results
 from tilewright.tuner.storage import Storage
 from tilewright.tuner.suites import SUITES, Workload
-from tilewright.tuner.tuning_run import TuningRun
+from tilewright.tuner.tuning_run import Budget, TuningRun
 from tilewright.tuning_db.env import database_dir, refuse_compiler_switches
 from tilewright.tuning_db.errors import ProblemError, UsageError
 from tilewright.tuning_db.store import TuningDB
@@ -100,13 +100,15 @@ def autotune(
     stop_early = trials is None and bool(target.live)
     if trials is None:
         trials = MEASURED_TRIALS if target.live else PREDICTED_TRIALS
+    budget = Budget(trials, stop_early, retune, seed)
     deadline = None if timeout is None else start + timeout
     with contextlib.ExitStack() as stack:
         # Before the database is made: a URL that can't be opened leaves nothing behind.
         shared = None if storage is None else stack.enter_context(Storage(storage))
         database = stack.enter_context(TuningDB.open(target.key, database_dir(db)))
         results = Results(target, database.path, set_aside=database.set_aside)
-        with TuningRun(target, database, jobs, gpus, shared, [workload.problem for workload in workloads]) as run:
+        wanted = [workload.problem for workload in workloads]
+        with TuningRun(target, database, jobs, gpus, shared, wanted, budget) as run:
             for index, workload in enumerate(workloads):
                 share = None
                 if deadline is not None:
@@ -114,7 +116,7 @@ def autotune(
                     share = time.monotonic() + max(0.0, deadline - time.monotonic()) / (len(workloads) - index)
                 report = Reporter(progress, workload.name, index, len(workloads), trials)
                 report.started()
-                result = run.tune(workload, trials, stop_early, share, retune, seed, report)
+                result = run.tune(workload, share, report)
                 results.results.append(result)
                 report.finished(result)
             results.compiled, results.lost_workers = run.compiled, run.lost_workers

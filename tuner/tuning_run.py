@@ -8,7 +8,7 @@ import platform
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -23,7 +23,7 @@ from tilewright.kernels.registry import find_kernel
 from tilewright.tuner import gpu_runner
 from tilewright.tuner.gpu_runner import GpuRunner
 from tilewright.tuner.installation import objection
-from tilewright.tuner.outlook import Outlook
+from tilewright.tuner.outlook import Outlook, Ranked
 from tilewright.tuner.pool import Pool
 from tilewright.tuner.results import Reporter, Result
 from tilewright.tuner.runner import Compiler, Outcome, PredictionRunner, Runner, is_past
@@ -58,6 +58,16 @@ MOST_EVIDENCE = 4
 """Sources of evidence, the nearest ones: each costs a tenth of a second, and weights are fitted to few trials."""
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What is spent on each workload of a run."""
+
+    trials: int  # configurations to try, those on record included
+    stop_early: bool = False  # whether to end before where nothing more is expected
+    retune: bool = False  # whether to try again what is on record
+    seed: int = 0  # of the searches
+
+
 class TuningRun:
     """One run on one device: its processes start with the first trial, so that a cached run pays for none.
 
@@ -70,6 +80,7 @@ class TuningRun:
         gpus: that measure; none where times are predicted.
         storage: of studies shared with other runs; None for a search of its own.
         problems: all that it will tune, in order.
+        budget: of each.
     """
 
     def __init__(
@@ -80,8 +91,10 @@ class TuningRun:
         gpus: Sequence[Device],
         storage: Storage | None,
         problems: Sequence[Problem],
+        budget: Budget,
     ) -> None:
         self._outlook = Outlook(device, problems)
+        self._budget = budget
         self._storage = storage
         self._device = device
         self._database = database
@@ -112,227 +125,222 @@ class TuningRun:
         """Why measuring processes were given up."""
         return self._runner.lost_workers if self._runner is not None else ()
 
-    def tune(
-        self,
-        workload: Workload,
-        trials: int,
-        stop_early: bool,
-        deadline: float | None,
-        retune: bool,
-        seed: int,
-        report: Reporter,
-    ) -> Result:
+    def tune(self, workload: Workload, deadline: float | None, report: Reporter) -> Result:
         """Tunes a workload, as far as records don't answer already; its best configuration.
 
         Args:
             workload: what to tune.
-            trials: configurations to try, those on record included.
-            stop_early: whether to end before where nothing more is expected.
             deadline: seconds of `time.monotonic` after which nothing is begun.
-            retune: whether to try again what is on record.
-            seed: of the search.
             report: hears of every outcome.
 
         Raises:
             DatabaseError, StorageError, WorkerError: as `autotune`.
         """
+        job = self._job(workload, deadline, report)
+        remember(job.kernel, self._device, self._database)
+        cached = self._tune_alone(job) if self._storage is None else self._tune_shared(job, self._storage)
+        return self._result(job, cached=cached)
+
+    def _job(self, workload: Workload, deadline: float | None, report: Reporter) -> _Job:
         kernel, problem = find_kernel(workload.op), workload.problem
         protocol = TIMING_PROTOCOL if self._device.live else prediction_protocol(kernel)
         key = record_key(kernel, problem, self._device, protocol)
-        remember(kernel, self._device, self._database)
-        known = {} if retune else self._known(kernel, key)
-        progress = _SearchProgress(self._database, kernel, key)
         default = kernel.default(problem, self._device)
-        # In a storage there may be outcomes of others, and others may wait for ours: it is asked in any case.
-        alone = self._storage is None
-        if alone and (len(known) >= trials or (known and stop_early and progress.at_plateau)):
-            if self._device.live and progress.interrupted and not is_past(deadline):
-                self._compare_finalists(kernel, problem, key, default, deadline, progress.ended())
-            return self._result(workload, kernel, key, cached=True)
-        if deadline is not None and time.monotonic() >= deadline:
+        progress = _SearchProgress(self._database, kernel, key)
+        return _Job(workload, kernel, key, default, deadline, progress, report)
+
+    def _tune_alone(self, job: _Job) -> bool:
+        """Searches by this run's own trials, unless records answer; whether they did."""
+        budget = self._budget
+        known = {} if budget.retune else self._known(job)
+        if len(known) >= budget.trials or (known and budget.stop_early and job.progress.at_plateau):
+            if self._device.live and job.progress.interrupted and not is_past(job.deadline):
+                self._compare_finalists(job)
+            return True
+        if is_past(job.deadline):
             # Ranking takes a few tenths of a second: a turn that never came doesn't pay for it.
-            return self._result(workload, kernel, key, cached=bool(known))
-        scored = self._outlook.of(problem)
-        configs = [config for _, config in scored]
-        if alone and not set(configs).union((default,)) - known.keys():
-            return self._result(workload, kernel, key, cached=True)
-        candidates = Candidates(
-            kernel.space.axes,
-            configs,
-            default,
-            predicted_us=[prediction.prior_us for prediction, _ in scored],
-            evidence=self._evidence(kernel, problem, key) if self._device.live else (),
+            return bool(known)
+        ranked = self._outlook.of(job.problem)
+        if not {job.default, *(config for _, config in ranked)} - known.keys():
+            return True
+        search = Search(self._candidates(job, ranked))
+        outcomes, proposed = self._search_alone(job, search, known)
+        if self._device.live and proposed and is_past(job.deadline):
+            # Small tiles compile first, and what is measured is answered before what isn't, however bad it is.
+            wanted = [*(config for _, config in ranked[:1]), job.default]
+            self._measure_late(job, [config for config in dict.fromkeys(wanted) if config not in outcomes])
+        if not is_past(job.deadline):
+            self._compare_finalists(job, plateau=budget.stop_early and search.finished)
+        return False
+
+    def _tune_shared(self, job: _Job, storage: Storage) -> bool:
+        """Searches with other runs, in a study of the storage; whether this one had nothing to try.
+
+        There may be outcomes of others there, and others may wait for ours: it is asked whatever is on record here.
+        """
+        if is_past(job.deadline):
+            return bool(self._known(job))
+        ranked = self._outlook.of(job.problem)
+        with SharedSearch(storage, job.key, self._candidates(job, ranked)) as search:
+            tried = self._search_shared(job, search)
+            plateau = self._budget.stop_early and search.at_plateau()
+        # On a GPU of this run's own: those of others differ by a percent or two, and one must compare all.
+        if job.progress.interrupted and not is_past(job.deadline):
+            self._compare_finalists(job, plateau=plateau)
+        return not tried
+
+    def _candidates(self, job: _Job, ranked: Ranked) -> Candidates:
+        return Candidates(
+            job.kernel.space.axes,
+            [config for _, config in ranked],
+            job.default,
+            predicted_us=[prediction.prior_us for prediction, _ in ranked],
+            evidence=self._evidence(job) if self._device.live else (),
             exploring=bool(self._device.live),
-            seed=seed,
+            seed=self._budget.seed,
         )
-        if self._storage is not None:
-            with SharedSearch(self._storage, key, candidates) as shared:
-                tried, plateau = self._search_shared(
-                    shared, kernel, problem, key, trials, stop_early, deadline, progress, report
-                )
-            # On a GPU of this run's own: those of others differ by a percent or two, and one must compare all.
-            if progress.interrupted and not is_past(deadline):
-                self._compare_finalists(kernel, problem, key, default, deadline, progress.ended(plateau=plateau))
-            return self._result(workload, kernel, key, cached=not tried)
-        report.done = len(known)
+
+    def _search_alone(self, job: _Job, search: Search, known: Mapping[Config, float | None]) -> tuple[set[Config], int]:
+        """Tries what the search proposes until the budget is used up; the configurations with an outcome, those known
+        before included, and how many were proposed."""
+        budget, batch = self._budget, self._batch()
         runner = self._started()
-        search = Search(candidates)
-        progress.began()
-        tried, proposed, outcomes = len(known), 0, set(known)
-        batch = self._batch(trials)
-        while tried < trials and not (stop_early and search.finished) and not is_past(deadline):
-            asked = search.ask(min(trials - proposed, batch))
+        job.progress.began()
+        job.report.done = len(known)
+        untold, outcomes = dict(known), set(known)
+        tried, proposed = len(known), 0
+        while tried < budget.trials and not (budget.stop_early and search.finished) and not is_past(job.deadline):
+            asked = search.ask(min(budget.trials - proposed, batch))
             if not asked:
                 break
             proposed += len(asked)
             # The search begins anew in every run, and what it proposes that is on record is answered from there. So a
             # run that was killed goes the way on which it was, with outcomes told in the order of the proposals.
-            times = {config: known.pop(config) for _, config in asked if config in known}
-            new = [config for _, config in asked if config not in times][: trials - tried]
+            times = {config: untold.pop(config) for _, config in asked if config in untold}
+            new = [config for _, config in asked if config not in times][: budget.trials - tried]
             if new:
-                search.learn(known)  # of other runs, with other budgets or seeds
-                known = {}
-            for config, outcome in runner.run(kernel, problem, new, deadline):
-                self._keep(key, config, outcome)
+                search.learn(untold)  # of other runs, with other budgets or seeds
+                untold = {}
+            for config, outcome in runner.run(job.kernel, job.problem, new, job.deadline):
+                self._keep(job.key, config, outcome)
                 outcomes.add(config)
                 times[config] = outcome.times.median_us if outcome.times else None
-                report.outcome(outcome)
+                job.report.outcome(outcome)
             for trial, config in asked:
                 if config in times:
                     search.tell(trial, times[config])
             tried += len(new)
-        if self._device.live and proposed and is_past(deadline):
-            # Small tiles compile first, and what is measured is answered before what isn't, however bad it is.
-            missing = [config for config in dict.fromkeys((*configs[:1], default)) if config not in outcomes]
-            # Unless a trial in flight has held that up: a run is late by one trial, not by two.
-            grace = (deadline or 0.0) + gpu_runner.MEASURE_TIMEOUT_S / 4
-            for config, outcome in runner.run(kernel, problem, missing, grace):
-                self._keep(key, config, outcome)
-                report.outcome(outcome)
-        if not is_past(deadline):
-            ended = progress.ended(plateau=stop_early and search.finished)
-            self._compare_finalists(kernel, problem, key, default, deadline, ended)
-        return self._result(workload, kernel, key, cached=False)
+        return outcomes, proposed
 
-    def _batch(self, trials: int) -> int:
+    def _measure_late(self, job: _Job, missing: Sequence[Config]) -> None:
+        """Measures what no run goes without, although the time is up."""
+        # Unless a trial in flight has held that up: a run is late by one trial, not by two.
+        grace = (job.deadline or 0.0) + gpu_runner.MEASURE_TIMEOUT_S / 4
+        for config, outcome in self._started().run(job.kernel, job.problem, missing, grace):
+            self._keep(job.key, config, outcome)
+            job.report.outcome(outcome)
+
+    def _batch(self) -> int:
         """Proposals at a time: work for all compilers, but of what is measured no more than leaves the search `ROUNDS`
         times to learn from outcomes. A host of many processors would else propose all before it hears of any."""
         batch = BATCH_PER_JOB * max(self._jobs, len(self._gpus))
         if not self._gpus:
             return batch
-        return min(batch, max(BATCH_PER_JOB * len(self._gpus), math.ceil(trials / ROUNDS)))
+        return min(batch, max(BATCH_PER_JOB * len(self._gpus), math.ceil(self._budget.trials / ROUNDS)))
 
-    def _search_shared(
-        self,
-        search: SharedSearch,
-        kernel: Kernel[Any, Any],
-        problem: Problem,
-        key: Key,
-        trials: int,
-        stop_early: bool,
-        deadline: float | None,
-        progress: _SearchProgress,
-        report: Reporter,
-    ) -> tuple[int, bool]:
-        """This run's part of a search in a storage, until `trials` configurations were tried by all runs in it; how
-        many it tried, and whether it ended because no improvement is expected."""
-        config_of = kernel.space.config.from_json
-        search.publish({config_of(text): entry for text, entry in self._database.entries(key).items()})
-        self._bring(search, key, progress)
+    def _search_shared(self, job: _Job, search: SharedSearch) -> int:
+        """This run's part of a search in a storage, until all runs in it together have used up the budget; how many
+        configurations it tried."""
+        budget = self._budget
+        config_of = job.kernel.space.config.from_json
+        search.publish({config_of(text): entry for text, entry in self._database.entries(job.key).items()})
+        self._bring(job, search)
         # Proposals that others wait for the outcome of are out of their reach: no more than this run is busy with.
         batch = BATCH_PER_JOB * len(self._gpus) if self._gpus else self._jobs
         tried = 0
-        while not is_past(deadline):
-            report.done = search.tried
-            claims = search.ask(batch, trials, only_lost=stop_early and search.at_plateau())
+        while not is_past(job.deadline):
+            job.report.done = search.tried
+            claims = search.ask(batch, budget.trials, only_lost=budget.stop_early and search.at_plateau())
             if not claims:
                 if not search.waiting():
                     break
                 # For their outcomes, or to retry what they are lost with.
-                left = SHARED_POLL_S if deadline is None else min(SHARED_POLL_S, deadline - time.monotonic())
+                left = SHARED_POLL_S if job.deadline is None else min(SHARED_POLL_S, job.deadline - time.monotonic())
                 time.sleep(max(0.0, left))
                 continue
             runner = self._started()
-            progress.began()
+            job.progress.began()
             by_config = {claim.config: claim for claim in claims if claim.lost < MOST_LOST}
             given_up = [(claim, _lost(claim.lost)) for claim in claims if claim.lost >= MOST_LOST]
             for claim, outcome in given_up:
-                self._tell(search, key, claim, outcome, report)
-            for config, outcome in runner.run(kernel, problem, list(by_config), deadline):
-                self._tell(search, key, by_config[config], outcome, report)
+                self._tell(job, search, claim, outcome)
+            for config, outcome in runner.run(job.kernel, job.problem, list(by_config), job.deadline):
+                self._tell(job, search, by_config[config], outcome)
                 tried += 1
             search.withdraw(claims)
-        self._bring(search, key, progress)
-        return tried, stop_early and search.at_plateau()
+        self._bring(job, search)
+        return tried
 
-    def _tell(self, search: SharedSearch, key: Key, claim: Claim, outcome: Outcome, report: Reporter) -> None:
+    def _tell(self, job: _Job, search: SharedSearch, claim: Claim, outcome: Outcome) -> None:
         """Keeps an outcome here, and then where the others see it."""
-        self._keep(key, claim.config, outcome)
-        search.tell(claim, self._database.entry(key, claim.config.to_json()))
-        report.outcome(outcome)
+        self._keep(job.key, claim.config, outcome)
+        search.tell(claim, self._database.entry(job.key, claim.config.to_json()))
+        job.report.outcome(outcome)
 
-    def _bring(self, search: SharedSearch, key: Key, progress: _SearchProgress) -> None:
+    def _bring(self, job: _Job, search: SharedSearch) -> None:
         """Brings what others have tried, and is not on record here, into the database."""
-        here = {record.config for record in self._database.records(key)}
+        here = {record.config for record in self._database.records(job.key)}
         new = [entry for config, entry in search.outcomes().items() if config.to_json() not in here]
         if not new:
             return
 
         def foreign(record: Record) -> str | None:
-            return objection(record) if record.key == key else "it is of another key than the study it was found in"
+            return objection(record) if record.key == job.key else "it is of another key than the study it was found in"
 
         place = f"study {search.name!r} (`optuna delete-study` removes it)"
         self._database.bring(new, place, foreign)
         # The best of all may be among them, and its time that of another GPU.
-        progress.began()
+        job.progress.began()
 
-    def _compare_finalists(
-        self,
-        kernel: Kernel[Any, Any],
-        problem: Problem,
-        key: Key,
-        default: Config,
-        deadline: float | None,
-        ended: Mapping[str, str],
-    ) -> None:
+    def _compare_finalists(self, job: _Job, *, plateau: bool = False) -> None:
         """Measures the best few and the default again, side by side, until the best of all is among those; notes with
-        the outcomes that the search has ended."""
+        the outcomes that the search has ended, and whether because no improvement is expected."""
         runner, compared = self._started(), set[Config]()
         for _ in range(FINALIST_ROUNDS):
-            best = [kernel.space.config.from_json(record.config) for record in self._database.top(key, FINALISTS)]
+            top = self._database.top(job.key, FINALISTS)
+            best = [job.kernel.space.config.from_json(record.config) for record in top]
             if best and best[0] in compared:
                 return
-            kept = self._database.get(key, default.to_json())
-            finalists = list(
-                dict.fromkeys((*best, *([default] if kept is not None and kept.times is not None else [])))
-            )
-            outcomes = list(runner.finalists(kernel, problem, finalists, deadline))
-            if outcomes or not is_past(deadline):
-                self._keep_all(key, outcomes, ended)
+            kept = self._database.get(job.key, job.default.to_json())
+            measured = [job.default] if kept is not None and kept.times is not None else []
+            finalists = list(dict.fromkeys((*best, *measured)))
+            outcomes = list(runner.finalists(job.kernel, job.problem, finalists, job.deadline))
+            if outcomes or not is_past(job.deadline):
+                self._keep_all(job.key, outcomes, job.progress.ended(plateau=plateau))
             if not outcomes:
                 return
             compared.update(finalists)
 
-    def _evidence(self, kernel: Kernel[Any, Any], problem: Problem, key: Key) -> list[Evidence]:
+    def _evidence(self, job: _Job) -> list[Evidence]:
         """What was measured on other boards, of near shapes and by earlier revisions, as far as its configurations are
         of this revision's kind."""
         found = []
-        near = kernel.near(problem)
-        for reason, records in self._database.evidence(key, near=near, least=LEAST_EVIDENCE, most=MOST_EVIDENCE):
+        near = job.kernel.near(job.problem)
+        for reason, records in self._database.evidence(job.key, near=near, least=LEAST_EVIDENCE, most=MOST_EVIDENCE):
             times_us = {}
             for record in records:
                 with contextlib.suppress(ProblemError):  # of another revision, with other fields
-                    config = kernel.space.config.from_json(record.config)
+                    config = job.kernel.space.config.from_json(record.config)
                     assert record.times is not None
                     times_us[config] = record.times.median_us
             if times_us:
                 found.append(Evidence(reason, times_us))
         return found
 
-    def _known(self, kernel: Kernel[Any, Any], key: Key) -> dict[Config, float | None]:
+    def _known(self, job: _Job) -> dict[Config, float | None]:
         return {
-            kernel.space.config.from_json(record.config): record.times.median_us if record.times else None
-            for record in self._database.records(key)
+            job.kernel.space.config.from_json(record.config): record.times.median_us if record.times else None
+            for record in self._database.records(job.key)
         }
 
     def _started(self) -> Runner:
@@ -364,12 +372,11 @@ class TuningRun:
         ]
         self._database.add_many(records, self._run_id, notes)
 
-    def _result(self, workload: Workload, kernel: Kernel[Any, Any], key: Key, *, cached: bool) -> Result:
-        problem = workload.problem
-        records = self._database.records(key)
-        blank = Result(workload.name, workload.op, problem.to_dict(), trials=len(records), cached=cached)
-        default = kernel.default(problem, self._device)
-        top = self._database.top(key, 1, incumbent=default.to_json())
+    def _result(self, job: _Job, *, cached: bool) -> Result:
+        problem = job.problem
+        records = self._database.records(job.key)
+        blank = Result(job.workload.name, job.workload.op, problem.to_dict(), trials=len(records), cached=cached)
+        top = self._database.top(job.key, 1, incumbent=job.default.to_json())
         if not top:
             if not records:
                 return replace(blank, status=Status.TIMEOUT, message="the time was up before anything was tried")
@@ -380,7 +387,7 @@ class TuningRun:
         time_us = record.times.median_us
         return replace(
             blank,
-            config=kernel.space.config.from_json(record.config).to_dict(),
+            config=job.kernel.space.config.from_json(record.config).to_dict(),
             time_us=time_us,
             tflops=problem.flops() / time_us / 1e6,
             roofline_fraction=roofline_us(problem.flops(), problem.bytes_moved(), problem.unit, self._device) / time_us,
@@ -390,6 +397,23 @@ class TuningRun:
             provenance=record.provenance,
             status=record.status,
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """A workload on its way through a run."""
+
+    workload: Workload
+    kernel: Kernel[Any, Any]
+    key: Key  # of its outcomes
+    default: Config
+    deadline: float | None  # seconds of `time.monotonic` after which nothing is begun
+    progress: _SearchProgress
+    report: Reporter
+
+    @property
+    def problem(self) -> Problem:
+        return self.workload.problem
 
 
 class _SearchProgress:
