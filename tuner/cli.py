@@ -158,16 +158,18 @@ def cli(
     if device is None:
         raise click.UsageError("--device is missing: name an arch (sm_86), a board (rtx3090) or a live GPU (cuda:0)")
     check_options({**context.params})
-    if of_model["model"] is not None:
-        run_model(context, {**context.params}, as_json=as_json, quiet=quiet)
-        return
     from tilewright.kernels.devices import resolve_device
     from tilewright.tuner import report
-    from tilewright.tuner.gpu_runner import equal_gpus
     from tilewright.tuner.suites import find_suite
-    from tilewright.tuner.tune import autotune, resolve_workloads
+    from tilewright.tuner.tune import TuningOptions, planned, tune
     from tilewright.tuning_db.env import database_dir
 
+    options = TuningOptions(
+        trials=trials, timeout=timeout, jobs=jobs, workers=workers, db=db, storage=storage, retune=retune
+    )
+    if of_model["model"] is not None:
+        run_model(context, {**context.params}, options, as_json=as_json, quiet=quiet)
+        return
     errors = Console(stderr=True)
     target = resolve_device(device)
     chosen: list[Any] | None = None
@@ -175,21 +177,9 @@ def cli(
         chosen = [w for suite in suites for w in find_suite(suite) if not kernels or w.op in kernels]
         chosen += problems
     # Before the first line is printed: a mistake is then the only line.
-    workloads = resolve_workloads(target, kernels, chosen)
-    equal_gpus(target, workers)
+    plan = planned(target, options, kernels, chosen)
     with report.ProgressView(errors, quiet, report.describe_device(target)) as progress:
-        results = autotune(
-            target,
-            problems=workloads,
-            trials=trials,
-            timeout=timeout,
-            jobs=jobs,
-            workers=workers,
-            db=db,
-            storage=storage,
-            retune=retune,
-            progress=progress,
-        )
+        results = tune(plan, progress)
     if results.set_aside is not None:
         errors.print(f"a damaged database was set aside as {results.set_aside}", markup=False, soft_wrap=True)
     for reason in results.lost_workers:

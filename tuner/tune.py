@@ -7,6 +7,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tilewright.kernels.device import Device
@@ -30,6 +31,31 @@ is compiling. The default suite then takes about two minutes on 2 cores."""
 
 MEASURED_TRIALS = 48
 """Where they are measured: a minute a workload or less."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningOptions:
+    """How to tune: the arguments of `autotune` of these names."""
+
+    trials: int | None = None
+    timeout: float | None = None
+    jobs: int | None = None
+    workers: int = 1
+    db: str | os.PathLike[str] | None = None
+    storage: str | None = None
+    retune: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """What a run is to do, all of it checked."""
+
+    start: float  # of `time.monotonic`: the time limit counts from there
+    device: Device
+    gpus: tuple[Device, ...]
+    workloads: tuple[Workload, ...]
+    options: TuningOptions
 
 
 def autotune(
@@ -78,37 +104,71 @@ def autotune(
         DatabaseError: the database or the storage can't be used; finished outcomes are kept.
         WorkerError: no worker process can be started.
     """
+    options = TuningOptions(
+        trials=trials,
+        timeout=timeout,
+        jobs=jobs,
+        workers=workers,
+        db=db,
+        storage=storage,
+        retune=retune,
+        seed=seed,
+    )
+    return tune(planned(device, options, kernels, problems), progress)
+
+
+def planned(
+    device: str | Device,
+    options: TuningOptions,
+    kernels: Sequence[str] | None = None,
+    problems: Iterable[Problem | Workload | str] | None = None,
+) -> PlannedRun:
+    """The run of `autotune` with these arguments; nothing is begun.
+
+    Raises:
+        UsageError: as `autotune`.
+    """
     start = time.monotonic()
+    trials, timeout, jobs = options.trials, options.timeout, options.jobs
     if trials is not None and (trials != int(trials) or trials < 1):
         raise UsageError(f"{trials=} must be an integer of at least 1")
     if not isinstance(device, str | Device):
         raise UsageError(f"{device=} must be the name of a device, such as 'sm_86', or a Device")
     if timeout is not None and not timeout > 0:
         raise UsageError(f"{timeout=} must be more than 0 seconds")
-    jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise UsageError(f"{jobs=} must be at least 1")
-    if storage is not None and retune:
+    if options.storage is not None and options.retune:
         raise UsageError(
             "retune and storage exclude each other: what others have tried in a storage is not tried again"
         )
     refuse_compiler_switches("nothing is tuned")
     target = resolve_device(device) if isinstance(device, str) else device
-    gpus = equal_gpus(target, workers)
-    workloads = resolve_workloads(target, kernels, problems)
+    gpus = equal_gpus(target, options.workers)
+    return PlannedRun(start, target, gpus, resolve_workloads(target, kernels, problems), options)
+
+
+def tune(plan: PlannedRun, progress: Callable[[Progress], None] = lambda event: None) -> Results:
+    """Does what is planned.
+
+    Raises:
+        DatabaseError, WorkerError: as `autotune`.
+    """
+    device, workloads, options = plan.device, plan.workloads, plan.options
     # Asked for a number, a search makes that many trials; by default it ends before where nothing more is expected.
-    stop_early = trials is None and bool(target.live)
-    if trials is None:
-        trials = MEASURED_TRIALS if target.live else PREDICTED_TRIALS
-    budget = Budget(trials, stop_early, retune, seed)
-    deadline = None if timeout is None else start + timeout
+    stop_early = options.trials is None and bool(device.live)
+    usual = MEASURED_TRIALS if device.live else PREDICTED_TRIALS
+    trials = usual if options.trials is None else options.trials
+    budget = Budget(trials, stop_early, options.retune, options.seed)
+    jobs = options.jobs if options.jobs is not None else len(os.sched_getaffinity(0))
+    deadline = None if options.timeout is None else plan.start + options.timeout
     with contextlib.ExitStack() as stack:
         # Before the database is made: a URL that can't be opened leaves nothing behind.
-        shared = None if storage is None else stack.enter_context(Storage(storage))
-        database = stack.enter_context(TuningDB.open(target.key, database_dir(db)))
-        results = Results(target, database.path, set_aside=database.set_aside)
-        wanted = [workload.problem for workload in workloads]
-        with TuningRun(target, database, jobs, gpus, shared, wanted, budget) as run:
+        storage = None if options.storage is None else stack.enter_context(Storage(options.storage))
+        database = stack.enter_context(TuningDB.open(device.key, database_dir(options.db)))
+        results = Results(device, database.path, set_aside=database.set_aside)
+        problems = [workload.problem for workload in workloads]
+        with TuningRun(device, database, jobs, plan.gpus, storage, problems, budget) as run:
             for index, workload in enumerate(workloads):
                 share = None
                 if deadline is not None:
@@ -120,7 +180,7 @@ def autotune(
                 results.results.append(result)
                 report.finished(result)
             results.compiled, results.lost_workers = run.compiled, run.lost_workers
-        results.elapsed_s = time.monotonic() - start
+        results.elapsed_s = time.monotonic() - plan.start
     return results
 
 

@@ -197,7 +197,7 @@ def test_a_defect_is_one_line_and_debug_shows_it(autotune, tmp_path: Path, monke
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("something\nbroke")
 
-    monkeypatch.setattr(tune, "autotune", broken)
+    monkeypatch.setattr(tune, "tune", broken)
     status, _, err = autotune(*SMALL, "--quiet", "--db", tmp_path)
     assert (status, err.count("\n")) == (1, 1)
     assert "RuntimeError: something broke" in err

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.text import Text
 
 from tilewright.tuner.commands.output import EXIT_FAILED, new_table, print_table
+
+if TYPE_CHECKING:
+    from tilewright.tuner.tune import TuningOptions
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "auto")
 MOST_SAMPLES = 65536
@@ -41,7 +44,9 @@ def check_options(options: dict[str, Any]) -> None:
         raise click.UsageError("--model needs --output DIR, a folder for the files that are made, or --dry-run")
 
 
-def run_model(context: click.Context, options: dict[str, Any], *, as_json: bool, quiet: bool) -> None:
+def run_model(
+    context: click.Context, options: dict[str, Any], tuning: TuningOptions, *, as_json: bool, quiet: bool
+) -> None:
     """Does what the options say, and ends with 1 if the model is not inside its error budget."""
     from tilewright.kernels.devices import resolve_device
     from tilewright.tuner import report
@@ -50,7 +55,7 @@ def run_model(context: click.Context, options: dict[str, Any], *, as_json: bool,
     from tilewright.tuner.model.messages import printable
 
     target = resolve_device(options["device"])
-    equal_gpus(target, options["workers"])
+    equal_gpus(target, tuning.workers)  # as tuning will, long after
     request = Request.parse(
         options["model"],
         options["output"],
@@ -60,7 +65,7 @@ def run_model(context: click.Context, options: dict[str, Any], *, as_json: bool,
         calibration=options["calibration"],
         samples=options["samples"],
         max_error=options["max_error"],
-        **{name: options[name] for name in ("trials", "timeout", "jobs", "workers", "db", "retune")},
+        tuning=tuning,
     )
     errors = Console(stderr=True)
 

@@ -44,7 +44,7 @@ from tilewright.tuner.model.workloads import ModelWorkloads, workloads
 from tilewright.tuner.model.write import write_model
 from tilewright.tuner.report import short_config
 from tilewright.tuner.results import Progress, Result
-from tilewright.tuner.tune import autotune
+from tilewright.tuner.tune import TuningOptions, planned, tune
 from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunError, UnsupportedError, UsageError
 
 SAMPLES = 32
@@ -73,12 +73,7 @@ class Request:
     calibration: str
     samples: int
     budget: Budget | None
-    trials: int | None = None
-    timeout: float | None = None
-    jobs: int | None = None
-    workers: int = 1
-    db: str | None = None
-    retune: bool = False
+    tuning: TuningOptions
 
     @classmethod
     def parse(
@@ -92,9 +87,9 @@ class Request:
         calibration: str | None = None,
         samples: int | None = None,
         max_error: str | None = None,
-        **tuning: Any,
+        tuning: TuningOptions | None = None,
     ) -> Self:
-        """From the texts of the command line.
+        """From the texts of the command line; `tuning` as `autotune` has it by default.
 
         Raises:
             UsageError: a text that can't be read, or options that don't go together.
@@ -112,7 +107,16 @@ class Request:
         if output is not None and output.exists() and not output.is_dir():
             raise UsageError(f"--output {output} is a file: name a folder")
         return cls(
-            model, output, device, bound, dims, chosen, calibration or RANDOM, samples or SAMPLES, budget, **tuning
+            model,
+            output,
+            device,
+            bound,
+            dims,
+            chosen,
+            calibration or RANDOM,
+            samples or SAMPLES,
+            budget,
+            tuning or TuningOptions(),
         )
 
 
@@ -379,17 +383,7 @@ def _tune(request: Request, model: ir.Model, progress: Callable[[Progress], None
     wanted = [replace(each, name=shown(each.name)) for each in workloads(model).distinct()]
     if not wanted:
         return {}
-    results = autotune(
-        request.device,
-        problems=wanted,
-        trials=request.trials,
-        timeout=request.timeout,
-        jobs=request.jobs,
-        workers=request.workers,
-        db=request.db,
-        retune=request.retune,
-        progress=progress,
-    )
+    results = tune(planned(request.device, request.tuning, problems=wanted), progress)
     return {workload.problem: result for workload, result in zip(wanted, results, strict=True)}
 
 
@@ -416,7 +410,7 @@ def _engine(request: Request, model: Path, tell: Callable[[str], None]) -> list[
             path,
             device=request.device.live,
             timing_cache=path.parent / RESUME / "timing.cache",
-            db=request.db,
+            db=request.tuning.db,
         )
     except (MissingDependencyError, RunError, UsageError) as error:
         # The model is there and checked: an engine that can't be built takes nothing from it.

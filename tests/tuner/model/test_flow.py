@@ -20,6 +20,7 @@ from tilewright.tuner.model import flow
 from tilewright.tuner.model.flow import Request, optimise, plan
 from tilewright.tuner.model.precision import lower as precision
 from tilewright.tuner.model.verify.error_sums import OutputError
+from tilewright.tuner.tune import TuningOptions
 from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunError, UnsupportedError, UsageError
 
 LAYERS = {"stem", "block", "hidden", "head"}
@@ -49,7 +50,7 @@ def databases(monkeypatch, model_db):
 
 
 def request(model: Path, output: Path | None, device: str = "sm_86", **options: object) -> Request:
-    return Request.parse(model, output, resolve_device(device), trials=1, jobs=2, **options)
+    return Request.parse(model, output, resolve_device(device), tuning=TuningOptions(trials=1, jobs=2), **options)
 
 
 def run(asked: Request) -> tuple[flow.Made, Listener]:
@@ -120,7 +121,7 @@ def test_what_a_killed_run_has_measured_is_kept(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(flow, "autotune", killed)
+        patch.setattr(flow, "tune", killed)
         with pytest.raises(KeyboardInterrupt):
             run(asked)
     assert {path.name for path in (tmp_path / "build").iterdir()} == {".resume", "model.fused.onnx"}
@@ -322,7 +323,7 @@ def test_an_engine_that_can_not_be_built_takes_nothing_from_the_model(tmp_path, 
 
     monkeypatch.setattr("tilewright.kernels.tensorrt.build_engine", build)
     present = replace(resolve_device("sm_86"), live="cuda:0")
-    request = Request.parse(tmp_path / "m.onnx", tmp_path, present, db="records")
+    request = Request.parse(tmp_path / "m.onnx", tmp_path, present, tuning=TuningOptions(db="records"))
     lines: list[str] = []
     assert flow._engine(request, tmp_path / "model.fp16.onnx", lines.append) == []
     assert asked == [("model.fp16.onnx", "model.fp16.engine", "cuda:0", "records")]
