@@ -51,8 +51,9 @@ def run_model(
     from tilewright.kernels.devices import resolve_device
     from tilewright.tuner import report
     from tilewright.tuner.gpu_runner import equal_gpus
-    from tilewright.tuner.model.flow import Request, optimise, plan
+    from tilewright.tuner.model.flow import optimise, plan
     from tilewright.tuner.model.messages import printable
+    from tilewright.tuner.model.request import Request
 
     target = resolve_device(options["device"])
     equal_gpus(target, tuning.workers)  # as tuning will, long after

@@ -8,7 +8,8 @@ from __future__ import annotations
 from tilewright.tuning_db.errors import MissingDependencyError
 
 try:
-    from tilewright.tuner.model.flow import Made, Request, optimise, plan
+    from tilewright.tuner.model.flow import Made, optimise, plan
+    from tilewright.tuner.model.request import Request
 except ModuleNotFoundError as error:
     library = (error.name or "").partition(".")[0]
     if library not in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):

@@ -17,11 +17,11 @@ from tests.tuner.model.graphs import normal
 from tests.tuner.model.networks import written
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model import flow
-from tilewright.tuner.model.flow import Request, optimise, plan
+from tilewright.tuner.model.flow import optimise, plan
 from tilewright.tuner.model.precision import lower as precision
-from tilewright.tuner.model.verify.error_sums import OutputError
+from tilewright.tuner.model.request import Request
 from tilewright.tuner.tune import TuningOptions
-from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunError, UnsupportedError, UsageError
+from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunError, UsageError
 
 LAYERS = {"stem", "block", "hidden", "head"}
 
@@ -96,21 +96,6 @@ def test_the_whole_way(tmp_path):
     again, _ = run(request(model, folder, calibration=str(data), precision="int8", max_error="top1=0.9,max=0.2"))
     assert again.met
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def test_the_worst_errors_are_told() -> None:
-    def row(name: str, relative: float | None, bad: int = 0) -> OutputError:
-        return OutputError(name, name, False, False, relative, None, 0.0, None, None, None, 1, 1 + bad)
-
-    assert flow._error_lines([row("y", 0.00123456)]) == ["error of y: 1.2e-03 of its largest value"]
-    rows = [row("small", 1e-6), row("large", 0.5), row("none", None), row("broken", 0.01, bad=2), row("middle", 0.1)]
-    assert flow._error_lines(rows) == [
-        "error of broken: 1.0e-02 of its largest value, and 2 NaN or infinite more than before",
-        "error of none: zeros before, no more",
-        "error of large: 5.0e-01 of its largest value",
-        "error of other outputs (2): at most 1.0e-01",
-    ]
-    assert flow._error_lines([row("none", None)]) == ["error of none: zeros before, no more"]
 
 
 def test_what_a_killed_run_has_measured_is_kept(tmp_path, monkeypatch):
@@ -232,32 +217,6 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert any("model.int8.onnx" in line for line in planned.lines())
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"precision": "auto"}, "auto needs --max-error"),
-        ({"max_error": "nonsense=1"}, "no measure 'nonsense'"),
-        ({"shapes": ["image"]}, "image"),
-    ],
-)
-def test_wrong_options_are_told(tmp_path, options, words):
-    with pytest.raises(UsageError, match=words):
-        request(tmp_path / "model.onnx", None, **options)
-
-
-def test_a_precision_that_the_device_lacks_is_refused(tmp_path):
-    with pytest.raises(UnsupportedError, match=r"--precision fp8 needs sm_89 or newer: rtx3090 is sm_86"):
-        request(tmp_path / "model.onnx", None, precision="fp8")
-    assert request(tmp_path / "model.onnx", None, "sm_89", precision="fp8").precision == "fp8"
-
-
-def test_an_output_that_is_a_file_or_can_not_be_made_is_refused(tmp_path):
-    file = tmp_path / "file"
-    file.touch()
-    with pytest.raises(UsageError, match="is a file: name a folder"):
-        request(tmp_path / "model.onnx", file)
-
-
 def test_new_weights_in_an_old_place_are_a_new_model(tmp_path):
     """The model's own file is the same: its external data is another."""
     model, data = written(tmp_path)
@@ -278,29 +237,6 @@ def test_new_weights_in_an_old_place_are_a_new_model(tmp_path):
         found.append((tmp_path / "apart.onnx").read_bytes())
         assert made.report.errors[-1].comparison.outputs[0].relative < 0.1
     assert found[0] == found[1]
-
-
-def test_what_reading_changed_is_no_result(tmp_path):
-    """onnx's converter takes the corners of `Resize` in opset 10 for what opset 11 has by default."""
-    make = onnx.helper
-    rng = np.random.default_rng(0)
-    nodes = [
-        make.make_node("Conv", ["x", "w"], ["c"]),
-        make.make_node("Resize", ["c", "s"], ["r"], mode="linear"),
-        make.make_node("Conv", ["r", "v"], ["y"]),
-    ]
-    arrays = {"w": rng.normal(size=(4, 3, 3, 3)), "s": np.array([1, 1, 2, 2]), "v": rng.normal(size=(4, 4, 3, 3))}
-    tensors = [onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in arrays.items()]
-    values = [
-        make.make_tensor_value_info(name, 1, shape) for name, shape in (("x", (1, 3, 8, 8)), ("y", (1, 4, 10, 10)))
-    ]
-    graph = make.make_graph(nodes, "g", values[:1], values[1:], tensors)
-    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 10)], ir_version=5), tmp_path / "old.onnx")
-    with pytest.raises(
-        ModelError, match=r"computes something else once it is read, .* output 'y' differs by .*opset 21"
-    ):
-        run(request(tmp_path / "old.onnx", tmp_path / "build", precision="fp32"))
-    assert not (tmp_path / "build").exists()
 
 
 def test_fp8_on_a_device_that_has_it(tmp_path):

@@ -1,0 +1,45 @@
+"""What was read of a file, held against the file itself, and what of the original is still there once it is fused."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.tuner.model.networks import written
+from tilewright.kernels.devices import resolve_device
+from tilewright.tuner.model.flow import optimise
+from tilewright.tuner.model.prepare import prepare
+from tilewright.tuner.model.request import Request
+from tilewright.tuning_db.errors import ModelError
+
+
+def test_results_of_fused_nodes_keep_their_names(tmp_path):
+    model, _ = written(tmp_path)
+    lines: list[str] = []
+    prepared = prepare(Request.parse(model, None, resolve_device("sm_86")), lines.append)
+    assert prepared.shared_names == {name: name for name in ("r1", "r2", "r3", "logits")}
+    assert [line.split()[0] for line in lines] == ["read", "fused:"]
+
+
+def test_what_reading_changed_is_no_result(tmp_path):
+    """onnx's converter takes the corners of `Resize` in opset 10 for what opset 11 has by default."""
+    make = onnx.helper
+    rng = np.random.default_rng(0)
+    nodes = [
+        make.make_node("Conv", ["x", "w"], ["c"]),
+        make.make_node("Resize", ["c", "s"], ["r"], mode="linear"),
+        make.make_node("Conv", ["r", "v"], ["y"]),
+    ]
+    arrays = {"w": rng.normal(size=(4, 3, 3, 3)), "s": np.array([1, 1, 2, 2]), "v": rng.normal(size=(4, 4, 3, 3))}
+    tensors = [onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in arrays.items()]
+    values = [
+        make.make_tensor_value_info(name, 1, shape) for name, shape in (("x", (1, 3, 8, 8)), ("y", (1, 4, 10, 10)))
+    ]
+    graph = make.make_graph(nodes, "g", values[:1], values[1:], tensors)
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 10)], ir_version=5), tmp_path / "old.onnx")
+    with pytest.raises(
+        ModelError, match=r"computes something else once it is read, .* output 'y' differs by .*opset 21"
+    ):
+        optimise(Request.parse(tmp_path / "old.onnx", tmp_path / "build", resolve_device("sm_86"), precision="fp32"))
+    assert not (tmp_path / "build").exists()

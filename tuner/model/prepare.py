@@ -1,0 +1,116 @@
+"""From the file to the fused model: read, fold, fuse, and see that nothing else is computed for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+
+from tilewright.tuner.model.calibration.data import Samples
+from tilewright.tuner.model.folding.fold import FoldingReport, fold
+from tilewright.tuner.model.fuse import FusionReport, fuse
+from tilewright.tuner.model.graph import copy_of, fused_nodes
+from tilewright.tuner.model.messages import quoted
+from tilewright.tuner.model.reading.read import OPSET, read_model
+from tilewright.tuner.model.reading.source import Source
+from tilewright.tuner.model.request import Request
+from tilewright.tuner.model.verify.compare import Reference
+from tilewright.tuner.model.workloads import ModelWorkloads, workloads
+from tilewright.tuning_db.errors import ModelError, RunError
+
+READING_ERROR = 1e-2
+"""Relative difference of outputs between a file and what was read of it that is no rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model that was read, folded and fused; nothing is written yet."""
+
+    original: ir.Model  # as it was read, with static shapes
+    fused: ir.Model
+    source: Source
+    folding: FoldingReport
+    fusion: FusionReport
+    workloads: ModelWorkloads
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why nodes were not fused."""
+        return {miss.node: miss.reason for miss in self.fusion.misses}
+
+    @property
+    def shared_names(self) -> dict[str, str]:
+        """Results of fused nodes that the original has as well: fusing keeps the names of values."""
+        known = {value.name for node in self.original.graph for value in node.outputs}
+        names = [node.outputs[0].name for node in fused_nodes(self.fused)]
+        return {name: name for name in names if name is not None and name in known}
+
+
+def prepare(request: Request, tell: Callable[[str], None]) -> Prepared:
+    """Reads, folds and fuses.
+
+    Raises:
+        ModelError, UsageError: the model can't be used, or its shapes aren't all given.
+    """
+    model = read_model(request.model, request.shapes, request.dims)
+    source = Source.of(request.model, model)
+    original = copy_of(model)
+    tell(f"read {request.model}: {len(model.graph)} nodes")
+    folding = fold(model)
+    fusion = fuse(model)
+    found = workloads(model, {miss.node: miss.reason for miss in fusion.misses})
+    tell(
+        f"fused: {len(original.graph)} nodes became {fusion.nodes_after}, {len(found.layers)} of them fused, with "
+        f"{found.coverage:.1%} of the operations"
+    )
+    return Prepared(original, model, source, folding, fusion, found)
+
+
+def check_reading(request: Request, prepared: Prepared, data: Samples, tell: Callable[[str], None]) -> None:
+    """Does nothing where the file computes what was read of it: functions were inlined, opsets converted, and all that
+    follows is held against the result.
+
+    Raises:
+        ModelError: they differ.
+    """
+    with Reference(request.model, data.feeds[:1]) as reference:
+        try:
+            reference.work_out()
+        except (ModelError, RunError) as error:  # what was read of it did run
+            tell(f"{request.model} as it is was not run: {error}")
+            return
+        found = reference.compare(prepared.original)
+    for output in found.outputs:
+        if output.bad_original != output.bad_changed:
+            how = f"has {output.bad_changed} NaN and infinities, not {output.bad_original}"
+        elif (output.relative or 0.0) > READING_ERROR:
+            how = f"differs by {output.relative:.1e} of its largest value"
+        else:
+            continue
+        raise ModelError(
+            f"{request.model} computes something else once it is read, which inlines functions and converts it to "
+            f"opset {OPSET}: output {quoted(output.output)} {how}. Export it with opset {OPSET}, without functions"
+        )
+
+
+def resume_key(request: Request, source: Source, data: Samples) -> str:
+    """A hash of what scales and errors depend on, besides the plan."""
+    digest = hashlib.sha256(source.digest.encode())
+    settings = [data.digest, request.precision, request.device.key, str(request.budget), _code()]
+    digest.update(json.dumps([settings, dict(request.shapes), dict(request.dims)], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+@cache
+def _code() -> list[str]:
+    """What computes scales and errors: a hash of this package's files, and the versions of the libraries."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return [digest.hexdigest(), *(version(name) for name in ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy"))]
