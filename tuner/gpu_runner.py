@@ -28,6 +28,9 @@ from tilewright.tuning_db.record import Provenance, Resources, Status, Times
 MEASURE_TIMEOUT_S = 60.0
 """For the gate and the timing of one configuration; both bound themselves to a few seconds."""
 
+INPUT_SEED = 0
+"""Of the inputs that are measured on: all configurations have the same."""
+
 
 @dataclass(frozen=True, slots=True)
 class Effort:
@@ -205,7 +208,6 @@ class GpuRunner(Runner):
         request = {
             **self._request(kernel, problem),
             "config": trial.config.to_dict(),
-            "check": self._effort.check,
             "skip_ragged": skipped,
             "give_up_above_us": None if best is None else best * self._effort.clearly_slower,
             "budget_s": self._effort.budget_s,
@@ -225,11 +227,15 @@ class GpuRunner(Runner):
             message = f"{message}; at first, {trial.killed}".removeprefix("; ")
         return replace(outcome, resources=resources, message=message, predicted_us=predicted_us)
 
-    @staticmethod
-    def _request(kernel: Kernel[Any, Any], problem: Problem) -> dict[str, Any]:
-        # Of this process, for a worker's temporary files are in a folder of its own.
-        locks = tempfile.gettempdir()
-        return {"do": "measure", "op": kernel.name, "problem": problem.to_dict(), "seed": 0, "locks": locks}
+    def _request(self, kernel: Kernel[Any, Any], problem: Problem) -> dict[str, Any]:
+        return {
+            "do": "measure",
+            "op": kernel.name,
+            "problem": problem.to_dict(),
+            "seed": INPUT_SEED,
+            "check": self._effort.check,
+            "locks": tempfile.gettempdir(),  # of this process: a worker's temporary files are in a folder of its own
+        }
 
     @staticmethod
     def _outcome(reply: Mapping[str, Any]) -> Outcome:

@@ -1,6 +1,6 @@
 """Checking and timing configurations on a GPU, in the worker process that may die of it.
 
-    measure({"op": "gemm", "problem": {…}, "config": {…}, "ordinal": 0, "seed": 0, "give_up_above_us": 120.0})
+    measure({"op": "gemm", "problem": {…}, "config": {…}, "ordinal": 0, "seed": 0, "check": True, …})
     {"status": "ok", "times": {"median_us": 81.2, "p10_us": 80.9, "p90_us": 82.0, "samples": 10}, …}
 
 A configuration is compiled and held against the device's limits, run twice through the correctness gate (`gate`), timed
@@ -37,7 +37,7 @@ from tilewright.kernels.registry import find_kernel
 from tilewright.kernels.runtime import Plan
 from tilewright.tuner import gate
 from tilewright.tuner.gpu import Gpu
-from tilewright.tuner.timing import BUDGET_S, Sampler, Timing, replay_copies, time_one, time_rounds
+from tilewright.tuner.timing import Sampler, Timing, replay_copies, time_one, time_rounds
 from tilewright.tuner.turns import BusyError, turn
 from tilewright.tuning_db.errors import CompileError, IllegalConfigError, LaunchError, UnsupportedError
 from tilewright.tuning_db.record import Status
@@ -58,16 +58,16 @@ EXIT_AFTER_FAULT = 70
 def measure(request: Request) -> Reply:
     """The outcome of one configuration, or of several compared.
 
-    Args (fields of the request):
+    Args (fields of the request, all of them needed):
         op, problem, ordinal: which kernel, on what, on which GPU.
-        config: the configuration to measure.
-        finalists: instead, configurations to time in turns.
-        seed: of the inputs; 0 when left out.
+        seed: of the inputs.
         check: False leaves the gate out: for benchmarks that repeat a measurement.
+        locks: the folder in which the runs of this host take turns; None: none are taken.
+        finalists: configurations to time in turns; or instead the one to measure, as:
+        config: the configuration.
         skip_ragged: why the gate's second problem is left out, such as that its code doesn't compile; "" if it isn't.
-        give_up_above_us: timing stops early above this.
-        locks: the folder in which the runs of this host take turns; without it, none are taken.
-        budget_s: seconds for the samples of `config`; `BUDGET_S` when left out.
+        give_up_above_us: timing stops early above this, unless it is None.
+        budget_s: seconds for the samples.
 
     Returns:
         `status`, `message` unless ok, and as far as it got `resources` (fields of `Resources`), `times` (of `Times`),
@@ -79,7 +79,7 @@ def measure(request: Request) -> Reply:
         UsageError: unknown kernel, malformed problem or configuration.
         MissingDependencyError: no such GPU.
     """
-    return measure_on(use_gpu(request.get("ordinal", 0)), request)
+    return measure_on(use_gpu(request["ordinal"]), request)
 
 
 def measure_on(gpu: Gpu, request: Request) -> Reply:
@@ -88,15 +88,15 @@ def measure_on(gpu: Gpu, request: Request) -> Reply:
     problem = kernel.problem.from_dict(request["problem"])
     named = request["finalists"] if "finalists" in request else [request["config"]]
     configs = [kernel.space.config.from_dict(each) for each in named]
-    seed = request.get("seed", 0)
+    locks = request["locks"]
     faults: tuple[type[Exception], ...] = (LaunchError, *gpu.errors)
     try:
-        bench = _bench(gpu, kernel, problem, seed)
+        bench = _bench(gpu, kernel, problem, request["seed"])
         trials = [bench.prepare(config) for config in configs]
-        with turn(Path(request["locks"]) if "locks" in request else None, gpu.address, TURN_S):
+        with turn(None if locks is None else Path(locks), gpu.address, TURN_S):
             bench.place()
             if "finalists" in request:
-                replies = _finalists(bench, trials, request.get("check", True))
+                replies = _finalists(bench, trials, request["check"])
                 return {"status": Status.OK, "finalists": replies, "clocks": gpu.clocks()}
             return _single(bench, configs[0], trials[0], request)
     except BusyError as error:
@@ -106,16 +106,14 @@ def measure_on(gpu: Gpu, request: Request) -> Reply:
 
 
 def _single(bench: Bench, config: Config, trial: Trial, request: Request) -> Reply:
-    check, skip_ragged = request.get("check", True), request.get("skip_ragged", "")
+    check, skip_ragged = request["check"], request["skip_ragged"]
     if trial.plan is None:
         return trial.reply
     reason = bench.gate(trial.plan) if check else None
     if reason is not None:
         return {**trial.reply, "status": Status.INCORRECT, "message": reason}
     sampler, method = bench.sampler(trial.plan)
-    timing = time_one(
-        sampler, give_up_above_us=request.get("give_up_above_us"), budget_s=request.get("budget_s", BUDGET_S)
-    )
+    timing = time_one(sampler, give_up_above_us=request["give_up_above_us"], budget_s=request["budget_s"])
     reply = {**trial.reply, **_times(timing), "method": method, "clocks": bench.gpu.clocks()}
     if not check or timing.gave_up:
         return reply

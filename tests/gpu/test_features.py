@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.tuner.measuring import measure_request
 from tilewright.kernels.device import Device
 from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.problem import Config, Problem
@@ -34,8 +35,7 @@ def test_a_feature_passes_the_gate(
     reason = kernel.supported(problem, board) or kernel.space.fits(problem, config, board)
     if reason is not None:
         pytest.skip(reason)
-    request = {"op": kernel.name, "problem": problem.to_dict(), "config": config.to_dict(), "ordinal": 0}
-    reply = worker.submit({"do": "measure", **request}, TIMEOUT).result()
+    reply = worker.submit(measure_request(kernel.name, problem, config), TIMEOUT).result()
     assert reply["status"] == "ok", reply["message"]
     assert reply["ragged"] in ("passed", "none")
     assert reply["resources"]["spill_bytes"] == 0

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.tuner.measuring import compare_request, measure_request
 from tilewright.kernels.device import Device
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
@@ -43,10 +44,8 @@ def faulty(board: Device) -> Iterator[Pool]:
         yield pool
 
 
-def ask(pool: Pool, problem: GemmProblem, config: GemmConfig | None, timeout: float = TIMEOUT, **more: Any) -> Any:
-    named = {} if config is None else {"config": config.to_dict()}
-    request = {"do": "measure", "op": "gemm", "problem": problem.to_dict(), "ordinal": 0, **named, **more}
-    return pool.submit(request, timeout).result()
+def ask(pool: Pool, problem: GemmProblem, config: GemmConfig, timeout: float = TIMEOUT, **more: Any) -> Any:
+    return pool.submit(measure_request("gemm", problem, config, **more), timeout).result()
 
 
 def default(problem: GemmProblem, board: Device) -> GemmConfig:
@@ -120,7 +119,7 @@ def test_the_same_configuration_twice_differs_within_its_spread_in_turns_and_by_
 ) -> None:
     config = default(problem, board)
     apart = [ask(worker, problem, config) for _ in range(2)]
-    turns = ask(worker, problem, None, finalists=[config.to_dict()] * 2)
+    turns = worker.submit(compare_request("gemm", problem, [config] * 2), TIMEOUT).result()
     clocks = [reply["clocks"] for reply in (*apart, turns)]  # what a difference is from: MHz, W, reasons to throttle
     for (one, other), least in ((turns["finalists"], 0.01), (apart, APART)):
         one, other = one["times"], other["times"]

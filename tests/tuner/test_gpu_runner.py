@@ -117,6 +117,17 @@ def test_a_survey_asks_for_less(runner: GpuRunner) -> None:
     assert [request["problem"] for request in compilers.requests] == [PROBLEM.to_dict()] * 2  # no ragged one
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_finalists_are_checked_as_their_trials_are(check: bool) -> None:
+    workers = FakePool(measured)
+    compiler = Compiler(FakePool(compiled), DEVICE)  # type: ignore[arg-type]
+    runner = GpuRunner(compiler, DEVICE, workers=workers, effort=Effort(check=check))  # type: ignore[arg-type]
+    configs = [GemmConfig(64, 64, 32), GemmConfig(128, 64, 32)]
+    list(runner.run(GEMM, PROBLEM, configs))
+    list(runner.finalists(GEMM, PROBLEM, configs))
+    assert [request["check"] for request in workers.requests] == [check] * 3
+
+
 def test_finalists_are_measured_again_together(runner: GpuRunner) -> None:
     configs = [GemmConfig(64, 64, 32), GemmConfig(128, 64, 32)]
     found = dict(runner.finalists(GEMM, PROBLEM, configs))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.tuner.in_place import HALVE, HalveProblem, lazy_kernel
+from tests.tuner.in_place import HALVE, HalveConfig, HalveProblem, lazy_kernel
+from tests.tuner.measuring import compare_request, measure_request
 from tests.tuner.simulated_gpu import CudaError, SimulatedGpu
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.kernel import Kernel, Launch
@@ -40,7 +41,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
 
 
 def request(problem: GemmProblem = PROBLEM, config: GemmConfig = CONFIG, **more: Any) -> dict[str, Any]:
-    return {"op": "gemm", "problem": problem.to_dict(), "config": config.to_dict(), "ordinal": 0, **more}
+    return measure_request("gemm", problem, config, **more)
 
 
 def test_a_right_configuration_is_checked_and_timed(gpu: SimulatedGpu) -> None:
@@ -105,7 +106,7 @@ def test_every_op_is_measured_alike(gpu: SimulatedGpu, kernel: Kernel[Any, Any],
     if kernel.supported(problem, gpu.device) is not None:
         gpu.device = replace(resolve_device("h200"), l2_bytes=4096)
     config = kernel.default(problem, gpu.device)
-    reply = measure({"op": kernel.name, "problem": problem.to_dict(), "config": config.to_dict(), "ordinal": 0})
+    reply = measure(measure_request(kernel.name, problem, config))
     assert reply["status"] == "ok", reply["message"]
 
 
@@ -221,6 +222,13 @@ def test_a_malformed_request_is_the_callers_mistake(
         measure({**request(), **changes})
 
 
+@pytest.mark.parametrize("make", [request, lambda: compare_request("gemm", PROBLEM, [CONFIG])], ids=["one", "several"])
+def test_every_field_of_a_request_is_needed(gpu: SimulatedGpu, make: Callable[[], dict[str, Any]]) -> None:
+    for name in make().keys() - {"do", "finalists"}:
+        with pytest.raises(KeyError, match=name):
+            measure({key: value for key, value in make().items() if key != name})
+
+
 # Faults
 
 
@@ -299,9 +307,7 @@ def test_finalists_are_compared_and_the_wrong_ones_left_out(gpu: SimulatedGpu) -
     gpu.times_us = iter((30.0, 20.0))
     configs = [CONFIG, replace(CONFIG, BLOCK_K=8), replace(CONFIG, GROUP_M=1), replace(CONFIG, BLOCK_M=16)]
     gpu.replace = lambda launch: no_activation(launch) if dict(launch.constexprs)["BLOCK_M"] == 16 else launch
-    asked = request()
-    del asked["config"]
-    reply = measure({**asked, "finalists": [config.to_dict() for config in configs]})
+    reply = measure(compare_request("gemm", PROBLEM, configs))
     assert reply["status"] == "ok"
     assert [each["status"] for each in reply["finalists"]] == ["ok", "invalid", "ok", "incorrect"]
     assert [each["times"]["median_us"] for each in reply["finalists"] if "times" in each] == [30.0, 20.0]
@@ -310,14 +316,23 @@ def test_finalists_are_compared_and_the_wrong_ones_left_out(gpu: SimulatedGpu) -
 
 
 def test_no_finalist_that_passes_is_no_failure(gpu: SimulatedGpu) -> None:
-    reply = measure_on(gpu, {**request(), "finalists": [replace(CONFIG, BLOCK_K=8).to_dict()]})  # type: ignore[arg-type]
+    reply = measure_on(gpu, compare_request("gemm", PROBLEM, [replace(CONFIG, BLOCK_K=8)]))  # type: ignore[arg-type]
     assert [each["status"] for each in reply["finalists"]] == ["invalid"]
+
+
+def test_finalists_are_checked_as_the_request_says(gpu: SimulatedGpu) -> None:
+    gpu.replace = no_activation
+    found = {}
+    for check in (True, False):
+        reply = measure(compare_request("gemm", PROBLEM, [CONFIG, replace(CONFIG, GROUP_M=1)], check=check))
+        found[check] = {each["status"] for each in reply["finalists"]}
+    assert found == {True: {"incorrect"}, False: {"ok"}}
 
 
 # Ops that overwrite an input
 
 
-IN_PLACE = {"op": "halve", "problem": {"N": 100}, "ordinal": 0}
+IN_PLACE = measure_request("halve", HalveProblem(100), HalveConfig(32))
 
 
 @pytest.fixture
@@ -345,7 +360,7 @@ def seen(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_what_an_op_overwrites_is_restored_before_every_run(gpu: SimulatedGpu, seen: list[Any]) -> None:
-    reply = measure({**IN_PLACE, "config": {"BLOCK": 32}})
+    reply = measure(IN_PLACE)
     assert reply["status"] == "ok", reply["message"]
     assert reply["ragged"] == "passed"
     assert reply["method"] == "events"  # a graph of launches could not restore it
@@ -358,7 +373,7 @@ def test_what_an_op_overwrites_is_restored_before_every_run(gpu: SimulatedGpu, s
 
 def test_finalists_that_overwrite_an_input_find_it_whole_in_every_round(gpu: SimulatedGpu, seen: list[Any]) -> None:
     gpu.times_us = iter((30.0, 20.0))
-    reply = measure({**IN_PLACE, "finalists": [{"BLOCK": 32}, {"BLOCK": 64}]})
+    reply = measure(compare_request("halve", HalveProblem(100), [HalveConfig(32), HalveConfig(64)]))
     assert [each["times"]["median_us"] for each in reply["finalists"]] == [30.0, 20.0]
     original = HalveProblem(100).inputs(0)["x"]
     assert all(np.array_equal(each, original) for each in seen)
@@ -366,7 +381,7 @@ def test_finalists_that_overwrite_an_input_find_it_whole_in_every_round(gpu: Sim
 
 def test_an_op_that_overwrites_half_of_its_input_is_incorrect(gpu: SimulatedGpu, seen: list[Any]) -> None:
     gpu.replace = lambda launch: replace(launch, fn=lazy_kernel)
-    reply = measure({**IN_PLACE, "config": {"BLOCK": 32}})
+    reply = measure(IN_PLACE)
     assert reply["status"] == "incorrect"
     assert reply["message"].startswith("50 of 100 elements (50.00%) are off")
 
@@ -383,5 +398,5 @@ def test_without_restoring_two_runs_would_differ(
             upload(memory, data)
 
     monkeypatch.setattr(gpu, "upload", once)
-    reply = measure({**IN_PLACE, "config": {"BLOCK": 32}})
+    reply = measure(IN_PLACE)
     assert reply["status"] == "incorrect"
