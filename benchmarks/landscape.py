@@ -51,6 +51,7 @@ from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner.gpu_runner import Effort, GpuRunner
 from tilewright.tuner.pool import Pool
+from tilewright.tuner.requests import CompileReply
 from tilewright.tuner.runner import Compiler, Outcome, is_past
 from tilewright.tuner.suites import SUITES, Workload
 from tilewright.tuning_db.errors import MissingDependencyError, RunError, TilewrightError, UsageError
@@ -122,7 +123,7 @@ class Survey:
         self._places = {config: place for place, config in enumerate((*drawn, *others))}
         order = list(dict.fromkeys((*self._first, *drawn)))[:sample]
         self._queue = deque(config for config in order if config not in landscape.rows)
-        self._window: dict[Config, Future[dict[str, Any]]] = {}
+        self._window: dict[Config, Future[CompileReply]] = {}
 
     @property
     def wanted(self) -> int:
@@ -135,7 +136,7 @@ class Survey:
         return len(self._queue) + len(self._window)
 
     @property
-    def compiling(self) -> list[Future[dict[str, Any]]]:
+    def compiling(self) -> list[Future[CompileReply]]:
         """What has been asked of the compilers and not answered."""
         return [future for future in self._window.values() if not future.done()]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,14 @@ from tilewright.kernels.lookup import TIMING_PROTOCOL
 from tilewright.kernels.prediction import predict
 from tilewright.kernels.problem import Config, Problem
 from tilewright.tuner.pool import Pool
+from tilewright.tuner.requests import (
+    CompileReply,
+    FinalistsReply,
+    FinalistsRequest,
+    Measurement,
+    MeasureReply,
+    MeasureRequest,
+)
 from tilewright.tuner.runner import Compiler, Outcome, Runner, is_past
 from tilewright.tuner.timing import BUDGET_S, CLEARLY_SLOWER
 from tilewright.tuning_db.errors import UsageError
@@ -73,12 +81,12 @@ class _Trial:
     """One configuration on its way through the compilers to a GPU."""
 
     config: Config
-    code: Future[dict[str, Any]]
-    ragged: Future[dict[str, Any]] | None  # the code of the gate's second problem, if there is one
+    code: Future[CompileReply]
+    ragged: Future[CompileReply] | None  # the code of the gate's second problem, if there is one
     compiled: Outcome | None = None
     killed: str = ""  # the message, if the process was killed that measured it first
 
-    def unfinished(self) -> list[Future[dict[str, Any]]]:
+    def unfinished(self) -> list[Future[CompileReply]]:
         """What has to be compiled before it is known what becomes of the trial."""
         return [future for future in (self.code, self.ragged) if future is not None and not future.done()]
 
@@ -113,7 +121,7 @@ class GpuRunner(Runner):
         self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config], deadline: float | None = None
     ) -> Iterator[tuple[Config, Outcome]]:
         trials = [self._compile(kernel, problem, config) for config in configs]
-        measuring: dict[Future[dict[str, Any]], _Trial] = {}
+        measuring: dict[Future[MeasureReply], _Trial] = {}
         while trials or measuring:
             if is_past(deadline):
                 self._withdraw(trials)
@@ -131,7 +139,8 @@ class GpuRunner(Runner):
             compiling = [future for trial in trials for future in trial.unfinished()]
             if measuring or compiling:
                 left = max(0.0, deadline - time.monotonic()) if trials and deadline is not None else None
-                wait([*measuring, *compiling], left, FIRST_COMPLETED)
+                pending: list[Future[Any]] = [*measuring, *compiling]
+                wait(pending, left, FIRST_COMPLETED)
             for future in [each for each in measuring if each.done()]:
                 trial, reply = measuring.pop(future), future.result()
                 if reply.get("busy") and not is_past(deadline):
@@ -151,8 +160,11 @@ class GpuRunner(Runner):
     ) -> Iterator[tuple[Config, Outcome]]:
         if len(configs) < 2:
             return
-        request = {**self._request(kernel, problem), "finalists": [config.to_dict() for config in configs]}
-        reply: dict[str, Any] = {"busy": True}
+        request: FinalistsRequest = {
+            **self._request(kernel, problem),
+            "finalists": [config.to_dict() for config in configs],
+        }
+        reply: FinalistsReply = {"status": Status.TIMEOUT, "busy": True}
         while reply.get("busy"):
             timeout = MEASURE_TIMEOUT_S * len(configs)
             if deadline is not None:
@@ -199,13 +211,13 @@ class GpuRunner(Runner):
             for future in trial.unfinished():
                 self._compiler.withdraw(future)
 
-    def _measure(self, kernel: Kernel[Any, Any], problem: Problem, trial: _Trial) -> Future[dict[str, Any]]:
+    def _measure(self, kernel: Kernel[Any, Any], problem: Problem, trial: _Trial) -> Future[MeasureReply]:
         best = self._best_us.get(problem)
         skipped = "" if self._effort.ragged else "not wanted"
         if trial.ragged is not None:
             ragged = self._compiler.outcome(trial.ragged.result())
             skipped = "" if ragged.status is Status.OK else ragged.message
-        request = {
+        request: MeasureRequest = {
             **self._request(kernel, problem),
             "config": trial.config.to_dict(),
             "skip_ragged": skipped,
@@ -214,7 +226,7 @@ class GpuRunner(Runner):
         }
         return self._workers.submit(request, MEASURE_TIMEOUT_S)
 
-    def _measured(self, kernel: Kernel[Any, Any], problem: Problem, trial: _Trial, reply: Mapping[str, Any]) -> Outcome:
+    def _measured(self, kernel: Kernel[Any, Any], problem: Problem, trial: _Trial, reply: MeasureReply) -> Outcome:
         outcome = self._outcome(reply)
         if outcome.times is not None:
             self._best_us[problem] = min(outcome.times.median_us, self._best_us.get(problem, outcome.times.median_us))
@@ -227,7 +239,7 @@ class GpuRunner(Runner):
             message = f"{message}; at first, {trial.killed}".removeprefix("; ")
         return replace(outcome, resources=resources, message=message, predicted_us=predicted_us)
 
-    def _request(self, kernel: Kernel[Any, Any], problem: Problem) -> dict[str, Any]:
+    def _request(self, kernel: Kernel[Any, Any], problem: Problem) -> Measurement:
         return {
             "do": "measure",
             "op": kernel.name,
@@ -238,7 +250,7 @@ class GpuRunner(Runner):
         }
 
     @staticmethod
-    def _outcome(reply: Mapping[str, Any]) -> Outcome:
+    def _outcome(reply: MeasureReply) -> Outcome:
         times = reply.get("times")
         resources = reply.get("resources")
         return Outcome(

@@ -37,13 +37,11 @@ from tilewright.kernels.registry import find_kernel
 from tilewright.kernels.runtime import Plan
 from tilewright.tuner import gate
 from tilewright.tuner.gpu import Gpu
+from tilewright.tuner.requests import FinalistsReply, FinalistsRequest, MeasureReply, MeasureRequest, Timed
 from tilewright.tuner.timing import Sampler, Timing, replay_copies, time_one, time_rounds
 from tilewright.tuner.turns import BusyError, turn
 from tilewright.tuning_db.errors import CompileError, IllegalConfigError, LaunchError, UnsupportedError
 from tilewright.tuning_db.record import Status
-
-Request = Mapping[str, Any]
-Reply = dict[str, Any]
 
 ALIGNMENT = 256
 """Of every array in device memory, as the driver's own allocations are."""
@@ -55,25 +53,9 @@ EXIT_AFTER_FAULT = 70
 """Exit status of a process that a kernel's fault has ended (EX_SOFTWARE of sysexits.h)."""
 
 
-def measure(request: Request) -> Reply:
-    """The outcome of one configuration, or of several compared.
-
-    Args (fields of the request, all of them needed):
-        op, problem, ordinal: which kernel, on what, on which GPU.
-        seed: of the inputs.
-        check: False leaves the gate out: for benchmarks that repeat a measurement.
-        locks: the folder in which the runs of this host take turns; None: none are taken.
-        finalists: configurations to time in turns; or instead the one to measure, as:
-        config: the configuration.
-        skip_ragged: why the gate's second problem is left out, such as that its code doesn't compile; "" if it isn't.
-        give_up_above_us: timing stops early above this, unless it is None.
-        budget_s: seconds for the samples.
-
-    Returns:
-        `status`, `message` unless ok, and as far as it got `resources` (fields of `Resources`), `times` (of `Times`),
-        `gave_up`, `settled`, `method` (`replay` or `events`), `ragged` (what came of the gate's second problem) and
-        `clocks`. With finalists, `{"status": "ok", "finalists": [one such reply for each]}`. Where other runs had the
-        GPU for `TURN_S`, `{"status": "timeout", "busy": True, …}`: nothing was tried.
+def measure(request: MeasureRequest | FinalistsRequest) -> MeasureReply | FinalistsReply:
+    """The outcome of one configuration, or of several compared; nothing is tried where other runs have the GPU for
+    `TURN_S`.
 
     Raises:
         UsageError: unknown kernel, malformed problem or configuration.
@@ -82,7 +64,7 @@ def measure(request: Request) -> Reply:
     return measure_on(use_gpu(request["ordinal"]), request)
 
 
-def measure_on(gpu: Gpu, request: Request) -> Reply:
+def measure_on(gpu: Gpu, request: MeasureRequest | FinalistsRequest) -> MeasureReply | FinalistsReply:
     """`measure` on a GPU that is in use already."""
     kernel = find_kernel(request["op"])
     problem = kernel.problem.from_dict(request["problem"])
@@ -105,7 +87,7 @@ def measure_on(gpu: Gpu, request: Request) -> Reply:
         return _fault(gpu, error)
 
 
-def _single(bench: Bench, config: Config, trial: Trial, request: Request) -> Reply:
+def _single(bench: Bench, config: Config, trial: Trial, request: MeasureRequest) -> MeasureReply:
     check, skip_ragged = request["check"], request["skip_ragged"]
     if trial.plan is None:
         return trial.reply
@@ -114,13 +96,13 @@ def _single(bench: Bench, config: Config, trial: Trial, request: Request) -> Rep
         return {**trial.reply, "status": Status.INCORRECT, "message": reason}
     sampler, method = bench.sampler(trial.plan)
     timing = time_one(sampler, give_up_above_us=request["give_up_above_us"], budget_s=request["budget_s"])
-    reply = {**trial.reply, **_times(timing), "method": method, "clocks": bench.gpu.clocks()}
+    reply: MeasureReply = {**trial.reply, **_times(timing), "method": method, "clocks": bench.gpu.clocks()}
     if not check or timing.gave_up:
         return reply
     return {**reply, "ragged": f"skipped: {skip_ragged}"} if skip_ragged else _with_ragged(bench, config, reply)
 
 
-def _finalists(bench: Bench, trials: Sequence[Trial], check: bool) -> list[Reply]:
+def _finalists(bench: Bench, trials: Sequence[Trial], check: bool) -> list[MeasureReply]:
     """The replies of all, those that passed timed in turns. The gate's ragged problem is left to their first time."""
     replies = [trial.reply for trial in trials]
     samplers: dict[int, tuple[Sampler, str]] = {}
@@ -138,11 +120,11 @@ def _finalists(bench: Bench, trials: Sequence[Trial], check: bool) -> list[Reply
     return replies
 
 
-def _times(timing: Timing) -> Reply:
+def _times(timing: Timing) -> Timed:
     return {"times": dataclasses.asdict(timing.times), "gave_up": timing.gave_up, "settled": timing.settled}
 
 
-def _with_ragged(bench: Bench, config: Config, reply: Reply) -> Reply:
+def _with_ragged(bench: Bench, config: Config, reply: MeasureReply) -> MeasureReply:
     """The reply after the gate on a small problem that the configuration's tiles don't divide."""
     kernel, problem = bench.kernel, bench.problem
     other = kernel.ragged(problem, config) if kernel.ragged is not None else problem
@@ -158,15 +140,16 @@ def _with_ragged(bench: Bench, config: Config, reply: Reply) -> Reply:
     if reason is None:
         return {**reply, "ragged": "passed"}
     # A record has times exactly when it is right.
-    kept = {name: value for name, value in reply.items() if name not in ("times", "gave_up", "settled")}
-    return {**kept, "status": Status.INCORRECT, "message": f"on {other}: {reason}", "ragged": "failed"}
+    wrong = reply.copy()
+    del wrong["times"], wrong["gave_up"], wrong["settled"]
+    return {**wrong, "status": Status.INCORRECT, "message": f"on {other}: {reason}", "ragged": "failed"}
 
 
 class Trial(NamedTuple):
     """A configuration made ready to run, or the reply that says why it can't."""
 
     plan: Plan | None
-    reply: Reply
+    reply: MeasureReply
 
 
 class Placed(NamedTuple):
@@ -349,7 +332,7 @@ def _place(arrays: Mapping[str, np.ndarray[Any, Any]]) -> tuple[list[Placed], in
     return placed, end
 
 
-def _fault(gpu: Gpu, error: Exception) -> Reply:
+def _fault(gpu: Gpu, error: Exception) -> MeasureReply:
     """The reply to a CUDA error that work can go on after; after any other the process ends."""
     text = " ".join(str(error).split()) or type(error).__name__
     if not gpu.alive():

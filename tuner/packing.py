@@ -22,6 +22,7 @@ from tilewright.kernels.pack import Entry, Facts, Pack, specialization_digest, w
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.registry import KERNELS, find_kernel
 from tilewright.tuner.pool import Pool
+from tilewright.tuner.requests import BuildReply, BuildRequest
 from tilewright.tuner.runner import COMPILE_TIMEOUT_S
 from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.env import refuse_compiler_switches, refuse_if_frozen
@@ -175,7 +176,7 @@ def _compile_all(
     pool: Pool, device: Device, tasks: Sequence[_Task], constants: PackedConstants, binaries: dict[str, Binary]
 ) -> None:
     """Gives every task a choice that compiles within limits, and `binaries` its code, by specialization."""
-    futures: dict[tuple[str, ...], Future[dict[str, Any]]] = {}
+    futures: dict[tuple[str, ...], Future[BuildReply]] = {}
     pending = list(tasks)
     while pending:
         builds = []
@@ -212,7 +213,7 @@ class _Build:
         launches: tuple[Launch, ...] = self.task.kernel.launches(self.task.problem, self.task.choice.config)
         self.digests = tuple(specialization_digest(launch.with_constants(self.constants)) for launch in launches)
 
-    def request(self, arch: int) -> dict[str, Any]:
+    def request(self, arch: int) -> BuildRequest:
         assert self.task.choice is not None
         return {
             "do": "build",
@@ -231,7 +232,7 @@ def _variants(constants: PackedConstants, task: _Task) -> Iterator[tuple[tuple[s
         yield tuple((name, value) for name, value in zip(names, values, strict=True) if value is not None)
 
 
-def _outcome(reply: Mapping[str, Any], device: Device) -> tuple[str, list[Binary]]:
+def _outcome(reply: BuildReply, device: Device) -> tuple[str, list[Binary]]:
     """Why what a worker compiled can't be packed, "" if it can; and its binaries."""
     if reply["status"] != Status.OK:
         return str(reply.get("message") or reply["status"]), []

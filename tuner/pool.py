@@ -26,8 +26,21 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, overload
 
+from tilewright.tuner.requests import (
+    BuildReply,
+    BuildRequest,
+    CompileReply,
+    CompileRequest,
+    EnvironmentReply,
+    EnvironmentRequest,
+    FinalistsReply,
+    FinalistsRequest,
+    MeasureReply,
+    MeasureRequest,
+    Reply,
+)
 from tilewright.tuner.temporary import WorkerFolder, remove_abandoned
 from tilewright.tuning_db.env import compiling_environment
 from tilewright.tuning_db.errors import UsageError, WorkerError
@@ -116,8 +129,8 @@ class Worker:
             self.given_up = WorkerError(f"a worker process can't be started ({' '.join(self._command)}): {reason}")
             raise self.given_up
 
-    def request(self, request: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-        """The worker's reply, or one that says why there is none: a mapping with a `status`, and a `message` unless ok.
+    def request(self, request: Mapping[str, Any], timeout: float) -> Reply:
+        """The worker's reply, or one that says why there is none.
 
         It comes within about `timeout` seconds of the process being ready. `killed` is True in it if somebody else has
         killed the process (SIGKILL), which may be no fault of the request.
@@ -152,10 +165,13 @@ class Worker:
                 raise
             else:
                 if "error" not in message:
-                    reply: dict[str, Any] = message["reply"]
+                    reply: Reply = message["reply"]
                     return reply
                 fault = message["error"]
-            return {"status": status, "message": fault, **({"killed": True} if killed else {})}
+            failure: Reply = {"status": status, "message": fault}
+            if killed:
+                failure["killed"] = True
+            return failure
 
     def kill(self) -> None:
         """Kills the process now, in the midst of a request if there is one; it is never started again."""
@@ -341,8 +357,18 @@ class Pool:
             for worker in self._workers:
                 worker.start()
 
-    def submit(self, request: Mapping[str, Any], timeout: float) -> Future[dict[str, Any]]:
-        """The reply to come: a mapping with a `status`, and a `message` unless ok. The request must be JSON.
+    @overload
+    def submit(self, request: CompileRequest, timeout: float) -> Future[CompileReply]: ...
+    @overload
+    def submit(self, request: BuildRequest, timeout: float) -> Future[BuildReply]: ...
+    @overload
+    def submit(self, request: MeasureRequest, timeout: float) -> Future[MeasureReply]: ...
+    @overload
+    def submit(self, request: FinalistsRequest, timeout: float) -> Future[FinalistsReply]: ...
+    @overload
+    def submit(self, request: EnvironmentRequest, timeout: float) -> Future[EnvironmentReply]: ...
+    def submit(self, request: Mapping[str, Any], timeout: float) -> Future[Any]:
+        """The reply to come; of one that its worker can't make, what there is in every `Reply`.
 
         `timeout` is in seconds from when a worker takes the request up. The future raises `WorkerError` if no worker
         can be started, `CancelledError` if the pool is closed first.
@@ -427,7 +453,7 @@ class Pool:
 
 
 class _Job(NamedTuple):
-    future: Future[dict[str, Any]]
+    future: Future[Any]
     request: Mapping[str, Any]
     timeout: float
 

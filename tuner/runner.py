@@ -16,6 +16,7 @@ from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.prediction import MODEL, predict
 from tilewright.kernels.problem import Config, Problem
 from tilewright.tuner.pool import Pool
+from tilewright.tuner.requests import CompileReply, CompileRequest
 from tilewright.tuning_db.record import Provenance, Resources, Status, Times
 
 COMPILE_TIMEOUT_S = 60.0
@@ -45,7 +46,7 @@ class Compiler:
         self.jobs = pool.jobs
         self._pool = pool
         self._device = device
-        self._futures: dict[Any, Future[dict[str, Any]]] = {}
+        self._futures: dict[Any, Future[CompileReply]] = {}
 
     @property
     def compiled(self) -> int:
@@ -53,12 +54,12 @@ class Compiler:
         done = [future for future in self._futures.values() if future.done() and not future.cancelled()]
         return sum(1 for future in done if future.exception() is None and future.result()["status"] == Status.OK)
 
-    def submit(self, kernel: Kernel[Any, Any], problem: Problem, config: Config) -> Future[dict[str, Any]]:
-        """The worker's reply to come: `status`, `resources`, `num_warps`, `message`."""
+    def submit(self, kernel: Kernel[Any, Any], problem: Problem, config: Config) -> Future[CompileReply]:
+        """The worker's reply to come."""
         key = tuple(launch.specialization for launch in kernel.launches(problem, config))
         future = self._futures.get(key)
         if future is None:
-            request = {
+            request: CompileRequest = {
                 "do": "compile",
                 "op": kernel.name,
                 "problem": problem.to_dict(),
@@ -68,7 +69,7 @@ class Compiler:
             future = self._futures[key] = self._pool.submit(request, COMPILE_TIMEOUT_S)
         return future
 
-    def withdraw(self, future: Future[dict[str, Any]]) -> bool:
+    def withdraw(self, future: Future[CompileReply]) -> bool:
         """Takes back what was submitted; False if a worker has taken it up already."""
         if not future.cancel():
             return False
@@ -76,7 +77,7 @@ class Compiler:
         self._futures = {key: each for key, each in self._futures.items() if each is not future}
         return True
 
-    def outcome(self, reply: dict[str, Any]) -> Outcome:
+    def outcome(self, reply: CompileReply) -> Outcome:
         """What a reply says of the configuration on this device: OK means that it compiled and is within limits."""
         status = Status(reply["status"])
         if status is not Status.OK:
@@ -149,7 +150,7 @@ class PredictionRunner(Runner):
     ) -> Iterator[tuple[Config, Outcome]]:
         """Compiles in parallel and yields each configuration with what that showed, as they finish."""
         remaining = deque(configs)
-        waiting: dict[Future[dict[str, Any]], list[Config]] = {}
+        waiting: dict[Future[CompileReply], list[Config]] = {}
         while True:
             # No more than there are workers for: what else had finished would be lost if the run were killed.
             while remaining and len(waiting) < self._compiler.jobs and not is_past(deadline):

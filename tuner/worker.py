@@ -31,23 +31,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
+from tilewright.tuner.requests import (
+    BuildReply,
+    BuildRequest,
+    CompileReply,
+    CompileRequest,
+    EnvironmentReply,
+    EnvironmentRequest,
+    FinalistsReply,
+    FinalistsRequest,
+    MeasureReply,
+    MeasureRequest,
+)
 from tilewright.tuning_db.errors import CompileError, TilewrightError
 from tilewright.tuning_db.record import Status
 
 Request = Mapping[str, Any]
-Reply = dict[str, Any]
-Task = Callable[[Request], Reply]
+Reply = Mapping[str, Any]
+Task = Callable[[Any], Reply]
+"""Answers requests of one kind; `requests` has the fields of each."""
 
 LAST_WORD_SECONDS = 1.0
 """How long a task may go on once stdin has ended, or its time is up."""
 
 
-def compile_task(request: Request) -> Reply:
-    """Compiles one configuration and reports what it takes: of several launches, the most of each resource.
-
-    `{"op": "gemm", "problem": {…}, "config": {…}, "arch": 86}` gives `status`, `resources` (the fields of
-    `Resources`), `num_warps` and `seconds`; a refusal gives `compile_error` and the first line of its reason.
-    """
+def compile_task(request: CompileRequest) -> CompileReply:
+    """Compiles one configuration and reports what it takes; a refusal gives `compile_error` and the first line of its
+    reason."""
     from tilewright.kernels.compile import compile_launch
     from tilewright.kernels.registry import find_kernel
 
@@ -68,12 +78,8 @@ def compile_task(request: Request) -> Reply:
     }
 
 
-def build_task(request: Request) -> Reply:
-    """Compiles one configuration and hands the code over: what a pack is made of.
-
-    `{"op": …, "problem": {…}, "config": {…}, "constants": {"EPS": 1e-05}, "arch": 86}` gives `binaries`, one of each
-    launch: the fields of `Binary` without `arch` and `ptx`, the cubin in base64. A refusal as in `compile_task`.
-    """
+def build_task(request: BuildRequest) -> BuildReply:
+    """Compiles one configuration and hands the code over: what a pack is made of. A refusal as in `compile_task`."""
     from tilewright.kernels.compile import compile_launch
     from tilewright.kernels.registry import find_kernel
 
@@ -92,12 +98,11 @@ def build_task(request: Request) -> Reply:
     return {"status": Status.OK, "binaries": binaries}
 
 
-def measure_task(request: Request) -> Reply:
-    """Checks and times configurations on GPU `ordinal`; see `tilewright.tuner.measure`."""
+def measure_task(request: MeasureRequest | FinalistsRequest) -> MeasureReply | FinalistsReply:
+    """Checks and times configurations; see `tilewright.tuner.measure`."""
     from tilewright.tuner.measure import measure
 
-    reply: Reply = measure(request)
-    return reply
+    return measure(request)
 
 
 TASKS: Mapping[str, Task] = {
@@ -198,7 +203,11 @@ def main(arguments: Sequence[str]) -> None:
         prepare()
         use_gpu(ordinal)
 
-    serve({**TASKS, "measure": lambda request: measure_task({**request, "ordinal": ordinal})}, prepare_gpu)
+    def measure_there(request: MeasureRequest | FinalistsRequest) -> MeasureReply | FinalistsReply:
+        request["ordinal"] = ordinal
+        return measure_task(request)
+
+    serve({**TASKS, "measure": measure_there}, prepare_gpu)
 
 
 if __name__ == "__main__":
