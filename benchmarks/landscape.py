@@ -49,12 +49,21 @@ from tilewright.kernels.lookup import check_supported, prediction_protocol, pred
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
+from tilewright.tuner.commands.ending import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    TerminatedError,
+    exit_with,
+    heed_sigterm,
+    status_of,
+)
 from tilewright.tuner.gpu_runner import Effort, GpuRunner
 from tilewright.tuner.pool import Pool
 from tilewright.tuner.requests import CompileReply
 from tilewright.tuner.runner import Compiler, Outcome, is_past
 from tilewright.tuner.suites import SUITES, Workload
-from tilewright.tuning_db.errors import MissingDependencyError, RunError, TilewrightError, UsageError
+from tilewright.tuning_db.errors import MissingDependencyError, TilewrightError, UsageError
 
 BUDGET_S = 0.05
 """For the samples of one configuration. A landscape wants many configurations, each to a percent; a tuning run spends
@@ -81,8 +90,6 @@ SAVE_S = 20.0
 
 POLL_S = 1.0
 """Between two looks at the clock while the compilers are waited for."""
-
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
 OF_SUITES = {workload.name: workload for workload in SUITES["all"]}
 
@@ -332,14 +339,6 @@ def files(workloads: Sequence[Workload], device: Device, out: Path) -> list[Path
     return [out / f"{slug}__{device.key}.npz" for slug in slugs]
 
 
-class _TerminatedError(BaseException):
-    """SIGTERM: as Ctrl-C, it ends the run through every `finally`."""
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise _TerminatedError
-
-
 def run(surveys: Sequence[Survey], device: Device, jobs: int, effort: Effort, saver: Saver, end: float | None) -> None:
     """Starts the processes, measures, and saves whatever happens.
 
@@ -462,24 +461,21 @@ def command(
 
 def main() -> None:
     """Entry point: every error of ours is one line on stderr."""
-    signal.signal(signal.SIGTERM, _terminate)
+    heed_sigterm()
     try:
         command.main(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        _end("interrupted: what was measured is in the files, the same command goes on from there", EXIT_INTERRUPTED)
-    except _TerminatedError:
-        _end("terminated: what was measured is in the files, the same command goes on from there", EXIT_TERMINATED)
+        exit_with(
+            "interrupted: what was measured is in the files, the same command goes on from there", EXIT_INTERRUPTED
+        )
+    except TerminatedError:
+        exit_with("terminated: what was measured is in the files, the same command goes on from there", EXIT_TERMINATED)
     except click.ClickException as error:
-        _end(f"error: {error.format_message()}", EXIT_USAGE)
-    except RunError as error:
-        _end(f"error: {error}", EXIT_FAILED)
+        exit_with(f"error: {error.format_message()}", EXIT_USAGE)
+    except MissingDependencyError as error:
+        exit_with(f"error: {error}", EXIT_USAGE)  # a GPU, for all that is measured
     except TilewrightError as error:
-        _end(f"error: {error}", EXIT_USAGE)
-
-
-def _end(line: str, status: int) -> None:
-    print(line, file=sys.stderr)
-    sys.exit(status)
+        exit_with(f"error: {error}", status_of(error))
 
 
 if __name__ == "__main__":

@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 from importlib.metadata import version as package_version
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
 
 from tilewright.tuner.commands import db, exchange, listing, pack
+from tilewright.tuner.commands.ending import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    TerminatedError,
+    exit_with,
+    heed_sigterm,
+    status_of,
+)
 from tilewright.tuner.commands.model import check_options, model_options, run_model
-from tilewright.tuner.commands.output import EXIT_FAILED, EXIT_USAGE, print_table
-from tilewright.tuning_db.errors import DatabaseError, PackError, TilewrightError, UsageError
-
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
-
-
-class _TerminatedError(BaseException):
-    """SIGTERM: as Ctrl-C, it ends the run through every `finally`, so that no worker stays behind."""
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise _TerminatedError
+from tilewright.tuner.commands.output import print_table
+from tilewright.tuning_db.errors import TilewrightError
 
 
 def main() -> None:
@@ -42,12 +40,12 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        signal.signal(signal.SIGTERM, _terminate)
+        heed_sigterm()
         # Click's own handling is used for its mistakes in arguments; ours are below.
         status = cli.main(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _end(f"interrupted: {_kept()}", EXIT_INTERRUPTED)
-    except _TerminatedError:
+    except TerminatedError:
         _end(f"terminated: {_kept()}", EXIT_TERMINATED)
     except click.ClickException as error:
         hint = f" (see {error.ctx.command_path} --help)" if isinstance(error, click.UsageError) and error.ctx else ""
@@ -63,8 +61,7 @@ def main() -> None:
     except TilewrightError as error:
         if debug:
             raise
-        mistake = isinstance(error, UsageError | DatabaseError | PackError)
-        _end(f"error: {error}", EXIT_USAGE if mistake else EXIT_FAILED)
+        _end(f"error: {error}", status_of(error))
     except Exception as error:
         if debug:
             raise
@@ -79,9 +76,8 @@ def _kept() -> str:
     return "finished trials are kept, the same command goes on from there"
 
 
-def _end(line: str, status: int) -> None:
-    print("autotune: " + " ".join(line.split()), file=sys.stderr)
-    sys.exit(status)
+def _end(line: str, status: int) -> NoReturn:
+    exit_with(f"autotune: {line}", status)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from tilewright.tuner.commands.output import EXIT_FAILED, EXIT_USAGE, new_table, print_json, print_table, say
+from tilewright.tuner.commands.ending import EXIT_FAILED, EXIT_USAGE
+from tilewright.tuner.commands.output import new_table, print_json, print_table, say
 from tilewright.tuning_db.errors import DatabaseError, UsageError
 from tilewright.tuning_db.file import open_file, path_for
 from tilewright.tuning_db.upkeep import Overview

@@ -11,7 +11,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from tilewright.tuner.commands.output import EXIT_FAILED, new_table, print_table
+from tilewright.tuner.commands.ending import EXIT_FAILED
+from tilewright.tuner.commands.output import new_table, print_table
 
 if TYPE_CHECKING:
     from tilewright.tuner.tune import TuningOptions

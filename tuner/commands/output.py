@@ -11,9 +11,6 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-
 
 def new_table(columns: Sequence[str], numbers: Sequence[str] = (), more: Sequence[str] = ()) -> Table:
     """An empty table: columns of text, then of numbers, then of text again."""

@@ -1,0 +1,38 @@
+"""How a command ends before its end: one line on stderr, and its exit status."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import NoReturn
+
+from tilewright.tuning_db.errors import DatabaseError, PackError, TilewrightError, UsageError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class TerminatedError(BaseException):
+    """SIGTERM: as Ctrl-C, it ends the run through every `finally`, so that no worker stays behind."""
+
+
+def heed_sigterm() -> None:
+    """From now on SIGTERM raises `TerminatedError`."""
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise TerminatedError
+
+
+def status_of(error: TilewrightError) -> int:
+    """The exit status for an error of ours: whether the command was called wrongly, or failed."""
+    return EXIT_USAGE if isinstance(error, UsageError | DatabaseError | PackError) else EXIT_FAILED
+
+
+def exit_with(line: str, status: int) -> NoReturn:
+    """Says why, in one line, and exits."""
+    print(" ".join(line.split()), file=sys.stderr)
+    sys.exit(status)
