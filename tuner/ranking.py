@@ -54,7 +54,7 @@ ALWAYS_FITTED = 20
 
 FITTED_EVERY = 5
 
-FITTED_BESIDE_OTHERS = 6
+FITTED_BESIDE_ELSEWHERE = 6
 """The same beside trials from elsewhere, which tell the hyperparameters more than another trial does; they are kept
 from then on. On the replayed spaces later fits make searches no better, and slower."""
 
@@ -116,7 +116,7 @@ class Ranking:
         self._seed = seed
         self._first = list(dict.fromkeys(first))
         self._priors = np.stack([_flattened(prior) for prior in priors], axis=1) if priors else None
-        self._elsewhere = _Foreign(features, elsewhere, self._priors)
+        self._elsewhere = _TrialsElsewhere(features, elsewhere, self._priors)
         self._level = higher_level if elsewhere else level
         if starters is None and elsewhere:
             starters = 0
@@ -178,7 +178,7 @@ class Ranking:
             prior = told @ weights
         rest = known - prior[model.trials]
         middle, width = rest.mean(), max(self._elsewhere.spread_with(rest), _LEAST_SPREAD)
-        values = np.concatenate([model.foreign_values, (rest - middle) / width])
+        values = np.concatenate([model.values_elsewhere, (rest - middle) / width])
         if model.due:
             model.fit(values)
         places = model.places(waiting)
@@ -215,7 +215,7 @@ class Ranking:
             return False
         if len(self._elsewhere) and model.ranks_all:
             known = len(model.posterior.trials) + count - len(model.good)
-            return count <= FITTED_BESIDE_OTHERS or known >= 1.2 * MOST_FITTED
+            return count <= FITTED_BESIDE_ELSEWHERE or known >= 1.2 * MOST_FITTED
         return count <= ALWAYS_FITTED or count // FITTED_EVERY > model.fitted // FITTED_EVERY
 
     def _candidates(self, tried: Rows, values: Array) -> Rows:
@@ -234,7 +234,7 @@ class Ranking:
         return np.array(sorted(kept.union(map(int, others))), dtype=np.intp)
 
 
-class _Foreign:
+class _TrialsElsewhere:
     """Trials from elsewhere, as the process takes them in: what the priors leave over, standardised search by search.
 
     Args:
@@ -290,7 +290,7 @@ class _Model:
         values: Array,
         failed: Rows,
         candidates: Rows,
-        elsewhere: _Foreign,
+        elsewhere: _TrialsElsewhere,
     ) -> None:
         self._process = process
         self._working = working
@@ -303,9 +303,9 @@ class _Model:
         self.failed = list(map(int, failed))
         self.used = _worth_fitting(values, MOST_FITTED)
         # The more was tried here, the fewer from elsewhere.
-        foreign = _worth_fitting(elsewhere.values, max(0, MOST_FITTED - len(self.used)))
-        self.foreign_values = elsewhere.values[foreign]
-        self._features = np.concatenate([features[candidates], elsewhere.features[foreign]])
+        used_elsewhere = _worth_fitting(elsewhere.values, max(0, MOST_FITTED - len(self.used)))
+        self.values_elsewhere = elsewhere.values[used_elsewhere]
+        self._features = np.concatenate([features[candidates], elsewhere.features[used_elsewhere]])
         self.due = True
         self.posterior = Posterior(process, self._features)
         self.posterior.trials = [*range(len(candidates), len(self._features)), *self.places(good[self.used])]
@@ -314,7 +314,7 @@ class _Model:
     @property
     def trials(self) -> list[int]:
         """Where the trials made here are among the candidates."""
-        return self.posterior.trials[len(self.foreign_values) :]
+        return self.posterior.trials[len(self.values_elsewhere) :]
 
     def places(self, rows: Iterable[int]) -> list[int]:
         """Where rows are among the candidates; those that are not there are left out."""

@@ -108,11 +108,13 @@ class EnumeratedSampler(BaseSampler):
             raise UsageError(f"first={list(first)} must be indices of the list, 0 to {len(configs) - 1}")
         if starters is not None and starters < 0:
             raise UsageError(f"{starters=} must be at least 0")
-        others = [{name: _plain(value) for name, value in config.items()} for tried, _ in elsewhere for config in tried]
-        for config in others:
+        tried_elsewhere = [
+            {name: _plain(value) for name, value in config.items()} for tried, _ in elsewhere for config in tried
+        ]
+        for config in tried_elsewhere:
             if config.keys() != set(names):
                 raise UsageError(f"configuration {config} must have exactly the names {', '.join(names)}")
-        features = encode(self.axes, [*self._configs, *others])
+        features = encode(self.axes, [*self._configs, *tried_elsewhere])
         self.features = features[: len(configs)]
         """Of every configuration, as the surrogate sees it: array of (configurations, features)."""
         searches, start = [], len(configs)

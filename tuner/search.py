@@ -34,7 +34,8 @@ PLATEAU_BATCHES = 2
 
 MOST_JOINED = 150
 """Trials made elsewhere that the search's own process takes in, those of the nearest sources; of a source with more, a
-process of its own gives a prior, and what was tried there counts as it is."""
+process of its own gives a prior, and what was tried there counts as it is. That process has a limit of its own,
+`priors.MOST_TRIALS`: what joins, of all sources together, shares `ranking.MOST_FITTED` with the trials made here."""
 
 
 @dataclass(frozen=True, slots=True)

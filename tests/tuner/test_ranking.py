@@ -26,7 +26,7 @@ def log_time(config: dict) -> float:
 
 TIMES = np.array([log_time(config) for config in LIST])
 BEST = int(np.nanargmin(TIMES))
-NOTHING = ranking._Foreign(FEATURES, [], None)
+NOTHING = ranking._TrialsElsewhere(FEATURES, [], None)
 
 
 def search(trials: int, batch: int = 1, **options) -> list[int]:
@@ -172,7 +172,7 @@ def test_of_trials_elsewhere_what_a_prior_leaves_over_is_taken_in() -> None:
     known = np.flatnonzero(~np.isnan(TIMES))[::5]
     prior = np.minimum(np.nan_to_num(TIMES, nan=1.0), np.nanmedian(TIMES))[:, None]
     seen = Elsewhere(FEATURES[known], 7.0 + TIMES[known])
-    beside, alone = ranking._Foreign(features, [seen], prior), ranking._Foreign(features, [seen], None)
+    beside, alone = ranking._TrialsElsewhere(features, [seen], prior), ranking._TrialsElsewhere(features, [seen], None)
     assert beside.features.shape == alone.features.shape == (len(known), FEATURES.shape[1] + 1)
     assert set(beside.features[:, -1]) == {1.0}
     assert alone.values.std() == pytest.approx(1)
@@ -187,7 +187,7 @@ def test_the_more_is_tried_here_the_less_is_taken_from_elsewhere(monkeypatch: py
     for count in (5, 25, 35):
         proposals.propose(rows[:count], TIMES[rows[:count]])
         assert proposals._model is not None
-        told.append((len(proposals._model.foreign_values), len(proposals._model.trials)))
+        told.append((len(proposals._model.values_elsewhere), len(proposals._model.trials)))
     assert told == [(25, 5), (5, 25), (0, 30)]
 
 
