@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from tilewright.kernels.compile import ptxas_version, triton_version
 from tilewright.kernels.device import Device
-from tilewright.kernels.lookup import TIMING_PROTOCOL, code_hash, prediction_protocol
+from tilewright.kernels.lookup import TIMING_PROTOCOL, code_hash, config_defaults, prediction_protocol
 from tilewright.kernels.problem import Config
 from tilewright.kernels.registry import KERNELS
+from tilewright.tuning_db import lookup
 from tilewright.tuning_db.errors import ProblemError
 from tilewright.tuning_db.record import Record
 from tilewright.tuning_db.upkeep import Revision
@@ -35,7 +36,7 @@ def is_of_this_code(revision: Revision) -> bool:
     return kernel is not None and (revision.kernel_hash, revision.protocol) == (code_hash(kernel), TIMING_PROTOCOL)
 
 
-def default_config(op: str, problem: str, device: Device) -> str | None:
+def default_text(op: str, problem: str, device: Device) -> str | None:
     """The default configuration of a problem on a device, all in canonical JSON; None of a problem of another revision,
     whose fields nobody here knows."""
     kernel = _KERNELS.get(op)
@@ -49,15 +50,9 @@ def default_config(op: str, problem: str, device: Device) -> str | None:
 
 
 def present_form(op: str, config: str) -> str:
-    """A configuration (canonical JSON) as the present revision writes it, with the fields that an earlier one didn't
-    have; as it is, where it is none of the present kind."""
+    """The text of an op's configuration as the present revision writes it, by which a lookup knows it again."""
     kernel = _KERNELS.get(op)
-    if kernel is None:
-        return config
-    try:
-        return str(kernel.space.config.from_json(config).to_json())
-    except ProblemError:
-        return config
+    return config if kernel is None else lookup.present_form(config, config_defaults(kernel))
 
 
 def objection(record: Record) -> str | None:

@@ -192,16 +192,26 @@ class _Question:
         return frozenset(row["config"] for row in self.own.rows(_REFUTED, digests))
 
     def form(self, config: str) -> str:
-        """The text of a configuration as this revision writes it, with the fields that an earlier one didn't have."""
-        if not self.defaults:
-            return config
-        try:
-            fields = json.loads(config)
-        except ValueError:
-            return config
-        if not isinstance(fields, dict) or fields.keys() >= self.defaults.keys():
-            return config
-        return canonical_json({**self.defaults, **fields})
+        """The text of a configuration as this revision writes it."""
+        return present_form(config, self.defaults)
+
+
+def present_form(config: str, defaults: Mapping[str, Any]) -> str:
+    """The text of a configuration with the fields that the revision it is of didn't have; all in canonical JSON.
+
+    Args:
+        config: the text; what is no configuration stays as it is.
+        defaults: the fields that may be left out, with what they then are.
+    """
+    if not defaults:
+        return config
+    try:
+        fields = json.loads(config)
+    except ValueError:
+        return config
+    if not isinstance(fields, dict) or fields.keys() >= defaults.keys():
+        return config
+    return canonical_json({**defaults, **fields})
 
 
 def answers(

@@ -7,7 +7,9 @@ import pytest
 from tests.tuner.commands.test_exchange import DEVICE, PROBLEM, record
 from tilewright.kernels.lookup import prediction_protocol
 from tilewright.kernels.ops.gemm.launch import GEMM
-from tilewright.tuner.installation import default_config, is_current, is_of_this_code, objection
+from tilewright.kernels.ops.gemm.space import GemmConfig
+from tilewright.tuner.installation import default_text, is_current, is_of_this_code, objection, present_form
+from tilewright.tuning_db.record import canonical_json
 from tilewright.tuning_db.upkeep import Revision
 
 RECORD = record(3.0)
@@ -47,6 +49,17 @@ def test_what_any_toolchain_may_answer_as_measured_is_of_this_code() -> None:
 
 
 def test_the_default_of_a_problem_on_record() -> None:
-    assert default_config("gemm", PROBLEM.to_json(), DEVICE) == GEMM.default(PROBLEM, DEVICE).to_json()
-    assert default_config("gemm", '{"of":"old"}', DEVICE) is None
-    assert default_config("unheard of", PROBLEM.to_json(), DEVICE) is None
+    assert default_text("gemm", PROBLEM.to_json(), DEVICE) == GEMM.default(PROBLEM, DEVICE).to_json()
+    assert default_text("gemm", '{"of":"old"}', DEVICE) is None
+    assert default_text("unheard of", PROBLEM.to_json(), DEVICE) is None
+
+
+def test_a_configuration_of_an_earlier_revision_gets_the_fields_it_lacks() -> None:
+    config = GemmConfig(64, 64, 32)
+    fields = config.to_dict()
+    assert present_form("gemm", config.to_json()) == config.to_json()
+    assert fields.pop("SPLIT_K") == 1
+    assert present_form("gemm", canonical_json(fields)) == config.to_json()
+    for text in ("[]", "no JSON"):
+        assert present_form("gemm", text) == text
+    assert present_form("unheard of", "{}") == "{}"

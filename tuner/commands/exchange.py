@@ -44,7 +44,7 @@ def export(device: str, kernels: tuple[str, ...], best: int | None, form: str, o
     with the package."""
     from tilewright.kernels.devices import resolve_device
     from tilewright.kernels.registry import find_kernel
-    from tilewright.tuner.installation import default_config, objection, present_form
+    from tilewright.tuner.installation import default_text, objection, present_form
     from tilewright.tuning_db import interchange, shipping
     from tilewright.tuning_db.env import database_dir
     from tilewright.tuning_db.selection import BestFew
@@ -52,7 +52,7 @@ def export(device: str, kernels: tuple[str, ...], best: int | None, form: str, o
 
     ops = [find_kernel(name).name for name in kernels]
     target = resolve_device(device)
-    few = best and BestFew(best, lambda op, problem: default_config(op, problem, target), present_form)
+    few = best and BestFew(best, lambda op, problem: default_text(op, problem, target), present_form)
     chosen: dict[str, Any] = {"ops": ops, "best": few}
     if form == "sqlite" and output == STREAM:
         raise UsageError("a database is a file that is opened by its name: --output can't be stdout (-)")

@@ -17,7 +17,7 @@ import pytest
 from tilewright.kernels import GemmProblem, choose, resolve_device
 from tilewright.kernels.lookup import record_key
 from tilewright.kernels.ops.gemm.launch import GEMM
-from tilewright.tuner.installation import default_config
+from tilewright.tuner.installation import default_text
 from tilewright.tuning_db import Environment, Provenance, Record, Resources, Status, Times, TuningDB, interchange
 
 DEVICE = resolve_device("rtx3090")
@@ -69,7 +69,7 @@ def test_a_round_trip_gives_the_same_bytes(autotune, tmp_path: Path, stdin) -> N
 
 
 def test_the_best_few_and_the_default(autotune, tmp_path: Path) -> None:
-    default = replace(record(9.0), config=str(default_config("gemm", PROBLEM.to_json(), DEVICE)))
+    default = replace(record(9.0), config=str(default_text("gemm", PROBLEM.to_json(), DEVICE)))
     others = [each for each in (record(2.0 + tile, tile=tile) for tile in range(4)) if each.config != default.config]
     failed = replace(record(1.0, tile=4), status=Status.INCORRECT, times=None)
     fill(tmp_path / "here", default, *others, failed)
