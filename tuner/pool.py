@@ -33,8 +33,6 @@ from tilewright.tuner.requests import (
     BuildRequest,
     CompileReply,
     CompileRequest,
-    EnvironmentReply,
-    EnvironmentRequest,
     FinalistsReply,
     FinalistsRequest,
     MeasureReply,
@@ -365,8 +363,6 @@ class Pool:
     def submit(self, request: MeasureRequest, timeout: float) -> Future[MeasureReply]: ...
     @overload
     def submit(self, request: FinalistsRequest, timeout: float) -> Future[FinalistsReply]: ...
-    @overload
-    def submit(self, request: EnvironmentRequest, timeout: float) -> Future[EnvironmentReply]: ...
     def submit(self, request: Mapping[str, Any], timeout: float) -> Future[Any]:
         """The reply to come; of one that its worker can't make, what there is in every `Reply`.
 

@@ -108,18 +108,3 @@ class FinalistsReply(Reply):
     finalists: NotRequired[list[MeasureReply]]
     clocks: NotRequired[dict[str, Any]]
     busy: NotRequired[bool]  # as in `MeasureReply`
-
-
-class EnvironmentRequest(TypedDict):
-    """To say what compiles."""
-
-    do: Literal["environment"]
-    arch: int
-
-
-class EnvironmentReply(Reply):
-    """Versions of what compiles."""
-
-    triton: str
-    ptxas: str
-    python: str

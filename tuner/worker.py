@@ -36,8 +36,6 @@ from tilewright.tuner.requests import (
     BuildRequest,
     CompileReply,
     CompileRequest,
-    EnvironmentReply,
-    EnvironmentRequest,
     FinalistsReply,
     FinalistsRequest,
     MeasureReply,
