@@ -32,7 +32,9 @@ def default(problem: GemmProblem, device: Device) -> GemmConfig:
             num_stages=4 if copies else 1,
         )
     elif copies and vector_bytes(problem) == 16 and min(rows, problem.N) >= 1024:
-        config = GemmConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=deep, num_warps=8, num_stages=4)
+        # A group's sums, scaled, go to those of the tile: of 128 columns they spill where tensor memory has the former.
+        columns = 64 if problem.group_size and device.major == 10 else 128
+        config = GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=deep, num_warps=8, num_stages=4)
     else:
         config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=deep if copies else 32, num_stages=4 if copies else 1)
     if problem.group_size:
