@@ -254,18 +254,21 @@ class DlpackKind(CupyKind):
     def adopt(self, array: Any) -> Any:
         other = hasattr(array, "__cuda_array_interface__")
         if hasattr(array, "__dlpack__"):
-            place = array.__dlpack_device__()[0] if hasattr(array, "__dlpack_device__") else _IN_CUDA[0]
-            if place not in _IN_CUDA and not other:
-                raise UnsupportedError(
-                    f"a {type(array).__name__} is not in a GPU's memory (DLPack's device type is {int(place)}): move "
-                    f"it there"
-                )
+            name = type(array).__name__
             try:
-                return self._cupy.from_dlpack(array)
-            # A type one of the two doesn't exchange.
-            except (BufferError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+                place = array.__dlpack_device__()[0] if hasattr(array, "__dlpack_device__") else _IN_CUDA[0]
+                if place in _IN_CUDA:
+                    return self._cupy.from_dlpack(array)
+            except self._cupy.cuda.runtime.CUDARuntimeError:  # of an earlier kernel, perhaps
+                raise
+            except (BufferError, RuntimeError, TypeError, ValueError) as error:
                 if not other:
-                    raise UnsupportedError(f"CuPy can't take a {type(array).__name__} by DLPack: {error}") from error
+                    raise UnsupportedError(f"CuPy can't take a {name} by DLPack: {error}") from error
+            else:
+                if not other:
+                    raise UnsupportedError(
+                        f"a {name} is not in a GPU's memory (DLPack's device type is {int(place)}): move it there"
+                    )
         if not other:
             raise UnsupportedError(
                 f"{type(array).__name__} is no array: pass NumPy, CuPy, torch or JAX arrays, or any with DLPack"

@@ -7,6 +7,7 @@ arrays, new arrays for results, numbers as device arrays, and no output over an 
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -277,16 +278,21 @@ class Operation:
             self._learn(kind, arrays, outs, options)
         return self.run(with_numbers, outs, options)
 
-    def make_ready(self, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> None:
-        """Does all of a call but the launch, which then can't be refused: arrays are the library's own, numbers floats.
+    def made_ready(self, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Callable[[], Arrays]:
+        """A call of which nothing is left but the launch: arrays are the library's own, numbers floats.
 
         Raises:
             As `run`.
         """
-        kind = kind_of(arrays[0])
-        signatures, _, _ = kind.look(arrays + outs)
-        if (kind, options, tuple(signatures)) not in self._calls:
+        kind, given = kind_of(arrays[0]), arrays + outs
+        signatures, addresses, arguments = kind.look(given)
+        key = (kind, options, tuple(signatures))
+        if key not in self._calls:
             self._learn(kind, arrays, outs, options)
+        call, guards = self._calls[key]
+        for guard in guards:
+            guard.check(kind, given, outs, addresses)
+        return functools.partial(call.run, kind, arrays, outs, arguments)
 
     def _learn(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> None:
         """Keeps what there is to know of all calls with the signatures of this one."""

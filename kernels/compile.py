@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tilewright.kernels.barriers import stale_barriers
-from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, WARP_SIZE, Device, registers_allowed
+from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, REGISTERS_PER_BLOCK, WARP_SIZE, Device
 from tilewright.kernels.kernel import Launch
 from tilewright.tuning_db import env
 from tilewright.tuning_db.errors import CompileError, UsageError
@@ -115,8 +115,7 @@ def _compile(launch: Launch, arch: int, ptx_isa: int | None) -> Binary:
             raise CompileError(
                 f"Triton {triton_version()} copies operands over barriers at {stale} that it left behind"
             )
-    most = registers_allowed(binary.num_warps)
-    most = most if most == MAX_REGISTERS_PER_THREAD else most // 8 * 8
+    most = min(MAX_REGISTERS_PER_THREAD, REGISTERS_PER_BLOCK // (binary.num_warps * WARP_SIZE) // 8 * 8)
     if binary.resources.spill_bytes and binary.resources.registers < most:
         # ptxas spills a few bytes where that fits another block on an SM: 3 kernels in a thousand, at 72, 80, 96 or 128
         # registers. Told how many there are, it takes what it needs.

@@ -94,7 +94,8 @@ def prediction_protocol(kernel: Kernel[Any, Any]) -> str:
 
 def _prediction_protocol(kernel: Kernel[Any, Any]) -> str:
     told = {function.__module__ for function in (kernel.space.fits, kernel.space.useful, kernel.estimate, kernel.work)}
-    told |= {kernel.problem.__module__, Work.__module__, Device.__module__, predict.__module__, catalogue.__name__}
+    told |= {kernel.problem.__module__, type(kernel.space).__module__, Work.__module__, Device.__module__}
+    told |= {predict.__module__, catalogue.__name__}
     hashes = " ".join(module_hash(sys.modules[name]) for name in sorted(told))
     return f"{MODEL}-{hashlib.sha256(hashes.encode()).hexdigest()[:8]}"
 

@@ -27,8 +27,8 @@ def module_hash(module: ModuleType) -> str:
 
 @cache
 def called_hash(module: ModuleType) -> str:
-    """SHA-256, in hexadecimal, of the plain functions of ops that the functions of a module use: what a module that
-    makes launches asks of its neighbours, such as how many tiles there are."""
+    """SHA-256, in hexadecimal, of the plain functions of ops, and the constants, that the functions of a module use:
+    what a module that makes launches asks of its neighbours, such as how many tiles there are."""
     digest = hashlib.sha256()
     for function in [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.FunctionDef)]:
         for node in ast.walk(function):
@@ -40,6 +40,8 @@ def called_hash(module: ModuleType) -> str:
                 value = getattr(owner, node.attr, None) if inspect.ismodule(owner) else None
             if inspect.isfunction(value) and value.__module__.startswith("tilewright.kernels.ops."):
                 digest.update(_python_text(textwrap.dedent(inspect.getsource(value))).encode() + b"\0")
+            elif isinstance(value, int | float | str | tuple):
+                digest.update(f"{ast.unparse(node)}={value!r}".encode() + b"\0")
     return digest.hexdigest()
 
 

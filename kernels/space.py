@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -77,18 +78,26 @@ class Space(Generic[P, C]):
 
 def malformed(config: Config, powers_of_two: Collection[str]) -> str | None:
     """None, or which field is no flag, no integer of at least 1, or none of the powers of two that it has to be."""
-    for name, kinds in field_types(type(config)).items():  # type: ignore[arg-type]  # a class is hashable
+    for name, is_flag in _flags(type(config)):  # type: ignore[arg-type]  # a class is hashable
         value = getattr(config, name)
-        if bool in kinds:
-            if not isinstance(value, bool):
+        if is_flag:
+            if value is not True and value is not False:
                 return f"{name}={value!r} must be true or false"
-        elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        elif value.__class__ is not int or value < 1:
             return f"{name}={value!r} must be an integer of at least 1"
-        elif name in powers_of_two and value & (value - 1):
+    for name in powers_of_two:
+        value = getattr(config, name)
+        if value & (value - 1):
             return f"{name}={value} must be a power of two"
     if config.num_warps > MAX_WARPS_PER_BLOCK:
         return f"num_warps={config.num_warps} is over the {MAX_WARPS_PER_BLOCK} of a block"
     return None
+
+
+@functools.cache
+def _flags(cls: type[Config]) -> tuple[tuple[str, bool], ...]:
+    """Every field, and whether it is a flag."""
+    return tuple((name, bool in kinds) for name, kinds in field_types(cls).items())  # type: ignore[arg-type]
 
 
 def over_block(config: Config, device: Device, *, held: float, shared_bytes: int) -> str | None:

@@ -26,8 +26,8 @@ equals its float64 reference in Triton's interpreter; the last column is a probl
 What is missing raises `UnsupportedError`, which is also a `NotImplementedError`. Written by
 `python -m tilewright.kernels.support`; a test holds it to the code.
 
-A mark in brackets says that it compiles and is right there too, but `autotune` doesn't try it: it has no effect on that
-arch (warp groups are Hopper's), or isn't known to be of use.
+A mark in brackets says that it compiles and is right there too, but `autotune` doesn't try it, and some of its tiles
+spill: it has no effect on that arch (warp groups are Hopper's), or isn't known to be of use.
 
 sm_75 has no tensor-core path in Triton: what is marked there runs on CUDA cores.
 """

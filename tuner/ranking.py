@@ -55,8 +55,9 @@ ALWAYS_FITTED = 20
 FITTED_EVERY = 5
 
 FITTED_BESIDE_ELSEWHERE = 6
-"""The same beside trials from elsewhere, which tell the hyperparameters more than another trial does; they are kept
-from then on. On the replayed spaces later fits make searches no better, and slower."""
+"""The same beside trials from elsewhere, of a list that is ranked as a whole: they tell the hyperparameters more than
+another trial does, and these are kept from then on. On the replayed spaces later fits make searches no better, and
+slower."""
 
 MOST_FITTED = 200
 """Trials the process is fitted to at the most: the better half of these, and an even share of the rest. A fifth more

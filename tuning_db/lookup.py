@@ -200,7 +200,7 @@ def present_form(config: str, defaults: Mapping[str, Any]) -> str:
     """The text of a configuration with the fields that the revision it is of didn't have; all in canonical JSON.
 
     Args:
-        config: the text; what is no configuration stays as it is.
+        config: the text; what is no JSON object stays as it is.
         defaults: the fields that may be left out, with what they then are.
     """
     if not defaults:
@@ -383,7 +383,8 @@ def _forms(files: _Files, question: _Question, group: _Group) -> set[str]:
 def _transfers(files: _Files, key: Key, near: Near | None) -> Iterator[tuple[bool, _Problem]]:
     """Steps 1 to 3: whether they are of other boards, and the groups of records that could answer or be carried over,
     by problem and board, best first."""
-    for of_others, asked in ((False, files.of_device), (True, files.of_others)):
+    for of_others in (False, True):
+        asked = files.of_others if of_others else files.of_device  # opened no earlier than here
         for of_shapes in (None,) if near is None else (None, near):
             for groups in _ranked(files, asked, key, of_shapes):
                 yield of_others, groups

@@ -148,7 +148,9 @@ def cupy(monkeypatch):
     module.cuda = SimpleNamespace(
         Device=FakeDevice,
         get_current_stream=lambda device=-1: SimpleNamespace(ptr=100 + device),
-        runtime=SimpleNamespace(getDeviceCount=lambda: 2, CUDARuntimeError=RuntimeError),
+        runtime=SimpleNamespace(
+            getDeviceCount=lambda: 2, CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {})
+        ),
     )
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module

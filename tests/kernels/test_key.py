@@ -23,6 +23,7 @@ from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.lookup import TIMING_PROTOCOL, answer, record_key
 from tilewright.kernels.ops.attention import jit as attention_jit
 from tilewright.kernels.ops.conv2d import jit as conv2d_jit
+from tilewright.kernels.ops.conv2d import launch as conv2d_launch
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
 from tilewright.kernels.ops.gemm import jit as gemm_jit
 from tilewright.kernels.ops.gemm import launch as gemm_launch
@@ -273,6 +274,14 @@ def test_other_code_of_any_kernel_misses(measured, found, edit, kernel: Kernel[A
         measured(kernel, problem)
         edit(function.fn, ANOTHER)
         assert not found(kernel, problem)
+
+
+@pytest.mark.parametrize(("module", "kernel"), [(gemm_launch, GEMM), (conv2d_launch, find_kernel("conv2d"))])
+def test_another_constant_that_launches_take_misses(measured, found, monkeypatch, module, kernel) -> None:
+    measured(kernel, PROBLEMS[kernel.name])
+    forget_hashes()
+    monkeypatch.setattr(module, "FP8_SUM", 64)
+    assert not found(kernel, PROBLEMS[kernel.name])
 
 
 @pytest.mark.parametrize("what", UNRELATED)

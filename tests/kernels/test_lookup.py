@@ -460,7 +460,7 @@ def test_predictions_are_another_protocol_when_what_an_op_tells_of_itself_change
     assert prediction_protocol(replace(GEMM)) != protocols["gemm"]  # a copy: that of the registered one is remembered
 
 
-@pytest.mark.parametrize("module", ["prediction", "catalogue", "device"])
+@pytest.mark.parametrize("module", ["prediction", "catalogue", "device", "space"])
 def test_predictions_are_another_protocol_when_the_model_or_a_boards_figures_change(monkeypatch, module):
     hashed, before = lookup_module.module_hash, prediction_protocol(replace(GEMM))
     monkeypatch.setattr(

@@ -12,7 +12,7 @@ from tests.kernels.compiling import compiled, described
 from tests.kernels.conformance import Guarded, check
 from tilewright.kernels import KERNELS, resolve_device
 from tilewright.kernels.runtime import InterpretedPlan
-from tilewright.kernels.support import ARCHS, mark, table, works
+from tilewright.kernels.support import ARCHS, mark, table, tried, works
 from tilewright.tuning_db.env import compiling_environment
 
 ROOT = Path(__file__).parent.parent.parent
@@ -80,10 +80,12 @@ def test_a_feature_equals_its_reference(kernel, problem, config):
 
 def compiles(arch, features):
     claimed = [feature for feature in features if works(*feature, f"sm_{arch}")]
-    for reply in compiled(arch, [(kernel.name, problem, config) for kernel, problem, config in claimed]):
+    replies = compiled(arch, [(kernel.name, problem, config) for kernel, problem, config in claimed])
+    for feature, reply in zip(claimed, replies, strict=True):
         for launch in (reply, *reply["more"]):
             assert "error" not in launch, f"{described(reply)}: {launch.get('error')}"
-            assert launch["over"] is None, f"{described(reply)}: {launch['over']}"
+            # What no tuner tries there may spill: its mark is in brackets.
+            assert launch["over"] is None or not tried(*feature, f"sm_{arch}"), f"{described(reply)}: {launch['over']}"
 
 
 @pytest.mark.parametrize("turn", range(5), ids=[f"sm_{arch}" for arch in OTHERS])

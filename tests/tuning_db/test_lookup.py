@@ -281,6 +281,16 @@ def test_boards_that_cannot_be_asked_are_noted(fill, tmp_path: Path, key: Key) -
     assert bad.exists()
 
 
+def test_boards_are_asked_only_where_this_one_has_no_answer(fill, tmp_path: Path, key: Key) -> None:
+    fill({"device": "a10-72"}, {})
+    (tmp_path / "a40-84.sqlite").write_bytes(b"this is no database" * 100)
+    with TuningDB.open(key.device, tmp_path) as db:
+        answer = db.best(key)
+        assert answer is not None
+        assert answer.reason == "exact"
+        assert db.skipped == {}  # the damaged one was not opened
+
+
 def test_a_copy_of_the_file_is_no_other_board(fill, ask, tmp_path: Path, key: Key) -> None:
     fill({})
     (tmp_path / f"{key.device}.sqlite").rename(tmp_path / "backup.sqlite")

@@ -15,18 +15,19 @@ from typing import Any
 
 import onnx_ir as ir
 
+from tilewright.tuner.model.assemble import Findings, assemble, closing_lines
 from tilewright.tuner.model.calibration.data import Samples, load_data
 from tilewright.tuner.model.fuse import FusionReport
 from tilewright.tuner.model.messages import listed, quoted, shown
 from tilewright.tuner.model.output_folder import RESUME, OutputFolder, check_output, output_folder
 from tilewright.tuner.model.precision.lower import lower
-from tilewright.tuner.model.prepare import Prepared, check_reading, prepare, resume_key
+from tilewright.tuner.model.prepare import Prepared, check_reading, prepare
 from tilewright.tuner.model.report import document as parts
-from tilewright.tuner.model.report.assemble import Findings, assemble, closing_lines
 from tilewright.tuner.model.report.estimate import estimate
 from tilewright.tuner.model.report.html import write_page
 from tilewright.tuner.model.report.readme import write_readme
 from tilewright.tuner.model.request import Request
+from tilewright.tuner.model.resume import resume_key
 from tilewright.tuner.model.verify.compare import Comparison, Reference
 from tilewright.tuner.model.workloads import ModelWorkloads, workloads
 from tilewright.tuner.model.write import write_model

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
-from pathlib import Path
 
 import onnx_ir as ir
 
@@ -97,20 +92,3 @@ def check_reading(request: Request, prepared: Prepared, data: Samples, tell: Cal
             f"{request.model} computes something else once it is read, which inlines functions and converts it to "
             f"opset {OPSET}: output {quoted(output.output)} {how}. Export it with opset {OPSET}, without functions"
         )
-
-
-def resume_key(request: Request, source: Source, data: Samples) -> str:
-    """A hash of what scales and errors depend on, besides the plan."""
-    digest = hashlib.sha256(source.digest.encode())
-    settings = [data.digest, request.precision, request.device.key, str(request.budget), _code()]
-    digest.update(json.dumps([settings, dict(request.shapes), dict(request.dims)], sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-@cache
-def _code() -> list[str]:
-    """What computes scales and errors: a hash of this package's files, and the versions of the libraries."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return [digest.hexdigest(), *(version(name) for name in ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy"))]

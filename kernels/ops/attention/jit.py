@@ -30,7 +30,7 @@ def attention_kernel(
     kv_lens_ptr,  # int32 per sequence, or None
     # sizes
     H,
-    Sq,  # of varlen sequences, the longest
+    Sq,  # of varlen sequences, the most that are computed
     Skv,
     window_left,  # keys further before the diagonal are masked; None: no limit
     window_right,

@@ -35,8 +35,8 @@ class AttentionProblem(Problem):
 
     Left out, `Hkv` is H, `Dv` is D, `out_dtype` the input's (bf16 for fp8). A window that masks nothing, and `causal`
     for one query, are left out themselves, but for `varlen`, of which a sequence may have more. Of sequences of
-    different lengths (`varlen`, `kv_lens`), Sq and Skv are the longest; `lengths` says which they are when the problem
-    is measured.
+    different lengths (`varlen`, `kv_lens`), Sq and Skv are the longest, or the most that count; `lengths` says which
+    they are when the problem is measured.
     """
 
     op: ClassVar[str] = "attention"

@@ -61,7 +61,8 @@ def work(problem: AttentionProblem, config: AttentionConfig) -> Work:
     dv = sum(value_blocks(problem, config))
     # Keys that a query sees, of all there are of its sequence, and those in blocks that it has to visit.
     seen = problem.flops() / (2 * problem.H * (problem.D + problem.dim_v)) / max(1, int(queries.sum()))
-    edge = config.BLOCK_N if problem.window_left is not None else 0.5 * config.BLOCK_N if problem.causal else 0.0
+    slanted = problem.causal and problem.Sq > 1
+    edge = config.BLOCK_N if problem.window_left is not None else 0.5 * config.BLOCK_N if slanted else 0.0
     visited = min(float(keys.max()), seen + edge + (config.BLOCK_M / heads if problem.window_left is not None else 0.0))
     blocks = max(1, math.ceil(visited / config.BLOCK_N))
     in_block = min(config.BLOCK_N, visited)
@@ -70,7 +71,7 @@ def work(problem: AttentionProblem, config: AttentionConfig) -> Work:
     term = 0.0 if problem.bias is None else dtype(problem.bias).bytes
     scores = config.BLOCK_M * config.BLOCK_N
     # Rows of a causal square see all keys at the most, twice the mean; of a window, no more than it.
-    longest = min(float(keys.max()), 2 * visited) if problem.causal else visited
+    longest = min(float(keys.max()), 2 * visited) if slanted else visited
     if problem.window_left is not None:
         longest = min(longest, problem.window_left + 1 + edge + config.BLOCK_M / heads)
     longest = max(longest, visited)

@@ -29,9 +29,9 @@ def default(problem: Conv2dProblem, device: Device) -> Conv2dConfig:
             # Narrow loads have an address each: half as many of them to a thread.
             # The taps of a row are all loaded before the first is used: of more than 9 as many would spill, and of
             # single bytes, which are widened one by one, of more than 5.
-            narrow = vector_bytes(problem, _DEPTHWISE)[0]
-            long = problem.S > (9 if narrow > 1 else 5)
-            rows = 32 if narrow == 16 and not long else 16
+            vector = vector_bytes(problem, _DEPTHWISE)[0]
+            long = (9 if vector > 1 else 5) < problem.S
+            rows = 32 if vector == 16 and not long else 16
             return replace(_DEPTHWISE, BLOCK_M=rows, BLOCK_N=32 if problem.K <= 32 or long else 64)
         return replace(_DEPTHWISE, BLOCK_M=64)
     channels = problem.group_channels

@@ -151,10 +151,9 @@ class LoopedCall:
             if self.rows:
                 parts["a_scale"] = given["a_scale"][at_a]
             calls.append((tuple(parts.values()), (result[at_out],), self.options))
-        for call in calls:  # all of them, before the first writes: one may be refused for how its part is aligned
-            _GEMM.make_ready(*call)
-        for call in calls:
-            _GEMM.run(*call)
+        # All of them before the first writes: one may be refused for how its part is aligned.
+        for run in [_GEMM.made_ready(*call) for call in calls]:
+            run()
         return (result,)
 
 

@@ -106,7 +106,9 @@ def fitting(problem, config):
     """A configuration without the choices that the problem has no place for."""
     config = replace(config, PACK=config.PACK and problem.kv_heads < problem.H)
     config = replace(config, OVERLAP=config.OVERLAP and not problem.page_size)
-    return config if SPACE.fits(problem, config, H200) is None else replace(config, TMA=False)
+    # Rows of a bias with gaps between them may start anywhere, which makes all arrays unaligned.
+    loose = problem.strided and problem.bias is not None
+    return config if SPACE.fits(problem, config, H200) is None and not loose else replace(config, TMA=False)
 
 
 def config_of(row):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilewright.tuner.model.report.assemble import _error_lines
+from tilewright.tuner.model.assemble import _error_lines
 from tilewright.tuner.model.verify.error_sums import OutputError
 
 
