@@ -37,6 +37,7 @@ from tilewright.kernels.registry import find_kernel
 from tilewright.kernels.runtime import Plan
 from tilewright.tuner import gate
 from tilewright.tuner.gpu import Gpu
+from tilewright.tuner.machine import heed_machine_fault
 from tilewright.tuner.requests import FinalistsReply, FinalistsRequest, MeasureReply, MeasureRequest, Timed
 from tilewright.tuner.timing import Sampler, Timing, replay_copies, time_one, time_rounds
 from tilewright.tuner.turns import BusyError, turn
@@ -71,7 +72,8 @@ def measure_on(gpu: Gpu, request: MeasureRequest | FinalistsRequest) -> MeasureR
     named = request["finalists"] if "finalists" in request else [request["config"]]
     configs = [kernel.space.config.from_dict(each) for each in named]
     locks = request["locks"]
-    faults: tuple[type[Exception], ...] = (LaunchError, *gpu.errors)
+    # A problem that the host has no memory for is one that can't be measured here.
+    faults: tuple[type[Exception], ...] = (LaunchError, MemoryError, *gpu.errors)
     try:
         bench = _bench(gpu, kernel, problem, request["seed"])
         trials = [bench.prepare(config) for config in configs]
@@ -207,6 +209,7 @@ class Bench:
         except UnsupportedError as error:
             return Trial(None, {"status": Status.OUT_OF_RESOURCES, "message": str(error)})
         except CompileError as error:
+            heed_machine_fault(error)
             return Trial(None, {"status": Status.COMPILE_ERROR, "message": str(error)})
         return Trial(plan, {"status": Status.OK, "resources": dataclasses.asdict(self.gpu.resources(launches))})
 

@@ -93,6 +93,7 @@ def build_pack(
         DatabaseError: the device's database can't be read.
         RunError: no configuration of a problem compiles within the limits.
         WorkerError: no worker process can be started.
+        MachineError: the machine failed one, as by a full disk.
     """
     refuse_if_frozen("no pack is made")
     refuse_compiler_switches("no pack is made")

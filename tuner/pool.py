@@ -7,7 +7,7 @@
 
 `Pool(1)` answers in the order asked, which is what a GPU needs. A request that makes its worker crash, hang or talk
 nonsense gets a reply that says so, with a `Status` like any other; the worker is started again for the next request,
-and nothing else is lost.
+and nothing else is lost. Where the machine failed it, such as by a full disk, there is no reply but a `MachineError`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tilewright.tuner.requests import (
 )
 from tilewright.tuner.temporary import WorkerFolder, remove_abandoned
 from tilewright.tuning_db.env import compiling_environment
-from tilewright.tuning_db.errors import UsageError, WorkerError
+from tilewright.tuning_db.errors import MachineError, UsageError, WorkerError
 from tilewright.tuning_db.record import Status
 
 COMMAND = (sys.executable, "-P", "-m", "tilewright.tuner.worker")
@@ -135,6 +135,7 @@ class Worker:
 
         Raises:
             WorkerError: the process can't be started or killed, or the worker is closed.
+            MachineError: the machine failed the task, which says nothing about what was asked.
         """
         status, who = _FAULTS.get(str(request.get("do")), (Status.RUNTIME_ERROR, "the worker"))
         with self._turn:
@@ -162,6 +163,11 @@ class Worker:
                 self._bury()  # an answer still to come would be taken for the next one
                 raise
             else:
+                if "machine" in message:
+                    raise MachineError(
+                        f"the machine failed {who}, which is no fault of a configuration and not on record: "
+                        f"{message['machine']}; the same command goes on from there"
+                    )
                 if "error" not in message:
                     reply: Reply = message["reply"]
                     return reply
@@ -367,7 +373,7 @@ class Pool:
         """The reply to come; of one that its worker can't make, what there is in every `Reply`.
 
         `timeout` is in seconds from when a worker takes the request up. The future raises `WorkerError` if no worker
-        can be started, `CancelledError` if the pool is closed first.
+        can be started, `MachineError` if the machine failed the task, `CancelledError` if the pool is closed first.
 
         Raises:
             WorkerError: as above, if that is known by now, or the pool is closed.
@@ -471,7 +477,8 @@ class _NonsenseError(Exception):
 def _parse(line: bytes, serial: int) -> dict[str, Any]:
     try:
         message: dict[str, Any] = json.loads(line)
-        if message["id"] == serial and ("error" in message or message["reply"]["status"] in set(Status)):
+        failed = "error" in message or "machine" in message
+        if message["id"] == serial and (failed or message["reply"]["status"] in set(Status)):
             return message
     except (ValueError, TypeError, LookupError):
         pass

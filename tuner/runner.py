@@ -97,7 +97,8 @@ class Runner(ABC):
         - With a `deadline` (seconds of `time.monotonic`), those whose turn did not come by then get none, and the rest
           comes within one trial's timeout of it.
 
-    Not safe to share between threads. Raises `WorkerError` if no worker process can be started.
+    Not safe to share between threads. Raises `WorkerError` if no worker process can be started, `MachineError` if
+    the machine failed one.
     """
 
     provenance: Provenance
@@ -159,7 +160,8 @@ class PredictionRunner(Runner):
             if not waiting:
                 return
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
+            # One that the machine failed ends the run: what is finished beside it is kept before.
+            for future in sorted(done, key=lambda each: each.exception() is not None):
                 outcome = self._compiler.outcome(future.result())
                 for config in waiting.pop(future):
                     yield config, outcome

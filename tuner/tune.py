@@ -103,6 +103,7 @@ def autotune(
         UsageError: unknown names, malformed problems, numbers out of range.
         DatabaseError: the database or the storage can't be used; finished outcomes are kept.
         WorkerError: no worker process can be started.
+        MachineError: the machine failed a trial, as by a full disk; finished outcomes are kept.
     """
     options = TuningOptions(
         trials=trials,
@@ -152,7 +153,7 @@ def tune(plan: PlannedRun, progress: Callable[[Progress], None] = lambda event: 
     """Does what is planned.
 
     Raises:
-        DatabaseError, WorkerError: as `autotune`.
+        DatabaseError, WorkerError, MachineError: as `autotune`.
     """
     device, workloads, options = plan.device, plan.workloads, plan.options
     # Asked for a number, a search makes that many trials; by default it ends before where nothing more is expected.

@@ -134,7 +134,7 @@ class TuningRun:
             report: hears of every outcome.
 
         Raises:
-            DatabaseError, StorageError, WorkerError: as `autotune`.
+            DatabaseError, StorageError, WorkerError, MachineError: as `autotune`.
         """
         job = self._job(workload, deadline, report)
         remember(job.kernel, self._device, self._database)

@@ -5,6 +5,7 @@ taken for another request's:
 
     {"id": 7, "timeout": 60.0, "request": {"do": "compile", …}}  →  {"id": 7, "reply": {"status": "ok", …}}
                                                                  or {"id": 7, "error": "KeyError: 'arch'"}
+                                                                 or {"id": 7, "machine": "/tmp: No space left …"}
 
 Line 0 is sent unasked, once everything is imported, and GPU N is in use: one that can't be had is no fault of the
 configurations to be measured on it. Nothing is ever unpickled. `pool` is the other end.
@@ -31,6 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
+from tilewright.tuner.machine import heed_machine_fault, machine_fault
 from tilewright.tuner.requests import (
     BuildReply,
     BuildRequest,
@@ -66,6 +68,7 @@ def compile_task(request: CompileRequest) -> CompileReply:
     try:
         binaries = [compile_launch(launch, request["arch"]) for launch in kernel.launches(problem, config)]
     except CompileError as error:
+        heed_machine_fault(error)
         return {"status": Status.COMPILE_ERROR, "message": str(error), "seconds": time.perf_counter() - start}
     names = ("registers", "spill_bytes", "stack_bytes", "shared_bytes")
     return {
@@ -89,6 +92,7 @@ def build_task(request: BuildRequest) -> BuildReply:
         launches = [launch.with_constants(constants) for launch in kernel.launches(problem, config)]
         binaries = [asdict(compile_launch(launch, request["arch"])) for launch in launches]
     except CompileError as error:
+        heed_machine_fault(error)
         return {"status": Status.COMPILE_ERROR, "message": str(error)}
     for binary in binaries:
         del binary["arch"], binary["ptx"]
@@ -163,10 +167,11 @@ def _answer(tasks: Mapping[str, Task], line: bytes) -> bytes:
     try:
         # A reply that JSON can't hold is the task's fault like any other.
         return _encode({"id": envelope["id"], "reply": tasks[request["do"]](request)})
-    except TilewrightError as error:
-        fault = _first_line(error)
     except Exception as error:  # noqa: BLE001 - whatever a task raises costs that task alone
-        fault = f"{type(error).__name__}: {_first_line(error)}"
+        if of_machine := machine_fault(error):
+            return _encode({"id": envelope["id"], "machine": of_machine})
+        kind = "" if isinstance(error, TilewrightError) else f"{type(error).__name__}: "
+        fault = kind + _first_line(error)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     return _encode({"id": envelope["id"], "error": fault})

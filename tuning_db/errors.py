@@ -21,7 +21,8 @@
     └── RunError                            the run itself failed: the command line exits 1
         ├── CompileError                    Triton or ptxas refused the kernel
         ├── LaunchError                     the driver refused the kernel
-        └── WorkerError                     a worker process could not be started or kept alive
+        ├── WorkerError                     a worker process could not be started or kept alive
+        └── MachineError                    a full disk or the like, in the midst of a trial: no fault of what was tried
 
 Messages carry the values and what to do about them, in one line.
 """
@@ -115,3 +116,7 @@ class LaunchError(RunError):
 
 class WorkerError(RunError):
     """A worker process could not be started or kept alive."""
+
+
+class MachineError(RunError):
+    """The machine failed in the midst of a trial: a full disk, a folder that can't be written, no memory."""

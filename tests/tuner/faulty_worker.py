@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -88,6 +89,11 @@ def fail(request: Request) -> Reply:
     raise KeyError(request["key"])
 
 
+def fill(request: Request) -> Reply:
+    """A disk that is full."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/full/disk")
+
+
 def not_json(request: Request) -> Reply:
     return {"status": "ok", "time": float("nan")}
 
@@ -105,6 +111,7 @@ FAULTS = {
     "hang": hang,
     "lock": lock,
     "fail": fail,
+    "fill": fill,
     "not_json": not_json,
     # What the parent calls a fault depends on the task's name.
     "compile": lambda request: FAULTS[request["fault"]](request),

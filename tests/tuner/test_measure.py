@@ -200,6 +200,13 @@ def test_a_refusal_has_its_status(gpu: SimulatedGpu, refusal: Exception, status:
     assert reply == {"status": status, "message": str(refusal)}
 
 
+def test_what_the_machine_fails_in_is_no_outcome(gpu: SimulatedGpu) -> None:
+    gpu.refusal = CompileError("OSError: [Errno 28] No space left on device")
+    gpu.refusal.__cause__ = OSError(28, "No space left on device")
+    with pytest.raises(CompileError):
+        measure(request())
+
+
 def test_a_configuration_that_breaks_a_limit_is_invalid(gpu: SimulatedGpu) -> None:
     reply = measure(request(config=replace(CONFIG, BLOCK_K=8)))
     assert reply["status"] == "invalid"

@@ -20,7 +20,7 @@ from tilewright.tuner.pool import Pool, Worker
 from tilewright.tuner.temporary import PREFIX
 from tilewright.tuner.worker import LAST_WORD_SECONDS
 from tilewright.tuning_db.env import compiling_environment
-from tilewright.tuning_db.errors import UsageError, WorkerError
+from tilewright.tuning_db.errors import MachineError, UsageError, WorkerError
 
 FAULTY = (sys.executable, "-P", str(Path(__file__).with_name("faulty_worker.py")))
 SAY = {"do": "echo", "say": "hello"}
@@ -133,6 +133,18 @@ def test_what_a_task_raises_or_prints_costs_no_process(pool: Pool) -> None:
     assert "not JSON compliant" in ask(pool, do="not_json")["message"]
     assert ask(pool, do="chatter", say="still here") == {"status": "ok", "said": "still here"}
     assert ask(pool, do="shout") == {"status": "ok"}
+    assert ask(pool, **SAY)["pid"] == pid
+
+
+def test_what_the_machine_fails_in_is_no_reply_and_costs_no_process(pool: Pool) -> None:
+    pid = ask(pool, **SAY)["pid"]
+    with pytest.raises(MachineError) as caught:
+        ask(pool, do="compile", fault="fill")
+    assert str(caught.value) == (
+        "the machine failed the compiler, which is no fault of a configuration and not on record: /full/disk: No space "
+        "left on device: make room, or name another place in TRITON_CACHE_DIR and TMPDIR; the same command goes on "
+        "from there"
+    )
     assert ask(pool, **SAY)["pid"] == pid
 
 
