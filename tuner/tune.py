@@ -85,10 +85,12 @@ def autotune(
             `kernels`, gemm by default). The default suite if left out.
         trials: configurations to have tried per workload, those of earlier runs included; by default `PREDICTED_TRIALS`
             or, on a live GPU, `MEASURED_TRIALS` or as many as promise an improvement (`search.PLATEAU`).
-        timeout: seconds for the whole run; trials in flight are finished, which takes one trial's timeout at most, and
-            on a GPU the default of a workload that was begun, and what is predicted to be best, are measured even then
-            unless one of those hangs (not with a storage). A workload whose turn never came is answered from what is on
-            record, or has status `timeout`.
+        timeout: seconds for the whole run, shared out among the workloads. One whose share is over before anything was
+            tried has a few configurations tried all the same, as long as the run's time is not up: the same call goes
+            on from there. Trials in flight are finished, which takes one trial's timeout at most, and on a GPU the
+            default of a workload that was begun, and what is predicted to be best, are measured even then unless one of
+            those hangs (not with a storage). A workload whose turn never came is answered from what is on record, or
+            has status `timeout`.
         jobs: compiling processes; by default one per processor this process may use.
         workers: measuring processes, each with a GPU of its own: the device's and others of the same board.
         db: folder of the databases; see `database_dir`.
@@ -177,7 +179,7 @@ def tune(plan: PlannedRun, progress: Callable[[Progress], None] = lambda event: 
                     share = time.monotonic() + max(0.0, deadline - time.monotonic()) / (len(workloads) - index)
                 report = Reporter(progress, workload.name, index, len(workloads), trials)
                 report.started()
-                result = run.tune(workload, share, report)
+                result = run.tune(workload, share, deadline, report)
                 results.results.append(result)
                 report.finished(result)
             results.compiled, results.lost_workers = run.compiled, run.lost_workers

@@ -7,7 +7,7 @@ import math
 import platform
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -125,36 +125,37 @@ class TuningRun:
         """Why measuring processes were given up."""
         return self._runner.lost_workers if self._runner is not None else ()
 
-    def tune(self, workload: Workload, deadline: float | None, report: Reporter) -> Result:
+    def tune(self, workload: Workload, share: float | None, deadline: float | None, report: Reporter) -> Result:
         """Tunes a workload, as far as records don't answer already; its best configuration.
 
         Args:
             workload: what to tune.
-            deadline: seconds of `time.monotonic` after which nothing is begun.
+            share: seconds of `time.monotonic` after which nothing is begun, once something was tried.
+            deadline: of the run: as `share`, whatever was tried.
             report: hears of every outcome.
 
         Raises:
             DatabaseError, StorageError, WorkerError, MachineError: as `autotune`.
         """
-        job = self._job(workload, deadline, report)
+        job = self._job(workload, share, deadline, report)
         remember(job.kernel, self._device, self._database)
         cached = self._tune_alone(job) if self._storage is None else self._tune_shared(job, self._storage)
         return self._result(job, cached=cached)
 
-    def _job(self, workload: Workload, deadline: float | None, report: Reporter) -> _Job:
+    def _job(self, workload: Workload, share: float | None, deadline: float | None, report: Reporter) -> _Job:
         kernel, problem = find_kernel(workload.op), workload.problem
         protocol = TIMING_PROTOCOL if self._device.live else prediction_protocol(kernel)
         key = record_key(kernel, problem, self._device, protocol)
         default = kernel.default(problem, self._device)
         progress = _SearchProgress(self._database, kernel, key)
-        return _Job(workload, kernel, key, default, deadline, progress, report)
+        return _Job(workload, kernel, key, default, share, deadline, progress, report)
 
     def _tune_alone(self, job: _Job) -> bool:
         """Searches by this run's own trials, unless records answer; whether they did."""
         budget = self._budget
         known = {} if budget.retune else self._known(job)
         if len(known) >= budget.trials or (known and budget.stop_early and job.progress.at_plateau):
-            if self._device.live and job.progress.interrupted and not is_past(job.deadline):
+            if self._device.live and job.progress.interrupted and not is_past(job.share):
                 self._compare_finalists(job)
             return True
         if is_past(job.deadline):
@@ -164,12 +165,12 @@ class TuningRun:
         if not {job.default, *(config for _, config in ranked)} - known.keys():
             return True
         search = Search(self._candidates(job, ranked))
-        outcomes, proposed = self._search_alone(job, search, known)
-        if self._device.live and proposed and is_past(job.deadline):
+        outcomes = self._search_alone(job, search, known)
+        if self._device.live and is_past(job.share):
             # Small tiles compile first, and what is measured is answered before what isn't, however bad it is.
             wanted = [*(config for _, config in ranked[:1]), job.default]
             self._measure_late(job, [config for config in dict.fromkeys(wanted) if config not in outcomes])
-        if not is_past(job.deadline):
+        if not is_past(job.share):
             self._compare_finalists(job, plateau=budget.stop_early and search.finished)
         return False
 
@@ -182,12 +183,12 @@ class TuningRun:
             return bool(self._known(job))
         ranked = self._outlook.of(job.problem)
         with SharedSearch(storage, job.key, self._candidates(job, ranked)) as search:
-            tried = self._search_shared(job, search)
+            self._search_shared(job, search)
             plateau = self._budget.stop_early and search.at_plateau()
         # On a GPU of this run's own: those of others differ by a percent or two, and one must compare all.
-        if job.progress.interrupted and not is_past(job.deadline):
+        if job.progress.interrupted and not is_past(job.share):
             self._compare_finalists(job, plateau=plateau)
-        return not tried
+        return not job.tried
 
     def _candidates(self, job: _Job, ranked: Ranked) -> Candidates:
         return Candidates(
@@ -200,16 +201,16 @@ class TuningRun:
             seed=self._budget.seed,
         )
 
-    def _search_alone(self, job: _Job, search: Search, known: Mapping[Config, float | None]) -> tuple[set[Config], int]:
+    def _search_alone(self, job: _Job, search: Search, known: Mapping[Config, float | None]) -> set[Config]:
         """Tries what the search proposes until the budget is used up; the configurations with an outcome, those known
-        before included, and how many were proposed."""
+        before included."""
         budget, batch = self._budget, self._batch()
-        runner = self._started()
+        self._started()
         job.progress.began()
         job.report.done = len(known)
         untold, outcomes = dict(known), set(known)
         tried, proposed = len(known), 0
-        while tried < budget.trials and not (budget.stop_early and search.finished) and not is_past(job.deadline):
+        while tried < budget.trials and not (budget.stop_early and search.finished) and job.has_time:
             asked = search.ask(min(budget.trials - proposed, batch))
             if not asked:
                 break
@@ -221,7 +222,7 @@ class TuningRun:
             if new:
                 search.learn(untold)  # of other runs, with other budgets or seeds
                 untold = {}
-            for config, outcome in runner.run(job.kernel, job.problem, new, job.deadline):
+            for config, outcome in self._try(job, new):
                 self._keep(job.key, config, outcome)
                 outcomes.add(config)
                 times[config] = outcome.times.median_us if outcome.times else None
@@ -230,13 +231,33 @@ class TuningRun:
                 if config in times:
                     search.tell(trial, times[config])
             tried += len(new)
-        return outcomes, proposed
+        return outcomes
+
+    def _try(self, job: _Job, configs: Sequence[Config]) -> Iterator[tuple[Config, Outcome]]:
+        """The outcomes of those whose turn comes within the workload's share of the time, or of the first few.
+
+        Ranking, or a GPU's first compilation, may take longer than a share: a run that then tried nothing would be no
+        further the next time either.
+        """
+        if not is_past(job.share):
+            yield from self._outcomes(job, configs, job.share)
+        if is_past(job.share) and job.has_time:
+            # As many as are tried at a time, the default and the best predicted among the first.
+            few = max(2, len(self._gpus)) if self._gpus else self._jobs
+            yield from self._outcomes(job, configs[:few], job.deadline)
+
+    def _outcomes(
+        self, job: _Job, configs: Sequence[Config], deadline: float | None
+    ) -> Iterator[tuple[Config, Outcome]]:
+        for config, outcome in self._started().run(job.kernel, job.problem, configs, deadline):
+            job.tried += 1
+            yield config, outcome
 
     def _measure_late(self, job: _Job, missing: Sequence[Config]) -> None:
         """Measures what no run goes without, although the time is up."""
         # Unless a trial in flight has held that up: a run is late by one trial, not by two.
         grace = (job.deadline or 0.0) + gpu_runner.MEASURE_TIMEOUT_S / 4
-        for config, outcome in self._started().run(job.kernel, job.problem, missing, grace):
+        for config, outcome in self._outcomes(job, missing, grace):
             self._keep(job.key, config, outcome)
             job.report.outcome(outcome)
 
@@ -248,38 +269,34 @@ class TuningRun:
             return batch
         return min(batch, max(BATCH_PER_JOB * len(self._gpus), math.ceil(self._budget.trials / ROUNDS)))
 
-    def _search_shared(self, job: _Job, search: SharedSearch) -> int:
-        """This run's part of a search in a storage, until all runs in it together have used up the budget; how many
-        configurations it tried."""
+    def _search_shared(self, job: _Job, search: SharedSearch) -> None:
+        """This run's part of a search in a storage, until all runs in it together have used up the budget."""
         budget = self._budget
         config_of = job.kernel.space.config.from_json
         search.publish({config_of(text): entry for text, entry in self._database.entries(job.key).items()})
         self._bring(job, search)
         # Proposals that others wait for the outcome of are out of their reach: no more than this run is busy with.
         batch = BATCH_PER_JOB * len(self._gpus) if self._gpus else self._jobs
-        tried = 0
-        while not is_past(job.deadline):
+        while job.has_time:
             job.report.done = search.tried
             claims = search.ask(batch, budget.trials, only_lost=budget.stop_early and search.at_plateau())
             if not claims:
-                if not search.waiting():
+                if not search.waiting() or is_past(job.share):
                     break
                 # For their outcomes, or to retry what they are lost with.
-                left = SHARED_POLL_S if job.deadline is None else min(SHARED_POLL_S, job.deadline - time.monotonic())
+                left = SHARED_POLL_S if job.share is None else min(SHARED_POLL_S, job.share - time.monotonic())
                 time.sleep(max(0.0, left))
                 continue
-            runner = self._started()
+            self._started()
             job.progress.began()
             by_config = {claim.config: claim for claim in claims if claim.lost < MOST_LOST}
             given_up = [(claim, _lost(claim.lost)) for claim in claims if claim.lost >= MOST_LOST]
             for claim, outcome in given_up:
                 self._tell(job, search, claim, outcome)
-            for config, outcome in runner.run(job.kernel, job.problem, list(by_config), job.deadline):
+            for config, outcome in self._try(job, list(by_config)):
                 self._tell(job, search, by_config[config], outcome)
-                tried += 1
             search.withdraw(claims)
         self._bring(job, search)
-        return tried
 
     def _tell(self, job: _Job, search: SharedSearch, claim: Claim, outcome: Outcome) -> None:
         """Keeps an outcome here, and then where the others see it."""
@@ -314,8 +331,8 @@ class TuningRun:
             kept = self._database.get(job.key, job.default.to_json())
             measured = [job.default] if kept is not None and kept.times is not None else []
             finalists = list(dict.fromkeys((*best, *measured)))
-            outcomes = list(runner.finalists(job.kernel, job.problem, finalists, job.deadline))
-            if outcomes or not is_past(job.deadline):
+            outcomes = list(runner.finalists(job.kernel, job.problem, finalists, job.share))
+            if outcomes or not is_past(job.share):
                 self._keep_all(job.key, outcomes, job.progress.ended(plateau=plateau))
             if not outcomes:
                 return
@@ -399,7 +416,7 @@ class TuningRun:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Job:
     """A workload on its way through a run."""
 
@@ -407,13 +424,20 @@ class _Job:
     kernel: Kernel[Any, Any]
     key: Key  # of its outcomes
     default: Config
-    deadline: float | None  # seconds of `time.monotonic` after which nothing is begun
+    share: float | None  # seconds of `time.monotonic` after which nothing is begun, once something was tried
+    deadline: float | None  # of the run: as `share`, whatever was tried
     progress: _SearchProgress
     report: Reporter
+    tried: int = 0  # configurations, by this run
 
     @property
     def problem(self) -> Problem:
         return self.workload.problem
+
+    @property
+    def has_time(self) -> bool:
+        """Whether anything may be begun."""
+        return not is_past(self.share) or not (self.tried or is_past(self.deadline))
 
 
 class _SearchProgress:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from tests.tuner.counting import DEVICE, SMALL, CountingRunner, MeasuringRunner
+from tilewright.kernels.device import Device
 from tilewright.kernels.lookup import predictions, recorded_choice
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
@@ -16,7 +17,7 @@ from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.tuner import search, tune, tuning_run
 from tilewright.tuner.tune import autotune
 from tilewright.tuning_db.env import SHIPPED
-from tilewright.tuning_db.record import Provenance, Times
+from tilewright.tuning_db.record import Provenance, Status, Times
 from tilewright.tuning_db.store import TuningDB
 
 LIVE = replace(DEVICE, live="cuda:0")
@@ -24,8 +25,11 @@ LIVE = replace(DEVICE, live="cuda:0")
 
 @pytest.fixture
 def measured(counted: type[CountingRunner], monkeypatch: pytest.MonkeyPatch) -> type[CountingRunner]:
-    monkeypatch.setattr(tuning_run, "_make_runner", lambda compiler, device, gpus: MeasuringRunner(compiler, device))
-    monkeypatch.setattr(tune, "equal_gpus", lambda device, workers: (device,))
+    def runner(compiler: Any, device: Device, gpus: Any) -> CountingRunner:
+        return MeasuringRunner(compiler, device) if gpus else CountingRunner(compiler, device)
+
+    monkeypatch.setattr(tuning_run, "_make_runner", runner)
+    monkeypatch.setattr(tune, "equal_gpus", lambda device, workers: (device,) if device.live else ())
     return counted
 
 
@@ -59,6 +63,49 @@ def test_where_time_is_up_the_default_and_the_best_predicted_are_measured_all_th
     tried = [config for _, config in measured.asked]
     assert set(tried[-2:]) == {best, default}
     assert len(tried) == len(set(tried)) > 2
+
+
+def rank_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ranked = [0.0], tuning_run.Outlook.of
+
+    def slowly(self: Any, problem: Any) -> Any:
+        now[0] += 1.0
+        return ranked(self, problem)
+
+    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tuning_run.Outlook, "of", slowly)
+
+
+@pytest.mark.parametrize("device", [LIVE, DEVICE], ids=["measured", "predicted"])
+def test_where_ranking_takes_longer_than_a_share_of_the_time_each_run_comes_further(
+    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch, device: Device
+) -> None:
+    """On a clock that only ranking moves, by a second: of ten workloads, five are ranked in five seconds."""
+    rank_slowly(monkeypatch)
+    problems = [GemmProblem(M=16, N=32, K=32 * place) for place in range(1, 11)]
+    for run in (1, 2):
+        results = autotune(device, problems=problems, trials=12, timeout=5.0, jobs=1, db=tmp_path)
+        tried = [result.trials for result in results]
+        least = 2 * run if device.live else run
+        assert all(each >= least for each in tried[:4]), tried
+        assert set(tried[5:]) == {0}
+        assert results.results[5].status is Status.TIMEOUT
+    if device.live:
+        for problem in problems[:5]:
+            asked = [config for each, config in measured.asked if each == problem]
+            best = min(predictions(GEMM, problem, LIVE), key=lambda pair: pair[0].time_us)[1]
+            assert {best, GEMM.default(problem, LIVE)} <= set(asked)
+
+
+def test_where_ranking_takes_longer_than_a_share_a_shared_search_comes_further_too(
+    tmp_path: Path, counted: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank_slowly(monkeypatch)
+    problems = [GemmProblem(M=16, N=32, K=32 * place) for place in range(1, 5)]
+    storage = f"sqlite:///{tmp_path / 'studies.sqlite'}"
+    for run in (1, 2):
+        results = autotune(DEVICE, problems=problems, timeout=2.0, jobs=1, db=tmp_path, storage=storage)
+        assert [result.trials for result in results] == [run, 0, 0, 0]
 
 
 def test_a_search_on_a_gpu_hears_of_outcomes_however_many_compile(
