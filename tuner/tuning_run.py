@@ -139,8 +139,11 @@ class TuningRun:
         """
         job = self._job(workload, share, deadline, report)
         remember(job.kernel, self._device, self._database)
-        cached = self._tune_alone(job) if self._storage is None else self._tune_shared(job, self._storage)
-        return self._result(job, cached=cached)
+        if self._storage is None:
+            self._tune_alone(job)
+        else:
+            self._tune_shared(job, self._storage)
+        return self._result(job)
 
     def _job(self, workload: Workload, share: float | None, deadline: float | None, report: Reporter) -> _Job:
         kernel, problem = find_kernel(workload.op), workload.problem
@@ -150,20 +153,20 @@ class TuningRun:
         progress = _SearchProgress(self._database, kernel, key)
         return _Job(workload, kernel, key, default, share, deadline, progress, report)
 
-    def _tune_alone(self, job: _Job) -> bool:
-        """Searches by this run's own trials, unless records answer; whether they did."""
+    def _tune_alone(self, job: _Job) -> None:
+        """Searches by this run's own trials, unless records answer."""
         budget = self._budget
         known = {} if budget.retune else self._known(job)
         if len(known) >= budget.trials or (known and budget.stop_early and job.progress.at_plateau):
             if self._device.live and job.progress.interrupted and not is_past(job.share):
                 self._compare_finalists(job)
-            return True
+            return
         if is_past(job.deadline):
             # Ranking takes a few tenths of a second: a turn that never came doesn't pay for it.
-            return bool(known)
+            return
         ranked = self._outlook.of(job.problem)
         if not {job.default, *(config for _, config in ranked)} - known.keys():
-            return True
+            return
         search = Search(self._candidates(job, ranked))
         outcomes = self._search_alone(job, search, known)
         if self._device.live and is_past(job.share):
@@ -172,15 +175,14 @@ class TuningRun:
             self._measure_late(job, [config for config in dict.fromkeys(wanted) if config not in outcomes])
         if not is_past(job.share):
             self._compare_finalists(job, plateau=budget.stop_early and search.finished)
-        return False
 
-    def _tune_shared(self, job: _Job, storage: Storage) -> bool:
-        """Searches with other runs, in a study of the storage; whether this one had nothing to try.
+    def _tune_shared(self, job: _Job, storage: Storage) -> None:
+        """Searches with other runs, in a study of the storage.
 
         There may be outcomes of others there, and others may wait for ours: it is asked whatever is on record here.
         """
         if is_past(job.deadline):
-            return bool(self._known(job))
+            return
         ranked = self._outlook.of(job.problem)
         with SharedSearch(storage, job.key, self._candidates(job, ranked)) as search:
             self._search_shared(job, search)
@@ -188,7 +190,6 @@ class TuningRun:
         # On a GPU of this run's own: those of others differ by a percent or two, and one must compare all.
         if job.progress.interrupted and not is_past(job.share):
             self._compare_finalists(job, plateau=plateau)
-        return not job.tried
 
     def _candidates(self, job: _Job, ranked: Ranked) -> Candidates:
         return Candidates(
@@ -389,9 +390,10 @@ class TuningRun:
         ]
         self._database.add_many(records, self._run_id, notes)
 
-    def _result(self, job: _Job, *, cached: bool) -> Result:
+    def _result(self, job: _Job) -> Result:
         problem = job.problem
         records = self._database.records(job.key)
+        cached = bool(records) and not job.tried
         blank = Result(job.workload.name, job.workload.op, problem.to_dict(), trials=len(records), cached=cached)
         top = self._database.top(job.key, 1, incumbent=job.default.to_json())
         if not top:

@@ -150,6 +150,25 @@ def test_when_the_time_is_up_nothing_more_is_started(tmp_path: Path, counted: ty
     assert {result.message for result in others} == {"the time was up before anything was tried"}
 
 
+@pytest.mark.parametrize("options", [{"retune": True}, {"trials": 12}])
+def test_where_nothing_was_tried_the_answer_is_from_the_cache(
+    tmp_path: Path, counted: type[CountingRunner], options: dict[str, Any]
+) -> None:
+    (first,) = autotune("rtx3090", problems=[SMALL], trials=2, db=tmp_path)
+    (late,) = autotune("rtx3090", problems=[SMALL], timeout=1e-9, db=tmp_path, **options)
+    assert late == replace(first, cached=True)
+    # The time is up while it is being ranked.
+    now = [0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        ranked = tuning_run.Outlook.of
+        patch.setattr(tune.time, "monotonic", lambda: now[0])
+        patch.setattr(tuning_run.Outlook, "of", lambda *given: (now.__setitem__(0, 2.0), ranked(*given))[1])
+        (late,) = autotune("rtx3090", problems=[SMALL], timeout=1.0, db=tmp_path, **options)
+    assert late == replace(first, cached=True)
+    (unheard,) = autotune("rtx3090", problems=["M=16,N=16,K=32"], timeout=1e-9, db=tmp_path, **options)
+    assert not unheard.cached
+
+
 def test_each_workload_gets_its_share_of_the_time(
     tmp_path: Path, counted: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
