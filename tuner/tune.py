@@ -97,7 +97,8 @@ def autotune(
         storage: URL of a database, as SQLAlchemy takes it (`postgresql+psycopg://user@host/database`), in which this
             run and others, on any host with a GPU of this board, share the searches. Each configuration is tried by one
             of them, `trials` counts those of all, and each run ends with all outcomes in its own database.
-        retune: try again what is on record; not with a storage.
+        retune: try again what is on record; not with a storage. Of one that was interrupted or whose time was up, and
+            that began within a day, the same call tries only what is left.
         seed: of the search.
         progress: called as a workload starts, after every outcome and as it ends, in the calling thread.
 

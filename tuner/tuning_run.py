@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import platform
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from typing import Any
 
@@ -50,6 +52,9 @@ default is measured again with them, for it stays unless it is beaten beyond noi
 
 FINALIST_ROUNDS = 3
 """How often at the most: after the first, another that was measured once may seem the best."""
+
+RETUNE_AGE = timedelta(days=1)
+"""A retune that began before is not gone on with: the machine is no longer as it was."""
 
 LEAST_EVIDENCE = 8
 """Configurations measured elsewhere that are enough to learn from."""
@@ -94,6 +99,7 @@ class TuningRun:
         budget: Budget,
     ) -> None:
         self._outlook = Outlook(device, problems)
+        self._retune = _Retune(database, [_key(device, problem) for problem in problems]) if budget.retune else None
         self._budget = budget
         self._storage = storage
         self._device = device
@@ -139,42 +145,43 @@ class TuningRun:
         """
         job = self._job(workload, share, deadline, report)
         remember(job.kernel, self._device, self._database)
-        if self._storage is None:
-            self._tune_alone(job)
-        else:
+        if self._storage is not None:
             self._tune_shared(job, self._storage)
+        elif self._tune_alone(job) and self._retune is not None:
+            self._retune.ended(job.key)
         return self._result(job)
 
     def _job(self, workload: Workload, share: float | None, deadline: float | None, report: Reporter) -> _Job:
         kernel, problem = find_kernel(workload.op), workload.problem
-        protocol = TIMING_PROTOCOL if self._device.live else prediction_protocol(kernel)
-        key = record_key(kernel, problem, self._device, protocol)
+        key = _key(self._device, problem)
         default = kernel.default(problem, self._device)
         progress = _SearchProgress(self._database, kernel, key)
         return _Job(workload, kernel, key, default, share, deadline, progress, report)
 
-    def _tune_alone(self, job: _Job) -> None:
-        """Searches by this run's own trials, unless records answer."""
+    def _tune_alone(self, job: _Job) -> bool:
+        """Searches by this run's own trials, unless records answer; whether the search has come to its end."""
         budget = self._budget
-        known = {} if budget.retune else self._known(job)
+        known = self._known(job)
         if len(known) >= budget.trials or (known and budget.stop_early and job.progress.at_plateau):
             if self._device.live and job.progress.interrupted and not is_past(job.share):
                 self._compare_finalists(job)
-            return
+            return True
         if is_past(job.deadline):
             # Ranking takes a few tenths of a second: a turn that never came doesn't pay for it.
-            return
+            return False
         ranked = self._outlook.of(job.problem)
         if not {job.default, *(config for _, config in ranked)} - known.keys():
-            return
+            return True
         search = Search(self._candidates(job, ranked))
         outcomes = self._search_alone(job, search, known)
         if self._device.live and is_past(job.share):
             # Small tiles compile first, and what is measured is answered before what isn't, however bad it is.
             wanted = [*(config for _, config in ranked[:1]), job.default]
             self._measure_late(job, [config for config in dict.fromkeys(wanted) if config not in outcomes])
-        if not is_past(job.share):
-            self._compare_finalists(job, plateau=budget.stop_early and search.finished)
+        if is_past(job.share):
+            return False
+        self._compare_finalists(job, plateau=budget.stop_early and search.finished)
+        return True
 
     def _tune_shared(self, job: _Job, storage: Storage) -> None:
         """Searches with other runs, in a study of the storage.
@@ -356,9 +363,12 @@ class TuningRun:
         return found
 
     def _known(self, job: _Job) -> dict[Config, float | None]:
+        """What this run need not try; of a retune, what is on record since it began."""
+        since = "" if self._retune is None else self._retune.since
         return {
             job.kernel.space.config.from_json(record.config): record.times.median_us if record.times else None
             for record in self._database.records(job.key)
+            if record.created_at >= since
         }
 
     def _started(self) -> Runner:
@@ -470,6 +480,40 @@ class _SearchProgress:
     def ended(self, *, plateau: bool = False) -> dict[str, str]:
         """The note that the search has ended, to be kept with its last outcomes."""
         return {self._stamp: self._plateau if plateau else "ended"}
+
+
+class _Retune:
+    """A retune of some workloads, noted in the database from its start until each has come to its end: so that one that
+    was interrupted, or whose time was up, goes on when the same command is given again.
+
+    Attributes:
+        since: when it began, ISO 8601, UTC; what is on record since then is not tried again.
+    """
+
+    def __init__(self, database: TuningDB, keys: Sequence[Key]) -> None:
+        self._database = database
+        self._left = {key.digest() for key in keys}
+        self._stamp = f"retune {hashlib.sha256(''.join(sorted(self._left)).encode()).hexdigest()}"
+        now = datetime.now(UTC)
+        oldest, self.since = ((now - age).isoformat(timespec="microseconds") for age in (RETUNE_AGE, timedelta()))
+        noted = database.noted(self._stamp) or ""
+        if oldest <= noted <= self.since:
+            self.since = noted
+        else:
+            database.note({self._stamp: self.since})
+
+    def ended(self, key: Key) -> None:
+        """A workload's search has come to its end."""
+        self._left.discard(key.digest())
+        if not self._left:
+            self._database.note({self._stamp: ""})
+
+
+def _key(device: Device, problem: Problem) -> Key:
+    """Of the outcomes of a problem on a device that is here, or not."""
+    kernel = find_kernel(problem.op)
+    protocol = TIMING_PROTOCOL if device.live else prediction_protocol(kernel)
+    return record_key(kernel, problem, device, protocol)
 
 
 def _lost(times: int) -> Outcome:

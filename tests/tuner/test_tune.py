@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,61 @@ def test_retune_tries_again_what_is_on_record(tmp_path: Path, counted: type[Coun
     assert len(counted.asked) == 6
     assert counted.asked[:3] == counted.asked[3:]
     assert results.results[0].trials == 3
+
+
+def interrupt_after(trials: int) -> Callable[[Progress], None]:
+    """For a run of several workloads, counted together."""
+    heard: list[Progress] = []
+
+    def interrupt(event: Progress) -> None:
+        if event.result is None and event.best_us is not None:
+            heard.append(event)
+        if len(heard) == trials:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+def test_a_retune_that_was_interrupted_goes_on_and_then_another_begins_anew(
+    tmp_path: Path, counted: type[CountingRunner]
+) -> None:
+    workloads: dict[str, Any] = {"problems": [SMALL, "M=128,N=64,K=128"], "trials": 6, "jobs": 1, "db": tmp_path}
+    autotune("rtx3090", **workloads)
+    every = set(counted.asked)
+    assert len(every) == 12
+    counted.asked.clear()
+    for trials in (3, 5):  # the second in the midst of the second workload
+        with pytest.raises(KeyboardInterrupt):
+            autotune("rtx3090", **workloads, retune=True, progress=interrupt_after(trials))
+    assert len(counted.asked) == 8
+    first, second = autotune("rtx3090", **workloads, retune=True)
+    assert (first.cached, second.cached) == (True, False)
+    assert len(counted.asked) == 12
+    assert set(counted.asked) == every
+    autotune("rtx3090", **workloads, retune=True)
+    assert len(counted.asked) == 24
+
+
+def test_a_retune_whose_time_was_up_goes_on_unless_it_is_old(
+    tmp_path: Path, counted: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"problems": [SMALL], "trials": 6, "jobs": 1, "db": tmp_path, "retune": True}
+    now, run = [0.0], counted.run
+
+    def slowly(self: Any, *given: Any) -> Any:
+        for outcome in run(self, *given):
+            now[0] += 1.0
+            yield outcome
+
+    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(counted, "run", slowly)
+    autotune("rtx3090", **options, timeout=4.0)
+    assert len(counted.asked) == 4
+    autotune("rtx3090", **options, timeout=1.0)
+    assert len(counted.asked) == 5
+    monkeypatch.setattr(tuning_run, "RETUNE_AGE", timedelta())
+    autotune("rtx3090", **options)
+    assert len(counted.asked) == 11
 
 
 def test_the_default_configuration_is_always_among_the_trials(tmp_path: Path, counted: type[CountingRunner]) -> None:
