@@ -138,7 +138,10 @@ class GpuRunner(Runner):
                     measuring[self._measure(kernel, problem, trial)] = trial
             compiling = [future for trial in trials for future in trial.unfinished()]
             if measuring or compiling:
-                left = max(0.0, deadline - time.monotonic()) if trials and deadline is not None else None
+                left = None
+                if trials and deadline is not None:
+                    # The system's clocks don't count to the end of any number of seconds.
+                    left = min(max(0.0, deadline - time.monotonic()), MEASURE_TIMEOUT_S)
                 pending: list[Future[Any]] = [*measuring, *compiling]
                 wait(pending, left, FIRST_COMPLETED)
             for future in [each for each in measuring if each.done()]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import threading
 import time
 from concurrent.futures import Future
@@ -293,6 +294,17 @@ def test_after_the_deadline_only_what_is_being_measured_is_finished(clock: list[
     assert len(pool.requests) == 3
     assert len(compilers.held) == 2
     assert all(future.cancelled() for _, future in compilers.held)
+
+
+@pytest.mark.parametrize("seconds", [1e10, math.inf])
+def test_a_deadline_may_be_as_far_off_as_one_likes(seconds: float) -> None:
+    compilers = HeldPool(compiled)
+    runner = GpuRunner(Compiler(compilers, DEVICE), DEVICE, workers=FakePool(measured))  # type: ignore[arg-type]
+    timer = threading.Timer(0.05, lambda: [compilers.let_go() for _ in range(2)])
+    outcomes = runner.run(GEMM, PROBLEM, [GemmConfig(64, 64, 32)], time.monotonic() + seconds)
+    timer.start()
+    ((_, outcome),) = outcomes
+    assert outcome.status is Status.OK
 
 
 def test_nothing_is_begun_when_the_deadline_came_while_an_outcome_was_taken(
