@@ -280,8 +280,9 @@ class TuningRun:
     def _search_shared(self, job: _Job, search: SharedSearch) -> None:
         """This run's part of a search in a storage, until all runs in it together have used up the budget."""
         budget = self._budget
-        config_of = job.kernel.space.config.from_json
-        search.publish({config_of(text): entry for text, entry in self._database.entries(job.key).items()})
+        known, config_of = self._known(job), job.kernel.space.config.from_json
+        entries = {config_of(text): entry for text, entry in self._database.entries(job.key).items()}
+        search.publish({config: entry for config, entry in entries.items() if config in known})
         self._bring(job, search)
         # Proposals that others wait for the outcome of are out of their reach: no more than this run is busy with.
         batch = BATCH_PER_JOB * len(self._gpus) if self._gpus else self._jobs
@@ -333,7 +334,7 @@ class TuningRun:
         runner, compared = self._started(), set[Config]()
         for _ in range(FINALIST_ROUNDS):
             top = self._database.top(job.key, FINALISTS)
-            best = [job.kernel.space.config.from_json(record.config) for record in top]
+            best = [self._config(job, record) for record in top]
             if best and best[0] in compared:
                 return
             kept = self._database.get(job.key, job.default.to_json())
@@ -366,10 +367,22 @@ class TuningRun:
         """What this run need not try; of a retune, what is on record since it began."""
         since = "" if self._retune is None else self._retune.since
         return {
-            job.kernel.space.config.from_json(record.config): record.times.median_us if record.times else None
+            self._config(job, record): record.times.median_us if record.times else None
             for record in self._database.records(job.key)
             if record.created_at >= since
         }
+
+    def _config(self, job: _Job, record: Record) -> Config:
+        """The configuration of a record of the workload's key.
+
+        Raises:
+            DatabaseCorruptError: it is none of this kernel's: someone edited the row.
+        """
+        try:
+            config: Config = job.kernel.space.config.from_json(record.config)
+        except ProblemError as error:
+            raise self._database.no_record(record, error) from None
+        return config
 
     def _started(self) -> Runner:
         if self._runner is None:
@@ -416,7 +429,7 @@ class TuningRun:
         time_us = record.times.median_us
         return replace(
             blank,
-            config=job.kernel.space.config.from_json(record.config).to_dict(),
+            config=self._config(job, record).to_dict(),
             time_us=time_us,
             tflops=problem.flops() / time_us / 1e6,
             roofline_fraction=roofline_us(problem.flops(), problem.bytes_moved(), problem.unit, self._device) / time_us,

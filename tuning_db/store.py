@@ -18,7 +18,14 @@ from tilewright.tuning_db.errors import DatabaseCorruptError, DatabaseError, Exp
 from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
 from tilewright.tuning_db.lookup import answers, best_first, evidence
 from tilewright.tuning_db.record import Answer, Environment, Key, Provenance, Record, Status
-from tilewright.tuning_db.rows import environment_to_row, insertion, record_of, record_to_row, row_to_environment
+from tilewright.tuning_db.rows import (
+    environment_to_row,
+    insertion,
+    no_record,
+    record_of,
+    record_to_row,
+    row_to_environment,
+)
 from tilewright.tuning_db.schema import ANSWERABLE
 from tilewright.tuning_db.shapes import Near
 from tilewright.tuning_db.shipped_records import open_shipped
@@ -222,6 +229,14 @@ class TuningDB:
         """Every outcome under one key, in the order of arrival."""
         rows = self._file.rows("SELECT * FROM records WHERE key_digest = ? ORDER BY id", (key.digest(),))
         return [record_of(self._file.path, row) for row in rows]
+
+    def no_record(self, record: Record, error: Exception) -> DatabaseCorruptError:
+        """What to say where a record of this file turns out to be none, by what only its kernel knows; it has the
+        number of its row."""
+        query = "SELECT id FROM records WHERE key_digest = ? AND config = ? AND provenance = ?"
+        given = (record.key.digest(), record.config, str(record.provenance))
+        rows = self._file.rows(query, given)
+        return no_record(self.path, rows[0] if rows else {"id": "?"}, error)
 
     def find(
         self,

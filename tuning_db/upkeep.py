@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tilewright.tuning_db.errors import DatabaseCorruptError
 from tilewright.tuning_db.file import DatabaseFile, damage_mark, explained
-from tilewright.tuning_db.record import Provenance, Status, canonical_json
+from tilewright.tuning_db.record import Provenance, Record, Status, canonical_json
 from tilewright.tuning_db.rows import row_to_environment, row_to_record
 from tilewright.tuning_db.snapshot import open_snapshot
 from tilewright.tuning_db.strict_json import shown
@@ -98,11 +98,12 @@ def _overview(connection: sqlite3.Connection, path: Path) -> Overview:
         raise DatabaseCorruptError(f"{path} holds a row that is no record ({error}): `autotune db check`") from error
 
 
-def check(path: Path) -> list[str]:
+def check(path: Path, objection: Callable[[Record], str | None] = lambda record: None) -> list[str]:
     """What is wrong with a file, the first `MOST_FINDINGS` in a line each; empty if nothing is. Changes nothing.
 
     SQLite's own check of pages, tables and indexes; then every row: that it is a run, or a record of the file's one
-    device, with canonical JSON, under its own key, of a run that there is.
+    device, with canonical JSON, under its own key, of a run that there is. `objection` says what else is wrong with a
+    record: what its problem and configuration must be, the kernels know.
 
     Raises:
         DatabaseAccessError: there is no such file, or it can't be read.
@@ -113,13 +114,13 @@ def check(path: Path) -> list[str]:
         findings.append("a program met damage here before: the next run that writes to it checks it and sets it aside")
     try:
         with explained(path), open_snapshot(path) as file:
-            found = file.read(lambda connection: list(_findings(connection)))
+            found = file.read(lambda connection: list(_findings(connection, objection)))
     except DatabaseCorruptError as error:
         found = [str(error)]
     return findings + found
 
 
-def _findings(connection: sqlite3.Connection) -> Iterator[str]:
+def _findings(connection: sqlite3.Connection, objection: Callable[[Record], str | None]) -> Iterator[str]:
     connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")  # so that every row can be read
     damage = [row[0] for row in connection.execute(f"PRAGMA integrity_check({MOST_FINDINGS})")]
     if damage != ["ok"]:
@@ -129,9 +130,10 @@ def _findings(connection: sqlite3.Connection) -> Iterator[str]:
     yield from (f"record {row['rowid']} is of a run that there is not" for row in broken)
     device = connection.execute("SELECT device FROM records ORDER BY id LIMIT 1").fetchone()
     left = MOST_FINDINGS
-    for table, objection in (("runs", _objection_to_run), ("records", lambda row: _objection(row, device[0]))):
+    checks = (("runs", _objection_to_run), ("records", lambda row: _objection(row, device[0], objection)))
+    for table, check_row in checks:
         for row in _by_id(connection, table):
-            reason = objection(row)
+            reason = check_row(row)
             if reason is not None:
                 yield f"{table.removesuffix('s')} {row['id']}: {reason}"
                 left -= 1
@@ -163,7 +165,7 @@ def _no_text(row: sqlite3.Row) -> str | None:
     return None
 
 
-def _objection(row: sqlite3.Row, device: str) -> str | None:
+def _objection(row: sqlite3.Row, device: str, further: Callable[[Record], str | None]) -> str | None:
     try:
         record = row_to_record(row)
         for name, text in (("problem", record.key.problem), ("config", record.config)):
@@ -178,7 +180,7 @@ def _objection(row: sqlite3.Row, device: str) -> str | None:
         return "it doesn't match its key"
     if record.key.device != device:
         return f"it is of {shown(record.key.device)}, and others of {shown(device)}"
-    return None
+    return further(record)
 
 
 def prune(

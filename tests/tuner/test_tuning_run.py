@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,10 +17,13 @@ from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.tuner import search, tune, tuning_run
+from tilewright.tuner.installation import objection
 from tilewright.tuner.tune import autotune
 from tilewright.tuning_db.env import SHIPPED
+from tilewright.tuning_db.errors import DatabaseCorruptError
 from tilewright.tuning_db.record import Provenance, Status, Times
 from tilewright.tuning_db.store import TuningDB
+from tilewright.tuning_db.upkeep import check
 
 LIVE = replace(DEVICE, live="cuda:0")
 
@@ -226,6 +231,25 @@ def test_predictions_are_searched_without_evidence(tmp_path: Path, counted: type
     for problem in (SMALL, "M=128,N=64,K=128"):
         autotune(DEVICE, problems=[problem], trials=9, jobs=1, db=tmp_path)
     assert len(counted.asked) == 18
+
+
+@pytest.mark.parametrize("device", [LIVE, DEVICE], ids=["measured", "predicted"])
+@pytest.mark.parametrize(
+    "options", [{"trials": 2}, {"trials": 3}, {"trials": 2, "retune": True}, {"storage": "sqlite"}]
+)
+def test_a_row_whose_configuration_is_none_is_named(
+    tmp_path: Path, measured: type[CountingRunner], device: Device, options: dict[str, Any]
+) -> None:
+    path = autotune(device, problems=[SMALL], trials=2, jobs=1, db=tmp_path / "db").db
+    with closing(sqlite3.connect(path)) as other, other:
+        other.execute("UPDATE records SET config = '{}', median_us = 0.1, p10_us = 0.1 WHERE id = 2")
+    if "storage" in options:
+        options = {"storage": f"sqlite:///{tmp_path / 'studies.sqlite'}"}
+    with pytest.raises(DatabaseCorruptError) as caught:
+        autotune(device, problems=[SMALL], jobs=1, db=tmp_path / "db", **options)
+    reason = "GemmConfig is missing BLOCK_M, BLOCK_N, BLOCK_K"
+    assert str(caught.value) == f"{path}: record 2 is no record ({reason}): delete that row"
+    assert check(path, objection) == [f"record 2: {reason}"]
 
 
 class NoisyRunner(MeasuringRunner):

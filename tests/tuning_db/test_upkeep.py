@@ -11,6 +11,7 @@ import pytest
 from tilewright.tuning_db import DatabaseSchemaError, Environment, Provenance, Status, TuningDB
 from tilewright.tuning_db.errors import DatabaseAccessError, DatabaseCorruptError
 from tilewright.tuning_db.file import damage_mark
+from tilewright.tuning_db.record import Record
 from tilewright.tuning_db.upkeep import MOST_FINDINGS, Revision, check, overview, prune
 
 OLD, NEW = (
@@ -59,6 +60,17 @@ def test_an_overview(filled: TuningDB, tmp_path: Path) -> None:
         assert (view.devices, view.records, view.oldest, view.revisions) == ((), 0, None, {})
     with pytest.raises(DatabaseAccessError, match="there is no"):
         overview(tmp_path / "absent.sqlite")
+
+
+def test_what_only_the_kernels_know_is_a_finding_too(filled: TuningDB) -> None:
+    def objection(record: Record) -> str | None:
+        return (
+            "no such configuration" if record.key.kernel_hash == "rev-a" and record.status is Status.TIMEOUT else None
+        )
+
+    assert check(filled.path, objection) == ["record 2: no such configuration"]
+    spoil(filled, "UPDATE records SET status = 'okay' WHERE id = 2")
+    assert check(filled.path, objection) == ["record 2: it is no record ('okay' is not a valid Status)"]
 
 
 def test_a_whole_file_has_no_findings(filled: TuningDB, tmp_path: Path) -> None:
