@@ -9,7 +9,7 @@ from tilewright.kernels.problem import Config
 from tilewright.kernels.registry import KERNELS
 from tilewright.tuning_db import lookup
 from tilewright.tuning_db.errors import ProblemError
-from tilewright.tuning_db.record import Record
+from tilewright.tuning_db.record import Record, Status
 from tilewright.tuning_db.upkeep import Revision
 
 _KERNELS = {kernel.name: kernel for kernel in KERNELS}
@@ -55,6 +55,11 @@ def present_form(op: str, config: str) -> str:
     return config if kernel is None else lookup.present_form(config, config_defaults(kernel))
 
 
+def is_answerable(record: Record) -> bool:
+    """Whether a record may be answered (`schema.ANSWERABLE`): it has a time, and its code spills nothing."""
+    return record.status is Status.OK and record.resources is not None and not record.resources.spill_bytes
+
+
 def objection(record: Record) -> str | None:
     """Why a record from elsewhere can't be one of these kernels; None for one that can, or that is of another revision,
     whose fields nobody here knows."""
@@ -69,4 +74,8 @@ def objection(record: Record) -> str | None:
     for name, text, value in (("problem", record.key.problem, problem), ("config", record.config, config)):
         if value.to_json() != text:
             return f"{name}={text} is not written out: {value.to_json()}"
+    if record.status is Status.OK and not is_answerable(record):
+        resources = record.resources
+        lack = "it has no resources" if resources is None else f"{resources.spill_bytes} B a thread spill"
+        return f"status=ok can't be answered: {lack}"
     return None

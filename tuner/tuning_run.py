@@ -24,7 +24,7 @@ from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner import gpu_runner
 from tilewright.tuner.gpu_runner import GpuRunner
-from tilewright.tuner.installation import objection
+from tilewright.tuner.installation import is_answerable, objection
 from tilewright.tuner.outlook import Outlook, Ranked
 from tilewright.tuner.pool import Pool
 from tilewright.tuner.results import Reporter, Result
@@ -364,12 +364,15 @@ class TuningRun:
         return found
 
     def _known(self, job: _Job) -> dict[Config, float | None]:
-        """What this run need not try; of a retune, what is on record since it began."""
+        """What this run need not try; of a retune, what is on record since it began.
+
+        What has a time and is no answer, as of a file that was merged, is left out: it would end a search without one.
+        """
         since = "" if self._retune is None else self._retune.since
         return {
             self._config(job, record): record.times.median_us if record.times else None
             for record in self._database.records(job.key)
-            if record.created_at >= since
+            if record.created_at >= since and (record.status is not Status.OK or is_answerable(record))
         }
 
     def _config(self, job: _Job, record: Record) -> Config:
@@ -416,13 +419,14 @@ class TuningRun:
     def _result(self, job: _Job) -> Result:
         problem = job.problem
         records = self._database.records(job.key)
-        cached = bool(records) and not job.tried
+        cached = any(record.status is not Status.OK or is_answerable(record) for record in records) and not job.tried
         blank = Result(job.workload.name, job.workload.op, problem.to_dict(), trials=len(records), cached=cached)
         top = self._database.top(job.key, 1, incumbent=job.default.to_json())
         if not top:
-            if not records:
+            failed = [record for record in records if record.status is not Status.OK]
+            if not failed:
                 return replace(blank, status=Status.TIMEOUT, message="the time was up before anything was tried")
-            return replace(blank, status=records[-1].status, message=records[-1].message)
+            return replace(blank, status=failed[-1].status, message=failed[-1].message)
         record = top[0]
         assert record.times is not None
         assert record.resources is not None

@@ -8,8 +8,15 @@ from tests.tuner.commands.test_exchange import DEVICE, PROBLEM, record
 from tilewright.kernels.lookup import prediction_protocol
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.space import GemmConfig
-from tilewright.tuner.installation import default_text, is_current, is_of_this_code, objection, present_form
-from tilewright.tuning_db.record import canonical_json
+from tilewright.tuner.installation import (
+    default_text,
+    is_answerable,
+    is_current,
+    is_of_this_code,
+    objection,
+    present_form,
+)
+from tilewright.tuning_db.record import Resources, Status, canonical_json
 from tilewright.tuning_db.upkeep import Revision
 
 RECORD = record(3.0)
@@ -34,6 +41,18 @@ def test_a_record_of_these_kernels_must_be_one_of_theirs() -> None:
     assert "GemmConfig is missing" in str(objection(replace(RECORD, config="{}")))
     short = '{"K":128,"M":64,"N":64}'
     assert f"problem={short} is not written out" in str(objection(replace(RECORD, key=replace(key, problem=short))))
+
+
+def test_what_is_ok_must_be_an_answer() -> None:
+    spilling = replace(RECORD, resources=Resources(255, 8, 8, 0))
+    for outcome, reason in (
+        (spilling, "status=ok can't be answered: 8 B a thread spill"),
+        (replace(RECORD, resources=None), "status=ok can't be answered: it has no resources"),
+    ):
+        assert not is_answerable(outcome)
+        assert objection(outcome) == reason
+        assert objection(replace(outcome, status=Status.OUT_OF_RESOURCES, times=None)) is None
+    assert is_answerable(RECORD)
 
 
 def test_a_record_of_others_may_be_anything() -> None:

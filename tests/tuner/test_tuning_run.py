@@ -252,6 +252,24 @@ def test_a_row_whose_configuration_is_none_is_named(
     assert check(path, objection) == [f"record 2: {reason}"]
 
 
+@pytest.mark.parametrize(
+    "changes", ["spill_bytes = 8", "registers = NULL, spill_bytes = NULL, stack_bytes = NULL, shared_bytes = NULL"]
+)
+def test_what_has_a_time_and_is_no_answer_is_no_trial(
+    tmp_path: Path, measured: type[CountingRunner], changes: str
+) -> None:
+    path = autotune(DEVICE, problems=[SMALL], trials=1, jobs=1, db=tmp_path).db
+    with closing(sqlite3.connect(path)) as other, other:
+        other.execute(f"UPDATE records SET {changes}")
+    (late,) = autotune(DEVICE, problems=[SMALL], trials=1, timeout=1e-9, jobs=1, db=tmp_path)
+    assert (late.status, late.config, late.cached) == (Status.TIMEOUT, None, False)
+    (result,) = autotune(DEVICE, problems=[SMALL], trials=1, jobs=1, db=tmp_path)
+    assert (result.status, result.cached) == (Status.OK, False)
+    assert result.config is not None
+    assert len(set(measured.asked)) == 1
+    assert len(measured.asked) == 2
+
+
 class NoisyRunner(MeasuringRunner):
     """Everything takes 10 µs, give or take one; but the default, which takes a little longer."""
 
