@@ -80,6 +80,7 @@ class TuningDB:
         self.set_aside = file.set_aside
         self.skipped: dict[Path, DatabaseError] = {}
         self._file = file
+        self._begun: dict[int, tuple[int, dict[str, Any]]] = {}  # by id: the number of each run's row, and the row
         self._shipped = shipped  # the folder of the shipped files, which `best` and `evidence` ask too
 
     @classmethod
@@ -124,7 +125,9 @@ class TuningDB:
             DatabaseError: as `add`.
         """
         row = environment_to_row(environment, _now())
-        return self._file.write(lambda connection: int(connection.execute(insertion("runs", row), row).lastrowid or 0))
+        number = self._file.write(lambda connection: _insert_run(connection, row))
+        self._begun[number] = (number, row)
+        return number
 
     def runs(self) -> dict[int, tuple[str, Environment]]:
         """Every run by its id: when it started (ISO 8601, UTC) and its environment."""
@@ -153,14 +156,30 @@ class TuningDB:
                 raise UsageError(f"a record of {record.key.device} doesn't belong in {self.path}, of {self.device}")
             rows.append(record_to_row(record, run_id, _now()))
 
-        def insert(connection: sqlite3.Connection) -> None:
-            if not connection.execute("SELECT 1 FROM runs WHERE id = ?", (run_id,)).fetchone():
-                raise UsageError(f"{self.path} has no run {run_id}: start_run gives the id")
+        def insert(connection: sqlite3.Connection) -> int:
+            number = self._number_of(connection, run_id)
             if rows:
-                connection.executemany(insertion("records", rows[0]), rows)
+                connection.executemany(insertion("records", rows[0]), [{**row, "run_id": number} for row in rows])
             connection.executemany(_NOTE, notes.items())
+            return number
 
-        self._file.write(insert)
+        number = self._file.write(insert)
+        if run_id in self._begun:
+            self._begun[run_id] = (number, self._begun[run_id][1])
+
+    def _number_of(self, connection: sqlite3.Connection, run_id: int) -> int:
+        """The number of a run's row. A run of this object that has none any more has been pruned while it went on: it
+        gets a new one, for its number may be another's."""
+        number, begun = self._begun.get(run_id, (run_id, None))
+        row = connection.execute("SELECT * FROM runs WHERE id = ?", (number,)).fetchone()
+        if begun is None and row is None:
+            raise UsageError(f"{self.path} has no run {run_id}: start_run gives the id")
+        # One of the very same environment serves as well.
+        if begun is None or (
+            row is not None and all(row[name] == begun[name] for name in begun.keys() - {"started_at"})
+        ):
+            return number
+        return _insert_run(connection, begun)
 
     def merge(self, source: TuningDB) -> Merged:
         """Bring the records of another open file of this device into this one, with their runs, in one transaction.
@@ -382,6 +401,10 @@ class TuningDB:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _insert_run(connection: sqlite3.Connection, row: Mapping[str, Any]) -> int:
+    return int(connection.execute(insertion("runs", row), row).lastrowid or 0)
 
 
 def _now() -> str:

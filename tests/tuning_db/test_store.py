@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import sqlite3
 import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +163,23 @@ def test_threads_share_one_object(db: TuningDB, run_id: int, make_record, key: K
         thread.join()
     assert errors == []
     assert len(db.records(key)) == 80
+
+
+def test_a_run_that_is_pruned_while_it_goes_on_is_begun_again(
+    db: TuningDB, make_record, key: Key, environment: Environment
+) -> None:
+    run_id = db.start_run(environment)
+    with closing(sqlite3.connect(db.path)) as pruning, pruning:
+        pruning.execute("DELETE FROM runs")
+    with TuningDB.open(key.device, db.path.parent) as other:
+        assert other.start_run(replace(environment, host="other")) == run_id  # SQLite's numbers come again
+    db.add(make_record('{"x":1}'), run_id)
+    db.add(make_record('{"x":2}'), run_id)
+    assert len(db.runs()) == 2
+    (host,) = {entry["run"]["host"] for entry in db.entries(key).values()}
+    assert host == environment.host
+    with pytest.raises(UsageError, match="has no run 99: start_run gives the id"):
+        db.add(make_record('{"x":3}'), 99)
 
 
 def test_outcomes_go_one_at_a_time_from_file_to_file(
