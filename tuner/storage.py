@@ -76,6 +76,8 @@ class Storage:
         except self._errors as error:
             # Optuna's own error says only that there was one; its cause has the reason.
             reason = str(getattr(error.__cause__ or error, "orig", None) or error.__cause__ or error)
+            if isinstance(error, KeyError):  # whose text is in quotes
+                reason = f"{reason.strip(chr(39))} (was the study deleted? the same command begins another)"
             raise StorageError(f"the storage {self.name} {what}: {self._shown(reason)}") from None
 
     def study(self, name: str, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
@@ -228,11 +230,11 @@ def _without_secrets(url: URL) -> str:
 
 
 def _error_types() -> tuple[type[Exception], ...]:
-    """What Optuna's storage raises when the database fails."""
+    """What Optuna's storage raises when the database fails, or no longer has the study."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (SQLAlchemyError, StorageInternalError)
+    return (SQLAlchemyError, StorageInternalError, KeyError)
 
 
 @contextlib.contextmanager

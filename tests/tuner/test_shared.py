@@ -107,6 +107,19 @@ def test_of_two_that_claim_the_last_of_a_budget_one_gets_it(
     assert [claim.lost for claim in second.ask(2, 1)] == [0]
 
 
+def test_a_study_that_is_deleted_meanwhile_is_an_error_of_the_storage(url: str) -> None:
+    import optuna
+
+    with Storage(url) as storage:
+        search = opened(storage)
+        (claim,) = search.ask(1, 1000)
+        optuna.delete_study(study_name=search.name, storage=url)
+        with pytest.raises(StorageError) as caught:
+            search.tell(claim, entry(claim.config))
+        reason = "Record does not exist. (was the study deleted? the same command begins another)"
+        assert str(caught.value) == f"the storage {storage.name} failed: {reason}"
+
+
 def test_the_budget_is_that_of_all(two: tuple[SharedSearch, SharedSearch]) -> None:
     first, second = two
     assert len(first.ask(3, 5)) == 3
