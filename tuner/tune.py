@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from tilewright.kernels.device import Device
@@ -33,9 +34,17 @@ MEASURED_TRIALS = 48
 """Where they are measured: a minute a workload or less."""
 
 
+MOST_SEED = 2**32 - 1
+"""NumPy's own limit."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningOptions:
-    """How to tune: the arguments of `autotune` of these names."""
+    """How to tune: the arguments of `autotune` of these names.
+
+    Raises:
+        UsageError: one is no such number, or out of range, or two exclude each other.
+    """
 
     trials: int | None = None
     timeout: float | None = None
@@ -45,6 +54,31 @@ class TuningOptions:
     storage: str | None = None
     retune: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for what is no such number, or out of range."""
+        for name, least, most in (("trials", 1, None), ("jobs", 1, None), ("workers", 1, None), ("seed", 0, MOST_SEED)):
+            _check_integer(name, getattr(self, name), least, most, optional=name in ("trials", "jobs"))
+        timeout = self.timeout
+        if timeout is not None and not (_is_a(Real, timeout) and timeout > 0):
+            raise UsageError(f"{timeout=} must be more than 0 seconds, as a number")
+        if self.storage is not None and self.retune:
+            raise UsageError(
+                "retune and storage exclude each other: what others have tried in a storage is not tried again"
+            )
+
+
+def _check_integer(name: str, value: Any, least: int, most: int | None, *, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if not _is_a(Integral, value) or value < least or (most and value > most):
+        wanted = f"from {least} to {most}" if most else f"of at least {least}"
+        raise UsageError(f"{name}={value!r} must be an integer {wanted}")
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether a value is a number of that kind, as NumPy's are; True is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,19 +167,8 @@ def planned(
         UsageError: as `autotune`.
     """
     start = time.monotonic()
-    trials, timeout, jobs = options.trials, options.timeout, options.jobs
-    if trials is not None and (trials != int(trials) or trials < 1):
-        raise UsageError(f"{trials=} must be an integer of at least 1")
     if not isinstance(device, str | Device):
         raise UsageError(f"{device=} must be the name of a device, such as 'sm_86', or a Device")
-    if timeout is not None and not timeout > 0:
-        raise UsageError(f"{timeout=} must be more than 0 seconds")
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"{jobs=} must be at least 1")
-    if options.storage is not None and options.retune:
-        raise UsageError(
-            "retune and storage exclude each other: what others have tried in a storage is not tried again"
-        )
     refuse_compiler_switches("nothing is tuned")
     target = resolve_device(device) if isinstance(device, str) else device
     gpus = equal_gpus(target, options.workers)

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.tuner.counting import DEVICE, SMALL, CountingRunner, MeasuringRunner
@@ -307,6 +308,17 @@ def test_what_can_be_asked_for() -> None:
         ({"timeout": float("nan")}, UsageError, "timeout=nan"),
         ({"jobs": 0}, UsageError, "jobs=0"),
         ({"workers": 0}, UsageError, "workers=0"),
+        ({"trials": True}, UsageError, "trials=True must be an integer of at least 1"),
+        ({"trials": "a"}, UsageError, "trials='a' must be an integer of at least 1"),
+        ({"trials": float("nan")}, UsageError, "trials=nan must be an integer of at least 1"),
+        ({"timeout": "5"}, UsageError, "timeout='5' must be more than 0 seconds, as a number"),
+        ({"timeout": True}, UsageError, "timeout=True"),
+        ({"jobs": 1.0}, UsageError, "jobs=1.0 must be an integer"),
+        ({"workers": "1"}, UsageError, "workers='1' must be an integer of at least 1"),
+        ({"workers": None}, UsageError, "workers=None"),
+        ({"seed": -1}, UsageError, "seed=-1 must be an integer from 0 to 4294967295"),
+        ({"seed": 1.5}, UsageError, "seed=1.5 must be an integer"),
+        ({"seed": 2**32}, UsageError, "seed=4294967296"),
         ({"workers": 2}, UsageError, "workers=2 need a GPU each"),
     ],
 )
@@ -356,3 +368,9 @@ def test_a_problem_of_another_op_needs_its_name(text: str, ops: str) -> None:
 def test_a_problem_of_no_op_is_answered_with_gemms_fields() -> None:
     with pytest.raises(ProblemError, match=r"^GemmProblem has no field 'm' \(fields: [^()]*\)$"):
         resolve_workloads(DEVICE, problems=["m=4,N=4,K=4"])
+
+
+def test_numpys_numbers_are_numbers(tmp_path: Path, counted: type[CountingRunner]) -> None:
+    options = {"trials": np.int64(2), "timeout": np.float32(60), "jobs": np.int32(1), "seed": np.uint32(2**32 - 1)}
+    (result,) = autotune("rtx3090", problems=[SMALL], db=tmp_path, **options)
+    assert result.trials == len(counted.asked) == 2
