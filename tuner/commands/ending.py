@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from typing import NoReturn
@@ -15,12 +16,15 @@ EXIT_TERMINATED = 143
 
 
 class TerminatedError(BaseException):
-    """SIGTERM: as Ctrl-C, it ends the run through every `finally`, so that no worker stays behind."""
+    """SIGTERM, or SIGHUP: as Ctrl-C, it ends the run through every `finally`, so that no worker stays behind."""
 
 
 def heed_sigterm() -> None:
-    """From now on SIGTERM raises `TerminatedError`."""
+    """From now on SIGTERM raises `TerminatedError`, and SIGHUP, of a terminal that is closed, unless it is ignored as
+    under `nohup`."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _terminate)
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -34,5 +38,6 @@ def status_of(error: TilewrightError) -> int:
 
 def exit_with(line: str, status: int) -> NoReturn:
     """Says why, in one line, and exits."""
-    print(" ".join(line.split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(" ".join(line.split()), file=sys.stderr)
     sys.exit(status)
