@@ -116,6 +116,7 @@ class GpuRunner(Runner):
         self._gpus = len(ordinals)
         self._workers = workers or Pool(self._gpus, arguments=[("--gpu", ordinal) for ordinal in ordinals])
         self._best_us: dict[Problem, float] = {}
+        self._waits = False  # for other runs, as it has told
 
     def run(
         self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config], deadline: float | None = None
@@ -146,6 +147,7 @@ class GpuRunner(Runner):
                 wait(pending, left, FIRST_COMPLETED)
             for future in [each for each in measuring if each.done()]:
                 trial, reply = measuring.pop(future), future.result()
+                self._heed(reply)
                 if reply.get("busy") and not is_past(deadline):
                     measuring[self._measure(kernel, problem, trial)] = trial  # other runs had the GPU all the time
                     continue
@@ -176,6 +178,7 @@ class GpuRunner(Runner):
                 if timeout <= 0:
                     return
             reply = self._workers.submit(request, timeout).result()
+            self._heed(reply)
         # A result that was right once and is wrong now was never right; if the comparison as a whole failed, nobody
         # knows which of them did it, and each keeps what was measured of it alone.
         for config, one in zip(configs, reply.get("finalists", ()), strict=False):
@@ -191,6 +194,13 @@ class GpuRunner(Runner):
 
     def close(self) -> None:
         self._workers.close()
+
+    def _heed(self, reply: MeasureReply | FinalistsReply) -> None:
+        """Tells of a wait for other runs, as it begins."""
+        busy = reply.get("busy", False)
+        if busy and not self._waits:
+            self.tell_wait(str(reply.get("message", "")))
+        self._waits = busy
 
     def _compile(self, kernel: Kernel[Any, Any], problem: Problem, config: Config) -> _Trial:
         code = self._compiler.submit(kernel, problem, config)

@@ -54,7 +54,8 @@ class Results:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run is: sent at the start of each workload, after every outcome, and with the workload's result."""
+    """Where a run is: sent at the start of each workload, after every outcome, as a wait for other runs begins, and
+    with the workload's result."""
 
     workload: str
     index: int  # of the workload, from 0
@@ -63,6 +64,7 @@ class Progress:
     trials: int
     best_us: float | None
     result: Result | None = None  # with the last event of a workload
+    waits: str = ""  # why nothing is tried for now, with the event that a wait begins with
 
 
 @dataclass(slots=True)
@@ -87,6 +89,12 @@ class Reporter:
         if outcome.times is not None and (self.best_us is None or outcome.times.median_us < self.best_us):
             self.best_us = outcome.times.median_us
         self.send(Progress(self.workload, self.index, self.workloads, self.done, self.trials, self.best_us))
+
+    def waiting(self, reason: str) -> None:
+        """Nothing is tried for now."""
+        self.send(
+            Progress(self.workload, self.index, self.workloads, self.done, self.trials, self.best_us, waits=reason)
+        )
 
     def finished(self, result: Result) -> None:
         """The workload is done."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,6 +103,8 @@ class Runner(ABC):
 
     provenance: Provenance
     protocol: str
+    tell_wait: Callable[[str], None] = staticmethod(lambda reason: None)
+    """Hears, once for each wait, why nothing is tried for now: others have what it takes."""
 
     @abstractmethod
     def run(

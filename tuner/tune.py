@@ -134,7 +134,8 @@ def autotune(
         retune: try again what is on record; not with a storage. Of one that was interrupted or whose time was up, and
             that began within a day, the same call tries only what is left.
         seed: of the search.
-        progress: called as a workload starts, after every outcome and as it ends, in the calling thread.
+        progress: called as a workload starts, after every outcome, as a wait for other runs that have the GPU begins,
+            and as the workload ends, in the calling thread.
 
     Raises:
         UsageError: unknown names, malformed problems, numbers out of range.

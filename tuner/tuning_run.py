@@ -213,7 +213,7 @@ class TuningRun:
         """Tries what the search proposes until the budget is used up; the configurations with an outcome, those known
         before included."""
         budget, batch = self._budget, self._batch()
-        self._started()
+        self._started(job)
         job.progress.began()
         job.report.done = len(known)
         untold, outcomes = dict(known), set(known)
@@ -257,7 +257,7 @@ class TuningRun:
     def _outcomes(
         self, job: _Job, configs: Sequence[Config], deadline: float | None
     ) -> Iterator[tuple[Config, Outcome]]:
-        for config, outcome in self._started().run(job.kernel, job.problem, configs, deadline):
+        for config, outcome in self._started(job).run(job.kernel, job.problem, configs, deadline):
             job.tried += 1
             yield config, outcome
 
@@ -296,7 +296,7 @@ class TuningRun:
                 left = SHARED_POLL_S if job.share is None else min(SHARED_POLL_S, job.share - time.monotonic())
                 time.sleep(max(0.0, left))
                 continue
-            self._started()
+            self._started(job)
             job.progress.began()
             by_config = {claim.config: claim for claim in claims if claim.lost < MOST_LOST}
             given_up = [(claim, _lost(claim.lost)) for claim in claims if claim.lost >= MOST_LOST]
@@ -331,7 +331,7 @@ class TuningRun:
     def _compare_finalists(self, job: _Job, *, plateau: bool = False) -> None:
         """Measures the best few and the default again, side by side, until the best of all is among those; notes with
         the outcomes that the search has ended, and whether because no improvement is expected."""
-        runner, compared = self._started(), set[Config]()
+        runner, compared = self._started(job), set[Config]()
         for _ in range(FINALIST_ROUNDS):
             top = self._database.top(job.key, FINALISTS)
             best = [self._config(job, record) for record in top]
@@ -387,12 +387,13 @@ class TuningRun:
             raise self._database.no_record(record, error) from None
         return config
 
-    def _started(self) -> Runner:
+    def _started(self, job: _Job) -> Runner:
         if self._runner is None:
             self._pool = Pool(self._jobs)
             self._compiler = Compiler(self._pool, self._device)
             self._runner = _make_runner(self._compiler, self._device, self._gpus)
             self._run_id = self._database.start_run(_environment(self._device, self._runner))
+        self._runner.tell_wait = job.report.waiting
         return self._runner
 
     def _keep(self, key: Key, config: Config, outcome: Outcome) -> None:

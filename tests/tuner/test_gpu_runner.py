@@ -190,6 +190,24 @@ def test_a_gpu_that_others_have_is_waited_for(runner: GpuRunner) -> None:
     assert all("locks" in request for request in runner._workers.requests)  # type: ignore[attr-defined]
 
 
+def test_a_wait_for_a_gpu_is_told_as_it_begins(runner: GpuRunner) -> None:
+    told: list[str] = []
+    runner.tell_wait = told.append
+    left = [3]
+
+    def busy_at_first(request: dict[str, Any]) -> dict[str, Any]:
+        left[0] -= 1
+        return BUSY if left[0] >= 0 else measured(request)
+
+    runner._workers.answer = busy_at_first  # type: ignore[attr-defined]
+    configs = [GemmConfig(64, 64, 32), GemmConfig(128, 64, 32)]
+    list(runner.run(GEMM, PROBLEM, configs))
+    assert told == [BUSY["message"]]
+    left[0] = 2
+    list(runner.finalists(GEMM, PROBLEM, configs))
+    assert told == [BUSY["message"]] * 2
+
+
 def test_when_the_time_is_up_a_busy_gpu_is_no_outcome(runner: GpuRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

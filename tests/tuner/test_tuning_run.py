@@ -18,6 +18,7 @@ from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.tuner import search, tune, tuning_run
 from tilewright.tuner.installation import objection
+from tilewright.tuner.results import Progress
 from tilewright.tuner.tune import autotune
 from tilewright.tuning_db.env import SHIPPED
 from tilewright.tuning_db.errors import DatabaseCorruptError
@@ -268,6 +269,21 @@ def test_what_has_a_time_and_is_no_answer_is_no_trial(
     assert result.config is not None
     assert len(set(measured.asked)) == 1
     assert len(measured.asked) == 2
+
+
+def test_a_wait_for_other_runs_is_an_event(
+    tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Waiting(MeasuringRunner):
+        def run(self, *given: Any) -> Any:
+            self.tell_wait("others measure")
+            return super().run(*given)
+
+    monkeypatch.setattr(tuning_run, "_make_runner", lambda compiler, device, gpus: Waiting(compiler, device))
+    events: list[Progress] = []
+    problems = ["M=16,N=32,K=64", "M=16,N=32,K=128"]
+    autotune(LIVE, problems=problems, trials=1, jobs=1, db=tmp_path, progress=events.append)
+    assert [(event.index, event.done) for event in events if event.waits == "others measure"] == [(0, 0), (1, 0)]
 
 
 class NoisyRunner(MeasuringRunner):
