@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBars
 from rich.table import Table
-from rich.text import Text
 
 from tilewright.kernels.device import Device
+from tilewright.tuner.commands.output import new_table, printable
 from tilewright.tuner.results import Progress, Result, Results
 from tilewright.tuning_db.env import DB_DIR
 from tilewright.tuning_db.record import Provenance
@@ -83,7 +83,7 @@ class ProgressView:
             best = f"{event.best_us:.1f} µs" if event.best_us is not None else ""
             self._bars.update(
                 self._current,
-                description=event.workload,
+                description=printable(event.workload),
                 total=event.trials,
                 completed=min(event.done, event.trials),
                 best=best,
@@ -91,7 +91,7 @@ class ProgressView:
         elif event.result is not None:
             position = f"[{event.index + 1}/{event.workloads}]"
             line = f"{position} {event.workload}: {one_line(event.result)}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def one_line(result: Result) -> str:
@@ -117,15 +117,11 @@ def short_config(config: dict[str, Any] | None) -> str:
 
 def results_table(results: Results) -> Table:
     """The final table of a run."""
-    table = Table(title=None, box=None, pad_edge=False, header_style="bold")
-    table.add_column("workload", no_wrap=True)
-    table.add_column("configuration", no_wrap=True)
-    for name in ("time µs", "TFLOP/s", "% of roofline", "registers", "spills", "shared B"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("provenance", no_wrap=True)
+    numbers = ("time µs", "TFLOP/s", "% of roofline", "registers", "spills", "shared B")
+    table = new_table(("workload", "configuration"), numbers, ("provenance",))
     for result in results.results:
         table.add_row(
-            Text(result.workload),
+            result.workload,
             short_config(result.config),
             _number(result.time_us, 1),
             _number(result.tflops, 1),
@@ -133,7 +129,7 @@ def results_table(results: Results) -> Table:
             _number(result.registers, 0),
             _number(result.spills, 0),
             _number(result.shared_bytes, 0),
-            Text(str(result.provenance) if result.provenance else f"{result.status}: {result.message}"),
+            str(result.provenance) if result.provenance else f"{result.status}: {result.message}",
         )
     return table
 

@@ -133,6 +133,15 @@ def test_a_name_is_no_markup(terminal: bool, results: Results) -> None:
     assert "blk[/1]/mm" in stream.getvalue()
 
 
+def test_a_message_of_a_compiler_is_one_printable_line(results: Results) -> None:
+    bad = replace(BAD, message="ptxas\nrefused\x1b[2J it")
+    stream = io.StringIO()
+    with report.ProgressView(Console(file=stream, width=200), quiet=False) as view:
+        view(Progress("odd one", 0, 1, 2, 2, None, result=bad))
+    assert stream.getvalue() == "[1/1] odd one: compile_error: ptxas refused?[2J it\n"
+    assert "ptxas refused?[2J it" in printed(report.results_table(replace(results, results=[bad])))
+
+
 def test_bars_on_a_terminal_show_the_workload_and_its_best() -> None:
     stream = io.StringIO()
     with report.ProgressView(Console(file=stream, width=200, force_terminal=True), quiet=False) as view:

@@ -7,6 +7,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from tilewright.tuner.commands.output import printable
 from tilewright.tuning_db.errors import DatabaseError, PackError, TilewrightError, UsageError
 
 EXIT_FAILED = 1
@@ -39,5 +40,5 @@ def status_of(error: TilewrightError) -> int:
 def exit_with(line: str, status: int) -> NoReturn:
     """Says why, in one line, and exits."""
     with contextlib.suppress(OSError):  # a terminal that was closed
-        print(" ".join(line.split()), file=sys.stderr)
+        print(printable(" ".join(line.split())), file=sys.stderr)
     sys.exit(status)

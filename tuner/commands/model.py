@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.text import Text
 
 from tilewright.tuner.commands.ending import EXIT_FAILED
 from tilewright.tuner.commands.output import new_table, print_table
@@ -109,13 +108,13 @@ def print_workloads(rows: Sequence[dict[str, Any]]) -> None:
     table = new_table(["workload", "op"], ["count", "GFLOP", "FLOPs", "bytes"], ["problem"])
     for row in rows:
         table.add_row(
-            Text(shown(row["first"])),
+            shown(row["first"]),
             row["op"],
             str(row["count"]),
             f"{row['flops'] / 1e9:.3g}",
             f"{row['flops_share']:.1%}",
             f"{row['bytes_share']:.1%}",
-            Text(row["text"]),
+            row["text"],
         )
     print_table(table)
 
@@ -128,7 +127,7 @@ def print_layers(rows: Sequence[Any]) -> None:
     for row in rows:
         fields = dataclasses.asdict(row)
         times = ["" if fields[name] is None else f"{fields[name]:.1f}" for name in ("before_us", "after_us")]
-        names = [Text(shown(fields[name])) for name in ("node", "op")]
+        names = [shown(fields[name]) for name in ("node", "op")]
         table.add_row(*names, *times, fields["after_provenance"] or fields["before_provenance"])
     print_table(table)
 

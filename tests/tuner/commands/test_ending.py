@@ -39,9 +39,9 @@ def test_a_mistake_is_told_from_a_failure(error: errors.TilewrightError, status:
 
 def test_an_end_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        exit_with("error: one\n  and two", 7)
+        exit_with("error: one\n  and\x1b[2J two", 7)
     assert ended.value.code == 7
-    assert capsys.readouterr() == ("", "error: one and two\n")
+    assert capsys.readouterr() == ("", "error: one and?[2J two\n")
 
 
 @pytest.fixture

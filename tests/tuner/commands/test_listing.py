@@ -87,3 +87,14 @@ def test_show_of_a_configuration_that_is_none_shows_what_there_is(autotune, tmp_
     status, out, _ = autotune("show", "--device", "rtx3090", "--db", tmp_path)
     assert status == 0
     assert f" {shown} " in out.splitlines()[1]
+
+
+def test_show_of_what_is_no_text_for_a_terminal(autotune, tmp_path) -> None:
+    mine = record(3.0)
+    key = replace(mine.key, op="[/op]", problem='{"a":"[/b]"}', triton="3.9\x1b[2JX")
+    fill(tmp_path, replace(mine, key=key, config='{"a":"[/c]"}'))
+    status, out, _ = autotune("show", "--device", "rtx3090", "--db", tmp_path)
+    assert status == 0
+    assert "\x1b" not in out
+    assert [text in out for text in ("[/op]", '{"a":"[/b]"}', "[/c]", "3.9?[2JX")] == [True] * 4
+    assert autotune("db", "stats", "--db", tmp_path)[0] == 0

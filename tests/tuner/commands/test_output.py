@@ -18,10 +18,29 @@ def test_a_narrow_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch, capsys)
     assert row.rstrip().endswith("12345  and more")
 
 
+def test_a_dumb_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, whatever it is
+    table = new_table(("first",), ("number",))
+    table.add_row("x" * 300, "12345")
+    print_table(table)
+    assert "x" * 300 in capsys.readouterr().out
+
+
+def test_a_cell_is_neither_markup_nor_a_command_of_a_terminal(capsys) -> None:
+    table = new_table(("first",), ("number",), ("last",))
+    table.add_row("[/b]", "[red]1[/red]", "3.9\x1b[2JX\nand\u202e more")
+    print_table(table)
+    _, row = capsys.readouterr().out.splitlines()
+    assert row.split(maxsplit=2) == ["[/b]", "[red]1[/red]", "3.9?[2JX and? more"]
+
+
 def test_a_line_is_said_as_it_is(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "10")
     say("[red]a line[/red] that is longer than the terminal, with 3 numbers")
     assert capsys.readouterr() == ("", "[red]a line[/red] that is longer than the terminal, with 3 numbers\n")
+    say("a\x1b[2Jb")
+    assert capsys.readouterr() == ("", "a?[2Jb\n")
 
 
 def test_a_document_is_json(capsys) -> None:
