@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
+from tilewright.tuning_db.errors import UsageError
 from tilewright.tuning_db.file import DatabaseFile, explained
 from tilewright.tuning_db.interchange import Objection, export, read_export
 from tilewright.tuning_db.selection import BestFew
@@ -51,11 +52,48 @@ def write_database(
     return count
 
 
+def refuse_database(path: Path, *, but_shipped: bool = False) -> None:
+    """Does nothing unless a file to be written would take the place of a SQLite database; with `but_shipped` of one
+    that was not made to be shipped, and by nobody used since.
+
+    Raises:
+        UsageError: it would.
+    """
+    if not path.is_file() or not _is_database(path) or (but_shipped and _is_settled(path)):
+        return
+    raise UsageError(f"{path} is a database, which would be lost: name another file (--output), or remove that one")
+
+
+def _is_database(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(_MAGIC)) == _MAGIC
+
+
+_MAGIC = b"SQLite format 3\0"
+
+
+def _is_settled(path: Path) -> bool:
+    """Whether a database is as `_settle` leaves it. A tuning run that opens it turns its journal into a WAL; one that
+    some tool turned back has the times at which its tables were made."""
+    uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+    try:
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            (journal,) = connection.execute("PRAGMA journal_mode").fetchone()
+            (made,) = connection.execute(
+                f"SELECT count(*) FROM _sqlite_migrations WHERE applied_at = {_NEWEST}"
+            ).fetchone()
+            (steps,) = connection.execute("SELECT count(*) FROM _sqlite_migrations").fetchone()
+    except sqlite3.Error:
+        return False  # of something else, or damaged
+    return bool(journal != "wal" and 0 < steps == made)
+
+
+_NEWEST = "(SELECT coalesce(max(created_at), '') FROM records)"
+
+
 def _settle(path: Path) -> None:
     with explained(path), closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = DELETE")
         # When the tables were made is no news, and would make every file another.
-        connection.execute(
-            "UPDATE _sqlite_migrations SET applied_at = (SELECT coalesce(max(created_at), '') FROM records)"
-        )
+        connection.execute(f"UPDATE _sqlite_migrations SET applied_at = {_NEWEST}")
         connection.execute("VACUUM")

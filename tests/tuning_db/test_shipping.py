@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tilewright.tuning_db import DatabaseCorruptError, Environment, Key, Record, TuningDB, shipping
-from tilewright.tuning_db.errors import ExportFileError
+from tilewright.tuning_db.errors import ExportFileError, UsageError
 from tilewright.tuning_db.interchange import export
 from tilewright.tuning_db.schema import is_current
 from tilewright.tuning_db.selection import BestFew
@@ -85,3 +85,24 @@ def test_records_that_are_none_are_refused(fill, records, tmp_path: Path) -> Non
     db._file.write(lambda connection: connection.execute("UPDATE records SET status = 'okay' WHERE id = 2"))
     with pytest.raises(DatabaseCorruptError, match="record 2 is no record"):
         written(db, tmp_path / "made.sqlite")
+
+
+def test_a_database_is_replaced_only_where_it_was_made_to_be_shipped(fill, records, tmp_path: Path) -> None:
+    db, made, text = fill("home", *records), tmp_path / "made.sqlite", tmp_path / "text"
+    written(db, made)
+    text.write_text("of something else")
+    for path in (text, tmp_path / "absent", tmp_path):
+        shipping.refuse_database(path)
+    shipping.refuse_database(made, but_shipped=True)
+    db.close()
+    with pytest.raises(UsageError, match=r"made\.sqlite is a database, which would be lost"):
+        shipping.refuse_database(made)
+    for journal in ("wal", "delete"):  # that of another tool is no sign
+        with closing(sqlite3.connect(db.path)) as connection:
+            connection.execute(f"PRAGMA journal_mode = {journal}")
+        with pytest.raises(UsageError, match="which would be lost"):
+            shipping.refuse_database(db.path, but_shipped=True)
+    with closing(sqlite3.connect(tmp_path / "other.sqlite")) as connection:
+        connection.execute("CREATE TABLE a (b)")
+    with pytest.raises(UsageError, match="which would be lost"):
+        shipping.refuse_database(tmp_path / "other.sqlite", but_shipped=True)

@@ -56,6 +56,9 @@ def export(device: str, kernels: tuple[str, ...], best: int | None, form: str, o
     chosen: dict[str, Any] = {"ops": ops, "best": few}
     if form == "sqlite" and output == STREAM:
         raise UsageError("a database is a file that is opened by its name: --output can't be stdout (-)")
+    if output != STREAM:
+        # A shipped file is made again from itself.
+        shipping.refuse_database(Path(output), but_shipped=form == "sqlite")
     with open_snapshot(path_for(target.key, database_dir(db))) as file:
         if output == STREAM:
             count = interchange.export(file, target.key, sys.stdout.buffer, **chosen)

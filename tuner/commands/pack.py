@@ -56,9 +56,11 @@ def pack(
     from tilewright.tuner.suites import find_suite
     from tilewright.tuner.tune import resolve_workloads
     from tilewright.tuning_db.env import FROZEN, PACK, database_dir
+    from tilewright.tuning_db.shipping import refuse_database
 
     if output == "-":
         raise UsageError("a pack is a file that programs open by its name: --output can't be stdout (-)")
+    refuse_database(Path(output))
     target, folder = resolve_device(device), database_dir(db)
     ops = [find_kernel(name).name for name in kernels]
     values = _constants(constants)

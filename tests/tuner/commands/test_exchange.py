@@ -115,6 +115,32 @@ def test_of_a_database_to_be_shipped_it_is_said_what_is_never_answered_as_measur
     ]
 
 
+@pytest.mark.parametrize("form", ["jsonl", "sqlite"])
+def test_an_export_replaces_no_database(autotune, tmp_path: Path, form: str) -> None:
+    path = fill(tmp_path, record(3.0))
+    (tmp_path / "link").symlink_to(path)
+    for output in (path, tmp_path / "link"):
+        before = path.read_bytes()
+        command = ("export", "--device", "rtx3090", "--db", tmp_path, "--format", form, "--output", output)
+        status, out, err = autotune(*command)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"{output} is a database, which would be lost: name another file (--output)" in err
+        assert path.read_bytes() == before
+
+
+def test_lines_replace_no_shipped_database(autotune, tmp_path: Path) -> None:
+    fill(tmp_path / "here", record(3.0))
+    out = tmp_path / "shipped.sqlite"
+    command = ("export", "--device", "rtx3090", "--db", tmp_path / "here", "--output", out)
+    for _ in range(2):
+        assert autotune(*command, "--format", "sqlite")[0] == 0
+    before = out.read_bytes()
+    status, _, err = autotune(*command)
+    assert status == 2
+    assert "is a database, which would be lost" in err
+    assert out.read_bytes() == before
+
+
 def test_evidence_decides(autotune, tmp_path: Path) -> None:
     fill(tmp_path / "here", record(3.0, samples=10), record(5.0, samples=50, tile=1))
     fill(tmp_path / "there", record(4.0, samples=20), record(2.0, samples=5, tile=1), record(9.0, tile=2))

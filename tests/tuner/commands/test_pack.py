@@ -62,6 +62,16 @@ def test_a_mistake_is_one_line(autotune, tmp_path: Path, arguments: tuple[str, .
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_pack_replaces_no_database(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "Pool", None)  # nothing is compiled for it
+    path = fill(tmp_path, record(3.0))
+    before = path.read_bytes()
+    status, out, err = autotune("pack", "--device", "rtx3090", "--db", tmp_path, "--output", path)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"{path} is a database, which would be lost" in err
+    assert path.read_bytes() == before
+
+
 def test_where_it_cannot_be_written(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "Pool", None)  # nothing is compiled for it
     for output, reason in ((tmp_path, "is a folder"), (tmp_path / "absent" / "p", "can't be written (No such file")):
