@@ -62,19 +62,38 @@ def merge(target: DatabaseFile, source: DatabaseFile, device: str) -> Merged:
         DatabaseCorruptError: a row of `source` is no record.
         DatabaseError: a file can't be read or written.
     """
-    if target.path.exists() and target.path.samefile(source.path):
-        raise UsageError(f"{source.path} can't be merged into itself")
 
     def action(theirs: sqlite3.Connection) -> Merged:
         # Before the lock is taken: others wait to write for as long as it is held.
-        broken = theirs.execute("PRAGMA foreign_key_check").fetchone()
-        if broken:
-            raise DatabaseCorruptError(f"{source.path}: record {broken['rowid']} is of a run that there is not")
-        for row in in_key_order(theirs):
-            _check(row, source.path, device)
+        _check_all(theirs, source.path, device)
         return target.write(lambda ours: _merge(ours, theirs))
 
+    _check_apart(target.path, source.path)
     return source.read(action)
+
+
+def check(target: Path, source: DatabaseFile, device: str) -> None:
+    """Does nothing if the records of `source` may be brought into the file at `target`, which need not be there yet: to
+    read all of several sources before the first is merged.
+
+    Raises:
+        UsageError, DatabaseError: as `merge`.
+    """
+    _check_apart(target, source.path)
+    source.read(lambda theirs: _check_all(theirs, source.path, device))
+
+
+def _check_apart(target: Path, source: Path) -> None:
+    if target.exists() and target.samefile(source):
+        raise UsageError(f"{source} can't be merged into itself")
+
+
+def _check_all(theirs: sqlite3.Connection, path: Path, device: str) -> None:
+    broken = theirs.execute("PRAGMA foreign_key_check").fetchone()
+    if broken:
+        raise DatabaseCorruptError(f"{path}: record {broken['rowid']} is of a run that there is not")
+    for row in in_key_order(theirs):
+        _check(row, path, device)
 
 
 def _merge(ours: sqlite3.Connection, theirs: sqlite3.Connection) -> Merged:

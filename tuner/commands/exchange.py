@@ -16,6 +16,7 @@ from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.errors import DatabaseCorruptError, UsageError
 from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
 from tilewright.tuning_db.merging import Merged
+from tilewright.tuning_db.merging import check as check_source
 from tilewright.tuning_db.merging import merge as merge_files
 
 STREAM = "-"
@@ -160,19 +161,29 @@ def merge(sources: tuple[str, ...], db: str | None, as_json: bool) -> None:
 
 
 def _merge_all(sources: list[tuple[str, str, DatabaseFile]], folder: Path, as_json: bool) -> None:
-    """Merges each source into the file of its device in `folder`, and says what became of its records."""
-    document = []
-    for name, device, source in sources:
-        target = open_file(path_for(device, folder))
-        try:
-            merged = merge_files(target, source, device)
-        finally:
-            target.close()
-        if target.set_aside is not None:
-            say(f"a damaged database was set aside as {target.set_aside}")
-        document.append({"source": name, "device": device, "db": str(target.path), **asdict(merged)})
-        if not as_json:
-            click.echo(f"{name}: {_described(merged)}; now in {target.path}")
+    """Merges each source into the file of its device in `folder`, and says what became of its records; of an end before
+    the last of them, too. All are read to their end before the first record is kept."""
+    for _, device, source in sources:
+        check_source(path_for(device, folder), source, device)
+    document: list[dict[str, Any]] = []
+    try:
+        for name, device, source in sources:
+            target = open_file(path_for(device, folder))
+            try:
+                merged = merge_files(target, source, device)
+            finally:
+                target.close()
+            if target.set_aside is not None:
+                say(f"a damaged database was set aside as {target.set_aside}")
+            document.append({"source": name, "device": device, "db": str(target.path), **asdict(merged)})
+            if not as_json:
+                click.echo(f"{name}: {_described(merged)}; now in {target.path}")
+    except BaseException:
+        if document:
+            if as_json:
+                print_json(document)
+            say(f"{len(document)} of {len(sources)} sources were brought in: the same command goes on with the others")
+        raise
     if as_json:
         print_json(document)
 

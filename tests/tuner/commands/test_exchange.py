@@ -17,8 +17,19 @@ import pytest
 from tilewright.kernels import GemmProblem, choose, resolve_device
 from tilewright.kernels.lookup import record_key
 from tilewright.kernels.ops.gemm.launch import GEMM
+from tilewright.tuner.commands import exchange
 from tilewright.tuner.installation import default_text
-from tilewright.tuning_db import Environment, Provenance, Record, Resources, Status, Times, TuningDB, interchange
+from tilewright.tuning_db import (
+    DatabaseAccessError,
+    Environment,
+    Provenance,
+    Record,
+    Resources,
+    Status,
+    Times,
+    TuningDB,
+    interchange,
+)
 
 DEVICE = resolve_device("rtx3090")
 PROBLEM = GemmProblem(64, 64, 128)
@@ -186,6 +197,47 @@ def test_one_broken_file_of_several_leaves_all_as_it_was(autotune, tmp_path: Pat
     assert path.read_bytes() == before
     assert kept(tmp_path / "here") == records
     assert not (tmp_path / "new").exists()
+
+
+def test_one_broken_database_of_several_leaves_all_as_it_was(autotune, tmp_path: Path) -> None:
+    good, bad = fill(tmp_path / "good", record(2.0)), fill(tmp_path / "worse", record(1.0, tile=1))
+    with closing(sqlite3.connect(bad)) as connection, connection:
+        connection.execute("UPDATE records SET problem = '{}'")
+    for arguments in ((), ("--json",)):
+        status, out, err = autotune("merge", good, bad, "--db", tmp_path / "new", *arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"{bad}: record 1 doesn't match its key" in err
+        status, out, err = autotune("merge", bad, "--db", tmp_path / "new", *arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+    assert not (tmp_path / "new").exists()
+    before = good.read_bytes()
+    status, out, err = autotune("merge", fill(tmp_path / "third", record(1.0)), good, "--db", good.parent)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "can't be merged into itself" in err
+    assert good.read_bytes() == before
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_what_was_brought_in_before_a_failure_is_said(autotune, tmp_path: Path, json_too: bool, monkeypatch) -> None:
+    sources = [fill(tmp_path / name, record(time)) for name, time in (("one", 3.0), ("two", 2.0))]
+    merge = exchange.merge_files
+
+    def failing(target, source, device):
+        if source.path == sources[1]:
+            raise DatabaseAccessError(f"{target.path} (database or disk is full): free some space")
+        return merge(target, source, device)
+
+    monkeypatch.setattr(exchange, "merge_files", failing)
+    status, out, err = autotune("merge", *sources, "--db", tmp_path / "here", *(["--json"] if json_too else []))
+    assert status == 2
+    kept_line, error = err.splitlines()
+    assert kept_line == "1 of 2 sources were brought in: the same command goes on with the others"
+    assert "disk is full" in error
+    if json_too:
+        assert [(each["source"], each["added"]) for each in json.loads(out)] == [(str(sources[0]), 1)]
+    else:
+        assert out.startswith(f"{sources[0]}: 1 records: 1 added")
+    assert len(kept(tmp_path / "here")) == 1
 
 
 def test_a_configuration_that_is_none_of_the_kernels_is_refused(autotune, tmp_path: Path) -> None:
