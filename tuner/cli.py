@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from typing import Any, NoReturn
 
@@ -32,21 +33,29 @@ from tilewright.tuner.commands.output import print_table
 from tilewright.tuning_db.errors import TilewrightError
 
 
+@dataclass
+class _Invocation:
+    """What the command line says, from the moment that it is parsed."""
+
+    debug: bool = False
+    subcommand: str | None = None
+
+
 def main() -> None:
     """Entry point: every error of ours is one line on stderr; `--debug` adds the traceback."""
-    debug = "--debug" in sys.argv
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that knows no × or µ shows a ? and goes on.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    invocation = _Invocation()
     try:
         heed_sigterm()
+        for stream in (sys.stdout, sys.stderr):
+            # A terminal that knows no × or µ shows a ? and goes on.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         # Click's own handling is used for its mistakes in arguments; ours are below.
-        status = cli.main(standalone_mode=False)
+        status = cli.main(standalone_mode=False, obj=invocation)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        _end(f"interrupted: {_kept()}", EXIT_INTERRUPTED)
+        _end(f"interrupted: {_kept(invocation)}", EXIT_INTERRUPTED)
     except TerminatedError:
-        _end(f"terminated: {_kept()}", EXIT_TERMINATED)
+        _end(f"terminated: {_kept(invocation)}", EXIT_TERMINATED)
     except click.ClickException as error:
         hint = f" (see {error.ctx.command_path} --help)" if isinstance(error, click.UsageError) and error.ctx else ""
         _end(f"error: {error.format_message()}{hint}", EXIT_USAGE)
@@ -55,23 +64,24 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
     except OSError as error:
-        if debug:
+        if invocation.debug:
             raise
         _end(f"error: {error}", EXIT_FAILED)
     except TilewrightError as error:
-        if debug:
+        if invocation.debug:
             raise
         _end(f"error: {error}", status_of(error))
     except Exception as error:
-        if debug:
+        if invocation.debug:
             raise
-        _end(f"error: {type(error).__name__}: {error} (a defect of Tilewright: --debug shows where)", EXIT_FAILED)
+        hint = "(a defect of Tilewright: `autotune --debug …` shows where)"
+        _end(f"error: {type(error).__name__}: {error} {hint}", EXIT_FAILED)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _kept() -> str:
+def _kept(invocation: _Invocation) -> str:
     """What an end before its time leaves. Subcommands write whole files and whole transactions."""
-    if set(sys.argv[1:]) & cli.commands.keys():
+    if invocation.subcommand is not None:
         return "what was being written is as it was before"
     return "finished trials are kept, the same command goes on from there"
 
@@ -117,7 +127,7 @@ def _end(line: str, status: int) -> NoReturn:
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
 @click.option("--quiet", is_flag=True, help="No progress; only the result.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error; also of a subcommand that follows.")
 @click.version_option(package_version("tilewright"), prog_name="autotune")
 @click.pass_context
 def cli(
@@ -145,9 +155,14 @@ def cli(
     says so. Without --suite or --problem, the default suite of real models' workloads is tuned; with --model FILE,
     those of an ONNX model, whose chains are fused and whose precision is lowered.
     """
+    invocation = context.ensure_object(_Invocation)
+    invocation.debug, invocation.subcommand = debug, context.invoked_subcommand
     if context.invoked_subcommand is not None:
         for parameter in cli.params:
-            if context.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE:
+            if (
+                parameter.name != "debug"
+                and context.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
+            ):
                 option = parameter.opts[0]
                 raise click.UsageError(f"{option} is no option of {context.invoked_subcommand}, or goes after it")
         return

@@ -17,6 +17,7 @@ from tests.tuner.simulated_worker import Scenario
 from tests.tuner.simulation import GPUS, PROBLEM, simulated
 from tilewright.tuner import cli
 from tilewright.tuning_db.env import compiling_environment
+from tilewright.tuning_db.errors import DatabaseAccessError
 
 COMMAND = (sys.executable, "-c", "from tilewright.tuner.cli import main; main()")
 SMALL = ("--device", "sm_86", "--problem", "M=64,N=64,K=128", "--trials", "2", "--jobs", "2")
@@ -200,10 +201,38 @@ def test_a_defect_is_one_line_and_debug_shows_it(autotune, tmp_path: Path, monke
     monkeypatch.setattr(tune, "tune", broken)
     status, _, err = autotune(*SMALL, "--quiet", "--db", tmp_path)
     assert (status, err.count("\n")) == (1, 1)
-    assert "RuntimeError: something broke" in err
+    assert "RuntimeError: something broke (a defect of Tilewright: `autotune --debug …` shows where)" in err
     monkeypatch.setattr(sys, "argv", ["autotune", *SMALL, "--debug", "--db", str(tmp_path)])
     with pytest.raises(RuntimeError):
         cli.main()
+
+
+def test_debug_goes_before_a_subcommand(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("export", "--device", "sm_86", "--db", str(tmp_path))
+    status, _, err = autotune(*arguments)
+    assert (status, err.count("\n")) == (2, 1)
+    monkeypatch.setattr(sys, "argv", ["autotune", "--debug", *arguments])
+    with pytest.raises(DatabaseAccessError):
+        cli.main()
+    status, out, _ = autotune("--debug", "db", "path", "--db", tmp_path)
+    assert (status, out) == (0, f"{tmp_path}\n")
+    # The value of another option is none.
+    status, _, err = autotune("export", "--device", "sm_86", "--db", "--debug")
+    assert (status, err.count("\n")) == (2, 1)
+
+
+def test_an_end_before_its_time_says_what_it_leaves(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tilewright.tuner import tune
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tune, "tune", interrupted)
+    # A folder of the name of a subcommand is none.
+    status, _, err = autotune(*SMALL, "--quiet", "--db", "db")
+    assert status == 130
+    assert err.strip() == "autotune: interrupted: finished trials are kept, the same command goes on from there"
 
 
 def test_a_kernel_of_a_suite(autotune, tmp_path: Path) -> None:
