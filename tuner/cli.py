@@ -7,7 +7,6 @@ Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from tilewright.tuner.commands.ending import (
     status_of,
 )
 from tilewright.tuner.commands.model import check_options, model_options, run_model
-from tilewright.tuner.commands.output import print_table
+from tilewright.tuner.commands.output import print_table, settle_streams
 from tilewright.tuning_db.errors import TilewrightError
 
 
@@ -46,10 +45,7 @@ def main() -> None:
     invocation = _Invocation()
     try:
         heed_sigterm()
-        for stream in (sys.stdout, sys.stderr):
-            # A terminal that knows no × or µ shows a ? and goes on.
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")
+        settle_streams()
         # Click's own handling is used for its mistakes in arguments; ours are below.
         status = cli.main(standalone_mode=False, obj=invocation)
     except (click.exceptions.Abort, KeyboardInterrupt):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tuner.commands.test_exchange import fill, record
 from tests.tuner.simulated_worker import Scenario
 from tests.tuner.simulation import GPUS, PROBLEM, simulated
 from tilewright.tuner import cli
@@ -257,6 +258,53 @@ def test_a_stream_that_knows_no_greek_goes_on(tmp_path: Path) -> None:
     command = [*COMMAND, "show", "--device", "a10", "--db", str(tmp_path)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stderr.count("\n")) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "closed", "status", "said"),
+    [
+        (("export", "--device", "sm_86"), "1", 2, "autotune: error: stdout is closed: name a file (--output)"),
+        (("import", "-"), "0", 2, "autotune: error: stdin is closed: name a file"),
+        (("--device", "nosuch"), "2", 2, ""),
+        (("devices",), "1", 0, ""),
+        (("db", "path"), "0 1 2", 0, ""),
+    ],
+)
+def test_a_stream_that_is_closed(
+    tmp_path: Path, arguments: tuple[str, ...], closed: str, status: int, said: str
+) -> None:
+    fill(tmp_path, record(3.0))
+    folder = () if arguments[0] in ("devices", "--device") else ("--db", str(tmp_path))
+    closing = [f"os.close({number})" for number in closed.split()]
+    program = f"import os, sys; {'; '.join(closing)}; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    run = subprocess.run(
+        [sys.executable, "-c", program, *COMMAND[1:], *arguments, *folder],
+        env=compiling_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (run.returncode, run.stdout, run.stderr.strip()) == (status, "", said)
+
+
+@pytest.mark.parametrize("lost", ["reader", "disk"])
+def test_a_run_goes_on_where_nobody_reads_what_it_says(tmp_path: Path, lost: str) -> None:
+    if lost == "disk":
+        stderr = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, stderr = os.pipe()
+        os.close(reading)
+    run = subprocess.run(
+        [*COMMAND, *SMALL, "--db", str(tmp_path), "--json"],
+        env={**compiling_environment(), "TRITON_CACHE_DIR": str(tmp_path / "triton")},
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        timeout=120,
+    )
+    os.close(stderr)
+    assert run.returncode == 0
+    assert json.loads(run.stdout)["results"][0]["provenance"] == "predicted"
 
 
 def test_sigterm_ends_the_run_and_its_workers(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def export(device: str, kernels: tuple[str, ...], best: int | None, form: str, o
     chosen: dict[str, Any] = {"ops": ops, "best": few}
     if form == "sqlite" and output == STREAM:
         raise UsageError("a database is a file that is opened by its name: --output can't be stdout (-)")
+    if output == STREAM and sys.stdout is None:
+        raise UsageError("stdout is closed: name a file (--output)")
     if output != STREAM:
         # A shipped file is made again from itself.
         shipping.refuse_database(Path(output), but_shipped=form == "sqlite")
@@ -116,6 +118,8 @@ def import_(files: tuple[str, ...], db: str | None, as_json: bool) -> None:
 
 def _opened(name: str, stack: ExitStack) -> BinaryIO:
     if name == STREAM:
+        if sys.stdin is None:
+            raise UsageError("stdin is closed: name a file")
         return sys.stdin.buffer
     try:
         return stack.enter_context(Path(name).open("rb"))

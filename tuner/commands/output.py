@@ -1,8 +1,12 @@
-"""What the commands print with: tables that are never cut, plain lines, and JSON documents."""
+"""What the commands print with: tables that are never cut, plain lines, JSON documents; and the streams for them."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,3 +60,42 @@ def say(line: str) -> None:
 def print_json(document: Any) -> None:
     """A document on stdout, for a program."""
     click.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def settle_streams() -> None:
+    """Makes the standard streams fit to be written to, whatever the command was started with.
+
+    A terminal that knows no × or µ shows a ? and goes on. A run goes on, too, where what it says on stderr can't be
+    written, since nobody reads it any more or a disk is full. Streams that were closed (`>&-`) have no number that a
+    database could get, to have the words of a library in it.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass
+    os.close(number)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if sys.stderr is None or _number_of(sys.stderr) == _STDERR:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+        encoding = getattr(sys.stderr, "encoding", "utf-8")
+        writer = io.BufferedWriter(_Unfailing(_STDERR, "wb", closefd=False))
+        sys.stderr = io.TextIOWrapper(writer, encoding, errors="replace", line_buffering=True)
+
+
+_STDERR = 2
+
+
+class _Unfailing(io.FileIO):
+    """A file that takes what it can't write for written."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def _number_of(stream: Any) -> int | None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return int(stream.fileno())
+    return None

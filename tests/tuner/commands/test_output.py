@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
-from tilewright.tuner.commands.output import new_table, print_json, print_table, say
+from tilewright.tuner.commands.output import new_table, print_json, print_table, say, settle_streams
 
 
 def test_a_narrow_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -48,3 +49,9 @@ def test_a_document_is_json(capsys) -> None:
     assert json.loads(capsys.readouterr().out) == {"µ": [1, None]}
     with pytest.raises(ValueError, match="not JSON compliant"):
         print_json(float("nan"))
+
+
+def test_the_streams_of_a_test_stay_as_they_are() -> None:
+    before = sys.stdout, sys.stderr
+    settle_streams()
+    assert (sys.stdout, sys.stderr) == before
