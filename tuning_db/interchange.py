@@ -64,6 +64,16 @@ def _moment(value: Any) -> str | None:
     return None
 
 
+LEAST_US, MOST_US = 1e-3, 1e12
+"""Of a time, in microseconds: two clocks of a GPU, and twelve days. What is computed from one is then a number, too."""
+
+
+def duration(value: Any) -> str | None:
+    """A time that a kernel may take, in microseconds."""
+    fine = is_.positive(value) is None and LEAST_US <= value <= MOST_US
+    return None if fine else f"a number of µs from {LEAST_US:g} to {MOST_US:g}"
+
+
 _HEADER = {
     "format": is_.one_of((FORMAT,)),
     "version": is_.integer(1),
@@ -89,10 +99,10 @@ _RECORD = {
     "message": is_.text,
     "times": is_.optional(is_.anything),
     "resources": is_.optional(is_.anything),
-    "predicted_us": is_.optional(is_.positive),
+    "predicted_us": is_.optional(duration),
     "created_at": _moment,
 }
-_TIMES = {**dict.fromkeys(TIMES, is_.positive), "samples": is_.integer(1)}
+_TIMES = {**dict.fromkeys(TIMES, duration), "samples": is_.integer(1)}
 _RESOURCES = dict.fromkeys(RESOURCES, is_.integer(0))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from tilewright.tuning_db.errors import DatabaseCorruptError, UsageError
 from tilewright.tuning_db.file import DatabaseFile
-from tilewright.tuning_db.interchange import in_key_order
+from tilewright.tuning_db.interchange import duration, in_key_order
 from tilewright.tuning_db.record import Status
 from tilewright.tuning_db.rows import Row, insertion, record_of
 from tilewright.tuning_db.strict_json import shown
@@ -126,6 +126,9 @@ def _check(row: sqlite3.Row, path: Path, device: str) -> None:
     record = record_of(path, row)
     if record.key.digest() != row["key_digest"]:
         raise DatabaseCorruptError(f"{path}: record {row['id']} doesn't match its key: delete that row")
+    for name in ("median_us", "p10_us", "p90_us", "predicted_us"):
+        if row[name] is not None and (wanted := duration(row[name])) is not None:
+            raise DatabaseCorruptError(f"{path}: record {row['id']}: {name}={row[name]} must be {wanted}")
     if record.key.device != device:
         raise UsageError(
             f"{path}: record {row['id']} is of {shown(record.key.device)}, and to be merged with {device}'s"

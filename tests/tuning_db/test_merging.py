@@ -275,3 +275,14 @@ def test_a_merge_that_is_killed_leaves_what_was_there(tmp_path: Path, sources: l
         assert text_of(target) == before
         assert len(target.runs()) == 1
         assert check(target.path) == []
+
+
+@pytest.mark.parametrize("time_us", [5e-324, 1e308])
+def test_a_time_that_no_kernel_takes_is_refused(tmp_path: Path, environment, rival, time_us: float) -> None:
+    with (
+        made(tmp_path / "a", [rival()], environment) as target,
+        made(tmp_path / "b", [rival(times=Times(time_us, time_us, time_us, 99))], environment) as source,
+    ):
+        with pytest.raises(DatabaseCorruptError, match=r"record 1: median_us=.* must be a number of µs from 0.001 to"):
+            target.merge(source)
+        assert list(target.find()) == [rival()]
