@@ -14,7 +14,7 @@ from rich.progress import Progress as ProgressBars
 from rich.table import Table
 
 from tilewright.kernels.device import Device
-from tilewright.tuner.commands.output import new_table, printable
+from tilewright.tuner.commands.output import export_command, new_table, printable
 from tilewright.tuner.results import Progress, Result, Results
 from tilewright.tuning_db.env import DB_DIR
 from tilewright.tuning_db.record import Provenance
@@ -155,8 +155,11 @@ def closing_lines(results: Results, default_folder: Path) -> list[str]:
     lines = [f"{done}; saved in {results.db}"]
     if any(result.provenance is Provenance.PREDICTED for result in results.results):
         lines.append("These times are predicted, not measured: run the same command on the GPU itself to measure.")
-    told = "" if results.db.parent == default_folder else f", once you `export {DB_DIR}={results.db.parent}`"
-    lines.append(f"Programs find them there{told}: from tilewright.kernels import {results.results[0].op}")
+    found = [result.op for result in results.results if result.config is not None]
+    if found:
+        folder = results.db.parent
+        told = "" if folder == default_folder else f", once you `{export_command(DB_DIR, folder)}`"
+        lines.append(f"Programs find them there{told}: from tilewright.kernels import {found[0]}")
     return lines
 
 

@@ -90,6 +90,22 @@ def test_results_in_another_folder_come_with_how_programs_find_it(results: Resul
     assert "export TILEWRIGHT_DB_DIR=/data" in "\n".join(report.closing_lines(results, Path("/home/me/tilewright")))
 
 
+def test_how_programs_find_them_is_a_command_to_copy(results: Results, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    results.db = Path("my dir") / "rtx3090-82sm.sqlite"
+    text = "\n".join(report.closing_lines(results, Path("/data")))
+    assert f"`export TILEWRIGHT_DB_DIR='{tmp_path}/my dir'`" in text
+
+
+def test_where_every_configuration_failed_programs_find_nothing(results: Results) -> None:
+    results.results = [BAD]
+    text = "\n".join(report.closing_lines(results, Path("/data")))
+    assert "saved in /data" in text
+    assert "Programs find" not in text
+    results.results = [BAD, replace(GOOD, op="conv2d")]
+    assert "import conv2d" in "\n".join(report.closing_lines(results, Path("/data")))
+
+
 def test_the_json_document(results: Results) -> None:
     document = json.loads(report.to_json(results))
     assert document["device"]["name"] == "NVIDIA GeForce RTX 3090"

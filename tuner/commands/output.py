@@ -6,8 +6,10 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -60,6 +62,11 @@ def say(line: str) -> None:
 def print_json(document: Any) -> None:
     """A document on stdout, for a program."""
     click.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def export_command(variable: str, path: Path) -> str:
+    """A command for any shell, in any folder, that sets a variable to a path."""
+    return f"export {variable}={shlex.quote(str(path.absolute()))}"
 
 
 def settle_streams() -> None:

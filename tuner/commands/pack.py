@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tilewright.tuner.commands.output import print_json, say
+from tilewright.tuner.commands.output import export_command, print_json, say
 from tilewright.tuning_db.errors import UsageError
 
 
@@ -93,7 +93,7 @@ def pack(
         f"{output}: {len(packed.entries)} problems of {packed.device} ({counts}), {packed.kernels} kernels, {size}"
     )
     click.echo(f"SHA-256 {packed.sha256}")
-    say(f"Programs use it once you `export {PACK}={Path(output).absolute()}`, and nothing else with {FROZEN}=1")
+    say(f"Programs use it once you `{export_command(PACK, Path(output))}`, and nothing else with {FROZEN}=1")
 
 
 def _constants(texts: tuple[str, ...]) -> dict[str, list[float]]:

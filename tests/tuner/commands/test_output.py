@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
-from tilewright.tuner.commands.output import new_table, print_json, print_table, say, settle_streams
+from tilewright.tuner.commands.output import export_command, new_table, print_json, print_table, say, settle_streams
 
 
 def test_a_narrow_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -42,6 +43,11 @@ def test_a_line_is_said_as_it_is(monkeypatch: pytest.MonkeyPatch, capsys) -> Non
     assert capsys.readouterr() == ("", "[red]a line[/red] that is longer than the terminal, with 3 numbers\n")
     say("a\x1b[2Jb")
     assert capsys.readouterr() == ("", "a?[2Jb\n")
+
+
+def test_a_command_to_copy_holds_in_every_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert export_command("A", Path("it's here")) == f"""export A='{tmp_path}/it'"'"'s here'"""
 
 
 def test_a_document_is_json(capsys) -> None:

@@ -13,7 +13,7 @@ from tilewright.tuner import packing
 
 @pytest.mark.smoke
 def test_what_is_on_record_is_packed(autotune, tmp_path: Path) -> None:
-    output = tmp_path / "out.pack"
+    output = tmp_path / "my out.pack"
     fill(tmp_path / "db", record(3.0), record(2.0, tile=1))
     status, out, err = autotune("pack", "--device", "sm_86", "--db", tmp_path / "db", "--output", output, "--jobs", "1")
     assert status == 0
@@ -21,7 +21,7 @@ def test_what_is_on_record_is_packed(autotune, tmp_path: Path) -> None:
     line, hash_line = out.splitlines()
     assert line.startswith(f"{output}: 1 problems of rtx3090-82sm (1 measured), 1 kernels, ")
     assert hash_line == f"SHA-256 {digest}"
-    assert f"export TILEWRIGHT_PACK={output}" in err
+    assert f"`export TILEWRIGHT_PACK='{output}'`" in err
     (entry,) = Pack(output).entries
     assert (entry.op, entry.config, entry.time_us) == ("gemm", record(2.0, tile=1).config, 2.0)
 
