@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version as package_version
 from typing import Any, NoReturn
 
@@ -168,6 +168,7 @@ def cli(
     from tilewright.kernels.devices import resolve_device
     from tilewright.tuner import report
     from tilewright.tuner.suites import find_suite
+    from tilewright.tuner.suites.workload import distinct
     from tilewright.tuner.tune import TuningOptions, planned, tune
     from tilewright.tuning_db.env import database_dir
 
@@ -185,6 +186,7 @@ def cli(
         chosen += problems
     # Before the first line is printed: a mistake is then the only line.
     plan = planned(target, options, kernels, chosen)
+    plan = replace(plan, workloads=distinct(plan.workloads))  # suites overlap
     with report.ProgressView(errors, quiet, report.describe_device(target)) as progress:
         results = tune(plan, progress)
     if results.set_aside is not None:

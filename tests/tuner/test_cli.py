@@ -244,6 +244,17 @@ def test_a_kernel_of_a_suite(autotune, tmp_path: Path) -> None:
     assert [row.split("  ")[0] for row in rows] == ["bert-base attention"]
 
 
+def test_what_is_named_twice_is_tuned_once(autotune, counted, tmp_path: Path) -> None:
+    suites = ("--suite", "bert-base", "--suite", "bert-base", "--suite", "all", "--kernel", "attention")
+    status, out, _ = autotune("--device", "sm_86", *suites, "--trials", "1", "--json", "--quiet", "--db", tmp_path)
+    assert status == 0
+    problems = [json.dumps(result["problem"]) for result in json.loads(out)["results"]]
+    assert len(problems) == len(set(problems)) > 1
+    problems = ("--problem", "M=64,N=64,K=128", "--problem", "K=128,N=64,M=64")
+    status, out, _ = autotune("--device", "sm_86", *problems, "--trials", "1", "--json", "--quiet", "--db", tmp_path)
+    assert [result["workload"] for result in json.loads(out)["results"]] == ["M=64,N=64,K=128"]
+
+
 def test_a_narrow_terminal_cuts_nothing(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     _, out, _ = autotune(*SMALL, "--quiet", "--db", tmp_path)
