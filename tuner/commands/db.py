@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,9 +21,13 @@ _folder = click.option("--db", metavar="DIR", help="Folder of the tuning databas
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
 
 
-@click.group()
-def db() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def db(context: click.Context) -> None:
     """Look after the tuning databases."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(EXIT_USAGE)
 
 
 def _paths(device: str | None, folder: str | None, *, must_exist: bool = True) -> list[Path]:
@@ -61,7 +66,8 @@ def path(device: str | None, db: str | None) -> None:
     """Print the folder of the databases, or the file of a device, whether or not it is there."""
     from tilewright.tuning_db.env import database_dir
 
-    click.echo(database_dir(db) if device is None else _paths(device, db, must_exist=False)[0])
+    found = database_dir(db) if device is None else _paths(device, db, must_exist=False)[0]
+    click.echo(os.fsencode(found))  # its very bytes, of which some may be no text
 
 
 @db.command()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.tuner.commands.test_exchange import DEVICE, fill, kept, record
+from tilewright.tuner import cli
 from tilewright.tuning_db import Provenance
 
 
@@ -17,6 +20,21 @@ def test_path(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("TILEWRIGHT_DB_DIR", str(tmp_path / "from variable"))
     assert autotune("db", "path", "--device", "sm_86")[1] == f"{tmp_path}/from variable/rtx3090-82sm.sqlite\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_path_of_a_name_that_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary) -> None:
+    monkeypatch.setattr(sys, "argv", ["autotune", "db", "path", "--db", os.fsdecode(bytes(tmp_path) + b"/db\xff")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capfdbinary.readouterr().out == bytes(tmp_path) + b"/db\xff\n"
+
+
+def test_without_a_command_of_its_own_it_shows_the_help(autotune) -> None:
+    status, out, err = autotune("db")
+    assert (status, out) == (2, "")
+    assert err.startswith("Usage: autotune db ")
+    lines = err.splitlines()
+    assert {"path", "stats", "check", "prune"} <= {line.split()[0] for line in lines if line.startswith("  ")}
 
 
 def test_stats(autotune, tmp_path: Path) -> None:
