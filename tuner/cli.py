@@ -28,6 +28,7 @@ from tilewright.tuner.commands.ending import (
     status_of,
 )
 from tilewright.tuner.commands.model import check_options, model_options, run_model
+from tilewright.tuner.commands.options import jobs_option
 from tilewright.tuner.commands.output import print_table, settle_streams
 from tilewright.tuning_db.errors import TilewrightError
 
@@ -103,9 +104,7 @@ def _end(line: str, status: int) -> NoReturn:
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Time for the whole run."
 )
-@click.option(
-    "--jobs", type=click.IntRange(min=1), metavar="N", help="Compiling processes; by default one per processor."
-)
+@jobs_option
 @click.option(
     "--workers",
     type=click.IntRange(min=1),

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from tilewright.tuner.commands.options import jobs_option
 from tilewright.tuner.commands.output import export_command, print_json, say
 from tilewright.tuning_db.errors import UsageError
 
@@ -30,9 +31,7 @@ from tilewright.tuning_db.errors import UsageError
     metavar="NAME=NUMBER",
     help="A number compiled in that is not the default, as eps=1e-5; repeatable.",
 )
-@click.option(
-    "--jobs", type=click.IntRange(min=1), metavar="N", help="Compiling processes; by default one per processor."
-)
+@jobs_option
 @click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
 def pack(
