@@ -17,6 +17,7 @@ import click
 from rich.console import Console
 
 from tilewright.tuner.commands import db, exchange, listing, pack
+from tilewright.tuner.commands.db import warn_of_no_shipped_folder
 from tilewright.tuner.commands.ending import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -186,6 +187,7 @@ def cli(
     # Before the first line is printed: a mistake is then the only line.
     plan = planned(target, options, kernels, chosen)
     plan = replace(plan, workloads=distinct(plan.workloads))  # suites overlap
+    warn_of_no_shipped_folder()
     with report.ProgressView(errors, quiet, report.describe_device(target)) as progress:
         results = tune(plan, progress)
     if results.set_aside is not None:

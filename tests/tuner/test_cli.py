@@ -255,6 +255,19 @@ def test_what_is_named_twice_is_tuned_once(autotune, counted, tmp_path: Path) ->
     assert [result["workload"] for result in json.loads(out)["results"]] == ["M=64,N=64,K=128"]
 
 
+def test_a_folder_of_shipped_records_that_is_none_is_told(
+    autotune, counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "absent"
+    said = f"autotune: warning: TILEWRIGHT_SHIPPED={folder} is no folder: nothing that was shipped is found"
+    for value, lines in ((folder, [f"{said} (0 leaves it out)"]), ("0", [])):
+        monkeypatch.setenv("TILEWRIGHT_SHIPPED", str(value))
+        for command in ((*SMALL, "--quiet"), ("show", "--device", "sm_86"), ("db", "stats")):
+            status, _, err = autotune(*command, "--db", tmp_path / "db")
+            assert status == 0
+            assert [line for line in err.splitlines() if "warning" in line] == lines
+
+
 def test_a_narrow_terminal_cuts_nothing(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     _, out, _ = autotune(*SMALL, "--quiet", "--db", tmp_path)

@@ -50,10 +50,20 @@ def _paths(device: str | None, folder: str | None, *, must_exist: bool = True) -
     return [path_for(resolve_device(device).key, where)]
 
 
+def warn_of_no_shipped_folder() -> None:
+    """Says that there are no shipped records where a folder was named for them that is none."""
+    from tilewright.tuning_db.env import SHIPPED, shipped_dir
+
+    folder = shipped_dir()
+    if folder is not None and not folder.is_dir():
+        say(f"autotune: warning: {SHIPPED}={folder} is no folder: nothing that was shipped is found (0 leaves it out)")
+
+
 def _shipped_paths(device: str | None, folder: str | None) -> list[Path]:
     """The shipped file of a device, or every one; none twice, should `folder` be theirs."""
     from tilewright.tuning_db.shipped_records import shipped_paths
 
+    warn_of_no_shipped_folder()
     own = {path.resolve() for path in _paths(device, folder)}
     names = {path.name for path in own}
     return [p for p in shipped_paths() if p.resolve() not in own and (device is None or p.name in names)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tilewright.tuner.commands.db import warn_of_no_shipped_folder
 from tilewright.tuner.commands.output import new_table, print_table, say
 from tilewright.tuning_db.errors import UsageError
 
@@ -73,6 +74,7 @@ def show(device: str, db: str | None) -> None:
 
     target = resolve_device(device)
     folder = database_dir(db)
+    warn_of_no_shipped_folder()
     table = new_table(
         ("op", "problem", "configuration"), ("time µs",), ("provenance", "revision", "triton", "from", "when")
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from tilewright.tuner.commands.db import warn_of_no_shipped_folder
 from tilewright.tuner.commands.ending import EXIT_FAILED
 from tilewright.tuner.commands.output import new_table, print_table
 
@@ -68,6 +69,7 @@ def run_model(
         max_error=options["max_error"],
         tuning=tuning,
     )
+    warn_of_no_shipped_folder()
     errors = Console(stderr=True)
 
     def tell(line: str) -> None:
