@@ -49,7 +49,9 @@ def test_python_calls_of_the_page(tmp_path: Path) -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     environment = {**compiling_environment(), "TILEWRIGHT_DB_DIR": str(tmp_path / "db"), "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, str(ROOT / "examples" / "model.py")], cwd=tmp_path, env=environment, check=True)
-    snippet = snippet.replace('calibration="images.npz"', 'calibration="images.npz", trials=1')
+    snippet = "from tilewright.tuner.tune import TuningOptions\n" + snippet.replace(
+        'calibration="images.npz"', 'calibration="images.npz", tuning=TuningOptions(trials=1)'
+    )
     done = subprocess.run(
         [sys.executable, "-c", snippet], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

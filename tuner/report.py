@@ -77,6 +77,9 @@ class ProgressView:
         if self._heading:
             self._console.print(self._heading, markup=False, highlight=False, soft_wrap=True)
             self._heading = ""
+        if event.waits:
+            # Above the bars, where there are some.
+            self._console.print(f"{event.workload} waits: {event.waits}", markup=False, highlight=False, soft_wrap=True)
         if self._bars is not None:
             done = event.index + (event.result is not None)
             self._bars.update(self._total, total=event.workloads, completed=done)

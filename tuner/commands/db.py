@@ -153,6 +153,7 @@ def _fields(view: Overview) -> dict[str, Any]:
 def check(context: click.Context, device: str | None, db: str | None, as_json: bool) -> None:
     """Check database files, shipped ones too, page by page and record by record, without changing them; exit status 1
     for a finding."""
+    from tilewright.tuner.installation import objection
     from tilewright.tuning_db import upkeep
     from tilewright.tuning_db.env import database_dir
 
@@ -160,7 +161,7 @@ def check(context: click.Context, device: str | None, db: str | None, as_json: b
     own = _paths(device, db)
     for path in (*own, *_shipped_paths(device, db)):
         try:
-            findings = upkeep.check(path)
+            findings = upkeep.check(path, objection)
         except DatabaseError as error:
             findings = [str(error)]
         document.append({"path": str(path), "ok": not findings, "findings": findings})
