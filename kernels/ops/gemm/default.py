@@ -99,8 +99,11 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
     light = problem.activation == "none" and not (problem.alpha or problem.out_scale)
     light = light and (problem.bias is None or (problem.bias_axis == "n" and not vectors))
     special = light and problem.residual is None and not problem.gated and dtype(problem.output_dtype).bytes < 4
+    halves = problem.gated == "halves"  # with a sum of each, beside which 256 columns leave room for little
     if problem.unit in ("fp16", "bf16"):
-        if problem.K > FEW_PRODUCTS or not special:
+        if halves and (vectors or problem.residual is not None):
+            config = GemmConfig(128, 128, 64, num_warps=8, num_stages=4)
+        elif problem.K > FEW_PRODUCTS or not special:
             config = GemmConfig(128, 256, 64, num_warps=8, num_stages=4)
         elif problem.bias is None:
             config = GemmConfig(256, 128, 64, num_warps=4, num_stages=4, WARP_SPECIALIZE=True)
@@ -108,10 +111,8 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
             config = GemmConfig(128, 256, 64, num_warps=4, num_stages=3, WARP_SPECIALIZE=True)
     elif problem.unit not in ("int8", "fp8") or (problem.a_layout, problem.b_layout) != ("row", "col"):
         return None  # wgmma takes 8-bit operands as they lie, along K
-    elif problem.unit == "fp8":  # of which there are two sums of each tile
-        config = GemmConfig(128, 128, 128, num_warps=8, num_stages=4)
-    elif problem.gated == "halves" and (problem.bias is not None or problem.residual is not None):
-        config = GemmConfig(128, 128, 128, num_warps=8, num_stages=4)  # sums of both halves, beside them 256 spill
+    elif problem.unit == "fp8" or (halves and (problem.bias is not None or problem.residual is not None)):
+        config = GemmConfig(128, 128, 128, num_warps=8, num_stages=4)  # of fp8 there are two sums of each tile, too
     elif not special:
         config = GemmConfig(128, 256, 128, num_warps=8, num_stages=3)
     else:
