@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import platform
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from typing import Any
 
@@ -25,6 +23,7 @@ from tilewright.kernels.registry import find_kernel
 from tilewright.tuner import gpu_runner
 from tilewright.tuner.gpu_runner import GpuRunner
 from tilewright.tuner.installation import is_answerable, objection
+from tilewright.tuner.notes import Retune, SearchProgress
 from tilewright.tuner.outlook import Outlook, Ranked
 from tilewright.tuner.pool import Pool
 from tilewright.tuner.results import Reporter, Result
@@ -52,9 +51,6 @@ default is measured again with them, for it stays unless it is beaten beyond noi
 
 FINALIST_ROUNDS = 3
 """How often at the most: after the first, another that was measured once may seem the best."""
-
-RETUNE_AGE = timedelta(days=1)
-"""A retune that began before is not gone on with: the machine is no longer as it was."""
 
 LEAST_EVIDENCE = 8
 """Configurations measured elsewhere that are enough to learn from."""
@@ -99,7 +95,7 @@ class TuningRun:
         budget: Budget,
     ) -> None:
         self._outlook = Outlook(device, problems)
-        self._retune = _Retune(database, [_key(device, problem) for problem in problems]) if budget.retune else None
+        self._retune = Retune(database, [_key(device, problem) for problem in problems]) if budget.retune else None
         self._budget = budget
         self._storage = storage
         self._device = device
@@ -155,7 +151,7 @@ class TuningRun:
         kernel, problem = find_kernel(workload.op), workload.problem
         key = _key(self._device, problem)
         default = kernel.default(problem, self._device)
-        progress = _SearchProgress(self._database, kernel, key)
+        progress = SearchProgress(self._database, kernel, key)
         return _Job(workload, kernel, key, default, share, deadline, progress, report)
 
     def _tune_alone(self, job: _Job) -> bool:
@@ -456,7 +452,7 @@ class _Job:
     default: Config
     share: float | None  # seconds of `time.monotonic` after which nothing is begun, once something was tried
     deadline: float | None  # of the run: as `share`, whatever was tried
-    progress: _SearchProgress
+    progress: SearchProgress
     report: Reporter
     tried: int = 0  # configurations, by this run
 
@@ -468,63 +464,6 @@ class _Job:
     def has_time(self) -> bool:
         """Whether anything may be begun."""
         return not is_past(self.share) or not (self.tried or is_past(self.deadline))
-
-
-class _SearchProgress:
-    """How far the search under a key came, noted in the database: an aid to the next run, never evidence."""
-
-    def __init__(self, database: TuningDB, kernel: Kernel[Any, Any], key: Key) -> None:
-        self._database = database
-        self._stamp = f"search {key.digest()}"
-        # A plateau is one of this very space and prediction.
-        self._plateau = f"plateau {prediction_protocol(kernel)}"
-        self._noted = database.noted(self._stamp)
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether a run, this or an earlier one, began to try configurations and has not compared the finalists."""
-        return self._noted == "began"
-
-    @property
-    def at_plateau(self) -> bool:
-        """Whether a run ended because it expected no improvement."""
-        return self._noted == self._plateau
-
-    def began(self) -> None:
-        """Notes that configurations are being tried."""
-        self._noted = "began"
-        self._database.note({self._stamp: self._noted})
-
-    def ended(self, *, plateau: bool = False) -> dict[str, str]:
-        """The note that the search has ended, to be kept with its last outcomes."""
-        return {self._stamp: self._plateau if plateau else "ended"}
-
-
-class _Retune:
-    """A retune of some workloads, noted in the database from its start until each has come to its end: so that one that
-    was interrupted, or whose time was up, goes on when the same command is given again.
-
-    Attributes:
-        since: when it began, ISO 8601, UTC; what is on record since then is not tried again.
-    """
-
-    def __init__(self, database: TuningDB, keys: Sequence[Key]) -> None:
-        self._database = database
-        self._left = {key.digest() for key in keys}
-        self._stamp = f"retune {hashlib.sha256(''.join(sorted(self._left)).encode()).hexdigest()}"
-        now = datetime.now(UTC)
-        oldest, self.since = ((now - age).isoformat(timespec="microseconds") for age in (RETUNE_AGE, timedelta()))
-        noted = database.noted(self._stamp) or ""
-        if oldest <= noted <= self.since:
-            self.since = noted
-        else:
-            database.note({self._stamp: self.since})
-
-    def ended(self, key: Key) -> None:
-        """A workload's search has come to its end."""
-        self._left.discard(key.digest())
-        if not self._left:
-            self._database.note({self._stamp: ""})
 
 
 def _key(device: Device, problem: Problem) -> Key:

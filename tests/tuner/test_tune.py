@@ -19,7 +19,7 @@ from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.prediction import MODEL
 from tilewright.kernels.registry import find_kernel
-from tilewright.tuner import tune, tuning_run
+from tilewright.tuner import notes, tune, tuning_run
 from tilewright.tuner.results import Progress
 from tilewright.tuner.suites import SUITES, Workload
 from tilewright.tuner.tune import autotune, resolve_workloads
@@ -163,7 +163,7 @@ def test_a_retune_whose_time_was_up_goes_on_unless_it_is_old(
     assert len(counted.asked) == 4
     autotune("rtx3090", **options, timeout=1.0)
     assert len(counted.asked) == 5
-    monkeypatch.setattr(tuning_run, "RETUNE_AGE", timedelta())
+    monkeypatch.setattr(notes, "RETUNE_AGE", timedelta())
     autotune("rtx3090", **options)
     assert len(counted.asked) == 11
 

@@ -16,7 +16,7 @@ from tilewright.kernels.lookup import predictions, recorded_choice
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
-from tilewright.tuner import search, tune, tuning_run
+from tilewright.tuner import notes, search, tune, tuning_run
 from tilewright.tuner.installation import objection
 from tilewright.tuner.results import Progress
 from tilewright.tuner.tune import autotune
@@ -162,7 +162,7 @@ def test_a_plateau_of_another_space_is_none(
     monkeypatch.setattr(tuning_run, "Search", NotedSearch)
     autotune(LIVE, problems=[SMALL], jobs=1, db=tmp_path)
     assert not begun
-    monkeypatch.setattr(tuning_run, "prediction_protocol", lambda kernel: "another")
+    monkeypatch.setattr(notes, "prediction_protocol", lambda kernel: "another")
     autotune(LIVE, problems=[SMALL], jobs=1, db=tmp_path)
     assert first.trials < tune.MEASURED_TRIALS
     assert len(begun) == 1
