@@ -223,7 +223,7 @@ class Operation:
         self._numbers = tuple(index for index, name in enumerate(inputs) if name in scalars + scalar_or_array)
         self._in_place = frozenset(in_place)
         self._dtypes = {**dict.fromkeys(scalars, ("fp32",)), **(dtypes or {})}
-        self._calls: dict[tuple[Any, ...], tuple[Prepared, tuple[Guard, ...]]] = call_cache()
+        self._calls: dict[tuple[Any, ...], Ready] = call_cache()
 
     # A method, as `Prepared.run` is: an object with `__call__` takes twice as long to call.
     def run(self, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Arrays:
@@ -286,16 +286,14 @@ class Operation:
         """
         kind, given = kind_of(arrays[0]), arrays + outs
         signatures, addresses, arguments = kind.look(given)
-        key = (kind, options, tuple(signatures))
-        if key not in self._calls:
-            self._learn(kind, arrays, outs, options)
-        call, guards = self._calls[key]
+        ready = self._calls.get((kind, options, tuple(signatures)))
+        call, guards = ready or self._learn(kind, arrays, outs, options)
         for guard in guards:
             guard.check(kind, given, outs, addresses)
         return functools.partial(call.run, kind, arrays, outs, arguments)
 
-    def _learn(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> None:
-        """Keeps what there is to know of all calls with the signatures of this one."""
+    def _learn(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Ready:
+        """What there is to know of all calls with the signatures of this one; it is kept."""
         self._refuse_libraries(kind, arrays, outs)
         self._refuse_absent(arrays)
         self._refuse_options(options)
@@ -304,7 +302,9 @@ class Operation:
         if len(self._calls) >= MOST_CALLS:
             self._calls.clear()
         signatures, _, _ = kind.look(arrays + outs)
-        self._calls[(kind, options, tuple(signatures))] = (call, self._guards(kind, views, outs))
+        ready = (call, self._guards(kind, views, outs))
+        self._calls[(kind, options, tuple(signatures))] = ready
+        return ready
 
     def planned(
         self,
@@ -445,6 +445,10 @@ class Guard(NamedTuple):
             there = [array for array in arrays if array is not None]
             if _share_memory(kind, there[place], there[own]):
                 raise ProblemError(f"{self.name} may not share memory with {name}")
+
+
+Ready = tuple[Prepared, tuple[Guard, ...]]
+"""A prepared call, and what guards its outputs."""
 
 
 def _refuse_self_overlap(name: str, view: View) -> None:

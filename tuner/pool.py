@@ -62,6 +62,10 @@ STDERR_BYTES = 16384
 REPLY_BYTES = 1 << 24
 """A longer reply is a worker gone wild."""
 
+MOST_JOBS = 1024
+"""Workers of a pool, each of which takes a thread here and some 100 MB: more than machines have processors for. (A
+judgement.)"""
+
 _FAULTS = {
     "compile": (Status.COMPILE_ERROR, "the compiler"),
     "build": (Status.COMPILE_ERROR, "the compiler"),
@@ -318,8 +322,8 @@ class Pool:
         command: Sequence[str] = COMMAND,
         arguments: Sequence[Sequence[str]] = (),
     ) -> None:
-        if jobs < 1:
-            raise UsageError(f"{jobs=} must be at least 1")
+        if not 1 <= jobs <= MOST_JOBS:
+            raise UsageError(f"{jobs=} must be from 1 to {MOST_JOBS}")
         if arguments and len(arguments) != jobs:
             raise UsageError(f"{jobs=} workers need as many {arguments=}")
         remove_abandoned()  # of runs that were killed
@@ -372,8 +376,11 @@ class Pool:
     def submit(self, request: Mapping[str, Any], timeout: float) -> Future[Any]:
         """The reply to come; of one that its worker can't make, what there is in every `Reply`.
 
-        `timeout` is in seconds from when a worker takes the request up. The future raises `WorkerError` if no worker
-        can be started, `MachineError` if the machine failed the task, `CancelledError` if the pool is closed first.
+        `timeout` is in seconds from when a worker takes the request up. A compilation whose process somebody else
+        killed waits for another turn, once: behind all others, as the memory that it wanted may be there by then.
+
+        The future raises `WorkerError` if no worker can be started, `MachineError` if the machine failed the task,
+        `CancelledError` if the pool is closed first.
 
         Raises:
             WorkerError: as above, if that is known by now, or the pool is closed.
@@ -423,7 +430,9 @@ class Pool:
             except Exception as error:  # noqa: BLE001 - belongs to who asked, such as a request that is no JSON
                 job.fail(error)
             else:
-                job.future.set_result(reply)
+                killed = reply.get("killed") and reply["status"] == Status.COMPILE_ERROR
+                if not (killed and self._put_back(job)):
+                    job.future.set_result(reply)
 
     def _take(self) -> _Job | None:
         """The next job, waited for; None when the pool is closed."""
@@ -431,11 +440,20 @@ class Pool:
             while not self._closed:
                 while self._waiting:
                     job = self._waiting.popleft()
-                    # One that another worker handed back is running already.
+                    # One that came back from a worker is running already.
                     if job.future.running() or job.future.set_running_or_notify_cancel():
                         return job
                 self._changed.wait()
         return None
+
+    def _put_back(self, job: _Job) -> bool:
+        """Gives a job its second try; False where it had one, or the pool is closed."""
+        with self._changed:
+            if self._closed or job.again:
+                return False
+            self._waiting.append(job._replace(again=True))
+            self._changed.notify()
+            return True
 
     def _give_up(self, job: _Job, error: WorkerError) -> None:
         """One worker fewer: the job goes to another one, or every job fails with the last."""
@@ -458,6 +476,7 @@ class _Job(NamedTuple):
     future: Future[Any]
     request: Mapping[str, Any]
     timeout: float
+    again: bool = False  # it is its second try
 
     def fail(self, error: Exception) -> None:
         if isinstance(error, CancelledError) and self.future.cancel():

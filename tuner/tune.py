@@ -18,6 +18,7 @@ from tilewright.kernels.lookup import check_supported
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.registry import KERNELS, find_kernel
 from tilewright.tuner.gpu_runner import equal_gpus
+from tilewright.tuner.pool import MOST_JOBS
 from tilewright.tuner.results import Progress, Reporter, Results
 from tilewright.tuner.storage import Storage
 from tilewright.tuner.suites import SUITES, Workload
@@ -57,7 +58,8 @@ class TuningOptions:
 
     def __post_init__(self) -> None:
         """Raises UsageError for what is no such number, or out of range."""
-        for name, least, most in (("trials", 1, None), ("jobs", 1, None), ("workers", 1, None), ("seed", 0, MOST_SEED)):
+        limits = {"trials": (1, None), "jobs": (1, MOST_JOBS), "workers": (1, None), "seed": (0, MOST_SEED)}
+        for name, (least, most) in limits.items():
             _check_integer(name, getattr(self, name), least, most, optional=name in ("trials", "jobs"))
         timeout = self.timeout
         if timeout is not None and not (_is_a(Real, timeout) and timeout > 0):

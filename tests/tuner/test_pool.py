@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tilewright.tuner.pool import Pool, Worker
+from tilewright.tuner.pool import MOST_JOBS, Pool, Worker
 from tilewright.tuner.temporary import PREFIX
 from tilewright.tuner.worker import LAST_WORD_SECONDS
 from tilewright.tuning_db.env import compiling_environment
@@ -90,7 +90,7 @@ def test_a_death_is_a_reply_and_the_next_request_is_answered(
     killed = {"killed": True} if "SIGKILL" in message else {}
     assert ask(pool, **request_) == {"status": status, "message": message, **killed}
     assert ask(pool, **SAY)["said"] == "hello"
-    assert pool.starts == starts + 1
+    assert pool.starts == starts + (2 if killed and request_["do"] == "compile" else 1)
 
 
 @pytest.mark.parametrize("noisy", [False, True])
@@ -124,6 +124,20 @@ def test_a_worker_killed_from_outside_in_a_request(pool: Pool, tmp_path: Path) -
         "killed": True,
     }
     assert wait_for(lambda: gone(child))
+
+
+def test_a_compiler_that_somebody_killed_gets_a_second_try_behind_all_others(pool: Pool, tmp_path: Path) -> None:
+    request = {"do": "compile", "fault": "die", "signal": "SIGKILL"}
+    once = pool.submit({**request, "once": str(tmp_path / "once")}, 30)
+    twice = pool.submit(request, 30)
+    other = pool.submit(SAY, 30)
+    order: list[Any] = []
+    for future in (once, twice, other):
+        future.add_done_callback(order.append)
+    assert once.result(60) == {"status": "ok"}
+    assert "the compiler was killed (SIGKILL)" in twice.result(60)["message"]
+    assert order == [other, once, twice]
+    assert ask(pool, **SAY)["said"] == "hello"
 
 
 def test_what_a_task_raises_or_prints_costs_no_process(pool: Pool) -> None:
@@ -264,8 +278,9 @@ def test_the_interpreter_switch_stays_with_the_parent(monkeypatch: pytest.Monkey
 
 
 def test_a_pool_has_workers() -> None:
-    with pytest.raises(UsageError, match="jobs=0 must be at least 1"):
-        Pool(0)
+    for jobs in (0, MOST_JOBS + 1):
+        with pytest.raises(UsageError, match=f"jobs={jobs} must be from 1 to 1024"):
+            Pool(jobs)
 
 
 # --- ending -----------------------------------------------------------------------------------------------------------

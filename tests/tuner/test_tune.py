@@ -314,6 +314,7 @@ def test_what_can_be_asked_for() -> None:
         ({"timeout": "5"}, UsageError, "timeout='5' must be more than 0 seconds, as a number"),
         ({"timeout": True}, UsageError, "timeout=True"),
         ({"jobs": 1.0}, UsageError, "jobs=1.0 must be an integer"),
+        ({"jobs": 100000}, UsageError, "jobs=100000 must be an integer from 1 to 1024"),
         ({"workers": "1"}, UsageError, "workers='1' must be an integer of at least 1"),
         ({"workers": None}, UsageError, "workers=None"),
         ({"seed": -1}, UsageError, "seed=-1 must be an integer from 0 to 4294967295"),

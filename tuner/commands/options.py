@@ -6,9 +6,7 @@ from typing import Any
 
 import click
 
-MOST_JOBS = 1024
-"""Compiling processes, each of which takes a thread here and some 100 MB: more than boards have processors for. (A
-judgement.)"""
+from tilewright.tuner.pool import MOST_JOBS
 
 
 class Jobs(click.IntRange):

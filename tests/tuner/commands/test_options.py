@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tilewright.tuner.commands.options import MOST_JOBS, Jobs
+from tilewright.tuner.commands.options import Jobs
+from tilewright.tuner.pool import MOST_JOBS
 
 
 @pytest.mark.parametrize("jobs", ["1025", "100000", "99999999999999999999"])
