@@ -16,8 +16,7 @@ import pytest
 from tests.tuner.measuring import compare_request, measure_request
 from tilewright.kernels.device import Device
 from tilewright.kernels.ops.gemm.launch import GEMM
-from tilewright.kernels.ops.gemm.problem import GemmProblem
-from tilewright.kernels.ops.gemm.reference import supported
+from tilewright.kernels.ops.gemm.problem import GemmProblem, supported
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.prediction import roofline_us
 from tilewright.tuner.pool import Pool

@@ -11,8 +11,7 @@ from tilewright.kernels.call import LARGEST, SMALLEST, Operation, Prepared, as_f
 from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.operands import SCALARS, Options, dense_strides, problem_of, strides_of
-from tilewright.kernels.ops.attention.problem import SOFTCAP
-from tilewright.kernels.ops.attention.reference import strides
+from tilewright.kernels.ops.attention.problem import SOFTCAP, strides
 from tilewright.kernels.ops.attention.space import AttentionConfig
 from tilewright.tuning_db.errors import UsageError
 

@@ -6,11 +6,10 @@ import math
 
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
-from tilewright.kernels.ops.attention import combine, jit, persistent, reference, space, work
+from tilewright.kernels.ops.attention import combine, jit, persistent, problem, reference, space, work
 from tilewright.kernels.ops.attention.default import default
 from tilewright.kernels.ops.attention.features import FEATURES
-from tilewright.kernels.ops.attention.problem import SOFTCAP, AttentionProblem
-from tilewright.kernels.ops.attention.reference import STEPS
+from tilewright.kernels.ops.attention.problem import SOFTCAP, STEPS, AttentionProblem
 from tilewright.kernels.ops.attention.space import (
     AttentionConfig,
     head_blocks,
@@ -196,10 +195,10 @@ ATTENTION: Kernel[AttentionProblem, AttentionConfig] = Kernel(
     tolerance=reference.tolerance,
     estimate=work.estimate,
     work=work.work,
-    near=reference.near,
-    supported=reference.supported,
+    near=problem.near,
+    supported=problem.supported,
     ragged=space.ragged,
-    strides=reference.strides,
+    strides=problem.strides,
     features=FEATURES,
     constants=lambda problem: ("SCALE", "SOFTCAP") if problem.softcap else ("SCALE",),
 )

@@ -1,5 +1,4 @@
-"""The fused attention in float64, and how near a result must be; its strides, what devices it needs, and which problems
-are near each other."""
+"""The fused attention in float64, and how near a result must be."""
 
 from __future__ import annotations
 
@@ -9,13 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tilewright.kernels.device import Device
-from tilewright.kernels.dtypes import dtype
-from tilewright.kernels.epilogue import ROUNDOFF, unsupported_dtype
+from tilewright.kernels.epilogue import ROUNDOFF
 from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.ops.attention import samples
 from tilewright.kernels.ops.attention.problem import SOFTCAP, AttentionProblem
-from tilewright.tuning_db.shapes import Near
 
 Array = np.ndarray[Any, Any]
 
@@ -107,46 +103,3 @@ def tolerance(problem: AttentionProblem) -> dict[str, Tolerance]:
     out = Tolerance(relative=2 * ROUNDOFF[problem.output_dtype], absolute=absolute + smallest)
     lse = Tolerance(relative=2.0**-22, absolute=scores + 8 * math.sqrt(problem.Skv) * 2.0**-24)
     return {"out": out, "lse": lse} if problem.lse else {"out": out}
-
-
-STEPS = ("batch", "head", "row")
-"""What there are strides between."""
-
-
-def strides(problem: AttentionProblem, of: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """The stride arguments, from one sequence (block of keys), head and token to the next; 0 where broadcast. Aligned
-    strides of q, k, v, bias and out are in units of 16 bytes, unaligned ones in elements."""
-    values: dict[str, int] = {}
-    kinds = {"bias": problem.bias, "out": problem.output_dtype}
-
-    def put(name: str, *steps: int) -> None:
-        unit = 16 // int(dtype(kinds.get(name) or problem.dtype).bytes) if problem.aligned else 1
-        values.update({f"{name}_{axis}_stride": step // unit for axis, step in zip(STEPS, steps, strict=True)})
-
-    for name in ("q", "k", "v", "out"):
-        if problem.page_size and name in ("k", "v"):
-            block, row, head, _ = of[name]
-            put(name, block, head, row)
-        elif problem.varlen:
-            row, head, _ = of[name]
-            put(name, 0, head, row)
-        else:
-            put(name, *of[name][:3])
-    if "bias" in of:
-        flags = (problem.bias_batch, problem.bias_heads, problem.bias_rows)
-        put("bias", *(step * flag for step, flag in zip(of["bias"][:3], flags, strict=True)))
-    if "block_table" in of:
-        values["block_table_stride"] = of["block_table"][0]
-    return values
-
-
-def supported(problem: AttentionProblem, device: Device) -> str | None:
-    """None, or why no configuration of this problem can run on the device."""
-    return unsupported_dtype((problem.dtype, problem.output_dtype, problem.bias), device)
-
-
-def near(problem: AttentionProblem) -> Near:
-    """Which attentions compare: those of other batch, heads, lengths, page size and windows. Head dims decide which
-    tiles fit, and must be equal; so must the alignment of keys where a bias is read, in rows of 16 bytes at a time."""
-    sizes = ("B", "H", "Hkv", "Sq", "Skv", "page_size", "window_left", "window_right")
-    return Near(sizes, multiples=(("Skv", 16),) if problem.bias is not None else ())

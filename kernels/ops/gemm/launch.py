@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tilewright.kernels.dtypes import FP8_SUM, dtype
 from tilewright.kernels.kernel import Argument, Kernel, Launch, Scratch
-from tilewright.kernels.ops.gemm import jit, reference, space, work
+from tilewright.kernels.ops.gemm import jit, problem, reference, space, work
 from tilewright.kernels.ops.gemm.default import default
 from tilewright.kernels.ops.gemm.features import FEATURES
 from tilewright.kernels.ops.gemm.problem import OPERANDS, GemmProblem
@@ -143,9 +143,9 @@ GEMM: Kernel[GemmProblem, GemmConfig] = Kernel(
     tolerance=reference.tolerance,
     estimate=work.estimate,
     work=work.work,
-    near=reference.near,
-    supported=reference.supported,
+    near=problem.near,
+    supported=problem.supported,
     ragged=space.ragged,
-    strides=reference.strides,
+    strides=problem.strides,
     features=FEATURES,
 )

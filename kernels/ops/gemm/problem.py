@@ -21,12 +21,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tilewright.kernels.activations import activation_name
+from tilewright.kernels.device import Device
 from tilewright.kernels.dtypes import DTYPES, dtype, refused
-from tilewright.kernels.epilogue import GATED, FusedProblem
+from tilewright.kernels.epilogue import GATED, FusedProblem, unsupported_dtype
 from tilewright.kernels.ops.gemm.packing import packed_rows
 from tilewright.kernels.problem import Output
 from tilewright.kernels.samples import INTEGER_SPREAD, normal, placed
 from tilewright.tuning_db.errors import ProblemError, UnsupportedProblemError
+from tilewright.tuning_db.shapes import Near
 
 Array = np.ndarray[Any, Any]
 
@@ -316,3 +318,35 @@ def _spread(size: int, count: int, random: np.random.Generator) -> Array:
     starts = np.array([size // tile * tile for tile in (16, 32, 64, 128, 256)])
     ends = np.concatenate([[0, size - 1], starts, starts - 1])
     return np.unique(np.concatenate([chosen, ends[(ends >= 0) & (ends < size)]]))
+
+
+def strides(problem: GemmProblem, of: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The stride arguments: of each matrix from row to row (column to column, if its columns are contiguous), and from
+    one to the next of the batch, 0 where there is only one."""
+    shapes = problem.shapes() | {name: output.shape for name, output in problem.outputs().items()}
+    values = {}
+    for name in ("a", "b", "residual", "out"):
+        if name in of:
+            matrix, row, column = of[name]
+            columns = {"a": problem.a_layout, "b": problem.b_layout}.get(name) == "col"
+            values[f"{name}_stride"] = column if columns else row
+            values[f"{name}_batch_stride"] = matrix if shapes[name][0] > 1 else 0
+    return values
+
+
+def supported(problem: GemmProblem, device: Device) -> str | None:
+    """None, or why no configuration of this problem can run on the device."""
+    used = (problem.dtype, problem.b_dtype, problem.output_dtype, problem.bias, problem.residual, problem.b_scale_dtype)
+    too_old = unsupported_dtype(used, device)
+    if too_old is not None:
+        return too_old
+    if problem.precision == "tf32" and not device.tensor_tflops.get("tf32"):
+        return f"precision=tf32 needs sm_80 or newer, and {device.board} is {device.sm}; use precision=ieee"
+    return None
+
+
+def near(problem: GemmProblem) -> Near:
+    """Which GEMMs compare: those of other M, N, K and batch. A problem whose alignment differs compiles to other code
+    and is no neighbour: N and K count there, and M where columns of A are read."""
+    lengths = ("M", "N", "K") if problem.a_layout == "col" else ("N", "K")
+    return Near(("M", "N", "K", "batch"), multiples=tuple((name, 16) for name in lengths))

@@ -13,8 +13,8 @@ from tilewright.kernels.dtypes import DTYPES
 from tilewright.kernels.lookup import check_supported
 from tilewright.kernels.ops.attention.api import attention
 from tilewright.kernels.ops.attention.launch import ATTENTION
-from tilewright.kernels.ops.attention.problem import AttentionProblem
-from tilewright.kernels.ops.attention.reference import strides, tolerance
+from tilewright.kernels.ops.attention.problem import AttentionProblem, strides
+from tilewright.kernels.ops.attention.reference import tolerance
 from tilewright.kernels.ops.attention.space import AttentionConfig
 from tilewright.tuning_db.errors import (
     IllegalConfigError,
