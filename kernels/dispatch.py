@@ -25,6 +25,10 @@ from tilewright.tuning_db.errors import (
 INTERPRETED_BOARD = "a100"
 """Whose limits hold in the interpreter, which has none: the oldest arch with every kernel's data types but fp8e4m3."""
 
+MOST_PLANS = 65536
+"""Plans that are kept; a program with more (every shape new) makes them again rather than grow for ever. Their code is
+kept whatever happens: it is that of few specialisations."""
+
 # Guards the first preparation of each plan; a warm call never takes it.
 _lock = threading.Lock()
 _plans: dict[tuple[Any, ...], tuple[Plan, Choice]] = {}
@@ -56,6 +60,8 @@ def plan_for(
         with _lock:
             ready = _plans.get(key)
             if ready is None:
+                if len(_plans) >= MOST_PLANS:
+                    _plans.clear()
                 ready = _plans[key] = _prepare(kernel, problem, ordinal, config, constants)
     return ready
 
@@ -85,7 +91,7 @@ def _prepare(
         try:
             launches = _with(kernel.launches(problem, choice.config), constants)
             binaries = _packed(kernel, problem, device, choice, launches, constants)
-            return GpuPlan(launches, device, ordinal, binaries), choice
+            return GpuPlan(launches, device, ordinal, binaries, lasting=True), choice
         except (UnsupportedError, CompileError, LaunchError) as error:
             # A guess whose real code spills, doesn't compile or doesn't load: the next one. Of what is lighter than the
             # default nobody needs to hear.

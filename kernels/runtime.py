@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -101,8 +102,12 @@ class GpuPlan(Plan):
         device: Device,
         ordinal: int,
         binaries: tuple[Binary, ...] | None = None,
+        *,
+        lasting: bool = False,
     ) -> None:
         """Compiles, unless the launches' `binaries` are given, and loads.
+
+        The code leaves the GPU with the last plan that has it, or `lasting` never: a captured CUDA graph may launch it.
 
         Raises:
             UnsupportedError: the code takes more than the device has, or spills.
@@ -114,7 +119,10 @@ class GpuPlan(Plan):
             limit = over_limits(binary.resources, device, binary.num_warps)
             if limit is not None:
                 raise UnsupportedError(f"this configuration can't run on {device.board}: {limit}")
-            self._loaded.append(_LoadedLaunch(launch, binary, ordinal))
+            code = _code_of(binary, ordinal)
+            if lasting:
+                _lasting.add(code)
+            self._loaded.append(_LoadedLaunch(launch, binary, ordinal, code))
 
     def bind(self, names: Sequence[str], strides: Mapping[str, int]) -> Run:
         launches = [loaded.bind(names, strides) for loaded in self._loaded]
@@ -131,15 +139,50 @@ class GpuPlan(Plan):
         return run
 
 
+class _Code:
+    """A kernel on one GPU."""
+
+    def __init__(self, binary: Binary, ordinal: int) -> None:
+        cupy = require_cupy()
+        from cupy_backends.cuda.api import driver
+
+        with cupy.cuda.Device(ordinal):
+            try:
+                self._module = cupy.cuda.Module()  # which unloads it when it goes
+                self._module.load(binary.cubin)
+                self.function = driver.moduleGetFunction(self._module.ptr, binary.name)
+                if binary.shared_bytes > DEFAULT_SHARED_BYTES:
+                    attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    driver.funcSetAttribute(self.function, attribute, binary.shared_bytes)
+            except driver.CUDADriverError as error:
+                raise LaunchError(f"the driver refused {binary.name} for sm_{binary.arch}: {error}") from error
+
+
+_loading = threading.Lock()
+_code: WeakValueDictionary[tuple[int, str, int, bytes], _Code] = WeakValueDictionary()
+_lasting: set[_Code] = set()
+
+
+def _code_of(binary: Binary, ordinal: int) -> _Code:
+    """The kernel on that GPU, loaded once for all plans: problems of many sizes have the same code."""
+    key = (ordinal, binary.name, binary.shared_bytes, binary.cubin)
+    with _loading:
+        code = _code.get(key)
+        if code is None:
+            code = _code[key] = _Code(binary, ordinal)
+        return code
+
+
 class _LoadedLaunch:
     """One launch, its code on the GPU."""
 
-    def __init__(self, launch: Launch, binary: Binary, ordinal: int) -> None:
+    def __init__(self, launch: Launch, binary: Binary, ordinal: int, code: _Code) -> None:
         cupy = require_cupy()
         from cupy_backends.cuda.api import driver
 
         self.cupy, self.ordinal = cupy, ordinal
         self.driver_error = driver.CUDADriverError
+        self._code = code
         self.grid = launch.grid
         self.block = binary.num_warps * WARP_SIZE
         self.arguments = [argument for argument in launch.arguments if argument.type is not None]
@@ -152,18 +195,8 @@ class _LoadedLaunch:
         self.hidden = [
             f"{HIDDEN_SCRATCH}_ptr" if binary.scratch_bytes and index == 0 else "" for index in range(HIDDEN_POINTERS)
         ]
-        with cupy.cuda.Device(ordinal):
-            try:
-                self._module = cupy.cuda.Module()
-                self._module.load(binary.cubin)
-                function = driver.moduleGetFunction(self._module.ptr, binary.name)
-                if binary.shared_bytes > DEFAULT_SHARED_BYTES:
-                    attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                    driver.funcSetAttribute(function, attribute, binary.shared_bytes)
-            except driver.CUDADriverError as error:
-                raise LaunchError(f"the driver refused {binary.name} for sm_{binary.arch}: {error}") from error
         # Of the stream, the address of the parameters, and 0.
-        self.start = partial(driver.launchKernel, function, *self.grid, self.block, 1, 1, binary.shared_bytes)
+        self.start = partial(driver.launchKernel, code.function, *self.grid, self.block, 1, 1, binary.shared_bytes)
 
     def bind(self, names: Sequence[str], strides: Mapping[str, int]) -> Run:
         """As `Plan.bind`."""

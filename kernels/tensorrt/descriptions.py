@@ -26,7 +26,7 @@ def symbolic(
             known = not expression.is_fake and expression.is_constant
             sizes.append(int(expression.constant_value()) if known else dimension(name, axis))
             dims[name, axis] = expression
-        tensors[name] = Tensor(name, tuple(sizes), canonical(description.dtype))
+        tensors[name] = Tensor(name, tuple(sizes), canonical(description.dtype, name))
     return tensors, dims
 
 
@@ -66,7 +66,7 @@ def case_of(
             if size < 0:
                 for which, found in ranges.items():
                     found[name, axis] = int(getattr(description.shape, which)[axis])
-        network.append(Tensor(name, tuple(sizes), canonical(description.dtype)))
+        network.append(Tensor(name, tuple(sizes), canonical(description.dtype, name)))
     # What is dynamic in the network may be one size in this profile.
     fast = {place for place, size in ranges["min"].items() if size == ranges["max"][place]}
     tensors = [tensor.with_known({place: ranges["opt"][place] for place in fast}) for tensor in network]

@@ -92,12 +92,12 @@ class GemmPlugin(PluginOperation):
         columns = n // 2 if self._gated(attributes) else n
         lead = tuple(int(dim) for dim in form.lead)  # type: ignore[arg-type]
         if "residual" in tensors:
-            one = (1,) * len(lead)
-            check_shape(tensors["residual"], (*lead, rows, columns), *(((*one, rows, columns),) if batch > 1 else ()))
-        if "bias" in tensors:
+            one = (1,) * max(0, len(tensors["residual"].dims) - 2)
             check_shape(
-                tensors["bias"], (n,), *(((m, 1),) if batch == 1 or form.b_broadcast or form.a_broadcast else ())
+                tensors["residual"], (*lead, rows, columns), *([(*one, rows, columns)] if len(one) <= len(lead) else [])
             )
+        if "bias" in tensors:
+            check_shape(tensors["bias"], (n,), (rows, 1))
         self._check_scales(tensors, attributes, (m, n, k), batch)
         # Of one matrix there is nothing to broadcast.
         many = batch > 1
@@ -109,7 +109,7 @@ class GemmPlugin(PluginOperation):
             a_broadcast=form.a_broadcast and many,
             b_broadcast=form.b_broadcast and many,
             residual_broadcast=many and "residual" in tensors and math.prod(tensors["residual"].shape[:-2]) == 1,
-            bias_axis="m" if "bias" in tensors and len(tensors["bias"].dims) == 2 else "n",
+            bias_axis="m" if _per_row(tensors.get("bias")) else "n",
             **self._fields(tensors, attributes),  # type: ignore[arg-type]
         )
 
@@ -134,7 +134,9 @@ class GemmPlugin(PluginOperation):
         one_a, one_b = all(dim == 1 for dim in lead_a), all(dim == 1 for dim in lead_b)
         if one_b:
             lead = (1,) * (rank - len(lead_a)) + lead_a
-            if not turned_a:
+            # What every matrix of the result has again, a matrix of all their rows can't have.
+            repeated = _per_row(tensors.get("bias")) or _one_matrix(tensors.get("residual"))
+            if not turned_a and (one_a or not repeated):
                 # One B under many A: their rows follow each other.
                 return _Form(lead, m, product(lead_a) * m, n, k, 1, False, False)
             return _Form(lead, m, m, n, k, product(lead_a), False, True)
@@ -205,6 +207,16 @@ class GemmPlugin(PluginOperation):
         check_fp32(tensors, "a_scale", "out_scale", *(() if size else ("b_scale",)))
         if "b_zero" in tensors and tensors["b_zero"].dtype != tensors["b"].dtype:
             raise ProblemError(f"b_zero is {tensors['b_zero'].dtype} and must be that of b, {tensors['b'].dtype}")
+
+
+def _per_row(bias: Tensor | None) -> bool:
+    """Whether it is a bias along M."""
+    return bias is not None and len(bias.dims) == 2
+
+
+def _one_matrix(residual: Tensor | None) -> bool:
+    """Whether it is a residual for every matrix of the batch."""
+    return residual is not None and all(dim == 1 for dim in residual.dims[:-2])
 
 
 def _one(tensor: Tensor) -> bool:

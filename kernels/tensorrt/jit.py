@@ -62,15 +62,15 @@ def problem_of(
         ProblemError, UsageError, UnsupportedError: there is none, or the outputs are not its results.
     """
     tensors = {
-        name: Tensor(name, tuple(map(int, tensor.shape)), canonical(tensor.dtype), tensor.format.name)
+        name: Tensor(name, tuple(map(int, tensor.shape)), canonical(tensor.dtype, name), tensor.format.name)
         for name, tensor in zip(variant.inputs, inputs, strict=True)
     }
     problem = variant.operation.problem(tensors, attributes)
     for tensor, given in zip(variant.operation.outputs(tensors, attributes), outputs, strict=True):
-        if tensor.shape != tuple(given.shape) or tensor.dtype != canonical(given.dtype):
+        if tensor.shape != tuple(given.shape) or tensor.dtype != canonical(given.dtype, tensor.name):
             raise ProblemError(
-                f"{variant.name}: {tensor.name} is {tuple(given.shape)} of {canonical(given.dtype)} and must be "
-                f"{tensor.shape} of {tensor.dtype}"
+                f"{variant.name}: {tensor.name} is {tuple(given.shape)} of {canonical(given.dtype, tensor.name)} and "
+                f"must be {tensor.shape} of {tensor.dtype}"
             )
     if aligned:
         return problem
@@ -88,7 +88,7 @@ def _prepared(
 ) -> Plan:
     problem = problem_of(variant, inputs, outputs, attributes, aligned)
     tensors = {
-        name: Tensor(name, tuple(map(int, tensor.shape)), canonical(tensor.dtype))
+        name: Tensor(name, tuple(map(int, tensor.shape)), canonical(tensor.dtype, name))
         for name, tensor in zip(variant.inputs, inputs, strict=True)
     }
     constants = variant.operation.constants(tensors, attributes)

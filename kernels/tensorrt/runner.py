@@ -141,7 +141,7 @@ class Runner:
     def _dtype(self, name: str) -> np.dtype[Any]:
         kind = self._engine.get_tensor_dtype(name)
         try:
-            return np.dtype(DTYPES[canonical(kind)].numpy)
+            return np.dtype(DTYPES[canonical(kind, name)].numpy)
         except UnsupportedError:
             other: np.dtype[Any] = np.dtype(self._trt.nptype(kind))
             return other  # indices and flags, which kernels don't take

@@ -37,16 +37,18 @@ def channels_last(dtype: str, channels: int) -> str | None:
     return name if name and channels % multiple == 0 else None
 
 
-def canonical(kind: Any) -> str:
-    """The canonical name of a `tensorrt.DataType`.
+def canonical(kind: Any, name: str) -> str:
+    """The canonical name of a `tensorrt.DataType`, that of the tensor `name`.
 
     Raises:
         UnsupportedError: kernels have no such data type.
     """
-    for name, text in TENSORRT_NAMES.items():
+    for known, text in TENSORRT_NAMES.items():
         if kind.name == _MEMBERS.get(text, text):
-            return name
-    raise UnsupportedError(f"tensors of {kind.name} are not supported; use one of {', '.join(TENSORRT_NAMES.values())}")
+            return known
+    raise UnsupportedError(
+        f"{name} is {kind.name}, which is not supported; use one of {', '.join(TENSORRT_NAMES.values())}"
+    )
 
 
 def member(tensorrt: Any, name: str) -> Any:

@@ -45,8 +45,9 @@ def gpu(monkeypatch):
         plans: list = []  # noqa: RUF012
         seconds = 0.0
 
-    def plan(launches, device, ordinal, binaries):
+    def plan(launches, device, ordinal, binaries, *, lasting):
         assert binaries is Gpu.packed
+        assert lasting, "a captured CUDA graph may launch its code when the plan is forgotten"
         time.sleep(Gpu.seconds)
         group = dict(launches[0].constexprs)["GROUP_M"]
         Gpu.plans.append((group, device, ordinal))
@@ -171,6 +172,17 @@ def test_forgetting_empties_plans_and_the_caches_of_calls(gpu):
     plan_for(GEMM, PROBLEM, 0)
     assert len(gpu.plans) == 2
     dispatch._call_caches.remove(calls)
+
+
+def test_plans_are_made_again_rather_than_kept_for_ever(gpu, monkeypatch):
+    monkeypatch.setattr(dispatch, "MOST_PLANS", 3)
+    made = len(gpu.plans)
+    for m in (16, 32, 48, 64, 64):
+        plan_for(GEMM, replace(PROBLEM, M=m), 0)
+    assert len(dispatch._plans) == 1
+    assert len(gpu.plans) == made + 4
+    plan_for(GEMM, replace(PROBLEM, M=16), 0)
+    assert len(gpu.plans) == made + 5
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import sys
 import threading
@@ -148,11 +149,11 @@ def driver(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.api", SimpleNamespace(driver=fake))
     monkeypatch.setattr(runtime, "require_cupy", lambda: fake.cupy)
     monkeypatch.setattr(runtime, "compile_launch", lambda launch, arch: BINARY)
-    runtime._scratch.clear()
-    runtime._retired.clear()
+    for kept in (runtime._scratch, runtime._retired, runtime._lasting):
+        kept.clear()
     yield fake
-    runtime._scratch.clear()
-    runtime._retired.clear()
+    for kept in (runtime._scratch, runtime._retired, runtime._lasting):
+        kept.clear()
 
 
 def plan_of(driver, problem, config=TILE, ordinal=0):
@@ -222,6 +223,33 @@ def test_another_device_is_current_for_the_load_and_the_launch_alone(driver):
     plan.run(POINTERS, {}, 0)
     assert driver.launches[0].device == 1
     assert driver.device() == 0
+
+
+# Code
+
+
+def test_code_is_loaded_once_for_all_plans_that_have_it(driver, monkeypatch):
+    first = plan_of(driver, PLAIN)
+    second = plan_of(driver, replace(PLAIN, M=1000))
+    on_another = plan_of(driver, PLAIN, ordinal=1)
+    assert driver.modules == [(b"a cubin", 0), (b"a cubin", 1)]
+    first.run(POINTERS, {}, 0)
+    second.run(POINTERS, {}, 0)
+    assert [launch.grid for launch in driver.launches] == [(9, 1, 1), (189, 1, 1)]
+    monkeypatch.setattr(runtime, "compile_launch", lambda launch, arch: replace(BINARY, cubin=b"other"))
+    third = plan_of(driver, PLAIN)
+    assert driver.modules[2:] == [(b"other", 0)]
+    del first, second, third, on_another
+    gc.collect()
+    assert not runtime._code
+
+
+def test_code_of_a_lasting_plan_stays_when_the_plan_is_gone(driver):
+    plan = GpuPlan(GEMM.launches(PLAIN, TILE), DEVICE, 0, lasting=True)
+    del plan
+    gc.collect()
+    plan_of(driver, PLAIN)
+    assert driver.modules == [(b"a cubin", 0)]
 
 
 # Scratch

@@ -184,7 +184,7 @@ class ThroughPython:
     def combinations(self, described: list[Any]) -> list[list[tuple[str, str]]]:
         count = len(self.inputs.ranges)
         flat = self.plugin.get_supported_format_combinations(described, count)
-        each = [(canonical(found.type), found.format.name) for found in flat]
+        each = [(canonical(found.type, "found"), found.format.name) for found in flat]
         return [each[start : start + len(described)] for start in range(0, len(each), len(described))]
 
     def configure(self, described: list[Any]) -> None:
@@ -319,7 +319,7 @@ class ThroughCxx:
             raise RuntimeError(f"getNbSupportedFormatCombinations returned {found}")
         flat = (cxx.TensorDescription * (found * total))()
         self._checked(8, _array(described), _int(count), _int(outputs), _array(flat), _int(found))
-        each = [(canonical(trt.DataType(one.type)), trt.TensorFormat(one.format).name) for one in flat]
+        each = [(canonical(trt.DataType(one.type), "one"), trt.TensorFormat(one.format).name) for one in flat]
         return [each[start : start + total] for start in range(0, len(each), total)]
 
     def configure(self, described: Any) -> None:
@@ -441,7 +441,7 @@ def live(job: dict[str, Any]) -> dict[str, Any]:
         outputs.append((dims, dtype))
     linear = life.describe(outputs, ["LINEAR"] * (len(inputs.ranges) + len(outputs)))
     answer: dict[str, Any] = {
-        "output_types": [canonical(dtype) for dtype in types],
+        "output_types": [canonical(dtype, "output") for dtype in types],
         "output_shapes": [
             [[symbol.at(inputs.named(at)) for symbol in shape] for at in job["sizes"]] for shape in shapes
         ],

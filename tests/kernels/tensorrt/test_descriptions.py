@@ -75,5 +75,5 @@ def test_a_dimension_that_the_profile_holds_fast_is_static():
 
 
 def test_data_types_that_kernels_lack():
-    with pytest.raises(UnsupportedError, match="tensors of FP4 are not supported"):
+    with pytest.raises(UnsupportedError, match="a is FP4, which is not supported"):
         case_of(GEMM, [described((8, 64), DataType.FP4), described((64, 32))], [], plugin_attributes("FusedGemm"))

@@ -105,6 +105,27 @@ def test_a_bias_of_rows():
     assert found.problem({}) == GemmProblem(M=64, N=80, K=96, bias="fp16", bias_axis="m")
 
 
+@pytest.mark.parametrize("turned", [0, 1])
+@pytest.mark.parametrize("b", [(96, 80), (M, 96, 80)])
+def test_a_bias_of_rows_is_that_of_every_matrix_of_a_batch(turned, b):
+    a = (96, 64) if turned else (64, 96)
+    found = case("FusedGemmBias", [((M, *a), "fp16"), (b, "fp16"), ((64, 1), "fp16")], trans_a=turned)
+    problem = {"M": 64, "N": 80, "K": 96, "bias": "fp16", "bias_axis": "m", "b_broadcast": len(b) == 2}
+    problem["a_layout"] = "col" if turned else "row"
+    sizes = [(2,), (17,), (1000,)]
+    checked = check_launches(
+        found, lambda n, _=0: GemmProblem(batch=n, **problem), sizes if len(b) == 2 else [2 * size for size in sizes]
+    )
+    assert checked >= 10
+
+
+@pytest.mark.parametrize("residual", [(96, 80), (1, 96, 80)])
+def test_a_residual_for_every_matrix_of_a_batch_under_one_matrix(residual):
+    found = case("FusedGemmResidual", [((M, 96, 64), "fp16"), ((64, 80), "fp16"), (residual, "bf16")])
+    problem = {"M": 96, "N": 80, "K": 64, "b_broadcast": True, "residual": "bf16", "residual_broadcast": True}
+    assert check_launches(found, lambda n: GemmProblem(batch=n, **problem), [(2,), (1000,)]) >= 10
+
+
 @pytest.mark.parametrize(
     "config", [GemmConfig(32, 32, 32, num_stages=2), GemmConfig(32, 32, 32, PERSISTENT=True)], ids=str
 )
@@ -146,6 +167,18 @@ def test_code_for_all_sizes_is_right_for_each(config):
         ("FusedGemm", [((8, 8), "fp16"), ((4, 8), "fp16")], {"weights": "int4"}, "packed in bytes"),
         ("FusedGemmBias", [((8, 8), "fp16"), ((8, 8), "fp16"), ((7,), "fp16")], {}, "bias is (7,) and must be (8,)"),
         ("FusedGemmResidual", [((8, 8), "fp16"), ((8, 8), "fp16"), ((4, 8), "fp16")], {}, "residual is (4, 8)"),
+        (
+            "FusedGemmResidual",
+            [((2, 8, 8), "fp16"), ((8, 8), "fp16"), ((1, 1, 8, 8), "fp16")],
+            {},
+            "residual is (1, 1, 8, 8) and must be (2, 8, 8)",
+        ),
+        (
+            "FusedGemmBias",
+            [((2, 8, 8), "fp16"), ((8, 6), "fp16"), ((16, 1), "fp16")],
+            {},
+            "bias is (16, 1) and must be (6,) or (8, 1)",
+        ),
         (
             "FusedGemmAScale",
             [((8, 8), "fp16"), ((8, 8), "fp16"), ((1,), "fp16")],

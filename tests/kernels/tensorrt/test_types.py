@@ -18,14 +18,14 @@ TENSORRT = SimpleNamespace(DataType=DataType)
 def test_there_and_back():
     assert set(TENSORRT_NAMES) <= set(DTYPES)
     for name in TENSORRT_NAMES:
-        assert canonical(member(TENSORRT, name)) == name
+        assert canonical(member(TENSORRT, name), "x") == name
     assert member(TENSORRT, "fp32") is DataType.FLOAT
     assert member(TENSORRT, "fp8e4m3") is DataType.FP8
 
 
 def test_others_are_refused():
-    with pytest.raises(UnsupportedError, match="tensors of FP4 are not supported; use one of FP32, FP16, BF16"):
-        canonical(DataType.FP4)
+    with pytest.raises(UnsupportedError, match="kv_lens is FP4, which is not supported; use one of FP32, FP16, BF16"):
+        canonical(DataType.FP4, "kv_lens")
     with pytest.raises(UnsupportedError, match="TensorRT has no data type fp8e5m2"):
         member(TENSORRT, "fp8e5m2")
 
