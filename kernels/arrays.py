@@ -212,6 +212,8 @@ class TorchKind(ArrayKind):
     def view(self, array: Any) -> View:
         if array.device.type != "cuda":
             raise UnsupportedError(f"a torch tensor on {array.device} is not in a GPU's memory: move it with .cuda()")
+        if array.layout is not self._torch.strided:
+            raise UnsupportedError(f"a torch tensor of layout {array.layout} has no strides: pass .to_dense()")
         if array.requires_grad and self._torch.is_grad_enabled():
             raise UnsupportedError(
                 "a torch tensor requires a gradient, and these kernels compute none: call them under torch.no_grad(), "

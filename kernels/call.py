@@ -95,7 +95,7 @@ class PlannedCall:
         """A number on the device, made once per name, value and stream, in whose order it is filled: a kernel takes
         no floats."""
         # By the GPU's number: CuPy's devices have no hash. By name, as not every input may have every value.
-        key = (kind, self.ordinal, stream, name, value)
+        key = (kind, self.ordinal, stream, name, value, math.copysign(1.0, value))  # 0.0 and -0.0 are equal
         array = _numbers.get(key)
         if array is None:
             array = kind.scalar(like, _number(name, value))
@@ -181,13 +181,19 @@ def _adopt(name: str, kind: ArrayKind, array: Any) -> Any:
 def _view(name: str, array: Any, known: Sequence[str]) -> View:
     """An array as a kernel sees it; `known` are the dtypes that it may have, if they are told."""
     try:
-        return kind_of(array).view(array)
+        view = kind_of(array).view(array)
     except UnsupportedError as error:
         found = array_dtype_text(getattr(array, "dtype", None))
         if known and found is not None:  # as NumPy's and torch's integers are int64 unless they are told otherwise
             names = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
             raise UnsupportedProblemError(f"{name} is {found} and must be {names}") from None
         raise UnsupportedError(f"{name}: {error}") from None
+    size = int(dtype(view.dtype).bytes)
+    if view.pointer % size:
+        raise UnsupportedError(
+            f"{name} starts {view.pointer % size} B past a multiple of its elements' {size} B: pass a copy"
+        )
+    return view
 
 
 class Operation:
@@ -245,8 +251,9 @@ class Operation:
             given = arrays + outs
             signatures, addresses, arguments = kind.look(given)
             ready = self._calls.get((kind, options, tuple(signatures)))
-        except (AttributeError, TypeError):
-            ready = None  # among the arrays is a number or another library's, or an option that can't be one
+        except (AttributeError, TypeError, RuntimeError):
+            # Among the arrays is a number, another library's, or one of torch's without memory; or an option is none.
+            ready = None
         if ready is None:
             return self._first(kind, arrays, outs, options)
         call, guards = ready

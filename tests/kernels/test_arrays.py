@@ -193,18 +193,24 @@ class Tensor:
     def __init__(self, device="cuda:1", dtype="torch.float16"):
         name, _, index = device.partition(":")
         self.shape, self.dtype, self.made = (4, 8), SimpleNamespace(), []
-        self.requires_grad, self.is_cuda = False, name == "cuda"
+        self.requires_grad, self.is_cuda, self.layout = False, name == "cuda", "torch.strided"
         self.dtype = type("dtype", (), {"__str__": lambda _: dtype})()
         self.device = type("device", (), {"type": name, "index": int(index or 0), "__str__": lambda _: device})()
 
     def stride(self):
+        self._refuse_sparse()
         return (1, 4)
 
     def get_device(self):
         return self.device.index if self.is_cuda else -1
 
     def data_ptr(self):
+        self._refuse_sparse()
         return 0x9008
+
+    def _refuse_sparse(self):
+        if self.layout != "torch.strided":
+            raise RuntimeError("Cannot access data pointer of Tensor that doesn't have storage")
 
     def new_empty(self, shape, dtype):
         self.made.append((shape, dtype))
@@ -237,6 +243,7 @@ def torch(monkeypatch):
         setattr(module, name, f"torch.{name}")
     module.cuda = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=7 + device))
     module.is_grad_enabled = lambda: module.gradients
+    module.strided = "torch.strided"
     module.gradients = True
     monkeypatch.setitem(sys.modules, "torch", module)
     return module
@@ -281,6 +288,15 @@ def test_a_tensor_on_the_host_is_refused(torch):
         UnsupportedError, match=r"^a: a torch tensor on cpu is not in a GPU's memory: move it with .cuda\(\)$"
     ):
         gemm(Tensor("cpu"), Tensor("cpu"))
+
+
+def test_a_sparse_tensor_is_refused(torch):
+    sparse = Tensor()
+    sparse.layout = "torch.sparse_coo"
+    with pytest.raises(
+        UnsupportedError, match=r"^a: a torch tensor of layout torch.sparse_coo has no strides: pass .to"
+    ):
+        gemm(sparse, Tensor())
 
 
 def test_libraries_do_not_mix(torch, cupy):

@@ -104,6 +104,18 @@ def test_a_signature_is_prepared_once_and_a_number_is_no_part_of_it():
     assert len(prepared) == 5
 
 
+def test_a_number_and_its_negative_zero_are_two():
+    ones = np.ones((1, 1), np.float32)
+    signs = [np.signbit(gemm(ones, ones, alpha=alpha)[0, 0]) for alpha in (0.0, -0.0, 0.0)]
+    assert signs == [False, True, False]
+
+
+def test_an_array_that_is_not_aligned_to_its_elements_is_refused():
+    shifted = np.frombuffer(bytes(129), np.uint8)[1:].view(np.float32).reshape(4, 8)
+    with pytest.raises(UnsupportedError, match=r"^a starts \d B past a multiple of its elements' 4 B: pass a copy$"):
+        gemm(shifted, np.zeros((8, 4), np.float32))
+
+
 def test_forgotten_plans_are_forgotten_here_too():
     prepared = []
     op, _ = operation(prepared)

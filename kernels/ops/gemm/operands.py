@@ -90,6 +90,8 @@ def scales_of(views: dict[str, View], n: int, group_size: int | None, groups: in
         ProblemError: shapes or dtypes that don't go together.
         UnsupportedError: arrays that are not contiguous.
     """
+    if group_size is not None and group_size < 0:  # before its scales' shape follows from it
+        raise ProblemError(f"{group_size=} must be 32, 64 or 128")
     fields: dict[str, Any] = {}
     k = views["a"].shape[-1]
     each = (groups,) if groups else ()

@@ -494,6 +494,7 @@ F32 = np.float32
             {"b": W4, "b_scale": np.ones((2, 6), F32)},
         ),
         (ProblemError, "b_scale is (6,) and must be (2, 6)", {"b": W4, "b_scale": np.ones(6, F32), "group_size": 32}),
+        (ProblemError, "group_size=-1 must be 32, 64 or 128", {"b": W4, "b_scale": np.ones(6, F32), "group_size": -1}),
         (
             ProblemError,
             "a_scale is (1, 4) and must be (3, 4)",
