@@ -145,6 +145,13 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
         a_vector = b_vector = 16
     a_copies = stages if a_vector >= 4 and not turned else 1
     b_copies = b_stages if b_vector >= 4 and not b_turned else 1
+    # tcgen05 takes A from tensor memory where a thread has a row of it: of columns that are loaded element by element.
+    # Its last copy is there, then.
+    narrow_columns = problem.a_layout == "col" and a_vector == math.ceil(element)
+    if device.major == 10 and keeps_all and narrow_columns and config.BLOCK_M >= 128:
+        a_copies -= 1
+        if not a_copies:
+            tile = tile._replace(a=0)
     total = []
     if problem.b_dtype is not None and keeps_all:
         total.append(int(tile.b / problem.b_bytes * element / tile.a_count))

@@ -134,6 +134,13 @@ def test_8_bit_operands_that_wgmma_can_not_read_along_k_are_not_copied_ahead():
         assert reply["estimate"] == reply["resources"]["shared_bytes"], described(reply)
 
 
+def test_columns_loaded_one_element_at_a_time_may_lie_in_tensor_memory():
+    problem = replace(SQUARE, M=33, dtype="fp8e5m2", out_dtype=None, a_layout="col", b_layout="col")
+    (reply,) = compiled(100, [(problem, GemmConfig(128, 64, 64, num_stages=2))])
+    assert reply["estimate"] == 2 * 64 * 64, described(reply)
+    assert reply["estimate"] <= reply["resources"]["shared_bytes"], described(reply)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(1, 5))
