@@ -196,8 +196,9 @@ class SplitGate(_Step):
         if settings.get(ACTIVATION, "none") != "none" or "residual" in inputs or "gated" in settings:
             return "an activation, a residual or a gate comes before the split"
         shape = static_shape(product.outputs[0]) or ()
-        axis = split.attributes.get_int("axis", 0)
-        if axis % max(len(shape), 1) != len(shape) - 1 or static_shape(bound["half"]) != static_shape(bound["other"]):
+        halves = [static_shape(bound[name]) for name in ("half", "other")]
+        # A third part may be there that nobody uses.
+        if not shape or len(split.outputs) != 2 or halves != [(*shape[:-1], shape[-1] // 2)] * 2:
             return "the split is not into halves of the columns"
         return inputs, {**settings, "gated": "halves", ACTIVATION: node.attributes[ACTIVATION].as_string()}
 

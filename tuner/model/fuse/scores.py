@@ -163,7 +163,7 @@ def read_scores(softmax: ir.Node) -> Scores:
             value = _first(node)
         elif unshifted is not None:
             value = unshifted
-        elif node.op_type in ("Max", "Clip") and _is_floor(node):
+        elif node.op_type in ("Max", "Clip") and not rows and _is_floor(node, factor):
             value = _scores_of(node)
         elif node.op_type in ("Mul", "Div"):
             value, by = _multiplied(node)
@@ -198,14 +198,16 @@ def _stop(value: ir.Value, node: ir.Node | None) -> str:
 
 
 def _shift(node: ir.Node) -> ir.Value | None:
-    """Of scores minus the largest of their row, which a softmax does not see: the scores."""
+    """Of scores minus the largest of their row, or of several, which a softmax does not see: the scores."""
     if node.op_type != "Sub":
         return None
     scores, largest = node.inputs
     assert scores is not None
     asked = None if largest is None else largest.producer()
-    if asked is None or asked.op_type != "ReduceMax" or asked.inputs[0] is not scores:
+    if largest is None or asked is None or asked.op_type != "ReduceMax" or asked.inputs[0] is not scores:
         return None
+    if (_shape(largest) or (1,))[-1] != 1:
+        return None  # keys have each their own
     uses = {user for user, _ in scores.uses()}
     return scores if uses == {node, asked} and not scores.is_graph_output() else None
 
@@ -271,14 +273,18 @@ def _reaches(value: ir.Value) -> bool:
     return False
 
 
-def _is_floor(node: ir.Node) -> bool:
-    """Whether a node keeps scores above what a mask may put, and does nothing else: `Max` with the least number."""
+def _is_floor(node: ir.Node, factor: float) -> bool:
+    """Whether a node keeps scores, which are multiplied by a factor after it, above what a mask may put there, and does
+    nothing else: `Max` with the least number."""
+
+    def is_low(value: ir.Value | None) -> bool:
+        bound = scalar(value)
+        return bound is not None and factor > 0 and bound * factor <= LOW
+
     if node.op_type == "Max":
-        bounds = [scalar(value) for value in node.inputs]
-        return len(bounds) == 2 and any(bound is not None and bound <= LOW for bound in bounds)
+        return len(node.inputs) == 2 and any(map(is_low, node.inputs))
     low, high = ([*node.inputs[1:], None, None])[:2]
-    bound = scalar(low)
-    return high is None and (low is None or (bound is not None and bound <= LOW))
+    return high is None and (low is None or is_low(low))
 
 
 def _scores_of(node: ir.Node) -> ir.Value:

@@ -132,6 +132,18 @@ def test_a_gate_and_its_product_are_one(order, residual, split):
     assert report.counts()["gemm + gate"] == 1
 
 
+@pytest.mark.parametrize("sizes", [(12, 12, 24), (16, 16, 16), (24, 24)])
+def test_two_parts_of_more_are_no_halves(sizes):
+    names = ["g", "u", "rest"][: len(sizes)]
+    nodes = [make("MatMul", ["x", "both"], ["p"]), make("Split", ["p", "sizes"], names, axis=-1)]
+    nodes += [make("Sigmoid", ["g"], ["s"]), make("Mul", ["g", "s"], ["a"]), make("Mul", ["a", "u"], ["y"])]
+    constants = {"both": np.concatenate([W, V], 1), "sizes": np.array(sizes)}
+    report, found, _ = fused(nodes, X, constants)
+    assert (plugin_settings(found[0])["gated"] == "halves") == (len(sizes) == 2)
+    if len(sizes) > 2:
+        assert "not into halves" in next(miss.reason for miss in report.misses if miss.pattern == "gemm + gate")
+
+
 def test_products_of_different_inputs_are_no_gate():
     nodes = [product("g"), product("u", "v", "z"), make("Sigmoid", ["g"], ["s"]), make("Mul", ["s", "u"], ["y"])]
     report, found, _ = fused(nodes, {**X, "z": (6, 16)}, {"w": W, "v": V})

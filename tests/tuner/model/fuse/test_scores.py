@@ -9,6 +9,7 @@ import pytest
 from tests.tuner.model.fuse.forms import (
     LEAST,
     B,
+    D,
     Graph,
     H,
     S,
@@ -71,7 +72,31 @@ def masked_after_the_softmax(g: Graph) -> str:
     return g("MatMul", weights, heads(g, "v"))
 
 
+def less_the_largest_of_each_key(g: Graph) -> str:
+    raw = scores(g)
+    return attend(g, g("Sub", raw, g("ReduceMax", raw, g.shape(-2), keepdims=1)))
+
+
+def less_the_largest_of_another_query(g: Graph) -> str:
+    """Of (S, S) the largest of row i, which is subtracted from column i."""
+    q, k, v = (g.input(name, S, D) for name in "qkv")
+    raw = g("MatMul", q, g.transpose(k, 1, 0))
+    return g("MatMul", g("Softmax", g("Sub", raw, g("ReduceMax", raw, g.shape(-1), keepdims=0)), axis=-1), v)
+
+
+def a_floor_that_is_scaled_after(g: Graph) -> str:
+    return attend(g, g("Mul", g("Max", g("Mul", scores(g), g.array(1e5)), g.array(-1e4)), g.array(1e-5)))
+
+
+def a_floor_of_what_rows_are_divided_by(g: Graph) -> str:
+    return attend(g, g("Div", g("Max", scores(g), g.array(-1e4)), g.input("by", S, 1)))
+
+
 LEFT = {
+    less_the_largest_of_each_key: "are used more than once",
+    less_the_largest_of_another_query: "are used more than once",
+    a_floor_that_is_scaled_after: "its scores come by way of Max",
+    a_floor_of_what_rows_are_divided_by: "its scores come by way of Max",
     softmax_of_another_axis: "its softmax is along axis 2 of",
     over_queries: "are not summed over keys",
     clipped_on_both_sides: "its scores come by way of Clip",
