@@ -169,14 +169,13 @@ def _error_lines(rows: Sequence[OutputError]) -> list[str]:
     def error(row: OutputError) -> float:
         return math.inf if row.relative is None else row.relative
 
-    ordered = sorted(rows, key=lambda row: (max(0, row.bad_changed - row.bad_original), error(row)), reverse=True)
+    ordered = sorted(rows, key=lambda row: (row.bad_changed, error(row)), reverse=True)
     lines = []
     for row in ordered[:ERRORS_TOLD]:
-        bad = row.bad_changed - row.bad_original
         said = f"{row.relative:.1e} of its largest value" if row.relative is not None else "zeros before, no more"
         lines.append(
             f"error of {shown(row.value)}: {said}"
-            + (f", and {bad} NaN or infinite more than before" if bad > 0 else "")
+            + (f", and {row.bad_changed} NaN or infinite that were not so before" if row.bad_changed else "")
         )
     others = ordered[ERRORS_TOLD:]
     if others:

@@ -21,12 +21,12 @@ from tilewright.tuner.model.fuse import FusionReport
 from tilewright.tuner.model.messages import listed, quoted, shown
 from tilewright.tuner.model.output_folder import RESUME, OutputFolder, check_output, output_folder
 from tilewright.tuner.model.precision.lower import lower
-from tilewright.tuner.model.prepare import Prepared, check_reading, prepare
+from tilewright.tuner.model.prepare import Prepared, check_fusing, check_reading, prepare
 from tilewright.tuner.model.report import document as parts
 from tilewright.tuner.model.report.estimate import estimate
 from tilewright.tuner.model.report.html import write_page
 from tilewright.tuner.model.report.readme import write_readme
-from tilewright.tuner.model.request import Request
+from tilewright.tuner.model.request import REPORTS, Request
 from tilewright.tuner.model.resume import resume_key
 from tilewright.tuner.model.verify.compare import Comparison, Reference
 from tilewright.tuner.model.workloads import ModelWorkloads, workloads
@@ -37,6 +37,10 @@ from tilewright.tuning_db.errors import MissingDependencyError, RunError, UsageE
 
 EVALUATION = 8
 """Of the inputs, how many the errors are measured on; scales never see them."""
+
+
+LARGE_ERROR = 0.1
+"""Relative error of an output from which on it is warned of, where no budget bounds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,7 @@ class _Way:
     calibration: Samples
     evaluation: Samples
     reference: Reference  # on the inputs for evaluation
+    fused_errors: Comparison
     key: str  # of what a run goes on from
 
 
@@ -144,8 +149,8 @@ def optimise(
 
     Raises:
         ModelError, UsageError: the model, the data or the arguments can't be used; nothing was written.
-        RunError: ONNX Runtime can't run the model, then nothing was written; or something failed on the way, and what
-            was finished is kept.
+        RunError: ONNX Runtime can't run the model, or fusing changed what it computes, then nothing was written; or
+            something failed on the way, and what was measured is kept.
     """
     assert request.output is not None
     prepared = prepare(request, tell)
@@ -158,8 +163,9 @@ def optimise(
     with Reference(prepared.original, evaluation.feeds) as reference:
         reference.work_out()
         check_reading(request, prepared, evaluation, tell)
+        fused_errors = check_fusing(request, prepared, reference)
         key = resume_key(request, prepared.source, data)
-        way = _Way(request, prepared, calibration, evaluation, reference, key)
+        way = _Way(request, prepared, calibration, evaluation, reference, fused_errors, key)
         with output_folder(request.output, names, request.model) as folder:
             return _optimised(way, folder, _Listener(tell, warn, progress))
 
@@ -167,10 +173,6 @@ def optimise(
 def _optimised(way: _Way, output: OutputFolder, listener: _Listener) -> Made:
     """The rest of the way, from what was read, in a folder of this run's own."""
     request, prepared, reference = way.request, way.prepared, way.reference
-    folder = output.path
-    written = list(write_model(prepared.fused, folder / "model.fused.onnx"))
-    fused_file = written[0]
-    fused_errors = reference.compare(prepared.fused, layers=prepared.shared_names)
     lowered = lower(
         prepared.fused,
         request.device,
@@ -183,29 +185,41 @@ def _optimised(way: _Way, output: OutputFolder, listener: _Listener) -> Made:
         tell=listener.tell,
     )
     results = _tune(request, lowered.model, listener.progress)
-    origin = way.evaluation.origin
-    errors = [parts.ErrorPart(fused_file.name, origin, None, (), fused_errors)]
-    final = fused_file
+    folder, origin = output.path, way.evaluation.origin
+    fused, final = (folder / f"model.{name}.onnx" for name in ("fused", request.precision))
+    errors = [parts.ErrorPart(fused.name, origin, None, (), way.fused_errors)]
     if request.precision != "fp32":
-        final, *others = write_model(lowered.model, folder / f"model.{request.precision}.onnx")
-        written += [final, *others]
         comparison = reference.compare(lowered.model, layers=prepared.shared_names)
         errors.append(_error_part(request, final.name, origin, comparison))
-    elif request.budget is not None:
-        errors[0] = _error_part(request, fused_file.name, origin, fused_errors)
+    else:
+        final = fused
+        errors[0] = _error_part(request, fused.name, origin, way.fused_errors)
     before = estimate(prepared.original, request.device)
     after = estimate(lowered.model, request.device, _times(lowered.model, results))
+    # Until here a folder holds what a run before has left, and all of it.
+    output.retire(REPORTS)
+    written = list(write_model(prepared.fused, fused))
+    if final != fused:
+        written += write_model(lowered.model, final)
     written += _engine(request, final, listener.tell)
     report = assemble(Findings(request, prepared, lowered, results, errors, before, after, written), folder)
     parts.write_report(report, folder / "report.json")
     write_page(report, folder / "report.html")
     write_readme(report, folder / "README.md")
     output.keep([*written, *(folder / name for name in request.files)], request.model)
-    spoiled = _spoiled(errors[-1].comparison)
+    comparison = errors[-1].comparison
+    spoiled = _spoiled(comparison)
     if spoiled:
         ranges = {"fp32": "", "bf16": ": --precision fp32 has the digits"}
         kind = ranges.get(request.precision, ": --precision bf16 or fp32 has the range")
         listener.warn(f"{listed(spoiled)} of {final.name} has NaN or infinities that the original has not{kind}")
+    elif request.budget is None:
+        far = [row.output for row in comparison.outputs if not row.logits and (row.relative or 0.0) > LARGE_ERROR]
+        if far:
+            listener.warn(
+                f"{listed(far)} of {final.name} is off by more than {LARGE_ERROR:.0%} of its largest value: "
+                f"--max-error bounds that"
+            )
     return Made(report, not (errors[-1].breaches or spoiled), tuple(closing_lines(report, folder)))
 
 
@@ -216,8 +230,8 @@ def _error_part(request: Request, name: str, origin: str, comparison: Comparison
 
 
 def _spoiled(comparison: Comparison) -> list[str]:
-    """The outputs with more NaN or infinities than the original's."""
-    return list(dict.fromkeys(row.output for row in comparison.outputs if row.bad_changed > row.bad_original))
+    """The outputs with NaN or infinities that the original's have not."""
+    return list(dict.fromkeys(row.output for row in comparison.outputs if row.bad_changed))
 
 
 def _tune(request: Request, model: ir.Model, progress: Callable[[Progress], None]) -> dict[Any, Result]:

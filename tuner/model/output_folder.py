@@ -45,6 +45,20 @@ class OutputFolder:
                 (self.path / name).unlink()
         _note(self.resume, (names | now) - gone)
 
+    def retire(self, reports: Collection[str]) -> None:
+        """Removes reports and engines of runs before: the models that they are of are about to be replaced.
+
+        Raises:
+            UsageError: one can't be removed.
+        """
+        for name in _names(self.resume) or ():
+            if name not in reports and not name.endswith((".engine", ".engine.json")):
+                continue
+            try:
+                (self.path / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise UsageError(f"--output {self.path}: {name} can't be removed ({_reason(error)})") from None
+
 
 def check_output(path: Path, names: Sequence[str], model: Path) -> None:
     """Does nothing for a folder into which files of these names may be written; it need not be there.

@@ -15,12 +15,19 @@ from tilewright.tuner.model.messages import quoted
 from tilewright.tuner.model.reading.read import OPSET, read_model
 from tilewright.tuner.model.reading.source import Source
 from tilewright.tuner.model.request import Request
-from tilewright.tuner.model.verify.compare import Reference
+from tilewright.tuner.model.verify.compare import Comparison, Reference
+from tilewright.tuner.model.verify.error_sums import LayerError, OutputError
 from tilewright.tuner.model.workloads import ModelWorkloads, workloads
 from tilewright.tuning_db.errors import ModelError, RunError
 
 READING_ERROR = 1e-2
 """Relative difference of outputs between a file and what was read of it that is no rounding."""
+
+STEPS = frozenset(
+    """ArgMax ArgMin Bernoulli Ceil DynamicQuantizeLinear Equal Floor Greater GreaterOrEqual Hardmax If IsInf IsNaN Less
+    LessOrEqual Loop Mod Multinomial NonMaxSuppression NonZero QuantizeLinear Round Scan Sign TopK Unique""".split()  # noqa: SIM905
+)
+"""Operators whose results leap: behind them the last bit of a number may make any difference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +89,8 @@ def check_reading(request: Request, prepared: Prepared, data: Samples, tell: Cal
             return
         found = reference.compare(prepared.original)
     for output in found.outputs:
-        if output.bad_original != output.bad_changed:
-            how = f"has {output.bad_changed} NaN and infinities, not {output.bad_original}"
+        if output.bad_changed:
+            how = f"has {output.bad_changed} NaN or infinities where the file's has none"
         elif (output.relative or 0.0) > READING_ERROR:
             how = f"differs by {output.relative:.1e} of its largest value"
         else:
@@ -92,3 +99,45 @@ def check_reading(request: Request, prepared: Prepared, data: Samples, tell: Cal
             f"{request.model} computes something else once it is read, which inlines functions and converts it to "
             f"opset {OPSET}: output {quoted(output.output)} {how}. Export it with opset {OPSET}, without functions"
         )
+
+
+def check_fusing(request: Request, prepared: Prepared, reference: Reference) -> Comparison:
+    """The errors of the fused model in fp32, which are those of rounding: 10⁻⁵ or so of a value.
+
+    Raises:
+        RunError: it computes something else.
+    """
+    wrong = f"{request.model}: its fused form computes something else, which is a defect of Tilewright: "
+    try:
+        found = reference.compare(prepared.fused, layers=prepared.shared_names)
+    except ModelError as error:
+        raise RunError(f"{wrong}{error}; nothing was written") from None
+    smooth = _smooth(prepared.original)
+    rows: list[LayerError | OutputError] = [*found.layers, *found.outputs]
+    for row in rows:
+        if (row.original if isinstance(row, LayerError) else row.value) not in smooth:
+            continue
+        relative = row.relative or 0.0
+        if row.bad_changed or relative > READING_ERROR:
+            bad = f", and has {row.bad_changed} NaN or infinities" if row.bad_changed else ""
+            raise RunError(
+                f"{wrong}{quoted(row.value)} differs by {relative:.1e} of its largest value{bad}; nothing was written"
+            )
+    return found
+
+
+def _smooth(model: ir.Model) -> set[str]:
+    """The names of values before which neither one of `STEPS` comes nor a float that becomes an integer."""
+    leaping: set[ir.Value] = set()
+    smooth: set[str] = set()
+    for node in model.graph:
+        leaps = node.op_type in STEPS or any(value in leaping for value in node.inputs if value is not None)
+        if leaps or (node.op_type == "Cast" and _is_float(node.inputs[0]) and not _is_float(node.outputs[0])):
+            leaping.update(node.outputs)
+        else:
+            smooth.update(value.name for value in node.outputs if value.name is not None)
+    return smooth
+
+
+def _is_float(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype is not None and value.dtype.is_floating_point()

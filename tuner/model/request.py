@@ -19,6 +19,10 @@ SAMPLES = 32
 """Calibration inputs by default: ranges of activations change little with more (measured in docs/models.md)."""
 
 
+REPORTS = ("report.json", "report.html", "README.md")
+"""What of a run is for its reader, beside the models."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What is asked for."""
@@ -38,7 +42,7 @@ class Request:
     def files(self) -> list[str]:
         """The files of the output folder."""
         lowered = [] if self.precision == "fp32" else [f"model.{self.precision}.onnx"]
-        return ["model.fused.onnx", *lowered, "report.json", "report.html", "README.md"]
+        return ["model.fused.onnx", *lowered, *REPORTS]
 
     @property
     def engine_files(self) -> list[str]:

@@ -8,12 +8,12 @@ from tilewright.tuner.model.verify.error_sums import OutputError
 
 def test_the_worst_errors_are_told() -> None:
     def row(name: str, relative: float | None, bad: int = 0) -> OutputError:
-        return OutputError(name, name, False, False, relative, None, 0.0, None, None, None, 1, 1 + bad)
+        return OutputError(name, name, False, False, relative, None, 0.0, None, None, None, 1, bad)
 
     assert _error_lines([row("y", 0.00123456)]) == ["error of y: 1.2e-03 of its largest value"]
     rows = [row("small", 1e-6), row("large", 0.5), row("none", None), row("broken", 0.01, bad=2), row("middle", 0.1)]
     assert _error_lines(rows) == [
-        "error of broken: 1.0e-02 of its largest value, and 2 NaN or infinite more than before",
+        "error of broken: 1.0e-02 of its largest value, and 2 NaN or infinite that were not so before",
         "error of none: zeros before, no more",
         "error of large: 5.0e-01 of its largest value",
         "error of other outputs (2): at most 1.0e-01",

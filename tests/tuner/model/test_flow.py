@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 
@@ -18,7 +19,9 @@ from tests.tuner.model.networks import written
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model import flow
 from tilewright.tuner.model.flow import optimise, plan
+from tilewright.tuner.model.graph import fused_nodes, plugin_inputs
 from tilewright.tuner.model.precision import lower as precision
+from tilewright.tuner.model.prepare import Prepared, prepare
 from tilewright.tuner.model.request import Request
 from tilewright.tuner.tune import TuningOptions
 from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunError, UsageError
@@ -109,7 +112,7 @@ def test_what_a_killed_run_has_measured_is_kept(tmp_path, monkeypatch):
         patch.setattr(flow, "tune", killed)
         with pytest.raises(KeyboardInterrupt):
             run(asked)
-    assert {path.name for path in (tmp_path / "build").iterdir()} == {".resume", "model.fused.onnx"}
+    assert {path.name for path in (tmp_path / "build").iterdir()} == {".resume"}
     with monkeypatch.context() as patch:
         patch.setattr(precision, "quantise", killed)
         made, listener = run(asked)
@@ -147,6 +150,55 @@ def test_a_model_that_can_not_be_run_leaves_nothing(tmp_path):
     with pytest.raises(RunError, match="ONNX Runtime failed"):
         run(request(model, tmp_path / "build"))
     assert not (tmp_path / "build").exists()
+
+
+@pytest.mark.parametrize("steps", [[], [node("Floor", "x", "whole")]], ids=["", "behind a step"])
+def test_a_fused_model_that_computes_something_else_is_not_written(tmp_path, monkeypatch, steps):
+    """And what a run before has left stays as it is. Behind what leaps any difference may be one of rounding."""
+    nodes = [*steps, node("MatMul", f"{'whole' if steps else 'x'} w", "m"), node("Relu", "m", "y")]
+    model = saved(proto(nodes, tensors=[tensor("w", normal(0, 3, 32))]), tmp_path / "m.onnx")
+    run(request(model, tmp_path / "build", precision="fp32"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "build").iterdir() if path.is_file()}
+
+    def spoiled(asked: Request, tell: object) -> Prepared:
+        found = prepare(asked, tell)
+        (fused,) = fused_nodes(found.fused)
+        weights = plugin_inputs(fused)["b"]
+        weights.const_value = ir.tensor(-weights.const_value.numpy(), name=weights.name)
+        return found
+
+    monkeypatch.setattr(flow, "prepare", spoiled)
+    if steps:
+        run(request(model, tmp_path / "build", precision="fp32"))
+        return
+    with pytest.raises(
+        RunError, match=r"its fused form computes something else, .*: 'y' differs by \d\.\de.* written$"
+    ):
+        run(request(model, tmp_path / "build", precision="fp32"))
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "build").iterdir() if path.is_file()}
+
+
+def test_a_large_error_without_a_budget_is_warned_of(tmp_path):
+    model, data = written(tmp_path)
+    asked = request(model, tmp_path / "build", calibration=str(data), precision="int8")
+    made, listener = run(asked)
+    assert made.met
+    assert not listener.warnings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "LARGE_ERROR", 1e-6)
+        _, listener = run(asked)
+    assert "is off by more than 0% of its largest value: --max-error bounds that" in listener.warnings[-1]
+
+
+def test_masked_logits_are_inside_a_budget(tmp_path):
+    """-∞ where the original has it; the report says so in JSON."""
+    mask = np.where(np.arange(32) == 3, -np.inf, 0).astype(np.float32)
+    model = product(tmp_path, node("Add", "m mask", "y"), outputs={"y": 1}, mask=mask)
+    made, _ = run(request(model, tmp_path / "build", precision="fp32", max_error="0.01"))
+    assert made.met
+    (row,) = json.loads(made.document)["errors"][-1]["comparison"]["outputs"]
+    assert row["bad_original"] > 0
+    assert row["bad_changed"] == 0
 
 
 def test_results_of_unknown_size_go_the_whole_way(tmp_path):

@@ -48,6 +48,17 @@ def test_what_killed_runs_had_begun_is_removed(tmp_path: Path) -> None:
         assert all((tmp_path / name).exists() for name in theirs)
 
 
+def test_reports_and_engines_of_runs_before_are_retired(tmp_path: Path) -> None:
+    engines = ("model.fp16.engine", "model.fp16.engine.json")
+    with output_folder(tmp_path, (*NAMES, *engines), tmp_path / "m.onnx") as folder:
+        for name in (*NAMES, *engines, "other.engine"):
+            (tmp_path / name).touch()
+        folder.keep([tmp_path / name for name in (*NAMES, *engines)], tmp_path / "m.onnx")
+    with output_folder(tmp_path, NAMES, tmp_path / "m.onnx") as folder:
+        folder.retire(("report.json", "README.md"))
+    assert {path.name for path in tmp_path.iterdir()} == {RESUME, "model.fused.onnx", "other.engine"}
+
+
 def test_the_model_is_not_replaced(tmp_path: Path) -> None:
     model, link = tmp_path / "model.fused.onnx", tmp_path / "link.onnx"
     model.touch()

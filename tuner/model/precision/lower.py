@@ -247,7 +247,7 @@ class _Chooser:
             ParetoPoint(
                 trial.evaluation.time_us,
                 "predicted",
-                trial.evaluation.error,
+                trial.evaluation.error if math.isfinite(trial.evaluation.error) else None,
                 sum(kind in FLOATS for kind in trial.plan.values()),
                 trial == chosen,
             )

@@ -166,7 +166,7 @@ class ParetoPoint:
 
     time_us: float
     provenance: str
-    error: float
+    error: float | None  # None of a plan that gave NaN or infinities
     higher: int  # layers kept above the lowest precision
     chosen: bool
 

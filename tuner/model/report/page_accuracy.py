@@ -38,13 +38,15 @@ def precision_section(part: PrecisionPart | None) -> str:
                 f"{each.higher} layers higher",
             )
             for each in part.pareto
+            if each.error is not None
         ]
         words.append("<h3>Time against error</h3>")
-        words.append(scatter(points, "time, µs", part.measure, "Plans that no other beats in both"))
+        if points:
+            words.append(scatter(points, "time, µs", part.measure, "Plans that no other beats in both"))
         rows = (
             [
                 timed(each.time_us, each.provenance),
-                number(digits(each.error)),
+                number(digits_of(each.error)),
                 number(str(each.higher)),
                 Cell('<span class="good">chosen</span>' if each.chosen else ""),
             ]

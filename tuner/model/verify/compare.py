@@ -56,20 +56,19 @@ class Comparison:
 
     @property
     def finite(self) -> bool:
-        """Whether neither model gave a NaN or an infinity."""
-        return not any(row.bad_original or row.bad_changed for row in self._all)
+        """Whether the changed model gave no NaN or infinity but where the original has the same."""
+        return not any(row.bad_changed for row in self._all)
 
     def breaches(self, budget: Budget) -> tuple[str, ...]:
-        """What of a budget is not met, a line each. NaN and infinities break any budget.
+        """What of a budget is not met, a line each. NaN and infinities that the original has not break any budget.
 
         Every output is judged, and the logits behind it; top-1 agreement of logits and probabilities alone, and where
         no softmax tells which those are, of the first output that has classes.
         """
         found = [
-            f"{shown(row.value)}: NaN or infinite: {row.bad_original} elements of the original, "
-            f"{row.bad_changed} of the other"
+            f"{shown(row.value)}: NaN or infinite: {row.bad_changed} elements that are not so in the original"
             for row in self._all
-            if row.bad_original or row.bad_changed
+            if row.bad_changed
         ]
         limits = (
             ("max", "relative", True, budget.max),
@@ -85,8 +84,10 @@ class Comparison:
                 if value is None:
                     found.append(f"{shown(row.value)}: {name} can't be told ({self.inputs} input(s)), wanted {limit:g}")
                 elif (value > limit) if upper else (value < limit):
+                    # All digits, where fewer make it look as if it were met.
+                    digits = f"{value:.6g}" if float(f"{value:.6g}") != limit else repr(value)
                     found.append(
-                        f"{shown(row.value)}: {name}={value:.6g}, wanted {'at most' if upper else 'at least'} {limit:g}"
+                        f"{shown(row.value)}: {name}={digits}, wanted {'at most' if upper else 'at least'} {limit:g}"
                     )
         if budget.top1 is not None:
             judged = self._classes()

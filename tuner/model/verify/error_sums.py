@@ -26,7 +26,7 @@ class OutputError:
     sqnr_db: float | None  # None for one input, without any error, and where sizes depend on the input
     top1: float | None  # None of what has no classes: integers, vectors
     bad_original: int  # NaN and infinities; they are left out of the errors
-    bad_changed: int
+    bad_changed: int  # those that the original has not, or others, at their place
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,12 @@ class LayerSums:
     def add(self, a: Array, b: Array) -> tuple[Array, Array]:
         """Adds a pair of one shape; both as fp64, with zeros where either is not finite."""
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        self.exact &= bool(np.array_equal(a, b))
+        self.exact &= bool(np.array_equal(a, b, equal_nan=True))
         fine_a, fine_b = np.isfinite(a), np.isfinite(b)
         self.bad_original += int(a.size - np.count_nonzero(fine_a))
-        self.bad_changed += int(b.size - np.count_nonzero(fine_b))
+        if not fine_b.all():
+            same = (a == b) | (np.isnan(a) & np.isnan(b))  # as masked logits, which are -∞ in both
+            self.bad_changed += int(np.count_nonzero(~fine_b & ~same))
         if not (fine_a.all() and fine_b.all()):
             both = fine_a & fine_b
             a, b = np.where(both, a, 0.0), np.where(both, b, 0.0)

@@ -231,8 +231,32 @@ def test_nothing_that_can_be_told_is_no_excuse() -> None:
 def test_numbers_that_are_none_break_any_budget(bad: float) -> None:
     found = outcome({"y": bad})
     assert not found.finite
-    assert found.breaches(Budget())[0].startswith("y: NaN or infinite: 0 elements of the original, 50 of the other")
+    assert found.breaches(Budget())[0].startswith("y: NaN or infinite: 50 elements that are not so in the original")
     assert not found.within(Budget(max=1e9))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_in_both_is_no_difference(bad: float) -> None:
+    """Masked logits: -∞ at the same places. Elsewhere, or of the other sign, it is one."""
+    models = [model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": (1, 5)}, ["y"], {}) for _ in range(2)]
+    row = normal(0, 1, 5)
+    row[0, 1] = bad
+    elsewhere, opposite = np.roll(row, 1, axis=1), np.where(np.isfinite(row), row, -row)
+    for changed, count in ((row, 0), (elsewhere, 1), (opposite, 0 if np.isnan(bad) else 1)):
+        found = compare(*models, feeds(1), run=stub({id(models[0]): [{"y": row}], id(models[1]): [{"y": changed}]}, []))
+        (error,) = found.outputs
+        assert (error.bad_original, error.bad_changed) == (1, count)
+        assert found.finite == (not count)
+        assert error.exact == (not count)
+        assert found.within(Budget(max=1e9)) == (not count)
+
+
+def test_a_breach_by_a_hair_is_told_with_all_digits() -> None:
+    models = [model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": (1, 5)}, ["y"], {}) for _ in range(2)]
+    row = normal(0, 1, 5)
+    made = {id(models[0]): [{"y": row}], id(models[1]): [{"y": row * (1 + normal(1, 1, 5) * 1e-5)}]}
+    (line,) = compare(*models, feeds(1), run=stub(made, [])).breaches(Budget(cosine=1.0))
+    assert line.startswith("y: cosine=0.99999")
 
 
 def test_agreement_is_asked_of_logits_where_there_are_some() -> None:
