@@ -127,7 +127,10 @@ def shared_bytes(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -
         )
     ]
     largest = max(tile for tile, _ in tiles)
-    if all(copies == 1 for _, copies in tiles) and not keeps_all and (element == 1 or config.BLOCK_K * element <= 32):
+    single = all(copies == 1 for _, copies in tiles) and not keeps_all
+    if single and problem.unit == "fp32" and config.BLOCK_N == config.BLOCK_K == 16:
+        return min(tile for tile, _ in tiles)  # CUDA cores may have the rows of x in the threads that loaded them
+    if single and (element == 1 or config.BLOCK_K * element <= 32):
         # Bytes, and tiles one mma deep, may pass one tile after the other; of the latter, half a tile.
         return largest if config.BLOCK_K * element > 32 else largest // 2
     word = 4 * WARP_SIZE * config.num_warps

@@ -145,6 +145,9 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
         a_vector = b_vector = 16
     a_copies = stages if a_vector >= 4 and not turned else 1
     b_copies = b_stages if b_vector >= 4 and not b_turned else 1
+    # int4 of 16 columns, or in halves, may have one copy fewer under mma.sync.
+    if problem.b_dtype == "int4" and not keeps_all and (config.BLOCK_N == 16 or tile.b_count == 2):
+        b_copies -= 1
     # tcgen05 takes A from tensor memory where a thread has a row of it: of columns that are loaded element by element.
     # Its last copy is there, then.
     narrow_columns = problem.a_layout == "col" and a_vector == math.ceil(element)
