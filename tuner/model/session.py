@@ -1,7 +1,8 @@
 """ONNX Runtime as the judge of what a model computes: on the CPU, its own graph optimisations off.
 
-With optimisations on, ONNX Runtime would fuse and reorder what is to be compared. `run` gives any value of the main
-graph, not only its outputs, feed by feed, so what is held at a time is the values of one feed.
+With optimisations on, ONNX Runtime would fuse and reorder what is to be compared; and it is made to round values of
+fp16, which it leaves out else (`rounded.py`). `run` gives any value of the main graph, not only its outputs, feed by
+feed, so what is held at a time is the values of one feed.
 
 A model in memory is run without a second copy of its weights. ONNX Runtime gets a file that says of each large weight
 only that it lies in another file, and the arrays that we have to use in their place; the other file is empty. Up to
@@ -23,12 +24,14 @@ from typing import Any
 import google.protobuf.message
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 
 from tilewright.tuner.model.calibration.feeds import Array, Feed
 from tilewright.tuner.model.graph import constant
 from tilewright.tuner.model.messages import listed, one_line, quoted
+from tilewright.tuner.model.rounded import has_fp16, round_fp16
 from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunError
 
 INLINE_BYTES = 16 << 10
@@ -87,7 +90,8 @@ class Session:
         self._session: Any = None
         self._outputs: list[str] = []
         if isinstance(model, Path):
-            if model.is_file() and model.stat().st_size > OWN_BYTES and self._open_file(model, outputs):
+            large = model.is_file() and model.stat().st_size > OWN_BYTES
+            if large and not _file_has_fp16(model) and self._open_file(model, outputs):
                 return
             model = _read(model)
         self._open_model(model, outputs)
@@ -195,6 +199,7 @@ class Session:
 
     def _shell(self, model: ir.Model, fetched: Sequence[str], folder: Path) -> tuple[Path, Any]:
         """A file of the model without its large weights, with `fetched` as outputs, and options that bring the weights.
+        Values of fp16 are rounded in it.
 
         The nodes that none of them needs are left out.
         """
@@ -240,7 +245,7 @@ class Session:
         (folder / "weights").touch()
         os.truncate(folder / "weights", largest)
         path = folder / "model.onnx"
-        path.write_bytes(ir.to_proto(shell).SerializeToString())
+        path.write_bytes(round_fp16(ir.to_proto(shell)).SerializeToString())
         return path, options
 
     def _load(self, path: Path, options: Any) -> None:
@@ -341,6 +346,14 @@ def _read(path: Path) -> ir.Model:
         raise ModelError(f"{path} can't be read ({error.strerror})") from None
     except (google.protobuf.message.DecodeError, RuntimeError, ValueError) as error:
         raise ModelError(f"{path} is no ONNX model: {_said(error)}") from None
+
+
+def _file_has_fp16(path: Path) -> bool:
+    """See `has_fp16`; False of a file that is no model."""
+    try:
+        return has_fp16(onnx.load(path, load_external_data=False))
+    except (OSError, google.protobuf.message.DecodeError):
+        return False  # what is wrong with it is said by whoever reads it next
 
 
 def _said(error: Exception, path: Path | None = None) -> str:
