@@ -217,9 +217,18 @@ def test_outputs_of_one_value_go_the_whole_way(tmp_path):
         assert [output.name for output in session.get_outputs()] == list(outputs)
 
 
+def test_what_passes_the_range_on_calibration_data_stays_fp32(tmp_path):
+    model = product(tmp_path, node("MatMul", "m v", "y"), outputs={"y": 1}, factor=2e4, v=normal(1, 32, 4))
+    made, _ = run(request(model, tmp_path / "build"))
+    assert made.met
+    assert {layer.kind for layer in made.report.precision.layers} == {"fp16", "fp32"}
+
+
 def test_new_infinities_fail_a_run_without_a_budget(tmp_path):
     model = product(tmp_path, node("MatMul", "m v", "y"), outputs={"y": 1}, factor=2e4, v=normal(1, 32, 4))
-    made, listener = run(request(model, tmp_path / "build"))
+    # Scales and ranges are those of the first input, errors those of the second.
+    np.savez(tmp_path / "data.npz", x=np.stack([1e-3 * normal(2, 2, 3), normal(3, 2, 3)]))
+    made, listener = run(request(model, tmp_path / "build", calibration=str(tmp_path / "data.npz")))
     assert not made.met
     assert listener.warnings[-1] == (
         "'y' of model.fp16.onnx has NaN or infinities that the original has not: --precision bf16 or fp32 has the range"

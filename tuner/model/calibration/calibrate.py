@@ -95,7 +95,7 @@ def observe(
     """
     if not len(feeds):
         raise ModelError("there are no calibration samples: give at least one")
-    groups = _groups(model, values)
+    groups = grouped(model, values)
     passes = 1 if set(methods) <= {Method.MINMAX} else 2
     report = _counted(progress, passes * len(groups) * len(feeds))
     observers: dict[str, Observer] = {}
@@ -178,7 +178,7 @@ def load(path: Path, key: str) -> Scales | None:
         raise ModelError(f"{path} holds no calibration: {error}; delete it to calibrate anew") from None
 
 
-def _groups(model: ir.Model, names: Sequence[str]) -> list[list[str]]:
+def grouped(model: ir.Model, names: Sequence[str]) -> list[list[str]]:
     """The values, each once, in groups that take at most `GROUP_BYTES` a feed, or are single."""
     known = main_values(model)
     groups: list[list[str]] = []

@@ -10,23 +10,27 @@ Rules, in this order:
    nodes which stay fp32 and residuals read: the residual stream of a transformer between its norms, where roundings of
    all layers would add up. A graph output leaves the kernel in its own type.
 2. Operators of `STAYS`, those with subgraphs, and those of unknown domains stay fp32, each for the reason given.
-3. A node with a one-element constant that the type can only hold as 0 or a denormal number (the 1e-6 of a norm) stays.
-4. An arithmetic node next to one that stays, fed by it, stays as well: the pieces of a decomposed norm are one island,
+3. A node with a one-element constant that the type can only hold as 0 or a denormal number (the 1e-6 of a norm) stays;
+   and so does one whose constants pass the range, or vanish where it multiplies or divides by them (`kept.py`).
+4. What comes near the range's end on calibration data stays: what makes such a value, and what reads it. A fused node
+   only gives it in fp32.
+5. What computes with integers stays, from a cast of wider ones on, and up to a cast to some.
+6. An arithmetic node next to one that stays, fed by it, stays as well: the pieces of a decomposed norm are one island,
    with casts around it and none inside.
-5. What ONNX's schema does not allow in the type stays. bf16 has kernels in ONNX Runtime only where data is moved:
+7. What ONNX's schema does not allow in the type stays. bf16 has kernels in ONNX Runtime only where data is moved:
    other nodes stay fp32 then, between casts.
 
-Finite constants beyond the type's range become finite ones: the range's end where they are a bound (`Clip`, `Min`,
-`Max`, comparisons), half of it elsewhere, so that a mask of -1e9 added to a score, or to another mask, is no infinity,
-from which softmax would make NaN. Infinite ones stay infinite.
+Finite constants beyond the type's range become finite ones where they may: the range's end where they are a bound
+(`Clip`, `Min`, `Max`, comparisons), half of it in a mask, so that -1e9 added to a score, or to another mask, is no
+infinity, from which softmax would make NaN. Infinite ones stay infinite.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -41,6 +45,16 @@ from tilewright.tuner.model.graph import (
     op_of,
     plugin_inputs,
     scalar,
+)
+from tilewright.tuner.model.precision.kept import (
+    ARITHMETIC,
+    BOUNDS,
+    EXACT_SOURCES,
+    FUSED_FP32,
+    MOVING,
+    Kept,
+    kept,
+    limits,
 )
 
 Array = np.ndarray[Any, Any]
@@ -76,37 +90,11 @@ STAYS: Mapping[str, str] = {
 }
 """Operators that stay fp32, each with the reason."""
 
-ARITHMETIC = frozenset(
-    ("Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Neg", "Abs", "Sum", "Where", "Max", "Min", "Clip", "Sign")
-)
-"""Operators that stay fp32 next to one that does: what norms and masks are decomposed into."""
-
-MOVING = frozenset(
-    ("Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Slice", "Gather", "Concat", "Flatten", "Split", "Pad")
-)
-"""Operators that only move data: ONNX Runtime has them for bf16."""
-
-BOUNDS = frozenset(("Clip", "Min", "Max", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"))
-"""Operators whose constants are bounds."""
-
-_EXACT_SOURCES = ("bool", "int8", "uint8")
-"""Integers that fp16 and bf16 hold exactly."""
-
 _ANY = frozenset(("Cast", "Shape", "Size"))
 """Operators that take a value in whatever type it is."""
 
 _FP32_SLOTS: Mapping[str, tuple[int, ...]] = {"Resize": (1, 2)}
 """Inputs that stay fp32 where the node does not: `roi` and `scales` say which pixels are read."""
-
-_FUSED_FP32 = frozenset(
-    ("a_scale", "b_scale", "x_scale", "w_scale", "q_scale", "k_scale", "v_scale", "out_scale", "alibi_slopes", "sinks")
-)
-
-
-def limits(dtype: str) -> tuple[float, float]:
-    """The largest number of a half-precision type, and its smallest normal one."""
-    info = ml_dtypes.finfo(DTYPES[dtype].numpy())
-    return float(info.max), float(info.smallest_normal)
 
 
 def converted(array: Array, dtype: str, *, bound: bool = False) -> Array:
@@ -133,7 +121,7 @@ def decide(node: ir.Node, target: str, opset: int, *, beside: bool = False) -> t
 
 
 def _loses(node: ir.Node, target: str, beside: bool) -> str:
-    """Why a node's results would be too far off in a type, or "": rules 2 to 4."""
+    """Why a node's results would be too far off in a type, or "": rules 2, 3 and 6, but for what `kept` says."""
     if is_fused(node):
         return ""
     if any(True for _ in _subgraphs(node)):
@@ -145,7 +133,7 @@ def _loses(node: ir.Node, target: str, beside: bool) -> str:
     if node.op_type == "Cast":
         source = node.inputs[0]
         assert source is not None
-        exact = dtype_name(source) in (*_EXACT_SOURCES, *HALVES, "fp32", "fp8e4m3", "fp8e5m2")
+        exact = dtype_name(source) in (*EXACT_SOURCES, *HALVES, "fp32", "fp8e4m3", "fp8e5m2")
         return "" if exact else f"not every {dtype_name(source)} is a number of {target}"
     for value in node.inputs:
         if value is None or dtype_name(value) != "fp32":
@@ -157,7 +145,7 @@ def _loses(node: ir.Node, target: str, beside: bool) -> str:
 
 
 def _lacks(node: ir.Node, target: str, opset: int) -> str:
-    """Why a node can't have a type, or "": rule 5."""
+    """Why a node can't have a type, or "": rule 7."""
     if is_fused(node):
         return ""
     if not any(_allows(kinds, target) for kinds in (*_slots(node, opset), *_outputs(node, opset))):
@@ -170,11 +158,20 @@ def _lacks(node: ir.Node, target: str, opset: int) -> str:
 class _Lowering:
     """One conversion: which data type every fp32 value of the original has now, and its casts to others."""
 
-    def __init__(self, model: ir.Model, targets: Mapping[str, str], base: str, pinned: frozenset[ir.Value]) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        targets: Mapping[str, str],
+        base: str,
+        pinned: frozenset[ir.Value],
+        largest: Mapping[str, float],
+    ) -> None:
         self.model, self.graph, self.edit = model, model.graph, Editor(model)
         self.opset = model.opset_imports[""]
         self.targets, self.base, self.pinned = targets, base, pinned
         self.reasons: dict[str, str] = {}
+        halves = [half for half in HALVES if half in (base, *targets.values())]
+        self._kept = {half: kept(model, half, largest, pinned) for half in halves}
         self._kinds: dict[ir.Node, str] = {}
         self._exact: set[ir.Node] = set()  # nodes that need fp32, and are not only without the lower type
         self._wide: set[ir.Value] = set()
@@ -183,20 +180,22 @@ class _Lowering:
         self._home: dict[ir.Value, str] = {value: "fp32" for value in self.graph.inputs if dtype_name(value) == "fp32"}
 
     def run(self) -> None:
-        kept: set[ir.Value] = set()  # values that nodes which stay fp32 give
+        stays: set[ir.Value] = set()  # values that nodes which stay fp32 give
         nodes = [node for node in self.graph if node.op_type != "Constant" or node.domain != ""]
         for node in nodes:
             target = self.targets.get(node.name or "", self.base)
-            beside = any(value in kept for value in node.inputs if value is not None)
-            kind, reason = decide(node, target, self.opset, beside=beside)
+            beside = any(value in stays for value in node.inputs if value is not None)
+            numbers = self._kept.get(target, Kept()).reasons.get(node, "")
+            kind, reason = ("fp32", numbers) if numbers else decide(node, target, self.opset, beside=beside)
             if reason and any(dtype_name(value) == "fp32" for value in node.outputs):
                 self.reasons[node.name or node.op_type] = reason
-                kept.update(node.outputs)
+                stays.update(node.outputs)
             self._kinds[node] = kind
-            if kind == "fp32" and (target == "fp32" or _loses(node, target, beside)):
+            if kind == "fp32" and (target == "fp32" or numbers or _loses(node, target, beside)):
                 self._exact.add(node)
         self._wide = {node.outputs[0] for node in nodes if is_fused(node) and self._stays_wide(node.outputs[0])}
-        self._stream = kept | self._wide
+        self._wide |= {value for found in self._kept.values() for value in found.wide}
+        self._stream = stays | self._wide
         for node in nodes:
             self._convert(node, self._kinds[node])
         self._outputs()
@@ -249,7 +248,7 @@ class _Lowering:
                 value = node.inputs[index]
                 if self._is_ours(value):
                     wide = value in self._stream and self._is_residual(node, index)
-                    yield index, "fp32" if name in _FUSED_FP32 or wide else kind
+                    yield index, "fp32" if name in FUSED_FP32 or wide else kind
             return
         slots = _slots(node, self.opset)
         for index, value in enumerate(node.inputs):
@@ -330,14 +329,20 @@ class _Lowering:
 
 
 def lower(
-    model: ir.Model, targets: Mapping[str, str], base: str, *, pinned: frozenset[ir.Value] = frozenset()
+    model: ir.Model,
+    targets: Mapping[str, str],
+    base: str,
+    *,
+    pinned: frozenset[ir.Value] = frozenset(),
+    largest: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Converts the fp32 values of a model in place; see the module's docstring.
 
     `targets` has the data type of single nodes by name, `base` is that of all others; `pinned` are values that stay as
-    they are wherever they go. Gives the reason of every node that stays fp32, by name.
+    they are wherever they go, `largest` the largest magnitudes that were seen of values, by name. Gives the reason of
+    every node that stays fp32, by name.
     """
-    lowering = _Lowering(model, targets, base, pinned)
+    lowering = _Lowering(model, targets, base, pinned, largest)
     lowering.run()
     return lowering.reasons
 

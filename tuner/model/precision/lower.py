@@ -1,7 +1,7 @@
 """The precision of every layer: by rule, or by a search inside an error budget.
 
-Without a budget all layers that the rules let get the precision that was asked for (`rules.py`); with one, as
-many as keep the errors inside it, the cheapest loss of speed first (`budget.py`). What 8-bit layers need comes from
+Without a budget all layers that the rules let get the precision that was asked for (`rules.py`, `kept.py`); with one,
+as many as keep the errors inside it, the cheapest loss of speed first (`budget.py`). What 8-bit layers need comes from
 `post_training.py`, and is kept for a run that is killed.
 """
 
@@ -20,9 +20,12 @@ from tilewright.kernels.dtypes import dtype
 from tilewright.tuner.model.calibration.data import Samples
 from tilewright.tuner.model.graph import copy_of, fused_nodes
 from tilewright.tuner.model.precision.budget import Evaluation, Outcome, Plan, search
+from tilewright.tuner.model.precision.half import HALVES
+from tilewright.tuner.model.precision.kept import kept
 from tilewright.tuner.model.precision.post_training import quantise
 from tilewright.tuner.model.precision.quantise import QUANTISED, LayerPrecision, apply_precision
 from tilewright.tuner.model.precision.quantised_file import Quantised
+from tilewright.tuner.model.precision.ranges import largest_magnitudes
 from tilewright.tuner.model.report.document import CalibrationPart, LayerPlan, ParetoPoint, PrecisionPart
 from tilewright.tuner.model.report.estimate import estimate, predicted_us
 from tilewright.tuner.model.verify.compare import Comparison, Reference
@@ -122,13 +125,16 @@ class _Chooser:
         self._calibration, self._reference = calibration, reference
         self._key, self._resume, self._tell = key, resume, tell
         self._layers = [node.name or "" for node in fused_nodes(fused)]
+        # By the kind of precision that the model's ranges were moved for; "" of the model as it was fused.
+        self._largest: dict[str, dict[str, float]] = {}
+        self._reasons: dict[tuple[str, str], dict[str, str]] = {}
 
     def by_rule(self) -> Lowered:
         """Every layer as low as the rules let it be."""
-        if self._kind in FLOATS:
-            return Lowered(self._made({}, self._kind, None), self._part({}, self._kind, None, None), None)
-        found = self._quantised(self._kind)
-        return Lowered(self._made(found.plan, "fp16", found), self._part(found.plan, "fp16", found, None), None)
+        quantised = None if self._kind in FLOATS else self._quantised(self._kind)
+        base, plan = (self._kind, {}) if quantised is None else ("fp16", dict(quantised.plan))
+        plan |= {layer: LayerPrecision("fp32") for layer in self._kept(quantised, base) if layer not in plan}
+        return Lowered(self._made(plan, base, quantised), self._part(plan, base, quantised, None), None)
 
     def by_search(self, budget: Budget) -> Lowered:
         """As low as the budget lets it be."""
@@ -140,10 +146,17 @@ class _Chooser:
         floats = [kind for kind in kinds if kind in FLOATS]
         if quantised is None:
             # Between float types layers are told apart as well: those that need the most bits keep them.
-            base, choices = floats[-1], dict.fromkeys(self._layers, floats)
+            base = floats[-1]
+            choices = {
+                layer: [kind for kind in floats if layer not in self._kept(None, kind)] for layer in self._layers
+            }
         else:
             base = self._base(floats, budget)
-            choices = {layer: [quantised.kind, base] if layer in quantised.plan else [base] for layer in self._layers}
+            stays = self._kept(quantised, base)
+            choices = {
+                layer: [*([quantised.kind] if layer in quantised.plan else []), "fp32" if layer in stays else base]
+                for layer in self._layers
+            }
 
         def evaluate(plan: Plan) -> Evaluation:
             model = self._made(_precisions(plan, quantised, base), base, quantised)
@@ -203,9 +216,33 @@ class _Chooser:
             return error_of(reference.compare(model))
 
     def _made(self, plan: Mapping[str, LayerPrecision], base: str, quantised: Quantised | None) -> ir.Model:
+        largest = self._magnitudes(quantised)
         if quantised is None:
-            return apply_precision(self._fused, plan, base=base)
-        return apply_precision(quantised.model, plan, base=base, weights=quantised.weights, shifts=quantised.shifts)
+            return apply_precision(self._fused, plan, base=base, largest=largest)
+        return apply_precision(
+            quantised.model, plan, base=base, weights=quantised.weights, shifts=quantised.shifts, largest=largest
+        )
+
+    def _magnitudes(self, quantised: Quantised | None) -> dict[str, float]:
+        """The largest magnitudes of a model's values on the calibration data: they decide what fp16 has room for."""
+        if self._kind == "fp32":
+            return {}
+        key = "" if quantised is None else quantised.kind
+        if key not in self._largest:
+            model = self._fused if quantised is None else quantised.model
+            self._largest[key] = largest_magnitudes(model, self._calibration.feeds)
+        return self._largest[key]
+
+    def _kept(self, quantised: Quantised | None, base: str) -> dict[str, str]:
+        """The layers that stay fp32 where others become `base`, and why."""
+        if base == "fp32":
+            return {}
+        key = ("" if quantised is None else quantised.kind, base)
+        if key not in self._reasons:
+            model = self._fused if quantised is None else quantised.model
+            reasons = kept(model, base, self._magnitudes(quantised)).reasons
+            self._reasons[key] = {node.name or "": reasons[node] for node in fused_nodes(model) if node in reasons}
+        return self._reasons[key]
 
     def _saved_us(
         self, choices: Mapping[str, Sequence[str]], quantised: Quantised | None, base: str
@@ -234,9 +271,12 @@ class _Chooser:
         chosen_for: str = "asked for",
     ) -> PrecisionPart:
         rules = {} if quantised is None else quantised.reasons
+        half = next((kind for kind in kinds_for(self._kind, self._device) if kind in HALVES), "fp32")
+        stays = self._kept(quantised, half)
+        kinds = {name: plan[name].kind if name in plan else base for name in self._layers}
         layers = tuple(
-            LayerPlan(name, plan[name].kind if name in plan else base, rules.get(name, chosen_for))
-            for name in self._layers
+            LayerPlan(name, kind, stays[name] if kind == "fp32" and name in stays else rules.get(name, chosen_for))
+            for name, kind in kinds.items()
         )
         calibration = None
         if quantised is not None and quantised.method:

@@ -23,7 +23,7 @@ from collections.abc import Collection, Mapping
 import onnx_ir as ir
 
 from tilewright.tuner.model.graph import fused_nodes, is_constant, is_fused, op_of, plugin_inputs, plugin_settings
-from tilewright.tuner.model.precision.half import MOVING
+from tilewright.tuner.model.precision.kept import MOVING
 from tilewright.tuner.model.precision.output_scales import MOVED, PRODUCERS, shiftable
 from tilewright.tuner.model.precision.quantise import ACTIVATIONS, QUANTISED, LayerPrecision, can_have_zero, eligible
 from tilewright.tuner.model.precision.zeros import LOWEST

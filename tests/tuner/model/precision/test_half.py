@@ -184,12 +184,17 @@ def test_filled_arrays_and_constant_nodes_are_converted() -> None:
         helper.make_node("ConstantOfShape", ["shape"], ["filled"], value=fill, name="fill"),
         helper.make_node("Constant", [], ["one"], value=helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])),
         node("Add", ["x", "filled"], ["s"], name="add"),
-        node("Mul", ["s", "one"], ["y"], name="mul"),
+        node("Mul", ["s", "one"], ["m"], name="mul"),
+        node("Softmax", ["m"], ["y"], name="softmax"),
     ]
     model = model_of(nodes, {"x": (2, 3)}, ["y"], {"shape": np.array([2, 3])})
     lower(model, {}, "fp16")
-    assert dtypes(model)["filled"] == "fp16"
-    np.testing.assert_array_equal(results(model, {"x": np.zeros((2, 3), np.float32)})[0], np.full((2, 3), -32752))
+    assert dtypes(model)["filled"] == dtypes(model)["m"] == "fp16"
+    np.testing.assert_allclose(results(model, {"x": np.zeros((2, 3), np.float32)})[0], np.full((2, 3), 1 / 3))
+    # Where no softmax follows it is a number like others.
+    model = model_of(nodes[:-1], {"x": (2, 3)}, ["m"], {"shape": np.array([2, 3])})
+    assert lower(model, {}, "fp16")["fill"] == "-1e+09 is beyond the range of fp16"
+    np.testing.assert_array_equal(results(model, {"x": np.zeros((2, 3), np.float32)})[0], np.full((2, 3), -1e9))
 
 
 def test_subgraphs_get_what_they_take_in_fp32() -> None:

@@ -145,3 +145,23 @@ def test_kinds_of_devices():
     assert kinds_for("auto", DEVICE) == ("int8", "fp16", "fp32")
     assert kinds_for("auto", resolve_device("sm_90")) == ("int8", "fp8", "fp16", "fp32")
     assert kinds_for("bf16", DEVICE) == ("bf16", "fp32")
+
+
+@pytest.mark.parametrize(("kind", "budget"), [("fp16", None), ("fp16", "0.01"), ("int8", None), ("int8", "0.1")])
+def test_layers_near_the_end_of_the_range_stay_fp32(case, kind, budget):
+    """The same network, with 20000 times as large numbers from its first layer on."""
+    for layer in fused_nodes(case.fused):
+        if layer.name != "stem":
+            continue
+        for name in ("w", "bias"):
+            given = plugin_inputs(layer)[name]
+            given.const_value = ir.tensor(given.const_value.numpy() * 20000, name=given.name)
+    case.original = copy_of(case.fused)
+    found, error = case.lower(kind, budget)
+    assert error < (1e-2 if kind == "fp16" else 0.1)
+    assert found.part is not None
+    reasons = {layer.node: layer.reason for layer in found.part.layers}
+    assert kinds(found)["stem"] == "fp16"
+    assert kinds(found)["block"] == ("fp32" if kind == "fp16" else "int8")
+    if kind == "fp16":
+        assert "and fp16 ends at 6.55e+04" in reasons["block"]

@@ -1,0 +1,212 @@
+"""What stays fp32 for its numbers: those beyond the range, constants that vanish, and whole numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+from tests.tuner.model.fused_nets import dtypes, fused, node
+from tests.tuner.model.graphs import model_of, normal, relative_error
+from tilewright.tuner.model.graph import copy_of
+from tilewright.tuner.model.precision.half import lower
+from tilewright.tuner.model.precision.kept import kept
+from tilewright.tuner.model.precision.quantise import apply_precision
+from tilewright.tuner.model.session import run
+
+
+def cast(used: str, made: str, to: str) -> Any:
+    return helper.make_node("Cast", [used], [made], to=getattr(TensorProto, to), name=f"cast_{made}")
+
+
+def output(model: ir.Model, feed: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The first output, with fp16 values rounded."""
+    return next(iter(run(model, [feed])))[str(model.graph.outputs[0].name)]
+
+
+def both(model: ir.Model, feed: Mapping[str, np.ndarray], base: str = "fp16") -> tuple[np.ndarray, np.ndarray]:
+    """What a model gives as it is, and lowered."""
+    lowered = copy_of(model)
+    lower(lowered, {}, base)
+    return output(model, feed), output(lowered, feed)
+
+
+def test_a_divisor_beyond_the_range() -> None:
+    """Images of 16 bits."""
+    nodes = [
+        node("Div", ["x", "scale"], ["n"], name="scale"),
+        node("Conv", ["n", "w"], ["c"], name="conv"),
+        node("Relu", ["c"], ["y"], name="relu"),
+    ]
+    constants = {"scale": np.array(65535, np.float32), "w": normal(0, 4, 2, 3, 3)}
+    model = fused(nodes, {"x": (1, 2, 8, 8)}, ["y"], constants)
+    mixed = apply_precision(model, {}, base="fp16")
+    assert dtypes(mixed)["n"] == "fp32"
+    feed = {"x": np.random.default_rng(0).integers(0, 65536, (1, 2, 8, 8)).astype(np.float32)}
+    assert relative_error(output(mixed, feed), output(model, feed)) < 2e-3
+
+
+@pytest.mark.parametrize("operator", ["Mul", "Add", "Sub", "Div"])
+def test_constants_beyond_the_range_that_are_no_masks(operator: str) -> None:
+    nodes = [node(operator, ["x", "c"], ["s"], name="it"), node("Relu", ["s"], ["y"], name="relu")]
+    for number in (70000, -70000):
+        model = model_of(nodes, {"x": (2, 3)}, ["y"], {"c": np.array([number, 1, 1], np.float32)})
+        assert lower(model, {}, "fp16")["it"] == f"{number} is beyond the range of fp16"
+    model = model_of(nodes, {"x": (2, 3)}, ["y"], {"c": np.array([-np.inf, 1, 1], np.float32)})
+    assert lower(model, {}, "fp16") == {}
+
+
+def test_a_layer_with_a_constant_beyond_the_range() -> None:
+    nodes = [node("MatMul", ["x", "w"], ["m"], name="mm"), node("Add", ["m", "b"], ["y"], name="add")]
+    constants = {"w": normal(0, 3, 4), "b": np.array([1e5, 0, 0, 0], np.float32)}
+    model = fused(nodes, {"x": (2, 3)}, ["y"], constants)
+    reasons = kept(model, "fp16").reasons
+    assert list(reasons.values()) == ["100000 is beyond the range of fp16"]
+    assert not kept(model, "bf16").reasons
+    bias = frozenset([model.graph.initializers["b"]])
+    assert not kept(model, "fp16", pinned=bias).reasons
+    mixed = apply_precision(model, {}, base="fp16")
+    feed = {"x": normal(1, 2, 3)}
+    np.testing.assert_allclose(output(mixed, feed), output(model, feed), rtol=1e-6)
+
+
+def test_masks_that_go_elsewhere_are_numbers() -> None:
+    nodes = [
+        node("Add", ["x", "mask"], ["s"], name="mask"),
+        node("Transpose", ["s"], ["t"], perm=[1, 0], name="turn"),
+        node("Softmax", ["t"], ["y"], name="softmax"),
+    ]
+    mask = np.array([0, -1e9, 0], np.float32)
+    model = model_of(nodes, {"x": (2, 3)}, ["y"], {"mask": mask})
+    assert set(lower(model, {}, "fp16")) == {"softmax"}
+    also = [*nodes, node("Relu", ["t"], ["z"], name="relu")]
+    model = model_of(also, {"x": (2, 3)}, ["y", "z"], {"mask": mask})
+    assert "mask" in lower(model, {}, "fp16")
+
+
+def test_factors_that_vanish() -> None:
+    tiny = np.array([1e-6, 2e-6, 0], np.float32)
+    mixed = np.array([1e-6, 1, 1], np.float32)
+    for operator, array, stays in (
+        ("Mul", tiny, True),
+        ("Mul", mixed, False),  # beside the others it is nothing
+        ("Div", mixed + np.float32(1e-9), True),
+        ("Add", tiny, False),
+    ):
+        nodes = [node(operator, ["x", "c"], ["s"], name="it"), node("Relu", ["s"], ["y"], name="relu")]
+        model = model_of(nodes, {"x": (2, 3)}, ["y"], {"c": array})
+        assert ("it" in lower(model, {}, "fp16")) == stays, (operator, array)
+    layer = fused([node("MatMul", ["x", "w"], ["y"])], {"x": (2, 3)}, ["y"], {"w": normal(0, 3, 4) * np.float32(1e-6)})
+    feed = {"x": np.float32(1e4) * normal(1, 2, 3)}
+    lowered = apply_precision(layer, {}, base="fp16")
+    assert relative_error(output(lowered, feed), output(layer, feed)) < 1e-6
+
+
+def squares() -> ir.Model:
+    """y = relu((x·x·1e-3) @ w) @ w: of x in 200..400 squares pass fp16's range."""
+    nodes = [
+        node("Mul", ["x", "x"], ["s"], name="square"),
+        node("Mul", ["s", "small"], ["n"], name="scale"),
+        node("MatMul", ["n", "w"], ["h"], name="first"),
+        node("Relu", ["h"], ["r"], name="relu"),
+        node("MatMul", ["r", "w"], ["y"], name="second"),
+    ]
+    constants = {"small": np.array(1e-3, np.float32), "w": np.abs(normal(0, 16, 16))}
+    return fused(nodes, {"x": (4, 16)}, ["y"], constants)
+
+
+def test_values_near_the_ranges_end_are_computed_and_read_in_fp32() -> None:
+    model = squares()
+    feed = {"x": np.random.default_rng(0).uniform(200, 400, (4, 16)).astype(np.float32)}
+    with np.errstate(over="ignore"):
+        assert not np.isfinite(output(apply_precision(model, {}, base="fp16"), feed)).any()
+    mixed = apply_precision(model, {}, base="fp16", largest={"s": 160e3, "n": 160, "r": 2000, "y": 30000})
+    assert relative_error(output(mixed, feed), output(model, feed)) < 2e-3
+    kinds = dtypes(mixed)
+    assert (kinds["s"], kinds["n"], kinds["r"]) == ("fp32", "fp32", "fp16")
+    reasons = kept(model, "fp16", {"s": 160e3}).reasons
+    assert set(reasons.values()) == {"its numbers come to 1.6e+05, and fp16 ends at 6.55e+04"}
+    assert not kept(model, "bf16", {"s": 160e3}).reasons
+
+
+def test_a_layer_whose_result_is_large_gives_it_in_fp32() -> None:
+    model = squares()
+    mixed = apply_precision(model, {}, base="fp16", largest={"r": 40000})
+    layers = {each.name: each for each in mixed.graph if each.op_type.startswith("Fused")}
+    first, second = layers["first"], layers["second"]
+    kinds = dtypes(mixed)
+    assert kinds["r"] == "fp32"
+    assert [each.dtype for each in first.inputs if each is not None][:2] == [ir.DataType.FLOAT16] * 2
+    assert [each.dtype for each in second.inputs if each is not None][:2] == [ir.DataType.FLOAT] * 2
+
+
+def test_masks_are_not_large() -> None:
+    nodes = [
+        node("Mul", ["hide", "least"], ["bias"], name="to_bias"),
+        node("Add", ["x", "bias"], ["s"], name="mask"),
+        node("Softmax", ["s"], ["y"], name="softmax"),
+    ]
+    model = model_of(nodes, {"x": (2, 3), "hide": (2, 3)}, ["y"], {"least": np.array(-1e9, np.float32)})
+    reasons = lower(model, {}, "fp16", largest={"bias": 1e9, "s": 1e9, "x": 3})
+    assert set(reasons) == {"softmax"}
+
+
+WHOLE = np.array([[2000, 2049, 4097, 30001]], np.int64)
+
+
+@pytest.mark.parametrize("base", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [node("Mod", ["f", "ten"], ["m"], fmod=1), cast("m", "y", "INT64")],
+        [node("Div", ["f", "ten"], ["d"]), node("Floor", ["d"], ["m"]), cast("m", "y", "INT64")],
+        [node("Equal", ["f", "one"], ["e"]), cast("e", "y", "INT64")],
+        [node("Reshape", ["f", "flat"], ["r"]), node("Greater", ["r", "one"], ["e"]), cast("e", "y", "INT64")],
+        [node("Transpose", ["f"], ["t"], perm=[1, 0]), cast("t", "d", "DOUBLE"), cast("d", "y", "INT64")],
+    ],
+)
+def test_whole_numbers_stay_exact(nodes: Sequence[Any], base: str) -> None:
+    constants = {"ten": np.array(10, np.float32), "one": np.array([30000.5], np.float32), "flat": np.array([-1])}
+    if any(each.op_type == "Equal" for each in nodes):
+        constants["one"] = np.array([30001], np.float32)
+    used = {name for each in nodes for name in each.input}
+    constants = {name: array for name, array in constants.items() if name in used}
+    after = model_of([cast("i", "f", "FLOAT"), *nodes], {"i": (1, 4)}, ["y"], constants, dtype="int64")
+    exact, got = both(after, {"i": WHOLE}, base)
+    np.testing.assert_array_equal(got, exact)
+    if any(each.op_type == "Greater" for each in nodes):
+        return
+    # Floats that are fed and become integers are no less exact.
+    floats = model_of([*nodes, cast("y", "z", "FLOAT")], {"f": (1, 4)}, ["z"], constants)
+    exact, got = both(floats, {"f": WHOLE.astype(np.float32)}, base)
+    np.testing.assert_array_equal(got, exact)
+
+
+def test_floats_that_become_indices_are_exact_from_where_they_are_made() -> None:
+    nodes = [
+        node("Mul", ["x", "length"], ["place"], name="place"),
+        node("Floor", ["place"], ["floor"], name="floor"),
+        node("Squeeze", ["floor"], ["flat"], name="flat"),
+        cast("flat", "index", "INT64"),
+        node("Gather", ["table", "index"], ["y"], name="look_up"),
+    ]
+    constants = {"length": np.array(5000, np.float32), "table": np.arange(5000, dtype=np.float32) % 7}
+    model = model_of(nodes, {"x": (1, 64)}, ["y"], constants)
+    exact, got = both(model, {"x": np.random.default_rng(0).uniform(0, 0.99, (1, 64)).astype(np.float32)})
+    np.testing.assert_array_equal(got, exact)
+
+
+def test_what_never_becomes_an_integer_is_lowered() -> None:
+    nodes = [
+        node("Reshape", ["x", "flat"], ["r"], name="flat"),
+        node("Floor", ["r"], ["f"], name="floor"),
+        node("Sigmoid", ["f"], ["g"], name="sigmoid"),
+        cast("g", "b", "BOOL"),
+        cast("b", "y", "FLOAT"),
+    ]
+    model = model_of(nodes, {"x": (2, 3)}, ["y"], {"flat": np.array([-1])})
+    assert lower(model, {}, "fp16") == {}
