@@ -26,6 +26,7 @@ from tilewright.tuner.model.calibration.feeds import Feed
 from tilewright.tuner.model.graph import DTYPES, fused_nodes, op_of
 from tilewright.tuner.model.precision.layer_data import LayerData, activation_of, layer_input
 from tilewright.tuner.model.precision.quantise import (
+    ACTIVATIONS,
     QUANTISED,
     WEIGHTS,
     LayerPrecision,
@@ -40,6 +41,12 @@ Array = np.ndarray[Any, Any]
 
 DAMPING = 0.01
 """Part of H's mean diagonal added to it, as in GPTQ."""
+
+FLOOR = 1e-6
+"""Part of the inputs' mean square that H's diagonal has at the least: less is what sums in fp32 rounded."""
+
+DOUBLINGS = 10
+"""How often damping is doubled for an H that has no Cholesky factor; after that weights are rounded to nearest."""
 
 ROWS = 1024
 """Rows of its input that a layer's H is taken from, at the least; twice its depth if that is more."""
@@ -60,10 +67,15 @@ BLOCK = 128
 
 @dataclass(slots=True)
 class Moments:
-    """Mean and covariance of rows, (groups, depth) and for each piece (groups, depth of it, depth of it)."""
+    """Mean and covariance of rows, (groups, depth) and for each piece (groups, depth of it, depth of it).
+
+    Sums are those of what rows differ by from the mean of the first ones: of an input that hardly varies, or not at
+    all, E[x xᵀ] - E[x] E[x]ᵀ would be what fp32 rounded, and not positive definite.
+    """
 
     pieces: tuple[slice, ...]
     count: int = 0
+    origin: Array | None = None
     sums: Array | None = None
     products: list[Array] = field(default_factory=list)
 
@@ -74,6 +86,8 @@ class Moments:
             self.sums = np.zeros((groups, depth), np.float64)
             lengths = [piece.stop - piece.start for piece in self.pieces]
             self.products = [np.zeros((groups, length, length), np.float32) for length in lengths]
+            self.origin = rows.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+        rows = rows - self.origin
         self.count += rows.shape[1]
         self.sums += rows.sum(axis=1, dtype=np.float64)
         for piece, product in zip(self.pieces, self.products, strict=True):
@@ -83,10 +97,14 @@ class Moments:
             product += np.einsum("gna,gnb->gab", part, part) if small else part.swapaxes(1, 2) @ part
 
     def covariance(self, index: int) -> Array:
-        """Of one piece: E[x xᵀ] - E[x] E[x]ᵀ, in float64."""
+        """Of one piece, in float64: E[x xᵀ] - E[x] E[x]ᵀ, and `FLOOR`."""
         assert self.sums is not None
-        mean = self.sums[:, self.pieces[index]] / self.count
-        return self.products[index].astype(np.float64) / self.count - mean[:, :, None] * mean[:, None, :]
+        assert self.origin is not None
+        piece = self.pieces[index]
+        mean = self.sums[:, piece] / self.count
+        floor = FLOOR * np.square(mean + self.origin[:, 0, piece]).mean(axis=1)
+        result = self.products[index].astype(np.float64) / self.count - mean[:, :, None] * mean[:, None, :]
+        return np.asarray(result + floor[:, None, None] * np.eye(mean.shape[1]))
 
 
 def pieces_of(depth: int) -> tuple[slice, ...]:
@@ -106,8 +124,8 @@ def round_layer(matrix: Array, scales: Array, covariance: Array, kind: str, coun
     order = np.argsort(-diagonal, axis=1, kind="stable")
     h = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), order[:, None, :], 2)
     # Rows fewer than weights say nothing of most directions: there errors should stay where they are made.
-    h = h + (DAMPING * (1 + depth / count) * level)[:, None, None] * np.eye(depth)
-    upper = _inverse_factors(h).astype(np.float32)
+    damping = (DAMPING * (1 + depth / count) * level)[:, None, None] * np.eye(depth)
+    upper = _inverse_factors(h, damping).astype(np.float32)
     w = np.take_along_axis(matrix.astype(np.float32), order[:, None, :], 2)
     spread = _spread(np.ascontiguousarray(w.swapaxes(1, 2)), scales, upper, kind).swapaxes(1, 2)
     result = np.empty(matrix.shape, spread.dtype)
@@ -115,8 +133,18 @@ def round_layer(matrix: Array, scales: Array, covariance: Array, kind: str, coun
     return result
 
 
-def _inverse_factors(h: Array) -> Array:
-    """The upper Cholesky factor U of each H⁻¹ = UᵀU."""
+def _inverse_factors(h: Array, damping: Array) -> Array:
+    """The upper Cholesky factor U of each (H + damping)⁻¹ = UᵀU; where there is none for any damping, that of H = 1."""
+    for _ in range(DOUBLINGS):
+        try:
+            return _factors(h + damping)
+        except np.linalg.LinAlgError:
+            damping = 2 * damping
+    return np.broadcast_to(np.eye(h.shape[1]), h.shape)
+
+
+def _factors(h: Array) -> Array:
+    """The upper Cholesky factor U of each H⁻¹ = UᵀU. `h` is overwritten."""
     if len(h) > 1:
         return np.linalg.cholesky(np.linalg.inv(h)).swapaxes(1, 2)
     # A large one: half the work for a symmetric matrix, and in place.
@@ -209,8 +237,9 @@ def _observe(model: ir.Model, layers: Layers, feeds: Sequence[Feed], seed: int) 
             for name in names:
                 node, data, precision = layers[name]
                 count = -(-max(ROWS, 2 * data.depth) // len(feeds))
-                rows = data.rows(values[value], count, random)
-                moments[name].add(layer_input(rows, data.op, precision))
+                rows = layer_input(data.rows(values[value], count, random), data.op, precision)
+                # In steps of the grid: squares of very large or small numbers have no room in fp32.
+                moments[name].add(rows / np.float32(precision.scales[ACTIVATIONS[data.op][0]]))
     return moments
 
 

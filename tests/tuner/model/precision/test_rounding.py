@@ -17,7 +17,7 @@ from tilewright.tuner.model.precision.quantise import (
     dequantised,
     quantise_weights,
 )
-from tilewright.tuner.model.precision.rounding import pieces_of, round_layer, round_weights
+from tilewright.tuner.model.precision.rounding import FLOOR, Moments, pieces_of, round_layer, round_weights
 
 
 def correlated(seed: int, count: int, depth: int) -> np.ndarray:
@@ -79,6 +79,49 @@ def test_inputs_that_never_vary_leave_weights_at_the_nearest() -> None:
     scales = channel_scales(w[0], 0, "int8")[None]
     found = round_layer(w, scales, np.zeros((1, 10, 10)), "int8", 50)
     np.testing.assert_array_equal(found[0], quantise_weights(w[0], 0, "int8").values)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("varying", [0, 1e-6, 1e-3])
+def test_inputs_that_hardly_vary(varying: float, groups: int) -> None:
+    """Their covariance is next to nothing beside their squares, which fp32 rounds."""
+    depth = 20
+    constant = 100 * normal(0, groups, 1, depth)
+    moments = Moments(pieces_of(depth))
+    rows = [constant + np.float32(varying) * normal(index, groups, 500, depth) for index in range(8)]
+    for each in rows:
+        moments.add(each)
+    found = moments.covariance(0)
+    assert np.linalg.eigvalsh(found).min() > 0
+    floor = FLOOR * np.square(constant.astype(np.float64)).mean(axis=(1, 2))
+    exact = np.stack([np.cov(np.concatenate([each[group] for each in rows]).T, ddof=0) for group in range(groups)])
+    np.testing.assert_allclose(found - floor[:, None, None] * np.eye(depth), exact, atol=1e-4 * floor.max())
+    w = normal(1, groups, 8, depth)
+    scales = channel_scales(w.reshape(-1, depth), 0, "int8").reshape(groups, -1)
+    nearest = quantise_weights(w.reshape(-1, depth), 0, "int8").values.reshape(w.shape)
+    assert (round_layer(w, scales, found, "int8", moments.count) == nearest).mean() > 0.99
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_is_no_covariance_leaves_weights_at_the_nearest(groups: int) -> None:
+    w = normal(0, groups, 8, 4)
+    scales = channel_scales(w.reshape(-1, 4), 0, "int8").reshape(groups, -1)
+    indefinite = np.tile(np.diag([1, 1, 1, -1e9]) + 1e6, (groups, 1, 1))
+    found = round_layer(w, scales, indefinite, "int8", 50)
+    np.testing.assert_array_equal(found.reshape(-1, 4), quantise_weights(w.reshape(-1, 4), 0, "int8").values)
+
+
+@pytest.mark.parametrize("factor", [1e30, 1e-36, 0])
+def test_any_size_of_inputs(factor: float) -> None:
+    feeds = [{"a": np.float32(factor) * correlated(index, 50, 24)} for index in range(4)]
+    model = single("gemm", {"a": feeds[0]["a"], "b": normal(1, 24, 8)}, ("a",))
+    found = round_weights(model, {"layer": LayerPrecision("int8", {"a": 0.1 * (factor or 1)})}, feeds)["layer"]
+    alike = round_weights(
+        single("gemm", {"a": feeds[0]["a"], "b": normal(1, 24, 8)}, ("a",)),
+        {"layer": LayerPrecision("int8", {"a": 0.1})},
+        [{"a": correlated(index, 50, 24) * np.float32(factor > 0)} for index in range(4)],
+    )["layer"]
+    assert (found.values == alike.values).mean() > 0.95
 
 
 def test_layers_come_nearer() -> None:
