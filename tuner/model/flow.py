@@ -157,6 +157,11 @@ def optimise(
     data = load_data(request.calibration, prepared.original, count=request.samples)
     if data.warning is not None:
         warn(data.warning)
+    if prepared.defaults:
+        warn(
+            f"{listed(prepared.defaults)}: input with a value in {request.model}, which becomes a constant: the models "
+            "written don't take it"
+        )
     calibration, evaluation = data.split(EVALUATION)
     names = [*request.files, *request.engine_files]
     check_output(request.output, names, request.model)

@@ -36,7 +36,7 @@ class OutputFolder:
         Raises:
             UsageError: the note can't be written.
         """
-        names = _names(self.resume) or set()
+        names = _names(self.resume)
         now = {file.name for file in files}
         old = [name for name in names - now if re.fullmatch(DATA_FILE, name)]
         gone = {name for name in old if not _mentions(model, name)}
@@ -51,7 +51,7 @@ class OutputFolder:
         Raises:
             UsageError: one can't be removed.
         """
-        for name in _names(self.resume) or ():
+        for name in _names(self.resume):
             if name not in reports and not name.endswith((".engine", ".engine.json")):
                 continue
             try:
@@ -78,7 +78,7 @@ def check_output(path: Path, names: Sequence[str], model: Path) -> None:
                 raise UsageError(
                     f"--output {path}: {file} is the model itself, and would be replaced: name another folder"
                 )
-            if ours is not None and name not in ours:
+            if name not in ours:
                 raise UsageError(
                     f"--output {path}: its {name} was not written by autotune, and would be replaced: name another "
                     f"folder"
@@ -115,21 +115,19 @@ def output_folder(path: Path, names: Sequence[str], model: Path) -> Iterator[Out
         raise UsageError(f"--output {path} can't be written ({_reason(error)}): name a folder that can") from None
     try:
         # Before the first is written: a run that is killed then finds its own files.
-        _note(resume, (_names(resume) or set()) | set(names))
+        _note(resume, _names(resume) | set(names))
         _sweep(path, names)
         yield OutputFolder(path, resume)
     finally:
         lock.release()
 
 
-def _names(resume: Path) -> set[str] | None:
-    """The names of files that runs have written; none where there was no run, None where there is no note of it."""
-    if not resume.is_dir():
-        return set()
+def _names(resume: Path) -> set[str]:
+    """The names of files that runs have written; none where there is no note of it."""
     try:
         return set(map(str, json.loads((resume / _NAMES).read_text())))
     except (OSError, ValueError, TypeError):
-        return None
+        return set()
 
 
 def _note(resume: Path, names: Collection[str]) -> None:

@@ -12,7 +12,7 @@ from tilewright.tuner.model.folding.fold import FoldingReport, fold
 from tilewright.tuner.model.fuse import FusionReport, fuse
 from tilewright.tuner.model.graph import copy_of, fused_nodes
 from tilewright.tuner.model.messages import quoted
-from tilewright.tuner.model.reading.read import OPSET, read_model
+from tilewright.tuner.model.reading.read import DEFAULTS, OPSET, read_model
 from tilewright.tuner.model.reading.source import Source
 from tilewright.tuner.model.request import Request
 from tilewright.tuner.model.verify.compare import Comparison, Reference
@@ -40,6 +40,7 @@ class Prepared:
     folding: FoldingReport
     fusion: FusionReport
     workloads: ModelWorkloads
+    defaults: list[str]  # inputs of the file that are constants now
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -62,6 +63,7 @@ def prepare(request: Request, tell: Callable[[str], None]) -> Prepared:
     """
     model = read_model(request.model, request.shapes, request.dims)
     source = Source.of(request.model, model)
+    defaults: list[str] = model.meta[DEFAULTS]
     original = copy_of(model)
     tell(f"read {request.model}: {len(model.graph)} nodes")
     folding = fold(model)
@@ -71,7 +73,7 @@ def prepare(request: Request, tell: Callable[[str], None]) -> Prepared:
         f"fused: {len(original.graph)} nodes became {fusion.nodes_after}, {len(found.layers)} of them fused, with "
         f"{found.coverage:.1%} of the operations"
     )
-    return Prepared(original, model, source, folding, fusion, found)
+    return Prepared(original, model, source, folding, fusion, found, defaults)
 
 
 def check_reading(request: Request, prepared: Prepared, data: Samples, tell: Callable[[str], None]) -> None:

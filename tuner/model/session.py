@@ -194,8 +194,13 @@ class Session:
         fetched = [name for name in self._outputs if name not in self._constants and name not in self._inputs]
         if not fetched:
             return
-        with tempfile.TemporaryDirectory(prefix="tilewright-") as folder:
-            self._load(*self._shell(model, fetched, Path(folder)))
+        try:
+            with tempfile.TemporaryDirectory(prefix="tilewright-") as folder:
+                self._load(*self._shell(model, fetched, Path(folder)))
+        except OSError as error:
+            raise RunError(
+                f"{tempfile.gettempdir()}: {error.strerror or error}: make room, or name another folder in TMPDIR"
+            ) from None
 
     def _shell(self, model: ir.Model, fetched: Sequence[str], folder: Path) -> tuple[Path, Any]:
         """A file of the model without its large weights, with `fetched` as outputs, and options that bring the weights.

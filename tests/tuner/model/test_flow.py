@@ -178,6 +178,21 @@ def test_a_fused_model_that_computes_something_else_is_not_written(tmp_path, mon
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "build").iterdir() if path.is_file()}
 
 
+@pytest.mark.parametrize("version", [3, 10])
+def test_an_input_with_a_default_becomes_a_constant_and_is_warned_of(tmp_path, version):
+    """Before IR version 4 every weight was one."""
+    inputs = [value("x", (2, 3)), value("w", (3, 32)), value("s", (1,))]
+    tensors = [tensor("w", normal(0, 3, 32)), tensor("s", np.ones(1, np.float32))]
+    nodes = [node("MatMul", "x w", "m"), node("Mul", "m s", "y")]
+    model = saved(proto(nodes, inputs=inputs, tensors=tensors, ir_version=version), tmp_path / "m.onnx")
+    _, listener = run(request(model, tmp_path / "build", precision="fp32"))
+    said = [line for line in listener.warnings if "becomes a constant" in line]
+    assert len(said) == (version >= 4)
+    assert all(line.startswith(f"'w', 's': input with a value in {model}, ") for line in said)
+    session = onnxruntime.InferenceSession(tmp_path / "build" / "model.fused.onnx", providers=["CPUExecutionProvider"])
+    assert [each.name for each in session.get_inputs()] == ["x"]
+
+
 def test_a_large_error_without_a_budget_is_warned_of(tmp_path):
     model, data = written(tmp_path)
     asked = request(model, tmp_path / "build", calibration=str(data), precision="int8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -43,9 +44,18 @@ def test_what_killed_runs_had_begun_is_removed(tmp_path: Path) -> None:
     theirs = [".other.onnx.0a.part", "model.fused.onnx"]
     for name in (*ours, *theirs):
         (tmp_path / name).touch()
+    (tmp_path / RESUME / "files.json").write_text(json.dumps(NAMES))
     with output_folder(tmp_path, NAMES, tmp_path / "m.onnx"):
         assert not any((tmp_path / name).exists() for name in ours)
         assert all((tmp_path / name).exists() for name in theirs)
+
+
+def test_a_folder_without_a_note_of_its_files_is_somebody_elses(tmp_path: Path) -> None:
+    (tmp_path / RESUME).mkdir()
+    (tmp_path / "README.md").write_text("precious")
+    with pytest.raises(UsageError, match=r"its README.md was not written by autotune, and would be replaced"):
+        output_folder(tmp_path, NAMES, tmp_path / "m.onnx").__enter__()
+    assert (tmp_path / "README.md").read_text() == "precious"
 
 
 def test_reports_and_engines_of_runs_before_are_retired(tmp_path: Path) -> None:

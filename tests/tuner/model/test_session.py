@@ -261,6 +261,14 @@ def test_no_temporary_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert opened.run({"x": X})["y"].shape == (2, 8192)
 
 
+def test_a_folder_for_temporary_files_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(
+        RunError, match=r"absent: No such file or directory: make room, or name another folder in TMPDIR$"
+    ):
+        Session(ir.from_proto(chain(WEIGHT)), ["y"])
+
+
 def test_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     session._runtime.cache_clear()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

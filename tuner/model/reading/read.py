@@ -36,6 +36,9 @@ OLDEST_IR, OLDEST_OPSET = 3, 9
 OPSET = 21
 """What older models are converted to: the first opset with 4-bit types, and with 8-bit floats in every operator."""
 
+DEFAULTS = "tilewright inputs with defaults"
+"""Among a read model's `meta`, the names of the file's inputs that have values there, and are constants now."""
+
 _IR = 10  # the IR version of that opset
 _FOLDED_FOR_SHAPES = 1 << 20  # bytes: shapes, masks and positions, no weights
 
@@ -45,10 +48,11 @@ def read_model(
 ) -> ir.Model:
     """The model in an ONNX file, with static shapes, functions inlined and an opset of at least `OPSET`.
 
-    `shapes` gives inputs their shapes, `dims` named dimensions their sizes. Every value has a data type and a static
-    shape, but for what onnx can't infer: outputs of `com.microsoft` operators, and of those whose result's size depends
-    on values. Where shapes depend on constant arithmetic, that is folded. Every node has a name of its own. Weights are
-    mapped, if external, else copied once: memory peaks at twice the file.
+    `shapes` gives inputs their shapes, `dims` named dimensions their sizes. Every value has a data type and a
+    static shape, but for what onnx can't infer: outputs of `com.microsoft` operators, and of those whose result's
+    size depends on values. Where shapes depend on constant arithmetic, that is folded. Every node has a name of its
+    own. Inputs that have a default become constants (`DEFAULTS`). Weights are mapped, if external, else copied
+    once: memory peaks at twice the file.
 
     Raises:
         ModelError: it is no ONNX file, broken, hostile or beyond what is supported; or an input has no size.
@@ -57,6 +61,8 @@ def read_model(
     check_text(model)
     names = {tensor.name for tensor in model.graph.initializer}
     inputs = [value.name for value in model.graph.input if value.name not in names]
+    # Before IR version 4 every weight had to be an input.
+    defaults = [value.name for value in model.graph.input if value.name in names and model.ir_version >= 4]
     light, weights = take_weights(model, ExternalFiles(path.parent))
     del model
     light.ir_version = max(light.ir_version, _IR)
@@ -79,6 +85,7 @@ def read_model(
     check_sizes(result)
     unique_names(result)
     _check_repeatable(result)
+    result.meta[DEFAULTS] = defaults
     return result
 
 
@@ -97,6 +104,11 @@ def _check_repeatable(model: ir.Model) -> None:
 def _parse(path: Path) -> onnx.ModelProto:
     try:
         state = path.stat()
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {error.strerror}") from None
+    except ValueError as error:  # a null character
+        raise ModelError(f"{quoted(str(path))} is no path: {error}") from None
+    try:
         if stat.S_ISDIR(state.st_mode):
             raise ModelError(f"{path} is a folder: name the .onnx file in it")
         if not stat.S_ISREG(state.st_mode):
@@ -112,8 +124,6 @@ def _parse(path: Path) -> onnx.ModelProto:
             content = stream.read(state.st_size)
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error.strerror}") from None
-    except ValueError as error:  # a null character
-        raise ModelError(f"{quoted(str(path))} is no path: {error}") from None
     model = onnx.ModelProto()
     try:
         model.ParseFromString(content)

@@ -30,7 +30,7 @@ from tilewright.tuner.model.graph import elements, static_shape
 from tilewright.tuner.model.messages import quoted, shown
 from tilewright.tuner.model.verify.error_budget import Budget
 from tilewright.tuner.model.verify.error_sums import LayerError, LayerSums, OutputError, OutputSums
-from tilewright.tuning_db.errors import ModelError
+from tilewright.tuning_db.errors import ModelError, RunError
 
 Array = np.ndarray[Any, Any]
 Feeds = Sequence[Mapping[str, Array]]
@@ -224,6 +224,11 @@ class Reference:
                 for values in self._run(self._model, self._feeds, names):
                     for name in names:
                         np.save(kept, _plain(values[name]), allow_pickle=False)
+            except OSError as error:
+                kept.close()
+                raise RunError(
+                    f"{tempfile.gettempdir()}: {error.strerror or error}: make room, or name another folder in TMPDIR"
+                ) from None
             except BaseException:
                 kept.close()
                 raise

@@ -126,10 +126,11 @@ def test_no_onnx_file(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(content)
     assert message in refusal(path)
+    assert refusal(path).startswith(f"{path} ")
 
 
 def test_no_regular_file(tmp_path: Path) -> None:
-    assert "is a folder" in refusal(tmp_path)
+    assert refusal(tmp_path).startswith(f"{tmp_path} is a folder")
     assert "No such file" in refusal(tmp_path / "absent.onnx")
     os.mkfifo(tmp_path / "pipe.onnx")
     assert "not a regular file" in refusal(tmp_path / "pipe.onnx")
