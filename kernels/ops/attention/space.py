@@ -173,7 +173,8 @@ def shared_bytes(problem: AttentionProblem, config: AttentionConfig, device: Dev
         total += (config.num_stages - 1) * q  # the next tile's queries are copied ahead like keys
     if config.WARP_SPECIALIZE and dtype(problem.output_dtype).bytes == 4:
         total += m * sum(dv) * 4  # results on their way out, beside the operands of the next tile
-    if problem.bias is not None and device.arch >= 80:
+    # Under OVERLAP a bias is loaded where it is added: the loop that would copy it ahead has another block of keys.
+    if problem.bias is not None and device.arch >= 80 and not config.OVERLAP:
         term = int(dtype(problem.bias).bytes)
         if term >= 4 or (problem.aligned and (problem.strided or problem.Skv % 16 == 0)):
             total += (config.num_stages - 1) * m * n * term

@@ -156,6 +156,15 @@ def test_estimated_shared_memory_is_never_over_the_real(arch):
     assert estimates_hold(arch, 3, seed=0) > 0.5
 
 
+def test_a_bias_is_copied_ahead_but_under_overlap():
+    problem = AttentionProblem(2, 8, 1000, 1024, 64, bias="fp16")
+    tile = AttentionConfig(128, 64, num_warps=4, num_stages=3)
+    ahead, loaded = attention_on(90, [(problem, tile), (problem, replace(tile, OVERLAP=True))])
+    for reply in (ahead, loaded):
+        assert reply["estimate"] <= reply["resources"]["shared_bytes"], described(reply)
+    assert ahead["estimate"] - loaded["estimate"] == 2 * 128 * 64 * 2
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(1, 4))
