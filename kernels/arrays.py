@@ -41,8 +41,8 @@ class ArrayKind(ABC):
 
         Of arrays, numbers (floats) and None, gives the signatures, one after the other; and of what is not None, the
         addresses and what a plan is given (a number, itself). A signature is what a prepared call depends on: hashable,
-        of an array its shape first and last whether it is 16-byte aligned, of a number `float`, of None None. The last
-        list is the caller's to change.
+        of an array its shape first and last True where it is aligned to 16 bytes, else how far it is off its elements'
+        alignment, of a number `float`, of None None. The last list is the caller's to change.
 
         Raises:
             AttributeError, TypeError: one of them is no array, or another library's.
@@ -103,7 +103,13 @@ class NumpyKind(ArrayKind):
             else:
                 address = array.__array_interface__["data"][0]
                 # By class too: a masked array, or a number of NumPy's, looks like a plain array but for that.
-                signatures += (array.__class__, array.shape, array.strides, array.dtype, address % 16 == 0)
+                signatures += (
+                    array.__class__,
+                    array.shape,
+                    array.strides,
+                    array.dtype,
+                    address % 16 == 0 or -(address % array.itemsize),
+                )
                 addresses.append(address)
         return signatures, addresses, arguments
 
@@ -145,7 +151,13 @@ class CupyKind(ArrayKind):
             else:
                 data = array.data
                 address = data.ptr
-                signatures += (array.shape, array.strides, array.dtype, data.device_id, address % 16 == 0)
+                signatures += (
+                    array.shape,
+                    array.strides,
+                    array.dtype,
+                    data.device_id,
+                    address % 16 == 0 or -(address % array.itemsize),
+                )
                 addresses.append(address)
         return signatures, addresses, addresses
 

@@ -119,10 +119,9 @@ class GpuPlan(Plan):
             limit = over_limits(binary.resources, device, binary.num_warps)
             if limit is not None:
                 raise UnsupportedError(f"this configuration can't run on {device.board}: {limit}")
-            code = _code_of(binary, ordinal)
-            if lasting:
-                _lasting.add(code)
-            self._loaded.append(_LoadedLaunch(launch, binary, ordinal, code))
+            self._loaded.append(_LoadedLaunch(launch, binary, ordinal, _code_of(binary, ordinal)))
+        if lasting:
+            _lasting.update(loaded.code for loaded in self._loaded)
 
     def bind(self, names: Sequence[str], strides: Mapping[str, int]) -> Run:
         launches = [loaded.bind(names, strides) for loaded in self._loaded]
@@ -182,7 +181,7 @@ class _LoadedLaunch:
 
         self.cupy, self.ordinal = cupy, ordinal
         self.driver_error = driver.CUDADriverError
-        self._code = code
+        self.code = code
         self.grid = launch.grid
         self.block = binary.num_warps * WARP_SIZE
         self.arguments = [argument for argument in launch.arguments if argument.type is not None]

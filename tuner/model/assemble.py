@@ -172,7 +172,8 @@ def _error_lines(rows: Sequence[OutputError]) -> list[str]:
     ordered = sorted(rows, key=lambda row: (row.bad_changed, error(row)), reverse=True)
     lines = []
     for row in ordered[:ERRORS_TOLD]:
-        said = f"{row.relative:.1e} of its largest value" if row.relative is not None else "zeros before, no more"
+        without = "nothing but NaN and infinities to compare" if row.bad_original else "zeros before, no more"
+        said = f"{row.relative:.1e} of its largest value" if row.relative is not None else without
         lines.append(
             f"error of {shown(row.value)}: {said}"
             + (f", and {row.bad_changed} NaN or infinite that were not so before" if row.bad_changed else "")

@@ -21,7 +21,7 @@ from tilewright.tuner.model.fuse import FusionReport
 from tilewright.tuner.model.messages import listed, quoted, shown
 from tilewright.tuner.model.output_folder import RESUME, OutputFolder, check_output, output_folder
 from tilewright.tuner.model.precision.lower import lower
-from tilewright.tuner.model.prepare import Prepared, check_fusing, check_reading, prepare
+from tilewright.tuner.model.prepare import READING_ERROR, Prepared, check_fusing, check_reading, prepare
 from tilewright.tuner.model.report import document as parts
 from tilewright.tuner.model.report.estimate import estimate
 from tilewright.tuner.model.report.html import write_page
@@ -169,6 +169,12 @@ def optimise(
         reference.work_out()
         check_reading(request, prepared, evaluation, tell)
         fused_errors = check_fusing(request, prepared, reference)
+        apart = [row.output for row in fused_errors.outputs if (row.relative or 0.0) > READING_ERROR and not row.logits]
+        if apart:
+            warn(
+                f"{listed(apart)}: differs by more than {READING_ERROR:.0%} when {request.model} is computed in "
+                "another order: the model amplifies rounding, and lower precision more so"
+            )
         key = resume_key(request, prepared.source, data)
         way = _Way(request, prepared, calibration, evaluation, reference, fused_errors, key)
         with output_folder(request.output, names, request.model) as folder:
@@ -202,7 +208,7 @@ def _optimised(way: _Way, output: OutputFolder, listener: _Listener) -> Made:
     before = estimate(prepared.original, request.device)
     after = estimate(lowered.model, request.device, _times(lowered.model, results))
     # Until here a folder holds what a run before has left, and all of it.
-    output.retire(REPORTS)
+    output.retire(REPORTS, [fused.name, final.name])
     written = list(write_model(prepared.fused, fused))
     if final != fused:
         written += write_model(lowered.model, final)

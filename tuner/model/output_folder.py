@@ -45,14 +45,15 @@ class OutputFolder:
                 (self.path / name).unlink()
         _note(self.resume, (names | now) - gone)
 
-    def retire(self, reports: Collection[str]) -> None:
-        """Removes reports and engines of runs before: the models that they are of are about to be replaced.
+    def retire(self, reports: Collection[str], models: Collection[str]) -> None:
+        """Removes reports of runs before, and engines of models that are about to be replaced.
 
         Raises:
             UsageError: one can't be removed.
         """
         for name in _names(self.resume):
-            if name not in reports and not name.endswith((".engine", ".engine.json")):
+            model = name.removesuffix(".json").removesuffix(".engine") + ".onnx"
+            if name not in reports and not (".engine" in name and model in models):
                 continue
             try:
                 (self.path / name).unlink(missing_ok=True)

@@ -16,18 +16,14 @@ from tilewright.tuner.model.reading.read import DEFAULTS, OPSET, read_model
 from tilewright.tuner.model.reading.source import Source
 from tilewright.tuner.model.request import Request
 from tilewright.tuner.model.verify.compare import Comparison, Reference
-from tilewright.tuner.model.verify.error_sums import LayerError, OutputError
 from tilewright.tuner.model.workloads import ModelWorkloads, workloads
 from tilewright.tuning_db.errors import ModelError, RunError
 
 READING_ERROR = 1e-2
 """Relative difference of outputs between a file and what was read of it that is no rounding."""
 
-STEPS = frozenset(
-    """ArgMax ArgMin Bernoulli Ceil DynamicQuantizeLinear Equal Floor Greater GreaterOrEqual Hardmax If IsInf IsNaN Less
-    LessOrEqual Loop Mod Multinomial NonMaxSuppression NonZero QuantizeLinear Round Scan Sign TopK Unique""".split()  # noqa: SIM905
-)
-"""Operators whose results leap: behind them the last bit of a number may make any difference."""
+EQUAL_INPUTS = 1e-4
+"""Relative difference up to which the inputs of a fused node count as those that the original has there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,42 +100,43 @@ def check_reading(request: Request, prepared: Prepared, data: Samples, tell: Cal
 
 
 def check_fusing(request: Request, prepared: Prepared, reference: Reference) -> Comparison:
-    """The errors of the fused model in fp32, which are those of rounding: 10⁻⁵ or so of a value.
+    """The errors of the fused model in fp32, which are those of rounding: 10⁻⁵ or so of a value, and what the model
+    makes of it further on, which may be any difference behind a comparison or a logarithm.
 
     Raises:
-        RunError: it computes something else.
+        RunError: a fused node computes something else of the same inputs.
     """
     wrong = f"{request.model}: its fused form computes something else, which is a defect of Tilewright: "
     try:
         found = reference.compare(prepared.fused, layers=prepared.shared_names)
     except ModelError as error:
         raise RunError(f"{wrong}{error}; nothing was written") from None
-    smooth = _smooth(prepared.original)
-    rows: list[LayerError | OutputError] = [*found.layers, *found.outputs]
-    for row in rows:
-        if (row.original if isinstance(row, LayerError) else row.value) not in smooth:
-            continue
-        relative = row.relative or 0.0
-        if row.bad_changed or relative > READING_ERROR:
+    apart = {row.value: row for row in found.layers if row.bad_changed or (row.relative or 0.0) > READING_ERROR}
+    nodes = {node.outputs[0].name: node for node in fused_nodes(prepared.fused)}
+    for name, row in apart.items():
+        before = reference.compare(prepared.fused, layers=_known_before(nodes[name], prepared)).layers
+        if all(not each.bad_changed and (each.relative or 0.0) <= EQUAL_INPUTS for each in before):
             bad = f", and has {row.bad_changed} NaN or infinities" if row.bad_changed else ""
             raise RunError(
-                f"{wrong}{quoted(row.value)} differs by {relative:.1e} of its largest value{bad}; nothing was written"
+                f"{wrong}{quoted(name)} differs by {row.relative or 0.0:.1e} of its largest value{bad}; nothing was "
+                "written"
             )
     return found
 
 
-def _smooth(model: ir.Model) -> set[str]:
-    """The names of values before which neither one of `STEPS` comes nor a float that becomes an integer."""
-    leaping: set[ir.Value] = set()
-    smooth: set[str] = set()
-    for node in model.graph:
-        leaps = node.op_type in STEPS or any(value in leaping for value in node.inputs if value is not None)
-        if leaps or (node.op_type == "Cast" and _is_float(node.inputs[0]) and not _is_float(node.outputs[0])):
-            leaping.update(node.outputs)
+def _known_before(node: ir.Node, prepared: Prepared) -> dict[str, str]:
+    """The nearest values before a fused node that some node of the original makes too, by name."""
+    known = {value.name for each in prepared.original.graph for value in each.outputs}
+    found: dict[str, str] = {}
+    waiting, seen = [*node.inputs], set[ir.Value]()
+    while waiting:
+        value = waiting.pop()
+        if value is None or value in seen or value.producer() is None:
+            continue
+        seen.add(value)
+        if value.name in known:
+            found[str(value.name)] = str(value.name)
         else:
-            smooth.update(value.name for value in node.outputs if value.name is not None)
-    return smooth
-
-
-def _is_float(value: ir.Value | None) -> bool:
-    return value is not None and value.dtype is not None and value.dtype.is_floating_point()
+            producer = value.producer()
+            waiting += producer.inputs if producer is not None else ()
+    return found

@@ -45,6 +45,14 @@ def round_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     if not all(_known(graph) for graph in _graphs(model.graph)):
         model = onnx.shape_inference.infer_shapes(model)
+    taken = {name for graph in _graphs(model.graph) for name in _names(graph)}
+
+    def fresh(name: str) -> str:
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        return name
+
     for graph in _graphs(model.graph):
         named = {value.name for value in (*graph.value_info, *graph.output) if _is_fp16(value)}
         nodes = []
@@ -54,8 +62,8 @@ def round_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
                 continue
             for index, name in enumerate(node.output):
                 if name in named:
-                    node.output[index] = f"{name}/unrounded"
-                    between = f"{name}/rounded"
+                    node.output[index] = fresh(f"{name}/unrounded")
+                    between = fresh(f"{name}/rounded")
                     nodes.append(helper.make_node("Identity", [node.output[index]], [between]))
                     nodes.append(helper.make_node("Identity", [between], [name]))
         del graph.node[:]
@@ -70,6 +78,13 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
             for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                 yield from _graphs(inner)
     yield graph
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[str]:
+    """Of all values that a graph has of its own."""
+    yield from (value.name for value in (*graph.input, *graph.initializer))
+    for node in graph.node:
+        yield from node.output
 
 
 def _known(graph: onnx.GraphProto) -> bool:

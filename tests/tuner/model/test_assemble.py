@@ -7,8 +7,8 @@ from tilewright.tuner.model.verify.error_sums import OutputError
 
 
 def test_the_worst_errors_are_told() -> None:
-    def row(name: str, relative: float | None, bad: int = 0) -> OutputError:
-        return OutputError(name, name, False, False, relative, None, 0.0, None, None, None, 1, bad)
+    def row(name: str, relative: float | None, bad: int = 0, before: int = 0) -> OutputError:
+        return OutputError(name, name, False, False, relative, None, 0.0, None, None, None, before, bad)
 
     assert _error_lines([row("y", 0.00123456)]) == ["error of y: 1.2e-03 of its largest value"]
     rows = [row("small", 1e-6), row("large", 0.5), row("none", None), row("broken", 0.01, bad=2), row("middle", 0.1)]
@@ -19,3 +19,4 @@ def test_the_worst_errors_are_told() -> None:
         "error of other outputs (2): at most 1.0e-01",
     ]
     assert _error_lines([row("none", None)]) == ["error of none: zeros before, no more"]
+    assert _error_lines([row("y", None, before=9)]) == ["error of y: nothing but NaN and infinities to compare"]

@@ -59,14 +59,16 @@ def test_a_folder_without_a_note_of_its_files_is_somebody_elses(tmp_path: Path) 
 
 
 def test_reports_and_engines_of_runs_before_are_retired(tmp_path: Path) -> None:
-    engines = ("model.fp16.engine", "model.fp16.engine.json")
+    engines = ("model.fp16.engine", "model.fp16.engine.json", "model.int8.engine")
     with output_folder(tmp_path, (*NAMES, *engines), tmp_path / "m.onnx") as folder:
         for name in (*NAMES, *engines, "other.engine"):
             (tmp_path / name).touch()
         folder.keep([tmp_path / name for name in (*NAMES, *engines)], tmp_path / "m.onnx")
     with output_folder(tmp_path, NAMES, tmp_path / "m.onnx") as folder:
-        folder.retire(("report.json", "README.md"))
-    assert {path.name for path in tmp_path.iterdir()} == {RESUME, "model.fused.onnx", "other.engine"}
+        folder.retire(("report.json", "README.md"), ("model.fused.onnx", "model.fp16.onnx"))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        RESUME, "model.fused.onnx", "other.engine", "model.int8.engine",
+    }  # fmt: skip
 
 
 def test_the_model_is_not_replaced(tmp_path: Path) -> None:

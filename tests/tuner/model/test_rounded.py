@@ -146,3 +146,11 @@ def test_a_chain_of_layers_rounds_between_them() -> None:
     for _ in range(20):
         wanted = wanted * np.float16(1.1)
     np.testing.assert_array_equal(results["y"], wanted)
+
+
+def test_names_that_are_there_are_not_given_again() -> None:
+    nodes = [to_fp16("x", "h"), node("Mul", "h h", "h/rounded"), to_fp32("h/rounded", "y")]
+    (results,) = run(model_of(nodes, {"x": (3,)}, ["y"], {}), [{"x": X}])
+    half = X.astype(np.float16)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(results["y"], half * half)

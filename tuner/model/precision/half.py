@@ -164,14 +164,14 @@ class _Lowering:
         targets: Mapping[str, str],
         base: str,
         pinned: frozenset[ir.Value],
-        largest: Mapping[str, float],
+        extremes: Mapping[str, tuple[float, float]],
     ) -> None:
         self.model, self.graph, self.edit = model, model.graph, Editor(model)
         self.opset = model.opset_imports[""]
         self.targets, self.base, self.pinned = targets, base, pinned
         self.reasons: dict[str, str] = {}
         halves = [half for half in HALVES if half in (base, *targets.values())]
-        self._kept = {half: kept(model, half, largest, pinned) for half in halves}
+        self._kept = {half: kept(model, half, extremes, pinned) for half in halves}
         self._kinds: dict[ir.Node, str] = {}
         self._exact: set[ir.Node] = set()  # nodes that need fp32, and are not only without the lower type
         self._wide: set[ir.Value] = set()
@@ -334,15 +334,15 @@ def lower(
     base: str,
     *,
     pinned: frozenset[ir.Value] = frozenset(),
-    largest: Mapping[str, float] = MappingProxyType({}),
+    extremes: Mapping[str, tuple[float, float]] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Converts the fp32 values of a model in place; see the module's docstring.
 
     `targets` has the data type of single nodes by name, `base` is that of all others; `pinned` are values that stay as
-    they are wherever they go, `largest` the largest magnitudes that were seen of values, by name. Gives the reason of
-    every node that stays fp32, by name.
+    they are wherever they go, `extremes` the least and largest numbers that were seen of values, by name. Gives the
+    reason of every node that stays fp32, by name.
     """
-    lowering = _Lowering(model, targets, base, pinned, largest)
+    lowering = _Lowering(model, targets, base, pinned, extremes)
     lowering.run()
     return lowering.reasons
 

@@ -3,7 +3,7 @@
 - **Range**: a value that came near the range's end on the calibration data is computed in fp32, and read so.
 - **Constants**: so is what has a constant beyond the range, or one that the type has next to no digits of where it
   multiplies or divides. Masks are none of these: a large negative number that is added to scores, or stands in their
-  place, on the way to a softmax, does there what any number does that is large enough.
+  place, on the way to a softmax, does there what any number does that is large enough; so does one that was seen there.
 - **Whole numbers**: integers in floats are indices and classes, exact or wrong. fp32 stays behind a cast from integers
   that the type doesn't hold, and in front of a cast to integers and of an `Equal`, as far as numbers are only moved,
   rounded and computed with one by one.
@@ -47,7 +47,11 @@ _FLOATS = ("fp16", "bf16", "fp32", "fp64", "fp8e4m3", "fp8e5m2")
 _WHOLE = ARITHMETIC | MOVING | COMPARISONS | {"Floor", "Ceil", "Round", "Mod", "Expand", "Tile"}
 """Operators that make whole numbers of whole numbers, or only move them."""
 
-_MASKING = MOVING | {"Add", "Sub", "Mul", "Div", "Where", "Sum", "Max", "Min", "Expand", "Tile", "Trilu"}
+_MASKING = (
+    MOVING
+    | {"Add", "Sub", "Mul", "Div", "Neg", "Where", "Sum", "Max", "Min", "Clip", "Expand", "Tile", "Trilu"}
+    | {"ScatterND", "ScatterElements"}
+)
 """Operators on a mask's way to the softmax."""
 
 _ANY = frozenset(("Cast", "Shape", "Size"))
@@ -80,19 +84,24 @@ class Kept:
 def kept(
     model: ir.Model,
     target: str,
-    largest: Mapping[str, float] = MappingProxyType({}),
+    extremes: Mapping[str, tuple[float, float]] = MappingProxyType({}),
     pinned: frozenset[ir.Value] = frozenset(),
 ) -> Kept:
     """What stays fp32 in a model whose fp32 values become a half-precision type otherwise, but for `pinned` ones.
 
-    `largest` has the largest magnitudes of values, by their names, of those that were looked at.
+    `extremes` has the least and the largest number of values, by their names, of those that were looked at.
     """
     found = Kept()
     nodes = [node for node in model.graph if not _has_subgraphs(node)]
     masks = _constants(nodes, target, pinned, found)
     limit = limits(target)[0] / MARGIN
-    large = {name: most for name, most in largest.items() if most > limit}
+    large = {name: max(high, -low) for name, (low, high) in extremes.items() if max(high, -low) > limit}
     if large:
+        values = {_named(value): value for value in (*model.graph.inputs, *(v for node in nodes for v in node.outputs))}
+        for name in large:
+            # What is large below 0 alone, and reaches nothing but softmaxes, is a mask.
+            if extremes[name][1] <= limit and name in values and _to_softmaxes([values[name]], model.graph) is not None:
+                masks.add(name)
         _ranges(nodes, {name: most for name, most in large.items() if name not in masks}, target, found)
     _integers(nodes, target, found)
     return found
@@ -163,8 +172,13 @@ def _mask(node: ir.Node, value: ir.Value | None) -> set[str] | None:
         return set() if _is_bias_of_attention(node, value) else None
     if node.domain != "" or node.op_type not in _MASKING | {"ConstantOfShape"}:
         return None
+    return _to_softmaxes(node.outputs, node.graph)
+
+
+def _to_softmaxes(values: Iterable[ir.Value], graph: ir.Graph | ir.Function | None) -> set[str] | None:
+    """The names of the values and of all that is made of them on the way to softmaxes; None if any goes elsewhere."""
     seen: set[ir.Value] = set()
-    waiting = list(node.outputs)
+    waiting = list(values)
     while waiting:
         current = waiting.pop()
         if current in seen:
@@ -173,7 +187,7 @@ def _mask(node: ir.Node, value: ir.Value | None) -> set[str] | None:
         if current.is_graph_output():
             return None
         for user, _ in current.uses():
-            if user.graph is not node.graph:
+            if user.graph is not graph:
                 return None
             if user.op_type in ("Softmax", "LogSoftmax") or _is_bias_of_attention(user, current):
                 continue

@@ -25,7 +25,7 @@ from tilewright.tuner.model.precision.kept import kept
 from tilewright.tuner.model.precision.post_training import quantise
 from tilewright.tuner.model.precision.quantise import QUANTISED, LayerPrecision, apply_precision
 from tilewright.tuner.model.precision.quantised_file import Quantised
-from tilewright.tuner.model.precision.ranges import largest_magnitudes
+from tilewright.tuner.model.precision.ranges import extremes
 from tilewright.tuner.model.report.document import CalibrationPart, LayerPlan, ParetoPoint, PrecisionPart
 from tilewright.tuner.model.report.estimate import estimate, predicted_us
 from tilewright.tuner.model.verify.compare import Comparison, Reference
@@ -126,7 +126,7 @@ class _Chooser:
         self._key, self._resume, self._tell = key, resume, tell
         self._layers = [node.name or "" for node in fused_nodes(fused)]
         # By the kind of precision that the model's ranges were moved for; "" of the model as it was fused.
-        self._largest: dict[str, dict[str, float]] = {}
+        self._extremes: dict[str, dict[str, tuple[float, float]]] = {}
         self._reasons: dict[tuple[str, str], dict[str, str]] = {}
 
     def by_rule(self) -> Lowered:
@@ -216,22 +216,22 @@ class _Chooser:
             return error_of(reference.compare(model))
 
     def _made(self, plan: Mapping[str, LayerPrecision], base: str, quantised: Quantised | None) -> ir.Model:
-        largest = self._magnitudes(quantised)
+        seen = self._seen(quantised)
         if quantised is None:
-            return apply_precision(self._fused, plan, base=base, largest=largest)
+            return apply_precision(self._fused, plan, base=base, extremes=seen)
         return apply_precision(
-            quantised.model, plan, base=base, weights=quantised.weights, shifts=quantised.shifts, largest=largest
+            quantised.model, plan, base=base, weights=quantised.weights, shifts=quantised.shifts, extremes=seen
         )
 
-    def _magnitudes(self, quantised: Quantised | None) -> dict[str, float]:
-        """The largest magnitudes of a model's values on the calibration data: they decide what fp16 has room for."""
+    def _seen(self, quantised: Quantised | None) -> dict[str, tuple[float, float]]:
+        """The least and largest numbers of values on the calibration data: they decide what fp16 has room for."""
         if self._kind == "fp32":
             return {}
         key = "" if quantised is None else quantised.kind
-        if key not in self._largest:
+        if key not in self._extremes:
             model = self._fused if quantised is None else quantised.model
-            self._largest[key] = largest_magnitudes(model, self._calibration.feeds)
-        return self._largest[key]
+            self._extremes[key] = extremes(model, self._calibration.feeds)
+        return self._extremes[key]
 
     def _kept(self, quantised: Quantised | None, base: str) -> dict[str, str]:
         """The layers that stay fp32 where others become `base`, and why."""
@@ -240,7 +240,7 @@ class _Chooser:
         key = ("" if quantised is None else quantised.kind, base)
         if key not in self._reasons:
             model = self._fused if quantised is None else quantised.model
-            reasons = kept(model, base, self._magnitudes(quantised)).reasons
+            reasons = kept(model, base, self._seen(quantised)).reasons
             self._reasons[key] = {node.name or "": reasons[node] for node in fused_nodes(model) if node in reasons}
         return self._reasons[key]
 

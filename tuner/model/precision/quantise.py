@@ -395,16 +395,16 @@ def apply_precision(
     base: str,
     weights: Mapping[str, Weights] | None = None,
     shifts: Mapping[str, Array] | None = None,
-    largest: Mapping[str, float] | None = None,
+    extremes: Mapping[str, tuple[float, float]] | None = None,
     fold: bool = True,
 ) -> ir.Model:
     """A new model of mixed precision. The one given stays as it is, and shares the constants that did not change.
 
     `plan` is by node name; `base` (fp32, fp16 or bf16) is the data type of all else. `weights` are quantised weights of
     int8 and fp8 layers, by node name, where they are not to be rounded to nearest (`rounding.py`), and `shifts` what is
-    taken off their biases (`correction.py`). `largest` are the largest magnitudes of values, by name, that were seen on
-    calibration data: what comes near the base's range stays fp32 (`kept.py`). With `fold`, layers whose result is only
-    wanted quantised give it so themselves (`output_scales.py`). Graph inputs and outputs keep their data types.
+    taken off their biases (`correction.py`). `extremes` are the least and largest numbers of values, by name, that were
+    seen on calibration data: what comes near the base's range stays fp32 (`kept.py`). With `fold`, layers whose result
+    is only wanted quantised give it so themselves (`output_scales.py`). Graph inputs and outputs keep their data types.
 
     Raises:
         UsageError: the plan does not fit the model; see `check_plan`.
@@ -425,7 +425,7 @@ def apply_precision(
         quantising.pinned.update(fold_output_scales(mixed))
     targets = {name: precision.kind for name, precision in plan.items() if precision.kind not in QUANTISED}
     targets |= dict.fromkeys(spell_out(mixed), "fp32")
-    lower(mixed, targets, base, pinned=frozenset(quantising.pinned), largest=largest or {})
+    lower(mixed, targets, base, pinned=frozenset(quantising.pinned), extremes=extremes or {})
     Editor(mixed).tidy()
     attach_bodies(mixed)
     return mixed

@@ -13,27 +13,28 @@ from tilewright.tuner.model.graph import dtype_name, is_constant
 from tilewright.tuner.model.session import run
 
 
-def largest_magnitudes(model: ir.Model, feeds: Sequence[Feed]) -> dict[str, float]:
-    """The largest finite magnitude of every fp32 value of the main graph that is computed or fed, by name.
+def extremes(model: ir.Model, feeds: Sequence[Feed]) -> dict[str, tuple[float, float]]:
+    """The least and the largest finite number of every fp32 tensor of the main graph that is computed or fed, by name;
+    0 is counted in.
 
     Raises:
         ModelError, RunError: see `session.run`.
     """
     computed = [value for node in model.graph for value in node.outputs]
     values = [value for value in (*model.graph.inputs, *computed) if not is_constant(value)]
-    names = [value.name for value in values if value.name and dtype_name(value) == "fp32"]
-    found = dict.fromkeys(names, 0.0)
+    tensors = [value for value in values if isinstance(value.type, ir.TensorType)]  # no sequences
+    names = [value.name for value in tensors if value.name and dtype_name(value) == "fp32"]
+    found = dict.fromkeys(names, (0.0, 0.0))
     for group in grouped(model, names):
         for results in run(model, feeds, group):
             for name, array in results.items():
-                found[name] = max(found[name], _largest(array))
+                low, high = _finite(array)
+                found[name] = min(found[name][0], low), max(found[name][1], high)
     return found
 
 
-def _largest(array: Array) -> float:
+def _finite(array: Array) -> tuple[float, float]:
     if not array.size:
-        return 0.0
+        return 0.0, 0.0
     low, high = float(array.min()), float(array.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        return _largest(array[np.isfinite(array)])
-    return max(high, -low)
+    return (low, high) if np.isfinite(low) and np.isfinite(high) else _finite(array[np.isfinite(array)])

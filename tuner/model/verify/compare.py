@@ -70,6 +70,11 @@ class Comparison:
             for row in self._all
             if row.bad_changed
         ]
+        found += [
+            f"{shown(row.value)}: NaN or infinite all over in both: there is nothing to compare"
+            for row in self.outputs
+            if row.bad_original and row.relative is None and not row.bad_changed
+        ]
         limits = (
             ("max", "relative", True, budget.max),
             ("centred", "centred_relative", True, budget.centred),

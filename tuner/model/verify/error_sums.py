@@ -50,6 +50,8 @@ class LayerSums:
         self.squares = self.changed_squares = self.products = self.error_squares = 0.0
         self.bad_original = self.bad_changed = 0
         self.exact = True
+        self.untold = False  # there were elements, and not one to compare
+        self._finite = self._elements = 0
 
     def add(self, a: Array, b: Array) -> tuple[Array, Array]:
         """Adds a pair of one shape; both as fp64, with zeros where either is not finite."""
@@ -57,6 +59,9 @@ class LayerSums:
         self.exact &= bool(np.array_equal(a, b, equal_nan=True))
         fine_a, fine_b = np.isfinite(a), np.isfinite(b)
         self.bad_original += int(a.size - np.count_nonzero(fine_a))
+        self._finite += int(np.count_nonzero(fine_a & fine_b))
+        self._elements += a.size
+        self.untold = bool(self._elements) and not self._finite
         if not fine_b.all():
             same = (a == b) | (np.isnan(a) & np.isnan(b))  # as masked logits, which are -∞ in both
             self.bad_changed += int(np.count_nonzero(~fine_b & ~same))
@@ -77,8 +82,8 @@ class LayerSums:
         return LayerError(
             value=name,
             original=original,
-            exact=self.exact,
-            relative=_ratio(self.largest_error, self.largest),
+            exact=self.exact and not self.untold,
+            relative=None if self.untold else _ratio(self.largest_error, self.largest),
             sqnr_db=_decibel(self.squares, self.error_squares),
             bad_original=self.bad_original,
             bad_changed=self.bad_changed,
@@ -141,8 +146,8 @@ class OutputSums:
             output=output,
             value=value,
             logits=logits,
-            exact=sums.exact,
-            relative=_ratio(sums.largest_error, sums.largest),
+            exact=sums.exact and not sums.untold,
+            relative=None if sums.untold else _ratio(sums.largest_error, sums.largest),
             centred_relative=_ratio(sums.largest_error, centred_largest) if centred else None,
             max_abs=sums.largest_error,
             cosine=max(-1.0, min(1.0, sums.products / lengths)) if lengths else None,

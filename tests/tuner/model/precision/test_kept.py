@@ -124,18 +124,20 @@ def test_values_near_the_ranges_end_are_computed_and_read_in_fp32() -> None:
     feed = {"x": np.random.default_rng(0).uniform(200, 400, (4, 16)).astype(np.float32)}
     with np.errstate(over="ignore"):
         assert not np.isfinite(output(apply_precision(model, {}, base="fp16"), feed)).any()
-    mixed = apply_precision(model, {}, base="fp16", largest={"s": 160e3, "n": 160, "r": 2000, "y": 30000})
+    mixed = apply_precision(
+        model, {}, base="fp16", extremes={"s": (0, 160e3), "n": (0, 160), "r": (0, 2000), "y": (0, 30000)}
+    )
     assert relative_error(output(mixed, feed), output(model, feed)) < 2e-3
     kinds = dtypes(mixed)
     assert (kinds["s"], kinds["n"], kinds["r"]) == ("fp32", "fp32", "fp16")
-    reasons = kept(model, "fp16", {"s": 160e3}).reasons
+    reasons = kept(model, "fp16", {"s": (0, 160e3)}).reasons
     assert set(reasons.values()) == {"its numbers come to 1.6e+05, and fp16 ends at 6.55e+04"}
-    assert not kept(model, "bf16", {"s": 160e3}).reasons
+    assert not kept(model, "bf16", {"s": (0, 160e3)}).reasons
 
 
 def test_a_layer_whose_result_is_large_gives_it_in_fp32() -> None:
     model = squares()
-    mixed = apply_precision(model, {}, base="fp16", largest={"r": 40000})
+    mixed = apply_precision(model, {}, base="fp16", extremes={"r": (0, 40000)})
     layers = {each.name: each for each in mixed.graph if each.op_type.startswith("Fused")}
     first, second = layers["first"], layers["second"]
     kinds = dtypes(mixed)
@@ -151,8 +153,24 @@ def test_masks_are_not_large() -> None:
         node("Softmax", ["s"], ["y"], name="softmax"),
     ]
     model = model_of(nodes, {"x": (2, 3), "hide": (2, 3)}, ["y"], {"least": np.array(-1e9, np.float32)})
-    reasons = lower(model, {}, "fp16", largest={"bias": 1e9, "s": 1e9, "x": 3})
+    reasons = lower(model, {}, "fp16", extremes={"bias": (-1e9, 0), "s": (-1e9, 3), "x": (-3, 3)})
     assert set(reasons) == {"softmax"}
+
+
+@pytest.mark.parametrize("least", [-50000.0, -65504.0])
+@pytest.mark.parametrize("way", ["Identity", "ScatterND"])
+def test_masks_that_are_seen_are_not_large(least: float, way: str) -> None:
+    """Inside the range, and as an input of the model; what is as large above 0 is no mask."""
+    moved = [node("Identity", ["bias"], ["b"])] if way == "Identity" else [node("ScatterND", ["bias", "i", "u"], ["b"])]
+    nodes = [*moved, node("Add", ["x", "b"], ["s"], name="mask"), node("Softmax", ["s"], ["y"], name="softmax")]
+    constants = {} if way == "Identity" else {"i": np.array([[0]]), "u": np.zeros((1, 3), np.float32)}
+    for sign, stay in ((1, {"softmax"}), (-1, {"softmax", "mask"})):
+        model = model_of(nodes, {"x": (2, 3), "bias": (2, 3)}, ["y"], constants)
+        seen = (least, 0.0) if sign > 0 else (0.0, -least)
+        assert set(lower(model, {}, "fp16", extremes={"bias": seen, "b": seen, "s": seen, "x": (-3, 3)})) >= stay
+        again = model_of(nodes, {"x": (2, 3), "bias": (2, 3)}, ["y"], constants)
+        reasons = kept(again, "fp16", {"b": seen, "s": seen}).reasons
+        assert bool(reasons) == (sign < 0)
 
 
 WHOLE = np.array([[2000, 2049, 4097, 30001]], np.int64)

@@ -251,6 +251,15 @@ def test_what_is_no_number_in_both_is_no_difference(bad: float) -> None:
         assert found.within(Budget(max=1e9)) == (not count)
 
 
+def test_where_there_is_nothing_but_nan_no_budget_is_met() -> None:
+    models = [model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": (1, 5)}, ["y"], {}) for _ in range(2)]
+    row = [{"y": np.full((1, 5), np.nan, np.float32)}]
+    found = compare(*models, feeds(1), run=stub({id(models[0]): row, id(models[1]): row}, []))
+    (error,) = found.outputs
+    assert (error.relative, error.exact) == (None, False)
+    assert found.breaches(Budget(top1=0.5))[0] == "y: NaN or infinite all over in both: there is nothing to compare"
+
+
 def test_a_breach_by_a_hair_is_told_with_all_digits() -> None:
     models = [model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": (1, 5)}, ["y"], {}) for _ in range(2)]
     row = normal(0, 1, 5)
