@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import stat
 import struct
 import weakref
 import zipfile
@@ -24,6 +25,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import triton.language as tl
 
+from tilewright.kernels.catalogue import CATALOGUE
 from tilewright.kernels.compile import HIDDEN_POINTERS, Binary
 from tilewright.kernels.kernel import Launch
 from tilewright.tuning_db import env
@@ -143,12 +145,23 @@ def _list(value: Any) -> str | None:
     return None if isinstance(value, list) and all(isinstance(each, dict) for each in value) else "a list of objects"
 
 
+def _warps(value: Any) -> str | None:
+    # A kernel with warps of several tasks has a sum of theirs, in groups of four.
+    fine = is_.integer(1, 32)(value) is None and (value in (1, 2) or value % 4 == 0)
+    return None if fine else "1, 2 or a multiple of 4 up to 32"
+
+
+def _identifier(value: Any) -> str | None:
+    fine = isinstance(value, str) and value.isascii() and value.isidentifier()
+    return None if fine else "the name of a function, of letters, digits and _"
+
+
 _FACTS = {
-    "device": is_.word,
+    "device": is_.name,
     "arch": is_.integer(1, 9999),
-    "tilewright": is_.text,
-    "triton": is_.text,
-    "ptxas": is_.text,
+    "tilewright": is_.line,
+    "triton": is_.line,
+    "ptxas": is_.line,
 }
 _FIELDS = {
     "format": is_.one_of((FORMAT,)),
@@ -160,16 +173,16 @@ _FIELDS = {
     "kernels": _list,
 }
 _ENTRY = {
-    "op": is_.word,
+    "op": is_.name,
     "problem": is_.plain,
     "config": is_.plain,
     "provenance": is_.one_of([str(provenance) for provenance in Provenance]),
-    "reason": is_.text,
+    "reason": is_.line,
     "time_us": is_.optional(is_.positive),
 }
 _BINARY = {
-    "name": is_.word,
-    "num_warps": is_.integer(1, 32),
+    "name": _identifier,
+    "num_warps": _warps,
     "shared_bytes": is_.integer(0, 1 << 20),
     "scratch_bytes": is_.integer(0, 1 << 30),
 }
@@ -197,10 +210,15 @@ class Pack:
         """
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # A pipe would be waited for, until someone writes to it.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError as error:
             raise PackError(f"the pack {path} can't be read: {error.strerror}") from None
         weakref.finalize(self, os.close, self._descriptor)
+        mode = os.fstat(self._descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+            raise PackError(f"the pack {path} is {kind} and must be a file: name the one that `autotune pack` wrote")
         try:
             self._members, text = self._directory()
             manifest = is_.read_object(text)
@@ -209,7 +227,8 @@ class Pack:
             is_.check_fields(manifest, _FIELDS)
             self._entries = _once(((entry.op, entry.problem), entry) for entry in map(_entry, manifest["entries"]))
             self._kernels = _once((kernel["specialization"], kernel) for kernel in map(_kernel, manifest["kernels"]))
-        except (ValueError, OSError) as error:
+            _check_whole(manifest)
+        except (ValueError, OSError, OverflowError) as error:
             raise self._damaged(str(error)) from None
         if manifest["hidden_pointers"] != HIDDEN_POINTERS:
             raise PackError(
@@ -293,7 +312,7 @@ class Pack:
             if name not in self._members:
                 raise ValueError(f"it has no {name}")
             content = self._content(self._members[name], size)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, OverflowError) as error:
             raise self._damaged(str(error)) from None
         found = hashlib.sha256(content).hexdigest()
         if found != digest or len(content) != size:
@@ -319,6 +338,22 @@ class Pack:
 
 def _is_newer(version: object) -> bool:
     return isinstance(version, int) and version > VERSION
+
+
+def _check_whole(manifest: dict[str, Any]) -> None:
+    """Does nothing for a manifest whose fields go together.
+
+    Raises:
+        ValueError: the arch is not the device's, or an op's revision is missing, and would not be looked at.
+    """
+    device, arch = manifest["device"], manifest["arch"]
+    for known in CATALOGUE:
+        if known.key == device and known.arch != arch:
+            raise ValueError(f"arch={arch} must be {known.arch}, as {device} is")
+    is_.check_fields(manifest["revisions"], dict.fromkeys(manifest["revisions"], _hash))
+    for entry in manifest["entries"]:
+        if entry["op"] not in manifest["revisions"]:
+            raise ValueError(f"revisions lacks that of {entry['op']}, which has entries")
 
 
 def _once(pairs: Iterable[tuple[_Name, _Value]]) -> dict[_Name, _Value]:

@@ -58,25 +58,38 @@ def database_dir(override: str | os.PathLike[str] | None = None) -> Path:
     if override is not None and not os.fspath(override):
         raise UsageError("the folder of the databases (--db) is empty: name one, or leave it out")
     chosen = override or os.environ.get(DB_DIR) or platformdirs.user_data_dir("tilewright", appauthor=False)
-    try:
-        return Path(chosen).expanduser()
-    except RuntimeError as error:
-        raise UsageError(f"the folder of the databases {os.fspath(chosen)!r} can't be found: {error}") from None
+    return _expanded(chosen, "the folder of the databases")
 
 
 def shipped_dir() -> Path | None:
     """The folder of the records that come with the package, or of those that `$TILEWRIGHT_SHIPPED` names instead; None
-    where it is off."""
+    where it is off.
+
+    Raises:
+        UsageError: it names a user's home that there is not.
+    """
     named = os.environ.get(SHIPPED, "").strip()
     if not named or named.lower() in _ON:
         return Path(__file__).parent / "shipped"
-    return None if named.lower() in _OFF else Path(named)
+    return None if named.lower() in _OFF else _expanded(named, SHIPPED)
 
 
 def pack_file() -> Path | None:
-    """The pack that `$TILEWRIGHT_PACK` names; None without one."""
+    """The pack that `$TILEWRIGHT_PACK` names; None without one.
+
+    Raises:
+        UsageError: it names a user's home that there is not.
+    """
     named = os.environ.get(PACK)
-    return Path(named) if named else None
+    return _expanded(named, PACK) if named else None
+
+
+def _expanded(name: str | os.PathLike[str], what: str) -> Path:
+    """A path with ~ as a home: a shell leaves it as it is behind an = in an env file or in quotes."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{what} {os.fspath(name)!r} can't be found: {error}") from None
 
 
 def frozen() -> bool:

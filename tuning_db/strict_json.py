@@ -71,6 +71,16 @@ def word(value: Any) -> str | None:
     return None if value and text(value) is None else "a text that is not empty"
 
 
+def line(value: Any) -> str | None:
+    """A text that a message can hold as it is: no line ends, and nothing that a terminal obeys."""
+    return None if isinstance(value, str) and value.isprintable() else "a text of printable characters"
+
+
+def name(value: Any) -> str | None:
+    """A `line` that is not empty."""
+    return None if value and line(value) is None else "a text of printable characters that is not empty"
+
+
 def one_of(words: Collection[str]) -> Check:
     """One of these."""
     return lambda value: None if isinstance(value, str) and value in words else f"one of {', '.join(words)}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import struct
 import subprocess
 import sys
 import zipfile
@@ -141,7 +143,17 @@ def kernel_of(manifest: dict) -> dict:
         (lambda m: m["entries"][0].update(time_us=-1), "time_us=-1 must be a finite number above 0"),
         (lambda m: kernel_of(m).update(cubin="../../etc/passwd"), "must be a SHA-256"),
         (lambda m: kernel_of(m).update(cubin=CUBIN.upper()), "must be a SHA-256"),
-        (lambda m: kernel_of(m).update(num_warps=0), "num_warps=0 must be an integer from 1 to 32"),
+        (lambda m: kernel_of(m).update(num_warps=0), "num_warps=0 must be 1, 2 or a multiple of 4 up to 32"),
+        (lambda m: kernel_of(m).update(num_warps=5), "num_warps=5 must be 1, 2 or a multiple of 4 up to 32"),
+        (lambda m: kernel_of(m).update(num_warps=True), "num_warps=True must be 1, 2 or a multiple of 4"),
+        (lambda m: kernel_of(m).update(name="k\0"), r"name='k\x00' must be the name of a function"),
+        (lambda m: m.update(device="x\n\x1b[31m"), r"device='x\n\x1b[31m' must be a text of printable characters"),
+        (lambda m: m.update(tilewright="1\n2"), r"tilewright='1\n2' must be a text of printable characters"),
+        (lambda m: m["entries"][0].update(reason="\x1b[2J"), r"reason='\x1b[2J' must be a text of printable"),
+        (lambda m: m["entries"][0].update(op="gemm\r"), r"op='gemm\r' must be a text of printable characters"),
+        (lambda m: m.update(arch=90), "arch=90 must be 86, as rtx3090-82sm is"),
+        (lambda m: m.update(revisions={}), "revisions lacks that of gemm, which has entries"),
+        (lambda m: m.update(revisions={"gemm": "new"}), "gemm='new' must be a SHA-256 of 64 hexadecimal digits"),
         (lambda m: kernel_of(m).update(bytes=10**12), "bytes=1000000000000 must be an integer"),
         (lambda m: kernel_of(m).update(resources={}), "registers is missing"),
         (lambda m: m["entries"].append(m["entries"][0]), " is there twice"),
@@ -215,8 +227,36 @@ def test_what_is_no_pack(tmp_path: Path, path: Path) -> None:
         assert said in str(caught.value)
     with pytest.raises(PackError, match=r"the pack .*absent can't be read: No such file"):
         Pack(tmp_path / "absent")
-    with pytest.raises(PackError, match=r"is no pack, or a damaged one: .*directory"):
-        Pack(tmp_path)
+
+
+def test_what_is_no_file_is_neither_waited_for_nor_read_without_end(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path, kind in ((tmp_path, "a folder"), (pipe, "a pipe or a device"), (Path("/dev/zero"), "a pipe or a device")):
+        with pytest.raises(PackError, match=rf"^the pack {path} is {kind} and must be a file: name the one that"):
+            Pack(path)
+
+
+@pytest.mark.parametrize("member", [0, 1], ids=["manifest", "cubin"])
+def test_a_place_past_every_file_is_damage(path: Path, member: int) -> None:
+    """Where a member begins may have 64 bits in a zip archive, and a place in a file has 63."""
+    content = bytearray(path.read_bytes())
+    record = content.index(b"PK\1\2")
+    for _ in range(member):
+        record = content.index(b"PK\1\2", record + 4)
+    end = content.index(b"PK\5\6")
+    name = int.from_bytes(content[record + 28 : record + 30], "little")
+    extra = struct.pack("<HHQ", 1, 8, 2**64 - 1)  # zip64: the place alone
+    content[record + 30 : record + 32] = struct.pack("<H", len(extra))
+    content[record + 42 : record + 46] = b"\xff" * 4
+    (size,) = struct.unpack_from("<I", content, end + 12)
+    content[end + 12 : end + 16] = struct.pack("<I", size + len(extra))
+    content[record + 46 + name : record + 46 + name] = extra
+    path.write_bytes(content)
+    found = handed_out(path)
+    assert isinstance(found, str)
+    assert f"{path} is no pack, or a damaged one: " in found
+    assert "\n" not in found
 
 
 def _zip(members: dict[str, bytes], how: int = zipfile.ZIP_STORED) -> bytes:

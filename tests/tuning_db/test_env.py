@@ -25,6 +25,19 @@ def test_without_either_it_is_the_users_data(monkeypatch: pytest.MonkeyPatch, va
 def test_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     assert env.database_dir("~/tuned") == Path("/home/ada/tuned")
+    monkeypatch.setenv(env.PACK, "~/a.pack")
+    assert env.pack_file() == Path("/home/ada/a.pack")
+    monkeypatch.setenv(env.SHIPPED, "~/records")
+    assert env.shipped_dir() == Path("/home/ada/records")
+
+
+@pytest.mark.parametrize("name", [env.DB_DIR, env.PACK, env.SHIPPED])
+def test_a_home_that_there_is_not_is_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    named = {env.DB_DIR: env.database_dir, env.PACK: env.pack_file, env.SHIPPED: env.shipped_dir}[name]
+    monkeypatch.setenv(name, "~nobody-at-all/x")
+    what = "the folder of the databases" if name == env.DB_DIR else name
+    with pytest.raises(UsageError, match=rf"^{what} '~nobody-at-all/x' can't be found: "):
+        named()
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", True), ("True", True), ("on", True), ("0", False), ("", False)])

@@ -42,6 +42,8 @@ def test_what_is_refused(text: bytes, reason: str) -> None:
     ("check", "good", "bad"),
     [
         (is_.text, ["", "µ", "a\nb"], [1, None, "\ud800", ["a"]]),
+        (is_.line, ["", "µ 1.0"], ["a\nb", "\x1b[31m", "\0", "\u2028", "\ud800", 1, None]),
+        (is_.name, ["a"], ["", "a\nb", "\x1b[31m", "\udfff", 0]),
         (is_.word, ["a"], ["", "\udfff", 0]),
         (is_.one_of(("a", "b")), ["a"], ["c", None, ["a"]]),
         (is_.integer(1, 9), [1, 9], [0, 10, True, 1.0, "1", None]),
