@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.kernels.compile import Binary, over_limits, ptxas_version, triton_version
+from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.device import Device
 from tilewright.kernels.kernel import Kernel, Launch
 from tilewright.kernels.lookup import Choice, all_ranked, code_hash
@@ -89,7 +89,7 @@ def build_pack(
     written whole or not at all, and equal choices and code give equal bytes.
 
     Raises:
-        UsageError: nothing to pack, a constant that no problem takes, or a file that can't be written.
+        UsageError: nothing to pack, a constant that no problem takes or no call, or a file that can't be written.
         DatabaseError: the device's database can't be read.
         RunError: no configuration of a problem compiles within the limits.
         WorkerError: no worker process can be started.
@@ -168,8 +168,7 @@ def _checked(constants: PackedConstants, tasks: Sequence[_Task]) -> PackedConsta
             known = ", ".join(sorted(each.lower() for each in taken)) or "none"
             raise UsageError(f"no problem to pack takes a constant {name.lower()!r} (they take: {known})")
         for value in values:
-            if not math.isfinite(value):
-                raise UsageError(f"{name.lower()}={value} must be a finite number")
+            checked_constant(name, value)
     return constants
 
 

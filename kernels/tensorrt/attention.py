@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.attention.space import AttentionConfig
@@ -97,8 +98,11 @@ class AttentionPlugin(PluginOperation):
                 f"q, k and v are {', '.join(tensors[name].dtype for name in 'qkv')}: of one dtype, please"
             )
         for name in ("scale", "softcap"):
-            if not 0 <= attributes[name] < math.inf:
-                raise UsageError(f"{name}={attributes[name]} must be a number above 0, or 0 for the default")
+            if attributes[name] != 0:
+                try:
+                    checked_constant(name, attributes[name])
+                except UsageError as error:
+                    raise UsageError(f"{error}, or 0 for the default") from None
         check_fp32(tensors, "alibi_slopes", "sinks", "q_scale", "k_scale", "v_scale")
         if "kv_lens" in tensors and tensors["kv_lens"].dtype != "int32":
             raise ProblemError(f"kv_lens is {tensors['kv_lens'].dtype} and must be int32")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
+from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
 from tilewright.kernels.ops.rmsnorm.problem import EPS, RmsNormProblem
 from tilewright.kernels.ops.rmsnorm.space import RmsNormConfig
@@ -21,7 +22,6 @@ from tilewright.kernels.tensorrt.operation import (
     check_rank,
     check_shape,
 )
-from tilewright.tuning_db.errors import UsageError
 
 
 class RmsNormPlugin(PluginOperation):
@@ -71,10 +71,7 @@ class RmsNormPlugin(PluginOperation):
     def _fields(self, tensors: Tensors, attributes: Attributes) -> dict[str, object]:
         """The problem's fields that no dimension decides."""
         for name in ("eps", "weight_offset"):
-            if not math.isfinite(attributes[name]) or (name == "eps" and attributes[name] < 0):
-                raise UsageError(
-                    f"{name}={attributes[name]} must be a finite number" + (" of at least 0" * (name == "eps"))
-                )
+            checked_constant(name, attributes[name])
         check_fp32(tensors, "out_scale")
         return {
             "dtype": tensors["x"].dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -260,8 +261,16 @@ def test_a_mistake_comes_before_any_compiling(choices, tmp_path: Path, monkeypat
     with pytest.raises(UsageError, match=r"no problem to pack takes a constant 'eps' \(they take: none\)"):
         build_pack(DEVICE, choices, tmp_path / "p", folder=tmp_path, constants={"EPS": [1.0]})
     rmsnorm = [("rmsnorm", find_kernel("rmsnorm").problem(16, 16))]
-    with pytest.raises(UsageError, match=r"eps=nan must be a finite number"):
-        build_pack(DEVICE, rmsnorm, tmp_path / "p", folder=tmp_path, constants={"EPS": [float("nan")]})
+    attention = [("attention", find_kernel("attention").problem(1, 1, 16, 16, 16, softcap=True))]
+    for problems, name, values, wanted in (
+        (rmsnorm, "eps", (float("nan"), 1e39, -1), "a finite number of at least 0, of fp32"),
+        (rmsnorm, "weight_offset", (1e39, -1e39), "a finite number of fp32"),
+        (attention, "scale", (1e39, -1, 0, 1e-42), "a number above 0, of fp32, from "),
+        (attention, "softcap", (3e38, 1e-42), "a number above 0, of fp32, from "),
+    ):
+        for value in values:
+            with pytest.raises(UsageError, match=rf"^{name}={re.escape(repr(value))} must be {wanted}"):
+                build_pack(DEVICE, problems, tmp_path / "p", folder=tmp_path, constants={name.upper(): [value]})
     monkeypatch.setenv("TILEWRIGHT_FROZEN", "1")
     with pytest.raises(UsageError, match="TILEWRIGHT_FROZEN is set: no pack is made"):
         build_pack(DEVICE, choices, tmp_path / "p", folder=tmp_path)

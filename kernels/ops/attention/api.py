@@ -8,6 +8,7 @@ from typing import Any
 
 from tilewright.kernels.arrays import ArrayKind, View
 from tilewright.kernels.call import LARGEST, SMALLEST, Operation, Prepared, as_float, flag
+from tilewright.kernels.constants import LIMITS, checked_constant
 from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.operands import SCALARS, Options, dense_strides, problem_of, strides_of
@@ -99,8 +100,8 @@ def attention(
     options = Options(
         flag("causal", causal),
         _window(window),
-        _positive("scale", scale),
-        _positive("softcap", softcap),
+        _constant("scale", scale),
+        _constant("softcap", softcap),
         _size("max_seqlen_q", max_seqlen_q),
         _size("max_seqlen_k", max_seqlen_k),
         flag("return_lse", return_lse) or lse is not None,
@@ -134,9 +135,13 @@ def _size(name: str, value: Any, *, least: int = 1) -> int | None:
     return size
 
 
-def _positive(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
+def _constant(name: str, value: Any) -> float | None:
+    if isinstance(value, bool):  # a number to Python, and 1 was hardly meant
+        raise UsageError(f"{name}={value} must be {LIMITS[name.upper()].wanted}")
+    return None if value is None else checked_constant(name, value)
+
+
+def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not SMALLEST <= as_float(value) <= LARGEST:
         raise UsageError(f"{name}={value!r} must be a number above 0, of fp32")
     return float(value)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import LARGEST, Operation, Prepared, as_float, flag
+from tilewright.kernels.call import Operation, Prepared, flag
+from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
 from tilewright.kernels.ops.rmsnorm.problem import EPS, INPUT_DTYPES, RmsNormProblem
@@ -128,8 +128,9 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
         strides={f"{name}_stride": step for name, step in steps.items()} if strided else {},
         config=config,
         constants=(
-            ("EPS", _constant("eps", eps, least=0.0)),
-            ("WEIGHT_OFFSET", _constant("weight_offset", weight_offset)),
+            # As the kernel has them, in fp32.
+            ("EPS", float(np.float32(checked_constant("eps", eps)))),
+            ("WEIGHT_OFFSET", float(np.float32(checked_constant("weight_offset", weight_offset)))),
         ),
     )
 
@@ -169,14 +170,6 @@ def _check_row_scale(view: View, shape: tuple[int, ...], wanted: bool) -> None:
         dense //= length
         if length > 1 and stride != dense:
             raise UnsupportedError(f"row_scale must be contiguous; its strides are {view.strides}")
-
-
-def _constant(name: str, value: Any, *, least: float = -math.inf) -> float:
-    """A number as the kernel has it, in fp32."""
-    if not isinstance(value, Real) or not abs(as_float(value)) <= LARGEST or value < least:
-        at_least = f" of at least {least:g}" if least == 0 else ""
-        raise UsageError(f"{name}={value!r} must be a finite number{at_least}")
-    return float(np.float32(value))
 
 
 _RMSNORM = Operation(

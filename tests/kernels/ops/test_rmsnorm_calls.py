@@ -237,6 +237,7 @@ X, W = np.ones((4, 8), np.float16), np.ones(8, np.float16)
             {"row_scale": np.ones((4, 2), np.float32)[:, :1], "out_scale": "row", "out_dtype": "int8"},
         ),
         (UsageError, "eps=-1e-06 must be a finite number of at least 0", {"eps": -1e-6}),
+        (UsageError, "eps=1e+39 must be a finite number of at least 0, of fp32", {"eps": 1e39}),
         (UsageError, "eps=nan must be a finite number", {"eps": math.nan}),
         (UsageError, "eps='small' must be a finite number", {"eps": "small"}),
         (UsageError, "eps=[1e-06] can't be a list", {"eps": [1e-6]}),

@@ -116,6 +116,8 @@ def test_code_for_all_sizes_is_right_for_each(pack):
         ("FusedAttention", inputs(), {"causal": 2}, "causal=2 must be 0 or 1"),
         ("FusedAttention", inputs(), {"window_left": -2}, "window_left=-2 must be at least 0, or -1"),
         ("FusedAttention", inputs(), {"scale": -1.0}, "scale=-1.0 must be a number above 0"),
+        ("FusedAttention", inputs(), {"scale": 1e-45}, "to 2.36e+38, or 0 for the default"),
+        ("FusedAttention", inputs(), {"softcap": 3e38}, "softcap=3e+38 must be a number above 0, of fp32, from"),
         ("FusedAttentionSinks", [*inputs(), ((8,), "fp16")], {}, "sinks is fp16 and must be fp32"),
         ("FusedAttentionKvLens", [*inputs(), ((B,), "fp32")], {}, "kv_lens is fp32 and must be int32"),
         ("FusedAttentionSinks", [*inputs(), ((4,), "fp32")], {}, "sinks is (4,) and must be (8,)"),

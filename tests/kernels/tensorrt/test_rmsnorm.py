@@ -45,6 +45,7 @@ def test_code_for_all_sizes_is_right_for_each():
         ("FusedRmsNormWeight", [((8, 64), "fp16"), ((32,), "fp16")], {}, "weight is (32,) and must be (64,)"),
         ("FusedRmsNorm", [((8, 64), "int8")], {}, "rmsnorm takes fp16"),
         ("FusedRmsNorm", [((8, 64), "fp16")], {"eps": -1.0}, "eps=-1.0 must be a finite number of at least 0"),
+        ("FusedRmsNorm", [((8, 64), "fp16")], {"weight_offset": 1e39}, "weight_offset=1e+39 must be a finite number"),
     ],
 )
 def test_what_can_not_be_is_refused_in_one_line(plugin, inputs, attributes, message):

@@ -1,0 +1,49 @@
+"""What the numbers that are compiled into kernels may be: those that callers choose and no problem holds.
+
+Every way in asks here: calls, packs and plugins. By name, since each means the same in every op that takes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from tilewright.kernels.call import LARGEST, SMALLEST, as_float
+from tilewright.tuning_db.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The least and the largest number, and what a message says that one must be."""
+
+    least: float
+    most: float
+    wanted: str
+
+
+# Attention multiplies both by log2(e), in fp32.
+_MOST_FACTOR = LARGEST / math.log2(math.e)
+_FACTOR = Limits(SMALLEST, _MOST_FACTOR, f"a number above 0, of fp32, from {SMALLEST:.3g} to {_MOST_FACTOR:.3g}")
+
+LIMITS: Mapping[str, Limits] = {
+    "EPS": Limits(0.0, LARGEST, "a finite number of at least 0, of fp32"),
+    "WEIGHT_OFFSET": Limits(-LARGEST, LARGEST, "a finite number of fp32"),
+    "SCALE": _FACTOR,
+    "SOFTCAP": _FACTOR,
+}
+"""By the constexpr's name, of each that a `Kernel.constants` has."""
+
+
+def checked_constant(name: str, value: Any) -> float:
+    """A number for a constexpr, which may be named in small letters, as callers do.
+
+    Raises:
+        UsageError: it is none, or outside the limits.
+    """
+    limits = LIMITS[name.upper()]
+    if not isinstance(value, Real) or not limits.least <= as_float(value) <= limits.most:
+        raise UsageError(f"{name.lower()}={value!r} must be {limits.wanted}")
+    return as_float(value)
