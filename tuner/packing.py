@@ -100,6 +100,10 @@ def build_pack(
     tasks = [_Task(find_kernel(op), problem, device, folder) for op, problem in dict.fromkeys(problems)]
     if not tasks:
         raise UsageError("there is nothing to pack: tune the device first, or name problems or a suite")
+    if output.exists() and not output.is_file() and not output.is_dir():  # a folder is refused with what is to be done
+        raise UsageError(
+            f"a pack is a file that programs open by its name: the output can't be {output}, a pipe or a device"
+        )
     chosen = _checked(constants or {}, tasks)
     # A program goes on without a database that it can't read; what is packed must not hang on that unsaid.
     TuningDB.open(device.key, folder, read_only=True).close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -275,6 +276,18 @@ def test_a_mistake_comes_before_any_compiling(choices, tmp_path: Path, monkeypat
     with pytest.raises(UsageError, match="TILEWRIGHT_FROZEN is set: no pack is made"):
         build_pack(DEVICE, choices, tmp_path / "p", folder=tmp_path)
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.timeout(60)
+def test_an_output_that_is_no_file_is_refused(choices, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for output in (pipe, Path("/dev/null")):
+        with pytest.raises(UsageError, match=rf"^a pack is a file .*: the output can't be {output}, a pipe or a dev"):
+            build_pack(DEVICE, choices, output, folder=tmp_path)
+    with pytest.raises(UsageError, match=r"is a folder: name a file in it$"):
+        build_pack(DEVICE, choices, tmp_path, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == [pipe]
 
 
 def test_a_database_that_cannot_be_read_is_not_passed_over(choices, tmp_path: Path) -> None:
