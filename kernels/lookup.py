@@ -39,9 +39,11 @@ from tilewright.tuning_db.errors import (
     PackError,
     ProblemError,
     UnsupportedError,
+    UsageError,
 )
 from tilewright.tuning_db.record import Answer, Key, Provenance, Record
 from tilewright.tuning_db.store import TuningDB
+from tilewright.tuning_db.strict_json import shown
 
 TIMING_PROTOCOL = "cold-l2-2"
 """Name and revision of how times are measured on a GPU: part of the key of every measured record."""
@@ -139,7 +141,17 @@ def choose(kernel: Kernel[Any, Any], problem: Problem, device: Device, *, config
         UnsupportedError: no configuration can run the problem on this device.
         IllegalConfigError: the caller's configuration does not fit.
         PackError: the pack of this process can't be used, or lacks the problem where all must come from it.
+        UsageError: an argument is no kernel, device, or problem or configuration of this kernel.
     """
+    if not isinstance(kernel, Kernel):
+        raise UsageError(f"kernel={shown(kernel)} must be a Kernel, as find_kernel('gemm') gives one")
+    if not isinstance(problem, kernel.problem):
+        wanted = kernel.problem.__name__
+        raise UsageError(f"problem={shown(problem)} must be a {wanted} for {kernel.name}: {wanted}.parse reads a text")
+    if not isinstance(device, Device):
+        raise UsageError(f"device={shown(device)} must be a Device, as resolve_device('a10') gives one")
+    if config is not None and not isinstance(config, kernel.space.config):
+        raise UsageError(f"config={shown(config)} must be a {kernel.space.config.__name__} for {kernel.name}")
     return next(candidates(kernel, problem, device, config=config))
 
 

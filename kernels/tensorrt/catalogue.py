@@ -78,7 +78,12 @@ def typed(plugin: str, name: str, kind: type, value: Any) -> Any:
         UsageError: it is of another type; an int will do for a float.
     """
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UsageError(
+                f"{plugin}: {name} is an integer of {value.bit_length()} bits and must be a float, at most 1.8e308"
+            ) from None
     if not isinstance(value, kind) or isinstance(value, bool):
         raise UsageError(f"{plugin}: {name}={value!r} must be {kind.__name__}, not {type(value).__name__}")
     return value

@@ -85,7 +85,8 @@ def build_engine(
             raise UsageError(f"{written} can't be written: {reason}")
     with _building:  # no other build's `register` comes between
         register(device, cuda=cuda, tactics=tactics, db=db)
-        return _build(tensorrt(), source, path, _ranges(profiles or {}), implementation, cache, workspace_bytes)
+        ranges = _ranges({} if profiles is None else profiles)
+        return _build(tensorrt(), source, path, ranges, implementation, cache, workspace_bytes)
 
 
 def _beside(path: Path) -> Path:
@@ -94,6 +95,8 @@ def _beside(path: Path) -> Path:
 
 def _ranges(profiles: Mapping[str, Range]) -> dict[str, Range]:
     """The profiles, each of three shapes. A size may be 0, as that of an empty cache is."""
+    if not isinstance(profiles, Mapping):
+        raise UsageError(f"{profiles=} must be a mapping, from inputs to their least, best and largest shape")
     checked: dict[str, Range] = {}
     for name, shapes in profiles.items():
         try:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from tilewright.kernels import KERNELS, Choice, GemmConfig, GemmProblem, choose, resolve_device
+from tilewright.kernels import KERNELS, Choice, GemmConfig, GemmProblem, RmsNormProblem, choose, resolve_device
 from tilewright.kernels import lookup as lookup_module
 from tilewright.kernels.lookup import (
     TIMING_PROTOCOL,
@@ -29,7 +29,7 @@ from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.pack import Entry, Facts, write_pack
 from tilewright.kernels.prediction import MODEL
 from tilewright.tuning_db.env import DB_DIR, FROZEN, PACK, SHIPPED, compiling_environment
-from tilewright.tuning_db.errors import IllegalConfigError, NotPackedError, PackError, UnsupportedError
+from tilewright.tuning_db.errors import IllegalConfigError, NotPackedError, PackError, UnsupportedError, UsageError
 from tilewright.tuning_db.file import path_for
 from tilewright.tuning_db.record import Environment, Provenance, Record, Resources, Status, Times, canonical_json
 from tilewright.tuning_db.store import TuningDB
@@ -90,6 +90,21 @@ def add(folder):
 def unpredicted(monkeypatch):
     """No configuration is predicted: whatever is chosen is a record or the default."""
     monkeypatch.setattr(lookup_module, "predicted_best", lambda *_: [])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kernel": "gemm"}, r"kernel='gemm' must be a Kernel, as find_kernel\('gemm'\) gives one"),
+        ({"problem": "M=64"}, "problem='M=64' must be a GemmProblem for gemm: GemmProblem.parse reads a text"),
+        ({"problem": RmsNormProblem(16, 64)}, "problem=RmsNormProblem.* must be a GemmProblem for gemm"),
+        ({"device": "a10"}, r"device='a10' must be a Device, as resolve_device\('a10'\) gives one"),
+        ({"config": {}}, "config={} must be a GemmConfig for gemm"),
+    ],
+)
+def test_arguments_of_other_kinds_are_told(given, message):
+    with pytest.raises(UsageError, match=f"^{message}"):
+        choose(**({"kernel": GEMM, "problem": PROBLEM, "device": DEVICE} | given))
 
 
 def test_the_order_of_evidence(add, monkeypatch):

@@ -43,3 +43,8 @@ def test_attributes():
 def test_wrong_attributes(given, message):
     with pytest.raises(UsageError, match=message):
         plugin_attributes("FusedGemm", **given)
+
+
+def test_an_integer_past_every_float_is_told():
+    with pytest.raises(UsageError, match=r"^FusedRmsNorm: eps is an integer of 1329 bits and must be a float, at"):
+        plugin_attributes("FusedRmsNorm", eps=10**400)

@@ -98,6 +98,11 @@ def test_timings_are_read_and_written(build, tmp_path):
             UsageError,
             r"profile of x is \(\(9, 512\), .* must be its least, best",
         ),
+        (
+            {"profiles": 5},
+            UsageError,
+            "profiles=5 must be a mapping, from inputs to their least, best",
+        ),
         ({"profiles": {"x": (1, 2, 3)}}, UsageError, r"the profile of x is \(1, 2, 3\) and must be its least, best"),
         ({"profiles": {"x": ((-1, 512), (2, 512), (3, 512))}}, UsageError, "must be its least, best"),
         ({"fails": "profile"}, UsageError, r"TensorRT refuses the profile x \(1, 512\), \(64, 512\), \(512, 512\)"),
