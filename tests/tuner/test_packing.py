@@ -93,7 +93,9 @@ def test_a_frozen_program_launches_and_does_nothing_else(pack: Path) -> None:
     for each in calls.values():
         assert each["provenance"] == "measured"
         assert each["reason"] == "packed: exact"
-        assert len(each["loaded"]) == len(each["launched"]) == (2 if "attention" in each["call"] else 1)
+        assert len(each["launched"]) == (2 if "attention" in each["call"] else 1)
+        # The sum of split keys is there already when the other scale comes.
+        assert len(each["loaded"]) == (2 if each["call"] == "attention" else 1)
         assert set(each["loaded"]) <= known
     assert calls["gemm"]["config"]["SPLIT_K"] == 4
     assert calls["attention"]["config"]["SPLIT_KV"] == 8

@@ -207,9 +207,7 @@ def test_wrong_use_gets_one_clear_line(tmp_path):
         )
         | {"sizes": [[1, 1]]},
         "fp8e4m3 needs sm_89": with_inputs(((rows, 128), "fp8e4m3"), ((128, 192), "fp8e4m3"), ((192,), "fp16")),
-        "tensors of INT64 are not supported": with_inputs(
-            ((rows, 128), "INT64"), ((128, 192), "fp16"), ((192,), "fp16")
-        ),
+        "is INT64, which is not supported": with_inputs(((rows, 128), "INT64"), ((128, 192), "fp16"), ((192,), "fp16")),
         "b must have 128 rows for K=128": with_inputs(((rows, 128), "fp16"), ((64, 192), "fp16"), ((192,), "fp16")),
         "N of gated columns, dimension 1 of b, must be static: it is dynamic": with_inputs(
             ((rows, 128), "fp16"), ((128, rows), "fp16"), ((rows,), "fp16")
