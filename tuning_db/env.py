@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
@@ -45,6 +46,8 @@ COMPILER_SWITCHES = (
 )
 """Triton's own switches, of 3.6 to 3.9, with which it makes other machine code of the same source."""
 
+_OWN_SHIPPED = Path(__file__).parent / "shipped"
+
 _ON = {"1", "true", "on", "y", "yes"}
 _OFF = {"", "0", "false", "off", "n", "no"}
 
@@ -70,8 +73,36 @@ def shipped_dir() -> Path | None:
     """
     named = os.environ.get(SHIPPED, "").strip()
     if not named or named.lower() in _ON:
-        return Path(__file__).parent / "shipped"
+        return _OWN_SHIPPED
     return None if named.lower() in _OFF else _expanded(named, SHIPPED)
+
+
+def no_shipped_folder() -> str | None:
+    """None, or what to say where the folder that `$TILEWRIGHT_SHIPPED` names is none: its files would be missed in
+    silence.
+
+    Raises:
+        UsageError: as `shipped_dir`.
+    """
+    folder = shipped_dir()
+    if folder is None or folder == _OWN_SHIPPED or _is(folder.is_dir):
+        return None
+    return f"{SHIPPED}={folder} is no folder: nothing that was shipped is found (0 leaves it out)"
+
+
+def no_database_folder(folder: Path) -> str | None:
+    """None, or what to say where a file stands in the place of the folder of the databases. One that isn't there is
+    that of somebody who has not tuned yet."""
+    if not _is(folder.is_file):
+        return None
+    return f"{folder} is a file, where the folder of databases should be ({DB_DIR}): nothing that was tuned is found"
+
+
+def _is(asked: Callable[[], bool]) -> bool:
+    try:
+        return asked()
+    except OSError:
+        return False  # in a folder that may not be looked into
 
 
 def pack_file() -> Path | None:

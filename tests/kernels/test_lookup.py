@@ -28,7 +28,7 @@ from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.pack import Entry, Facts, write_pack
 from tilewright.kernels.prediction import MODEL
-from tilewright.tuning_db.env import DB_DIR, FROZEN, PACK, SHIPPED, compiling_environment
+from tilewright.tuning_db.env import DB_DIR, FROZEN, PACK, SHIPPED, compiling_environment, database_dir
 from tilewright.tuning_db.errors import IllegalConfigError, NotPackedError, PackError, UnsupportedError, UsageError
 from tilewright.tuning_db.file import path_for
 from tilewright.tuning_db.record import Environment, Provenance, Record, Resources, Status, Times, canonical_json
@@ -419,6 +419,21 @@ for rows in (64, 128, 64):
     done = subprocess.run([sys.executable, "-c", program], env=compiling_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("left out") == 1
+
+
+@pytest.mark.parametrize("ask", [choose, lambda *asked: list(shortlist(*asked, database_dir(), 1))])
+def test_a_program_is_told_once_of_folders_that_are_none(tmp_path, monkeypatch, ask, unpredicted):
+    monkeypatch.setattr(lookup_module, "_looked_at_folders", False)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(DB_DIR, str(tmp_path / "file"))
+    monkeypatch.setenv(SHIPPED, str(tmp_path / "absent"))
+    with pytest.warns(RuntimeWarning) as told:
+        assert all(ask(GEMM, replace(PROBLEM, M=rows), DEVICE) for rows in (64, 128))
+    assert [str(each.message) for each in told] == [
+        f"TILEWRIGHT_SHIPPED={tmp_path}/absent is no folder: nothing that was shipped is found (0 leaves it out)",
+        f"{tmp_path}/file is a file, where the folder of databases should be (TILEWRIGHT_DB_DIR): nothing that was "
+        "tuned is found",
+    ]
 
 
 def test_many_processes_at_once_are_answered(add, folder, shipped):

@@ -84,6 +84,21 @@ def test_shipped_records_are_the_packages_another_folders_or_none(monkeypatch: p
         assert env.shipped_dir() == folder, value
 
 
+def test_a_folder_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file, absent = tmp_path / "file", tmp_path / "absent"
+    file.touch()
+    for folder in (file, absent):
+        monkeypatch.setenv(env.SHIPPED, str(folder))
+        told = f"TILEWRIGHT_SHIPPED={folder} is no folder: nothing that was shipped is found (0 leaves it out)"
+        assert env.no_shipped_folder() == told
+    for fine in ("", "0", str(tmp_path)):
+        monkeypatch.setenv(env.SHIPPED, fine)
+        assert env.no_shipped_folder() is None
+    assert env.no_database_folder(tmp_path) is env.no_database_folder(absent) is None
+    told = f"{file} is a file, where the folder of databases should be (TILEWRIGHT_DB_DIR): nothing that was tuned"
+    assert env.no_database_folder(file) == f"{told} is found"
+
+
 def test_the_pack_is_what_the_variable_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(env.PACK, raising=False)
     assert env.pack_file() is None

@@ -52,11 +52,10 @@ def _paths(device: str | None, folder: str | None, *, must_exist: bool = True) -
 
 def warn_of_no_shipped_folder() -> None:
     """Says that there are no shipped records where a folder was named for them that is none."""
-    from tilewright.tuning_db.env import SHIPPED, shipped_dir
+    from tilewright.tuning_db.env import no_shipped_folder
 
-    folder = shipped_dir()
-    if folder is not None and not folder.is_dir():
-        say(f"autotune: warning: {SHIPPED}={folder} is no folder: nothing that was shipped is found (0 leaves it out)")
+    if (reason := no_shipped_folder()) is not None:
+        say(f"autotune: warning: {reason}")
 
 
 def _shipped_paths(device: str | None, folder: str | None) -> list[Path]:
