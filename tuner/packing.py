@@ -109,6 +109,8 @@ def build_pack(
     TuningDB.open(device.key, folder, read_only=True).close()
     binaries: dict[str, Binary] = {}
     jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
+    # Where it leads now: /dev/fd/3 would still be the file that the pack takes the place of.
+    written = output.resolve()
     with whole_file(output) as stream:
         with Pool(min(jobs, len(tasks))) as pool:
             _compile_all(pool, device, tasks, chosen, binaries)
@@ -121,8 +123,8 @@ def build_pack(
             revisions={task.kernel.name: code_hash(task.kernel) for task in tasks},
         )
         write_pack(stream, facts, [task.entry() for task in tasks], binaries)
-    content = output.read_bytes()
-    pack = Pack(output)
+    content = written.read_bytes()
+    pack = Pack(written)
     return Packed(
         output, device.key, hashlib.sha256(content).hexdigest(), len(content), len(pack.specializations), pack.entries
     )

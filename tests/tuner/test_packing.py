@@ -249,6 +249,15 @@ def test_a_choice_that_does_not_fit_gives_way_to_the_next(choices, tmp_path: Pat
     assert packed.kernels == 1, "the code of the refused choice is no part of the pack"
 
 
+def test_a_descriptors_name_leads_to_the_file_it_had(choices, tmp_path: Path, monkeypatch) -> None:
+    """The open one is not that any more once the pack has taken its place."""
+    monkeypatch.setattr(FakePool, "reply", staticmethod(lambda request: built()))
+    with (tmp_path / "p").open("wb") as stream:
+        packed = build_pack(DEVICE, choices, Path(f"/dev/fd/{stream.fileno()}"), folder=tmp_path)
+    assert packed.sha256 == hashlib.sha256((tmp_path / "p").read_bytes()).hexdigest()
+    assert Pack(tmp_path / "p").entries == packed.entries
+
+
 def test_when_nothing_fits_the_file_there_was_stays(choices, tmp_path: Path) -> None:
     output = tmp_path / "p"
     output.write_text("the one before")

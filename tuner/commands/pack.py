@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ def pack(
     from tilewright.tuning_db.env import FROZEN, PACK, database_dir
     from tilewright.tuning_db.shipping import refuse_database
 
-    if output == "-":
-        raise UsageError("a pack is a file that programs open by its name: --output can't be stdout (-)")
+    if output == "-" or _is_stdout(Path(output)):
+        raise UsageError(f"a pack is a file that programs open by its name: --output can't be stdout ({output})")
     refuse_database(Path(output))
     target, folder = resolve_device(device), database_dir(db)
     ops = [find_kernel(name).name for name in kernels]
@@ -93,6 +94,14 @@ def pack(
     )
     click.echo(f"SHA-256 {packed.sha256}")
     say(f"Programs use it once you `{export_command(PACK, Path(output))}`, and nothing else with {FROZEN}=1")
+
+
+def _is_stdout(path: Path) -> bool:
+    """Whether a path is what this process prints to, as /dev/stdout is: what it says of the pack would be lost."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:
+        return False  # one of them isn't there
 
 
 def _constants(texts: tuple[str, ...]) -> dict[str, list[float]]:

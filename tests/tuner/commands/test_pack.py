@@ -80,6 +80,15 @@ def test_where_it_cannot_be_written(autotune, tmp_path: Path, monkeypatch: pytes
         assert reason in err
 
 
+def test_no_pack_is_written_to_stdout(autotune, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stdout is: a pipe, or a file that the shell opened, which the pack would take the place of."""
+    monkeypatch.setattr(packing, "Pool", None)  # nothing is compiled for it
+    for output in ("-", "/dev/stdout", "/proc/self/fd/1"):
+        status, out, err = autotune("pack", "--device", "a10", "--output", output, "--problem", "M=16,N=16,K=16")
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"a pack is a file that programs open by its name: --output can't be stdout ({output})" in err
+
+
 def test_a_frozen_process_makes_no_pack_and_tunes_nothing(autotune, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TILEWRIGHT_FROZEN", "1")
     problem = ("--problem", "M=16,N=16,K=16", "--db", tmp_path / "db")
