@@ -277,6 +277,8 @@ class Pack:
         digests = [specialization_digest(launch) for launch in launches]
         if not all(digest in self._kernels for digest in digests):
             return None
+        for launch, digest in zip(launches, digests, strict=True):
+            self._check_warps(launch, self._kernels[digest]["num_warps"])
         return tuple(map(self.binary, digests))
 
     def binary(self, specialization: str) -> Binary:
@@ -290,6 +292,17 @@ class Pack:
             resources=Resources(**kernel["resources"]),
             **{name: kernel[name] for name in _BINARY},
         )
+
+    def _check_warps(self, launch: Launch, found: int) -> None:
+        """Does nothing for a number of warps that the code of a launch can have: the launch's own, and of a
+        warp-specialised one a multiple, which Triton chooses.
+
+        Raises:
+            PackError: it is another; the driver would run the code with the wrong number of threads.
+        """
+        specialised = dict(launch.constexprs).get("WARP_SPECIALIZE", False)
+        if found != launch.num_warps and not (specialised and found % launch.num_warps == 0):
+            raise self._damaged(f"a kernel has num_warps={found} and its configuration {launch.num_warps}")
 
     def _directory(self) -> tuple[dict[str, zipfile.ZipInfo], bytes]:
         """The archive's members by name, and the manifest's text."""
@@ -347,8 +360,9 @@ def _check_whole(manifest: dict[str, Any]) -> None:
         ValueError: the arch is not the device's, or an op's revision is missing, and would not be looked at.
     """
     device, arch = manifest["device"], manifest["arch"]
+    board = device.rpartition("-")[0]  # a slice of it has other SMs
     for known in CATALOGUE:
-        if known.key == device and known.arch != arch:
+        if known.board == board and known.arch != arch:
             raise ValueError(f"arch={arch} must be {known.arch}, as {device} is")
     is_.check_fields(manifest["revisions"], dict.fromkeys(manifest["revisions"], _hash))
     for entry in manifest["entries"]:

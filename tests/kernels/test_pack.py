@@ -19,6 +19,7 @@ import pytest
 from tilewright.kernels import KERNELS, GemmConfig, GemmProblem, resolve_device
 from tilewright.kernels import pack as pack_module
 from tilewright.kernels.compile import Binary
+from tilewright.kernels.kernel import Launch
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.pack import Entry, Facts, Pack, active_pack, specialization_digest, write_pack
 from tilewright.tuning_db.errors import PackError, UsageError
@@ -152,6 +153,7 @@ def kernel_of(manifest: dict) -> dict:
         (lambda m: m["entries"][0].update(reason="\x1b[2J"), r"reason='\x1b[2J' must be a text of printable"),
         (lambda m: m["entries"][0].update(op="gemm\r"), r"op='gemm\r' must be a text of printable characters"),
         (lambda m: m.update(arch=90), "arch=90 must be 86, as rtx3090-82sm is"),
+        (lambda m: m.update(arch=90, device="a10-36sm"), "arch=90 must be 86, as a10-36sm is"),
         (lambda m: m.update(revisions={}), "revisions lacks that of gemm, which has entries"),
         (lambda m: m.update(revisions={"gemm": "new"}), "gemm='new' must be a SHA-256 of 64 hexadecimal digits"),
         (lambda m: kernel_of(m).update(bytes=10**12), "bytes=1000000000000 must be an integer"),
@@ -178,6 +180,7 @@ def test_a_manifest_that_is_none(path: Path, change: Any, said: str) -> None:
         (lambda m: None, {f"cubins/{CUBIN}.cubin": b"\x7fELF another"}, "has SHA-256 "),
         (lambda m: kernel_of(m).update(bytes=5), {}, "is compressed, encrypted or over 5 bytes"),
         (lambda m: kernel_of(m).update(bytes=5000), {}, "has SHA-256 "),
+        (lambda m: kernel_of(m).update(num_warps=32), {}, "a kernel has num_warps=32 and its configuration 4"),
     ],
 )  # fmt: skip
 def test_code_that_is_not_the_manifests_is_not_handed_out(path: Path, change: Any, members: dict, said: str) -> None:
@@ -188,12 +191,20 @@ def test_code_that_is_not_the_manifests_is_not_handed_out(path: Path, change: An
     assert "make it again with `autotune pack`" in str(caught.value)
 
 
-def handed_out(path: Path) -> tuple[Binary, ...] | str | None:
+def handed_out(path: Path, launch: Launch = LAUNCH) -> tuple[Binary, ...] | str | None:
     """The kernels of a pack, or why there are none."""
     try:
-        return Pack(path).binaries([LAUNCH])
+        return Pack(path).binaries([launch])
     except PackError as error:
         return str(error)
+
+
+def test_a_specialised_loop_has_the_warps_that_its_compiler_chose(path: Path) -> None:
+    config = GemmConfig(128, 128, 64, num_warps=4, num_stages=4, PERSISTENT=True, TMA=True, WARP_SPECIALIZE=True)
+    (launch,) = GEMM.launches(GemmProblem(512, 512, 512), config)
+    for warps, fine in ((4, True), (12, True), (2, False)):
+        path.write_bytes(written(binaries={specialization_digest(launch): replace(BINARY, num_warps=warps)}))
+        assert isinstance(handed_out(path, launch), tuple) == fine, warps
 
 
 def test_any_damage_is_found(path: Path) -> None:
