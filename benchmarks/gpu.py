@@ -21,14 +21,13 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import click
 from rich.console import Console
 
-from benchmarks.cases import FAMILIES, Case, cases, computes_all
+from benchmarks.cases import FAMILIES, Case, cases, computes_all, held_against_all
 from benchmarks.charts import plots
 from benchmarks.comparison_report import geometric_mean, held_to_copy, markdown
 from benchmarks.contenders import DEFAULT, OURS, Contender
@@ -271,7 +270,6 @@ def _compared(board: Board, case: Case, peaks: Mapping[str, float]) -> dict[str,
 def rate(row: dict[str, Any], case: Case, roles: Mapping[str, str], found: Mapping[str, Timed]) -> None:
     """Adds to a case's row what ours is held against, and the best of the library's ways to the very result; and an
     error where ours is apart from all that compute it."""
-    whole = replace(case, family=replace(case.family, against="whole"))
     ours = found[OURS]
     apart = [
         timed.difference
@@ -281,7 +279,7 @@ def rate(row: dict[str, Any], case: Case, roles: Mapping[str, str], found: Mappi
     if not ours.error and apart and not any(difference <= DIFFERENT for difference in apart):
         row["error"] = f"the result differs from every way of the library's, by {min(apart):.2g} of the largest element"
         return
-    for name, rated in (("against", case), ("best", whole)):
+    for name, rated in (("against", case), ("best", held_against_all(case))):
         row[name] = None if ours.error else best_rival(rated, roles, found)
     for name, rival in (("ratio", row["against"]), ("best_ratio", row["best"])):
         row[name] = None if rival is None else found[rival].median_us / ours.median_us

@@ -63,8 +63,8 @@ compares. `benchmarks/results/*/records-*.jsonl.gz` has every configuration that
 Any other board; a TensorRT engine; whole models; whole spaces (`python -m benchmarks.landscape` had time for samples);
 other libraries than torch (FlashAttention-3, cuDNN's graphs, cuBLAS by other ways); torch.compile: its elementwise
 kernels, which are among the rivals of later runs than that of revision 5e77d54, and its own products in Triton; what
-`nvidia-matmul-heuristics` suggests; kernels in Gluon, of which there are none; tuning of one problem in 60 s to within
-3 % of a whole landscape's best.
+`nvidia-matmul-heuristics` suggests; a GEMM in Gluon for sm_90, which is compiled and simulated (`python -m
+benchmarks.gluon` measures it); tuning of one problem in 60 s to within 3 % of a whole landscape's best.
 """
 
 

@@ -1,0 +1,198 @@
+"""A GEMM in Gluon beside our portable ones and the library's, on the sm_90 GPU at hand: is Gluon worth a kernel there?
+
+    python -m benchmarks.gluon --out DIR [--device cuda:0] [--minutes 4] [--db DIR]
+
+Goes through the cases of `benchmarks.gpu` that `benchmarks.gluon_gemm` computes, by each of `CONFIGS`, and times all in
+turns. `DIR/gluon.json` and `DIR/gluon.md` are written after every case. `--rehearse` makes times up.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.cases import FEW, GELU, LARGE, UP, Case, cases, held_against_all
+from benchmarks.comparison_report import geometric_mean, table
+from benchmarks.contenders import OURS, Arrays, Contender
+from benchmarks.gluon_gemm import GluonConfig, gluon_gemm
+from benchmarks.gpu import Board, best_rival
+from benchmarks.rehearsal import RehearsalBoard
+from benchmarks.torch_board import Timed, TorchBoard
+from tilewright.kernels.activations import activation_name
+from tilewright.kernels.device import Device
+from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.ops.gemm.problem import GemmProblem
+from tilewright.tuning_db import env
+from tilewright.tuning_db.atomic import whole_file
+from tilewright.tuning_db.errors import TilewrightError, UsageError
+
+ARCH = 90
+
+CONFIGS = (
+    GluonConfig(),
+    GluonConfig(STAGES=6, PIECES=2),
+    GluonConfig(BLOCK_M=64, BLOCK_N=256, STAGES=4, PIECES=2),
+    GluonConfig(BLOCK_M=64, STAGES=7),
+    GluonConfig(STAGES=4, PIECES=2, COOPERATIVE=True),
+    GluonConfig(BLOCK_M=64, BLOCK_N=256, STAGES=4, PIECES=2, COOPERATIVE=True),
+)
+"""What is tried of every case: both ways of sharing the work out, with tiles that leave room for stages."""
+
+APART = 0.01
+"""Part of our largest result by which another may be apart: four times the rounding of bf16."""
+
+
+@click.command()
+@click.option("--device", "device_name", default="cuda:0", show_default=True, help="The GPU, of sm_90.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=4.0, show_default=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where results go.")
+@click.option("--db", type=click.Path(file_okay=False, path_type=Path), help="Folder of the tuning databases.")
+@click.option("--rehearse", is_flag=True, help="Without a GPU, on made-up times of the device that --device names.")
+def main(device_name: str, minutes: float, out: Path, db: Path | None, rehearse: bool) -> None:
+    """Compares a GEMM in Gluon with the portable ones and the library's."""
+    deadline = time.monotonic() + 60 * minutes
+    try:
+        board: Board = RehearsalBoard(device_name) if rehearse else _board(device_name, db or env.database_dir())
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"{out} can't be made ({error.strerror}): name another folder") from None
+    except (TilewrightError, ImportError) as error:
+        raise click.UsageError(str(error)) from None
+    run(board, deadline, out)
+
+
+def _board(device_name: str, db: Path) -> TorchBoard:
+    device = resolve_device(device_name)
+    if not device.live or device.arch != ARCH:
+        raise UsageError(f"{device_name} is {device.sm}, and the kernel is of sm_{ARCH}, of a GPU that is at hand")
+    return TorchBoard(int(device.live.rpartition(":")[2]), db)
+
+
+def chosen_cases() -> list[Case]:
+    """The cases that the kernel computes."""
+    return [case for case in cases() if case.family in (LARGE, FEW, GELU, UP)]
+
+
+def run(board: Board, deadline: float, out: Path) -> dict[str, Any]:
+    """Measures what there is time for; the document that is written."""
+    document: dict[str, Any] = {
+        "simulated": board.simulated,
+        "command": shlex.join(["python", "-m", "benchmarks.gluon", *sys.argv[1:]]),
+        "environment": board.environment(),
+        "device": {"key": board.device.key, "name": board.device.name, "arch": board.device.sm},
+        "clocks_before": board.clocks(),
+        "cases": [],
+        "left_out": [],
+    }
+    for case in chosen_cases():
+        if time.monotonic() > deadline:
+            document["left_out"].append(f"{case.family.name}: {case.name}")
+            continue
+        ours, *library = (each for each in board.contenders(case) if each.name == OURS or each.role != "ours")
+        found, method = board.compare(
+            case, [ours, *(contender(case, each, board.device) for each in CONFIGS), *library]
+        )
+        document["cases"].append(rated(case, library, found) | {"method": method, "clocks": board.clocks()})
+        _write(document, out)
+    _write(document, out)
+    print(markdown(document))
+    return document
+
+
+def contender(case: Case, config: GluonConfig, device: Device) -> Contender:
+    """The kernel in Gluon by one configuration."""
+    problem = case.problem
+    assert isinstance(problem, GemmProblem)
+    name = activation_name(problem.activation)
+
+    def call(arrays: Arrays) -> Any:
+        return gluon_gemm(arrays["a"], arrays["w"], arrays.get("bias"), name, config, device.sms)
+
+    return Contender(label(config), "ours", call)
+
+
+def label(config: GluonConfig) -> str:
+    """A configuration in the table."""
+    way = "cooperative" if config.COOPERATIVE else "ping-pong"
+    size = f"{config.rows}x{config.BLOCK_N}x{config.BLOCK_K}"
+    return f"Gluon, {way}, {size}, {config.STAGES} stages, {config.PIECES} pieces"
+
+
+def rated(case: Case, library: Sequence[Contender], found: Mapping[str, Timed]) -> dict[str, Any]:
+    """A case's row: the best of Gluon's that computes what ours does, beside ours and the library's best."""
+    roles = {each.name: each.role for each in library}
+    ours, rivals = found[OURS], {name: found[name] for name in roles}
+    gluon = {name: _checked(timed) for name, timed in found.items() if name != OURS and name not in roles}
+    right = {name: timed.median_us for name, timed in gluon.items() if not timed.error}
+    best = min(right, key=lambda name: right[name], default=None)
+    rival = best_rival(held_against_all(case), roles, rivals)
+    return {
+        "family": case.family.name,
+        "name": case.name,
+        "problem": case.problem.to_dict(),
+        "best": best,
+        "library": rival,
+        "of_library": None if best is None or rival is None else found[rival].median_us / right[best],
+        "of_ours": None if best is None or ours.error else ours.median_us / right[best],
+        "contenders": {name: timed._asdict() for name, timed in {OURS: ours, **gluon, **rivals}.items()},
+    }
+
+
+def _checked(timed: Timed) -> Timed:
+    """As it is where its result is ours; else without times."""
+    if timed.error or (timed.difference is not None and timed.difference <= APART):  # NaN is neither
+        return timed
+    return Timed(error=f"the result differs from ours by {timed.difference} of the largest element")
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The rows, and what failed."""
+    rows = document["cases"]
+    lines = []
+    if document["simulated"]:
+        lines += ["**Rehearsal: nothing here was measured.** Times are made up to try the benchmark without a GPU.", ""]
+    lines += [f"{document['device']['name']} ({document['device']['key']}); `{document['command']}`", ""]
+    head = ["family", "case", "ours, µs", "Gluon, µs", "of ours", "library, µs", "of the library's", "configuration"]
+    lines += table(head, map(_cells, rows))
+    for family in dict.fromkeys(row["family"] for row in rows):
+        own = [row for row in rows if row["family"] == family]
+        means = [geometric_mean([row[key] for row in own if row[key]]) for key in ("of_ours", "of_library")]
+        said = [f"{mean:.3f} of {whose}" for mean, whose in zip(means, ("ours", "the library's"), strict=True) if mean]
+        lines += [
+            "",
+            f"{family}: {', '.join(said) or 'nothing compared'} (geometric mean of their times over Gluon's).",
+        ]
+    failures = {
+        f"{name}: {timed['error']}": None for row in rows for name, timed in row["contenders"].items() if timed["error"]
+    }
+    lines += ["", *(f"- {failure}" for failure in failures)]
+    if document["left_out"]:
+        lines += ["", f"Left out for want of time: {'; '.join(document['left_out'])}."]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    def us(name: str | None) -> str:
+        timed = row["contenders"].get(name, {"error": "nothing"})
+        return "-" if timed["error"] else f"{timed['median_us']:.1f}"
+
+    ratios = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("of_ours", "of_library")]
+    library = f"{row['library']} {us(row['library'])}" if row["library"] else "-"
+    return [row["family"], row["name"], us(OURS), us(row["best"]), ratios[0], library, ratios[1], row["best"] or "-"]
+
+
+def _write(document: Mapping[str, Any], out: Path) -> None:
+    for name, text in (("gluon.json", json.dumps(document, indent=1) + "\n"), ("gluon.md", markdown(document))):
+        with whole_file(out / name) as stream:
+            stream.write(text.encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The comparison of Gluon's GEMM, rehearsed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from benchmarks import gluon
+from benchmarks.cases import UP, cases
+from benchmarks.contenders import OURS, Contender
+from benchmarks.gluon import CONFIGS, chosen_cases, contender, label, main, markdown, rated
+from benchmarks.rehearsal import RehearsalBoard
+from benchmarks.torch_board import Timed
+from tilewright.kernels.devices import resolve_device
+
+ONE, OTHER = (label(config) for config in CONFIGS[:2])
+LIBRARY = [Contender(name, role, lambda arrays: None) for name, role in (("product", "library"), ("epilogue", "fused"))]
+CASE = next(case for case in cases() if case.family is UP)
+
+
+def times(**changed: Timed) -> dict[str, Timed]:
+    found = {
+        OURS: Timed(120.0, difference=0.0),
+        ONE: Timed(100.0, difference=0.001),
+        OTHER: Timed(110.0, difference=0.001),
+        "product": Timed(60.0),
+        "epilogue": Timed(90.0, difference=0.001),
+    }
+    return found | changed
+
+
+def test_a_rehearsal_writes_every_case_and_says_what_it_is(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["--rehearse", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "gluon.json").read_text())
+    assert document["simulated"] is True
+    assert [row["name"] for row in document["cases"]] == [case.name for case in chosen_cases()]
+    assert all(len(row["contenders"]) == 1 + len(CONFIGS) + 3 for row in document["cases"])
+    assert (tmp_path / "gluon.md").read_text().startswith("**Rehearsal: nothing here was measured.**")
+
+
+def test_without_its_gpu_one_line_says_so(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["--device", "sm_90", "--out", str(tmp_path / "new")])
+    assert done.exit_code == 2
+    assert "sm_90 is sm_90, and the kernel is of sm_90, of a GPU that is at hand" in done.output
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
+    document = gluon.run(RehearsalBoard("h200"), 0.0, tmp_path)
+    assert document["cases"] == []
+    assert len(document["left_out"]) == len(chosen_cases())
+    assert "Left out for want of time: gemm, large: 4096 x 4096 x 4096 bf16;" in markdown(document)
+
+
+def test_the_best_is_held_against_ours_and_what_computes_the_same() -> None:
+    row = rated(CASE, LIBRARY, times())
+    assert (row["best"], row["library"]) == (ONE, "epilogue")
+    assert (row["of_ours"], row["of_library"]) == (1.2, 0.9)
+
+
+def test_a_wrong_result_has_no_time() -> None:
+    for difference in (0.02, float("nan"), None):
+        row = rated(CASE, LIBRARY, times(**{ONE: Timed(50.0, difference=difference)}))
+        assert row["best"] == OTHER
+        assert row["contenders"][ONE]["median_us"] == 0.0
+        assert row["contenders"][ONE]["error"] == f"the result differs from ours by {difference} of the largest element"
+
+
+def test_a_case_where_nothing_worked_is_a_row() -> None:
+    row = rated(CASE, LIBRARY, times(**dict.fromkeys((ONE, OTHER, OURS), Timed(error="out of memory"))))
+    assert (row["best"], row["of_ours"], row["of_library"]) == (None, None, None)
+    assert row["contenders"][OURS]["error"] == "out of memory"
+
+
+def test_configurations_have_labels_of_their_own() -> None:
+    assert len({label(config) for config in CONFIGS}) == len(CONFIGS)
+    device = resolve_device("h200")
+    assert all(config.shared_bytes() <= device.shared_per_block for config in CONFIGS)
+    assert contender(CASE, CONFIGS[0], device).name == ONE
