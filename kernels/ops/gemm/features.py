@@ -46,6 +46,15 @@ FEATURES: dict[str, GemmProblem | Variant[GemmProblem, GemmConfig]] = {
     "groups of rows, with bias and gate": GemmProblem(**GROUPED, bias="fp16", gated="halves", activation="silu"),
     "groups of rows, int4 weights": GemmProblem(**INT4, group_size=32, groups=2),
     "split-K, deterministic": Variant(GemmProblem(M=17, N=32, K=512), GemmConfig(16, 32, 32, SPLIT_K=4)),
+    "few rows": Variant(GemmProblem(M=5, N=48, K=64, b_layout="col", bias="fp16"), GemmConfig(8, 32, 32, num_warps=2)),
+    "few rows, split-K, gated halves": Variant(
+        GemmProblem(M=8, N=96, K=256, b_layout="col", gated="halves", activation="silu"),
+        GemmConfig(8, 64, 32, SPLIT_K=2, num_warps=2),
+    ),
+    "few rows by int4 weights": Variant(
+        GemmProblem(M=3, N=48, K=128, b_layout="col", b_dtype="int4", b_scale="group", group_size=64, b_zero=True),
+        GemmConfig(8, 32, 64, num_warps=2),
+    ),
     "persistent blocks": Variant(GemmProblem(**EVEN), GemmConfig(32, 32, 32, PERSISTENT=True)),
     "tensor descriptors": Variant(GemmProblem(**EVEN), GemmConfig(32, 32, 32, TMA=True)),
     "tensor descriptors, persistent": Variant(

@@ -6,8 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilewright.kernels.ops.gemm.mainloop import described_sums, matrix_descriptor, sums
-from tilewright.kernels.ops.gemm.tail import partial_pointers, store_in_pieces, sum_of_partials
+from tilewright.kernels.ops.gemm.mainloop import described_sums, matrix_descriptor, sums, upright
+from tilewright.kernels.ops.gemm.tail import store_in_pieces, store_partial, sum_of_partials
 from tilewright.kernels.ops.gemm.weights import weight_sums
 from tilewright.kernels.specialise import behind_barriers
 
@@ -296,23 +296,26 @@ def gemm_tile(
             B_COLUMN_MAJOR, EVEN_M, EVEN_N, EVEN_K, HALVES, PRECISION, FP8_SUM, BLOCK_M, COLUMNS, BLOCK_K,
         )  # fmt: skip
 
+    x = upright(x, BLOCK_M)
+    second = upright(second, BLOCK_M)
     out_base = out_ptr + matrix * out_batch
     if SPLIT_K > 1:
         # Every block leaves its partial tile; the one that arrives last adds them up in the order of the splits, so
         # the result does not depend on who that was.
         PARTS: tl.constexpr = 2 if HALVES else 1
         place = tile.to(tl.int64) * (SPLIT_K * PARTS)
-        tl.store(partial_pointers(workspace_ptr, place + split * PARTS, BLOCK_M, COLUMNS), x)
+        inside = offsets_m < end_m
+        store_partial(x, workspace_ptr, place + split * PARTS, inside, EVEN_M, BLOCK_M, COLUMNS)
         if HALVES:
-            tl.store(partial_pointers(workspace_ptr, place + split * PARTS + 1, BLOCK_M, COLUMNS), second)
+            store_partial(second, workspace_ptr, place + split * PARTS + 1, inside, EVEN_M, BLOCK_M, COLUMNS)
         # All threads' stores come before the one thread's release below.
         tl.debug_barrier()
         arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
         if arrived == SPLIT_K - 1:
             tl.debug_barrier()
-            x = sum_of_partials(workspace_ptr, place, SPLIT_K, PARTS, BLOCK_M, COLUMNS)
+            x = sum_of_partials(workspace_ptr, place, inside, SPLIT_K, PARTS, EVEN_M, BLOCK_M, COLUMNS)
             if HALVES:
-                second = sum_of_partials(workspace_ptr, place + 1, SPLIT_K, PARTS, BLOCK_M, COLUMNS)
+                second = sum_of_partials(workspace_ptr, place + 1, inside, SPLIT_K, PARTS, EVEN_M, BLOCK_M, COLUMNS)
             tl.store(counters_ptr + tile, 0)
             store_in_pieces(
                 x, second, offsets_m, column, end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr, bias_ptr,

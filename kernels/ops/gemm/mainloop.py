@@ -23,7 +23,9 @@ def load_tile(pointers, mask_rows, mask_columns, EVEN_ROWS: tl.constexpr, EVEN_C
 
 @triton.jit
 def multiply(a, b, total, PRECISION: tl.constexpr, FP8_SUM: tl.constexpr):
-    """total + A·B of two tiles."""
+    """total + A·B of two tiles; of tiles of eight rows their transpose, see `zeros`."""
+    if a.shape[0] < 16:
+        a, b = b.T, a.T
     if FP8_SUM > 0:
         total = tl.dot(a, b, total, max_num_imprecise_acc=FP8_SUM)
     else:
@@ -33,8 +35,19 @@ def multiply(a, b, total, PRECISION: tl.constexpr, FP8_SUM: tl.constexpr):
 
 @triton.jit
 def zeros(BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, INTEGER: tl.constexpr):
-    """A tile of sums: int32 for products of int8, else fp32."""
-    return tl.zeros((BLOCK_M, COLUMNS), dtype=tl.int32 if INTEGER else tl.float32)
+    """A tile of sums: int32 for products of int8, else fp32.
+
+    One of eight rows is transposed, for mma.sync multiplies 16 rows by 8 columns; `upright` turns it back.
+    """
+    ROWS: tl.constexpr = COLUMNS if BLOCK_M < 16 else BLOCK_M
+    WIDTH: tl.constexpr = BLOCK_M if BLOCK_M < 16 else COLUMNS
+    return tl.zeros((ROWS, WIDTH), dtype=tl.int32 if INTEGER else tl.float32)
+
+
+@triton.jit
+def upright(total, BLOCK_M: tl.constexpr):
+    """A tile of sums, BLOCK_M rows of columns."""
+    return total.T if BLOCK_M < 16 else total
 
 
 @triton.jit

@@ -33,7 +33,7 @@ class GemmConfig(Config):
 
 
 AXES = {
-    "BLOCK_M": (16, 32, 64, 128, 256),
+    "BLOCK_M": (8, 16, 32, 64, 128, 256),
     "BLOCK_N": (16, 32, 64, 128, 256),
     "BLOCK_K": (16, 32, 64, 128, 256),
     "GROUP_M": (1, 4, 8),
@@ -45,6 +45,11 @@ AXES = {
     "WARP_SPECIALIZE": (False, True),
     "PAIRS": (False, True),
 }
+
+
+FLAT = 8
+"""Rows of a tile whose transpose is multiplied: mma.sync takes 16 rows and 8 columns, so that of eight rows half the
+products, sums and registers would be of no use."""
 
 
 def multiplying_warps(config: GemmConfig) -> int:
@@ -145,6 +150,8 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
         a_vector = b_vector = 16
     a_copies = stages if a_vector >= 4 and not turned else 1
     b_copies = b_stages if b_vector >= 4 and not b_turned else 1
+    if config.BLOCK_M == FLAT and max(a_copies, b_copies) <= 1:
+        return 0  # operands may go from thread to thread
     # int4 of 16 columns, or in halves, may have one copy fewer under mma.sync.
     if problem.b_dtype == "int4" and not keeps_all and (config.BLOCK_N == 16 or tile.b_count == 2):
         b_copies -= 1
@@ -196,11 +203,15 @@ def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None
     limit = malformed(config, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"))
     if limit is not None:
         return limit
+    if config.BLOCK_M < 16:
+        limit = _refused_flat(problem, config, device)
+        if limit is not None:
+            return limit
     least_k = 32 if problem.b_dtype == "int4" else max(16, 32 // int(dtype(problem.dtype).bytes))
     least_n = 32 if problem.gated == "halves" else 16
-    if min(config.BLOCK_M - 16, config.BLOCK_N - least_n, config.BLOCK_K - least_k) < 0:
+    if min(config.BLOCK_M - FLAT, config.BLOCK_N - least_n, config.BLOCK_K - least_k) < 0:
         of = problem.b_dtype or problem.dtype
-        return f"the smallest tile of a {of} dot is 16×{least_n}×{least_k}" + (" in halves" if least_n > 16 else "")
+        return f"the smallest tile of a {of} dot is {FLAT}×{least_n}×{least_k}" + (" in halves" if least_n > 16 else "")
     if config.PAIRS and (problem.b_dtype != "int4" or device.arch < 80):
         return (
             f"PAIRS is for int4 weights, from sm_80 on, not for b of {problem.b_dtype or problem.dtype} on {device.sm}"
@@ -239,6 +250,26 @@ def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None
     return over_grid(tiles_m * tiles_n * problem.batch, SPLIT_K=config.SPLIT_K)
 
 
+def takes_flat(problem: GemmProblem) -> bool:
+    """Whether a problem can have tiles of eight rows: only so does Triton bring B's transpose to the left of a dot, and
+    A's to the right, without turning them in registers."""
+    return (problem.a_layout, problem.b_layout) == ("row", "col") and vector_bytes(problem) == 16
+
+
+def _refused_flat(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None:
+    """None, or why a tile can't have eight rows."""
+    if not takes_flat(problem):
+        return (
+            f"BLOCK_M={config.BLOCK_M} is for rows of A and columns of B that are loaded 16 bytes at a time, not "
+            f"a_layout={problem.a_layout}, b_layout={problem.b_layout} and {vector_bytes(problem)} bytes"
+        )
+    # Of 64 rows, as the transpose may have, some versions of Triton make wgmma or tcgen05, which gain nothing by it.
+    columns = config.BLOCK_N // 2 if problem.gated == "halves" else config.BLOCK_N
+    if config.TMA or reads_operands_shared(device, problem.unit, columns, config.num_warps):
+        return f"BLOCK_M={config.BLOCK_M} is for mma.sync: no TMA, and on {device.sm} BLOCK_N under 64 or 2 warps"
+    return None
+
+
 def _refused_by_specialisation(problem: GemmProblem, config: GemmConfig) -> str | None:
     """None, or why Triton can't give a loop's copies to warps of their own."""
     if not (config.PERSISTENT and config.TMA):
@@ -255,6 +286,11 @@ def _refused_by_specialisation(problem: GemmProblem, config: GemmConfig) -> str 
         layouts = f"a_layout={problem.a_layout} and b_layout={problem.b_layout}"
         return f"WARP_SPECIALIZE multiplies 8-bit operands as they lie, rows of A by columns of B, not {layouts}"
     return None
+
+
+def _is_flat(problem: GemmProblem) -> bool:
+    """Whether eight rows are all there are, of a group on average."""
+    return math.ceil(problem.M / max(1, problem.groups)) <= FLAT
 
 
 def _least_persistent(device: Device, described: bool) -> float:
@@ -285,6 +321,8 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
             return f"the other blocks of an SM hide the start of one of {config.BLOCK_M}×{config.BLOCK_N}"
         if not config.TMA and device.arch >= 90 and fits(problem, replace(config, TMA=True), device) is None:
             return "from sm_90 on PERSISTENT is for TMA, whose copies are no work for the block"
+    if config.BLOCK_M == FLAT and not _is_flat(problem):
+        return f"tiles of BLOCK_M={FLAT} rows read B once for every {FLAT} of {problem.M} rows"
     for block, size, smallest in (
         (config.BLOCK_M, problem.M, 16),
         (config.BLOCK_N, problem.N, 16),
@@ -305,7 +343,8 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
     # Copies of a specialised loop go on into the next tile.
     if config.num_stages > max(2, k_blocks // config.SPLIT_K) and not config.WARP_SPECIALIZE:
         return f"num_stages={config.num_stages} is more than the K blocks there are"
-    if 16 * 8 * config.num_warps > config.BLOCK_M * config.BLOCK_N:
+    columns = config.BLOCK_N // 2 if config.BLOCK_M == FLAT and problem.gated == "halves" else config.BLOCK_N
+    if 16 * 8 * config.num_warps > config.BLOCK_M * columns:
         return f"{config.num_warps} warps on {config.BLOCK_M}×{config.BLOCK_N} leave less than one 16×8 mma each"
     copied = config.TMA or max(operand_vectors(problem)) >= 4
     if config.num_stages > 1 and (device.arch < 80 or not copied):
@@ -334,7 +373,9 @@ def narrow(problem: GemmProblem, device: Device, axes: Mapping[str, tuple[Any, .
     ):
         most = max(smallest, 2 ** math.ceil(math.log2(size)))
         kept[name] = tuple(block for block in axes[name] if block <= most)
-    tiles_m = problem.M // AXES["BLOCK_M"][0] + max(1, problem.groups)
+    if not (takes_flat(problem) and _is_flat(problem)):
+        kept["BLOCK_M"] = tuple(block for block in kept["BLOCK_M"] if block != FLAT)
+    tiles_m = problem.M // min(kept["BLOCK_M"], default=FLAT) + max(1, problem.groups)
     k_blocks = math.ceil(problem.K / AXES["BLOCK_K"][0])
     kept["GROUP_M"] = tuple(group for group in axes["GROUP_M"] if group == 1 or tiles_m > AXES["GROUP_M"][0])
     # Of the largest tiles, the fewest there can be.

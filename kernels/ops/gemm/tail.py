@@ -19,15 +19,35 @@ def partial_pointers(workspace_ptr, place, BLOCK_M: tl.constexpr, COLUMNS: tl.co
 
 @triton.jit
 def sum_of_partials(
-    workspace_ptr, place, SPLIT_K: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr
+    workspace_ptr,
+    place,
+    inside,  # whether a row of the tile is one of the result
+    SPLIT_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """The sum of SPLIT_K tiles, PARTS places apart, in their order."""
     total = tl.zeros((BLOCK_M, COLUMNS), dtype=workspace_ptr.dtype.element_ty)
     for s in range(SPLIT_K):
         # Written by other SMs during this launch: read from L2, where they are.
         pointers = partial_pointers(workspace_ptr, place + s * PARTS, BLOCK_M, COLUMNS)
-        total += tl.load(pointers, cache_modifier=".cg")
+        if EVEN_M:
+            total += tl.load(pointers, cache_modifier=".cg")
+        else:
+            total += tl.load(pointers, mask=inside[:, None], other=0.0, cache_modifier=".cg")
     return total
+
+
+@triton.jit
+def store_partial(x, workspace_ptr, place, inside, EVEN_M: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
+    """Leaves a tile of sums, those of its rows that are rows of the result, at a place in the workspace."""
+    pointers = partial_pointers(workspace_ptr, place, BLOCK_M, COLUMNS)
+    if EVEN_M:
+        tl.store(pointers, x)
+    else:
+        tl.store(pointers, x, mask=inside[:, None])
 
 
 @triton.jit

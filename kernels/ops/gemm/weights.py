@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilewright.kernels.ops.gemm.mainloop import load_tile, tile_pointers, zeros
+from tilewright.kernels.ops.gemm.mainloop import load_tile, multiply, tile_pointers, zeros
 
 
 @triton.jit
@@ -135,19 +135,22 @@ def group_of_block(
 def add_products(x, a, high, q, scale, zero, INT4: tl.constexpr, SCALED: tl.constexpr, PAIRS: tl.constexpr):
     """x + scale · (A·(q - zero)) of one K block; `high` is the part of A under the high nibbles of int4."""
     kind: tl.constexpr = a.dtype
+    TRANSPOSED: tl.constexpr = a.shape[0] < 16
     # Groups are summed apart and scaled in fp32, where scaled weights would be rounded to 11 bits (bf16: 8) each. A
     # block has BLOCK_M·BLOCK_N sums to scale or BLOCK_K·BLOCK_N weights: for few rows this is the cheaper way too.
     total = tl.zeros(x.shape, dtype=tl.float32) if SCALED else x
     if PAIRS:
         low_weights, high_weights = nibble_pairs(q, zero[None, :], kind)
-        total = tl.dot(a, low_weights, total)
-        total = tl.dot(high, high_weights, total)
+        total = multiply(a, low_weights, total, None, 0)
+        total = multiply(high, high_weights, total, None, 0)
     elif INT4:
-        total = tl.dot(a, low_nibbles(q, zero[None, :], kind), total)
-        total = tl.dot(high, high_nibbles(q, zero[None, :], kind), total)
+        total = multiply(a, low_nibbles(q, zero[None, :], kind), total, None, 0)
+        total = multiply(high, high_nibbles(q, zero[None, :], kind), total, None, 0)
     else:
-        total = tl.dot(a, whole_bytes(q, zero[None, :], kind), total)
-    return x + total * scale[None, :] if SCALED else total
+        total = multiply(a, whole_bytes(q, zero[None, :], kind), total, None, 0)
+    if SCALED:
+        total = x + total * (scale[:, None] if TRANSPOSED else scale[None, :])
+    return total
 
 
 @triton.jit

@@ -151,7 +151,7 @@ def work(problem: GemmProblem, config: GemmConfig) -> Work:
         panel_a=Panel(rows * depth * element, problem.a_broadcast),
         panel_b=Panel(columns * per_column / config.SPLIT_K, problem.b_broadcast),
         epilogue_bytes=epilogue,
-        workspace_bytes=0.0 if config.SPLIT_K == 1 else config.BLOCK_M * config.BLOCK_N * 4.0,
+        workspace_bytes=0.0 if config.SPLIT_K == 1 else rows * config.BLOCK_N * 4.0,
         persistent=config.PERSISTENT,
         specialized=config.WARP_SPECIALIZE,
         lane_ops=lane_ops,

@@ -14,7 +14,7 @@ from tests.kernels.compiling import assert_clean, assert_specialised, compiled, 
 from tests.kernels.conformance import every_value, pairwise
 from tilewright.kernels import GemmConfig, GemmProblem, resolve_device
 from tilewright.kernels.ops.gemm.launch import GEMM
-from tilewright.kernels.ops.gemm.space import fits
+from tilewright.kernels.ops.gemm.space import FLAT, fits
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 OF_TENSOR_CORES = ("mma.sync", "wgmma", "tcgen05")
@@ -93,6 +93,26 @@ def test_weights_are_copied_as_they_are_and_become_operands_in_registers(arch):
             reply
         )  # which warp of its group it is
         assert reply["over"] is None, described(reply)
+
+
+@pytest.mark.parametrize("arch", SMOKE)
+def test_eight_rows_take_half_the_products_of_sixteen(arch):
+    problems = [
+        *(GemmProblem(8, 4096, 4096, b_layout="col", **fields) for fields in WEIGHTS),
+        GemmProblem(8, 4096, 4096, dtype="bf16", b_layout="col"),
+        GemmProblem(8, 4096, 4096, dtype="int8", b_layout="col"),
+    ]
+    jobs = [
+        (problem, GemmConfig(rows, 64, problem.group_size or 128, num_warps=2, PAIRS=problem.b_dtype == "int4"))
+        for problem in problems
+        for rows in (16, 8)
+    ]
+    found = replies(arch, jobs)
+    assert_clean(found)
+    for sixteen, eight in zip(found[::2], found[1::2], strict=True):
+        assert [name for name in OF_TENSOR_CORES if eight["instructions"][name]] == ["mma.sync"], described(eight)
+        assert 2 * eight["instructions"]["mma.sync"] == sixteen["instructions"]["mma.sync"], described(eight)
+        assert eight["instructions"]["cp.async"], described(eight)
 
 
 @pytest.mark.parametrize("gated", ["halves", "interleaved"])
@@ -242,13 +262,15 @@ def test_defaults_of_forms_compile_without_spills_whatever_the_pair(arch):
 # Shared memory
 
 
-def sampled(arch, count, seed):
-    """Problems of any form with configurations that fit the arch's reference board, at random."""
+def sampled(arch, count, seed, rows=(16, 32, 64, 128)):
+    """Problems of any form with configurations that fit the arch's reference board, at random, in tiles of so many
+    rows."""
     device, draw = resolve_device(f"sm_{arch}"), random.Random(f"{arch} {seed}")
     while count:
         row = {name: draw.choice(values) for name, values in MATRIX.items()}
         config = GemmConfig(
-            *(draw.choice([16, 32, 64, 128]) for _ in range(3)),
+            draw.choice(rows),
+            *(draw.choice([16, 32, 64, 128]) for _ in range(2)),
             num_warps=draw.choice([2, 4, 8]),
             num_stages=draw.choice([1, 2, 3, 4]),
             SPLIT_K=draw.choice([1, 1, 4]),
@@ -262,8 +284,8 @@ def sampled(arch, count, seed):
             yield problem, config
 
 
-def estimates_hold(arch, count, seed):
-    for reply in replies(arch, list(sampled(arch, count, seed))):
+def estimates_hold(arch, count, seed, **of):
+    for reply in replies(arch, list(sampled(arch, count, seed, **of))):
         assert "error" not in reply, (described(reply), reply.get("error"))
         assert reply["estimate"] <= reply["resources"]["shared_bytes"], described(reply)
 
@@ -271,6 +293,7 @@ def estimates_hold(arch, count, seed):
 @pytest.mark.parametrize("arch", [86, 90])
 def test_estimated_shared_memory_is_never_over_the_real(arch):
     estimates_hold(arch, 7, seed=0)
+    estimates_hold(arch, 5, seed=0, rows=(FLAT,))
 
 
 @pytest.mark.slow
@@ -279,3 +302,4 @@ def test_estimated_shared_memory_is_never_over_the_real(arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_estimated_shared_memory_is_never_over_the_real_in_a_larger_sample(arch, seed):
     estimates_hold(arch, 50, seed)
+    estimates_hold(arch, 40, seed, rows=(FLAT,))

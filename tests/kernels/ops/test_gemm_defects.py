@@ -44,6 +44,7 @@ DEFECTS = {
     "tiles repeated": ("within // rows", "within // GROUP_M"),
     "one split lost": ("for s in range(SPLIT_K):", "for s in range(SPLIT_K - 1):"),
     "first split twice": ("place + s * PARTS", "place + s // 2 * PARTS"),
+    "last row's partial sums left out": ("inside = offsets_m < end_m", "inside = offsets_m < end_m - 1"),
     "split overlaps the next": (
         "last = tl.minimum(first + blocks_per_split, k_blocks)",
         "last = tl.minimum(first + blocks_per_split + 1, k_blocks)",
@@ -75,8 +76,8 @@ DEFECTS = {
     # weights
     "high nibbles under the wrong rows": ("held // 16 * (16 * PER_BYTE) + held % 16", "held"),
     "low nibbles twice": (
-        "high_nibbles(q, zero[None, :], kind), total)",
-        "low_nibbles(q, zero[None, :], kind), total)",
+        "high_nibbles(q, zero[None, :], kind), total",
+        "low_nibbles(q, zero[None, :], kind), total",
     ),
     "zero point of int4 taken for 0": ("8.0 if INT4 else 0.0", "0.0"),
     "scale of the next group": ("block * BLOCK_K // GROUP_SIZE,", "(block + 1) * BLOCK_K // GROUP_SIZE,"),
@@ -93,8 +94,13 @@ DEFECTS = {
         "offsets_k[None, :] < K, EVEN_M, EVEN_K)",
     ),
     "weights rounded": (
-        "return x + total * scale[None, :] if SCALED",
-        "return x + total * scale.to(tl.float16).to(tl.float32)[None, :] if SCALED",
+        "total = x + total * (",
+        "scale = scale.to(tl.float16).to(tl.float32)\n        total = x + total * (",
+    ),
+    # tiles of eight rows
+    "scale of another column of eight rows": (
+        "scale[:, None] if TRANSPOSED",
+        "tl.broadcast_to(tl.max(scale, 0), scale.shape)[:, None] if TRANSPOSED",
     ),
     # groups of rows, persistent blocks, descriptors
     "B of the first group": ("b_matrix = group.to(tl.int64)", "b_matrix = matrix"),
@@ -146,6 +152,10 @@ EXPOSING = (
         SMALL,
     ),
     (GemmProblem(17, 48, 49, dtype="bf16", b_dtype="int4", b_layout="col", out_dtype="fp32"), GemmConfig(16, 32, 64)),
+    (
+        GemmProblem(5, 48, 160, b_layout="col", b_dtype="int4", b_scale="group", group_size=32, out_dtype="fp32"),
+        GemmConfig(8, 16, 32, num_warps=2, SPLIT_K=2),
+    ),
     (
         GemmProblem(57, 48, 33, dtype="fp32", groups=5, b_scale="column", bias="fp32"),
         GemmConfig(16, 32, 32, PERSISTENT=True),

@@ -194,6 +194,26 @@ def test_any_problem_with_any_configuration(data):
     conforms(problem, config, seed=data.draw(st.integers(0, 2**32 - 1)))
 
 
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_problem_in_tiles_of_eight_rows(data):
+    drawn = data.draw(gemm_problems(st.integers(2, 40), st.integers(1, 3)))  # one column lies as a row does
+    depth = 32 * data.draw(st.integers(1, 8)) if drawn.b_dtype == "int4" else 16 * data.draw(st.integers(1, 16))
+    problem = replace(drawn, K=depth, a_layout="row", b_layout="col", aligned=True)
+    config = GemmConfig(
+        8,
+        data.draw(st.sampled_from([32, 64])),
+        data.draw(st.sampled_from([32, 64])) if problem.group_size != 32 else 32,
+        SPLIT_K=data.draw(st.sampled_from([1, 2, 5])),
+        num_warps=2,
+        PERSISTENT=data.draw(st.booleans()),
+    )
+    if config.SPLIT_K > 1:
+        config = replace(config, PERSISTENT=False)
+    assert fits(problem, config, resolve_device("h100")) is None
+    conforms(problem, config, seed=data.draw(st.integers(0, 2**32 - 1)))
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("fields", OPERANDS.values(), ids=OPERANDS)
 def test_operands_with_their_default_configuration(fields):
@@ -568,10 +588,10 @@ F32 = np.float32
         ),
         (
             IllegalConfigError,
-            "the smallest tile of a int4 dot is 16×16×32",
+            "the smallest tile of a int4 dot is 8×16×32",
             {"b": W4, "config": GemmConfig(16, 16, 16)},
         ),
-        (IllegalConfigError, "dot is 16×32×16 in halves", {"gated": "halves", "config": GemmConfig(16, 16, 16)}),
+        (IllegalConfigError, "dot is 8×32×16 in halves", {"gated": "halves", "config": GemmConfig(16, 16, 16)}),
         (
             IllegalConfigError,
             "TMA is for operands of one dtype, not fp16 by int4",

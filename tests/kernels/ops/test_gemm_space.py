@@ -32,8 +32,9 @@ TILE = GemmConfig(128, 128, 32)
         ({"num_stages": 0}, "num_stages=0 must be an integer of at least 1"),
         ({"BLOCK_N": 48}, "BLOCK_N=48 must be a power of two"),
         ({"num_warps": 3}, "num_warps=3 must be a power of two"),
-        ({"BLOCK_M": 8}, "the smallest tile of a fp16 dot is 16×16×16"),
-        ({"BLOCK_K": 8}, "the smallest tile of a fp16 dot is 16×16×16"),
+        ({"BLOCK_M": 4}, "BLOCK_M=4 is for rows of A and columns of B that are loaded 16 bytes"),
+        ({"BLOCK_M": 8}, "BLOCK_M=8 is for rows of A and columns of B that are loaded 16 bytes"),
+        ({"BLOCK_K": 8}, "the smallest tile of a fp16 dot is 8×16×16"),
         ({"num_warps": 64}, "num_warps=64 is over the 32 of a block"),
         ({"BLOCK_M": 256, "BLOCK_N": 256}, "512 registers a thread for its part of the tile are over the 255"),
         ({"BLOCK_K": 64, "num_stages": 5}, "131072 B of shared memory are over the 101376 B a block of sm_86"),
@@ -49,7 +50,7 @@ def test_each_limit_is_named_with_its_values(change, limit):
 
 
 def test_limits_are_of_the_problem_and_device_too():
-    assert "smallest tile of a fp8e5m2 dot is 16×16×32" in fits(
+    assert "smallest tile of a fp8e5m2 dot is 8×16×32" in fits(
         replace(SQUARE, dtype="fp8e5m2"), replace(TILE, BLOCK_K=16), RTX3090
     )
     deep = replace(TILE, BLOCK_K=64, num_stages=5)
@@ -132,7 +133,8 @@ def test_what_may_be_the_best_is_tried(problem, config):
 def test_every_configuration_of_the_space_runs_and_every_axis_is_used():
     seen = {name: Counter() for name in AXES}
     weights = GemmProblem(16, 4096, 4096, b_dtype="int4", b_scale="group", group_size=128)  # in pairs
-    for problem, device in ((GemmProblem(256, 4096, 4096), A100), (SQUARE, H100), (weights, A100)):
+    few = GemmProblem(8, 4096, 4096, b_layout="col")
+    for problem, device in ((GemmProblem(256, 4096, 4096), A100), (SQUARE, H100), (weights, A100), (few, A100)):
         configs = SPACE.configs(problem, device)
         assert len(set(configs)) == len(configs)
         assert all(fits(problem, config, device) is None for config in configs)
@@ -159,6 +161,35 @@ def test_the_default_fits_everywhere(device):
     ):
         problem = GemmProblem(m, n, k, dtype=kind, a_layout=layout, aligned=aligned)
         assert fits(problem, default(problem, device), device) is None
+
+
+def test_tiles_of_eight_rows_are_for_few_rows_and_mma_sync():
+    few = GemmProblem(8, 4096, 4096, b_layout="col")
+    flat = GemmConfig(8, 64, 128, num_warps=2)
+    for board in (RTX3090, A100, H100, resolve_device("t4"), resolve_device("b200")):
+        assert fits(few, flat, board) is None
+    assert fits(few, replace(flat, num_warps=4), RTX3090) is None
+    assert "BLOCK_N under 64 or 2 warps" in fits(few, replace(flat, num_warps=4), H100)
+    assert fits(replace(few, gated="halves"), replace(flat, num_warps=4), H100) is None  # twice 32 columns
+    assert "no TMA" in fits(few, replace(flat, TMA=True), H100)
+    assert "the smallest tile of a fp16 dot is 8×16×16" in fits(few, replace(flat, BLOCK_M=4), RTX3090)
+    for other in ({"b_layout": "row"}, {"a_layout": "col"}, {"K": 4097}, {"aligned": False}):
+        assert "that are loaded 16 bytes at a time" in fits(replace(few, **other), flat, RTX3090)
+    assert flat.BLOCK_M in {config.BLOCK_M for config in SPACE.configs(few, RTX3090)}
+    for more, tiled in (({"M": 9}, False), ({"M": 64, "groups": 8}, True), ({"M": 65, "groups": 8}, False)):
+        more = replace(few, **more)
+        assert (flat.BLOCK_M in {config.BLOCK_M for config in SPACE.configs(more, RTX3090)}) is tiled
+        assert (useful(more, flat, RTX3090) is None) is tiled
+
+
+@pytest.mark.parametrize("device", CATALOGUE, ids=lambda device: device.board)
+def test_the_default_of_few_rows_by_weights_has_eight(device):
+    for b_dtype, scale in (("int4", {"b_scale": "group", "group_size": 128}), ("int8", {"b_scale": "column"})):
+        for n, k in ((4096, 4096), (57344, 8192), (48, 128)):
+            problem = GemmProblem(1, n, k, b_layout="col", b_dtype=b_dtype, **scale)
+            assert default(problem, device).BLOCK_M == 8
+            assert default(replace(problem, M=9), device).BLOCK_M == 16
+            assert default(replace(problem, b_layout="row"), device).BLOCK_M == 16
 
 
 def test_the_default_suits_the_problem():
