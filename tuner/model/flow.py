@@ -28,7 +28,8 @@ from tilewright.tuner.model.report.html import write_page
 from tilewright.tuner.model.report.readme import write_readme
 from tilewright.tuner.model.request import REPORTS, Request
 from tilewright.tuner.model.resume import resume_key
-from tilewright.tuner.model.verify.compare import Comparison, Reference
+from tilewright.tuner.model.verify.compare import Comparison
+from tilewright.tuner.model.verify.judge import Judge
 from tilewright.tuner.model.workloads import ModelWorkloads, workloads
 from tilewright.tuner.model.write import write_model
 from tilewright.tuner.results import Progress, Result
@@ -114,7 +115,7 @@ class _Way:
     prepared: Prepared
     calibration: Samples
     evaluation: Samples
-    reference: Reference  # on the inputs for evaluation
+    reference: Judge  # on the inputs for evaluation
     fused_errors: Comparison
     key: str  # of what a run goes on from
 
@@ -165,7 +166,7 @@ def optimise(
     calibration, evaluation = data.split(EVALUATION)
     names = [*request.files, *request.engine_files]
     check_output(request.output, names, request.model)
-    with Reference(prepared.original, evaluation.feeds) as reference:
+    with Judge(prepared.original, evaluation.feeds) as reference:
         reference.work_out()
         check_reading(request, prepared, evaluation, tell)
         fused_errors = check_fusing(request, prepared, reference)

@@ -17,6 +17,7 @@ from tilewright.tuner.model.reading.read import DEFAULTS, OPSET, read_model
 from tilewright.tuner.model.reading.source import Source
 from tilewright.tuner.model.request import Request
 from tilewright.tuner.model.verify.compare import Comparison, Reference
+from tilewright.tuner.model.verify.judge import Judge
 from tilewright.tuner.model.workloads import ModelWorkloads, workloads
 from tilewright.tuning_db.errors import ModelError, RunError
 
@@ -103,18 +104,15 @@ def check_reading(request: Request, prepared: Prepared, data: Samples, tell: Cal
         )
 
 
-def check_fusing(request: Request, prepared: Prepared, reference: Reference) -> Comparison:
+def check_fusing(request: Request, prepared: Prepared, reference: Judge) -> Comparison:
     """The errors of the fused model in fp32, which are those of rounding: 10⁻⁵ or so of a value, and what the model
     makes of it further on, which may be any difference behind a comparison or a logarithm.
 
     Raises:
-        RunError: a fused node computes something else of the same inputs.
+        RunError: a fused node computes something else of the same inputs, or the fused model can't be compared.
     """
     wrong = f"{request.model}: its fused form computes something else, which is a defect of Tilewright: "
-    try:
-        found = reference.compare(prepared.fused, layers=prepared.shared_names)
-    except ModelError as error:
-        raise RunError(f"{wrong}{error}; nothing was written") from None
+    found = reference.compare(prepared.fused, layers=prepared.shared_names)
     apart = {row.value: row for row in found.layers if row.bad_changed or (row.relative or 0.0) > READING_ERROR}
     nodes = {node.outputs[0].name: node for node in fused_nodes(prepared.fused)}
     # Behind those whatever differs may differ for what they give.

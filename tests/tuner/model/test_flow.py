@@ -202,6 +202,40 @@ def test_an_input_with_a_default_becomes_a_constant_and_is_warned_of(tmp_path, v
     assert [each.name for each in session.get_inputs()] == ["x"]
 
 
+@pytest.mark.parametrize("budget", [None, "0.1"])
+@pytest.mark.parametrize("step", ["fuse", "smooth", "lower"])
+def test_a_model_made_on_the_way_that_can_not_be_compared_fails_the_run(tmp_path, monkeypatch, step, budget):
+    """Neither the model nor its data are at fault, and what a run before has left stays."""
+    model = product(tmp_path, node("Relu", "m", "y"), outputs={"y": 1})
+    asked = request(model, tmp_path / "build", precision="int8", max_error=budget)
+    run(asked)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "build").iterdir() if path.is_file()}
+    for name in ("int8.npz", "precision.sqlite"):  # what the next run would go on from
+        (tmp_path / "build" / ".resume" / name).unlink(missing_ok=True)
+
+    def renamed(made: ir.Model) -> ir.Model:
+        made.graph.outputs[0].name = "other"
+        return made
+
+    if step == "fuse":
+        monkeypatch.setattr(
+            flow, "prepare", lambda *given: replace(found := prepare(*given), fused=renamed(found.fused))
+        )
+    elif step == "smooth":
+        quantise = precision.quantise
+        monkeypatch.setattr(
+            precision, "quantise", lambda made, *given, **named: quantise(renamed(made), *given, **named)
+        )
+    else:
+        lowered = precision.apply_precision
+        monkeypatch.setattr(precision, "apply_precision", lambda *given, **named: renamed(lowered(*given, **named)))
+    with pytest.raises(
+        RunError, match=r"a defect of Tilewright: the changed model has no output 'y': .*; no model was w"
+    ):
+        run(asked)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "build").iterdir() if path.is_file()}
+
+
 def test_a_large_error_without_a_budget_is_warned_of(tmp_path):
     model, data = written(tmp_path)
     asked = request(model, tmp_path / "build", calibration=str(data), precision="int8")
@@ -230,6 +264,16 @@ def test_results_of_unknown_size_go_the_whole_way(tmp_path):
     made, _ = run(request(product(tmp_path, *nodes, outputs={"y": 7, "m": 1}), tmp_path / "build", precision="fp32"))
     assert made.met
     assert made.report.memory.after.unknown_values == 1
+
+
+@pytest.mark.parametrize("budget", [None, "0.1"])
+def test_an_output_whose_size_rounding_changes_is_no_defect(tmp_path, budget):
+    nodes = [node("Mul", "m large", "a"), node("Sin", "a", "s"), node("Relu", "s", "r"), node("NonZero", "r", "y")]
+    model = product(tmp_path, *nodes, outputs={"y": 7}, large=np.float32(1e3))
+    said = r"^'y' is \(2, \d+\) in the original and \(2, \d+\) in the changed model, as rounding changes its size: use"
+    with pytest.raises(RunError, match=said):
+        run(request(model, tmp_path / "build", precision="fp16", max_error=budget))
+    assert {path.name for path in (tmp_path / "build").iterdir()} == {".resume"}
 
 
 def test_outputs_of_one_value_go_the_whole_way(tmp_path):

@@ -30,6 +30,7 @@ from tilewright.tuner.model.report.document import CalibrationPart, LayerPlan, P
 from tilewright.tuner.model.report.estimate import estimate, predicted_us
 from tilewright.tuner.model.verify.compare import Comparison, Reference
 from tilewright.tuner.model.verify.error_budget import Budget
+from tilewright.tuner.model.verify.judge import Judge
 from tilewright.tuner.model.workloads import workloads
 
 FLOATS = ("fp32", "fp16", "bf16")
@@ -212,7 +213,7 @@ class _Chooser:
 
     def _changed(self, model: ir.Model) -> float:
         """The error of a model, whose ranges were moved, before anything is rounded to 8 bits."""
-        with Reference(self._fused, list(self._calibration.feeds[:CHECKED])) as reference:
+        with Judge(self._fused, list(self._calibration.feeds[:CHECKED])) as reference:
             return error_of(reference.compare(model))
 
     def _made(self, plan: Mapping[str, LayerPrecision], base: str, quantised: Quantised | None) -> ir.Model:

@@ -46,6 +46,10 @@ _THROUGH = frozenset({"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsq
 """What may stand between a softmax and the output that it makes."""
 
 
+class SizeError(ModelError):
+    """An output whose size depends on values, as that of `NonZero`, has another in the changed model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """One model against another."""
@@ -169,6 +173,7 @@ class Reference:
         self._logits = {
             output: logits for output, logits in logits_of(graph).items() if logits.value not in self._outputs
         }
+        self._unsized = {_name(output) for output in graph.graph.outputs if static_shape(output) is None}
         self._batch = _batch(graph)
         self._sizes = _sizes(graph)
         self._kept: tempfile.SpooledTemporaryFile[bytes] | None = None
@@ -208,7 +213,8 @@ class Reference:
             inputs += self._batch if all(batched) else 1
             for (output, here, there, _), total, apart in zip(rows, sums, batched, strict=True):
                 if here == output and ours[here].shape != others[there].shape:
-                    raise _differently_shaped(output, ours[here], others[there])
+                    kind = SizeError if output in self._unsized else ModelError
+                    raise kind(_differently_shaped(output, ours[here], others[there]))
                 total.add(*_same_size(output, ours[here], others[there]), apart)
         found = [
             total.row(output, here, here != output) for (output, here, _, _), total in zip(rows, sums, strict=True)
@@ -293,12 +299,12 @@ def compare(
 def _same_size(name: str, a: Array, b: Array) -> tuple[Array, Array]:
     """Both arrays, the second in the first's shape."""
     if a.size != b.size:
-        raise _differently_shaped(name, a, b)
+        raise ModelError(_differently_shaped(name, a, b))
     return a, b.reshape(a.shape)
 
 
-def _differently_shaped(name: str, a: Array, b: Array) -> ModelError:
-    return ModelError(f"{quoted(name)} is {a.shape} in the original and {b.shape} in the changed model")
+def _differently_shaped(name: str, a: Array, b: Array) -> str:
+    return f"{quoted(name)} is {a.shape} in the original and {b.shape} in the changed model"
 
 
 def _plain(array: Array) -> Array:
