@@ -86,24 +86,24 @@ class Comparison:
             ("sqnr", "sqnr_db", False, budget.sqnr),
         )
         for name, field, upper, limit in limits:
-            for row in self.outputs if limit is not None else ():
+            if limit is None:
+                continue
+            for row in self.outputs:
                 value = getattr(row, field)
                 if row.exact:
                     continue
                 if value is None:
-                    found.append(f"{shown(row.value)}: {name} can't be told ({self.inputs} input(s)), wanted {limit:g}")
-                elif (value > limit) if upper else (value < limit):
-                    # All digits, where fewer make it look as if it were met.
-                    digits = f"{value:.6g}" if float(f"{value:.6g}") != limit else repr(value)
                     found.append(
-                        f"{shown(row.value)}: {name}={digits}, wanted {'at most' if upper else 'at least'} {limit:g}"
+                        f"{shown(row.value)}: {name} can't be told ({self.inputs} input(s)), wanted {_limit(limit)}"
                     )
+                elif (value > limit) if upper else (value < limit):
+                    found.append(f"{shown(row.value)}: {_missed(name, value, upper, limit)}")
         if budget.top1 is not None:
             judged = self._classes()
             if not judged:
-                found.append(f"no output has classes: top1={budget.top1:g} can't be told; leave it out")
+                found.append(f"no output has classes: top1={_limit(budget.top1)} can't be told; leave it out")
             found += [
-                f"{shown(row.value)}: top1={row.top1:.6g}, wanted at least {budget.top1:g}"
+                f"{shown(row.value)}: {_missed('top1', row.top1, False, budget.top1)}"
                 for row in judged
                 if row.top1 is not None and row.top1 < budget.top1
             ]
@@ -301,6 +301,18 @@ def _same_size(name: str, a: Array, b: Array) -> tuple[Array, Array]:
     if a.size != b.size:
         raise ModelError(_differently_shaped(name, a, b))
     return a, b.reshape(a.shape)
+
+
+def _missed(name: str, value: float, upper: bool, limit: float) -> str:
+    """A measure beside the limit that it misses, with all its digits where fewer look as if the limit were met."""
+    rounded = float(f"{value:g}")
+    digits = f"{value:g}" if (rounded > limit if upper else rounded < limit) else repr(value)
+    return f"{name}={digits}, wanted {'at most' if upper else 'at least'} {_limit(limit)}"
+
+
+def _limit(limit: float) -> str:
+    """A limit with all its digits: 1.0 is 1, and 0.9999999 is not."""
+    return f"{limit:g}" if float(f"{limit:g}") == limit else repr(limit)
 
 
 def _differently_shaped(name: str, a: Array, b: Array) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tilewright.tuner.model.graph import fused_nodes, make_fused, plugin_inputs
 from tilewright.tuner.model.verify import compare as verify
 from tilewright.tuner.model.verify.compare import Comparison, Reference, compare, logits_of
 from tilewright.tuner.model.verify.error_budget import Budget
+from tilewright.tuner.model.verify.error_sums import OutputError
 from tilewright.tuning_db.errors import ModelError
 
 Array = np.ndarray[Any, Any]
@@ -266,6 +268,24 @@ def test_a_breach_by_a_hair_is_told_with_all_digits() -> None:
     made = {id(models[0]): [{"y": row}], id(models[1]): [{"y": row * (1 + normal(1, 1, 5) * 1e-5)}]}
     (line,) = compare(*models, feeds(1), run=stub(made, [])).breaches(Budget(cosine=1.0))
     assert line.startswith("y: cosine=0.99999")
+
+
+@pytest.mark.parametrize(
+    ("measures", "budget", "line"),
+    [
+        ({"cosine": 0.99999985}, Budget(cosine=0.9999999), "cosine=0.99999985, wanted at least 0.9999999"),
+        ({"relative": 0.01000000012}, Budget(max=0.0100000001), "max=0.01000000012, wanted at most 0.0100000001"),
+        ({"top1": 0.99999994}, Budget(top1=1.0), "top1=0.99999994, wanted at least 1"),
+        ({"cosine": 0.5}, Budget(cosine=0.99), "cosine=0.5, wanted at least 0.99"),
+        ({"relative": 0.123456789}, Budget(max=0.01), "max=0.123457, wanted at most 0.01"),
+        ({"cosine": None}, Budget(cosine=0.9999999), "cosine can't be told (4 input(s)), wanted 0.9999999"),
+    ],
+)
+def test_a_missed_limit_never_looks_as_if_it_were_met(
+    measures: dict[str, float | None], budget: Budget, line: str
+) -> None:
+    row = OutputError("y", "y", False, False, 0.0, 0.0, 0.0, 1.0, 40.0, 1.0, 0, 0)
+    assert Comparison(4, (replace(row, **measures),), ()).breaches(budget) == (f"y: {line}",)
 
 
 def test_agreement_is_asked_of_logits_where_there_are_some() -> None:
