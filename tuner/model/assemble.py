@@ -41,6 +41,7 @@ class Findings:
     before: Estimate
     after: Estimate
     written: Sequence[Path]  # files of the output folder, the report's own left out
+    warnings: Sequence[str]
 
 
 def assemble(findings: Findings, folder: Path) -> parts.ModelReport:
@@ -61,6 +62,7 @@ def assemble(findings: Findings, folder: Path) -> parts.ModelReport:
             before, after, roofs(request.device, before, after), pairing(original, lowered.model)
         ),
         artefacts=tuple(_artefact(path, folder) for path in dict.fromkeys(findings.written)),
+        warnings=tuple(findings.warnings),
     )
 
 

@@ -52,6 +52,7 @@ class Planned:
     workloads: ModelWorkloads
     fusion: FusionReport
     data: Samples
+    defaults: list[str]  # inputs of the file that become constants
 
     def lines(self) -> list[str]:
         """For people."""
@@ -61,6 +62,7 @@ class Planned:
         return [
             f"{nodes[0]} nodes become {nodes[1]}, of which {len(found.layers)} are fused, "
             f"with {found.coverage:.1%} of the model's operations",
+            *([_default_line(request, self.defaults)] if self.defaults else []),
             *(f"not fused: {shown(left.operator)} {quoted(left.node)}: {left.reason}" for left in found.unsupported),
             f"precision: {request.precision}{budget}, on {len(self.data)} inputs ({self.data.origin})",
             f"to tune for {request.device.board}: {len(found.distinct())} distinct workloads",
@@ -117,6 +119,7 @@ class _Way:
     evaluation: Samples
     reference: Judge  # on the inputs for evaluation
     fused_errors: Comparison
+    warnings: tuple[str, ...]  # until here
     key: str  # of what a run goes on from
 
 
@@ -133,7 +136,7 @@ def plan(request: Request, tell: Callable[[str], None] = _nothing) -> Planned:
     prepared = prepare(request, tell)
     data = load_data(request.calibration, prepared.original, count=request.samples)
     data.split(EVALUATION)
-    return Planned(request, prepared.workloads, prepared.fusion, data)
+    return Planned(request, prepared.workloads, prepared.fusion, data, prepared.defaults)
 
 
 def optimise(
@@ -156,13 +159,16 @@ def optimise(
     assert request.output is not None
     prepared = prepare(request, tell)
     data = load_data(request.calibration, prepared.original, count=request.samples)
+    warnings: list[str] = []  # for the reports
+
+    def warned(line: str) -> None:
+        warnings.append(line)
+        warn(line)
+
     if data.warning is not None:
-        warn(data.warning)
+        warned(data.warning)
     if prepared.defaults:
-        warn(
-            f"{listed(prepared.defaults)}: input with a value in {request.model}, which becomes a constant: the models "
-            "written don't take it"
-        )
+        warned(_default_line(request, prepared.defaults))
     calibration, evaluation = data.split(EVALUATION)
     names = [*request.files, *request.engine_files]
     check_output(request.output, names, request.model)
@@ -172,12 +178,12 @@ def optimise(
         fused_errors = check_fusing(request, prepared, reference)
         apart = [row.output for row in fused_errors.outputs if (row.relative or 0.0) > READING_ERROR and not row.logits]
         if apart:
-            warn(
-                f"{listed(apart)}: differs by more than {READING_ERROR:.0%} when {request.model} is computed in "
+            warned(
+                f"{listed(apart)}: differs by more than {READING_ERROR:.0%} when {request.model.name} is computed in "
                 "another order: the model amplifies rounding, and lower precision more so"
             )
         key = resume_key(request, prepared.source, data)
-        way = _Way(request, prepared, calibration, evaluation, reference, fused_errors, key)
+        way = _Way(request, prepared, calibration, evaluation, reference, fused_errors, tuple(warnings), key)
         with output_folder(request.output, names, request.model) as folder:
             return _optimised(way, folder, _Listener(tell, warn, progress))
 
@@ -206,6 +212,9 @@ def _optimised(way: _Way, output: OutputFolder, listener: _Listener) -> Made:
     else:
         final = fused
         errors[0] = _error_part(request, fused.name, origin, way.fused_errors)
+    comparison = errors[-1].comparison
+    spoiled = _spoiled(comparison)
+    warnings = _error_warnings(request, final.name, comparison)
     before = estimate(prepared.original, request.device)
     after = estimate(lowered.model, request.device, _times(lowered.model, results))
     # Until here a folder holds what a run before has left, and all of it.
@@ -214,24 +223,14 @@ def _optimised(way: _Way, output: OutputFolder, listener: _Listener) -> Made:
     if final != fused:
         written += write_model(lowered.model, final)
     written += _engine(request, final, listener.tell)
-    report = assemble(Findings(request, prepared, lowered, results, errors, before, after, written), folder)
+    said = (*way.warnings, *warnings)
+    report = assemble(Findings(request, prepared, lowered, results, errors, before, after, written, said), folder)
     parts.write_report(report, folder / "report.json")
     write_page(report, folder / "report.html")
     write_readme(report, folder / "README.md")
     output.keep([*written, *(folder / name for name in request.files)], request.model)
-    comparison = errors[-1].comparison
-    spoiled = _spoiled(comparison)
-    if spoiled:
-        ranges = {"fp32": "", "bf16": ": --precision fp32 has the digits"}
-        kind = ranges.get(request.precision, ": --precision bf16 or fp32 has the range")
-        listener.warn(f"{listed(spoiled)} of {final.name} has NaN or infinities that the original has not{kind}")
-    elif request.budget is None:
-        far = [row.output for row in comparison.outputs if not row.logits and (row.relative or 0.0) > LARGE_ERROR]
-        if far:
-            listener.warn(
-                f"{listed(far)} of {final.name} is off by more than {LARGE_ERROR:.0%} of its largest value: "
-                f"--max-error bounds that"
-            )
+    for line in warnings:
+        listener.warn(line)
     return Made(report, not (errors[-1].breaches or spoiled), tuple(closing_lines(report, folder)))
 
 
@@ -239,6 +238,29 @@ def _error_part(request: Request, name: str, origin: str, comparison: Comparison
     budget = request.budget
     breaches = () if budget is None else comparison.breaches(budget)
     return parts.ErrorPart(name, origin, None if budget is None else str(budget), breaches, comparison)
+
+
+def _default_line(request: Request, names: list[str]) -> str:
+    """What is said of inputs that have a value in the file."""
+    return (
+        f"{listed(names)}: input with a value in {request.model.name}, which becomes a constant: the models written "
+        "don't take it"
+    )
+
+
+def _error_warnings(request: Request, name: str, comparison: Comparison) -> list[str]:
+    """What must not be missed of a model's errors: NaN and infinities, and what is large where no budget bounds it."""
+    spoiled = _spoiled(comparison)
+    if spoiled:
+        ranges = {"fp32": "", "bf16": ": --precision fp32 has the digits"}
+        kind = ranges.get(request.precision, ": --precision bf16 or fp32 has the range")
+        return [f"{listed(spoiled)} of {name} has NaN or infinities that the original has not{kind}"]
+    far = [row.output for row in comparison.outputs if not row.logits and (row.relative or 0.0) > LARGE_ERROR]
+    if request.budget is not None or not far:
+        return []
+    return [
+        f"{listed(far)} of {name} is off by more than {LARGE_ERROR:.0%} of its largest value: --max-error bounds that"
+    ]
 
 
 def _spoiled(comparison: Comparison) -> list[str]:

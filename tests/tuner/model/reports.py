@@ -134,6 +134,7 @@ def sample(prefix: str = "", *, plain: bool = False) -> ModelReport:
         memory=MemoryPart(memory_of(before), memory_of(after)),
         estimate=EstimatePart(*estimates, roofs(DEVICE, *estimates), pairs),
         artefacts=(),
+        warnings=(),
     )
     if plain:
         return report

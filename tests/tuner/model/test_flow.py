@@ -185,6 +185,7 @@ def test_a_model_that_amplifies_rounding_is_warned_of(tmp_path, monkeypatch):
     made, listener = run(request(model, tmp_path / "build", precision="fp32"))
     assert made.met
     assert any(line.startswith("'y': differs by more than 1%") for line in listener.warnings)
+    assert json.loads(made.document)["warnings"] == listener.warnings
 
 
 @pytest.mark.parametrize("version", [3, 10])
@@ -194,10 +195,15 @@ def test_an_input_with_a_default_becomes_a_constant_and_is_warned_of(tmp_path, v
     tensors = [tensor("w", normal(0, 3, 32)), tensor("s", np.ones(1, np.float32))]
     nodes = [node("MatMul", "x w", "m"), node("Mul", "m s", "y")]
     model = saved(proto(nodes, inputs=inputs, tensors=tensors, ir_version=version), tmp_path / "m.onnx")
-    _, listener = run(request(model, tmp_path / "build", precision="fp32"))
+    made, listener = run(request(model, tmp_path / "build", precision="fp32"))
     said = [line for line in listener.warnings if "becomes a constant" in line]
     assert len(said) == (version >= 4)
-    assert all(line.startswith(f"'w', 's': input with a value in {model}, ") for line in said)
+    assert all(line.startswith("'w', 's': input with a value in m.onnx, which becomes a constant") for line in said)
+    assert json.loads(made.document)["warnings"] == listener.warnings
+    for name in ("README.md", "report.html"):
+        assert ("becomes a constant" in (tmp_path / "build" / name).read_text()) == (version >= 4)
+    planned = plan(request(model, None, precision="fp32")).lines()
+    assert [line for line in planned if "becomes a constant" in line] == said
     session = onnxruntime.InferenceSession(tmp_path / "build" / "model.fused.onnx", providers=["CPUExecutionProvider"])
     assert [each.name for each in session.get_inputs()] == ["x"]
 
@@ -244,7 +250,8 @@ def test_a_large_error_without_a_budget_is_warned_of(tmp_path):
     assert not listener.warnings
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flow, "LARGE_ERROR", 1e-6)
-        _, listener = run(asked)
+        made, listener = run(asked)
+    assert json.loads(made.document)["warnings"] == listener.warnings
     assert "is off by more than 0% of its largest value: --max-error bounds that" in listener.warnings[-1]
 
 

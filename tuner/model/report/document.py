@@ -19,7 +19,7 @@ from tilewright.tuner.model.report.memory import Memory
 from tilewright.tuner.model.verify.compare import Comparison
 from tilewright.tuning_db.atomic import whole_file
 
-VERSION = 2
+VERSION = 3
 """Of the document: the names, types and meanings of its fields."""
 
 
@@ -238,6 +238,7 @@ class ModelReport:
     memory: MemoryPart
     estimate: EstimatePart
     artefacts: tuple[Artefact, ...]
+    warnings: tuple[str, ...]  # what must not be missed, a line each
 
 
 def to_json(report: ModelReport) -> str:

@@ -91,6 +91,7 @@ def _head(report: ModelReport) -> str:
         f"<h1>{esc(model.name)}</h1>"
         f'<p class="lead">for {esc(device.name)} ({esc(device.key)}, {esc(device.arch)}), {esc(there)}. '
         f"Opset {model.opset}, {model.nodes} nodes; input {esc(inputs)}. Tilewright {esc(report.tilewright)}.</p>"
+        + "".join(f'<p class="note-box failed">{esc(line)}</p>' for line in report.warnings)
     )
 
 

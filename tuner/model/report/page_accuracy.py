@@ -105,5 +105,7 @@ def errors_section(errors: Sequence[ErrorPart]) -> str:
 
 
 def _bad(original: int, changed: int) -> Cell:
-    count = original + changed
-    return Cell(f'<span class="bad">{original} / {changed}</span>' if count else "0", "n")
+    """How many the original has, rightly as masked logits do, and how many there are that it has not."""
+    if changed:
+        return Cell(f'<span class="bad">{original} / {changed}</span>', "n")
+    return number(f"{original} / 0" if original else "0")

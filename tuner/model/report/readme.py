@@ -23,6 +23,7 @@ def readme(report: ModelReport) -> str:
     engines = [each for each in report.artefacts if each.kind == "engine"]
     lines = [f"# {_code(report.model.name)}, for {_code(report.device.name)}", ""]
     lines += [f"Made by Tilewright {report.tilewright} from a file with the SHA-256 `{report.model.sha256}`.", ""]
+    lines += [line for warning in report.warnings for line in (f"Warning: {_code(warning)}", "")]
     if models:
         lines += ["In ONNX Runtime:", "", *_block(onnxruntime_lines(models[-1].file)), ""]
     if engines:
@@ -89,7 +90,7 @@ def _tensors(tensors: Sequence[TensorPart]) -> list[str]:
 
 
 def _code(name: str) -> str:
-    """A name as Markdown's code, in a table or out of it."""
+    """A name, or a line with names in it, as Markdown's code, in a table or out of it."""
     text = json.dumps(name)[1:-1].replace("|", "\\u007c")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     blank = " " if text.startswith("`") or text.endswith("`") else ""

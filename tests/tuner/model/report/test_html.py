@@ -133,6 +133,12 @@ def test_a_device_that_isn_t_there_is_named_as_such() -> None:
     assert "not at hand" not in render(there)
 
 
+def test_warnings_stand_at_the_head() -> None:
+    page = render(replace(sample(), warnings=("'<b>' is off",)))
+    assert page.index('<p class="note-box failed">') < page.index("<h2>")
+    assert "&#x27;&lt;b&gt;&#x27; is off" in page
+
+
 def test_values_of_unknown_size_are_told() -> None:
     report = sample()
     after = replace(report.memory.after, unknown_values=3)

@@ -42,6 +42,13 @@ def test_numbers_that_are_none_are_red_and_the_unknown_is_a_dash() -> None:
     assert Page(markup).rows[1] == ["y", "", "–", "–", "0", "–", "–", "–", "3 / 4"]
 
 
+def test_infinities_that_the_original_has_are_not_red() -> None:
+    row = OutputError("y", "y", False, True, 0.0, 0.0, 0.0, 1.0, None, None, 3, 0)
+    part = replace(sample().errors[0], comparison=Comparison(1, (row,), ()))
+    assert 'class="bad"' not in errors_section([part])
+    assert Page(errors_section([part])).rows[1][-1] == "3 / 0"
+
+
 def test_random_data_is_warned_of() -> None:
     random, given = sample().errors
     assert "Random inputs: real ones may give other errors" in errors_section([random])

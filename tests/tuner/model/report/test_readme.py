@@ -62,6 +62,12 @@ def test_times_are_called_what_they_are() -> None:
     assert "never ran" not in readme(report)
 
 
+def test_warnings_are_told_and_their_names_stay_code() -> None:
+    assert "Warning" not in readme(sample())
+    text = readme(replace(sample(), warnings=("'a`\n# b': input with a value",)))
+    assert "\nWarning: ``'a`\\n# b': input with a value``\n" in text
+
+
 @pytest.mark.parametrize(
     "name",
     ["a|b", "`", "``", "a```\n# Heading", "<img src=x onerror=alert(1)>", "](http://x)", "\u202eabc", "\x00", "\ud800"],
