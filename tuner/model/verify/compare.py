@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -235,8 +236,10 @@ class Reference:
                 for values in self._run(self._model, self._feeds, names):
                     for name in names:
                         np.save(kept, _plain(values[name]), allow_pickle=False)
+                kept.flush()  # the last bytes may have no room either
             except OSError as error:
-                kept.close()
+                with suppress(OSError):  # closing writes what waits, once more
+                    kept.close()
                 raise RunError(
                     f"{tempfile.gettempdir()}: {error.strerror or error}: make room, or name another folder in TMPDIR"
                 ) from None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -21,7 +24,7 @@ from tilewright.tuner.model.verify import compare as verify
 from tilewright.tuner.model.verify.compare import Comparison, Reference, compare, logits_of
 from tilewright.tuner.model.verify.error_budget import Budget
 from tilewright.tuner.model.verify.error_sums import OutputError
-from tilewright.tuning_db.errors import ModelError
+from tilewright.tuning_db.errors import ModelError, RunError
 
 Array = np.ndarray[Any, Any]
 BAR = 1e-5
@@ -149,6 +152,47 @@ def stub(values: Mapping[int, Sequence[Mapping[str, Array]]], calls: list[tuple[
             yield {name: each[name] for name in outputs}
 
     return run
+
+
+class FullDisk(io.RawIOBase):
+    """A file that has room for some bytes, and loses none of them."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.taken = room, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        return place
+
+    def write(self, content: Any) -> int:
+        self.taken += len(content)
+        if self.taken > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return len(content)
+
+
+@pytest.mark.parametrize("room", [0, 200], ids=["from the start", "at the last bytes, which wait in a buffer"])
+def test_a_full_folder_for_temporary_files_is_named(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = plain()
+    monkeypatch.setattr(verify, "KEPT_BYTES", 1)
+    monkeypatch.setattr(verify.tempfile, "TemporaryFile", lambda **_: io.BufferedRandom(FullDisk(room)))
+    monkeypatch.setattr(verify.tempfile, "tempdir", "/scratch")
+    values = {id(original): [{"a2": normal(index, 1, 10), "r2": normal(index, 1, 10)} for index in range(2)]}
+    with (
+        Reference(original, feeds(2), run=stub(values, [])) as reference,
+        pytest.raises(
+            RunError, match=r"^/scratch: No space left on device: make room, or name another folder in TMPDIR$"
+        ),
+    ):
+        list(reference._originals())
 
 
 def test_the_original_runs_once_for_many_changed_models() -> None:
