@@ -255,6 +255,29 @@ def test_a_large_error_without_a_budget_is_warned_of(tmp_path):
     assert "is off by more than 0% of its largest value: --max-error bounds that" in listener.warnings[-1]
 
 
+def test_a_run_that_fails_while_it_writes_leaves_no_report_of_other_models(tmp_path, monkeypatch):
+    model = product(tmp_path, node("Relu", "m", "y"), outputs={"y": 1})
+    run(request(model, tmp_path / "build", precision="fp32"))
+
+    def full(*_: object) -> None:
+        raise UsageError("the disk is full")
+
+    monkeypatch.setattr(flow, "write_model", full)
+    with pytest.raises(UsageError, match="the disk is full"):
+        run(request(model, tmp_path / "build", precision="fp32"))
+    assert {path.name for path in (tmp_path / "build").iterdir()} == {".resume", "model.fused.onnx"}
+
+
+def test_an_infinite_error_is_null_in_the_report(tmp_path, monkeypatch):
+    """Of a plan that gives NaN or infinities: JSON has neither."""
+    model = product(tmp_path, node("Relu", "m", "y"), outputs={"y": 1})
+    monkeypatch.setattr(precision, "error_of", lambda _: np.inf)
+    made, _ = run(request(model, tmp_path / "build", precision="fp16", max_error="0.1"))
+    points = json.loads(made.document)["precision"]["pareto"]
+    assert points
+    assert all(point["error"] is None for point in points)
+
+
 def test_masked_logits_are_inside_a_budget(tmp_path):
     """-∞ where the original has it; the report says so in JSON."""
     mask = np.where(np.arange(32) == 3, -np.inf, 0).astype(np.float32)

@@ -144,6 +144,14 @@ def test_two_parts_of_more_are_no_halves(sizes):
         assert "not into halves" in next(miss.reason for miss in report.misses if miss.pattern == "gemm + gate")
 
 
+def test_halves_of_the_rows_are_no_halves():
+    nodes = [make("MatMul", ["x", "both"], ["p"]), make("Split", ["p"], ["g", "u"], axis=0, num_outputs=2)]
+    nodes += [make("Sigmoid", ["g"], ["s"]), make("Mul", ["g", "s"], ["a"]), make("Mul", ["a", "u"], ["y"])]
+    report, found, _ = fused(nodes, X, {"both": np.concatenate([W, V], 1)})
+    assert plugin_settings(found[0])["gated"] != "halves"
+    assert "not into halves" in next(miss.reason for miss in report.misses if miss.pattern == "gemm + gate")
+
+
 def test_products_of_different_inputs_are_no_gate():
     nodes = [product("g"), product("u", "v", "z"), make("Sigmoid", ["g"], ["s"]), make("Mul", ["s", "u"], ["y"])]
     report, found, _ = fused(nodes, {**X, "z": (6, 16)}, {"w": W, "v": V})

@@ -88,6 +88,10 @@ def a_floor_that_is_scaled_after(g: Graph) -> str:
     return attend(g, g("Mul", g("Max", g("Mul", scores(g), g.array(1e5)), g.array(-1e4)), g.array(1e-5)))
 
 
+def a_floor_that_becomes_a_ceiling(g: Graph) -> str:
+    return attend(g, g("Mul", g("Max", scores(g), g.array(1e4)), g.array(-1.0)))
+
+
 def a_floor_of_what_rows_are_divided_by(g: Graph) -> str:
     return attend(g, g("Div", g("Max", scores(g), g.array(-1e4)), g.input("by", S, 1)))
 
@@ -96,6 +100,7 @@ LEFT = {
     less_the_largest_of_each_key: "are used more than once",
     less_the_largest_of_another_query: "are used more than once",
     a_floor_that_is_scaled_after: "its scores come by way of Max",
+    a_floor_that_becomes_a_ceiling: "its scores come by way of Max",
     a_floor_of_what_rows_are_divided_by: "its scores come by way of Max",
     softmax_of_another_axis: "its softmax is along axis 2 of",
     over_queries: "are not summed over keys",
