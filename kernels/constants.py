@@ -44,6 +44,7 @@ def checked_constant(name: str, value: Any) -> float:
         UsageError: it is none, or outside the limits.
     """
     limits = LIMITS[name.upper()]
-    if not isinstance(value, Real) or not limits.least <= as_float(value) <= limits.most:
+    # True is a number to Python, and 1 was hardly meant.
+    if isinstance(value, bool) or not isinstance(value, Real) or not limits.least <= as_float(value) <= limits.most:
         raise UsageError(f"{name.lower()}={value!r} must be {limits.wanted}")
     return as_float(value)

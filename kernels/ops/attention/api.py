@@ -8,7 +8,7 @@ from typing import Any
 
 from tilewright.kernels.arrays import ArrayKind, View
 from tilewright.kernels.call import LARGEST, SMALLEST, Operation, Prepared, as_float, flag
-from tilewright.kernels.constants import LIMITS, checked_constant
+from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.operands import SCALARS, Options, dense_strides, problem_of, strides_of
@@ -136,8 +136,6 @@ def _size(name: str, value: Any, *, least: int = 1) -> int | None:
 
 
 def _constant(name: str, value: Any) -> float | None:
-    if isinstance(value, bool):  # a number to Python, and 1 was hardly meant
-        raise UsageError(f"{name}={value} must be {LIMITS[name.upper()].wanted}")
     return None if value is None else checked_constant(name, value)
 
 

@@ -69,11 +69,23 @@ def rmsnorm(
     if config is not None and not isinstance(config, RmsNormConfig):
         raise UsageError(f"config must be a RmsNormConfig, not {config!r}")
     scaled_rows = isinstance(out_scale, str) and out_scale == "row"
-    options = (eps, weight_offset, out_dtype, scaled_rows, flag("return_residual", return_residual), config)
+    options = (
+        _constant("eps", eps),
+        _constant("weight_offset", weight_offset),
+        out_dtype,
+        scaled_rows,
+        flag("return_residual", return_residual),
+        config,
+    )
     arrays = (x, residual, weight, None if scaled_rows else out_scale)
     results = _RMSNORM.run(arrays, (out, residual_out, row_scale), options)
     there = tuple(result for result in results if result is not None)
     return there if len(there) > 1 else there[0]
+
+
+def _constant(name: str, value: Any) -> float:
+    """A number of the caller's. What is no float is looked at at every call: True is the key of a call with 1."""
+    return value if value.__class__ is float else checked_constant(name, value)
 
 
 def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -240,7 +241,7 @@ X, W = np.ones((4, 8), np.float16), np.ones(8, np.float16)
         (UsageError, "eps=1e+39 must be a finite number of at least 0, of fp32", {"eps": 1e39}),
         (UsageError, "eps=nan must be a finite number", {"eps": math.nan}),
         (UsageError, "eps='small' must be a finite number", {"eps": "small"}),
-        (UsageError, "eps=[1e-06] can't be a list", {"eps": [1e-6]}),
+        (UsageError, "eps=[1e-06] must be a finite number", {"eps": [1e-6]}),
         (UsageError, "weight_offset=inf must be a finite number", {"weight_offset": math.inf}),
         (UsageError, "config must be a RmsNormConfig, not {}", {"config": {}}),
         (IllegalConfigError, "BLOCK_N=24 must be a power of two", {"config": RmsNormConfig(1, 24)}),
@@ -267,6 +268,15 @@ def test_misuse_is_one_line_with_the_values(error, message, call):
     assert type(raised.value) is error
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["eps", "weight_offset"])
+@pytest.mark.parametrize("value", [True, np.True_, 1 + 0j], ids=repr)
+def test_what_equals_the_number_of_a_call_before_is_refused_as_well(name, value):
+    constants = {"eps": 1.0, "weight_offset": 1.0}
+    rmsnorm(X, W, **constants)
+    with pytest.raises(UsageError, match=rf"^{name}={re.escape(repr(value))} must be a finite number"):
+        rmsnorm(X, W, **constants | {name: value})
 
 
 def test_a_refused_call_leaves_nothing_behind():
