@@ -134,12 +134,11 @@ def _known_before(node: ir.Node, prepared: Prepared) -> dict[str, str]:
     waiting, seen = [*node.inputs], set[ir.Value]()
     while waiting:
         value = waiting.pop()
-        if value is None or value in seen or value.producer() is None:
+        if value is None or value in seen or (producer := value.producer()) is None:
             continue
         seen.add(value)
         if value.name in known:
             found[str(value.name)] = str(value.name)
         else:
-            producer = value.producer()
-            waiting += producer.inputs if producer is not None else ()
+            waiting += producer.inputs
     return found

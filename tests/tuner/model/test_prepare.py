@@ -9,7 +9,8 @@ import pytest
 from tests.tuner.model.networks import written
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model.flow import optimise
-from tilewright.tuner.model.prepare import prepare
+from tilewright.tuner.model.graph import fused_nodes
+from tilewright.tuner.model.prepare import _known_before, prepare
 from tilewright.tuner.model.request import Request
 from tilewright.tuning_db.errors import ModelError
 
@@ -20,6 +21,15 @@ def test_results_of_fused_nodes_keep_their_names(tmp_path):
     prepared = prepare(Request.parse(model, None, resolve_device("sm_86")), lines.append)
     assert prepared.shared_names == {name: name for name in ("r1", "r2", "r3", "logits")}
     assert [line.split()[0] for line in lines] == ["read", "fused:"]
+
+
+def test_values_before_a_fused_node_are_the_nearest_that_the_original_has(tmp_path):
+    model, _ = written(tmp_path)
+    prepared = prepare(Request.parse(model, None, resolve_device("sm_86")), lambda _: None)
+    nodes = {node.name: node for node in fused_nodes(prepared.fused)}
+    assert [list(_known_before(nodes[name], prepared)) for name in ("stem", "block", "hidden")] == [[], ["r1"], ["f"]]
+    nodes["hidden"].inputs[0].name = "of the fused model alone"
+    assert _known_before(nodes["hidden"], prepared) == {"p": "p"}
 
 
 def test_what_reading_changed_is_no_result(tmp_path):
