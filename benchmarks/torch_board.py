@@ -63,6 +63,9 @@ ENERGY_S = 1.0
 SETTLE_S = 0.3
 """Of the loop before it counts: the power limit acts some tens of milliseconds late."""
 
+RECOMPILE_LIMIT = 64
+"""Of one function's variants under torch.compile: the epilogues of all cases need 15, and torch's own limit is 8."""
+
 PATIENCE_S = 0.5
 """For the energy counter to move: one that stands still is none."""
 
@@ -119,6 +122,7 @@ class TorchBoard:
 
         if not torch.cuda.is_available():
             raise UsageError(f"torch {torch.__version__} sees no GPU: install a build for CUDA")
+        never_eager(torch)
         os.environ[env.DB_DIR] = str(db)
         forget_plans()
         self.torch = torch
@@ -309,6 +313,17 @@ class TorchBoard:
                 handle = pynvml.nvmlDeviceGetHandleByPciBusId(self.gpu.address.encode())
                 return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
         return None
+
+
+def never_eager(torch: Any) -> None:
+    """Makes what torch compiled run compiled, or fail.
+
+    All epilogues are closures of one code object, whose variants torch counts together. Beyond the limit it runs the
+    function as it stands, operator by operator, and says so in its log alone: figures of "compiled elementwise" would
+    be of something else.
+    """
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
 def compile_ahead(compiler: Compiler, device: Device, chosen: Sequence[Case], db: Path, seconds: float) -> int:

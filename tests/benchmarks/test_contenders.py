@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks import contenders
 from benchmarks.cases import Case, cases, computes_all, smaller
 from benchmarks.contenders import arrays_of, libraries
+from benchmarks.torch_board import never_eager
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.registry import find_kernel
@@ -57,3 +61,29 @@ def test_every_way_is_right(torch: Any, case: Case) -> None:
         assert np.abs(found - wanted).max() <= near, contender.name
         ran += 1
     assert ran
+
+
+def test_every_epilogue_of_a_run_is_compiled(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole cases in their order, as in a run, without memory and without code: Dynamo decides all the same."""
+    compiled = contenders._compiled.__wrapped__  # other tests' have been left as they are, and are kept
+
+    @functools.cache
+    def without_code(torch: Any, activation: str, gated: bool) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+            return compiled(torch, activation, gated)
+
+    monkeypatch.setattr(contenders, "_compiled", without_code)
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    # Both are put back at the end, whatever they were set to.
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False), torch.no_grad():
+        never_eager(torch)
+        for case in cases():
+            arrays = arrays_of(torch, case, "meta")
+            for contender in libraries(torch, case):
+                if "compiled elementwise" in contender.name:
+                    contender.call(arrays)
+    torch._dynamo.reset()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before > 8, "torch's own limit would have done"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +34,7 @@ from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.lookup import Choice
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.registry import find_kernel
+from tilewright.tuning_db import env
 
 ROW = {"family", "name", "op", "problem", "flops", "bytes", "ratio", "against", "contenders"}
 TIMED = set(Timed._fields) | {"role"}
@@ -337,6 +340,21 @@ def test_defaults_and_what_is_on_record_are_compiled_ahead(tmp_path: Path, monke
         (BARE.problem, recorded),
         (FUSED.problem, default(FUSED.problem, board)),
     ]
+
+
+def test_what_torch_compiles_on_a_board_never_runs_eagerly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(env.DB_DIR, "before")  # the board names a folder of its own
+    monkeypatch.setattr(torch_board, "TorchGpu", lambda ordinal, torch: None)
+    config = SimpleNamespace(recompile_limit=8, fail_on_recompile_limit_hit=False)
+    cuda = SimpleNamespace(is_available=lambda: True, set_device=lambda ordinal: None)
+    cudnn = SimpleNamespace(benchmark=False)
+    torch = SimpleNamespace(
+        _dynamo=SimpleNamespace(config=config), cuda=cuda, backends=SimpleNamespace(cudnn=cudnn), __version__="2"
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    torch_board.TorchBoard(0, tmp_path)
+    assert config.recompile_limit > 15  # variants of the epilogues of all cases, which share one limit
+    assert config.fail_on_recompile_limit_hit
 
 
 def simulated_loop(watt: float | None, tick_s: float = 0.1, step_s: float = 0.003) -> Loop:
