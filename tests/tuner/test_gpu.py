@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tilewright.kernels.devices import resolve_device
-from tilewright.kernels.runtime import InterpretedPlan
+from tilewright.kernels.runtime import InterpretedPlan, Plan, Run
 from tilewright.tuner import gpu as module
 from tilewright.tuner.gpu import Gpu, flush_launch
 from tilewright.tuner.timing import flush_bytes, replay_launches
@@ -32,6 +32,7 @@ class Stand:
         self.queue: list[str] = []
         self.captured: list[str] | None = None
         self.us = 0.0
+        self.runtime = Runtime()
         stand = self
 
         class Event:
@@ -91,32 +92,59 @@ class Stand:
             self.us += KERNEL_US
 
 
+class Runtime:
+    """`cupy_backends.cuda.api.runtime`, as far as `Gpu` uses it; keeps what is moved. Kinds are of cudaMemcpyKind."""
+
+    CUDARuntimeError = RuntimeError
+    memcpyHostToDevice, memcpyDeviceToHost, memcpyDeviceToDevice = 1, 2, 3  # noqa: N815 - CUDA's names
+
+    def __init__(self) -> None:
+        self.transfers: list[tuple[int, ...]] = []
+
+    def deviceGetPCIBusId(self, ordinal: int) -> str:  # noqa: N802
+        return f"0000:0{ordinal}:00.0"
+
+    def memcpyAsync(self, *arguments: int) -> None:  # noqa: N802
+        self.transfers.append(arguments)
+
+    def memsetAsync(self, *arguments: int) -> None:  # noqa: N802
+        pass
+
+    def deviceSynchronize(self) -> None:  # noqa: N802
+        pass
+
+
 @pytest.fixture
 def stand(monkeypatch: pytest.MonkeyPatch) -> Stand:
-    pytest.importorskip("cupy_backends", reason="CuPy is not installed")
     stand = Stand()
+    api = SimpleNamespace(driver=SimpleNamespace(CUDADriverError=RuntimeError), runtime=stand.runtime)
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.api", api)
     monkeypatch.setattr(module, "require_cupy", lambda: stand)
     monkeypatch.setattr(module, "resolve_device", lambda name: resolve_device("h200"))
     return stand
 
 
-class Plan:
-    """Notes that it ran."""
+class Flush(Plan):
+    """The plan of the launch that reads all of L2: notes that it ran."""
 
     def __init__(self, stand: Stand) -> None:
         self.stand = stand
 
-    def run(self, pointers: Any, strides: Any, stream: int) -> None:
-        assert stream == 5
-        self.stand.put("flush")
-        self.stand.us += 60.0
+    def bind(self, names: Sequence[str], strides: Mapping[str, int]) -> Run:
+        assert (tuple(names), strides) == (("buffer_ptr", "out_ptr"), {})
+
+        def run(pointers: Sequence[Any], stream: int) -> None:
+            assert (list(pointers), stream) == ([0x1000, 0x1000], 5)
+            self.stand.put("flush")
+            self.stand.us += 60.0
+
+        return run
 
 
 @pytest.fixture
 def gpu(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     gpu = Gpu(0)
-    monkeypatch.setattr(gpu, "load", lambda launches: Plan(stand))
-    monkeypatch.setattr(gpu, "fill", lambda memory, byte, nbytes: None)
+    monkeypatch.setattr(gpu, "load", lambda launches: Flush(stand))
     return gpu
 
 
@@ -178,30 +206,26 @@ def test_a_gpu_is_alive_until_the_driver_repeats_an_error(
     assert gpu.alive() is not dead
 
 
-def test_transfers_call_functions_that_cupy_has(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cupy_backends.cuda.api import runtime
-
-    calls: list[tuple[Any, ...]] = []
-
-    def noting(name: str) -> Callable[..., None]:
-        assert callable(getattr(runtime, name))
-        return lambda *arguments: calls.append((name, *arguments))
-
-    kinds = {
-        name: getattr(runtime, name) for name in ("memcpyHostToDevice", "memcpyDeviceToHost", "memcpyDeviceToDevice")
-    }
-    assert list(kinds.values()) == [1, 2, 3]  # cudaMemcpyKind
-    monkeypatch.setattr(gpu, "_runtime", SimpleNamespace(memcpyAsync=noting("memcpyAsync"), **kinds))
+def test_transfers_are_queued_on_the_stream_each_of_its_kind(gpu: Gpu, stand: Stand) -> None:
     memory, other, host = SimpleNamespace(ptr=16), SimpleNamespace(ptr=64), np.zeros(8, np.uint8)
     gpu.upload(memory, host)
     gpu.download(memory, host)
     gpu.copy(other, memory, 8)
-    assert calls == [
-        ("memcpyAsync", 16, host.ctypes.data, 8, 1, 5),
-        ("memcpyAsync", host.ctypes.data, 16, 8, 2, 5),
-        ("memcpyAsync", 64, 16, 8, 3, 5),
+    assert stand.runtime.transfers == [
+        (16, host.ctypes.data, 8, 1, 5),
+        (host.ctypes.data, 16, 8, 2, 5),
+        (64, 16, 8, 3, 5),
     ]
     assert gpu.argument(memory, 256, np.dtype(np.float16), 4) == 272
+
+
+def test_cupy_has_what_its_stand_in_has() -> None:
+    runtime = pytest.importorskip("cupy_backends.cuda.api.runtime", reason="CuPy is not installed")
+    for name, value in vars(Runtime).items():
+        if name.startswith("memcpy") and isinstance(value, int):
+            assert getattr(runtime, name) == value
+        elif not name.startswith("_"):
+            assert callable(getattr(runtime, name)), name
 
 
 def test_the_flush_reads_every_byte() -> None:
