@@ -154,6 +154,8 @@ def test_offsets_beyond_31_bits(cupy: Any, board: Device) -> None:
     wanted = a[chosen].astype(float) @ b.astype(float)
     loose = GEMM.tolerance(problem)["out"]._replace(absolute=GEMM.tolerance(problem)["out"].absolute * math.sqrt(16))
     found = np.stack([on_host(cupy, out[row]) for row in chosen.tolist()])
+    del out
+    cupy.get_default_memory_pool().free_all_blocks()
     assert compare(found, wanted, loose) is None
 
 
@@ -182,6 +184,8 @@ def test_operands_beyond_31_bits(cupy: Any, board: Device, far: str) -> None:
         found = on_host(cupy, gemm(cupy.asarray(a), large))
         wanted = other.astype(float) @ own.astype(float)
         terms = len(chosen)
+    del large
+    cupy.get_default_memory_pool().free_all_blocks()
     tolerance = GEMM.tolerance(GemmProblem(M=16, N=16, K=terms, dtype="fp16"))["out"]
     assert compare(found, wanted, tolerance._replace(absolute=tolerance.absolute * math.sqrt(terms))) is None
 
