@@ -1,8 +1,8 @@
 """How long every configuration of a problem takes, or a large sample of them, on the GPU at hand.
 
-    python -m benchmarks.landscape --op gemm --problem M=4096,N=4096,K=4096,dtype=bf16 --out FILE.npz
+    python -m benchmarks.landscape --op gemm --problem M=4096,N=4096,K=4096,dtype=bf16 --minutes 8 --out FILE.npz
     python -m benchmarks.landscape --preset hopper --minutes 8 --out DIR
-    python -m benchmarks.landscape --workload "bert-base up" --op conv2d --problem N=…,… --out DIR
+    python -m benchmarks.landscape --workload "bert-base up" --op conv2d --problem N=…,… --minutes 8 --out DIR
 
 Several problems, each with a file of its own, share the time: all are compiled for in parallel on all processors, and
 the GPU turns to that problem which has had least of it, for `TURN_S` at a time, for changing over costs a second or

@@ -55,8 +55,9 @@ be written:
 Energy is NVML's counter over closed loops of a second. Up to revision 5e77d54 each contender had one, ours first, from
 any moment to any other: such figures may be a tenth off, as powers above the board's limit show.
 
-To make such a run: `python -m benchmarks.gpu --trials 16 --minutes 10 --out DIR` tunes in half of the time and then
-compares. `benchmarks/results/*/records-*.jsonl.gz` has every configuration that was tried, as `autotune export` has it.
+To make such a run: `python -m benchmarks.gpu --trials 16 --minutes 8 --out DIR` tunes in half of the time, compares in
+the rest, and ends then. `benchmarks/results/*/records-*.jsonl.gz` has every configuration that was tried, as `autotune
+export` has it.
 
 ## Not measured
 

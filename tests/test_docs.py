@@ -124,6 +124,14 @@ def commands(group: click.Group, path: str = "autotune") -> dict[str, click.Comm
     return found
 
 
+def test_a_benchmark_that_measures_is_told_when_to_end() -> None:
+    """Left alone, a landscape goes on to the last of thousands of configurations."""
+    said = "\n".join([README, *DOCS.values(), *(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))])
+    found = re.findall(r"^ {4}(python -m benchmarks\.(?:landscape|gpu) .*)", said, re.MULTILINE)
+    assert len(found) > 5
+    assert [command for command in found if "--minutes" not in command] == []
+
+
 def test_every_option_is_documented() -> None:
     text = DOCS["command-line.md"]
     assert isinstance(cli, click.Group)
