@@ -40,6 +40,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A GPU test's time limit is kept by a thread, which ends the process: a signal's handler would wait for the call
+    of the driver that waits for the kernel. With several workers another one takes its place."""
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            own = item.get_closest_marker("timeout") or pytest.mark.timeout().mark
+            item.add_marker(pytest.mark.timeout(*own.args[:1], **{**own.kwargs, "method": "thread"}), append=False)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips what needs a GPU where there is none, or where this process interprets."""

@@ -71,11 +71,12 @@ def jax(board: Device) -> Any:
     return module
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """After a kernel's fault every call of the driver fails in the process: the tests to come would fail for it too.
 
     With several workers, another one takes this one's place, and the test that did it is said to have crashed its own.
+    It is the innermost wrapper, so that the test's time limit holds for the wait here as well.
     """
     result = yield
     if "cupy" in sys.modules and _lost(sys.modules["cupy"]):

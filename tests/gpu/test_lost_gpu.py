@@ -1,4 +1,5 @@
-"""What becomes of GPU tests when a kernel's fault has cost their process the GPU, rehearsed with a stand-in driver."""
+"""What becomes of GPU tests when a kernel's fault has cost their process the GPU, or a kernel never ends, rehearsed
+with a stand-in driver."""
 
 from __future__ import annotations
 
@@ -11,9 +12,12 @@ import pytest
 
 from tilewright.tuner.measure import EXIT_AFTER_FAULT
 
+ILLEGAL = "cudaErrorIllegalAddress: an illegal memory access was encountered"
 CONFTEST = """
+import ctypes
 import sys
 from types import ModuleType, SimpleNamespace
+from tests.conftest import pytest_collection_modifyitems  # noqa: F401
 from tests.gpu.conftest import pytest_runtest_protocol  # noqa: F401
 
 class CUDARuntimeError(RuntimeError):
@@ -21,7 +25,16 @@ class CUDARuntimeError(RuntimeError):
 
 cupy = ModuleType("cupy")
 cupy.faults = []
+cupy.endless = False
+def wait():
+    # For ever, and in C: a signal's handler in Python doesn't get its turn.
+    lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+    lock(mutex)
+    lock(mutex)
+cupy.wait = wait
 def synchronize():
+    if cupy.endless:
+        wait()
     if cupy.faults:
         raise CUDARuntimeError(cupy.faults[-1])
 runtime = SimpleNamespace(deviceSynchronize=synchronize, CUDARuntimeError=CUDARuntimeError)
@@ -40,11 +53,26 @@ def test_faulty():
 def test_after():
     pass
 """
+HUNG = """
+import cupy
+import pytest
+
+def test_before():
+    pass
+
+@pytest.mark.gpu
+{limit}
+def test_hung():
+    {does}
+
+def test_after():
+    pass
+"""
 
 
-def run(folder: Path, error: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, tests: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     (folder / "conftest.py").write_text(CONFTEST)
-    (folder / "test_some.py").write_text(TESTS.format(error=error))
+    (folder / "test_some.py").write_text(tests)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     environment.pop("PYTEST_XDIST_WORKER", None)
     command = [
@@ -65,14 +93,14 @@ def run(folder: Path, error: str, *arguments: str) -> subprocess.CompletedProces
 
 
 def test_alone_the_run_ends_there(tmp_path: Path) -> None:
-    done = run(tmp_path, "cudaErrorIllegalAddress: an illegal memory access was encountered", "-p", "no:xdist")
+    done = run(tmp_path, TESTS.format(error=ILLEGAL), "-p", "no:xdist")
     assert done.returncode == EXIT_AFTER_FAULT, done.stdout + done.stderr
     assert "test_faulty has cost the process its GPU" in done.stdout
     assert "2 passed" in done.stdout
 
 
 def test_of_several_workers_another_takes_over(tmp_path: Path) -> None:
-    done = run(tmp_path, "cudaErrorIllegalAddress: an illegal memory access was encountered", "-n", "1")
+    done = run(tmp_path, TESTS.format(error=ILLEGAL), "-n", "1")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "crashed while running 'test_some.py::test_faulty'" in done.stdout
     # Its own report was on its way already.
@@ -83,6 +111,31 @@ def test_of_several_workers_another_takes_over(tmp_path: Path) -> None:
     "error", ["cudaErrorNoDevice: no CUDA-capable device is detected", "cudaErrorInsufficientDriver"]
 )
 def test_where_there_is_no_gpu_nothing_is_lost(tmp_path: Path, error: str) -> None:
-    done = run(tmp_path, error, "-p", "no:xdist")
+    done = run(tmp_path, TESTS.format(error=error), "-p", "no:xdist")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("limit", "does", "arguments"),
+    [
+        ("", "cupy.wait()", ["--timeout", "2"]),
+        ("@pytest.mark.timeout(2)", "cupy.wait()", []),
+        ("@pytest.mark.timeout(2, 'signal')", "cupy.wait()", []),
+        ("@pytest.mark.timeout(2)", "cupy.endless = True", []),  # whoever looks after it waits
+    ],
+)
+def test_a_kernel_that_never_ends_costs_its_worker_alone(
+    tmp_path: Path, limit: str, does: str, arguments: list[str]
+) -> None:
+    done = run(tmp_path, HUNG.format(limit=limit, does=does), "-n", "1", *arguments)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "crashed while running 'test_some.py::test_hung'" in done.stdout
+    reported = 3 if does == "cupy.endless = True" else 2  # its own report too, as it passed
+    assert f"1 failed, {reported} passed" in done.stdout
+
+
+def test_alone_it_ends_the_run(tmp_path: Path) -> None:
+    done = run(tmp_path, HUNG.format(limit="@pytest.mark.timeout(2)", does="cupy.wait()"), "-p", "no:xdist")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "in test_hung" in done.stdout + done.stderr
