@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Generator
 
 import pytest
 
@@ -66,3 +67,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("this process interprets kernels: run `pytest -m gpu` with TRITON_INTERPRET unset")
     if item.get_closest_marker("alone") and int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
         pytest.skip("it needs the GPU for itself: run `pytest -m 'gpu and alone' -n 0`")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
+    """Says at the end where a run that was to be on a GPU ran nothing: its exit status is 0."""
+    yield
+    stats = terminalreporter.stats
+    if gpu_wanted and stats.get("skipped") and not any(stats.get(key) for key in ("passed", "failed", "error")):
+        terminalreporter.write_line("no GPU test ran: every one was skipped, for the reasons above", red=True)

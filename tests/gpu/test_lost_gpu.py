@@ -17,7 +17,7 @@ CONFTEST = """
 import ctypes
 import sys
 from types import ModuleType, SimpleNamespace
-from tests.conftest import pytest_collection_modifyitems  # noqa: F401
+from tests.conftest import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401
 from tests.gpu.conftest import pytest_runtest_protocol  # noqa: F401
 
 class CUDARuntimeError(RuntimeError):
@@ -139,3 +139,26 @@ def test_alone_it_ends_the_run(tmp_path: Path) -> None:
     done = run(tmp_path, HUNG.format(limit="@pytest.mark.timeout(2)", does="cupy.wait()"), "-p", "no:xdist")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "in test_hung" in done.stdout + done.stderr
+
+
+SKIPPED = """
+import pytest
+
+@pytest.mark.gpu
+def test_one():
+    pytest.skip("no GPU")
+
+@pytest.mark.gpu
+def test_other():
+    {does}
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "selected", "said"),
+    [("pytest.skip()", "gpu", True), ("pass", "gpu", False), ("pytest.skip()", "not slow", False)],
+)
+def test_a_gpu_run_in_which_nothing_ran_says_so(tmp_path: Path, does: str, selected: str, said: bool) -> None:
+    done = run(tmp_path, SKIPPED.format(does=does), "-p", "no:xdist", "-m", selected)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("no GPU test ran: every one was skipped" in done.stdout) is said
