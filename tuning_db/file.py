@@ -43,6 +43,9 @@ SIDECARS = ("-wal", "-shm", "-journal")
 
 _IMMUTABLE = "mode=ro&immutable=1"
 
+# What SQLite says where it can't make the side files of WAL, or make them longer: no permission, or no space.
+_NO_SIDE_FILES = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL}
+
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _NO_TEXT = "{path} holds a text that is none ({error}): `autotune db check` names the row to delete"
 _ELSEWHERE = "choose another folder with --db or $TILEWRIGHT_DB_DIR"
@@ -180,10 +183,11 @@ def open_file(path: Path, *, read_only: bool = False, immutable: bool = False, s
         if path.is_dir():
             raise DatabaseAccessError(f"{path} is a folder, where a file should be: move it, or {_ELSEWHERE}")
         if immutable:
-            connection = _connect_checked(path, _IMMUTABLE) if _has_content(path) else None
+            connection = _checked(_connect(path, _IMMUTABLE), path) if _has_content(path) else None
             return DatabaseFile(path, connection, read_only=True)
         if read_only:
-            return DatabaseFile(path, _connect_to_read(path), read_only=True)
+            connection = _checked(connect_to_read(path), path) if _has_content(path) else None
+            return DatabaseFile(path, connection, read_only=True)
         if not scratch:
             refuse_if_frozen(f"nothing is written to {path}")
         if (connection := _connect_if_ready(path)) is not None:
@@ -217,7 +221,8 @@ def explained(path: Path, *, note_damage: bool = False) -> Iterator[None]:
                 "and starts a fresh one"
             ) from error
         if code in _ACCESS:
-            raise DatabaseAccessError(f"{path} ({error}): {_ACCESS[code]}") from error
+            advice = (_others(path) if code == sqlite3.SQLITE_READONLY else "") or _ACCESS[code]
+            raise DatabaseAccessError(f"{path} ({error}): {advice}") from error
         raise DatabaseError(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
         raise DatabaseCorruptError(_NO_TEXT.format(path=path, error=error)) from error
@@ -225,6 +230,21 @@ def explained(path: Path, *, note_damage: bool = False) -> Iterator[None]:
         raise DatabaseAccessError(f"{path}: {_ACCESS[sqlite3.SQLITE_BUSY]}") from error
     except OSError as error:
         raise DatabaseAccessError(f"{path} can't be used ({error.strerror or error}): {_ELSEWHERE}") from error
+
+
+def _others(path: Path) -> str:
+    """What to do where side files keep this user from writing a file; "" where none does. They are not to be removed: a
+    WAL may hold records."""
+    found = [Path(f"{path.resolve()}{suffix}") for suffix in SIDECARS]
+    kept = [side for side in found if side.exists() and not os.access(side, os.W_OK)]
+    if not kept:
+        return ""
+    try:
+        owner = kept[0].owner()
+    except (KeyError, NotImplementedError):  # a number without a name, or a system without owners
+        owner = str(kept[0].stat().st_uid)
+    names = " and ".join(side.name for side in kept)
+    return f"{names} beside it, of user {owner}, can't be written: have that made writable, or {_ELSEWHERE}"
 
 
 def _connect(path: Path, parameters: str) -> sqlite3.Connection:
@@ -275,24 +295,32 @@ def _connect_if_ready(path: Path) -> sqlite3.Connection | None:
     return connection if ready else None
 
 
-def _connect_to_read(path: Path) -> sqlite3.Connection | None:
-    """Open for reading; None if there is no file. Takes no lock and changes nothing but SQLite's own side files."""
-    if not _has_content(path):
-        return None
+def connect_to_read(path: Path) -> sqlite3.Connection:
+    """Open a file that there is for reading. Takes no lock and changes nothing but SQLite's own side files.
+
+    Without a WAL the file alone is the whole database, and is read alone where side files can't be made; and where the
+    file can't be written, since side files that such a reader makes are its own, stay, and keep writers out.
+
+    Raises:
+        DatabaseAccessError: there is a WAL, and the side files can't be made.
+        sqlite3.Error: it can't be opened.
+    """
+    wal = Path(f"{path.resolve()}-wal")  # beside the file that a link leads to
     try:
-        connection = _connect_checked(path, "mode=ro")
+        if os.access(path, os.W_OK) or _has_content(wal):
+            return _connect(path, "mode=ro")  # which reads the file
     except sqlite3.OperationalError as error:
-        # In a folder that can't be written SQLite can't make the side files of WAL, nor can any other writer of this
-        # kind: with no WAL waiting there, the file alone is the whole database.
-        unwritable = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
-        if not unwritable or _has_content(Path(f"{path}-wal")):
+        if error.sqlite_errorcode & 0xFF not in _NO_SIDE_FILES:
             raise
-        connection = _connect_checked(path, _IMMUTABLE)
-    return connection
+        if _has_content(wal):
+            raise DatabaseAccessError(
+                f"{path} ({error}): its latest records are in {wal}, and to read them SQLite must write beside it: "
+                "check permissions and free space there, or copy both files to another folder and name that with --db"
+            ) from error
+    return _connect(path, _IMMUTABLE)
 
 
-def _connect_checked(path: Path, parameters: str) -> sqlite3.Connection:
-    connection = _connect(path, parameters)
+def _checked(connection: sqlite3.Connection, path: Path) -> sqlite3.Connection:
     try:
         if not schema.is_current(connection, path):
             raise DatabaseSchemaError(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tilewright.tuning_db import schema
 from tilewright.tuning_db.errors import DatabaseAccessError
-from tilewright.tuning_db.file import DatabaseFile, explained, open_file
+from tilewright.tuning_db.file import DatabaseFile, connect_to_read, explained, open_file
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def _opened(path: Path, folder: Path) -> DatabaseFile:
         if not _is_older(path):
             return open_file(path, read_only=True)
         copy = folder / path.name
-        with closing(_reading(path)) as source, closing(sqlite3.connect(copy)) as target:
+        with closing(connect_to_read(path)) as source, closing(sqlite3.connect(copy)) as target:
             source.backup(target)
         return open_file(copy, scratch=True)
 
@@ -45,16 +45,5 @@ def _opened(path: Path, folder: Path) -> DatabaseFile:
 def _is_older(path: Path) -> bool:
     if path.is_dir() or path.stat().st_size == 0:
         return False  # `open_file` knows what to say
-    with closing(_reading(path)) as connection:
+    with closing(connect_to_read(path)) as connection:
         return not schema.is_current(connection, path)
-
-
-def _reading(path: Path) -> sqlite3.Connection:
-    # Where SQLite can't make its side files, no other process can write either.
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-    try:
-        connection.execute("SELECT 1 FROM sqlite_master").fetchall()
-    except sqlite3.OperationalError:
-        connection.close()
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
-    return connection

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import shutil
 import sqlite3
 import stat
 import subprocess
 import sys
 import tempfile
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from tilewright.tuning_db import (
     UsageError,
     file,
 )
+from tilewright.tuning_db.snapshot import open_snapshot
 
 DEVICE = "rtx3090-82"
 
@@ -225,7 +229,7 @@ def test_the_file_is_a_folder(tmp_path: Path) -> None:
 
 
 UNPRIVILEGED = """
-import os, stat, sys
+import os, sqlite3, sys
 from pathlib import Path
 from tilewright.tuning_db import DatabaseAccessError, Key, TuningDB
 folder = Path(sys.argv[1])
@@ -249,10 +253,23 @@ with TuningDB.open("a10-72", folder) as db:
     path = db.path
 path.chmod(0o444)
 refused()
+def read():
+    with TuningDB.open("a10-72", folder, read_only=True) as db:
+        print(db.records(Key("gemm", "hash", "{}", "a10-72", 86, "3.9", "13.0", "graph-1")))
+read()
+print(sorted(path.name for path in folder.iterdir()))
 folder.chmod(0o555)
-with TuningDB.open("a10-72", folder, read_only=True) as db:
-    print(db.records(Key("gemm", "hash", "{}", "a10-72", 86, "3.9", "13.0", "graph-1")))
+read()
 folder.chmod(0o755)
+other = sqlite3.connect(f"file:{path}?mode=ro", uri=True)  # some tool of one who may only read
+other.execute("SELECT count(*) FROM records").fetchall()
+other.close()
+path.chmod(0o644)
+try:
+    with TuningDB.open("a10-72", folder) as db:
+        db.note({"stamp": "value"})
+except DatabaseAccessError as error:
+    print(error)
 """
 
 
@@ -265,13 +282,15 @@ def test_without_permissions() -> None:
             [sys.executable, "-c", UNPRIVILEGED, f"{folder}/db"], capture_output=True, text=True, check=False
         )
     assert done.stderr == ""
-    no_folder, no_file, read = done.stdout.splitlines()
+    no_folder, no_file, read, beside, read_there, no_side_file = done.stdout.splitlines()
     assert "Permission denied" in no_folder
-    assert "can't be written" in no_file
-    for line in (no_folder, no_file):
+    assert "it can't be written" in no_file
+    assert "a10-72.sqlite-shm beside it, of user " in no_side_file
+    for line in (no_folder, no_file, no_side_file):
         assert line.startswith(f"{folder}/db/a10-72.sqlite")
         assert "--db" in line
-    assert read == "[]"
+    assert read == read_there == "[]"
+    assert beside == "['a10-72.sqlite', 'a10-72.sqlite.lock']"  # no side files, which would keep its writers out
 
 
 def test_a_full_disk(filled: Path, environment, make_record, key: Key) -> None:
@@ -286,6 +305,42 @@ def test_a_full_disk(filled: Path, environment, make_record, key: Key) -> None:
         db._file.rows(f"PRAGMA max_page_count = {pages + 1000}")
         db.add(make_record("later"), run_id)
         assert db.get(key, "later") is not None
+
+
+@contextmanager
+def no_space() -> Iterator[None]:
+    """No file can be made longer than it takes to be one of SQLite's."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_read(filled: Path, key: Key) -> None:
+    with no_space(), TuningDB.open(DEVICE, filled.parent, read_only=True) as db:
+        assert len(db.records(key)) == 400
+
+
+def test_records_in_a_wal_are_never_left_out(filled: Path, tmp_path: Path, key: Key) -> None:
+    """Of a run that was killed; through a link, beside which there is no WAL."""
+    target = tmp_path / "elsewhere" / "a.sqlite"
+    target.parent.mkdir()
+    with closing(sqlite3.connect(filled)) as connection:
+        connection.execute("UPDATE records SET message = 'in the WAL'")
+        connection.commit()
+        shutil.copy(f"{filled}-wal", f"{target}-wal")
+        shutil.copy(filled, target)
+    filled.unlink()
+    filled.symlink_to(target)
+    wal = re.escape(f"its latest records are in {target}-wal, ")
+    with no_space(), pytest.raises(DatabaseAccessError, match=wal):
+        TuningDB.open(DEVICE, tmp_path, read_only=True)
+    with no_space(), pytest.raises(DatabaseAccessError, match=wal), open_snapshot(filled):
+        pass
+    with TuningDB.open(DEVICE, tmp_path, read_only=True) as db:
+        assert {record.message for record in db.records(key)} == {"in the WAL"}
 
 
 def test_a_file_locked_too_long(filled: Path, environment, monkeypatch: pytest.MonkeyPatch) -> None:
