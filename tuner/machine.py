@@ -6,6 +6,7 @@ It says nothing about the configuration, and next time it may be gone: it ends t
 from __future__ import annotations
 
 import errno
+import subprocess
 import tempfile
 
 from tilewright.tuning_db.errors import CompileError
@@ -37,6 +38,16 @@ def machine_fault(error: BaseException) -> str:
             return f"out of memory: {_ADVICE[errno.ENOMEM]}"
         reason = reason.__cause__
     return ""
+
+
+def was_killed(error: CompileError) -> bool:
+    """Whether a tool of the compiler, such as ptxas, was ended by a signal: by the system for want of memory, say."""
+    reason: BaseException | None = error
+    while reason is not None:
+        if isinstance(reason, subprocess.CalledProcessError) and reason.returncode < 0:
+            return True
+        reason = reason.__cause__ or reason.__context__  # Triton's own error has no cause, only this
+    return False
 
 
 def heed_machine_fault(error: CompileError) -> None:

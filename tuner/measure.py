@@ -37,7 +37,7 @@ from tilewright.kernels.registry import find_kernel
 from tilewright.kernels.runtime import Plan
 from tilewright.tuner import gate
 from tilewright.tuner.gpu import Gpu
-from tilewright.tuner.machine import heed_machine_fault
+from tilewright.tuner.machine import heed_machine_fault, was_killed
 from tilewright.tuner.requests import FinalistsReply, FinalistsRequest, MeasureReply, MeasureRequest, Timed
 from tilewright.tuner.timing import Sampler, Timing, replay_copies, time_one, time_rounds
 from tilewright.tuner.turns import BusyError, turn
@@ -210,7 +210,8 @@ class Bench:
             return Trial(None, {"status": Status.OUT_OF_RESOURCES, "message": str(error)})
         except CompileError as error:
             heed_machine_fault(error)
-            return Trial(None, {"status": Status.COMPILE_ERROR, "message": str(error)})
+            killed = was_killed(error)
+            return Trial(None, {"status": Status.COMPILE_ERROR, "message": str(error), "killed": killed})
         return Trial(plan, {"status": Status.OK, "resources": dataclasses.asdict(self.gpu.resources(launches))})
 
     def gate(self, plan: Plan) -> str | None:

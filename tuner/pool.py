@@ -135,7 +135,7 @@ class Worker:
         """The worker's reply, or one that says why there is none.
 
         It comes within about `timeout` seconds of the process being ready. `killed` is True in it if somebody else has
-        killed the process (SIGKILL), which may be no fault of the request.
+        killed the process (SIGKILL), or its ptxas, which may be no fault of the request.
 
         Raises:
             WorkerError: the process can't be started or killed, or the worker is closed.
@@ -376,8 +376,8 @@ class Pool:
     def submit(self, request: Mapping[str, Any], timeout: float) -> Future[Any]:
         """The reply to come; of one that its worker can't make, what there is in every `Reply`.
 
-        `timeout` is in seconds from when a worker takes the request up. A compilation whose process somebody else
-        killed waits for another turn, once: behind all others, as the memory that it wanted may be there by then.
+        `timeout` is in seconds from when a worker takes the request up. A compilation whose process, or ptxas, somebody
+        else killed waits for another turn, once: behind all others, as the memory that it wanted may be there by then.
 
         The future raises `WorkerError` if no worker can be started, `MachineError` if the machine failed the task,
         `CancelledError` if the pool is closed first.

@@ -14,7 +14,7 @@ class Reply(TypedDict):
 
     status: str  # of `Status`
     message: NotRequired[str]  # unless ok
-    killed: NotRequired[bool]  # the process was, by somebody else
+    killed: NotRequired[bool]  # the process was, or its ptxas, by somebody else
 
 
 class CompileRequest(TypedDict):

@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
-from tilewright.tuner.machine import heed_machine_fault, machine_fault
+from tilewright.tuner.machine import heed_machine_fault, machine_fault, was_killed
 from tilewright.tuner.requests import (
     BuildReply,
     BuildRequest,
@@ -69,7 +69,13 @@ def compile_task(request: CompileRequest) -> CompileReply:
         binaries = [compile_launch(launch, request["arch"]) for launch in kernel.launches(problem, config)]
     except CompileError as error:
         heed_machine_fault(error)
-        return {"status": Status.COMPILE_ERROR, "message": str(error), "seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        return {
+            "status": Status.COMPILE_ERROR,
+            "message": str(error),
+            "killed": was_killed(error),
+            "seconds": seconds,
+        }
     names = ("registers", "spill_bytes", "stack_bytes", "shared_bytes")
     return {
         "status": Status.OK,
@@ -93,7 +99,7 @@ def build_task(request: BuildRequest) -> BuildReply:
         binaries = [asdict(compile_launch(launch, request["arch"])) for launch in launches]
     except CompileError as error:
         heed_machine_fault(error)
-        return {"status": Status.COMPILE_ERROR, "message": str(error)}
+        return {"status": Status.COMPILE_ERROR, "message": str(error), "killed": was_killed(error)}
     for binary in binaries:
         del binary["arch"], binary["ptx"]
         binary["cubin"] = base64.b64encode(binary["cubin"]).decode()

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.tuner.counting import SMALL
 from tilewright.tuner import machine
-from tilewright.tuner.machine import heed_machine_fault, machine_fault
+from tilewright.tuner.machine import heed_machine_fault, machine_fault, was_killed
 from tilewright.tuner.tune import autotune
 from tilewright.tuning_db.errors import CompileError, MachineError
 from tilewright.tuning_db.store import TuningDB
@@ -61,6 +62,20 @@ def test_where_ptxas_fails_for_want_of_room_it_is_no_refusal(monkeypatch: pytest
     monkeypatch.setattr(machine.tempfile, "tempdir", "/proc/nowhere")
     with pytest.raises(FileNotFoundError, match="/proc/nowhere"):
         heed_machine_fault(refusal)
+
+
+@pytest.mark.parametrize(("code", "killed"), [(-9, True), (255, False)])
+def test_a_ptxas_that_was_killed_may_be_no_refusal(code: int, killed: bool) -> None:
+    from triton.runtime.errors import PTXASError
+
+    try:
+        try:
+            raise subprocess.CalledProcessError(code, "ptxas")
+        except subprocess.CalledProcessError as error:
+            raise PTXASError(f"`ptxas` failed with error code {error.returncode}")  # noqa: B904 - as Triton does
+    except PTXASError as error:
+        refused = because_of(error)
+    assert was_killed(refused) is killed
 
 
 def test_a_run_that_the_machine_fails_ends_and_records_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -197,7 +198,14 @@ def test_a_clearly_slower_configuration_is_given_up(gpu: SimulatedGpu) -> None:
 def test_a_refusal_has_its_status(gpu: SimulatedGpu, refusal: Exception, status: str) -> None:
     gpu.refusal = refusal
     reply = measure(request())
-    assert reply == {"status": status, "message": str(refusal)}
+    assert (reply["status"], reply["message"]) == (status, str(refusal))
+    assert not reply.get("killed")
+
+
+def test_a_ptxas_that_somebody_killed_is_told(gpu: SimulatedGpu) -> None:
+    gpu.refusal = CompileError("PTXASError: `ptxas` failed with error code -9")
+    gpu.refusal.__cause__ = subprocess.CalledProcessError(-9, "ptxas")
+    assert measure(request())["killed"] is True
 
 
 def test_what_the_machine_fails_in_is_no_outcome(gpu: SimulatedGpu) -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +74,21 @@ def test_a_refusal_by_the_compiler_is_a_reply_with_its_reason(compiler: Pool) ->
     assert "fp8e4nv" in reply["message"]
     assert "\n" not in reply["message"]
     assert reply["seconds"] > 0
+
+
+def test_a_ptxas_that_somebody_killed_gets_a_second_try(tmp_path: Path) -> None:
+    from triton import knobs
+
+    real, once, ptxas = knobs.nvidia.ptxas.path, tmp_path / "once", tmp_path / "ptxas"
+    ptxas.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] || [ -e {once} ] || {{ touch {once}; kill -KILL $$; }}\nexec {real} "$@"\n'
+    )
+    ptxas.chmod(0o755)
+    here = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_PTXAS_PATH": str(ptxas)}
+    with Pool(1, environment={**compiling_environment(), **here}) as pool:
+        reply = pool.submit(compile_request(), timeout=120).result()
+    assert once.exists()
+    assert reply["status"] == "ok"
 
 
 @pytest.mark.parametrize(
