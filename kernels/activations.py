@@ -16,7 +16,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from tilewright.tuning_db.errors import UsageError
+from tilewright.tuning_db.errors import ProblemError
 
 Array = np.ndarray[Any, Any]
 
@@ -64,10 +64,10 @@ def activation_name(name: str | None) -> str:
     """The canonical name of an activation, its parameters written out; None is `none`.
 
     Raises:
-        UsageError: no activation has that name, or its parameters are missing, too many or no finite numbers.
+        ProblemError: no activation has that name, or its parameters are missing, too many or no finite numbers.
     """
     if name is not None and not isinstance(name, str):
-        raise UsageError(f"activation={name!r} must be the name of one, such as 'gelu', or None")
+        raise ProblemError(f"activation={name!r} must be the name of one, such as 'gelu', or None")
     return _canonical(name or "none")
 
 
@@ -75,19 +75,19 @@ def activation_name(name: str | None) -> str:
 def _canonical(name: str) -> str:
     word, *given = ALIASES.get(name, name).split(":")
     if word not in ACTIVATIONS:
-        raise UsageError(f"unknown activation {name!r}; the names are {', '.join(ACTIVATIONS)}")
+        raise ProblemError(f"unknown activation {name!r}; the names are {', '.join(ACTIVATIONS)}")
     _, defaults, required = ACTIVATIONS[word]
     most = required + len(defaults)
     if not required <= len(given) <= most:
-        raise UsageError(f"activation {name!r} has {len(given)} parameters; {word} takes {_range(required, most)}")
+        raise ProblemError(f"activation {name!r} has {len(given)} parameters; {word} takes {_range(required, most)}")
     try:
         values = [float(text) for text in given]
     except ValueError:
         values = [math.nan]
     if not all(map(math.isfinite, values)):
-        raise UsageError(f"activation {name!r}: its parameters must be finite numbers, as in clamp:0:6")
+        raise ProblemError(f"activation {name!r}: its parameters must be finite numbers, as in clamp:0:6")
     if word == "clamp" and values[0] > values[1]:
-        raise UsageError(f"activation {name!r} has a lower bound above the upper one")
+        raise ProblemError(f"activation {name!r} has a lower bound above the upper one")
     values += defaults[len(values) - required :]
     return ":".join([word, *(f"{value:.9g}" for value in values)])  # 9 digits tell every fp32 number
 

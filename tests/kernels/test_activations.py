@@ -12,7 +12,7 @@ import triton.language as tl
 from tests.kernels.conformance import ACTIVATION_NAMES
 from tilewright.kernels.activations import ACTIVATIONS, ALIASES, activate, activation, activation_name
 from tilewright.kernels.interpreter import interpret
-from tilewright.tuning_db.errors import UsageError
+from tilewright.tuning_db.errors import ProblemError
 
 pytestmark = pytest.mark.smoke
 
@@ -162,7 +162,7 @@ def test_parameters_have_one_spelling(given, canonical):
     ],
 )
 def test_names_that_are_none(name, message):
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(ProblemError) as caught:
         activation_name(name)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

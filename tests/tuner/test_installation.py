@@ -43,6 +43,13 @@ def test_a_record_of_these_kernels_must_be_one_of_theirs() -> None:
     assert f"problem={short} is not written out" in str(objection(replace(RECORD, key=replace(key, problem=short))))
 
 
+def test_an_activation_that_there_is_not_is_objected_to() -> None:
+    problem = PROBLEM.to_json().replace('"activation":"none"', '"activation":"foo"')
+    assert problem != PROBLEM.to_json()
+    assert "unknown activation 'foo'" in str(objection(replace(RECORD, key=replace(RECORD.key, problem=problem))))
+    assert default_text("gemm", problem, DEVICE) is None
+
+
 def test_what_is_ok_must_be_an_answer() -> None:
     spilling = replace(RECORD, resources=Resources(255, 8, 8, 0))
     for outcome, reason in (
