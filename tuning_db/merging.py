@@ -22,8 +22,8 @@ from typing import Any
 
 from tilewright.tuning_db.errors import DatabaseCorruptError, UsageError
 from tilewright.tuning_db.file import DatabaseFile
-from tilewright.tuning_db.interchange import duration, in_key_order
-from tilewright.tuning_db.record import Status
+from tilewright.tuning_db.interchange import Objection, duration, in_key_order
+from tilewright.tuning_db.record import Record, Status
 from tilewright.tuning_db.rows import Row, insertion, record_of
 from tilewright.tuning_db.strict_json import shown
 
@@ -72,15 +72,17 @@ def merge(target: DatabaseFile, source: DatabaseFile, device: str) -> Merged:
     return source.read(action)
 
 
-def check(target: Path, source: DatabaseFile, device: str) -> None:
+def check(target: Path, source: DatabaseFile, device: str, objection: Objection = lambda record: None) -> None:
     """Does nothing if the records of `source` may be brought into the file at `target`, which need not be there yet: to
-    read all of several sources before the first is merged.
+    read all of several sources before the first is merged. `objection` may refuse a record, as with
+    `interchange.read_export`.
 
     Raises:
-        UsageError, DatabaseError: as `merge`.
+        UsageError: as `merge`, or a record was objected to.
+        DatabaseError: as `merge`.
     """
     _check_apart(target, source.path)
-    source.read(lambda theirs: _check_all(theirs, source.path, device))
+    source.read(lambda theirs: _check_all(theirs, source.path, device, objection))
 
 
 def _check_apart(target: Path, source: Path) -> None:
@@ -88,12 +90,14 @@ def _check_apart(target: Path, source: Path) -> None:
         raise UsageError(f"{source} can't be merged into itself")
 
 
-def _check_all(theirs: sqlite3.Connection, path: Path, device: str) -> None:
+def _check_all(theirs: sqlite3.Connection, path: Path, device: str, objection: Objection = lambda record: None) -> None:
     broken = theirs.execute("PRAGMA foreign_key_check").fetchone()
     if broken:
         raise DatabaseCorruptError(f"{path}: record {broken['rowid']} is of a run that there is not")
     for row in in_key_order(theirs):
-        _check(row, path, device)
+        record = _checked(row, path, device)
+        if (reason := objection(record)) is not None:
+            raise UsageError(f"{path}: record {row['id']} is none of these kernels ({reason}): delete that row")
 
 
 def _merge(ours: sqlite3.Connection, theirs: sqlite3.Connection) -> Merged:
@@ -122,7 +126,7 @@ def _merge(ours: sqlite3.Connection, theirs: sqlite3.Connection) -> Merged:
 _RIVAL = "SELECT * FROM records WHERE key_digest = ? AND config = ? AND provenance = ?"
 
 
-def _check(row: sqlite3.Row, path: Path, device: str) -> None:
+def _checked(row: sqlite3.Row, path: Path, device: str) -> Record:
     record = record_of(path, row)
     if record.key.digest() != row["key_digest"]:
         raise DatabaseCorruptError(f"{path}: record {row['id']} doesn't match its key: delete that row")
@@ -133,6 +137,7 @@ def _check(row: sqlite3.Row, path: Path, device: str) -> None:
         raise UsageError(
             f"{path}: record {row['id']} is of {shown(record.key.device)}, and to be merged with {device}'s"
         )
+    return record
 
 
 def _weight(row: Row, run: dict[str, Any]) -> tuple[Any, ...]:

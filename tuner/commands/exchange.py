@@ -15,6 +15,7 @@ from tilewright.tuner.commands.output import print_json, say
 from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.errors import DatabaseCorruptError, UsageError
 from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
+from tilewright.tuning_db.interchange import Objection
 from tilewright.tuning_db.merging import Merged
 from tilewright.tuning_db.merging import check as check_source
 from tilewright.tuning_db.merging import merge as merge_files
@@ -136,6 +137,7 @@ def merge(sources: tuple[str, ...], db: str | None, as_json: bool) -> None:
 
     Where both have an outcome of the same configuration, evidence decides.
     """
+    from tilewright.tuner.installation import objection
     from tilewright.tuning_db.env import database_dir
     from tilewright.tuning_db.snapshot import open_snapshot
     from tilewright.tuning_db.upkeep import overview
@@ -161,14 +163,19 @@ def merge(sources: tuple[str, ...], db: str | None, as_json: bool) -> None:
             if not devices:
                 say(f"{path} has no records")
             opened += [(str(path), device, file) for device in devices]
-        _merge_all(opened, database_dir(db), as_json)
+        _merge_all(opened, database_dir(db), as_json, objection)
 
 
-def _merge_all(sources: list[tuple[str, str, DatabaseFile]], folder: Path, as_json: bool) -> None:
+def _merge_all(
+    sources: list[tuple[str, str, DatabaseFile]],
+    folder: Path,
+    as_json: bool,
+    objection: Objection = lambda record: None,
+) -> None:
     """Merges each source into the file of its device in `folder`, and says what became of its records; of an end before
-    the last of them, too. All are read to their end before the first record is kept."""
+    the last of them, too. All are read to their end, and none objected to, before the first record is kept."""
     for _, device, source in sources:
-        check_source(path_for(device, folder), source, device)
+        check_source(path_for(device, folder), source, device, objection)
     document: list[dict[str, Any]] = []
     try:
         for name, device, source in sources:
