@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import heapq
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -176,9 +177,22 @@ def candidates(
             yield packed
         if env.frozen():
             return
-    folder = database_dir()
+    folder = _folder()
     _warn_of_no_folders(folder)
     yield from all_ranked(kernel, problem, device, folder)
+
+
+def _folder() -> Path:
+    """The folder of the databases; where none is named and this user has no home, one that is nowhere."""
+    try:
+        return database_dir()
+    except UsageError as error:
+        # Python shows one text once in a process.
+        warnings.warn(f"{error}: nothing that was tuned is found", RuntimeWarning, stacklevel=3)
+        return _NOWHERE
+
+
+_NOWHERE = Path(os.devnull, "tilewright")
 
 
 def _warn_of_no_folders(folder: Path) -> None:

@@ -7,6 +7,7 @@ Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from tilewright.tuner.commands.ending import (
 from tilewright.tuner.commands.model import check_options, model_options, run_model
 from tilewright.tuner.commands.options import jobs_option
 from tilewright.tuner.commands.output import print_table, settle_streams
-from tilewright.tuning_db.errors import TilewrightError
+from tilewright.tuning_db.errors import TilewrightError, UsageError
 
 
 @dataclass
@@ -199,7 +200,10 @@ def cli(
     else:
         print_table(report.results_table(results))
         if not quiet:
-            for line in report.closing_lines(results, database_dir()):
+            default = None
+            with contextlib.suppress(UsageError):  # no home, or a folder in one that there is not
+                default = database_dir()
+            for line in report.closing_lines(results, default):
                 errors.print(line, markup=False, highlight=False, soft_wrap=True)
     if all(result.config is None for result in results.results):
         context.exit(EXIT_FAILED)

@@ -148,8 +148,9 @@ def describe_device(device: Device) -> str:
     return f"{line}\nnote: {device.note}" if device.note else line
 
 
-def closing_lines(results: Results, default_folder: Path) -> list[str]:
-    """What was done and where it was saved, and what to do next. Programs look in `default_folder` unless told."""
+def closing_lines(results: Results, default_folder: Path | None) -> list[str]:
+    """What was done and where it was saved, and what to do next. Programs look in `default_folder` unless told; None
+    for nowhere."""
     done = f"{results.compiled} kernels compiled or found compiled in {results.elapsed_s:.1f} s"
     if results.compiled:
         done += f" ({results.compiled / results.elapsed_s:.1f}/s)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -56,12 +57,26 @@ def database_dir(override: str | os.PathLike[str] | None = None) -> Path:
     """The folder of the tuning databases: `override`, else `$TILEWRIGHT_DB_DIR`, else the user data directory.
 
     Raises:
-        UsageError: an empty name, or one of a user's home that there is not.
+        UsageError: what is no path, an empty name, or one of a user's home that there is not; or none is named, and
+            this user has no home.
     """
-    if override is not None and not os.fspath(override):
-        raise UsageError("the folder of the databases (--db) is empty: name one, or leave it out")
-    chosen = override or os.environ.get(DB_DIR) or platformdirs.user_data_dir("tilewright", appauthor=False)
-    return _expanded(chosen, "the folder of the databases")
+    if override is not None:
+        given: Any = override
+        name = os.fspath(given) if isinstance(given, str | os.PathLike) else given
+        if not isinstance(name, str) or "\0" in name:
+            raise UsageError(f"the folder of the databases (--db) must be a path, as a text; got {override!r}")
+        if not name:
+            raise UsageError("the folder of the databases (--db) is empty: name one, or leave it out")
+    chosen = override or os.environ.get(DB_DIR)
+    return _expanded(chosen, "the folder of the databases") if chosen else _user_data_dir()
+
+
+def _user_data_dir() -> Path:
+    try:
+        # Of platformdirs some raise, and some give a path with ~, where there is no home.
+        return Path(platformdirs.user_data_dir("tilewright", appauthor=False)).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"no folder of databases is named, with --db or {DB_DIR}, and {error}") from None
 
 
 def shipped_dir() -> Path | None:

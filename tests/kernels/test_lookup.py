@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -434,6 +435,16 @@ def test_a_program_is_told_once_of_folders_that_are_none(tmp_path, monkeypatch, 
         f"{tmp_path}/file is a file, where the folder of databases should be (TILEWRIGHT_DB_DIR): nothing that was "
         "tuned is found",
     ]
+
+
+def test_a_program_of_a_user_without_a_home_goes_on(shipped, add, monkeypatch, unpredicted):
+    add(TILES[0], folder=shipped)
+    for name in (DB_DIR, "HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    with pytest.warns(RuntimeWarning, match=f"--db or {DB_DIR}, and .* home.*: nothing that was tuned is found"):
+        choice = choose(GEMM, PROBLEM, DEVICE)
+    assert choice.reason == "exact, shipped"
 
 
 def test_many_processes_at_once_are_answered(add, folder, shipped):

@@ -49,6 +49,21 @@ def test_it_tunes_and_then_answers_from_the_cache(autotune, tmp_path: Path) -> N
     assert "1 results on record" in err
 
 
+def test_a_user_without_a_home_names_a_folder(
+    autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted
+) -> None:
+    for name in ("TILEWRIGHT_DB_DIR", "HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    for command in (SMALL, ("db", "path")):
+        status, out, err = autotune(*command)
+        assert (status, out) == (2, "")
+        assert "no folder of databases is named, with --db or TILEWRIGHT_DB_DIR, and" in err.splitlines()[-1]
+    status, _, err = autotune(*SMALL, "--db", tmp_path)
+    assert status == 0
+    assert f"export TILEWRIGHT_DB_DIR={tmp_path}" in err
+
+
 def test_several_workers_measure_and_one_that_cannot_is_named(
     autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import pytest
@@ -38,6 +40,31 @@ def test_a_home_that_there_is_not_is_told(monkeypatch: pytest.MonkeyPatch, name:
     what = "the folder of the databases" if name == env.DB_DIR else name
     with pytest.raises(UsageError, match=rf"^{what} '~nobody-at-all/x' can't be found: "):
         named()
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a container's user without an entry among the system's."""
+    for name in (env.DB_DIR, "HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+
+
+def test_a_user_without_a_home_is_told_to_name_a_folder(homeless, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"no folder of databases is named, with --db or {env.DB_DIR}, and .*home"):
+        env.database_dir()
+    assert env.database_dir(tmp_path) == tmp_path
+
+
+class OfBytes:
+    def __fspath__(self) -> bytes:
+        return b"db"
+
+
+@pytest.mark.parametrize("override", [b"db", "a\0b", 7, OfBytes()])
+def test_what_is_no_path_is_told(override: Any) -> None:
+    with pytest.raises(UsageError, match=r"^the folder of the databases \(--db\) must be a path, as a text; got "):
+        env.database_dir(override)
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", True), ("True", True), ("on", True), ("0", False), ("", False)])
