@@ -100,9 +100,15 @@ class ProgressView:
 def one_line(result: Result) -> str:
     """A result in a line of a log."""
     if result.time_us is None:
-        return f"{result.status}: {result.message}"
+        return _failure(result)
     where = "from the cache" if result.cached else f"{result.trials} trials"
     return f"{result.time_us:.1f} µs {result.provenance}, {short_config(result.config)} ({where})"
+
+
+def _failure(result: Result) -> str:
+    """Why there is no time, and whether that is news."""
+    known = " (on record; --retune tries again)" if result.cached else ""
+    return f"{result.status}: {result.message}{known}"
 
 
 def short_config(config: dict[str, Any] | None) -> str:
@@ -132,7 +138,7 @@ def results_table(results: Results) -> Table:
             _number(result.registers, 0),
             _number(result.spills, 0),
             _number(result.shared_bytes, 0),
-            str(result.provenance) if result.provenance else f"{result.status}: {result.message}",
+            str(result.provenance) if result.provenance else _failure(result),
         )
     return table
 

@@ -106,6 +106,13 @@ def test_where_every_configuration_failed_programs_find_nothing(results: Results
     assert "import conv2d" in "\n".join(report.closing_lines(results, Path("/data")))
 
 
+def test_a_failure_on_record_is_told_from_a_new_one(results: Results) -> None:
+    known = replace(BAD, cached=True)
+    line = "compile_error: ptxas refused it (on record; --retune tries again)"
+    assert report.one_line(known) == line
+    assert line in printed(report.results_table(replace(results, results=[known])))
+
+
 def test_the_json_document(results: Results) -> None:
     document = json.loads(report.to_json(results))
     assert document["device"]["name"] == "NVIDIA GeForce RTX 3090"
