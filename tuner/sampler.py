@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -63,7 +64,7 @@ class EnumeratedSampler(BaseSampler):
 
     Raises:
         UsageError: an empty list, names that differ, values that are not on the axes or no finite numbers, indices
-            that are none.
+            that are none, a seed that is none.
     """
 
     def __init__(
@@ -106,14 +107,18 @@ class EnumeratedSampler(BaseSampler):
         priors = [_logarithms(prior, self._configs) for prior in priors]
         if not all(_is_index(row, len(configs)) for row in first):
             raise UsageError(f"first={list(first)} must be indices of the list, 0 to {len(configs) - 1}")
-        if starters is not None and starters < 0:
-            raise UsageError(f"{starters=} must be at least 0")
+        if starters is not None and not _is_index(starters, sys.maxsize):
+            raise UsageError(f"{starters=} must be at least 0, an integer")
+        if not _is_index(seed, 2**32):
+            raise UsageError(f"{seed=} must be an integer from 0 to {2**32 - 1}")
         tried_elsewhere = [
             {name: _plain(value) for name, value in config.items()} for tried, _ in elsewhere for config in tried
         ]
         for config in tried_elsewhere:
             if config.keys() != set(names):
                 raise UsageError(f"configuration {config} must have exactly the names {', '.join(names)}")
+            for name, value in config.items():
+                _check_value(name, value)
         features = encode(self.axes, [*self._configs, *tried_elsewhere])
         self.features = features[: len(configs)]
         """Of every configuration, as the surrogate sees it: array of (configurations, features)."""
@@ -122,8 +127,8 @@ class EnumeratedSampler(BaseSampler):
             if len(tried) != len(values):
                 raise UsageError(f"{len(tried)} configurations tried elsewhere need a value each; got {len(values)}")
             for value in values:
-                if not (math.isfinite(value) and value > 0):
-                    raise UsageError(f"a value from elsewhere is {value}: {type(self).__name__} needs positive ones")
+                if not _is_positive(value):
+                    raise UsageError(f"a value from elsewhere is {value!r}: {type(self).__name__} needs positive ones")
             if len(tried):
                 searches.append(Elsewhere(features[start : start + len(tried)], np.log(values)))
             start += len(tried)
@@ -172,6 +177,16 @@ class EnumeratedSampler(BaseSampler):
         with self._lock:
             return self._ranking.propose(*self._outcomes(study))
 
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Proposes at once where Optuna may ask no sampler: for axes of one value each, or all of them enqueued.
+
+        Raises:
+            UsageError: as `sample_relative`.
+        """
+        known = all(distribution.single() for distribution in self.distributions.values())
+        if known or trial.system_attrs.get("fixed_params"):
+            self.sample_relative(study, trial, self.distributions)
+
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All axes: they are proposed together."""
         return dict(self.distributions)
@@ -182,7 +197,7 @@ class EnumeratedSampler(BaseSampler):
         """The proposal for a trial.
 
         Raises:
-            UsageError: some of the axes are to be left out.
+            UsageError: some of the axes are to be left out, or what was enqueued is of no configuration of the list.
         """
         if not search_space:
             return {}
@@ -242,7 +257,7 @@ class EnumeratedSampler(BaseSampler):
 
     def _given(self, study: Study, trial: FrozenTrial) -> int | None:
         """The row of a trial that has one already: enqueued, or tried anew after its process died. Where a part of a
-        configuration was enqueued, an untried one with that part; None where there is none."""
+        configuration was enqueued, one with that part, untried if there is any; None of a trial that has nothing."""
         given = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
         kept = self._proposed(trial)
         if kept is not None and _agree(given, self._configs[kept]):
@@ -252,9 +267,10 @@ class EnumeratedSampler(BaseSampler):
             return None
         held = self._held(study, lambda number: number != trial.number)
         rows = [row for row, config in enumerate(self._configs) if _agree(fixed, config)]
-        if len(fixed) < len(self.axes):
-            rows = [row for row in rows if row not in held]
-        return rows[int(np.random.default_rng((trial.number, len(rows))).integers(len(rows)))] if rows else None
+        if not rows:
+            raise UsageError(f"no configuration of the list has {fixed}, which was enqueued: enqueue what one has")
+        rows = [row for row in rows if row not in held] or rows
+        return rows[int(np.random.default_rng((trial.number, len(rows))).integers(len(rows)))]
 
     def _keep(self, study: Study, trial: FrozenTrial, row: int) -> None:
         """Keeps a proposal where every process finds it: a trial has no parameters until an objective asks for them."""
@@ -303,6 +319,13 @@ def _plain(value: Any) -> Any:
 
 def _is_index(row: Any, count: int) -> bool:
     return isinstance(row, int | np.integer) and not isinstance(row, bool) and bool(0 <= row < count)
+
+
+def _is_positive(value: Any) -> bool:
+    try:
+        return math.isfinite(value) and value > 0
+    except (TypeError, OverflowError):  # no number, or one past all floats
+        return False
 
 
 def _agree(given: Mapping[str, Any], config: Mapping[str, Any]) -> bool:

@@ -204,6 +204,30 @@ def test_a_part_of_a_configuration_may_be_enqueued() -> None:
     assert len(set(tried(study))) == len(CONFIGS)
 
 
+def test_what_is_enqueued_in_part_is_tried_again_where_all_such_were() -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    with_8 = [config for config in CONFIGS if config["warps"] == 8]
+    for _ in range(len(with_8) + 1):
+        study.enqueue_trial({"warps": 8})
+    study.optimize(objective(sampler), n_trials=len(with_8) + 1)  # which asserts that each is of the list
+    assert set(tried(study)) == {tuple(config.values()) for config in with_8}
+
+
+@pytest.mark.parametrize("enqueued", [{"warps": 16}, {"m": 128, "warps": 8}, {"m": 128, "warps": 8, "layout": "row"}])
+def test_what_is_enqueued_and_no_configuration_has_is_refused(enqueued: dict) -> None:
+    sampler = EnumeratedSampler(CONFIGS, seed=0)
+    study = optuna.create_study(sampler=sampler)
+    study.enqueue_trial({**enqueued, "note": 1})
+    with pytest.raises(UsageError) as caught:
+        study.ask()
+    assert str(caught.value) == (
+        f"no configuration of the list has {enqueued}, which was enqueued: enqueue what one has"
+    )
+    study.optimize(objective(sampler), n_trials=3)
+    assert len(set(tried(study)[1:])) == 3
+
+
 def test_a_mixture_that_is_none_of_the_list_is_nothing_learned() -> None:
     sampler = EnumeratedSampler(CONFIGS[:6], axes={"m": (16, 32), "warps": (1, 2, 4), "layout": ("row", "col")})
     study = optuna.create_study(sampler=sampler)
@@ -269,6 +293,14 @@ def test_the_list_at_its_end_stops_the_study() -> None:
     study = studied(100, EnumeratedSampler(CONFIGS, seed=0))
     assert set(tried(study)) == {tuple(config.values()) for config in CONFIGS}
     assert len(study.trials) <= len(CONFIGS) + 1
+
+
+def test_a_list_of_one_configuration_stops_the_study() -> None:
+    sampler = EnumeratedSampler(CONFIGS[:1], seed=0)
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective(sampler), n_trials=100)
+    assert len(study.trials) <= 2
+    assert study.ask(sampler.distributions).params == CONFIGS[0]
 
 
 def test_failed_and_pruned_trials_are_not_tried_again() -> None:
@@ -351,6 +383,9 @@ def test_mistakes_are_told() -> None:
         EnumeratedSampler([{"m": 1}], elsewhere=[([{"m": 1}, {"m": 2}], [1.0])])
     with pytest.raises(UsageError, match=r"a value from elsewhere is -1.0: EnumeratedSampler needs positive ones"):
         EnumeratedSampler([{"m": 1}], elsewhere=[([{"m": 2}], [-1.0])])
+    for value in ("1", None, [1.0], 10**400, float("nan")):
+        with pytest.raises(UsageError, match=r"a value from elsewhere is .*: EnumeratedSampler needs positive ones"):
+            EnumeratedSampler([{"m": 1}], elsewhere=[([{"m": 2}], [value])])
     with pytest.raises(UsageError, match=r"configuration \{'n': 2\} must have exactly the names m"):
         EnumeratedSampler([{"m": 1}], elsewhere=[([{"n": 2}], [1.0])])
     with pytest.raises(UsageError, match=r"a prior expects nan of \{'m': 2\}: it needs a finite logarithm"):
@@ -362,13 +397,19 @@ def test_mistakes_are_told() -> None:
             EnumeratedSampler([{"m": 1}, {"m": 2}], first=first)
     with pytest.raises(UsageError, match=r"a prior must have a logarithm, a number, for each configuration"):
         EnumeratedSampler([{"m": 1}, {"m": 2}], priors=[np.array([0.0, "x"], dtype=object)])
-    with pytest.raises(UsageError, match=r"starters=-1 must be at least 0"):
-        EnumeratedSampler([{"m": 1}, {"m": 2}], starters=-1)
+    for starters in (-1, 1.5, "1"):
+        with pytest.raises(UsageError, match=r"starters=.* must be at least 0, an integer"):
+            EnumeratedSampler([{"m": 1}, {"m": 2}], starters=starters)
+    for seed in (-1, 1.5, "1", None, 2**32):
+        with pytest.raises(UsageError, match=r"seed=.* must be an integer from 0 to 4294967295"):
+            EnumeratedSampler([{"m": 1}, {"m": 2}], seed=seed)
     for value in (float("inf"), float("nan"), [1], 10**400):
         with pytest.raises(UsageError, match=r"m=.* must be a finite number, or anything that can be hashed"):
             EnumeratedSampler([{"m": 1}, {"m": value}], axes={"m": (1, value)})
         with pytest.raises(UsageError, match=r"m=.* must be a finite number, or anything that can be hashed"):
             EnumeratedSampler([{"m": 1}, {"m": value}])
+        with pytest.raises(UsageError, match=r"m=.* must be a finite number, or anything that can be hashed"):
+            EnumeratedSampler([{"m": 1}, {"m": 2}], elsewhere=[([{"m": value}], [1.0])])
     sampler = EnumeratedSampler(CONFIGS)
     study = optuna.create_study(sampler=optuna.samplers.PartialFixedSampler({"m": 64}, sampler))
     with pytest.raises(UsageError, match=r"proposes m, warps, layout together, and m is fixed by another sampler"):
