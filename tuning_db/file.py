@@ -182,6 +182,7 @@ def open_file(path: Path, *, read_only: bool = False, immutable: bool = False, s
     with explained(path):
         if path.is_dir():
             raise DatabaseAccessError(f"{path} is a folder, where a file should be: move it, or {_ELSEWHERE}")
+        refuse_dangling(path)
         if immutable:
             connection = _checked(_connect(path, _IMMUTABLE), path) if _has_content(path) else None
             return DatabaseFile(path, connection, read_only=True)
@@ -347,7 +348,7 @@ def _initialise(path: Path) -> tuple[sqlite3.Connection, Path | None]:
         # Side files without their database go too: SQLite would replay them into the fresh one.
         remains = _has_content(path) or any(Path(f"{path}{suffix}").exists() for suffix in SIDECARS)
         set_aside = _set_aside(path) if remains else None
-        _create(path)
+        _create(path.resolve())  # where a link leads, should it be one to an empty file
         damage_mark(path).unlink(missing_ok=True)
         return _connect(path, "mode=rw"), set_aside
 
@@ -408,6 +409,20 @@ def _set_aside(path: Path) -> Path:
         if Path(f"{path}{suffix}").exists():
             moved.append(Path(f"{path}{suffix}").rename(f"{aside}{suffix}"))
     return moved[0]
+
+
+def refuse_dangling(path: Path) -> None:
+    """Does nothing unless a path is a link to what is not there, whose records would be missed, or begun anew, in
+    silence.
+
+    Raises:
+        DatabaseAccessError: it is.
+    """
+    if path.is_symlink() and not path.exists():
+        target = path.readlink()
+        raise DatabaseAccessError(
+            f"{path} is a link to {target}, which is not there: bring that back, remove the link, or {_ELSEWHERE}"
+        )
 
 
 def _has_content(path: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tilewright.tuning_db import schema
 from tilewright.tuning_db.errors import DatabaseAccessError
-from tilewright.tuning_db.file import DatabaseFile, connect_to_read, explained, open_file
+from tilewright.tuning_db.file import DatabaseFile, connect_to_read, explained, open_file, refuse_dangling
 
 
 @contextmanager
@@ -22,6 +22,7 @@ def open_snapshot(path: Path) -> Iterator[DatabaseFile]:
         DatabaseCorruptError: it is damaged or no database.
         DatabaseSchemaError: a newer Tilewright wrote it, or something else did.
     """
+    refuse_dangling(path)
     if not path.exists():
         raise DatabaseAccessError(f"there is no {path}: tune that device first, or name its folder (--db)")
     with tempfile.TemporaryDirectory(prefix="tilewright-") as folder:

@@ -228,6 +228,25 @@ def test_the_file_is_a_folder(tmp_path: Path) -> None:
             TuningDB.open(DEVICE, tmp_path, read_only=read_only)
 
 
+def test_a_link_to_what_is_not_there_is_told_and_stays(filled: Path, key: Key) -> None:
+    target = filled.rename(filled.with_name("unmounted"))
+    filled.symlink_to("unmounted")
+    with TuningDB.open(DEVICE, filled.parent) as db:
+        assert len(db.records(key)) == 400
+    target.unlink()
+    said = f"^{re.escape(str(filled))} is a link to unmounted, which is not there: "
+    for read_only in (False, True):
+        with pytest.raises(DatabaseAccessError, match=said):
+            TuningDB.open(DEVICE, filled.parent, read_only=read_only)
+    with pytest.raises(DatabaseAccessError, match=said), open_snapshot(filled):
+        pass
+    assert filled.is_symlink()
+    target.touch()
+    TuningDB.open(DEVICE, filled.parent).close()
+    assert filled.is_symlink()
+    assert target.stat().st_size > 0
+
+
 UNPRIVILEGED = """
 import os, sqlite3, sys
 from pathlib import Path
