@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from tilewright.tuning_db.errors import DatabaseCorruptError
-from tilewright.tuning_db.file import DatabaseFile, damage_mark, explained
+from tilewright.tuning_db.file import DatabaseFile, damage_mark, explained, path_for
 from tilewright.tuning_db.record import Provenance, Record, Status, canonical_json
 from tilewright.tuning_db.rows import row_to_environment, row_to_record
 from tilewright.tuning_db.snapshot import open_snapshot
@@ -101,9 +101,10 @@ def _overview(connection: sqlite3.Connection, path: Path) -> Overview:
 def check(path: Path, objection: Callable[[Record], str | None] = lambda record: None) -> list[str]:
     """What is wrong with a file, the first `MOST_FINDINGS` in a line each; empty if nothing is. Changes nothing.
 
-    SQLite's own check of pages, tables and indexes; then every row: that it is a run, or a record of the file's one
-    device, with canonical JSON, under its own key, of a run that there is. `objection` says what else is wrong with a
-    record: what its problem and configuration must be, the kernels know.
+    SQLite's own check of pages, tables and indexes; that the file's name is its device's, by which a lookup finds it;
+    then every row: that it is a run, or a record of the file's one device, with canonical JSON, under its own key, of a
+    run that there is. `objection` says what else is wrong with a record: what its problem and configuration must be,
+    the kernels know.
 
     Raises:
         DatabaseAccessError: there is no such file, or it can't be read.
@@ -114,13 +115,13 @@ def check(path: Path, objection: Callable[[Record], str | None] = lambda record:
         findings.append("a program met damage here before: the next run that writes to it checks it and sets it aside")
     try:
         with explained(path), open_snapshot(path) as file:
-            found = file.read(lambda connection: list(_findings(connection, objection)))
+            found = file.read(lambda connection: list(_findings(connection, path.name, objection)))
     except DatabaseCorruptError as error:
         found = [str(error)]
     return findings + found
 
 
-def _findings(connection: sqlite3.Connection, objection: Callable[[Record], str | None]) -> Iterator[str]:
+def _findings(connection: sqlite3.Connection, name: str, objection: Callable[[Record], str | None]) -> Iterator[str]:
     connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")  # so that every row can be read
     damage = [row[0] for row in connection.execute(f"PRAGMA integrity_check({MOST_FINDINGS})")]
     if damage != ["ok"]:
@@ -129,6 +130,10 @@ def _findings(connection: sqlite3.Connection, objection: Callable[[Record], str 
     broken = connection.execute("PRAGMA foreign_key_check").fetchmany(MOST_FINDINGS)
     yield from (f"record {row['rowid']} is of a run that there is not" for row in broken)
     device = connection.execute("SELECT device FROM records ORDER BY id LIMIT 1").fetchone()
+    if device is not None and isinstance(device[0], str) and device[0] and is_text(device[0]) is None:
+        wanted = path_for(device[0], Path()).name
+        if wanted != name:
+            yield f"its records are of {shown(device[0])}, whose file is {wanted}: rename it"
     left = MOST_FINDINGS
     checks = (("runs", _objection_to_run), ("records", lambda row: _objection(row, device[0], objection)))
     for table, check_row in checks:

@@ -130,6 +130,12 @@ def test_texts_that_are_none_are_found_wherever_they_are(db: TuningDB, run_id: i
     assert found.startswith("record 1000: it is no record")
 
 
+def test_a_file_under_the_name_of_another_device_is_found(filled: TuningDB) -> None:
+    filled.close()
+    renamed = filled.path.rename(filled.path.with_name("a10-72.sqlite"))
+    assert check(renamed) == ["its records are of 'rtx3090-82', whose file is rtx3090-82.sqlite: rename it"]
+
+
 def test_a_stranger_among_the_records_is_found(filled: TuningDB, make_record) -> None:
     filled.device = "a10-72"
     filled.add(make_record(device="a10-72"), 1)
