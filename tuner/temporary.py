@@ -1,4 +1,5 @@
-"""Temporary folders of worker processes: gone when their owner closes them, or at the next start if it was killed.
+"""Temporary folders of worker processes, and of imports: gone when their owner closes them, or at the next start if it
+was killed.
 
 A folder is its owner's for as long as that process holds the lock on the folder's lock file. The system drops the lock
 when the process ends, in whatever way, so no process number has to be trusted, and a folder in use is never removed.

@@ -17,7 +17,7 @@ import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,14 +49,15 @@ _NO_SIDE_FILES = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLI
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _NO_TEXT = "{path} holds a text that is none ({error}): `autotune db check` names the row to delete"
 _ELSEWHERE = "choose another folder with --db or $TILEWRIGHT_DB_DIR"
+_OTHER_TMPDIR = "name another folder for temporary files in TMPDIR"
 _ACCESS = {
     sqlite3.SQLITE_BUSY: f"another process has held it for over {TIMEOUT_S:.0f} s: end that process and try again",
     sqlite3.SQLITE_LOCKED: f"another process has held it for over {TIMEOUT_S:.0f} s: end that process and try again",
-    sqlite3.SQLITE_FULL: f"the disk is full: free some space, or {_ELSEWHERE}",
-    sqlite3.SQLITE_READONLY: f"it can't be written: change its permissions, or {_ELSEWHERE}",
-    sqlite3.SQLITE_CANTOPEN: f"it can't be opened: check the permissions of the file and its folder, or {_ELSEWHERE}",
-    sqlite3.SQLITE_PERM: f"it can't be opened: check the permissions of the file and its folder, or {_ELSEWHERE}",
-    sqlite3.SQLITE_IOERR: f"reading or writing failed: check the disk and its free space, or {_ELSEWHERE}",
+    sqlite3.SQLITE_FULL: "the disk is full: free some space, or {elsewhere}",
+    sqlite3.SQLITE_READONLY: "it can't be written: change its permissions, or {elsewhere}",
+    sqlite3.SQLITE_CANTOPEN: "it can't be opened: check the permissions of the file and its folder, or {elsewhere}",
+    sqlite3.SQLITE_PERM: "it can't be opened: check the permissions of the file and its folder, or {elsewhere}",
+    sqlite3.SQLITE_IOERR: "reading or writing failed: check the disk and its free space, or {elsewhere}",
 }
 
 
@@ -81,11 +82,18 @@ class DatabaseFile:
     """
 
     def __init__(
-        self, path: Path, connection: sqlite3.Connection | None, *, read_only: bool, set_aside: Path | None = None
+        self,
+        path: Path,
+        connection: sqlite3.Connection | None,
+        *,
+        read_only: bool,
+        set_aside: Path | None = None,
+        scratch: bool = False,
     ) -> None:
         self.path = path
         self.read_only = read_only
         self.set_aside = set_aside
+        self._scratch = scratch
         self._connection = connection  # None: reading a file that isn't there, so an empty one
         self._closed = False
         self._lock = threading.RLock()
@@ -93,7 +101,7 @@ class DatabaseFile:
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows of a query. No cursor stays open, since one would keep SQLite from truncating the WAL."""
-        with self._lock, explained(self.path, note_damage=not self.read_only):
+        with self._lock, self._explained():
             self._check_usable()
             return [] if self._connection is None else self._connection.execute(sql, parameters).fetchall()
 
@@ -102,8 +110,10 @@ class DatabaseFile:
 
         A function for the reason that `write` takes one. While it runs SQLite can't shorten the WAL: be quick.
         """
-        with self._lock, explained(self.path, note_damage=not self.read_only):
+        with self._lock, self._explained():
             self._check_usable()
+            if self._connection is None and self.path.exists():
+                raise DatabaseAccessError(f"{self.path} is empty and no database: tune that device first, or remove it")
             if self._connection is None:
                 raise DatabaseAccessError(f"there is no {self.path}: tune that device first, or name its folder (--db)")
             try:
@@ -120,7 +130,7 @@ class DatabaseFile:
         generator's `yield` and the block it opens there is a gap that no `except` covers. `sqlite_utils.atomic` has
         that gap, so its inserts are not used here either.
         """
-        with self._lock, explained(self.path, note_damage=not self.read_only):
+        with self._lock, self._explained():
             self._check_usable()
             connection = self._connection
             if connection is None or self.read_only:
@@ -143,7 +153,7 @@ class DatabaseFile:
         Raises:
             DatabaseError: as `write`.
         """
-        with self._lock, explained(self.path, note_damage=not self.read_only):
+        with self._lock, self._explained():
             self._check_usable()
             if self._connection is None or self.read_only:
                 raise UsageError(f"{self.path} was opened read-only")
@@ -160,6 +170,9 @@ class DatabaseFile:
             self._closed = True
             if self._connection is not None:
                 self._connection.close()
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(self.path, note_damage=not self.read_only, scratch=self._scratch)
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -179,7 +192,7 @@ def open_file(path: Path, *, read_only: bool = False, immutable: bool = False, s
         DatabaseAccessError: it can't be opened, made or written.
         UsageError: for writing, where `$TILEWRIGHT_FROZEN` is on and the file is not `scratch`.
     """
-    with explained(path):
+    with explained(path, scratch=scratch):
         if path.is_dir():
             raise DatabaseAccessError(f"{path} is a folder, where a file should be: move it, or {_ELSEWHERE}")
         refuse_dangling(path)
@@ -192,18 +205,20 @@ def open_file(path: Path, *, read_only: bool = False, immutable: bool = False, s
         if not scratch:
             refuse_if_frozen(f"nothing is written to {path}")
         if (connection := _connect_if_ready(path)) is not None:
-            return DatabaseFile(path, connection, read_only=False)
+            return DatabaseFile(path, connection, read_only=False, scratch=scratch)
         connection, set_aside = _initialise(path)
-        return DatabaseFile(path, connection, read_only=False, set_aside=set_aside)
+        return DatabaseFile(path, connection, read_only=False, set_aside=set_aside, scratch=scratch)
 
 
 @contextmanager
-def explained(path: Path, *, note_damage: bool = False) -> Iterator[None]:
+def explained(path: Path, *, note_damage: bool = False, scratch: bool = False) -> Iterator[None]:
     """Turn errors of SQLite and of the file system into ours: one line, with the path and what to do.
 
     With `note_damage`, damage leaves a mark beside the file, which makes the next opening for writing check the whole
-    file and set it aside. Doing that here would pull the file from under the other processes that have it open.
+    file and set it aside. Doing that here would pull the file from under the other processes that have it open. A file
+    that is `scratch` is in the folder for temporary files.
     """
+    elsewhere = _OTHER_TMPDIR if scratch else _ELSEWHERE
     try:
         yield
     except sqlite3.Error as error:
@@ -222,7 +237,8 @@ def explained(path: Path, *, note_damage: bool = False) -> Iterator[None]:
                 "and starts a fresh one"
             ) from error
         if code in _ACCESS:
-            advice = (_others(path) if code == sqlite3.SQLITE_READONLY else "") or _ACCESS[code]
+            others = _others(path) if code == sqlite3.SQLITE_READONLY else ""
+            advice = f"{others}, or {elsewhere}" if others else _ACCESS[code].format(elsewhere=elsewhere)
             raise DatabaseAccessError(f"{path} ({error}): {advice}") from error
         raise DatabaseError(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
@@ -230,7 +246,7 @@ def explained(path: Path, *, note_damage: bool = False) -> Iterator[None]:
     except TimeoutError as error:
         raise DatabaseAccessError(f"{path}: {_ACCESS[sqlite3.SQLITE_BUSY]}") from error
     except OSError as error:
-        raise DatabaseAccessError(f"{path} can't be used ({error.strerror or error}): {_ELSEWHERE}") from error
+        raise DatabaseAccessError(f"{path} can't be used ({error.strerror or error}): {elsewhere}") from error
 
 
 def _others(path: Path) -> str:
@@ -245,7 +261,7 @@ def _others(path: Path) -> str:
     except (KeyError, NotImplementedError):  # a number without a name, or a system without owners
         owner = str(kept[0].stat().st_uid)
     names = " and ".join(side.name for side in kept)
-    return f"{names} beside it, of user {owner}, can't be written: have that made writable, or {_ELSEWHERE}"
+    return f"{names} beside it, of user {owner}, can't be written: have that made writable"
 
 
 def _connect(path: Path, parameters: str) -> sqlite3.Connection:
@@ -282,7 +298,7 @@ def _connect_if_ready(path: Path) -> sqlite3.Connection | None:
     if not _has_content(path) or damage_mark(path).exists():
         return None
     if not os.access(path, os.W_OK):  # SQLite would open it read-only without a word, and fail at the first write
-        raise DatabaseAccessError(f"{path}: {_ACCESS[sqlite3.SQLITE_READONLY]}")
+        raise DatabaseAccessError(f"{path}: {_ACCESS[sqlite3.SQLITE_READONLY].format(elsewhere=_ELSEWHERE)}")
     connection, ready = None, False
     try:
         connection = _connect(path, "mode=rw")

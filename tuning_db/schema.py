@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 MIGRATION_SET = "tilewright"
 
+_ANOTHER = "name another file, or another folder of databases with --db"
+
 ANSWERABLE = "status = 'ok' AND spill_bytes = 0"
 """What a record must be to be answered. Queries repeat this text for SQLite to see that the partial indexes apply."""
 
@@ -174,12 +176,11 @@ def is_current(connection: sqlite3.Connection, path: Path) -> bool:
         query = "SELECT name FROM _sqlite_migrations WHERE migration_set = ?"
         applied = {name for (name,) in connection.execute(query, (MIGRATION_SET,))}
     if tables - {"_sqlite_migrations"} and not applied:
-        raise DatabaseSchemaError(f"{path} is a SQLite database, but not Tilewright's: choose another folder with --db")
+        raise DatabaseSchemaError(f"{path} is a SQLite database, but not Tilewright's: {_ANOTHER}")
     known = {step.__name__ for step in STEPS}
     if newer := sorted(applied - known):
         raise DatabaseSchemaError(
-            f"{path} was written by a newer Tilewright (schema {newer[-1]}): upgrade tilewright, "
-            "or choose another folder with --db"
+            f"{path} was written by a newer Tilewright (schema {newer[-1]}): upgrade tilewright, or {_ANOTHER}"
         )
     return applied == known
 

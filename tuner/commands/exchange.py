@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import click
 
 from tilewright.tuner.commands.output import print_json, say
+from tilewright.tuner.temporary import WorkerFolder, remove_abandoned
 from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.errors import DatabaseCorruptError, UsageError
 from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
@@ -65,8 +66,14 @@ def export(device: str, kernels: tuple[str, ...], best: int | None, form: str, o
         shipping.refuse_database(Path(output), but_shipped=form == "sqlite")
     with open_snapshot(path_for(target.key, database_dir(db))) as file:
         if output == STREAM:
-            count = interchange.export(file, target.key, sys.stdout.buffer, **chosen)
-            sys.stdout.buffer.flush()
+            try:
+                count = interchange.export(file, target.key, sys.stdout.buffer, **chosen)
+                sys.stdout.buffer.flush()
+            except BrokenPipeError:  # of a reader who has seen enough
+                raise
+            except OSError as error:
+                why = f"stdout can't be written ({error.strerror})"
+                raise UsageError(f"{why}: free some space, or name a file (--output)") from None
         else:
             with whole_file(Path(output)) as stream:
                 if form == "sqlite":
@@ -81,9 +88,14 @@ def export(device: str, kernels: tuple[str, ...], best: int | None, form: str, o
 def _say_what_is_stale(path: Path) -> None:
     """Of a file to be shipped: how much of it will never be answered as measured."""
     from tilewright.tuner.installation import is_of_this_code
+    from tilewright.tuning_db.record import Provenance
     from tilewright.tuning_db.upkeep import overview
 
-    stale = sum(count for revision, count in overview(path).revisions.items() if not is_of_this_code(revision))
+    view = overview(path)
+    predicted = sum(count for (_, provenance), count in view.counts.items() if provenance is Provenance.PREDICTED)
+    if predicted:
+        say(f"{predicted} of them are predictions, which no lookup asks a shipped file for: --best leaves them out")
+    stale = sum(count for revision, count in view.revisions.items() if not is_of_this_code(revision)) - predicted
     if stale:
         say(f"{stale} of them are of other kernels or another timing protocol than these: answered as transferred only")
 
@@ -105,7 +117,7 @@ def import_(files: tuple[str, ...], db: str | None, as_json: bool) -> None:
         raise UsageError("stdin (-) can be read once")
     folder = database_dir(db)
     with ExitStack() as stack:
-        staging = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tilewright-import-")))
+        staging = _staging(stack)
         staged = []
         for number, name in enumerate(files):
             with ExitStack() as reading:
@@ -115,6 +127,18 @@ def import_(files: tuple[str, ...], db: str | None, as_json: bool) -> None:
             stack.callback(file.close)
             staged.append((shown, device, file))
         _merge_all(staged, folder, as_json)
+
+
+def _staging(stack: ExitStack) -> Path:
+    """A temporary folder until the end, or until the next import or run where this one is killed."""
+    remove_abandoned()
+    try:
+        folder = WorkerFolder()
+    except OSError as error:
+        where = tempfile.gettempdir()
+        raise UsageError(f"{where} can't be written ({error.strerror}): name another folder in TMPDIR") from None
+    stack.callback(folder.remove)
+    return folder.path
 
 
 def _opened(name: str, stack: ExitStack) -> BinaryIO:

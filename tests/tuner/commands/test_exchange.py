@@ -7,6 +7,7 @@ import json
 import shutil
 import sqlite3
 import sys
+import tempfile
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.tuning_db.test_file import no_space
 from tilewright.kernels import GemmProblem, choose, resolve_device
-from tilewright.kernels.lookup import record_key
+from tilewright.kernels.lookup import prediction_protocol, record_key
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.tuner.commands import exchange
 from tilewright.tuner.installation import default_text
+from tilewright.tuner.temporary import LOCK_FILE, PREFIX
 from tilewright.tuning_db import (
     DatabaseAccessError,
     Environment,
@@ -124,6 +127,18 @@ def test_of_a_database_to_be_shipped_it_is_said_what_is_never_answered_as_measur
         f"2 records of rtx3090-82sm exported to {out}",
         "1 of them are of other kernels or another timing protocol than these: answered as transferred only",
     ]
+
+
+def test_predictions_in_a_database_to_be_shipped_are_told_apart(autotune, tmp_path: Path) -> None:
+    guess = record(2.0)
+    key = replace(guess.key, protocol=prediction_protocol(GEMM))
+    fill(tmp_path, record(3.0, tile=1), replace(guess, key=key, provenance=Provenance.PREDICTED))
+    command = ("export", "--device", "rtx3090", "--format", "sqlite", "--db", tmp_path, "--output")
+    _, _, err = autotune(*command, tmp_path / "all.db")
+    assert err.splitlines()[1:] == [
+        "1 of them are predictions, which no lookup asks a shipped file for: --best leaves them out"
+    ]
+    assert autotune(*command, tmp_path / "few.db", "--best", "1")[2].count("\n") == 1
 
 
 @pytest.mark.parametrize("form", ["jsonl", "sqlite"])
@@ -252,6 +267,83 @@ def test_a_configuration_that_is_none_of_the_kernels_is_refused(autotune, tmp_pa
     status, _, err = autotune("import", out, "--db", tmp_path / "there")
     assert (status, err.count("\n")) == (2, 1)
     assert "out.jsonl:3: GemmConfig is missing BLOCK_N" in err
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_an_import_leaves_no_temporary_files_and_removes_those_of_one_that_was_killed(
+    autotune, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "here", record(3.0))
+    out = tmp_path / "out.jsonl"
+    autotune("export", "--device", "rtx3090", "--db", tmp_path / "here", "--output", out)
+    killed = temporary / f"{PREFIX}killed"
+    killed.mkdir()
+    (killed / LOCK_FILE).touch()
+    during = []
+
+    def reading(stream, name, staging, objection):
+        during.extend([staging.parent.parent == temporary, (staging.parent / LOCK_FILE).exists(), killed.exists()])
+        return read_export(stream, name, staging, objection)
+
+    read_export = interchange.read_export
+    monkeypatch.setattr(interchange, "read_export", reading)
+    assert autotune("import", out, "--db", tmp_path / "there")[0] == 0
+    assert during == [True, True, False]
+    assert list(temporary.iterdir()) == []
+
+
+def test_no_room_for_temporary_files_is_no_matter_of_the_databases(autotune, tmp_path: Path, temporary: Path) -> None:
+    fill(tmp_path / "here", record(3.0))
+    out = tmp_path / "out.jsonl"
+    autotune("export", "--device", "rtx3090", "--db", tmp_path / "here", "--output", out)
+    with no_space():
+        status, _, err = autotune("import", out, "--db", tmp_path / "there")
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"error: {temporary}/" in err
+    assert "name another folder for temporary files in TMPDIR" in err
+    assert "--db" not in err
+    temporary.rmdir()
+    status, _, err = autotune("import", out, "--db", tmp_path / "there")
+    assert (status, err) == (
+        2,
+        f"autotune: error: {temporary} can't be written (No such file or directory): name another folder in TMPDIR\n",
+    )
+
+
+def test_a_full_disk_under_stdout_is_told(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, record(3.0))
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=full))
+        status, _, err = autotune("export", "--device", "rtx3090", "--db", tmp_path)
+    assert (status, err) == (
+        2,
+        "autotune: error: stdout can't be written (No space left on device): free some space, or name a file "
+        "(--output)\n",
+    )
+
+
+def test_what_is_no_source_is_named_as_one(autotune, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    empty, foreign = tmp_path / "folder" / "a10-72sm.sqlite", tmp_path / "foreign.sqlite"
+    empty.touch()
+    with closing(sqlite3.connect(foreign)) as connection:
+        connection.execute("CREATE TABLE cats (name)")
+    for source, said in (
+        (foreign, f"{foreign} is a SQLite database, but not Tilewright's: name another file, or "),
+        (empty.parent, f"{empty} is empty and no database: tune that device first, or remove it"),
+    ):
+        status, out, err = autotune("merge", source, "--db", tmp_path / "db")
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert said in err
+    assert "is empty and no database" in autotune("db", "check", "--db", empty.parent)[1]
 
 
 def test_a_newer_export_and_a_newer_database_are_refused_with_what_to_do(autotune, tmp_path: Path) -> None:
