@@ -48,7 +48,7 @@ def default(problem: GemmProblem, device: Device) -> GemmConfig:
         config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=deep if copies else 32, num_stages=4 if copies else 1)
     if problem.group_size:
         config = replace(config, BLOCK_K=min(config.BLOCK_K, problem.group_size))
-    if problem.b_dtype == "int4" and device.arch >= 80:
+    if problem.b_dtype is not None and device.arch >= 80:
         config = replace(config, PAIRS=True)
     if problem.b_dtype is not None and rows <= FLAT and takes_flat(problem):
         # Unpacking keeps the SMs busy: of eight rows the loop has a fifth to a quarter fewer instructions (sm_80 to

@@ -113,7 +113,7 @@ def gemm_kernel(
     STAGES: tl.constexpr,  # of its copies: `num_stages`
     TMA: tl.constexpr,  # operands come by tensor descriptors
     PIECES: tl.constexpr,  # of a tile's columns, for the epilogue: see `store_in_pieces`
-    PAIRS: tl.constexpr,  # int4 weights are unpacked two at a time, by inline PTX
+    PAIRS: tl.constexpr,  # weights are unpacked two at a time, by inline PTX
 ):
     """out = activation(alpha · scales · (A·B) + bias + residual); with GATED, [g|u] = alpha · scales · (A·B) + bias and
     out = activation(g) · u + residual. One output tile, or one split of its K, a program."""

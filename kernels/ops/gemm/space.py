@@ -29,7 +29,7 @@ class GemmConfig(Config):
     PERSISTENT: bool = False  # as many blocks as the SMs hold, each going from tile to tile
     TMA: bool = False  # operands come by tensor descriptors, whole tiles at a time
     WARP_SPECIALIZE: bool = False  # on Hopper, one warp group copies what two others multiply
-    PAIRS: bool = False  # int4 weights are unpacked two at a time, by inline PTX
+    PAIRS: bool = False  # weights are unpacked two at a time, by inline PTX
 
 
 AXES = {
@@ -212,10 +212,9 @@ def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None
     if min(config.BLOCK_M - FLAT, config.BLOCK_N - least_n, config.BLOCK_K - least_k) < 0:
         of = problem.b_dtype or problem.dtype
         return f"the smallest tile of a {of} dot is {FLAT}×{least_n}×{least_k}" + (" in halves" if least_n > 16 else "")
-    if config.PAIRS and (problem.b_dtype != "int4" or device.arch < 80):
-        return (
-            f"PAIRS is for int4 weights, from sm_80 on, not for b of {problem.b_dtype or problem.dtype} on {device.sm}"
-        )
+    if config.PAIRS and (problem.b_dtype is None or device.arch < 80):
+        of = problem.b_dtype or problem.dtype
+        return f"PAIRS is for weights of int8 and int4, from sm_80 on, not for b of {of} on {device.sm}"
     if problem.group_size % config.BLOCK_K:
         return f"BLOCK_K={config.BLOCK_K} does not divide group_size={problem.group_size}"
     shared = shared_bytes(problem, config, device)
@@ -304,8 +303,8 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
     small = min(config.BLOCK_M, config.BLOCK_N) < 64 or config.num_warps < 4
     if config.TMA and (device.arch < 90 or small or config.num_stages < 2):
         return "TMA pays from sm_90 on, where a warp group computes one tile of 64 or more while others are copied"
-    if problem.b_dtype == "int4" and device.arch >= 80 and not config.PAIRS:
-        return "PAIRS unpacks int4 with a third to a half of the instructions"
+    if problem.b_dtype is not None and device.arch >= 80 and not config.PAIRS:
+        return "PAIRS unpacks weights with a third to a half of the instructions"
     tiles_m, tiles_n = tiles(problem, config)
     if config.PERSISTENT:
         count = tiles_m * tiles_n * problem.batch
@@ -394,7 +393,7 @@ def narrow(problem: GemmProblem, device: Device, axes: Mapping[str, tuple[Any, .
     kept["num_stages"] = tuple(stages for stages in axes["num_stages"] if stages == 1 or copies)
     if device.arch < 90:
         kept["TMA"] = (False,)
-    if problem.b_dtype != "int4" or device.arch < 80:
+    if problem.b_dtype is None or device.arch < 80:
         kept["PAIRS"] = (False,)
     else:
         kept["PAIRS"] = (True,)

@@ -69,6 +69,34 @@ def _pairs(kind: str, one: str, base: str, mask: str) -> tl.constexpr:
 FP16_PAIRS: tl.constexpr = _pairs("f16", "0x3C003C00", "0x64646464", "0x640F640F")
 BF16_PAIRS: tl.constexpr = _pairs("bf16", "0x3F803F80", "0x43434343", "0x430F430F")
 
+# Four weights of int8: `$2` is their bytes, `$3` and `$4` what is added to two each, -(1152 + zero). In fp16 a byte,
+# its sign turned, under that of 1024.0 is 1024 + 128 + the weight: 5 instructions for four.
+FP16_BYTES: tl.constexpr = tl.constexpr("""{
+.reg .b32 u, t, one;
+xor.b32 u, $2, 0x80808080;
+mov.b32 one, 0x3C003C00;
+prmt.b32 t, u, 0x64646464, 0x4140;
+fma.rn.f16x2 $0, t, one, $3;
+prmt.b32 t, u, 0x64646464, 0x4342;
+fma.rn.f16x2 $1, t, one, $4;
+}""")
+
+# bf16 has room for seven bits under 128.0 (0x43): the eighth, the weight's sign, falls on the last bit of the exponent.
+# Without that bit it is 128.0 and the seven bits; without those 128.0, or of a negative weight 256.0. The weight is the
+# difference of the two: 8 instructions for four, and 2 for zero points.
+BF16_BYTES: tl.constexpr = tl.constexpr("""{
+.reg .b32 l, h, a, b, minus;
+mov.b32 minus, 0xBF80BF80;
+prmt.b32 l, $2, 0x43434343, 0x4140;
+prmt.b32 h, $2, 0x43434343, 0x4342;
+and.b32 a, l, 0xFF7FFF7F;
+and.b32 b, l, 0xFF80FF80;
+fma.rn.bf16x2 $0, b, minus, a;
+and.b32 a, h, 0xFF7FFF7F;
+and.b32 b, h, 0xFF80FF80;
+fma.rn.bf16x2 $1, b, minus, a;
+}""")
+
 
 @triton.jit
 def nibble_pairs(q, zero, kind: tl.constexpr):
@@ -85,6 +113,17 @@ def nibble_pairs(q, zero, kind: tl.constexpr):
             BF16_PAIRS, "=r,=r,=r,=r,r,r,r", [q, tl.broadcast_to(offset, q.shape)], (tl.bfloat16, tl.bfloat16), True, 4
         )
     return low, high
+
+
+@triton.jit
+def byte_pairs(q, zero, kind: tl.constexpr):
+    """q - zero of int8, exact, as `kind`, by inline PTX (sm_80 on)."""
+    if kind == tl.float16:
+        offset = tl.broadcast_to((-1152.0 - zero).to(tl.float16), q.shape)
+        w = tl.inline_asm_elementwise(FP16_BYTES, "=r,=r,r,r,r", [q, offset], tl.float16, True, 4)
+    else:
+        w = tl.inline_asm_elementwise(BF16_BYTES, "=r,=r,r", [q], tl.bfloat16, True, 4) - zero.to(tl.bfloat16)
+    return w
 
 
 @triton.jit
@@ -139,7 +178,9 @@ def add_products(x, a, high, q, scale, zero, INT4: tl.constexpr, SCALED: tl.cons
     # Groups are summed apart and scaled in fp32, where scaled weights would be rounded to 11 bits (bf16: 8) each. A
     # block has BLOCK_M·BLOCK_N sums to scale or BLOCK_K·BLOCK_N weights: for few rows this is the cheaper way too.
     total = tl.zeros(x.shape, dtype=tl.float32) if SCALED else x
-    if PAIRS:
+    if PAIRS and not INT4:
+        total = multiply(a, byte_pairs(q, zero[None, :], kind), total, None, 0)
+    elif PAIRS:
         low_weights, high_weights = nibble_pairs(q, zero[None, :], kind)
         total = multiply(a, low_weights, total, None, 0)
         total = multiply(high, high_weights, total, None, 0)
@@ -177,7 +218,7 @@ def weight_sums(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     HALVES: tl.constexpr,
-    PAIRS: tl.constexpr,  # int4 is unpacked by inline PTX
+    PAIRS: tl.constexpr,  # weights are unpacked by inline PTX
     BLOCK_M: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_K: tl.constexpr,

@@ -78,8 +78,13 @@ def estimate(problem: GemmProblem, config: GemmConfig, device: Device) -> Resour
 WEIGHT_OPERATIONS = {("int4", "fp16"): 3.4, ("int4", "bf16"): 4.7, ("int8", "fp16"): 4.2, ("int8", "bf16"): 4.2}
 """Instructions of one lane that make a weight an operand, counted in the SASS of compiled kernels for sm_86."""
 
-PAIRED_OPERATIONS = 13 / 8
-"""The same with PAIRS: 13 instructions for eight weights."""
+PAIRED_OPERATIONS = {
+    ("int4", "fp16"): 13 / 8,
+    ("int4", "bf16"): 13 / 8,
+    ("int8", "fp16"): 5 / 4,
+    ("int8", "bf16"): 8 / 4,
+}
+"""The same with PAIRS, of the PTX in `weights`, without zero points."""
 
 
 def _load_lines(problem: GemmProblem, config: GemmConfig, rows: float, columns: float) -> float:
@@ -125,7 +130,8 @@ def work(problem: GemmProblem, config: GemmConfig) -> Work:
         # Every row of warps makes its own operands, but for wgmma and tcgen05, which share them.
         repeats = config.BLOCK_M / warp_tile(config.BLOCK_M, config.BLOCK_N, config.num_warps)[0]
         weights = config.BLOCK_N * config.BLOCK_K * repeats
-        each = PAIRED_OPERATIONS if config.PAIRS else WEIGHT_OPERATIONS[problem.b_dtype, problem.dtype]
+        operations = PAIRED_OPERATIONS if config.PAIRS else WEIGHT_OPERATIONS
+        each = operations[problem.b_dtype, problem.dtype]
         lane_ops = weights * each
         if problem.group_size:
             lane_ops += config.BLOCK_M * config.BLOCK_N
