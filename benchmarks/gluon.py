@@ -9,6 +9,7 @@ turns. `DIR/gluon.json` and `DIR/gluon.md` are written after every case. `--rehe
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 import time
@@ -22,7 +23,7 @@ from benchmarks.cases import FEW, GELU, LARGE, UP, Case, cases, held_against_all
 from benchmarks.comparison_report import geometric_mean, table
 from benchmarks.contenders import OURS, Arrays, Contender
 from benchmarks.gluon_gemm import GluonConfig, gluon_gemm
-from benchmarks.gpu import Board, best_rival
+from benchmarks.gpu import Board, best_rival, refuse_another_run
 from benchmarks.rehearsal import RehearsalBoard
 from benchmarks.torch_board import Timed, TorchBoard
 from tilewright.kernels.activations import activation_name
@@ -46,7 +47,7 @@ CONFIGS = (
 """What is tried of every case: both ways of sharing the work out, with tiles that leave room for stages."""
 
 APART = 0.01
-"""Part of our largest result by which another may be apart: four times the rounding of bf16."""
+"""Part of our largest result by which another may be apart: of bf16 five roundings."""
 
 
 @click.command()
@@ -59,7 +60,12 @@ def main(device_name: str, minutes: float, out: Path, db: Path | None, rehearse:
     """Compares a GEMM in Gluon with the portable ones and the library's."""
     deadline = time.monotonic() + 60 * minutes
     try:
+        if not math.isfinite(minutes):
+            raise UsageError(f"--minutes {minutes} must be a finite number")
+        refuse_another_run(out / "gluon.json")
         board: Board = RehearsalBoard(device_name) if rehearse else _board(device_name, db or env.database_dir())
+        if board.device.arch != ARCH:
+            raise UsageError(f"{device_name} is {board.device.sm}, and the kernel is of sm_{ARCH}: name such a GPU")
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise click.UsageError(f"{out} can't be made ({error.strerror}): name another folder") from None
@@ -70,8 +76,8 @@ def main(device_name: str, minutes: float, out: Path, db: Path | None, rehearse:
 
 def _board(device_name: str, db: Path) -> TorchBoard:
     device = resolve_device(device_name)
-    if not device.live or device.arch != ARCH:
-        raise UsageError(f"{device_name} is {device.sm}, and the kernel is of sm_{ARCH}, of a GPU that is at hand")
+    if not device.live:
+        raise UsageError(f"{device_name} is not a GPU of this machine: nothing can be measured (--rehearse rehearses)")
     return TorchBoard(int(device.live.rpartition(":")[2]), db)
 
 
@@ -129,7 +135,7 @@ def rated(case: Case, library: Sequence[Contender], found: Mapping[str, Timed]) 
     """A case's row: the best of Gluon's that computes what ours does, beside ours and the library's best."""
     roles = {each.name: each.role for each in library}
     ours, rivals = found[OURS], {name: found[name] for name in roles}
-    gluon = {name: _checked(timed) for name, timed in found.items() if name != OURS and name not in roles}
+    gluon = {name: _checked(timed, ours) for name, timed in found.items() if name != OURS and name not in roles}
     right = {name: timed.median_us for name, timed in gluon.items() if not timed.error}
     best = min(right, key=lambda name: right[name], default=None)
     rival = best_rival(held_against_all(case), roles, rivals)
@@ -145,10 +151,12 @@ def rated(case: Case, library: Sequence[Contender], found: Mapping[str, Timed]) 
     }
 
 
-def _checked(timed: Timed) -> Timed:
+def _checked(timed: Timed, ours: Timed) -> Timed:
     """As it is where its result is ours; else without times."""
     if timed.error or (timed.difference is not None and timed.difference <= APART):  # NaN is neither
         return timed
+    if ours.error:
+        return Timed(error="there is no result of ours to hold it against")
     return Timed(error=f"the result differs from ours by {timed.difference} of the largest element")
 
 

@@ -122,7 +122,7 @@ def main(
     db = db or out / "db"
     chosen = [case for case in cases() if not families or any(text in case.family.name for text in families)]
     try:
-        _refuse_another_run(out)
+        refuse_another_run(out / "gpu.json")
         if not math.isfinite(minutes):
             raise UsageError(f"--minutes {minutes} must be a finite number")
         if not chosen:
@@ -141,14 +141,14 @@ def main(
     run(board, chosen, start + 60 * minutes, out, note)
 
 
-def _refuse_another_run(out: Path) -> None:
-    """Does nothing for a folder without a measured result."""
+def refuse_another_run(result: Path) -> None:
+    """Does nothing where there is no measured result."""
     try:
-        simulated = json.loads((out / "gpu.json").read_text())["simulated"]
+        simulated = json.loads(result.read_text())["simulated"]
     except (OSError, ValueError, TypeError, KeyError):
         return
     if not simulated:
-        raise UsageError(f"{out} has the results of another run: name another folder, or remove {out / 'gpu.json'}")
+        raise UsageError(f"{result.parent} has the results of another run: name another folder, or remove {result}")
 
 
 def _board(device_name: str, db: Path) -> TorchBoard:

@@ -1,7 +1,7 @@
 """Compiles the GEMM in Gluon for sm_90 by the configuration on the command line, as JSON, and prints what came out: for
 tests, whose own process interprets kernels.
 
-    {"kind": "bf16", "activation": "none", "config": {…}}
+    {"kind": "bf16", "bias": true, "activation": "none", "config": {…}}
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     }
     constants = {name: getattr(config, name) for name in ("BLOCK_N", "STAGES", "GROUP_M", "COOPERATIVE")}
     constants["ACTIVATION"] = job["activation"]
+    if not job["bias"]:
+        constants["bias_ptr"] = None
     signature = {
         **{name: f"tensordesc<{kind}[{r}, {c}],{tile_layout(r, c)!r}>" for name, (r, c) in tiles.items()},
         **{"bias_ptr": f"*{kind}", "M": "i32", "N": "i32", "K": "i32"},

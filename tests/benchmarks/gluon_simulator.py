@@ -1,5 +1,5 @@
 """Gluon kernels of sm_90 on NumPy: partitions take turns as a seed says, and what is asynchronous comes as late as it
-may, or whenever its turn is.
+may, or whenever its turn is. A partition is one thread here: fences, and races between a group's threads, are not seen.
 
 A copy into shared memory is an actor of its own. Products read their operands, and copies out their tiles, no earlier
 than somebody waits for them: a stage that is given back too soon is read after it was written over. Shared memory is
@@ -35,7 +35,7 @@ class Tensor(np.ndarray[Any, Any]):
 class Turns:
     """One of several threads runs at a time; each gives its turn away wherever another's could matter."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: str) -> None:
         self._draw = random.Random(seed)
         self._ready: dict[Any, Callable[[], bool]] = {}  # who waits for a turn, and whether it could use it
         self._turns: dict[Any, threading.Event] = {}
@@ -103,7 +103,7 @@ class Turns:
             self._turns[chosen].set()
             return
         self._ready.clear()
-        for event in self._turns.values():  # of those that have failed with another
+        for event in list(self._turns.values()):  # of those that have failed with another
             event.set()
         if not self._turns:
             self._done.set()
@@ -189,7 +189,7 @@ class Pointer:
 class Block:
     """What one block of threads sees of Gluon."""
 
-    def __init__(self, program: int, programs: int, seed: int) -> None:
+    def __init__(self, program: int, programs: int, seed: str) -> None:
         self._program, self._programs = program, programs
         self._turns = Turns(seed)
         self._pending: dict[Any, list[Callable[[], None]]] = {}  # products and copies out, by who issued them
@@ -274,7 +274,7 @@ class Block:
 def simulate(module: ModuleType, kernel: str, arguments: Sequence[Any], programs: int, seed: int, **names: Any) -> None:
     """Runs all blocks of a kernel, one after another. `names` are functions of Triton's that it calls, on arrays."""
     for program in range(programs):
-        scope: dict[str, Any] = {**vars(module), **names, **Block(program, programs, seed + program).names()}
+        scope: dict[str, Any] = {**vars(module), **names, **Block(program, programs, f"{seed} {program}").names()}
         for name, value in vars(module).items():
             if isinstance(value, JITFunction) and value.__module__ == module.__name__:
                 scope[name] = FunctionType(value.fn.__code__, scope)

@@ -44,8 +44,22 @@ def test_a_rehearsal_writes_every_case_and_says_what_it_is(tmp_path: Path) -> No
 def test_without_its_gpu_one_line_says_so(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["--device", "sm_90", "--out", str(tmp_path / "new")])
     assert done.exit_code == 2
-    assert "sm_90 is sm_90, and the kernel is of sm_90, of a GPU that is at hand" in done.output
+    assert "sm_90 is not a GPU of this machine: nothing can be measured (--rehearse rehearses)" in done.output
     assert not (tmp_path / "new").exists()
+
+
+def test_another_arch_or_no_end_is_refused(tmp_path: Path) -> None:
+    for more, said in (
+        (["--device", "rtx3090"], "rtx3090 is sm_86, and the kernel is of sm_90: name such a GPU"),
+        (["--minutes", "nan"], "--minutes nan must be a finite number"),
+    ):
+        done = CliRunner().invoke(main, ["--rehearse", "--out", str(tmp_path / "new"), *more])
+        assert done.exit_code == 2
+        assert said in " ".join(done.output.split())
+    (tmp_path / "gluon.json").write_text('{"simulated": false}')
+    done = CliRunner().invoke(main, ["--rehearse", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "has the results of another run" in done.output
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
@@ -73,6 +87,8 @@ def test_a_case_where_nothing_worked_is_a_row() -> None:
     row = rated(CASE, LIBRARY, times(**dict.fromkeys((ONE, OTHER, OURS), Timed(error="out of memory"))))
     assert (row["best"], row["of_ours"], row["of_library"]) == (None, None, None)
     assert row["contenders"][OURS]["error"] == "out of memory"
+    row = rated(CASE, LIBRARY, times(**{OURS: Timed(error="out of memory"), ONE: Timed(90.0)}))
+    assert row["contenders"][ONE]["error"] == "there is no result of ours to hold it against"
 
 
 def test_configurations_have_labels_of_their_own() -> None:

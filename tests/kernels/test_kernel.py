@@ -121,6 +121,17 @@ def test_a_problem_is_no_further_from_itself_than_from_another() -> None:
     assert kernel.distance(one, replace(near, activation="relu")) is None
 
 
+def test_tiles_of_few_rows_are_not_for_many() -> None:
+    kernel = find_kernel("gemm")
+    few, many = (GemmProblem(M=m, N=4096, K=4096, b_layout="col") for m in (8, 16))
+    assert kernel.distance(many, few) is None
+    assert kernel.distance(few, many) == 1
+    rows = [replace(problem, b_layout="row") for problem in (many, few)]  # which have no such tiles
+    assert kernel.distance(*rows) == 1
+    grouped = [replace(problem, groups=2) for problem in (many, few)]  # eight rows a group at the most
+    assert kernel.distance(*grouped) == 1
+
+
 # Of each op a problem, in which every size that may differ is there.
 PLACES = [
     ("gemm", "M=64,N=256,K=1024,batch=4,a_layout=col"),

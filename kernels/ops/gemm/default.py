@@ -7,10 +7,9 @@ from dataclasses import replace
 
 from tilewright.kernels.device import Device
 from tilewright.kernels.dtypes import dtype
-from tilewright.kernels.ops.gemm.problem import GemmProblem
+from tilewright.kernels.ops.gemm.problem import FLAT, GemmProblem
 from tilewright.kernels.ops.gemm.space import (
     AXES,
-    FLAT,
     GemmConfig,
     fits,
     operand_vectors,
@@ -51,9 +50,10 @@ def default(problem: GemmProblem, device: Device) -> GemmConfig:
     if problem.b_dtype is not None and device.arch >= 80:
         config = replace(config, PAIRS=True)
     if problem.b_dtype is not None and rows <= FLAT and takes_flat(problem):
-        # Unpacking keeps the SMs busy: of eight rows the loop has a fifth to a quarter fewer instructions (sm_80 to
-        # sm_120, counted in the SASS of 64×128 tiles).
-        config = replace(config, BLOCK_M=FLAT, num_warps=2 if device.tensor_tflops else config.num_warps)
+        # Unpacking keeps a warp busy, and blocks are few: 32 columns are two warps' of 16, as many as an mma has rows.
+        config = replace(config, BLOCK_M=FLAT)
+        if device.tensor_tflops:
+            config = replace(config, BLOCK_N=32 * (least_n // 16), num_warps=2)
     config = replace(config, BLOCK_N=max(config.BLOCK_N, least_n))
     if device.hopper:
         own = (_few_rows(problem, rows), _few_weights(problem, rows, device), _described(problem, device))

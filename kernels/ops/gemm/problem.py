@@ -13,6 +13,7 @@ zero points are shared by groups of rows; and with `groups`, A's rows are cut in
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -44,6 +45,11 @@ OPERANDS = ("a", "b", "a_scale", "b_scale", "b_zero")
 """Arrays that `aligned` speaks of; `end_aligned` is about the others."""
 
 LAYOUTS = ("row", "col")
+
+FLAT = 8
+"""Rows of the tiles whose transpose is multiplied: mma.sync takes 16 rows and 8 columns, so that of eight rows half the
+products, sums and registers would be of no use."""
+
 MOST_GROUPS = 1024
 """Groups of rows: every block looks through the offsets of all to find its own."""
 
@@ -315,7 +321,7 @@ def _spread(size: int, count: int, random: np.random.Generator) -> Array:
     last tile begins, for every tile size there is."""
     edges = np.linspace(0, size, min(size, count) + 1).astype(np.int64)
     chosen = random.integers(edges[:-1], edges[1:])
-    starts = np.array([size // tile * tile for tile in (16, 32, 64, 128, 256)])
+    starts = np.array([size // tile * tile for tile in (FLAT, 16, 32, 64, 128, 256)])
     ends = np.concatenate([[0, size - 1], starts, starts - 1])
     return np.unique(np.concatenate([chosen, ends[(ends >= 0) & (ends < size)]]))
 
@@ -349,4 +355,17 @@ def near(problem: GemmProblem) -> Near:
     """Which GEMMs compare: those of other M, N, K and batch. A problem whose alignment differs compiles to other code
     and is no neighbour: N and K count there, and M where columns of A are read."""
     lengths = ("M", "N", "K") if problem.a_layout == "col" else ("N", "K")
-    return Near(("M", "N", "K", "batch"), multiples=tuple((name, 16) for name in lengths))
+    # Tiles for a few rows would read B again for each few of many; those for many serve few as well as any.
+    flat = (problem.a_layout, problem.b_layout) == ("row", "col")
+    accept = _has_many_rows if flat and not has_few_rows(problem.M, problem.groups) else None
+    return Near(("M", "N", "K", "batch"), multiples=tuple((name, 16) for name in lengths), accept=accept)
+
+
+def has_few_rows(rows: int, groups: int) -> bool:
+    """Whether a tile of `FLAT` rows holds all there are, of a group on average."""
+    return math.ceil(rows / max(1, groups)) <= FLAT
+
+
+def _has_many_rows(problem: str) -> bool:
+    fields = json.loads(problem)
+    return not has_few_rows(fields["M"], fields.get("groups", 0))

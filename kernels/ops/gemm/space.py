@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.kernels.dtypes import dtype
-from tilewright.kernels.ops.gemm.problem import GemmProblem
+from tilewright.kernels.ops.gemm.problem import FLAT, GemmProblem, has_few_rows
 from tilewright.kernels.problem import Config
 from tilewright.kernels.space import Space, malformed, over_block, over_grid
 from tilewright.kernels.work import SPECIALIZED_WARPS, reads_operands_shared
@@ -45,11 +45,6 @@ AXES = {
     "WARP_SPECIALIZE": (False, True),
     "PAIRS": (False, True),
 }
-
-
-FLAT = 8
-"""Rows of a tile whose transpose is multiplied: mma.sync takes 16 rows and 8 columns, so that of eight rows half the
-products, sums and registers would be of no use."""
 
 
 def multiplying_warps(config: GemmConfig) -> int:
@@ -126,8 +121,8 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
     Triton keeps a copy of each operand tile per stage, less the one that mma.sync has in registers already; one copy of
     a tile that cp.async can't bring, or that must be transposed through registers, as 8-bit B by rows, and 8-bit A by
     columns for wgmma and of 16 bytes (read off compiled kernels, 3.6 and 3.9). One copy of a word per thread, or of 16
-    columns, may not be there at all: it goes from thread to thread. Weights that become fp16 on their way to wgmma lie
-    there once more as such.
+    columns, may not be there at all: it goes from thread to thread, as both may of tiles of eight rows. Weights that
+    become fp16 on their way to wgmma lie there once more as such.
     """
     tile = operand_tiles(problem, config)
     element = dtype(problem.dtype).bytes
@@ -151,7 +146,8 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
     a_copies = stages if a_vector >= 4 and not turned else 1
     b_copies = b_stages if b_vector >= 4 and not b_turned else 1
     if config.BLOCK_M == FLAT and max(a_copies, b_copies) <= 1:
-        return 0  # operands may go from thread to thread
+        # Of one stage operands may go from thread to thread; on CUDA cores, or copied ahead, B lies there.
+        return 0 if config.num_stages == 1 and device.arch >= 80 else tile.b
     # int4 of 16 columns, or in halves, may have one copy fewer under mma.sync.
     if problem.b_dtype == "int4" and not keeps_all and (config.BLOCK_N == 16 or tile.b_count == 2):
         b_copies -= 1
@@ -203,15 +199,15 @@ def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None
     limit = malformed(config, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"))
     if limit is not None:
         return limit
-    if config.BLOCK_M < 16:
-        limit = _refused_flat(problem, config, device)
-        if limit is not None:
-            return limit
     least_k = 32 if problem.b_dtype == "int4" else max(16, 32 // int(dtype(problem.dtype).bytes))
     least_n = 32 if problem.gated == "halves" else 16
     if min(config.BLOCK_M - FLAT, config.BLOCK_N - least_n, config.BLOCK_K - least_k) < 0:
         of = problem.b_dtype or problem.dtype
         return f"the smallest tile of a {of} dot is {FLAT}×{least_n}×{least_k}" + (" in halves" if least_n > 16 else "")
+    if config.BLOCK_M == FLAT:
+        limit = _refused_flat(problem, config, device)
+        if limit is not None:
+            return limit
     if config.PAIRS and (problem.b_dtype is None or device.arch < 80):
         of = problem.b_dtype or problem.dtype
         return f"PAIRS is for weights of int8 and int4, from sm_80 on, not for b of {of} on {device.sm}"
@@ -287,11 +283,6 @@ def _refused_by_specialisation(problem: GemmProblem, config: GemmConfig) -> str 
     return None
 
 
-def _is_flat(problem: GemmProblem) -> bool:
-    """Whether eight rows are all there are, of a group on average."""
-    return math.ceil(problem.M / max(1, problem.groups)) <= FLAT
-
-
 def _least_persistent(device: Device, described: bool) -> float:
     """Tiles from which on persistent blocks are worth trying: two for every SM. On an H200 one is enough with tensor
     descriptors: 16384×256×1024, 128 tiles, takes 17.1 µs with them and 19.5 without."""
@@ -320,7 +311,7 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
             return f"the other blocks of an SM hide the start of one of {config.BLOCK_M}×{config.BLOCK_N}"
         if not config.TMA and device.arch >= 90 and fits(problem, replace(config, TMA=True), device) is None:
             return "from sm_90 on PERSISTENT is for TMA, whose copies are no work for the block"
-    if config.BLOCK_M == FLAT and not _is_flat(problem):
+    if config.BLOCK_M == FLAT and not has_few_rows(problem.M, problem.groups):
         return f"tiles of BLOCK_M={FLAT} rows read B once for every {FLAT} of {problem.M} rows"
     for block, size, smallest in (
         (config.BLOCK_M, problem.M, 16),
@@ -372,9 +363,10 @@ def narrow(problem: GemmProblem, device: Device, axes: Mapping[str, tuple[Any, .
     ):
         most = max(smallest, 2 ** math.ceil(math.log2(size)))
         kept[name] = tuple(block for block in axes[name] if block <= most)
-    if not (takes_flat(problem) and _is_flat(problem)):
+    if not (takes_flat(problem) and has_few_rows(problem.M, problem.groups)):
         kept["BLOCK_M"] = tuple(block for block in kept["BLOCK_M"] if block != FLAT)
-    tiles_m = problem.M // min(kept["BLOCK_M"], default=FLAT) + max(1, problem.groups)
+    least = min(kept["BLOCK_M"], default=FLAT)
+    tiles_m = problem.M // least + problem.groups if problem.groups else math.ceil(problem.M / least)
     k_blocks = math.ceil(problem.K / AXES["BLOCK_K"][0])
     kept["GROUP_M"] = tuple(group for group in axes["GROUP_M"] if group == 1 or tiles_m > AXES["GROUP_M"][0])
     # Of the largest tiles, the fewest there can be.

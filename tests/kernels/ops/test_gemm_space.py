@@ -32,7 +32,7 @@ TILE = GemmConfig(128, 128, 32)
         ({"num_stages": 0}, "num_stages=0 must be an integer of at least 1"),
         ({"BLOCK_N": 48}, "BLOCK_N=48 must be a power of two"),
         ({"num_warps": 3}, "num_warps=3 must be a power of two"),
-        ({"BLOCK_M": 4}, "BLOCK_M=4 is for rows of A and columns of B that are loaded 16 bytes"),
+        ({"BLOCK_M": 4}, "the smallest tile of a fp16 dot is 8×16×16"),
         ({"BLOCK_M": 8}, "BLOCK_M=8 is for rows of A and columns of B that are loaded 16 bytes"),
         ({"BLOCK_K": 8}, "the smallest tile of a fp16 dot is 8×16×16"),
         ({"num_warps": 64}, "num_warps=64 is over the 32 of a block"),
@@ -187,7 +187,9 @@ def test_the_default_of_few_rows_by_weights_has_eight(device):
     for b_dtype, scale in (("int4", {"b_scale": "group", "group_size": 128}), ("int8", {"b_scale": "column"})):
         for n, k in ((4096, 4096), (57344, 8192), (48, 128)):
             problem = GemmProblem(1, n, k, b_layout="col", b_dtype=b_dtype, **scale)
-            assert default(problem, device).BLOCK_M == 8
+            config = default(problem, device)
+            assert config.BLOCK_M == 8
+            assert 16 * config.num_warps <= config.BLOCK_N or not device.tensor_tflops  # no warp repeats another
             assert default(replace(problem, M=9), device).BLOCK_M == 16
             assert default(replace(problem, b_layout="row"), device).BLOCK_M == 16
 
