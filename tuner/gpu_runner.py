@@ -153,7 +153,8 @@ class GpuRunner(Runner):
                     continue
                 if reply.get("busy"):
                     continue  # its turn did not come
-                if reply.get("killed") and not trial.killed and not is_past(deadline):
+                again = reply["status"] != Status.COMPILE_ERROR  # what the pool has tried again itself
+                if reply.get("killed") and again and not trial.killed and not is_past(deadline):
                     # By somebody else, as a rule: without a second try the best configuration may be lost to it.
                     trial.killed = reply["message"]
                     measuring[self._measure(kernel, problem, trial)] = trial

@@ -6,6 +6,7 @@ It says nothing about the configuration, and next time it may be gone: it ends t
 from __future__ import annotations
 
 import errno
+import signal
 import subprocess
 import tempfile
 
@@ -41,10 +42,10 @@ def machine_fault(error: BaseException) -> str:
 
 
 def was_killed(error: CompileError) -> bool:
-    """Whether a tool of the compiler, such as ptxas, was ended by a signal: by the system for want of memory, say."""
+    """Whether a tool of the compiler, such as ptxas, was killed: by the system for want of memory, say."""
     reason: BaseException | None = error
     while reason is not None:
-        if isinstance(reason, subprocess.CalledProcessError) and reason.returncode < 0:
+        if isinstance(reason, subprocess.CalledProcessError) and reason.returncode == -signal.SIGKILL:
             return True
         reason = reason.__cause__ or reason.__context__  # Triton's own error has no cause, only this
     return False

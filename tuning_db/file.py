@@ -316,7 +316,8 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
     """Open a file that there is for reading. Takes no lock and changes nothing but SQLite's own side files.
 
     Without a WAL the file alone is the whole database, and is read alone where side files can't be made; and where the
-    file can't be written, since side files that such a reader makes are its own, stay, and keep writers out.
+    file can't be written, since side files that such a reader makes are its own, stay, and keep writers out. Those of a
+    program that has the file open, though its WAL be empty yet, are there for all, and what it writes is seen.
 
     Raises:
         DatabaseAccessError: there is a WAL, and the side files can't be made.
@@ -324,7 +325,8 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
     """
     wal = Path(f"{path.resolve()}-wal")  # beside the file that a link leads to
     try:
-        if os.access(path, os.W_OK) or _has_content(wal):
+        is_open = wal.exists() and Path(f"{path.resolve()}-shm").exists()
+        if os.access(path, os.W_OK) or is_open or _has_content(wal):
             return _connect(path, "mode=ro")  # which reads the file
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode & 0xFF not in _NO_SIDE_FILES:
@@ -442,7 +444,10 @@ def refuse_dangling(path: Path) -> None:
 
 
 def _has_content(path: Path) -> bool:
-    return path.exists() and path.stat().st_size > 0
+    try:
+        return path.stat().st_size > 0
+    except (FileNotFoundError, NotADirectoryError):  # side files go whenever the last connection closes
+        return False
 
 
 def damage_mark(path: Path) -> Path:

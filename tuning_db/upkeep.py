@@ -115,13 +115,13 @@ def check(path: Path, objection: Callable[[Record], str | None] = lambda record:
         findings.append("a program met damage here before: the next run that writes to it checks it and sets it aside")
     try:
         with explained(path), open_snapshot(path) as file:
-            found = file.read(lambda connection: list(_findings(connection, path.name, objection)))
+            found = file.read(lambda connection: list(_findings(connection, path, objection)))
     except DatabaseCorruptError as error:
         found = [str(error)]
     return findings + found
 
 
-def _findings(connection: sqlite3.Connection, name: str, objection: Callable[[Record], str | None]) -> Iterator[str]:
+def _findings(connection: sqlite3.Connection, path: Path, objection: Callable[[Record], str | None]) -> Iterator[str]:
     connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")  # so that every row can be read
     damage = [row[0] for row in connection.execute(f"PRAGMA integrity_check({MOST_FINDINGS})")]
     if damage != ["ok"]:
@@ -131,9 +131,11 @@ def _findings(connection: sqlite3.Connection, name: str, objection: Callable[[Re
     yield from (f"record {row['rowid']} is of a run that there is not" for row in broken)
     device = connection.execute("SELECT device FROM records ORDER BY id LIMIT 1").fetchone()
     if device is not None and isinstance(device[0], str) and device[0] and is_text(device[0]) is None:
-        wanted = path_for(device[0], Path()).name
-        if wanted != name:
-            yield f"its records are of {shown(device[0])}, whose file is {wanted}: rename it"
+        wanted = path_for(device[0], path.parent)
+        if wanted.name != path.name:
+            taken = f"merge it into that with autotune merge {path} --db {path.parent}, and remove it"
+            advice = taken if wanted.exists() else "rename it"
+            yield f"its records are of {shown(device[0])}, whose file is {wanted.name}: {advice}"
     left = MOST_FINDINGS
     checks = (("runs", _objection_to_run), ("records", lambda row: _objection(row, device[0], objection)))
     for table, check_row in checks:

@@ -245,6 +245,14 @@ def test_a_process_that_somebody_has_killed_gets_a_second_try(runner: GpuRunner)
     assert len(runner._workers.requests) == 6  # type: ignore[attr-defined]
 
 
+def test_what_the_pool_has_compiled_twice_is_not_tried_again(runner: GpuRunner) -> None:
+    killed = {"status": "compile_error", "message": "`ptxas` failed with error code -9", "killed": True}
+    runner._workers.answer = lambda request: killed  # type: ignore[attr-defined]
+    ((_, outcome),) = runner.run(GEMM, PROBLEM, [GemmConfig(64, 64, 32)])
+    assert (outcome.status, outcome.message) == (Status.COMPILE_ERROR, killed["message"])
+    assert len(runner._workers.requests) == 1  # type: ignore[attr-defined]
+
+
 def test_a_process_that_dies_by_itself_gets_no_second_try(runner: GpuRunner) -> None:
     aborted = {"status": "runtime_error", "message": "the measurement aborted (SIGABRT)"}
     runner._workers.answer = lambda request: aborted  # type: ignore[attr-defined]

@@ -64,7 +64,7 @@ def test_where_ptxas_fails_for_want_of_room_it_is_no_refusal(monkeypatch: pytest
         heed_machine_fault(refusal)
 
 
-@pytest.mark.parametrize(("code", "killed"), [(-9, True), (255, False)])
+@pytest.mark.parametrize(("code", "killed"), [(-9, True), (-11, False), (255, False)])
 def test_a_ptxas_that_was_killed_may_be_no_refusal(code: int, killed: bool) -> None:
     from triton.runtime.errors import PTXASError
 

@@ -312,6 +312,18 @@ def test_without_permissions() -> None:
     assert beside == "['a10-72.sqlite', 'a10-72.sqlite.lock']"  # no side files, which would keep its writers out
 
 
+def test_who_may_only_read_sees_what_a_program_that_has_the_file_open_writes(
+    filled: Path, environment, make_record, key: Key, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TuningDB.open(DEVICE, filled.parent) as db:
+        assert Path(f"{filled}-wal").stat().st_size == 0  # open, and not written to yet
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        with TuningDB.open(DEVICE, filled.parent, read_only=True) as reader:
+            before = len(reader.records(key))
+            db.add(make_record("later"), db.start_run(environment))
+            assert len(reader.records(key)) == before + 1
+
+
 def test_a_full_disk(filled: Path, environment, make_record, key: Key) -> None:
     with TuningDB.open(DEVICE, filled.parent) as db:
         run_id = db.start_run(environment)

@@ -133,7 +133,11 @@ def test_texts_that_are_none_are_found_wherever_they_are(db: TuningDB, run_id: i
 def test_a_file_under_the_name_of_another_device_is_found(filled: TuningDB) -> None:
     filled.close()
     renamed = filled.path.rename(filled.path.with_name("a10-72.sqlite"))
-    assert check(renamed) == ["its records are of 'rtx3090-82', whose file is rtx3090-82.sqlite: rename it"]
+    found = "its records are of 'rtx3090-82', whose file is rtx3090-82.sqlite: "
+    assert check(renamed) == [f"{found}rename it"]
+    filled.path.write_bytes(renamed.read_bytes())  # a name that is taken already
+    merge = f"autotune merge {renamed} --db {renamed.parent}"
+    assert check(renamed) == [f"{found}merge it into that with {merge}, and remove it"]
 
 
 def test_a_stranger_among_the_records_is_found(filled: TuningDB, make_record) -> None:

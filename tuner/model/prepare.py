@@ -112,12 +112,12 @@ def check_fusing(request: Request, prepared: Prepared, reference: Judge) -> Comp
         RunError: a fused node computes something else of the same inputs, or the fused model can't be compared.
     """
     wrong = f"{request.model}: its fused form computes something else, which is a defect of Tilewright: "
-    found = reference.compare(prepared.fused, layers=prepared.shared_names)
+    found = reference.compare(prepared.fused, layers=prepared.shared_names, lowered=False)
     apart = {row.value: row for row in found.layers if row.bad_changed or (row.relative or 0.0) > READING_ERROR}
     nodes = {node.outputs[0].name: node for node in fused_nodes(prepared.fused)}
     # Behind those whatever differs may differ for what they give.
     for name, row in itertools.islice(apart.items(), JUDGED):
-        before = reference.compare(prepared.fused, layers=_known_before(nodes[name], prepared)).layers
+        before = reference.compare(prepared.fused, layers=_known_before(nodes[name], prepared), lowered=False).layers
         if all(not each.bad_changed and (each.relative or 0.0) <= EQUAL_INPUTS for each in before):
             bad = f", and has {row.bad_changed} NaN or infinities" if row.bad_changed else ""
             raise RunError(
