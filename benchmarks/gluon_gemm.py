@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewright.kernels.activations import activate
+from tilewright.kernels.ops.gemm.jit import tile_of
 
 # Their names up to Triton 3.6, and since.
 copy_tile_in = getattr(tma, "async_load", tma.async_copy_global_to_shared)
@@ -75,16 +76,6 @@ class GluonConfig:
 
 
 @gluon.jit
-def place_of(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
-    """Row and column of a tile, as the library's GEMM walks them."""
-    group = tile // (GROUP_M * tiles_n)
-    first_m = group * GROUP_M
-    rows = gl.minimum(tiles_m - first_m, GROUP_M)
-    within = tile % (GROUP_M * tiles_n)
-    return first_m + within % rows, within // rows
-
-
-@gluon.jit
 def copy_in(a_desc, b_desc, a_ring, b_ring, barriers, sizes, GROUP_M: gl.constexpr):
     """The warp that copies: tile by tile, the blocks of K into the stages, each as soon as it is free."""
     STAGES: gl.constexpr = a_ring.shape[0]
@@ -96,7 +87,7 @@ def copy_in(a_desc, b_desc, a_ring, b_ring, barriers, sizes, GROUP_M: gl.constex
     stage = 0
     phase = 1  # of a barrier that nobody has used, the phase before the first counts as over
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = place_of(tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         for block in range(blocks):
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), a_desc.block_type.nbytes + b_desc.block_type.nbytes)
@@ -143,7 +134,7 @@ def multiply(
         used += group * blocks
     my_turn = 1 - group  # as in `copy_in`: the first group has its first turn without being told
     for tile in range(first, tiles_m * tiles_n, TURNS * gl.num_programs(0)):
-        tile_m, tile_n = place_of(tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
         stage = used % STAGES
         phase = (used // STAGES) & 1
         used += TURNS * blocks

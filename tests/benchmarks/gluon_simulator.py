@@ -272,7 +272,7 @@ class Block:
 
 
 def simulate(module: ModuleType, kernel: str, arguments: Sequence[Any], programs: int, seed: int, **names: Any) -> None:
-    """Runs all blocks of a kernel, one after another. `names` are functions of Triton's that it calls, on arrays."""
+    """Runs all blocks of a kernel, one after another. `names` are functions of Triton's that it calls, on numbers."""
     for program in range(programs):
         scope: dict[str, Any] = {**vars(module), **names, **Block(program, programs, f"{seed} {program}").names()}
         for name, value in vars(module).items():

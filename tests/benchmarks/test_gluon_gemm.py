@@ -33,6 +33,12 @@ WAYS = [
 SEEDS = 8
 
 
+def tile_of(pid: int, tiles_m: int, tiles_n: int, group_m: int) -> tuple[int, int]:
+    """Row and column of the pid-th tile: groups of so many rows, each column by column."""
+    groups = [range(first, min(first + group_m, tiles_m)) for first in range(0, tiles_m, group_m)]
+    return [(row, column) for rows in groups for column in range(tiles_n) for row in rows][pid]
+
+
 def small(stages: int, pieces: int, cooperative: bool) -> GluonConfig:
     return GluonConfig(16, 16, 8, stages, GROUP_M=2, PIECES=pieces, COOPERATIVE=cooperative)
 
@@ -53,7 +59,7 @@ def distance(
         *(m, n, k, config.BLOCK_N, config.STAGES, config.GROUP_M, config.COOPERATIVE, act),
     )
     activate = lambda x, name: activation(name)(x)  # noqa: E731
-    simulate(module, "gluon_gemm_kernel", arguments, programs, seed, activate=activate)
+    simulate(module, "gluon_gemm_kernel", arguments, programs, seed, activate=activate, tile_of=tile_of)
     sums = a.astype(float) @ b.astype(float).T + (0 if act == "none" else bias)
     expected = activation(act)(sums)
     return float(np.abs(out - expected).max() / np.abs(expected).max())

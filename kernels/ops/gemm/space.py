@@ -295,7 +295,7 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
     if config.TMA and (device.arch < 90 or small or config.num_stages < 2):
         return "TMA pays from sm_90 on, where a warp group computes one tile of 64 or more while others are copied"
     if problem.b_dtype is not None and device.arch >= 80 and not config.PAIRS:
-        return "PAIRS unpacks weights with a third to a half of the instructions"
+        return "PAIRS unpacks weights with a third to a half of the instructions, int8 in bf16 with no more"
     tiles_m, tiles_n = tiles(problem, config)
     if config.PERSISTENT:
         count = tiles_m * tiles_n * problem.batch
