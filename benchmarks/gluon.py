@@ -1,9 +1,10 @@
-"""A GEMM in Gluon beside our portable ones and the library's, on the sm_90 GPU at hand: is Gluon worth a kernel there?
+"""Kernels in Gluon beside our portable ones and the library's, on the sm_90 GPU at hand: is Gluon worth a kernel there?
 
-    python -m benchmarks.gluon --out DIR [--device cuda:0] [--minutes 4] [--db DIR]
+    python -m benchmarks.gluon --out DIR [--op gemm|attention] [--device cuda:0] [--minutes 4] [--db DIR]
 
-Goes through the cases of `benchmarks.gpu` that `benchmarks.gluon_gemm` computes, by each of `CONFIGS`, and times all in
-turns. `DIR/gluon.json` and `DIR/gluon.md` are written after every case. `--rehearse` makes times up.
+Goes through the cases of `benchmarks.gpu` that `benchmarks.gluon_gemm` and `benchmarks.gluon_attention` compute, by
+each of their configurations here, and times all in turns. `DIR/gluon.json` and `DIR/gluon.md` are written after every
+case. `--rehearse` makes times up.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from typing import Any
 
 import click
 
-from benchmarks.cases import FEW, GELU, LARGE, UP, Case, cases, held_against_all
+from benchmarks.cases import FEW, GELU, LARGE, PREFILL, PREFILL_OTHER, UP, Case, cases, held_against_all
 from benchmarks.comparison_report import geometric_mean, table
-from benchmarks.contenders import OURS, Arrays, Contender
-from benchmarks.gluon_gemm import GluonConfig, gluon_gemm
+from benchmarks.contenders import OURS, Call, Contender
+from benchmarks.gluon_attention import GluonAttentionConfig, gluon_attention
+from benchmarks.gluon_gemm import GluonGemmConfig, gluon_gemm
 from benchmarks.gpu import Board, best_rival, refuse_another_run
 from benchmarks.rehearsal import RehearsalBoard
 from benchmarks.torch_board import Timed, TorchBoard
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.tuning_db import env
 from tilewright.tuning_db.atomic import whole_file
@@ -36,15 +39,24 @@ from tilewright.tuning_db.errors import TilewrightError, UsageError
 
 ARCH = 90
 
-CONFIGS = (
-    GluonConfig(),
-    GluonConfig(STAGES=6, PIECES=2),
-    GluonConfig(BLOCK_M=64, BLOCK_N=256, STAGES=4, PIECES=2),
-    GluonConfig(BLOCK_M=64, STAGES=7),
-    GluonConfig(STAGES=4, PIECES=2, COOPERATIVE=True),
-    GluonConfig(BLOCK_M=64, BLOCK_N=256, STAGES=4, PIECES=2, COOPERATIVE=True),
+GEMM_CONFIGS = (
+    GluonGemmConfig(),
+    GluonGemmConfig(STAGES=6, PIECES=2),
+    GluonGemmConfig(BLOCK_M=64, BLOCK_N=256, STAGES=4, PIECES=2),
+    GluonGemmConfig(BLOCK_M=64, STAGES=7),
+    GluonGemmConfig(STAGES=4, PIECES=2, COOPERATIVE=True),
+    GluonGemmConfig(BLOCK_M=64, BLOCK_N=256, STAGES=4, PIECES=2, COOPERATIVE=True),
 )
-"""What is tried of every case: both ways of sharing the work out, with tiles that leave room for stages."""
+"""What is tried of every product: both ways of sharing the work out, with tiles that leave room for stages."""
+
+ATTENTION_CONFIGS = (
+    GluonAttentionConfig(),
+    GluonAttentionConfig(GROUP_H=1),
+    GluonAttentionConfig(GROUP_H=32),
+    GluonAttentionConfig(STAGES=4),
+    GluonAttentionConfig(BLOCK_N=64, STAGES=4),
+)
+"""What is tried of every attention whose heads leave room for it."""
 
 APART = 0.01
 """Part of our largest result by which another may be apart: of bf16 five roundings."""
@@ -55,9 +67,10 @@ APART = 0.01
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=4.0, show_default=True)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where results go.")
 @click.option("--db", type=click.Path(file_okay=False, path_type=Path), help="Folder of the tuning databases.")
+@click.option("--op", type=click.Choice(["gemm", "attention"]), help="Only the cases of this op.")
 @click.option("--rehearse", is_flag=True, help="Without a GPU, on made-up times of the device that --device names.")
-def main(device_name: str, minutes: float, out: Path, db: Path | None, rehearse: bool) -> None:
-    """Compares a GEMM in Gluon with the portable ones and the library's."""
+def main(device_name: str, minutes: float, out: Path, db: Path | None, op: str | None, rehearse: bool) -> None:
+    """Compares a GEMM and an attention in Gluon with the portable ones and the library's."""
     deadline = time.monotonic() + 60 * minutes
     try:
         if not math.isfinite(minutes):
@@ -71,7 +84,7 @@ def main(device_name: str, minutes: float, out: Path, db: Path | None, rehearse:
         raise click.UsageError(f"{out} can't be made ({error.strerror}): name another folder") from None
     except (TilewrightError, ImportError) as error:
         raise click.UsageError(str(error)) from None
-    run(board, deadline, out)
+    run(board, deadline, out, chosen_cases(op))
 
 
 def _board(device_name: str, db: Path) -> TorchBoard:
@@ -81,12 +94,13 @@ def _board(device_name: str, db: Path) -> TorchBoard:
     return TorchBoard(int(device.live.rpartition(":")[2]), db)
 
 
-def chosen_cases() -> list[Case]:
-    """The cases that the kernel computes."""
-    return [case for case in cases() if case.family in (LARGE, FEW, GELU, UP)]
+def chosen_cases(op: str | None = None) -> list[Case]:
+    """The cases that the kernels compute, of all ops or one."""
+    families = (LARGE, FEW, GELU, UP, PREFILL, PREFILL_OTHER)
+    return [case for case in cases() if case.family in families and op in (None, case.op)]
 
 
-def run(board: Board, deadline: float, out: Path) -> dict[str, Any]:
+def run(board: Board, deadline: float, out: Path, chosen: Sequence[Case]) -> dict[str, Any]:
     """Measures what there is time for; the document that is written."""
     document: dict[str, Any] = {
         "simulated": board.simulated,
@@ -97,14 +111,12 @@ def run(board: Board, deadline: float, out: Path) -> dict[str, Any]:
         "cases": [],
         "left_out": [],
     }
-    for case in chosen_cases():
+    for case in chosen:
         if time.monotonic() > deadline:
             document["left_out"].append(f"{case.family.name}: {case.name}")
             continue
         ours, *library = (each for each in board.contenders(case) if each.name == OURS or each.role != "ours")
-        found, method = board.compare(
-            case, [ours, *(contender(case, each, board.device) for each in CONFIGS), *library]
-        )
+        found, method = board.compare(case, [ours, *contenders(case, board.device), *library])
         document["cases"].append(rated(case, library, found) | {"method": method, "clocks": board.clocks()})
         _write(document, out)
     _write(document, out)
@@ -112,20 +124,29 @@ def run(board: Board, deadline: float, out: Path) -> dict[str, Any]:
     return document
 
 
-def contender(case: Case, config: GluonConfig, device: Device) -> Contender:
-    """The kernel in Gluon by one configuration."""
+def contenders(case: Case, device: Device) -> list[Contender]:
+    """The kernel in Gluon by each of its configurations."""
     problem = case.problem
+    if isinstance(problem, AttentionProblem):
+        fitting = [each for each in ATTENTION_CONFIGS if each.shared_bytes(problem.D) <= device.shared_per_block]
+        return [Contender(label(each), "ours", _attention(problem, each, device.sms)) for each in fitting]
     assert isinstance(problem, GemmProblem)
+    return [Contender(label(each), "ours", _gemm(problem, each, device.sms)) for each in GEMM_CONFIGS]
+
+
+def _gemm(problem: GemmProblem, config: GluonGemmConfig, sms: int) -> Call:
     name = activation_name(problem.activation)
-
-    def call(arrays: Arrays) -> Any:
-        return gluon_gemm(arrays["a"], arrays["w"], arrays.get("bias"), name, config, device.sms)
-
-    return Contender(label(config), "ours", call)
+    return lambda arrays: gluon_gemm(arrays["a"], arrays["w"], arrays.get("bias"), name, config, sms)
 
 
-def label(config: GluonConfig) -> str:
+def _attention(problem: AttentionProblem, config: GluonAttentionConfig, sms: int) -> Call:
+    return lambda arrays: gluon_attention(arrays["q"], arrays["k"], arrays["v"], problem.causal, config, sms)
+
+
+def label(config: GluonGemmConfig | GluonAttentionConfig) -> str:
     """A configuration in the table."""
+    if isinstance(config, GluonAttentionConfig):
+        return f"Gluon, {config.BLOCK_N} keys, {config.STAGES} stages, {config.GROUP_H} heads in turns"
     way = "cooperative" if config.COOPERATIVE else "ping-pong"
     size = f"{config.rows}x{config.BLOCK_N}x{config.BLOCK_K}"
     return f"Gluon, {way}, {size}, {config.STAGES} stages, {config.PIECES} pieces"

@@ -44,7 +44,7 @@ REGISTERS = 168
 
 
 @dataclass(frozen=True, slots=True)
-class GluonConfig:
+class GluonGemmConfig:
     """How a product is cut up.
 
     Attributes:
@@ -233,7 +233,7 @@ def gluon_gemm_kernel(
     )  # fmt: skip
 
 
-def gluon_gemm(a: Any, b: Any, bias: Any, activation: str, config: GluonConfig, programs: int) -> Any:
+def gluon_gemm(a: Any, b: Any, bias: Any, activation: str, config: GluonGemmConfig, programs: int) -> Any:
     """activation(a·bᵀ + bias) of torch's arrays, a of (M, K), b of (N, K) and bias of (N,) or None, all of fp16 or bf16
     and dense, with rows of a multiple of 16 bytes, on a GPU with so many multiprocessors."""
     (m, k), n = a.shape, len(b)
@@ -262,6 +262,6 @@ def _described(array: Any, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(array, [rows, columns], tile_layout(rows, columns))
 
 
-def tile_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
+def tile_layout(*shape: int) -> gl.NVMMASharedLayout:
     """How a tile of 16-bit elements lies in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.float16)
+    return gl.NVMMASharedLayout.get_default_for(list(shape), gl.float16)

@@ -64,8 +64,8 @@ export` has it.
 Any other board; a TensorRT engine; whole models; whole spaces (`python -m benchmarks.landscape` had time for samples);
 other libraries than torch (FlashAttention-3, cuDNN's graphs, cuBLAS by other ways); torch.compile: its elementwise
 kernels, which are among the rivals of later runs than that of revision 5e77d54, and its own products in Triton; what
-`nvidia-matmul-heuristics` suggests; a GEMM in Gluon for sm_90, which is compiled and simulated (`python -m
-benchmarks.gluon` measures it); tuning of one problem in 60 s to within 3 % of a whole landscape's best.
+`nvidia-matmul-heuristics` suggests; a GEMM and an attention in Gluon for sm_90, which are compiled and simulated
+(`python -m benchmarks.gluon` measures them); tuning of one problem in 60 s to within 3 % of a whole landscape's best.
 """
 
 

@@ -1,16 +1,19 @@
 """Gluon kernels of sm_90 on NumPy: partitions take turns as a seed says, and what is asynchronous comes as late as it
 may, or whenever its turn is. A partition is one thread here: fences, and races between a group's threads, are not seen.
 
-A copy into shared memory is an actor of its own. Products read their operands, and copies out their tiles, no earlier
-than somebody waits for them: a stage that is given back too soon is read after it was written over. Shared memory is
-NaN before it is written. Who waits for what never comes is told of.
+A copy into shared memory is an actor of its own. Of products and copies out, in their order, some are too, and read
+what they need at any time; others no earlier than somebody waits for them: a stage that is given back too soon is read
+after it was written over. Shared memory is NaN before it is written. Who waits for what never comes is told of.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,6 +21,13 @@ import numpy as np
 from triton.runtime.jit import JITFunction
 
 Array = np.ndarray[Any, Any]
+
+
+EAGER = 0.5
+"""Part of products and copies out that may happen before they are waited for."""
+
+LATE = 40
+"""Steps of others after which a late copy may happen, or when nobody else can do anything."""
 
 
 class DeadlockError(Exception):
@@ -31,15 +41,21 @@ class Tensor(np.ndarray[Any, Any]):
         """Cast."""
         return self.astype(dtype).view(Tensor)
 
+    @property
+    def type(self) -> Any:
+        """Without a layout, of which nothing depends here."""
+        return SimpleNamespace(layout=None)
+
 
 class Turns:
     """One of several threads runs at a time; each gives its turn away wherever another's could matter."""
 
     def __init__(self, seed: str) -> None:
-        self._draw = random.Random(seed)
+        self.draw = random.Random(seed)
         self._ready: dict[Any, Callable[[], bool]] = {}  # who waits for a turn, and whether it could use it
         self._turns: dict[Any, threading.Event] = {}
-        self._copies: list[Callable[[], None]] = []
+        self._copies: list[tuple[int, Callable[[], None]]] = []  # and how many steps must have been before
+        self._steps = 0
         self._failed: BaseException | None = None
         self._done = threading.Event()
 
@@ -59,8 +75,8 @@ class Turns:
             raise self._failed
 
     def copy(self, copy: Callable[[], None]) -> None:
-        """`copy` happens whenever its turn comes."""
-        self._copies.append(copy)
+        """`copy` happens whenever its turn comes: of some that is long after."""
+        self._copies.append((self._steps + self.draw.choice((0, 0, LATE)), copy))
         self.give()
 
     def give(self, until: Callable[[], bool] = lambda: True) -> None:
@@ -79,7 +95,8 @@ class Turns:
         self._turns[me].clear()
         try:
             if self._failed is None:
-                body()
+                with np.errstate(all="ignore"):  # as on a GPU
+                    body()
         except SystemExit:
             pass
         except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
@@ -94,10 +111,12 @@ class Turns:
             if not able and not self._copies:
                 self._failed = DeadlockError(f"{len(self._ready)} partitions wait")
                 break
-            chosen = self._draw.choice([*self._copies, *able])
+            self._steps += 1
+            due = [copy for copy in self._copies if copy[0] <= self._steps]
+            chosen = self.draw.choice([*due, *able] or self._copies)
             if chosen in self._copies:
                 self._copies.remove(chosen)
-                chosen()
+                chosen[1]()
                 continue
             del self._ready[chosen]
             self._turns[chosen].set()
@@ -114,7 +133,7 @@ class Shared:
 
     def __init__(self, array: Array) -> None:
         self.array = array
-        self.shape = array.shape
+        self.shape, self.dtype = array.shape, array.dtype
 
     def index(self, place: int) -> Shared:
         """One of the first dimension; of barriers a barrier."""
@@ -128,6 +147,12 @@ class Shared:
     def permute(self, order: Sequence[int]) -> Shared:
         """Its transpose."""
         return Shared(self.array.transpose(order))
+
+    def reshape(self, shape: Sequence[int]) -> Shared:
+        """The same elements."""
+        view = self.array.reshape(shape)
+        assert np.shares_memory(view, self.array)
+        return Shared(view)
 
     def store(self, value: Array) -> None:
         """Writes a whole tile."""
@@ -162,18 +187,21 @@ class Descriptor:
         self.dtype, self.layout = array.dtype, None
         self.block_type = SimpleNamespace(shape=list(block), nbytes=int(np.prod(block)) * array.itemsize)
 
-    def read(self, row: int, column: int) -> Array:
+    def read(self, at: Sequence[int]) -> Array:
         """A tile."""
-        rows, columns = self.block_type.shape
-        tile = np.zeros((rows, columns), self.dtype)
-        part = self.array[row : row + rows, column : column + columns]
-        tile[: part.shape[0], : part.shape[1]] = part
+        tile = np.zeros(self.block_type.shape, self.dtype)
+        part = self.array[self._place(at)]
+        tile[tuple(map(slice, part.shape))] = part
         return tile
 
-    def write(self, row: int, column: int, tile: Array) -> None:
+    def write(self, at: Sequence[int], tile: Array) -> None:
         """Writes a tile."""
-        part = self.array[row : row + tile.shape[0], column : column + tile.shape[1]]
-        part[...] = tile[: part.shape[0], : part.shape[1]]
+        part = self.array[self._place(at)]
+        part[...] = tile[tuple(map(slice, part.shape))]
+
+    def _place(self, at: Sequence[int]) -> tuple[slice, ...]:
+        assert min(at) >= 0
+        return tuple(slice(first, first + size) for first, size in zip(at, self.block_type.shape, strict=True))
 
 
 class Pointer:
@@ -200,9 +228,15 @@ class Block:
             program_id=lambda axis: self._program,
             num_programs=lambda axis: self._programs,
             minimum=np.minimum,
+            maximum=np.maximum,
+            exp2=np.exp2,
+            max=np.max,
+            sum=np.sum,
+            where=lambda *of: np.where(*of).view(Tensor),
             cdiv=lambda a, b: -(-a // b),
             static_range=range,
             int64=object,
+            int32=np.int32,
             float32=np.float32,
             allocate_shared_memory=_allocate,
             warp_specialize=lambda parts, warps, registers: self._turns.run(
@@ -210,7 +244,10 @@ class Block:
             ),
             NVMMADistributedLayout=lambda version, **options: None,
             SliceLayout=lambda axis, parent: None,
+            DotOperandLayout=lambda operand, parent, k_width: None,
+            convert_layout=lambda x, layout: x,
             zeros=lambda shape, dtype, layout: np.zeros(shape, dtype).view(Tensor),
+            full=lambda shape, value, dtype, layout: np.full(shape, value, dtype).view(Tensor),
             arange=lambda start, end, layout: np.arange(start, end),
             load=_load,
             expand_dims=np.expand_dims,
@@ -230,7 +267,7 @@ class Block:
             "mbarrier": mbarrier,
             "tma": SimpleNamespace(store_wait=lambda pending: self._finish("out", pending)),
             "copy_tile_in": self._copy_in,
-            "copy_tile_out": lambda descriptor, at, tile: self._issue("out", lambda: descriptor.write(*at, tile.array)),
+            "copy_tile_out": lambda descriptor, at, tile: self._issue("out", lambda: descriptor.write(at, tile.array)),
             "fence_async_shared": lambda: None,
             "warpgroup_mma": self._multiply,
             "warpgroup_mma_wait": self._multiplied,
@@ -242,14 +279,18 @@ class Block:
 
     def _copy_in(self, descriptor: Descriptor, at: Sequence[int], barrier: Barrier, tile: Shared) -> None:
         def copy() -> None:
-            tile.array[...] = descriptor.read(*at)
+            tile.array[...] = descriptor.read(at)
             barrier.change(0, -descriptor.block_type.nbytes)
 
         self._turns.copy(copy)
 
     def _issue(self, kind: str, work: Callable[[], None]) -> None:
-        self._pending.setdefault((kind, threading.current_thread()), []).append(work)
-        self._turns.give()
+        queue = self._pending.setdefault((kind, threading.current_thread()), [])
+        queue.append(work)
+        if self._turns.draw.random() < EAGER:
+            self._turns.copy(lambda: queue.pop(0)() if queue else None)
+        else:
+            self._turns.give()
 
     def _finish(self, kind: str, pending: int) -> None:
         self._turns.give()
@@ -257,18 +298,22 @@ class Block:
         while len(queue) > pending:
             queue.pop(0)()
 
-    def _multiply(self, a: Shared, b: Shared, total: Tensor, is_async: bool) -> Tensor:
+    def _multiply(self, a: Shared | Tensor, b: Shared, total: Tensor, is_async: bool, use_acc: bool = True) -> Tensor:
         assert is_async
+        left = a.array if isinstance(a, Shared) else a
 
         def product() -> None:
-            total[...] += a.array.astype(np.float32) @ b.array.astype(np.float32)
+            product = left.astype(np.float32) @ b.array.astype(np.float32)
+            total[...] = total + product if use_acc else product
 
+        if not use_acc:
+            total[...] = np.nan  # until it is there
         self._issue("product", product)
         return total
 
-    def _multiplied(self, pending: int, deps: Sequence[Tensor]) -> Tensor:
+    def _multiplied(self, pending: int, deps: Sequence[Tensor]) -> Any:
         self._finish("product", pending)
-        return deps[0]
+        return deps[0] if len(deps) == 1 else tuple(deps)
 
 
 def simulate(module: ModuleType, kernel: str, arguments: Sequence[Any], programs: int, seed: int, **names: Any) -> None:
@@ -279,6 +324,24 @@ def simulate(module: ModuleType, kernel: str, arguments: Sequence[Any], programs
             if isinstance(value, JITFunction) and value.__module__ == module.__name__:
                 scope[name] = FunctionType(value.fn.__code__, scope)
         scope[kernel](*arguments)
+
+
+def changed(module: ModuleType, old: str, new: str, folder: Path) -> ModuleType:
+    """The module with another line, from a file in `folder`."""
+    source = Path(str(module.__file__)).read_text()
+    assert source.count(old) == 1, f"{source.count(old)} of: {old}"
+    path = folder / "gluon_changed.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("gluon_changed", path)
+    assert spec is not None
+    assert spec.loader is not None
+    other = importlib.util.module_from_spec(spec)
+    sys.modules[other.__name__] = other  # dataclasses look there
+    try:
+        spec.loader.exec_module(other)
+    finally:
+        del sys.modules[other.__name__]
+    return other
 
 
 def _allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
@@ -295,4 +358,4 @@ def _load(pointer: Pointer, mask: Array, other: float) -> Tensor:
     return values.view(Tensor)
 
 
-__all__ = ["DeadlockError", "Descriptor", "Mapping", "Pointer", "simulate"]
+__all__ = ["DeadlockError", "Descriptor", "Mapping", "Pointer", "changed", "simulate"]

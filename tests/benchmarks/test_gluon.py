@@ -1,4 +1,4 @@
-"""The comparison of Gluon's GEMM, rehearsed."""
+"""The comparison of kernels in Gluon, rehearsed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from benchmarks import gluon
-from benchmarks.cases import UP, cases
+from benchmarks.cases import PREFILL, PREFILL_OTHER, UP, cases
 from benchmarks.contenders import OURS, Contender
-from benchmarks.gluon import CONFIGS, chosen_cases, contender, label, main, markdown, rated
+from benchmarks.gluon import (
+    ATTENTION_CONFIGS,
+    GEMM_CONFIGS,
+    chosen_cases,
+    contenders,
+    label,
+    main,
+    markdown,
+    rated,
+)
 from benchmarks.rehearsal import RehearsalBoard
 from benchmarks.torch_board import Timed
 from tilewright.kernels.devices import resolve_device
 
-ONE, OTHER = (label(config) for config in CONFIGS[:2])
+ONE, OTHER = (label(config) for config in GEMM_CONFIGS[:2])
 LIBRARY = [Contender(name, role, lambda arrays: None) for name, role in (("product", "library"), ("epilogue", "fused"))]
 CASE = next(case for case in cases() if case.family is UP)
 
@@ -37,7 +46,10 @@ def test_a_rehearsal_writes_every_case_and_says_what_it_is(tmp_path: Path) -> No
     document = json.loads((tmp_path / "gluon.json").read_text())
     assert document["simulated"] is True
     assert [row["name"] for row in document["cases"]] == [case.name for case in chosen_cases()]
-    assert all(len(row["contenders"]) == 1 + len(CONFIGS) + 3 for row in document["cases"])
+    for row, case in zip(document["cases"], chosen_cases(), strict=True):
+        fitting = len(contenders(case, resolve_device("h200")))
+        assert len(row["contenders"]) == 1 + fitting + 3
+        assert row["best"]
     assert (tmp_path / "gluon.md").read_text().startswith("**Rehearsal: nothing here was measured.**")
 
 
@@ -63,7 +75,7 @@ def test_another_arch_or_no_end_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
-    document = gluon.run(RehearsalBoard("h200"), 0.0, tmp_path)
+    document = gluon.run(RehearsalBoard("h200"), 0.0, tmp_path, chosen_cases())
     assert document["cases"] == []
     assert len(document["left_out"]) == len(chosen_cases())
     assert "Left out for want of time: gemm, large: 4096 x 4096 x 4096 bf16;" in markdown(document)
@@ -91,8 +103,29 @@ def test_a_case_where_nothing_worked_is_a_row() -> None:
     assert row["contenders"][ONE]["error"] == "there is no result of ours to hold it against"
 
 
-def test_configurations_have_labels_of_their_own() -> None:
-    assert len({label(config) for config in CONFIGS}) == len(CONFIGS)
+def test_one_op_is_chosen(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["--rehearse", "--out", str(tmp_path), "--op", "attention"])
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "gluon.json").read_text())
+    assert {row["family"] for row in document["cases"]} == {PREFILL.name, PREFILL_OTHER.name}
+    assert {case.op for case in chosen_cases("gemm")} == {"gemm"}
+    assert len(chosen_cases()) == len(chosen_cases("gemm")) + len(chosen_cases("attention"))
+
+
+def test_configurations_fit_and_have_labels_of_their_own() -> None:
+    labels = {label(config) for config in (*GEMM_CONFIGS, *ATTENTION_CONFIGS)}
+    assert len(labels) == len(GEMM_CONFIGS) + len(ATTENTION_CONFIGS)
     device = resolve_device("h200")
-    assert all(config.shared_bytes() <= device.shared_per_block for config in CONFIGS)
-    assert contender(CASE, CONFIGS[0], device).name == ONE
+    assert all(config.shared_bytes() <= device.shared_per_block for config in GEMM_CONFIGS)
+    assert [each.name for each in contenders(CASE, device)] == [label(config) for config in GEMM_CONFIGS]
+    of_dim = {
+        dim: {
+            each.name
+            for case in chosen_cases("attention")
+            if case.problem.to_dict()["D"] == dim
+            for each in contenders(case, device)
+        }
+        for dim in (64, 128)
+    }
+    assert of_dim[64] == {label(config) for config in ATTENTION_CONFIGS}  # each of them is tried
+    assert of_dim[128] == of_dim[64] - {"Gluon, 128 keys, 4 stages, 8 heads in turns"}  # 320 KiB

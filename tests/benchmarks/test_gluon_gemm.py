@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -15,9 +14,9 @@ import numpy as np
 import pytest
 
 from benchmarks import gluon_gemm
-from benchmarks.gluon import CONFIGS, label
-from benchmarks.gluon_gemm import MULTIPLYING_REGISTERS, GluonConfig
-from tests.benchmarks.gluon_simulator import DeadlockError, Descriptor, Pointer, simulate
+from benchmarks.gluon import GEMM_CONFIGS, label
+from benchmarks.gluon_gemm import MULTIPLYING_REGISTERS, GluonGemmConfig
+from tests.benchmarks.gluon_simulator import DeadlockError, Descriptor, Pointer, changed, simulate
 from tilewright.kernels.activations import activation
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuning_db.env import compiling_environment
@@ -39,12 +38,19 @@ def tile_of(pid: int, tiles_m: int, tiles_n: int, group_m: int) -> tuple[int, in
     return [(row, column) for rows in groups for column in range(tiles_n) for row in rows][pid]
 
 
-def small(stages: int, pieces: int, cooperative: bool) -> GluonConfig:
-    return GluonConfig(16, 16, 8, stages, GROUP_M=2, PIECES=pieces, COOPERATIVE=cooperative)
+def small(stages: int, pieces: int, cooperative: bool) -> GluonGemmConfig:
+    return GluonGemmConfig(16, 16, 8, stages, GROUP_M=2, PIECES=pieces, COOPERATIVE=cooperative)
 
 
 def distance(
-    module: ModuleType, config: GluonConfig, m: int, n: int, k: int, programs: int, seed: int, act: str = "gelu_tanh"
+    module: ModuleType,
+    config: GluonGemmConfig,
+    m: int,
+    n: int,
+    k: int,
+    programs: int,
+    seed: int,
+    act: str = "gelu_tanh",
 ) -> float:
     """Of the kernel's result from the float64 one, as a part of the largest element; NaN where something was not
     written. Without an activation there is no bias either."""
@@ -79,21 +85,6 @@ def test_few_tiles_and_few_blocks(m: int, n: int, k: int, programs: int, coopera
         assert distance(gluon_gemm, small(3, 1, cooperative), m, n, k, programs, seed, "none") < 1e-3
 
 
-def mutant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, old: str, new: str) -> ModuleType:
-    """The module with another line."""
-    source = Path(gluon_gemm.__file__).read_text()
-    assert source.count(old) == 1
-    path = tmp_path / "gluon_mutant.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("gluon_mutant", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("old", "new", "cooperative"),
     [
@@ -112,10 +103,8 @@ def mutant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, old: str, new: str) 
         ("used += TURNS * blocks", "used += blocks", False),
     ],
 )
-def test_a_defect_of_the_protocol_is_seen(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, old: str, new: str, cooperative: bool
-) -> None:
-    module, config = mutant(monkeypatch, tmp_path, old, new), small(2, 2, cooperative)
+def test_a_defect_of_the_protocol_is_seen(tmp_path: Path, old: str, new: str, cooperative: bool) -> None:
+    module, config = changed(gluon_gemm, old, new, tmp_path), small(2, 2, cooperative)
 
     def fails(seed: int) -> bool:
         try:
@@ -130,12 +119,12 @@ def test_a_defect_of_the_protocol_is_seen(
     "config",
     [
         pytest.param(config, id=label(config), marks=() if place in (0, 4) else pytest.mark.slow)
-        for place, config in enumerate(CONFIGS)
+        for place, config in enumerate(GEMM_CONFIGS)
     ],
 )
 @pytest.mark.parametrize(("kind", "act"), [("bf16", "gelu_tanh"), ("fp16", "none")])
-def test_it_compiles_for_sm_90(config: GluonConfig, kind: str, act: str) -> None:
-    job = {"kind": kind, "bias": act != "none", "activation": act, "config": asdict(config)}
+def test_it_compiles_for_sm_90(config: GluonGemmConfig, kind: str, act: str) -> None:
+    job = {"op": "gemm", "kind": kind, "bias": act != "none", "activation": act, "config": asdict(config)}
     command = [sys.executable, "-m", "tests.benchmarks.gluon_compile", json.dumps(job)]
     done = subprocess.run(command, cwd=ROOT, env=compiling_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
