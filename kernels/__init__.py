@@ -8,6 +8,7 @@ Importing this loads Triton and NumPy, and no GPU library: CuPy is loaded by the
 
 from __future__ import annotations
 
+from tilewright.kernels.called import Call, called
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.lookup import Choice, choose
@@ -67,6 +68,8 @@ __all__ = [
     "resolve_device",
     "Choice",
     "choose",
+    "Call",
+    "called",
     "Prediction",
     "predict",
     "TilewrightError",

@@ -6,6 +6,7 @@ import functools
 import threading
 from typing import Any
 
+from tilewright.kernels.called import note
 from tilewright.kernels.compile import Binary
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import live_devices, resolve_device
@@ -63,6 +64,7 @@ def plan_for(
                 if len(_plans) >= MOST_PLANS:
                     _plans.clear()
                 ready = _plans[key] = _prepare(kernel, problem, ordinal, config, constants)
+                note(problem, ordinal, ready[1], named=config is not None)
     return ready
 
 

@@ -11,6 +11,7 @@ from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
 from tilewright.tuning_db.errors import UnknownKernelError, UsageError
+from tilewright.tuning_db.strict_json import shown
 
 KERNELS: tuple[Kernel[Any, Any], ...] = (GEMM, CONV2D, ATTENTION, RMSNORM)
 
@@ -29,4 +30,4 @@ def find_kernel(name: str) -> Kernel[Any, Any]:
         return by_name[name]
     near = difflib.get_close_matches(name, by_name, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise UnknownKernelError(f"unknown kernel {name!r}{hint} (kernels: {', '.join(by_name)})")
+    raise UnknownKernelError(f"unknown kernel {shown(name)}{hint} (kernels: {', '.join(by_name)})")

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilewright.tuner.packing import build_pack
     from tilewright.tuner.results import Progress, Result, Results
-    from tilewright.tuner.suites import SUITES, Workload, find_suite
+    from tilewright.tuner.suites import SUITES, Workload, find_suite, read_calls
     from tilewright.tuner.tune import autotune
 
 _HOMES = {
     "autotune": "tilewright.tuner.tune",
     **dict.fromkeys(("Results", "Result", "Progress"), "tilewright.tuner.results"),
     "build_pack": "tilewright.tuner.packing",
-    **dict.fromkeys(("Workload", "SUITES", "find_suite"), "tilewright.tuner.suites"),
+    **dict.fromkeys(("Workload", "SUITES", "find_suite", "read_calls"), "tilewright.tuner.suites"),
 }
 
-__all__ = ["autotune", "build_pack", "Results", "Result", "Progress", "Workload", "SUITES", "find_suite"]
+__all__ = ["autotune", "build_pack", "Results", "Result", "Progress", "Workload", "SUITES", "find_suite", "read_calls"]
 
 
 def __getattr__(name: str) -> Any:

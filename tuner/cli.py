@@ -30,7 +30,7 @@ from tilewright.tuner.commands.ending import (
     status_of,
 )
 from tilewright.tuner.commands.model import check_options, model_options, run_model
-from tilewright.tuner.commands.options import jobs_option
+from tilewright.tuner.commands.options import calls_option, jobs_option, named_workloads
 from tilewright.tuner.commands.output import print_table, settle_streams
 from tilewright.tuning_db.errors import TilewrightError, UsageError
 
@@ -102,6 +102,7 @@ def _end(line: str, status: int) -> NoReturn:
     help='A problem to tune, as "M=4096,N=4096,K=4096,dtype=fp16,activation=gelu"; repeatable.',
 )
 @click.option("--suite", "suites", multiple=True, metavar="NAME", help="A suite of named workloads; repeatable.")
+@calls_option
 @click.option("--trials", type=click.IntRange(min=1), metavar="N", help="Configurations to try per workload.")
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Time for the whole run."
@@ -134,6 +135,7 @@ def cli(
     kernels: tuple[str, ...],
     problems: tuple[str, ...],
     suites: tuple[str, ...],
+    calls: tuple[str, ...],
     trials: int | None,
     timeout: float | None,
     jobs: int | None,
@@ -149,8 +151,8 @@ def cli(
     """Find the fastest configuration of each kernel for a GPU, here or absent, and remember it.
 
     On a live GPU configurations are measured; for an absent one they are compiled for it and predicted, and the output
-    says so. Without --suite or --problem, the default suite of real models' workloads is tuned; with --model FILE,
-    those of an ONNX model, whose chains are fused and whose precision is lowered.
+    says so. Without --suite, --problem or --calls, the default suite of real models' workloads is tuned; with --model
+    FILE, those of an ONNX model, whose chains are fused and whose precision is lowered.
     """
     invocation = context.ensure_object(_Invocation)
     invocation.debug, invocation.subcommand = debug, context.invoked_subcommand
@@ -168,7 +170,6 @@ def cli(
     check_options({**context.params})
     from tilewright.kernels.devices import resolve_device
     from tilewright.tuner import report
-    from tilewright.tuner.suites import find_suite
     from tilewright.tuner.suites.workload import distinct
     from tilewright.tuner.tune import TuningOptions, planned, tune
     from tilewright.tuning_db.env import database_dir
@@ -182,9 +183,8 @@ def cli(
     errors = Console(stderr=True)
     target = resolve_device(device)
     chosen: list[Any] | None = None
-    if suites or problems:
-        chosen = [w for suite in suites for w in find_suite(suite) if not kernels or w.op in kernels]
-        chosen += problems
+    if suites or problems or calls:
+        chosen = [*named_workloads(suites, calls, kernels), *problems]
     # Before the first line is printed: a mistake is then the only line.
     plan = planned(target, options, kernels, chosen)
     plan = replace(plan, workloads=distinct(plan.workloads))  # suites overlap

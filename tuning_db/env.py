@@ -23,6 +23,9 @@ PACK = "TILEWRIGHT_PACK"
 FROZEN = "TILEWRIGHT_FROZEN"
 """Whether all must come from the pack: nothing is compiled, searched or written. Off by default."""
 
+CALLS = "TILEWRIGHT_CALLS"
+"""File to which a program's processes add each problem that they call, for `autotune --calls`; default: none."""
+
 INTERPRET = "TRITON_INTERPRET"
 """Triton's own switch: kernels run on NumPy arrays in its interpreter. Must be set before Triton is imported."""
 
@@ -128,6 +131,16 @@ def pack_file() -> Path | None:
     """
     named = os.environ.get(PACK)
     return _expanded(named, PACK) if named else None
+
+
+def calls_file() -> Path | None:
+    """The file of calls that `$TILEWRIGHT_CALLS` names; None without one.
+
+    Raises:
+        UsageError: it names a user's home that there is not.
+    """
+    named = os.environ.get(CALLS)
+    return _expanded(named, CALLS) if named else None
 
 
 def _expanded(name: str | os.PathLike[str], what: str) -> Path:

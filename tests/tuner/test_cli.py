@@ -259,6 +259,32 @@ def test_a_kernel_of_a_suite(autotune, tmp_path: Path) -> None:
     assert [row.split("  ")[0] for row in rows] == ["bert-base attention"]
 
 
+def test_what_a_program_called_is_tuned(autotune, counted, tmp_path: Path) -> None:
+    calls = tmp_path / "calls.txt"
+    calls.write_text("gemm M=64,N=64,K=128\nrmsnorm M=16,N=64\n")
+    arguments = ("--calls", calls, "--trials", "1", "--json", "--quiet", "--db", tmp_path / "db")
+    status, out, err = autotune("--device", "sm_86", *arguments)
+    assert (status, err) == (0, "")
+    assert [result["op"] for result in json.loads(out)["results"]] == ["gemm", "rmsnorm"]
+    status, out, _ = autotune("--device", "sm_86", "--kernel", "rmsnorm", *arguments)
+    assert status == 0
+    assert [result["op"] for result in json.loads(out)["results"]] == ["rmsnorm"]
+
+
+def test_calls_that_are_none_are_the_only_line(autotune, tmp_path: Path) -> None:
+    calls = tmp_path / "calls.txt"
+    calls.write_text("gemm M=64\n")
+    for command in (
+        ("--device", "sm_86", "--calls", calls, "--db", tmp_path / "db"),
+        ("pack", "--device", "sm_86", "--calls", calls, "--db", tmp_path / "db", "--output", tmp_path / "pack"),
+        ("--device", "sm_86", "--calls", calls, "--model", "m.onnx", "--output", tmp_path / "made"),
+    ):
+        status, out, err = autotune(*command)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert ("calls.txt, line 1" in err) != ("--calls does not go with --model" in err)
+    assert list(tmp_path.iterdir()) == [calls]
+
+
 def test_what_is_named_twice_is_tuned_once(autotune, counted, tmp_path: Path) -> None:
     suites = ("--suite", "bert-base", "--suite", "bert-base", "--suite", "all", "--kernel", "attention")
     status, out, _ = autotune("--device", "sm_86", *suites, "--trials", "1", "--json", "--quiet", "--db", tmp_path)

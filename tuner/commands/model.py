@@ -21,7 +21,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "auto")
 MOST_SAMPLES = 65536
 """All are read once at the start, which of more would take hours. (A judgement.)"""
 
-ALONE = ("kernels", "problems", "suites", "storage")
+ALONE = ("kernels", "problems", "suites", "calls", "storage")
 """Options of a run over kernels, which a model has no use for: its workloads are its own."""
 
 

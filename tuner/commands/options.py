@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tilewright.tuner.pool import MOST_JOBS
+
+if TYPE_CHECKING:
+    from tilewright.tuner.suites import Workload
 
 
 class Jobs(click.IntRange):
@@ -29,3 +33,23 @@ class Jobs(click.IntRange):
 jobs_option = click.option(
     "--jobs", type=Jobs(), metavar="N", help="Compiling processes; by default one per processor."
 )
+
+calls_option = click.option(
+    "--calls",
+    "calls",
+    multiple=True,
+    metavar="FILE",
+    help="What a program called with TILEWRIGHT_CALLS=FILE; repeatable.",
+)
+
+
+def named_workloads(suites: tuple[str, ...], calls: tuple[str, ...], ops: Collection[str]) -> list[Workload]:
+    """The workloads of suites and of files of calls, of all ops or some.
+
+    Raises:
+        UsageError: there is no such suite, or a file is none of calls.
+    """
+    from tilewright.tuner.suites import find_suite, read_calls
+
+    found = [*map(find_suite, suites), *map(read_calls, calls)]
+    return [workload for workloads in found for workload in workloads if not ops or workload.op in ops]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import click
 
-from tilewright.tuner.commands.options import jobs_option
+from tilewright.tuner.commands.options import calls_option, jobs_option, named_workloads
 from tilewright.tuner.commands.output import export_command, print_json, say
 from tilewright.tuning_db.errors import UsageError
 
@@ -25,6 +24,7 @@ from tilewright.tuning_db.errors import UsageError
     help="A problem to pack; repeatable. By default, all that was tuned here for the device.",
 )
 @click.option("--suite", "suites", multiple=True, metavar="NAME", help="A suite to pack; repeatable.")
+@calls_option
 @click.option(
     "--constant",
     "constants",
@@ -41,6 +41,7 @@ def pack(
     kernels: tuple[str, ...],
     problems: tuple[str, ...],
     suites: tuple[str, ...],
+    calls: tuple[str, ...],
     constants: tuple[str, ...],
     jobs: int | None,
     db: str | None,
@@ -53,7 +54,6 @@ def pack(
     from tilewright.kernels.devices import resolve_device
     from tilewright.kernels.registry import find_kernel
     from tilewright.tuner.packing import build_pack, problems_on_record
-    from tilewright.tuner.suites import find_suite
     from tilewright.tuner.tune import resolve_workloads
     from tilewright.tuning_db.env import FROZEN, PACK, database_dir
     from tilewright.tuning_db.shipping import refuse_database
@@ -64,9 +64,8 @@ def pack(
     target, folder = resolve_device(device), database_dir(db)
     ops = [find_kernel(name).name for name in kernels]
     values = _constants(constants)
-    if suites or problems:
-        named: list[Any] = [w for suite in suites for w in find_suite(suite) if not ops or w.op in ops]
-        workloads = resolve_workloads(target, kernels, [*named, *problems])
+    if suites or problems or calls:
+        workloads = resolve_workloads(target, kernels, [*named_workloads(suites, calls, ops), *problems])
         chosen = [(workload.op, workload.problem) for workload in workloads]
     else:
         chosen = problems_on_record(target, folder, ops)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 
 from tilewright.tuner.suites.bert import BERT_BASE, BERT_LARGE
+from tilewright.tuner.suites.called import read_calls
 from tilewright.tuner.suites.convnext import CONVNEXT_T
 from tilewright.tuner.suites.llama import LLAMA3_8B, LLAMA3_70B
 from tilewright.tuner.suites.mobilenet import MOBILENET_V2
@@ -19,7 +20,7 @@ from tilewright.tuner.suites.whisper import WHISPER
 from tilewright.tuner.suites.workload import Workload, distinct
 from tilewright.tuning_db.errors import UnknownKernelError
 
-__all__ = ["SUITES", "Workload", "find_suite"]
+__all__ = ["SUITES", "Workload", "find_suite", "read_calls"]
 
 MODELS: dict[str, tuple[Workload, ...]] = {
     "resnet50": RESNET50,

@@ -41,6 +41,15 @@ def test_named_problems_and_constants(autotune, tmp_path: Path) -> None:
     assert (problem["op"], problem["provenance"]) == ("rmsnorm", "predicted")
 
 
+def test_what_a_program_called(autotune, tmp_path: Path) -> None:
+    output, calls = tmp_path / "out.pack", tmp_path / "calls.txt"
+    calls.write_text("gemm M=16,N=16,K=16\nrmsnorm M=16,N=64\n")
+    arguments = ("--calls", calls, "--kernel", "rmsnorm", "--json", "--jobs", "1", "--db", tmp_path)
+    status, out, err = autotune("pack", "--device", "a10", "--output", output, *arguments)
+    assert (status, err) == (0, "")
+    assert [problem["op"] for problem in json.loads(out)["problems"]] == ["rmsnorm"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

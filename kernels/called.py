@@ -1,0 +1,120 @@
+"""Which problems this process has called, and what each got: for who wants to tune what a program runs.
+
+`called()` lists them. Where `$TILEWRIGHT_CALLS` names a file, each is added to it once, as a line of text that
+`autotune --calls FILE` reads: the op, a space, and the problem as `--problem` takes it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tilewright.kernels.problem import Problem
+from tilewright.tuning_db import env
+
+if TYPE_CHECKING:
+    from tilewright.kernels.lookup import Choice
+
+INTERPRETER = "interpreter"
+"""In the place of a device."""
+
+MOST_CALLS = 65536
+"""Problems that are kept, and lines of a file that are looked through for those already there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A problem that was called, where, and the configuration it got there and why."""
+
+    problem: Problem
+    device: str  # "cuda:0", or "interpreter"
+    choice: Choice
+
+    @property
+    def op(self) -> str:
+        """The kernel's name, as `autotune --kernel` takes it."""
+        return self.problem.op
+
+    def __str__(self) -> str:
+        said = self.choice
+        known = said.reason if said.provenance is None else f"{said.provenance.value} ({said.reason})"
+        time = "" if said.time_us is None else f", {said.time_us:.1f} µs"
+        return f"{line_of(self.problem)} on {self.device}: {known}{time}: {said.config}"
+
+
+def called() -> tuple[Call, ...]:
+    """What this process has called so far, each problem once for each device, in the order of the first calls.
+
+    Of a problem that was called with a configuration of the caller's and without, the last is told of. The first
+    65,536 are kept. What a TensorRT engine launches by itself is not among them.
+    """
+    return tuple(_calls.values())
+
+
+def note(problem: Problem, ordinal: int, choice: Choice, named: bool) -> None:
+    """Keeps a problem that was called on GPU `ordinal` (-1: in the interpreter); `named`: the caller chose the
+    configuration, so that no search would change it. Whoever calls holds a lock."""
+    device = f"cuda:{ordinal}" if ordinal >= 0 else INTERPRETER
+    key = (problem, device)
+    if key in _calls or len(_calls) < MOST_CALLS:
+        _calls[key] = Call(problem, device, choice)
+    path = env.calls_file()
+    if path is not None and not named and problem not in _written:
+        _written.add(problem)
+        _write(path, line_of(problem))
+
+
+def line_of(problem: Problem) -> str:
+    """A problem in a file of calls."""
+    return f"{problem.op} {problem}"
+
+
+_calls: dict[tuple[Problem, str], Call] = {}
+_written: set[Problem] = set()
+_known: dict[Path, set[str]] = {}  # lines that a file had when the first was added
+
+
+def _write(path: Path, line: str) -> None:
+    """Adds a line that is not there yet. A program that runs a model goes on without it, after a warning."""
+    try:
+        if env.frozen():
+            _warn(f"{env.CALLS}={path}: nothing is noted, for {env.FROZEN} is set, and nothing is written then")
+            return
+        if path not in _known:
+            _known[path] = _lines(path)
+        if line in _known[path]:
+            return
+        data = f"{line}\n".encode()
+        # One write at the end of the file: lines of several processes don't mix.
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            if os.write(descriptor, data) < len(data):
+                _warn(f"{env.CALLS}={path}: its last line is cut, for there is no more room: remove that line")
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        _warn(f"{env.CALLS}={path} can't be written ({error.strerror}): what is called is not noted there")
+
+
+def _lines(path: Path) -> set[str]:
+    found: set[str] = set()
+    try:
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                found.add(line.rstrip("\n"))
+                if len(found) >= MOST_CALLS:
+                    break
+    except FileNotFoundError:
+        pass
+    return found
+
+
+def _warn(text: str) -> None:
+    # Python shows one text once in a process.
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+__all__ = ["Call", "called"]
