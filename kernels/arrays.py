@@ -365,7 +365,7 @@ def require_cupy() -> Any:
         import cupy
     except ImportError:
         raise MissingDependencyError(
-            'running a kernel on a GPU needs CuPy: pip install "tilewright[cuda13]" (or [cuda12], by your driver)'
+            "running a kernel on a GPU needs CuPy: pip install cupy-cuda13x (or cupy-cuda12x, by your driver)"
         ) from None
     try:
         count = cupy.cuda.runtime.getDeviceCount()

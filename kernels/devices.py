@@ -238,7 +238,9 @@ def _probe() -> _Probe:
     except ModuleNotFoundError as error:
         if error.name != "cupy":
             return _Probe(missing=f"CuPy, whose import fails: {_one_line(error)}")
-        return _Probe(missing='CuPy, which is not installed: pip install "tilewright[cuda13]" (or [cuda12])')
+        return _Probe(
+            missing="CuPy, which is not installed: pip install cupy-cuda13x (or cupy-cuda12x, by your driver)"
+        )
     except (ImportError, OSError, RuntimeError) as error:
         return _Probe(missing=f"CuPy, whose import fails: {_one_line(error)}")
     try:

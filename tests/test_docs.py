@@ -113,6 +113,33 @@ def test_the_first_snippet_runs_on_numpy_arrays() -> None:
         np.testing.assert_allclose(scope[name], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_what_torch_has_is_what_the_table_says() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"x": (4, 32), "weight": (16, 32), "bias": (16,), "gate_up": (48, 32)}
+    scope = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    rows = dict(re.findall(r"^\| `(F\..*?)` \| `(.*?)`", README, re.MULTILINE))
+    assert [call.partition("(")[0] for call in rows.values()] == ["gemm", "gemm", "conv2d", "attention", "rmsnorm"]
+    linear, gated, convolution, attention, norm = rows.values()
+    exec("from tilewright.kernels import attention, conv2d, gemm, rmsnorm", scope)
+
+    h = scope["x"] @ scope["weight"].T + scope["bias"]
+    np.testing.assert_allclose(
+        eval(linear, scope), h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2))), rtol=1e-4, atol=1e-5
+    )
+    g, u = scope["x"] @ scope["gate_up"][:24].T, scope["x"] @ scope["gate_up"][24:].T
+    np.testing.assert_allclose(eval(gated, scope), g / (1 + np.exp(-g)) * u, rtol=1e-4, atol=1e-5)
+    image = {"x": rng.standard_normal((1, 8, 4, 5), np.float32), "w": rng.standard_normal((16, 8, 3, 3), np.float32)}
+    scope |= image | {"r": rng.standard_normal((1, 16, 4, 5), np.float32)}
+    padded = np.pad(image["x"], ((0, 0), (0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
+    sums = np.einsum("ncpqrs,kcrs->nkpq", windows, image["w"]) + scope["bias"][:, None, None] + scope["r"]
+    np.testing.assert_allclose(eval(convolution, scope), np.maximum(sums, 0), rtol=1e-4, atol=1e-4)
+    assert f"o = {attention}" in SNIPPETS[0]  # whose values another test looks at
+    scope |= {"x": rng.standard_normal((4, 32), np.float32), "weight": rng.standard_normal(32, np.float32)}
+    wanted = scope["x"] / np.sqrt((scope["x"] ** 2).mean(-1, keepdims=True) + 1e-5) * scope["weight"]
+    np.testing.assert_allclose(eval(norm, scope), wanted, rtol=1e-4, atol=1e-5)
+
+
 def commands(group: click.Group, path: str = "autotune") -> dict[str, click.Command]:
     """Every command there is by what people type, subcommands of subcommands too."""
     found: dict[str, click.Command] = {}

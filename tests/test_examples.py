@@ -43,9 +43,7 @@ def test_without_tensorrt_there_is_one_clear_line(name, tmp_path):
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line == (
-        'MissingDependencyError: TensorRT is not installed here (none here): pip install "tilewright[tensorrt]"'
-    )
+    assert line == ("MissingDependencyError: TensorRT is not installed here (none here): pip install 'tensorrt>=10.16'")
 
 
 def test_the_onnx_file_runs_in_onnx_runtime_as_the_plugin_does(tmp_path):

@@ -34,7 +34,7 @@ ATTEMPTS = 8
 CONNECT_S = 10
 """To reach a server, where the URL doesn't say."""
 
-DRIVERS = "install the one for it (for postgresql+psycopg:// it is pip install 'tilewright[storage]')"
+DRIVERS = "install the one for it (for postgresql+psycopg:// it is pip install 'psycopg[binary]')"
 
 
 class Storage:

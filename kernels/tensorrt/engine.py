@@ -123,7 +123,7 @@ def _build(
         builder = trt.Builder(logger)
     except TypeError as error:
         raise MissingDependencyError(
-            f'this TensorRT {trt.__version__} has no builder: pip install "tilewright[tensorrt]" ({error})'
+            f"this TensorRT {trt.__version__} has no builder: pip install 'tensorrt>=10.16' ({error})"
         ) from None
     tactics = current()
     target = tactics.target.device

@@ -23,7 +23,7 @@ def tensorrt() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise MissingDependencyError(
-            f'TensorRT is not installed here ({reason}): pip install "tilewright[tensorrt]"'
+            f"TensorRT is not installed here ({reason}): pip install 'tensorrt>=10.16'"
         ) from None
     if not hasattr(module, "__version__"):
         places = ", ".join(map(str, getattr(module, "__path__", ())))

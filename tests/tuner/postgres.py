@@ -23,7 +23,7 @@ STARTS_WITHIN_S = 30.0
 @contextmanager
 def postgres() -> Iterator[str]:
     """The URL of a fresh server's database; skips the test where there is no PostgreSQL, or no driver for it."""
-    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'tilewright[storage]'")
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'psycopg[binary]'")
     binaries = find_binaries()
     # As root, by another user: initdb and postgres refuse root. pytest's own folders are closed to that one.
     user: dict[str, Any] = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.getuid() == 0 else {}

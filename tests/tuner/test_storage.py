@@ -64,7 +64,7 @@ def test_a_driver_that_is_absent_is_named_with_what_to_install(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "psycopg", None)
     found = message_of(f"postgresql+psycopg://tuner:{SECRET}@host/studies")
     assert "needs a Python driver" in found
-    assert "pip install 'tilewright[storage]'" in found
+    assert "pip install 'psycopg[binary]'" in found
 
 
 def test_a_wrong_password_is_not_shown(server: str) -> None:

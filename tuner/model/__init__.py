@@ -1,6 +1,6 @@
 """Whole models: ONNX in; workloads tuned, chains fused, precision lowered inside a budget, the result checked.
 
-`flow.py` is the way through; every step is a file or a folder here. It needs `pip install "tilewright[onnx]"`.
+`flow.py` is the way through; every step is a file or a folder here. It needs the extra `onnx`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
     if library not in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
         raise
     raise MissingDependencyError(
-        f'whole models need {library}, which is not installed: pip install "tilewright[onnx]"'
+        f"whole models need {library}, which is not installed: pip install onnx onnxscript onnx_ir onnxruntime"
     ) from None
 
 __all__ = ["optimise", "plan", "Request", "Made"]

@@ -23,7 +23,9 @@ def stand_in(monkeypatch, version, **plugin):
 
 def test_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MissingDependencyError, match=r'^TensorRT is not installed here .*pip install "tilewright\[ten'):
+    with pytest.raises(
+        MissingDependencyError, match=r"^TensorRT is not installed here .*pip install 'tensorrt>=10\.16'"
+    ):
         tensorrt()
 
 

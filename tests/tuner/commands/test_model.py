@@ -58,7 +58,8 @@ def test_without_its_libraries_one_line_says_how_to_get_them(missing: str, tmp_p
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert done.stderr.splitlines() == [
-        f'autotune: error: whole models need {missing}, which is not installed: pip install "tilewright[onnx]"'
+        f"autotune: error: whole models need {missing}, which is not installed: "
+        "pip install onnx onnxscript onnx_ir onnxruntime"
     ]
     assert list(tmp_path.iterdir()) == []
 
