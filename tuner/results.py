@@ -14,36 +14,64 @@ from tilewright.tuning_db.record import Provenance, Status
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The best configuration of one workload after a run, and what is known of it."""
+    """The best configuration of one workload after a run, and what is known of it.
+
+    Attributes:
+        workload: the name, or the problem as a text.
+        op: the kernel.
+        problem: its fields.
+        config: the fields of the configuration; None if every one that was tried failed.
+        time_us: microseconds, measured as a median or predicted, as `provenance` says; likewise what follows from it.
+        tflops: 10¹² floating-point (of integers: integer) operations of the problem a second.
+        roofline_fraction: least possible time over this time: 1 is as fast as the board allows.
+        registers: of a thread.
+        spills: bytes of a thread.
+        shared_bytes: of a block.
+        provenance: how the time is known; None without one.
+        status: `ok`; where there is no configuration, what became of the last, or `timeout` if none was tried.
+        message: why that is.
+        trials: outcomes on record for this very problem, device, kernel and toolchain.
+        cached: whether nothing was tried for it in this run.
+    """
 
     workload: str
     op: str
     problem: dict[str, Any]
-    config: dict[str, Any] | None = None  # None if every configuration tried failed
+    config: dict[str, Any] | None = None
     time_us: float | None = None
     tflops: float | None = None
-    roofline_fraction: float | None = None  # least possible time over this time: 1 is as fast as the board allows
+    roofline_fraction: float | None = None
     registers: int | None = None
-    spills: int | None = None  # bytes per thread
+    spills: int | None = None
     shared_bytes: int | None = None
     provenance: Provenance | None = None
     status: Status = Status.OK
     message: str = ""
-    trials: int = 0  # outcomes on record for this very problem, device, kernel and toolchain
-    cached: bool = False  # answered without trying anything in this run
+    trials: int = 0
+    cached: bool = False
 
 
 @dataclass(slots=True)
 class Results:
-    """What a run did. Iterates over its results."""
+    """What a run did. Iterates over its results.
+
+    Attributes:
+        device: what was tuned for.
+        db: the database file.
+        results: one for each workload, in order.
+        compiled: kernels that were compiled.
+        elapsed_s: seconds.
+        set_aside: where a damaged database file was moved.
+        lost_workers: why measuring processes were given up, whose work the others did.
+    """
 
     device: Device
     db: Path
     results: list[Result] = field(default_factory=list)
     compiled: int = 0
     elapsed_s: float = 0.0
-    set_aside: Path | None = None  # where a damaged database file was moved
-    lost_workers: tuple[str, ...] = ()  # why measuring processes were given up, whose work the others did
+    set_aside: Path | None = None
+    lost_workers: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Result]:
         return iter(self.results)

@@ -119,8 +119,8 @@ def autotune(
         kernels: names of the ops to tune; all by default.
         problems: what to tune: problems, workloads, or texts as `"M=4096,N=4096,K=4096,dtype=fp16"` (of the one op in
             `kernels`, gemm by default). The default suite if left out.
-        trials: configurations to have tried per workload, those of earlier runs included; by default `PREDICTED_TRIALS`
-            or, on a live GPU, `MEASURED_TRIALS` or as many as promise an improvement (`search.PLATEAU`).
+        trials: configurations to have tried per workload, those of earlier runs included; by default 12 or, on a live
+            GPU, at most 48 and as many as promise an improvement of 0.1 % or more.
         timeout: seconds for the whole run, shared out among the workloads. One whose share is over before anything was
             tried has a few configurations tried all the same, as long as the run's time is not up: the same call goes
             on from there. Trials in flight are finished, which takes one trial's timeout at most, and on a GPU the
@@ -129,7 +129,7 @@ def autotune(
             has status `timeout`.
         jobs: compiling processes; by default one per processor this process may use.
         workers: measuring processes, each with a GPU of its own: the device's and others of the same board.
-        db: folder of the databases; see `database_dir`.
+        db: folder of the databases; by default `$TILEWRIGHT_DB_DIR`, else `tilewright` in the user's data folder.
         storage: URL of a database, as SQLAlchemy takes it (`postgresql+psycopg://user@host/database`), in which this
             run and others, on any host with a GPU of this board, share the searches. Each configuration is tried by one
             of them, `trials` counts those of all, and each run ends with all outcomes in its own database.
@@ -141,6 +141,7 @@ def autotune(
 
     Raises:
         UsageError: unknown names, malformed problems, numbers out of range.
+        MissingDependencyError: the device is a live GPU ("cuda:0"), and CuPy isn't installed.
         DatabaseError: the database or the storage can't be used; finished outcomes are kept.
         WorkerError: no worker process can be started.
         MachineError: the machine failed a trial, as by a full disk; finished outcomes are kept.
