@@ -11,6 +11,7 @@ from __future__ import annotations
 from tilewright.kernels.called import Call, called
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.lookup import Choice, choose
 from tilewright.kernels.ops.attention.api import attention
 from tilewright.kernels.ops.attention.problem import AttentionProblem
@@ -70,6 +71,7 @@ __all__ = [
     "choose",
     "Call",
     "called",
+    "forget_plans",
     "Prediction",
     "predict",
     "TilewrightError",

@@ -69,7 +69,8 @@ def plan_for(
 
 
 def forget_plans() -> None:
-    """Drop every plan, so that the next call of each problem asks the database again: after tuning, in one process."""
+    """Drop every plan, so that the next call of each problem asks the database again: when another process has tuned.
+    Captured CUDA graphs keep what they have."""
     with _lock:
         _plans.clear()
         for cache in _call_caches:

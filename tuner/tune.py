@@ -13,6 +13,7 @@ from typing import Any
 
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.lookup import check_supported
 from tilewright.kernels.problem import Problem
@@ -109,7 +110,7 @@ def autotune(
     seed: int = 0,
     progress: Callable[[Progress], None] = lambda event: None,
 ) -> Results:
-    """Tune workloads for a device and keep every outcome in its database.
+    """Tune workloads for a device and keep every outcome in its database, from which calls in this process are served.
 
     On a live GPU configurations are measured; for an absent one they are compiled for it and predicted, and results say
     so. What is on record already is not tried again.
@@ -180,7 +181,7 @@ def planned(
 
 
 def tune(plan: PlannedRun, progress: Callable[[Progress], None] = lambda event: None) -> Results:
-    """Does what is planned.
+    """Does what is planned. The next call of each problem in this process asks the databases again.
 
     Raises:
         DatabaseError, WorkerError, MachineError: as `autotune`.
@@ -194,6 +195,7 @@ def tune(plan: PlannedRun, progress: Callable[[Progress], None] = lambda event: 
     jobs = options.jobs if options.jobs is not None else len(os.sched_getaffinity(0))
     deadline = None if options.timeout is None else plan.start + options.timeout
     with contextlib.ExitStack() as stack:
+        stack.callback(forget_plans)
         # Before the database is made: a URL that can't be opened leaves nothing behind.
         storage = None if options.storage is None else stack.enter_context(Storage(options.storage))
         database = stack.enter_context(TuningDB.open(device.key, database_dir(options.db)))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.tuner.counting import DEVICE, SMALL, CountingRunner, MeasuringRunner
+from tilewright.kernels.dispatch import plan_for
 from tilewright.kernels.lookup import prediction_protocol
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
@@ -65,6 +66,25 @@ def test_every_outcome_is_on_record_with_its_environment(tmp_path: Path) -> None
     assert {record.key.protocol for record in records} == {prediction_protocol(GEMM)}
     assert environment.protocol == MODEL
     assert {record.key.problem for record in records} == {GemmProblem.parse(SMALL).to_json()}
+
+
+def test_calls_of_a_process_that_has_tuned_look_again(
+    tmp_path: Path, counted: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = GemmProblem(16, 16, 16)
+    before, _ = plan_for(GEMM, problem, -1)
+    assert plan_for(GEMM, problem, -1)[0] is before
+    autotune("rtx3090", problems=[SMALL], trials=1, db=tmp_path)
+    again, _ = plan_for(GEMM, problem, -1)
+    assert again is not before
+
+    def fails(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning_run.TuningRun, "tune", fails)
+    with pytest.raises(KeyboardInterrupt):  # what was finished is kept, and serves
+        autotune("rtx3090", problems=[SMALL], trials=1, db=tmp_path)
+    assert plan_for(GEMM, problem, -1)[0] is not again
 
 
 def test_a_larger_budget_tries_only_what_is_new(tmp_path: Path, counted: type[CountingRunner]) -> None:
