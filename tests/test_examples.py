@@ -46,6 +46,15 @@ def test_without_tensorrt_there_is_one_clear_line(name, tmp_path):
     assert line == ("MissingDependencyError: TensorRT is not installed here (none here): pip install 'tensorrt>=10.16'")
 
 
+def test_a_decoder_layer_is_that_of_numpy_and_says_what_it_called():
+    command = [sys.executable, "-W", "error", str(EXAMPLES / "decoder_layer.py")]
+    done = subprocess.run(command, env=compiling_environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *calls = done.stdout.splitlines()
+    assert float(first.removeprefix("largest difference from NumPy: ").split()[0]) < 1e-5
+    assert [call.split()[0] for call in calls] == ["rmsnorm", "gemm", "attention", "gemm", "gemm", "gemm"]
+
+
 def test_the_onnx_file_runs_in_onnx_runtime_as_the_plugin_does(tmp_path):
     example = load("tensorrt_onnx")
     path = tmp_path / "model.onnx"
