@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tilewright.kernels.problem import Problem
 from tilewright.tuning_db import env
+from tilewright.tuning_db.errors import UsageError
 
 if TYPE_CHECKING:
     from tilewright.kernels.lookup import Choice
@@ -61,10 +62,14 @@ def note(problem: Problem, ordinal: int, choice: Choice, named: bool) -> None:
     key = (problem, device)
     if key in _calls or len(_calls) < MOST_CALLS:
         _calls[key] = Call(problem, device, choice)
-    path = env.calls_file()
-    if path is not None and not named and problem not in _written:
+    if not named and problem not in _written:
         _written.add(problem)
-        _write(path, line_of(problem))
+        try:
+            path = env.calls_file()
+            if path is not None:
+                _write(path, line_of(problem))
+        except UsageError as error:
+            _warn(f"{error}: what is called is not noted there")
 
 
 def line_of(problem: Problem) -> str:
