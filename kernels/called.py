@@ -23,7 +23,8 @@ INTERPRETER = "interpreter"
 """In the place of a device."""
 
 MOST_CALLS = 65536
-"""Problems that are kept, and lines of a file that are looked through for those already there."""
+"""Problems that a process keeps and writes, and lines of a file that it looks through for those already there. A program
+of which every shape is new must not grow for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,15 @@ def note(problem: Problem, ordinal: int, choice: Choice, named: bool) -> None:
     key = (problem, device)
     if key in _calls or len(_calls) < MOST_CALLS:
         _calls[key] = Call(problem, device, choice)
-    if not named and problem not in _written:
-        _written.add(problem)
-        try:
-            path = env.calls_file()
-            if path is not None:
-                _write(path, line_of(problem))
-        except UsageError as error:
-            _warn(f"{error}: what is called is not noted there")
+    if named:
+        return
+    try:
+        path = env.calls_file()
+        if path is not None and problem not in _written and len(_written) < MOST_CALLS:
+            _written.add(problem)
+            _write(path, line_of(problem))
+    except UsageError as error:
+        _warn(f"{error}: what is called is not noted there")
 
 
 def line_of(problem: Problem) -> str:

@@ -77,12 +77,13 @@ def test_a_problem_on_two_devices_is_two_calls_and_one_line(file: Path) -> None:
     assert file.read_text() == "gemm M=16,N=16,K=16\n"
 
 
-def test_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_many_are_kept(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
     monkeypatch.setattr(module, "MOST_CALLS", 1)
     note(ONE, 0, Choice(CONFIG, None, "named by the caller"), named=True)
     note(OTHER, 0, KNOWN, named=False)
     note(ONE, 0, KNOWN, named=False)
     assert called() == (Call(ONE, "cuda:0", KNOWN),)
+    assert file.read_text() == f"{line_of(OTHER)}\n"
 
 
 def test_the_file_has_what_a_search_would_serve_and_keeps_what_it_had(file: Path) -> None:
