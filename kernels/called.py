@@ -23,8 +23,8 @@ INTERPRETER = "interpreter"
 """In the place of a device."""
 
 MOST_CALLS = 65536
-"""Problems that a process keeps and writes, and lines of a file that it looks through for those already there. A program
-of which every shape is new must not grow for ever."""
+"""Problems that a process keeps and writes, and lines of a file that it looks through for those already there: ever new
+shapes must not make it grow for ever."""
 
 
 @dataclass(frozen=True, slots=True)
