@@ -55,11 +55,12 @@ def problems_on_record(device: Device, folder: Path, ops: Sequence[str] = ()) ->
     shipped records none.
 
     Raises:
-        DatabaseError: the database can't be read.
+        DatabaseError: the database can't be read, or has records of another device.
     """
     known = {kernel.name: kernel for kernel in KERNELS if not ops or kernel.name in ops}
     found: dict[tuple[str, Problem], None] = {}
     with TuningDB.open(device.key, folder, read_only=True) as database:
+        database.refuse_other_devices()
         for record in database.best_of_each():
             kernel = known.get(record.key.op)
             if kernel is None:
@@ -90,7 +91,7 @@ def build_pack(
 
     Raises:
         UsageError: nothing to pack, a constant that no problem takes or no call, or a file that can't be written.
-        DatabaseError: the device's database can't be read.
+        DatabaseError: the device's database can't be read, or has records of another.
         RunError: no configuration of a problem compiles within the limits.
         WorkerError: no worker process can be started.
         MachineError: the machine failed one, as by a full disk.
@@ -106,7 +107,8 @@ def build_pack(
         )
     chosen = _checked(constants or {}, tasks)
     # A program goes on without a database that it can't read; what is packed must not hang on that unsaid.
-    TuningDB.open(device.key, folder, read_only=True).close()
+    with TuningDB.open(device.key, folder, read_only=True) as database:
+        database.refuse_other_devices()
     binaries: dict[str, Binary] = {}
     jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
     # Where it leads now: /dev/fd/3 would still be the file that the pack takes the place of.

@@ -143,7 +143,8 @@ def autotune(
     Raises:
         UsageError: unknown names, malformed problems, numbers out of range.
         MissingDependencyError: the device is a live GPU ("cuda:0"), and CuPy isn't installed.
-        DatabaseError: the database or the storage can't be used; finished outcomes are kept.
+        DatabaseError: the database or the storage can't be used, or that has records of another device; finished
+            outcomes are kept.
         WorkerError: no worker process can be started.
         MachineError: the machine failed a trial, as by a full disk; finished outcomes are kept.
     """
@@ -199,6 +200,7 @@ def tune(plan: PlannedRun, progress: Callable[[Progress], None] = lambda event: 
         # Before the database is made: a URL that can't be opened leaves nothing behind.
         storage = None if options.storage is None else stack.enter_context(Storage(options.storage))
         database = stack.enter_context(TuningDB.open(device.key, database_dir(options.db)))
+        database.refuse_other_devices()
         results = Results(device, database.path, set_aside=database.set_aside)
         problems = [workload.problem for workload in workloads]
         with TuningRun(device, database, jobs, plan.gpus, storage, problems, budget) as run:

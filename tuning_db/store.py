@@ -366,6 +366,17 @@ class TuningDB:
         rows = self._file.rows(_BEST_OF_EACH)
         return [record_of(self._file.path, row) for row in rows]
 
+    def refuse_other_devices(self) -> None:
+        """Does nothing unless there are records of other devices here, as in a file that was given another's name. What
+        goes by the key never meets one: this is for those who list, prune or add.
+
+        Raises:
+            DatabaseError: there are; or the file can't be read.
+        """
+        from tilewright.tuning_db.upkeep import refuse_other_devices
+
+        refuse_other_devices(self._file, self.path, self.device)
+
     def stats(self) -> dict[tuple[Status, Provenance], int]:
         """How many records there are of each status and provenance."""
         rows = self._file.rows("SELECT status, provenance, count(*) AS n FROM records GROUP BY status, provenance")

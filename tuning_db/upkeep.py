@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-from tilewright.tuning_db.errors import DatabaseCorruptError
+from tilewright.tuning_db.errors import DatabaseCorruptError, DatabaseError
 from tilewright.tuning_db.file import DatabaseFile, damage_mark, explained, path_for
 from tilewright.tuning_db.record import Provenance, Record, Status, canonical_json
 from tilewright.tuning_db.rows import row_to_environment, row_to_record
@@ -130,12 +129,8 @@ def _findings(connection: sqlite3.Connection, path: Path, objection: Callable[[R
     broken = connection.execute("PRAGMA foreign_key_check").fetchmany(MOST_FINDINGS)
     yield from (f"record {row['rowid']} is of a run that there is not" for row in broken)
     device = connection.execute("SELECT device FROM records ORDER BY id LIMIT 1").fetchone()
-    if device is not None and isinstance(device[0], str) and device[0] and is_text(device[0]) is None:
-        wanted = path_for(device[0], path.parent)
-        if wanted.name != path.name:
-            taken = f"merge it into that with autotune merge {path} --db {path.parent}, and remove it"
-            advice = taken if wanted.exists() else "rename it"
-            yield f"its records are of {shown(device[0])}, whose file is {wanted.name}: {advice}"
+    if device is not None and (wrong := _of_another_name(path, device[0])) is not None:
+        yield wrong
     left = MOST_FINDINGS
     checks = (("runs", _objection_to_run), ("records", lambda row: _objection(row, device[0], objection)))
     for table, check_row in checks:
@@ -147,6 +142,37 @@ def _findings(connection: sqlite3.Connection, path: Path, objection: Callable[[R
                 if not left:
                     yield "there may be more"
                     return
+
+
+def _of_another_name(path: Path, device: object) -> str | None:
+    """What to say where the records of a file are of a device whose file has another name; None where they are not."""
+    if not (isinstance(device, str) and device and is_text(device) is None):
+        return None
+    wanted = path_for(device, path.parent)
+    if wanted.name == path.name:
+        return None
+    taken = f"merge it into that with autotune merge {path} --db {path.parent}, and remove it"
+    advice = taken if wanted.exists() else "rename it"
+    return f"its records are of {shown(device)}, whose file is {wanted.name}: {advice}"
+
+
+def refuse_other_devices(file: DatabaseFile, path: Path, device: str) -> None:
+    """Does nothing for the file of a device, at `path`, that has no records of others. Under the name of another
+    device's file they would be listed, pruned and added to as that one's. Reads every record: no matter of a lookup,
+    whose key has the device in it.
+
+    Raises:
+        DatabaseError: it has; or it can't be read.
+    """
+    found = [row["device"] for row in file.rows("SELECT DISTINCT device FROM records LIMIT 3")]
+    if found in ([], [device]):
+        return
+    if len(found) == 1 and (wrong := _of_another_name(path, found[0])) is not None:
+        raise DatabaseError(f"{path}: {wrong}")
+    raise DatabaseError(
+        f"{path} has records of {' and '.join(sorted(map(shown, found)))}, and a file is of one device: "
+        "`autotune db check` names the rows to delete"
+    )
 
 
 def _by_id(connection: sqlite3.Connection, table: str) -> Iterator[sqlite3.Row]:
@@ -197,41 +223,45 @@ def prune(
 
     Measured times of such revisions are evidence still, for an answer that is `transferred`; those made before the time
     `before` (ISO 8601, UTC), if one is given, go too. Records of current revisions stay, all of them. Runs without a
-    record go once they are a day old. With `dry_run` it is only counted. All in one transaction; then the space is
-    given back.
+    record go once they are a day old. All in one transaction; then the space is given back. With `dry_run` it is only
+    counted, for which the file may have been opened to read.
 
     Raises:
-        DatabaseError: the file can't be written.
+        DatabaseError: the file can't be written, or read.
     """
+    if dry_run:
+        records, runs = file.read(lambda connection: _prune(connection, current, before, _count))
+        return Pruned(records, runs, bytes=0)
     size = file.path.stat().st_size
-    removed: list[int] = []
-
-    def action(connection: sqlite3.Connection) -> None:
-        removed[:] = _prune(connection, current, before)
-        if dry_run:
-            raise _CountedError  # which takes it all back
-
-    with suppress(_CountedError):
-        file.write(action)
-        file.compact()
-    records, runs = removed
+    records, runs = file.write(lambda connection: _prune(connection, current, before, _delete))
+    file.compact()
     return Pruned(records, runs, bytes=max(0, size - file.path.stat().st_size))
 
 
-class _CountedError(Exception):
-    """Enough is known."""
+_Deal = Callable[[sqlite3.Connection, str, Sequence[object]], int]
+"""What is done with the rows of `table WHERE …`; gives how many there are."""
 
 
-def _prune(connection: sqlite3.Connection, current: Callable[[Revision], bool], before: str | None) -> tuple[int, int]:
+def _count(connection: sqlite3.Connection, rows: str, parameters: Sequence[object]) -> int:
+    return int(connection.execute(f"SELECT count(*) FROM {rows}", parameters).fetchone()[0])
+
+
+def _delete(connection: sqlite3.Connection, rows: str, parameters: Sequence[object]) -> int:
+    return connection.execute(f"DELETE FROM {rows}", parameters).rowcount
+
+
+def _prune(
+    connection: sqlite3.Connection, current: Callable[[Revision], bool], before: str | None, deal: _Deal
+) -> tuple[int, int]:
     names = "op, kernel_hash, triton, ptxas, protocol"
     found = [Revision(*tuple(row)) for row in connection.execute(f"SELECT DISTINCT {names} FROM records")]
-    useless = "(provenance = 'predicted' OR status != 'ok' OR spill_bytes > 0 OR created_at < ?)"
-    query = f"DELETE FROM records WHERE ({names}) = (?, ?, ?, ?, ?) AND {useless}"
-    records = 0
-    for revision in found:
-        if not current(revision):
-            records += connection.execute(query, (*astuple(revision), before or "")).rowcount
+    others = [revision for revision in found if not current(revision)]
+    of_others = f"({names}) IN (VALUES {', '.join(['(?, ?, ?, ?, ?)'] * len(others))})" if others else "0"
+    useless = f"{of_others} AND (provenance = 'predicted' OR status != 'ok' OR spill_bytes > 0 OR created_at < ?)"
+    given = [*(value for revision in others for value in astuple(revision)), before or ""]
+    records = deal(connection, f"records WHERE {useless}", given)
     # A run of today may still be waiting for its first record.
     yesterday = (datetime.now(UTC) - timedelta(days=1)).isoformat()
-    orphans = "DELETE FROM runs WHERE started_at < ? AND id NOT IN (SELECT run_id FROM records)"
-    return records, connection.execute(orphans, (yesterday,)).rowcount
+    # Whether they are gone yet or not. The spills of what never compiled are null, and so may the condition be.
+    left = f"SELECT run_id FROM records WHERE ({useless}) IS NOT TRUE"
+    return records, deal(connection, f"runs WHERE started_at < ? AND id NOT IN ({left})", [yesterday, *given])

@@ -506,3 +506,9 @@ def test_a_shipped_file_under_another_boards_name_answers_for_its_own(ship, ask,
     ship({"device": "a10-72"})
     shutil.move(shipped / "a10-72.sqlite", shipped / f"{key.device}.sqlite")
     assert (ask().provenance, ask().reason) == (TRANSFERRED, "board a10-72, shipped")
+
+
+def test_a_file_under_another_boards_name_answers_for_its_own(fill, ask, tmp_path: Path, key: Key) -> None:
+    fill({"device": "a10-72"})
+    shutil.move(tmp_path / "a10-72.sqlite", tmp_path / f"{key.device}.sqlite")
+    assert (ask().provenance, ask().reason) == (TRANSFERRED, "board a10-72")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tilewright.tuning_db import DatabaseSchemaError, Environment, Provenance, Status, TuningDB
-from tilewright.tuning_db.errors import DatabaseAccessError, DatabaseCorruptError
+from tilewright.tuning_db.errors import DatabaseAccessError, DatabaseCorruptError, DatabaseError
 from tilewright.tuning_db.file import damage_mark
 from tilewright.tuning_db.record import Record
 from tilewright.tuning_db.upkeep import MOST_FINDINGS, Revision, check, overview, prune
@@ -140,6 +140,22 @@ def test_a_file_under_the_name_of_another_device_is_found(filled: TuningDB) -> N
     assert check(renamed) == [f"{found}merge it into that with {merge}, and remove it"]
 
 
+def test_those_who_list_prune_or_add_refuse_records_of_others(filled: TuningDB, make_record) -> None:
+    filled.refuse_other_devices()
+    folder = filled.path.parent
+    filled.close()
+    filled.path.rename(folder / "a10-72.sqlite")
+    with TuningDB.open("a10-72", folder) as db:
+        with pytest.raises(DatabaseError) as refused:
+            db.refuse_other_devices()
+        wanted = "its records are of 'rtx3090-82', whose file is rtx3090-82.sqlite: rename it"
+        assert str(refused.value) == f"{db.path}: {wanted}"
+        own = make_record()
+        db.add(replace(own, key=replace(own.key, device="a10-72")), db.start_run(next(iter(db.runs().values()))[1]))
+        with pytest.raises(DatabaseError, match=r"has records of 'a10-72' and 'rtx3090-82', and a file is of one"):
+            db.refuse_other_devices()
+
+
 def test_a_stranger_among_the_records_is_found(filled: TuningDB, make_record) -> None:
     filled.device = "a10-72"
     filled.add(make_record(device="a10-72"), 1)
@@ -209,11 +225,18 @@ def test_runs_go_with_their_last_record_but_not_one_of_today(filled: TuningDB) -
     assert [environment.host for _, environment in filled.runs().values()] == ["just started"]
 
 
-def test_a_dry_run_counts_and_changes_nothing(filled: TuningDB) -> None:
-    before = left(filled)
-    pruned = prune(filled._file, lambda revision: False, before=RECENT, dry_run=True)
-    assert pruned.records == 5
-    assert left(filled) == before
+@pytest.mark.parametrize("kept", [(), (OLD,), (NEW,), (OLD, NEW)])
+def test_a_dry_run_counts_what_a_real_one_removes_and_only_reads(filled: TuningDB, kept: tuple[Revision, ...]) -> None:
+    filled.start_run(next(iter(filled.runs().values()))[1])
+    spoil(filled, f"UPDATE runs SET started_at = '{ANCIENT}'")
+    before = left(filled), filled.runs()
+    for earlier in (None, RECENT, "9"):
+        with TuningDB.open(filled.device, filled.path.parent, read_only=True) as reader:
+            said = prune(reader._file, lambda revision: revision in kept, before=earlier, dry_run=True)
+        assert (left(filled), filled.runs()) == before
+    done = prune(filled._file, lambda revision: revision in kept, before="9")
+    assert (said.records, said.runs) == (done.records, done.runs)
+    assert done.runs >= 1
 
 
 def test_the_space_is_given_back(filled: TuningDB, make_record) -> None:

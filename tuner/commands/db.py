@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from tilewright.tuner.commands.ending import EXIT_FAILED, EXIT_USAGE
 from tilewright.tuner.commands.output import new_table, print_json, print_table, say
 from tilewright.tuning_db.errors import DatabaseError, UsageError
 from tilewright.tuning_db.file import open_file, path_for
+from tilewright.tuning_db.snapshot import open_snapshot
 from tilewright.tuning_db.upkeep import Overview
 
 _device = click.option("--device", metavar="NAME", help="As for autotune itself; by default every database there is.")
@@ -200,13 +202,11 @@ def prune(device: str, db: str | None, older_than: int | None, dry_run: bool, as
     before = None
     if older_than is not None:
         before = (datetime.now(UTC) - timedelta(days=older_than)).isoformat(timespec="microseconds")
-    file = open_file(path)
-    try:
+    with open_snapshot(path) if dry_run else closing(open_file(path)) as file:
+        if file.set_aside is not None:
+            say(f"a damaged database was set aside as {file.set_aside}")
+        upkeep.refuse_other_devices(file, path, target.key)
         pruned = upkeep.prune(file, lambda revision: is_current(revision, target.arch), before=before, dry_run=dry_run)
-    finally:
-        file.close()
-    if file.set_aside is not None:
-        say(f"a damaged database was set aside as {file.set_aside}")
     if as_json:
         print_json({"path": str(path), "dry_run": dry_run, **asdict(pruned)})
     else:

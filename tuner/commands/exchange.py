@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,8 @@ from tilewright.tuning_db.interchange import Objection
 from tilewright.tuning_db.merging import Merged
 from tilewright.tuning_db.merging import check as check_source
 from tilewright.tuning_db.merging import merge as merge_files
+from tilewright.tuning_db.snapshot import open_snapshot
+from tilewright.tuning_db.upkeep import overview, refuse_other_devices
 
 STREAM = "-"
 
@@ -51,7 +53,6 @@ def export(device: str, kernels: tuple[str, ...], best: int | None, form: str, o
     from tilewright.tuning_db import interchange, shipping
     from tilewright.tuning_db.env import database_dir
     from tilewright.tuning_db.selection import BestFew
-    from tilewright.tuning_db.snapshot import open_snapshot
 
     ops = [find_kernel(name).name for name in kernels]
     target = resolve_device(device)
@@ -64,7 +65,9 @@ def export(device: str, kernels: tuple[str, ...], best: int | None, form: str, o
     if output != STREAM:
         # A shipped file is made again from itself.
         shipping.refuse_database(Path(output), but_shipped=form == "sqlite")
-    with open_snapshot(path_for(target.key, database_dir(db))) as file:
+    path = path_for(target.key, database_dir(db))
+    with open_snapshot(path) as file:
+        refuse_other_devices(file, path, target.key)  # before the first line is out
         if output == STREAM:
             try:
                 count = interchange.export(file, target.key, sys.stdout.buffer, **chosen)
@@ -89,7 +92,6 @@ def _say_what_is_stale(path: Path) -> None:
     """Of a file to be shipped: how much of it will never be answered as measured."""
     from tilewright.tuner.installation import is_of_this_code
     from tilewright.tuning_db.record import Provenance
-    from tilewright.tuning_db.upkeep import overview
 
     view = overview(path)
     predicted = sum(count for (_, provenance), count in view.counts.items() if provenance is Provenance.PREDICTED)
@@ -163,8 +165,6 @@ def merge(sources: tuple[str, ...], db: str | None, as_json: bool) -> None:
     """
     from tilewright.tuner.installation import objection
     from tilewright.tuning_db.env import database_dir
-    from tilewright.tuning_db.snapshot import open_snapshot
-    from tilewright.tuning_db.upkeep import overview
 
     paths = []
     for source in map(Path, sources):
@@ -199,6 +199,7 @@ def _merge_all(
     """Merges each source into the file of its device in `folder`, and says what became of its records; of an end before
     the last of them, too. All are read to their end, and none objected to, before the first record is kept."""
     for _, device, source in sources:
+        _check_target(path_for(device, folder), device)
         check_source(path_for(device, folder), source, device, objection)
     document: list[dict[str, Any]] = []
     try:
@@ -221,6 +222,14 @@ def _merge_all(
         raise
     if as_json:
         print_json(document)
+
+
+def _check_target(path: Path, device: str) -> None:
+    """Does nothing unless the file of a device has records of another; a damaged one is set aside once it is opened to
+    write."""
+    if path.exists():
+        with suppress(DatabaseCorruptError), open_snapshot(path) as file:
+            refuse_other_devices(file, path, device)
 
 
 def _described(merged: Merged) -> str:

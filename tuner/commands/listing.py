@@ -85,6 +85,7 @@ def show(device: str, db: str | None) -> None:
         if shipped is not None:
             databases.append(("shipped", stack.enter_context(shipped)))
         for place, database in databases:
+            database.refuse_other_devices()
             records = database.best_of_each()
             for record in records:
                 assert record.times is not None

@@ -148,6 +148,55 @@ def test_prune(autotune, tmp_path: Path) -> None:
     assert kept(tmp_path) == [replace(current, created_at="")]
 
 
+def test_a_dry_run_only_reads(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = tmp_path / "a10-72sm.sqlite"
+    damaged.write_text("no database " * 99)
+    status, out, err = autotune("db", "prune", "--device", "a10", "--db", tmp_path, "--dry-run")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"{damaged} is damaged or no database" in err
+    assert list(tmp_path.iterdir()) == [damaged]
+    monkeypatch.setenv("TILEWRIGHT_FROZEN", "1")
+    path = fill_frozen(tmp_path / "frozen", monkeypatch)
+    arguments = ("db", "prune", "--device", "rtx3090", "--db", path.parent)
+    assert autotune(*arguments, "--dry-run")[:2] == (0, f"{path}: 0 records and 0 runs would be removed\n")
+    status, _, err = autotune(*arguments)
+    assert status == 2
+    assert "TILEWRIGHT_FROZEN is set: nothing is written" in err
+
+
+def fill_frozen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that was filled while this process was not frozen."""
+    with monkeypatch.context() as thawed:
+        thawed.delenv("TILEWRIGHT_FROZEN")
+        return fill(folder, record(3.0))
+
+
+def test_a_file_under_the_name_of_another_board_is_refused(autotune, counted, tmp_path: Path) -> None:
+    path = fill(tmp_path, record(3.0))
+    path.rename(wrong := tmp_path / "h100-132sm.sqlite")
+    before = wrong.read_bytes()
+    said = f"{wrong}: its records are of 'rtx3090-82sm', whose file is rtx3090-82sm.sqlite: rename it"
+    assert autotune("db", "check", "--db", tmp_path)[1] == f"{said}\n"
+    (tmp_path / "arriving").mkdir()
+    header = {"format": "tilewright-records", "version": 1, "device": "h100-132sm", "runs": 0, "records": 0}
+    (tmp_path / "arriving" / "some.jsonl").write_text(json.dumps(header) + "\n")
+    problem = ("--problem", "M=64,N=64,K=64")
+    for command in (
+        ("show", "--device", "h100"),
+        ("export", "--device", "h100"),
+        ("db", "prune", "--device", "h100"),
+        ("db", "prune", "--device", "h100", "--dry-run"),
+        ("pack", "--device", "h100", "--output", tmp_path / "out.pack"),
+        ("pack", "--device", "h100", "--output", tmp_path / "out.pack", *problem),
+        ("--device", "h100", *problem),
+        ("import", tmp_path / "arriving" / "some.jsonl"),
+    ):
+        status, out, err = autotune(*command, "--db", tmp_path)
+        assert (status, out, err.splitlines()[-1]) == (2, "", f"autotune: error: {said}")
+    assert wrong.read_bytes() == before
+    assert [*tmp_path.glob("*.sqlite"), *tmp_path.glob("*.pack")] == [wrong]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
