@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -59,16 +60,27 @@ class ProgressView:
                 TimeElapsedColumn(),
                 console=self._console,
             )
-            self._bars.start()
-            self._total = self._bars.add_task("workloads", total=None, best="")
-            self._current = self._bars.add_task("", total=None, best="")
+            try:
+                self._bars.start()
+                self._total = self._bars.add_task("workloads", total=None, best="")
+                self._current = self._bars.add_task("", total=None, best="")
+            except BaseException:  # Ctrl-C, which no `__exit__` would meet: the cursor is hidden already
+                with contextlib.suppress(Exception):  # of bars that were not yet all there
+                    self._stop()
+                raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         if self._bars is not None:
-            self._bars.stop()
+            try:
+                self._bars.stop()
+            finally:
+                self._console.show_cursor(True)  # of a terminal, whatever became of the bars
 
     def __call__(self, event: Progress) -> None:
         """Show an event of the run."""

@@ -199,3 +199,27 @@ def test_the_device_line_says_whether_it_measures() -> None:
 )
 def test_configurations_are_short(config: Config, text: str) -> None:
     assert report.short_config(config.to_dict()) == text
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Console, "push_render_hook"),  # midway in the start of the bars: the cursor is hidden, and no hook is there
+        (report.ProgressBars, "add_task"),
+        (report.ProgressBars, "stop"),  # a second Ctrl-C, or one at the end
+    ],
+)
+def test_ctrl_c_leaves_a_terminal_its_cursor(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)
+    stream = io.StringIO()
+    console = Console(file=stream, width=200, force_terminal=True)
+    with pytest.raises(KeyboardInterrupt), report.ProgressView(console, quiet=False):
+        pass
+    hidden, shown = (stream.getvalue().rfind(f"\x1b[?25{mode}") for mode in "lh")
+    assert 0 <= hidden < shown
+    monkeypatch.undo()
+    with report.ProgressView(console, quiet=False) as view:  # nothing of the former is in the way
+        view(Progress("llama3-8b qkv, decode", 0, 2, 3, 16, 70.0))
