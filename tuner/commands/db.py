@@ -32,19 +32,25 @@ def db(context: click.Context) -> None:
         context.exit(EXIT_USAGE)
 
 
-def _paths(device: str | None, folder: str | None, *, must_exist: bool = True) -> list[Path]:
-    """The file of a device, or every file there is.
+def folder_to_read(named: str | None) -> Path:
+    """The folder of the databases, for a command that makes none: one that was named is there.
 
     Raises:
-        UsageError: a folder was named that is none, and must be one.
+        UsageError: it is not, or is no folder; or as `database_dir`.
     """
     from tilewright.tuning_db.env import database_dir
 
-    where = database_dir(folder)
-    if must_exist and where.exists() and not where.is_dir():
+    where = database_dir(named)
+    if where.exists() and not where.is_dir():
         raise UsageError(f"{where} is a file: name the folder it is in (--db)")
-    if must_exist and folder is not None and not where.exists():
-        raise UsageError(f"--db {folder} is not there: name the folder of the databases")
+    if named is not None and not where.exists():
+        raise UsageError(f"--db {named} is not there: name the folder of the databases")
+    return where
+
+
+def _paths(device: str | None, folder: str | None) -> list[Path]:
+    """The file of a device, or every file there is, in `folder_to_read`."""
+    where = folder_to_read(folder)
     if device is None:
         return sorted(where.glob("*.sqlite"))
     from tilewright.kernels.devices import resolve_device
@@ -75,9 +81,11 @@ def _shipped_paths(device: str | None, folder: str | None) -> list[Path]:
 @_folder
 def path(device: str | None, db: str | None) -> None:
     """Print the folder of the databases, or the file of a device, whether or not it is there."""
+    from tilewright.kernels.devices import resolve_device
     from tilewright.tuning_db.env import database_dir
 
-    found = database_dir(db) if device is None else _paths(device, db, must_exist=False)[0]
+    folder = database_dir(db)
+    found = folder if device is None else path_for(resolve_device(device).key, folder)
     click.echo(os.fsencode(found))  # its very bytes, of which some may be no text
 
 

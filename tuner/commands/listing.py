@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tilewright.tuner.commands.db import warn_of_no_shipped_folder
+from tilewright.tuner.commands.db import folder_to_read, warn_of_no_shipped_folder
 from tilewright.tuner.commands.output import new_table, print_table, say
 from tilewright.tuning_db.errors import UsageError
 
@@ -69,11 +69,10 @@ def show(device: str, db: str | None) -> None:
     revision, toolchain and protocol. Revisions are hashes of the kernel's code, `this` is the one that runs here."""
 
     from tilewright.kernels.devices import resolve_device
-    from tilewright.tuning_db.env import database_dir
     from tilewright.tuning_db.store import TuningDB
 
     target = resolve_device(device)
-    folder = database_dir(db)
+    folder = folder_to_read(db)
     warn_of_no_shipped_folder()
     table = new_table(
         ("op", "problem", "configuration"), ("time µs",), ("provenance", "revision", "triton", "from", "when")

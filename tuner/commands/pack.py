@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from tilewright.tuner.commands.db import folder_to_read
 from tilewright.tuner.commands.options import calls_option, jobs_option, named_workloads
 from tilewright.tuner.commands.output import export_command, print_json, say
 from tilewright.tuning_db.errors import UsageError
@@ -55,13 +56,13 @@ def pack(
     from tilewright.kernels.registry import find_kernel
     from tilewright.tuner.packing import build_pack, problems_on_record
     from tilewright.tuner.tune import resolve_workloads
-    from tilewright.tuning_db.env import FROZEN, PACK, database_dir
+    from tilewright.tuning_db.env import FROZEN, PACK
     from tilewright.tuning_db.shipping import refuse_database
 
     if output == "-" or _is_stdout(Path(output)):
         raise UsageError(f"a pack is a file that programs open by its name: --output can't be stdout ({output})")
     refuse_database(Path(output))
-    target, folder = resolve_device(device), database_dir(db)
+    target, folder = resolve_device(device), folder_to_read(db)
     ops = [find_kernel(name).name for name in kernels]
     values = _constants(constants)
     if suites or problems or calls:
@@ -69,6 +70,10 @@ def pack(
         chosen = [(workload.op, workload.problem) for workload in workloads]
     else:
         chosen = problems_on_record(target, folder, ops)
+        if not chosen:
+            of_ops = f" of {', '.join(ops)}" if ops else ""
+            nothing = f"there is nothing to pack: no result{of_ops} for {target.key} is on record in {folder}"
+            raise UsageError(f"{nothing}: tune the device first, or name problems or a suite")
     packed = build_pack(target, chosen, Path(output), folder=folder, constants=values, jobs=jobs)
     if as_json:
         print_json(

@@ -65,17 +65,31 @@ def test_stats_of_a_folder_with_a_file_that_cannot_be_read(autotune, tmp_path: P
     assert autotune("db", "stats", "--db", tmp_path / "empty")[:2] == (0, "")
 
 
-@pytest.mark.parametrize("command", [("stats",), ("check",), ("prune", "--device", "a10")])
-def test_a_folder_that_is_none_is_a_mistake(autotune, tmp_path: Path, command: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("db", "stats"),
+        ("db", "check"),
+        ("db", "prune", "--device", "a10"),
+        ("show", "--device", "a10"),
+        ("pack", "--device", "a10", "--output", "out.pack"),
+        ("pack", "--device", "a10", "--output", "out.pack", "--problem", "M=16,N=16,K=16"),
+    ],
+)
+def test_a_folder_that_is_none_is_a_mistake(
+    autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     path = fill(tmp_path, record(3.0))
     for folder, kind in (
         (path, "a file: name the folder it is in"),
         (tmp_path / "absent", "not there: name the folder"),
     ):
-        status, out, err = autotune("db", *command, "--db", folder)
+        status, out, err = autotune(*command, "--db", folder)
         assert (status, out) == (2, "")
         assert f"{folder} is {kind}" in err
         assert err.count("\n") == 1
+    assert not (tmp_path / "out.pack").exists()
 
 
 def test_checking_where_there_is_none_says_so(autotune, tmp_path: Path) -> None:

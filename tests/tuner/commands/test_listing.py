@@ -43,6 +43,7 @@ def test_show_of_a_device_that_nothing_is_on_record_for(autotune, tmp_path) -> N
 
 def test_show_says_what_was_tuned_here_and_what_was_shipped(autotune, tmp_path, monkeypatch) -> None:
     shipped = fill(tmp_path / "shipped", record(3.0))
+    (tmp_path / "own").mkdir()
     monkeypatch.setenv("TILEWRIGHT_SHIPPED", str(shipped.parent))
     status, out, err = autotune("show", "--device", "rtx3090", "--db", tmp_path / "own")
     assert status == 0

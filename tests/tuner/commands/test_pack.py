@@ -53,7 +53,8 @@ def test_what_a_program_called(autotune, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "there is nothing to pack: tune the device first, or name problems or a suite"),
+        ((), "there is nothing to pack: no result for a10-72sm is on record in {db}: tune the device first, or name "),
+        (("--kernel", "conv2d"), "no result of conv2d for a10-72sm is on record in {db}"),
         (("--kernel", "gem"), "did you mean gemm?"),
         (("--suite", "bert"), "unknown suite 'bert'"),
         (("--problem", "M=1"), "missing N, K"),
@@ -64,11 +65,12 @@ def test_what_a_program_called(autotune, tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_line(autotune, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    output = tmp_path / "out.pack"
-    status, out, err = autotune("pack", "--device", "a10", "--output", output, "--db", tmp_path / "db", *arguments)
+    output, db = tmp_path / "out.pack", tmp_path / "db"
+    db.mkdir()
+    status, out, err = autotune("pack", "--device", "a10", "--output", output, "--db", db, *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert message in err
-    assert list(tmp_path.iterdir()) == []
+    assert message.format(db=db) in err
+    assert list(tmp_path.rglob("*")) == [db]
 
 
 def test_a_pack_replaces_no_database(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +102,7 @@ def test_no_pack_is_written_to_stdout(autotune, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_frozen_process_makes_no_pack_and_tunes_nothing(autotune, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TILEWRIGHT_FROZEN", "1")
-    problem = ("--problem", "M=16,N=16,K=16", "--db", tmp_path / "db")
+    problem = ("--problem", "M=16,N=16,K=16", "--db", tmp_path)
     for command in (("pack", "--device", "a10", "--output", tmp_path / "p", *problem), ("--device", "a10", *problem)):
         status, out, err = autotune(*command)
         assert (status, out, err.count("\n")) == (2, "", 1)
