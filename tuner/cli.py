@@ -1,15 +1,15 @@
 """The command `autotune`.
 
-Exit status: 0 done; 1 the run failed; 2 the command was called wrongly or the database can't be used; 130 Ctrl-C;
-143 terminated.
+Exit status: 0 done; 1 the run failed; 2 the command was called wrongly, or the database or stdout can't be used;
+130 Ctrl-C; 141 nobody reads stdout any more; 143 terminated.
 Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from importlib.metadata import version as package_version
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ from tilewright.tuner.commands.ending import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
+    EXIT_UNREAD,
     EXIT_USAGE,
     TerminatedError,
     exit_with,
@@ -31,7 +32,7 @@ from tilewright.tuner.commands.ending import (
 )
 from tilewright.tuner.commands.model import check_options, model_options, run_model
 from tilewright.tuner.commands.options import calls_option, jobs_option, named_workloads
-from tilewright.tuner.commands.output import print_table, settle_streams
+from tilewright.tuner.commands.output import StdoutError, UnreadError, let_go_of_stdout, print_table, settle_streams
 from tilewright.tuning_db.errors import TilewrightError, UsageError
 
 
@@ -44,7 +45,7 @@ class _Invocation:
 
 
 def main() -> None:
-    """Entry point: every error of ours is one line on stderr; `--debug` adds the traceback."""
+    """Entry point: every error of ours is one line on stderr; `--debug` shows the traceback before it."""
     invocation = _Invocation()
     try:
         heed_sigterm()
@@ -58,24 +59,30 @@ def main() -> None:
     except click.ClickException as error:
         hint = f" (see {error.ctx.command_path} --help)" if isinstance(error, click.UsageError) and error.ctx else ""
         _end(f"error: {error.format_message()}{hint}", EXIT_USAGE)
-    except BrokenPipeError:
+    except UnreadError:
         # The reader went away (`| head`): not an error of ours, and nothing more can be said.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_FAILED)
+        let_go_of_stdout()
+        sys.exit(EXIT_UNREAD)
+    except StdoutError as error:
+        let_go_of_stdout()
+        _fail(
+            invocation, f"stdout can't be written ({error.strerror}): free some space, or send it elsewhere", EXIT_USAGE
+        )
     except OSError as error:
-        if invocation.debug:
-            raise
-        _end(f"error: {error}", EXIT_FAILED)
+        _fail(invocation, str(error), EXIT_FAILED)
     except TilewrightError as error:
-        if invocation.debug:
-            raise
-        _end(f"error: {error}", status_of(error))
-    except Exception as error:
-        if invocation.debug:
-            raise
+        _fail(invocation, str(error), status_of(error))
+    except Exception as error:  # noqa: BLE001 - it ends the command, with its name
         hint = "(a defect of Tilewright: `autotune --debug …` shows where)"
-        _end(f"error: {type(error).__name__}: {error} {hint}", EXIT_FAILED)
+        _fail(invocation, f"{type(error).__name__}: {error} {hint}", EXIT_FAILED)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(invocation: _Invocation, line: str, status: int) -> NoReturn:
+    """In an `except`."""
+    if invocation.debug:
+        traceback.print_exc()
+    _end(f"error: {line}", status)
 
 
 def _kept(invocation: _Invocation) -> str:

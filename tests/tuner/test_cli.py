@@ -16,9 +16,7 @@ import pytest
 from tests.tuner.commands.test_exchange import fill, record
 from tests.tuner.simulated_worker import Scenario
 from tests.tuner.simulation import GPUS, PROBLEM, simulated
-from tilewright.tuner import cli
 from tilewright.tuning_db.env import compiling_environment
-from tilewright.tuning_db.errors import DatabaseAccessError
 
 COMMAND = (sys.executable, "-c", "from tilewright.tuner.cli import main; main()")
 SMALL = ("--device", "sm_86", "--problem", "M=64,N=64,K=128", "--trials", "2", "--jobs", "2")
@@ -218,18 +216,21 @@ def test_a_defect_is_one_line_and_debug_shows_it(autotune, tmp_path: Path, monke
     status, _, err = autotune(*SMALL, "--quiet", "--db", tmp_path)
     assert (status, err.count("\n")) == (1, 1)
     assert "RuntimeError: something broke (a defect of Tilewright: `autotune --debug …` shows where)" in err
-    monkeypatch.setattr(sys, "argv", ["autotune", *SMALL, "--debug", "--db", str(tmp_path)])
-    with pytest.raises(RuntimeError):
-        cli.main()
+    line = err.splitlines()[-1]
+    status, _, err = autotune(*SMALL, "--debug", "--quiet", "--db", tmp_path)
+    assert (status, err.splitlines()[0], err.splitlines()[-1]) == (1, "Traceback (most recent call last):", line)
 
 
-def test_debug_goes_before_a_subcommand(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_goes_before_a_subcommand(autotune, tmp_path: Path) -> None:
     arguments = ("export", "--device", "sm_86", "--db", str(tmp_path))
-    status, _, err = autotune(*arguments)
-    assert (status, err.count("\n")) == (2, 1)
-    monkeypatch.setattr(sys, "argv", ["autotune", "--debug", *arguments])
-    with pytest.raises(DatabaseAccessError):
-        cli.main()
+    status, _, line = autotune(*arguments)
+    assert (status, line.count("\n")) == (2, 1)
+    status, _, err = autotune("--debug", *arguments)
+    assert (status, err.startswith("Traceback"), err.endswith(f"DatabaseAccessError: {line[17:]}{line}")) == (
+        2,
+        True,
+        True,
+    )
     status, out, _ = autotune("--debug", "db", "path", "--db", tmp_path)
     assert (status, out) == (0, f"{tmp_path}\n")
     # The value of another option is none.
@@ -370,6 +371,33 @@ def test_a_run_goes_on_where_nobody_reads_what_it_says(tmp_path: Path, lost: str
     os.close(stderr)
     assert run.returncode == 0
     assert json.loads(run.stdout)["results"][0]["provenance"] == "predicted"
+
+
+@pytest.mark.parametrize("arguments", [("devices",), ("db", "path"), ("db", "stats", "--json"), ("export",)])
+@pytest.mark.parametrize("lost", ["reader", "disk"])
+def test_results_that_cannot_be_written_have_a_status(tmp_path: Path, lost: str, arguments: tuple[str, ...]) -> None:
+    fill(tmp_path, record(3.0))
+    more = () if arguments[0] == "devices" else ("--device", "rtx3090", "--db", str(tmp_path))
+    if lost == "disk":
+        stdout = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, stdout = os.pipe()
+        os.close(reading)
+    run = subprocess.run(
+        [*COMMAND, *arguments, *more],
+        env=compiling_environment(),
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    os.close(stdout)
+    if lost == "reader":
+        assert (run.returncode, run.stderr) == (141, "")
+    else:
+        elsewhere = "name a file (--output)" if arguments == ("export",) else "send it elsewhere"
+        line = f"stdout can't be written (No space left on device): free some space, or {elsewhere}"
+        assert (run.returncode, run.stderr) == (2, f"autotune: error: {line}\n")
 
 
 def test_sigterm_ends_the_run_and_its_workers(tmp_path: Path) -> None:

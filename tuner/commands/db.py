@@ -13,7 +13,7 @@ import click
 
 from tilewright.tuner.commands.ending import EXIT_FAILED, EXIT_USAGE
 from tilewright.tuner.commands.output import new_table, print_json, print_table, say
-from tilewright.tuning_db.errors import DatabaseError, UsageError
+from tilewright.tuning_db.errors import DatabaseAccessError, DatabaseError, UsageError
 from tilewright.tuning_db.file import open_file, path_for
 from tilewright.tuning_db.snapshot import open_snapshot
 from tilewright.tuning_db.upkeep import Overview
@@ -66,14 +66,24 @@ def warn_of_no_shipped_folder() -> None:
         say(f"autotune: warning: {reason}")
 
 
-def _shipped_paths(device: str | None, folder: str | None) -> list[Path]:
-    """The shipped file of a device, or every one; none twice, should `folder` be theirs."""
+def _own_and_shipped(device: str | None, folder: str | None) -> tuple[list[Path], list[Path]]:
+    """The user's file of a device, and the shipped one, where they are there; or every one. None twice, should `folder`
+    be that of the shipped ones.
+
+    Raises:
+        DatabaseAccessError: the device has neither.
+        UsageError: as `folder_to_read`.
+    """
     from tilewright.tuning_db.shipped_records import shipped_paths
 
     warn_of_no_shipped_folder()
-    own = {path.resolve() for path in _paths(device, folder)}
-    names = {path.name for path in own}
-    return [p for p in shipped_paths() if p.resolve() not in own and (device is None or p.name in names)]
+    own = _paths(device, folder)
+    names, resolved = {path.name for path in own}, {path.resolve() for path in own}
+    shipped = [p for p in shipped_paths() if p.resolve() not in resolved and (device is None or p.name in names)]
+    there = [path for path in own if path.exists() or path.is_symlink()]  # one that leads nowhere is told of
+    if device is not None and not there and not shipped:
+        raise DatabaseAccessError(f"there is no {own[0]}: tune that device first, or name its folder (--db)")
+    return there, shipped
 
 
 @db.command()
@@ -100,9 +110,9 @@ def stats(context: click.Context, device: str | None, db: str | None, as_json: b
     from tilewright.tuning_db.env import database_dir
     from tilewright.tuning_db.upkeep import overview
 
-    shipped = _shipped_paths(device, db)
+    own, shipped = _own_and_shipped(device, db)
     views, unreadable = [], 0
-    for path in (*_paths(device, db), *shipped):
+    for path in (*own, *shipped):
         try:
             views.append(overview(path))
         except DatabaseError as error:
@@ -167,8 +177,8 @@ def check(context: click.Context, device: str | None, db: str | None, as_json: b
     from tilewright.tuning_db.env import database_dir
 
     document = []
-    own = _paths(device, db)
-    for path in (*own, *_shipped_paths(device, db)):
+    own, shipped = _own_and_shipped(device, db)
+    for path in (*own, *shipped):
         try:
             findings = upkeep.check(path, objection)
         except DatabaseError as error:
@@ -201,7 +211,6 @@ def prune(device: str, db: str | None, older_than: int | None, dry_run: bool, as
     from tilewright.kernels.devices import resolve_device
     from tilewright.tuner.installation import is_current
     from tilewright.tuning_db import upkeep
-    from tilewright.tuning_db.errors import DatabaseAccessError
 
     target = resolve_device(device)
     (path,) = _paths(device, db)

@@ -8,11 +8,14 @@ import sys
 from typing import NoReturn
 
 from tilewright.tuner.commands.output import printable
-from tilewright.tuning_db.errors import DatabaseError, PackError, TilewrightError, UsageError
+from tilewright.tuning_db.errors import DatabaseError, MissingDependencyError, PackError, TilewrightError, UsageError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141
+"""Nobody reads stdout any more: as a shell has it of a program that SIGPIPE ended."""
+
 EXIT_TERMINATED = 143
 
 
@@ -33,8 +36,10 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def status_of(error: TilewrightError) -> int:
-    """The exit status for an error of ours: whether the command was called wrongly, or failed."""
-    return EXIT_USAGE if isinstance(error, UsageError | DatabaseError | PackError) else EXIT_FAILED
+    """The exit status for an error of ours: whether the command was called wrongly, as by naming a GPU that is not
+    here, or failed."""
+    wrong = UsageError | DatabaseError | PackError | MissingDependencyError
+    return EXIT_USAGE if isinstance(error, wrong) else EXIT_FAILED
 
 
 def exit_with(line: str, status: int) -> NoReturn:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from tilewright.tuner.commands.output import print_json, say
+from tilewright.tuner.commands.output import let_go_of_stdout, print_json, say
 from tilewright.tuner.temporary import WorkerFolder, remove_abandoned
 from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.errors import DatabaseCorruptError, UsageError
@@ -72,9 +72,8 @@ def export(device: str, kernels: tuple[str, ...], best: int | None, form: str, o
             try:
                 count = interchange.export(file, target.key, sys.stdout.buffer, **chosen)
                 sys.stdout.buffer.flush()
-            except BrokenPipeError:  # of a reader who has seen enough
-                raise
             except OSError as error:
+                let_go_of_stdout()
                 why = f"stdout can't be written ({error.strerror})"
                 raise UsageError(f"{why}: free some space, or name a file (--output)") from None
         else:

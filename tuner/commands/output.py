@@ -73,13 +73,21 @@ def settle_streams() -> None:
     """Makes the standard streams fit to be written to, whatever the command was started with.
 
     A terminal that knows no × or µ shows a ? and goes on. A run goes on, too, where what it says on stderr can't be
-    written, since nobody reads it any more or a disk is full. Streams that were closed (`>&-`) have no number that a
+    written, since nobody reads it any more or a disk is full. Where results can't be, on stdout, that is an
+    `UnreadError` or a `StdoutError`, whoever writes them. Streams that were closed (`>&-`) have no number that a
     database could get, to have the words of a library in it.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
         pass
     os.close(number)
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if sys.stdout is not None and _number_of(sys.stdout) == _STDOUT:
+        sys.stdout.flush()
+        lines, at_once = (bool(getattr(sys.stdout, name, False)) for name in ("line_buffering", "write_through"))
+        results = io.BufferedWriter(_Telling(_STDOUT, "wb", closefd=False))
+        sys.stdout = io.TextIOWrapper(
+            results, sys.stdout.encoding, errors="replace", line_buffering=lines, write_through=at_once
+        )
+    elif isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     if sys.stderr is None or _number_of(sys.stderr) == _STDERR:
         if sys.stderr is not None:
@@ -89,7 +97,36 @@ def settle_streams() -> None:
         sys.stderr = io.TextIOWrapper(writer, encoding, errors="replace", line_buffering=True)
 
 
-_STDERR = 2
+_STDOUT, _STDERR = 1, 2
+
+
+class StdoutError(OSError):
+    """stdout can't be written: its disk is full, say."""
+
+
+class UnreadError(BaseException):
+    """Nobody reads stdout any more: as Ctrl-C, it ends the command, and is no error. Of a `BrokenPipeError` Click and
+    Rich would each make an end of their own."""
+
+
+class _Telling(io.FileIO):
+    """A file whose errors say that they are of stdout."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise UnreadError from None
+        except OSError as error:
+            raise StdoutError(error.errno, error.strerror) from None
+
+
+def let_go_of_stdout() -> None:
+    """What could not be written there is not tried again as Python ends, which would be another error."""
+    if (number := _number_of(sys.stdout)) is not None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
 
 
 class _Unfailing(io.FileIO):

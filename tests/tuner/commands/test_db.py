@@ -92,10 +92,21 @@ def test_a_folder_that_is_none_is_a_mistake(
     assert not (tmp_path / "out.pack").exists()
 
 
-def test_checking_where_there_is_none_says_so(autotune, tmp_path: Path) -> None:
-    status, _, err = autotune("db", "check", "--db", tmp_path)
+def test_checking_where_there_is_none_says_so(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    status, _, err = autotune("db", "check", "--db", own)
     assert status == 0
-    assert err.startswith(f"there is no database in {tmp_path}")
+    assert err.startswith(f"there is no database in {own}")
+    for command in ("check", "stats"):
+        status, out, err = autotune("db", command, "--device", "rtx3090", "--db", own)
+        wanted = f"autotune: error: there is no {own}/rtx3090-82sm.sqlite: tune that device first, or name its folder"
+        assert (status, out, err) == (2, "", f"{wanted} (--db)\n")
+    shipped = fill(tmp_path / "shipped", record(2.0))
+    monkeypatch.setenv("TILEWRIGHT_SHIPPED", str(shipped.parent))
+    only = f"there is no database in {own}: only what was shipped was checked\n"
+    assert autotune("db", "check", "--device", "rtx3090", "--db", own) == (0, f"{shipped}: ok\n", only)
+    assert autotune("db", "stats", "--device", "rtx3090", "--db", own)[0] == 0
 
 
 def test_shipped_databases_are_shown_and_checked_too(autotune, tmp_path: Path, monkeypatch) -> None:

@@ -29,7 +29,7 @@ from tilewright.tuning_db import errors
         (errors.NotPackedError("no"), EXIT_USAGE),
         (errors.WorkerError("no"), EXIT_FAILED),
         (errors.MachineError("no"), EXIT_FAILED),
-        (errors.MissingDependencyError("no"), EXIT_FAILED),
+        (errors.MissingDependencyError("no"), EXIT_USAGE),
     ],
     ids=lambda value: type(value).__name__,
 )
