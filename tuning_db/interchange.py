@@ -74,10 +74,20 @@ def duration(value: Any) -> str | None:
     return None if fine else f"a number of µs from {LEAST_US:g} to {MOST_US:g}"
 
 
+_DEVICE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*-[1-9][0-9]*sm", re.ASCII)
+_MOST_DEVICE = 100  # characters, as of a plain name of a file
+
+
+def device_key(value: Any) -> str | None:
+    """The key of a device: a board, as in a file's name, and its SM count. Any other nobody would ever ask for."""
+    fine = isinstance(value, str) and len(value) <= _MOST_DEVICE and _DEVICE.fullmatch(value)
+    return None if fine else "a board and its SM count, as rtx3090-82sm"
+
+
 _HEADER = {
     "format": is_.one_of((FORMAT,)),
     "version": is_.integer(1),
-    "device": is_.word,
+    "device": device_key,
     "runs": is_.integer(0, MOST_RUNS),
     "records": is_.integer(0, MOST_RECORDS),
 }

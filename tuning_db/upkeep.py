@@ -124,7 +124,7 @@ def _findings(connection: sqlite3.Connection, path: Path, objection: Callable[[R
     connection.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")  # so that every row can be read
     damage = [row[0] for row in connection.execute(f"PRAGMA integrity_check({MOST_FINDINGS})")]
     if damage != ["ok"]:
-        yield from damage
+        yield from (" ".join(line.split()) for line in damage)  # the first may have a heading above it
         return  # what rows say then is no news
     broken = connection.execute("PRAGMA foreign_key_check").fetchmany(MOST_FINDINGS)
     yield from (f"record {row['rowid']} is of a run that there is not" for row in broken)

@@ -30,7 +30,7 @@ import sqlite_utils  # noqa: F401
 
 from tilewright.tuning_db import Environment, Key, Provenance, Record, Resources, Status, Times, TuningDB
 
-DEVICE = "a10-72"
+DEVICE = "a10-72sm"
 RECORDS = 10
 PATIENCE_S = 60.0  # with a journal that doesn't grow
 PAUSE_S = 0.002  # between records, so that the processes overlap

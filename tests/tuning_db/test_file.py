@@ -26,7 +26,7 @@ from tilewright.tuning_db import (
 )
 from tilewright.tuning_db.snapshot import open_snapshot
 
-DEVICE = "rtx3090-82"
+DEVICE = "rtx3090-82sm"
 
 
 def names(folder: Path) -> list[str]:
@@ -46,7 +46,7 @@ def filled(tmp_path: Path, environment, make_record) -> Path:
 
 
 def test_a_plain_key_is_the_file_name(tmp_path: Path) -> None:
-    assert file.path_for("rtx3090-82", tmp_path) == tmp_path / "rtx3090-82.sqlite"
+    assert file.path_for("rtx3090-82sm", tmp_path) == tmp_path / "rtx3090-82sm.sqlite"
 
 
 @pytest.mark.parametrize("key", ["NVIDIA H200 / 132", "../../etc/passwd", "a10.72", "A10-72", "µ", ".", "x" * 400])
@@ -60,7 +60,7 @@ def test_any_key_is_one_file_in_the_folder(tmp_path: Path, key: str) -> None:
 
 
 def test_keys_with_the_same_slug_have_different_files(tmp_path: Path) -> None:
-    assert len({file.path_for(key, tmp_path) for key in ("a10-72", "A10-72", "a10 72", "a10/72")}) == 4
+    assert len({file.path_for(key, tmp_path) for key in ("a10-72sm", "A10-72", "a10 72", "a10/72")}) == 4
 
 
 def test_an_empty_key_is_refused(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ import os, sqlite3, sys
 from pathlib import Path
 from tilewright.tuning_db import DatabaseAccessError, Key, TuningDB
 folder = Path(sys.argv[1])
-TuningDB.open("a10-72", folder.parent / "other").close()  # imports what another user may be unable to read
+TuningDB.open("a10-72sm", folder.parent / "other").close()  # imports what another user may be unable to read
 os.umask(0)
 if os.geteuid() == 0:  # root may write anywhere
     os.chown(folder, 65534, 65534)
@@ -260,7 +260,7 @@ if os.geteuid() == 0:  # root may write anywhere
     os.setuid(65534)
 def refused():
     try:
-        TuningDB.open("a10-72", folder).close()
+        TuningDB.open("a10-72sm", folder).close()
     except DatabaseAccessError as error:
         print(error)
     else:
@@ -268,13 +268,13 @@ def refused():
 folder.chmod(0o555)
 refused()
 folder.chmod(0o755)
-with TuningDB.open("a10-72", folder) as db:
+with TuningDB.open("a10-72sm", folder) as db:
     path = db.path
 path.chmod(0o444)
 refused()
 def read():
-    with TuningDB.open("a10-72", folder, read_only=True) as db:
-        print(db.records(Key("gemm", "hash", "{}", "a10-72", 86, "3.9", "13.0", "graph-1")))
+    with TuningDB.open("a10-72sm", folder, read_only=True) as db:
+        print(db.records(Key("gemm", "hash", "{}", "a10-72sm", 86, "3.9", "13.0", "graph-1")))
 read()
 print(sorted(path.name for path in folder.iterdir()))
 folder.chmod(0o555)
@@ -285,7 +285,7 @@ other.execute("SELECT count(*) FROM records").fetchall()
 other.close()
 path.chmod(0o644)
 try:
-    with TuningDB.open("a10-72", folder) as db:
+    with TuningDB.open("a10-72sm", folder) as db:
         db.note({"stamp": "value"})
 except DatabaseAccessError as error:
     print(error)
@@ -304,12 +304,12 @@ def test_without_permissions() -> None:
     no_folder, no_file, read, beside, read_there, no_side_file = done.stdout.splitlines()
     assert "Permission denied" in no_folder
     assert "it can't be written" in no_file
-    assert "a10-72.sqlite-shm beside it, of user " in no_side_file
+    assert "a10-72sm.sqlite-shm beside it, of user " in no_side_file
     for line in (no_folder, no_file, no_side_file):
-        assert line.startswith(f"{folder}/db/a10-72.sqlite")
+        assert line.startswith(f"{folder}/db/a10-72sm.sqlite")
         assert "--db" in line
     assert read == read_there == "[]"
-    assert beside == "['a10-72.sqlite', 'a10-72.sqlite.lock']"  # no side files, which would keep its writers out
+    assert beside == "['a10-72sm.sqlite', 'a10-72sm.sqlite.lock']"  # no side files, which would keep its writers out
 
 
 def test_who_may_only_read_sees_what_a_program_that_has_the_file_open_writes(
@@ -459,7 +459,7 @@ def test_a_read_sees_one_state(filled: Path) -> None:
 
 
 def test_a_read_of_what_is_not_there(tmp_path: Path) -> None:
-    absent = tmp_path / "a10-72.sqlite"
+    absent = tmp_path / "a10-72sm.sqlite"
     with closing(file.open_file(absent, read_only=True)) as opened, pytest.raises(DatabaseAccessError) as caught:
         opened.read(lambda connection: None)
     assert str(caught.value) == f"there is no {absent}: tune that device first, or name its folder (--db)"
@@ -485,10 +485,10 @@ def test_space_is_given_back_unless_another_is_in_the_way(filled: Path, monkeypa
 def test_a_frozen_process_opens_nothing_for_writing(filled: Path, key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TILEWRIGHT_FROZEN", "1")
     before = filled.read_bytes()
-    for path in (filled, filled.with_name("a10-72.sqlite")):
+    for path in (filled, filled.with_name("a10-72sm.sqlite")):
         with pytest.raises(UsageError, match=f"TILEWRIGHT_FROZEN is set: nothing is written to {path}"):
             file.open_file(path)
     with TuningDB.open(DEVICE, filled.parent, read_only=True) as db:
         assert len(list(db.find())) == 400
     assert filled.read_bytes() == before
-    assert not filled.with_name("a10-72.sqlite").exists()
+    assert not filled.with_name("a10-72sm.sqlite").exists()

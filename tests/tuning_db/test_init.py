@@ -16,13 +16,13 @@ def test_reading_imports_nothing_heavy(tmp_path) -> None:
 import sys
 from pathlib import Path
 from tilewright.tuning_db import Key, TuningDB
-key = Key("gemm", "hash", "{{}}", "a10-72", 86, "3.9", "13.0", "graph-1")
-with TuningDB.open("a10-72", Path({str(tmp_path)!r}), read_only=True) as db:
+key = Key("gemm", "hash", "{{}}", "a10-72sm", 86, "3.9", "13.0", "graph-1")
+with TuningDB.open("a10-72sm", Path({str(tmp_path)!r}), read_only=True) as db:
     assert db.best(key) is None
 heavy = {{"sqlite_utils", "numpy", "triton", "filelock", "tilewright.kernels", "tilewright.tuner"}}
 print(sorted(heavy & set(sys.modules)))
 """
-    with tilewright.tuning_db.TuningDB.open("a10-72", tmp_path):
+    with tilewright.tuning_db.TuningDB.open("a10-72sm", tmp_path):
         pass
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

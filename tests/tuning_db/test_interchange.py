@@ -29,7 +29,7 @@ from tilewright.tuning_db.errors import DatabaseAccessError, ExportFileError
 from tilewright.tuning_db.file import open_file
 from tilewright.tuning_db.interchange import MOST_LINE_BYTES, export, in_key_order, read_export
 
-DEVICE = "rtx3090-82"
+DEVICE = "rtx3090-82sm"
 MOMENT = "2026-01-31T12:00:00.000000+00:00"
 
 
@@ -145,14 +145,14 @@ def test_what_is_no_record_is_not_exported(filled: TuningDB) -> None:
     with pytest.raises(DatabaseCorruptError, match=r"record 5 is no record \('{ }' is no canonical JSON object\)"):
         exported(filled)
     with (
-        pytest.raises(DatabaseAccessError, match=r"there is no .*a10-72.sqlite: tune"),
-        closing(open_file(filled.path.with_name("a10-72.sqlite"), read_only=True)) as absent,
+        pytest.raises(DatabaseAccessError, match=r"there is no .*a10-72sm.sqlite: tune"),
+        closing(open_file(filled.path.with_name("a10-72sm.sqlite"), read_only=True)) as absent,
     ):
-        export(absent, "a10-72", io.BytesIO())
+        export(absent, "a10-72sm", io.BytesIO())
 
 
 HEADER, RUN, RECORD = 0, 1, 3
-GOOD_HEADER = {"format": "tilewright-records", "version": 1, "device": "d", "runs": 1, "records": 0}
+GOOD_HEADER = {"format": "tilewright-records", "version": 1, "device": "a10-72sm", "runs": 1, "records": 0}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,11 @@ GOOD_HEADER = {"format": "tilewright-records", "version": 1, "device": "d", "run
         (HEADER, {"version": 2}, ":1: version=2 is a newer Tilewright's: upgrade tilewright"),
         (HEADER, {"version": 0}, ":1: version=0 must be an integer of at least 1"),
         (HEADER, {"version": "1"}, ":1: version='1' must be an integer"),
-        (HEADER, {"device": ""}, ":1: device='' must be a text that is not empty"),
+        (HEADER, {"device": ""}, ":1: device='' must be a board and its SM count, as rtx3090-82sm"),
+        *(
+            (HEADER, {"device": name}, f":1: device={name!r} must be a board and its SM count, as rtx3090-82sm")
+            for name in ("foo", "../../x-1sm", "RTX3090-82sm", "a10-0sm", "a10-72", "-1sm", "a10--72sm", "a10-1sm\n", 7)
+        ),
         (HEADER, {"records": 10**9}, ":1: records=1000000000 must be an integer from 0 to 10000000"),
         (HEADER, {"records": 4}, ":8: there are more lines than the header says"),
         (HEADER, {"records": 6}, ":9: the file ends where a record should be"),
@@ -232,7 +236,7 @@ def test_a_time_that_is_none(lines: list[dict], tmp_path: Path, value: object) -
         (b'{"a":1,"a":2}\n', ":1: 'a' is given twice"),
         (b'{"a":{"b":[1e999]}}\n', ":1: '1e999' is no finite number"),
         (
-            b'{"format":"tilewright-records","version":1,"device":"d","runs":1,"records":0}\n',
+            b'{"format":"tilewright-records","version":1,"device":"a10-72sm","runs":1,"records":0}\n',
             ":2: the file ends where a run",
         ),
     ],

@@ -32,10 +32,10 @@ LADDER = [
     ({"problem": shape(12)}, TRANSFERRED, "near shape M=16→12"),
     ({"problem": shape(12), "kernel_hash": "rev-a"}, TRANSFERRED, "near shape M=16→12, other revision"),
     ({"problem": shape(24)}, TRANSFERRED, "near shape M=16→24"),
-    ({"device": "a10-72"}, TRANSFERRED, "board a10-72"),
-    ({"device": "a10-72", "triton": "3.8.0"}, TRANSFERRED, "board a10-72, other toolchain"),
-    ({"device": "a40-84", "kernel_hash": "rev-a"}, TRANSFERRED, "board a40-84, other revision"),
-    ({"device": "a10-72", "problem": shape(17)}, TRANSFERRED, "near shape M=16→17, board a10-72"),
+    ({"device": "a10-72sm"}, TRANSFERRED, "board a10-72sm"),
+    ({"device": "a10-72sm", "triton": "3.8.0"}, TRANSFERRED, "board a10-72sm, other toolchain"),
+    ({"device": "a40-84sm", "kernel_hash": "rev-a"}, TRANSFERRED, "board a40-84sm, other revision"),
+    ({"device": "a10-72sm", "problem": shape(17)}, TRANSFERRED, "near shape M=16→17, board a10-72sm"),
     ({"provenance": PREDICTED, "protocol": "model-1"}, PREDICTED, "exact"),
 ]
 
@@ -43,11 +43,11 @@ LADDER = [
 NEVER = [
     {"op": "conv"},
     {"problem": shape(16, layout="t")},
-    {"device": "h200-132", "arch": 90},
+    {"device": "h200-132sm", "arch": 90},
     {"provenance": PREDICTED, "protocol": "model-0"},
     {"provenance": PREDICTED, "protocol": "model-1", "kernel_hash": "rev-a"},
     {"provenance": PREDICTED, "protocol": "model-1", "problem": shape(12)},
-    {"provenance": PREDICTED, "protocol": "model-1", "device": "a10-72"},
+    {"provenance": PREDICTED, "protocol": "model-1", "device": "a10-72sm"},
     {"spills": 8},
     {"time_us": None, "status": Status.INCORRECT},
 ]
@@ -232,7 +232,7 @@ def test_equal_distances_go_to_the_newest(fill, ask) -> None:
 
 
 def test_without_a_distance_no_other_shape_is_asked(fill, ask) -> None:
-    fill({"problem": shape(12)}, {"problem": shape(17), "device": "a10-72"})
+    fill({"problem": shape(12)}, {"problem": shape(17), "device": "a10-72sm"})
     assert ask(near=None) is None
 
 
@@ -263,27 +263,27 @@ def test_what_failed_elsewhere_may_be_answered(fill, ask) -> None:
 
 
 def test_boards_are_asked_without_a_file_of_ones_own(fill, ask, tmp_path: Path, key: Key) -> None:
-    fill({"device": "a10-72"})
-    assert ask().reason == "board a10-72"
+    fill({"device": "a10-72sm"})
+    assert ask().reason == "board a10-72sm"
     assert not (tmp_path / f"{key.device}.sqlite").exists()
 
 
 def test_boards_that_cannot_be_asked_are_noted(fill, tmp_path: Path, key: Key) -> None:
-    fill({"device": "a10-72"})
-    bad = tmp_path / "a40-84.sqlite"
+    fill({"device": "a10-72sm"})
+    bad = tmp_path / "a40-84sm.sqlite"
     bad.write_bytes(b"this is no database" * 100)
     with TuningDB.open(key.device, tmp_path) as db:
         assert db.skipped == {}
         answer = db.best(key)
         assert answer is not None
-        assert answer.reason == "board a10-72"
+        assert answer.reason == "board a10-72sm"
         assert list(db.skipped) == [bad]
     assert bad.exists()
 
 
 def test_boards_are_asked_only_where_this_one_has_no_answer(fill, tmp_path: Path, key: Key) -> None:
-    fill({"device": "a10-72"}, {})
-    (tmp_path / "a40-84.sqlite").write_bytes(b"this is no database" * 100)
+    fill({"device": "a10-72sm"}, {})
+    (tmp_path / "a40-84sm.sqlite").write_bytes(b"this is no database" * 100)
     with TuningDB.open(key.device, tmp_path) as db:
         answer = db.best(key)
         assert answer is not None
@@ -341,20 +341,20 @@ def test_an_incumbent_that_failed_gives_way(tmp_path: Path, key: Key, environmen
 def test_evidence_is_what_the_steps_of_transfer_would_ask(fill, tmp_path: Path, key: Key) -> None:
     fill({})  # this very key is no evidence for itself
     fill(*({"problem": shape(12), "time_us": 9.0 - n} for n in range(3)))
-    fill({"kernel_hash": "rev-a"}, {"kernel_hash": "rev-a"}, {"device": "a10-72"}, {"device": "a10-72"})
-    fill({"problem": shape(24), "time_us": None, "status": Status.INCORRECT}, {"device": "h200-132", "arch": 90})
+    fill({"kernel_hash": "rev-a"}, {"kernel_hash": "rev-a"}, {"device": "a10-72sm"}, {"device": "a10-72sm"})
+    fill({"problem": shape(24), "time_us": None, "status": Status.INCORRECT}, {"device": "h200-132sm", "arch": 90})
     with TuningDB.open(key.device, tmp_path, read_only=True) as db:
         found = db.evidence(key, near=NEAR_IN_M, most=9)
         assert [(reason, len(records)) for reason, records in found] == [
             ("other revision", 2),
             ("near shape M=16→12", 3),
-            ("board a10-72", 2),
+            ("board a10-72sm", 2),
         ]
         times = [record.times for record in found[1][1]]
         assert [each.median_us for each in times if each is not None] == [7.0, 8.0, 9.0]
         assert [reason for reason, _ in db.evidence(key, near=NEAR_IN_M, least=3, most=9)] == ["near shape M=16→12"]
         assert [reason for reason, _ in db.evidence(key, near=NEAR_IN_M, most=1)] == ["other revision"]
-        assert [reason for reason, _ in db.evidence(key, most=9)] == ["other revision", "board a10-72"]
+        assert [reason for reason, _ in db.evidence(key, most=9)] == ["other revision", "board a10-72sm"]
 
 
 @pytest.mark.parametrize("step", range(len(LADDER) - 1), ids=lambda step: LADDER[step][2])
@@ -429,7 +429,7 @@ def test_an_incumbent_of_another_key_has_no_place_to_stay_in(fill, ship, ask) ->
 
 def test_shipped_records_are_evidence_the_same_problem_first(fill, ship, tmp_path: Path, key: Key) -> None:
     fill({}, {"kernel_hash": "rev-a"}, {"problem": shape(12)})
-    ship({"time_us": 2.0}, {"time_us": 1.0}, {"kernel_hash": "rev-a"}, {"device": "a10-72"})
+    ship({"time_us": 2.0}, {"time_us": 1.0}, {"kernel_hash": "rev-a"}, {"device": "a10-72sm"})
     with TuningDB.open(key.device, tmp_path, read_only=True) as db:
         found = db.evidence(key, near=NEAR_IN_M, most=9)
     assert [(reason, len(records)) for reason, records in found] == [
@@ -437,25 +437,25 @@ def test_shipped_records_are_evidence_the_same_problem_first(fill, ship, tmp_pat
         ("other revision", 1),
         ("other revision, shipped", 1),
         ("near shape M=16→12", 1),
-        ("board a10-72, shipped", 1),
+        ("board a10-72sm, shipped", 1),
     ]
     assert [record.times.median_us for record in found[0][1] if record.times] == [1.0, 2.0]
 
 
 def test_shipped_records_can_be_left_out(ship, ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    ship({}, {"device": "a10-72"})
+    ship({}, {"device": "a10-72sm"})
     assert ask() is not None
     monkeypatch.setenv(SHIPPED, "0")
     assert ask() is None
 
 
 def test_the_shipped_folder_may_be_ones_own(ship, shipped: Path, key: Key) -> None:
-    ship({}, {"triton": "3.8.0"}, {"device": "a10-72"})
+    ship({}, {"triton": "3.8.0"}, {"device": "a10-72sm"})
     with TuningDB.open(key.device, shipped, read_only=True) as db:
         offered: list[Record] = []
         assert db.best(key, accept=lambda record: bool(offered.append(record))) is None
-        assert [record.key.device for record in offered] == [key.device, key.device, "a10-72"]
-        assert [reason for reason, _ in db.evidence(key, most=9)] == ["other toolchain", "board a10-72"]
+        assert [record.key.device for record in offered] == [key.device, key.device, "a10-72sm"]
+        assert [reason for reason, _ in db.evidence(key, most=9)] == ["other toolchain", "board a10-72sm"]
 
 
 def edited(path: Path, statement: str) -> None:
@@ -476,7 +476,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("damage", UNREADABLE.values(), ids=UNREADABLE)
-@pytest.mark.parametrize("board", ["rtx3090-82", "a10-72"])
+@pytest.mark.parametrize("board", ["rtx3090-82sm", "a10-72sm"])
 def test_a_shipped_file_that_cannot_be_read_is_a_warning(
     fill, ship, shipped: Path, tmp_path: Path, key: Key, damage, board: str
 ) -> None:
@@ -503,12 +503,12 @@ def test_a_shipped_file_that_cannot_be_read_is_a_warning(
 
 
 def test_a_shipped_file_under_another_boards_name_answers_for_its_own(ship, ask, shipped: Path, key: Key) -> None:
-    ship({"device": "a10-72"})
-    shutil.move(shipped / "a10-72.sqlite", shipped / f"{key.device}.sqlite")
-    assert (ask().provenance, ask().reason) == (TRANSFERRED, "board a10-72, shipped")
+    ship({"device": "a10-72sm"})
+    shutil.move(shipped / "a10-72sm.sqlite", shipped / f"{key.device}.sqlite")
+    assert (ask().provenance, ask().reason) == (TRANSFERRED, "board a10-72sm, shipped")
 
 
 def test_a_file_under_another_boards_name_answers_for_its_own(fill, ask, tmp_path: Path, key: Key) -> None:
-    fill({"device": "a10-72"})
-    shutil.move(tmp_path / "a10-72.sqlite", tmp_path / f"{key.device}.sqlite")
-    assert (ask().provenance, ask().reason) == (TRANSFERRED, "board a10-72")
+    fill({"device": "a10-72sm"})
+    shutil.move(tmp_path / "a10-72sm.sqlite", tmp_path / f"{key.device}.sqlite")
+    assert (ask().provenance, ask().reason) == (TRANSFERRED, "board a10-72sm")

@@ -59,8 +59,8 @@ WRITER = """
 import sys, time
 from pathlib import Path
 from tilewright.tuning_db import *
-key = Key("gemm", "hash", "{}", "a10-72", 86, "3.9.0", "13.0", "graph-1")
-with TuningDB.open("a10-72", Path(sys.argv[1])) as db:
+key = Key("gemm", "hash", "{}", "a10-72sm", 86, "3.9.0", "13.0", "graph-1")
+with TuningDB.open("a10-72sm", Path(sys.argv[1])) as db:
     run_id = db.start_run(Environment("0", "3.9.0", "13.0", "3.12", "lab", "graph-1"))
     i = 0
     while True:
@@ -89,8 +89,8 @@ def test_what_add_returned_from_survives_the_signal(tmp_path: Path, signal_: sig
     if signal_ is signal.SIGINT:
         assert error.splitlines()[-1] == "KeyboardInterrupt"
         assert "ignored" not in error
-    key = Key("gemm", "hash", "{}", "a10-72", 86, "3.9.0", "13.0", "graph-1")
-    with TuningDB.open("a10-72", tmp_path) as db:
+    key = Key("gemm", "hash", "{}", "a10-72sm", 86, "3.9.0", "13.0", "graph-1")
+    with TuningDB.open("a10-72sm", tmp_path) as db:
         assert db.set_aside is None
         assert len(db.records(key)) in (said, said + 1)  # one may be committed and not yet said
         assert db._file.rows("PRAGMA integrity_check")[0][0] == "ok"

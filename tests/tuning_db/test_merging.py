@@ -30,7 +30,7 @@ from tilewright.tuning_db.interchange import export
 from tilewright.tuning_db.merging import Merged
 from tilewright.tuning_db.upkeep import check
 
-DEVICE = "rtx3090-82"
+DEVICE = "rtx3090-82sm"
 TIMES = Times(10.0, 9.5, 10.5, 20)
 
 
@@ -209,8 +209,8 @@ def test_another_device_and_itself_are_refused(tmp_path: Path, environment, make
     with made(tmp_path / "a", [make_record("{}")], environment) as db:
         with pytest.raises(UsageError, match="can't be merged into itself"):
             db.merge(db)
-        with TuningDB.open("a10-72", tmp_path) as target:
-            with pytest.raises(UsageError, match=f"record 1 is of '{DEVICE}', and to be merged with a10-72's"):
+        with TuningDB.open("a10-72sm", tmp_path) as target:
+            with pytest.raises(UsageError, match=f"record 1 is of '{DEVICE}', and to be merged with a10-72sm's"):
                 target.merge(db)
             assert list(target.find()) == []
 
@@ -232,7 +232,10 @@ def in_key_order(*arguments):
 in_key_order.passes = 0
 merging.in_key_order = in_key_order
 for source in sources:
-    with TuningDB.open("rtx3090-82", folder) as db, TuningDB.open("rtx3090-82", Path(source), read_only=True) as other:
+    with (
+        TuningDB.open("rtx3090-82sm", folder) as db,
+        TuningDB.open("rtx3090-82sm", Path(source), read_only=True) as other,
+    ):
         db.merge(other)
 """
 

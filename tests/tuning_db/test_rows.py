@@ -32,7 +32,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 COUNT = st.integers(0, 2**40)
 TIME = st.floats(1e-6, 1e12)
 JSON = st.dictionaries(TEXT, st.integers() | st.booleans() | TEXT).map(canonical_json)
-KEYS = st.builds(Key, TEXT, TEXT, JSON, st.just("a10-72"), st.integers(50, 200), TEXT, TEXT, TEXT)
+KEYS = st.builds(Key, TEXT, TEXT, JSON, st.just("a10-72sm"), st.integers(50, 200), TEXT, TEXT, TEXT)
 RESOURCES = st.none() | st.builds(Resources, COUNT, COUNT, COUNT, COUNT)
 TIMES = st.tuples(st.lists(TIME, min_size=3, max_size=3).map(sorted), st.integers(1, 2**40)).map(
     lambda drawn: Times(drawn[0][1], drawn[0][0], drawn[0][2], drawn[1])
@@ -69,10 +69,10 @@ def a10(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(st.lists(records(), max_size=5))
 @settings(max_examples=40, deadline=None)
 def test_records_come_back_from_the_file(a10: Path, environment: Environment, given_records: list[Record]) -> None:
-    with TuningDB.open("a10-72", a10) as db:
+    with TuningDB.open("a10-72sm", a10) as db:
         db.add_many(given_records, db.start_run(environment))
     newest = {(record.key, record.config, record.provenance): record for record in given_records}
-    with TuningDB.open("a10-72", a10, read_only=True) as db:
+    with TuningDB.open("a10-72sm", a10, read_only=True) as db:
         for (key, config, provenance), record in newest.items():
             assert record in db.records(key)
             found = db.get(key, config)

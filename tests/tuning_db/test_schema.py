@@ -175,13 +175,13 @@ def tables(connection: sqlite3.Connection) -> dict[str, set[tuple]]:
 
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_newer_file_is_refused_untouched(tmp_path: Path, read_only: bool) -> None:
-    with TuningDB.open("a10-72", tmp_path) as db:
+    with TuningDB.open("a10-72sm", tmp_path) as db:
         path = db.path
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("INSERT INTO _sqlite_migrations VALUES (99, 'tilewright', 's0099_future', 'some day')")
     before = path.read_bytes()
     with pytest.raises(DatabaseSchemaError) as caught:
-        TuningDB.open("a10-72", tmp_path, read_only=read_only)
+        TuningDB.open("a10-72sm", tmp_path, read_only=read_only)
     message = str(caught.value)
     assert str(path) in message
     assert "s0099_future" in message
@@ -192,12 +192,12 @@ def test_a_newer_file_is_refused_untouched(tmp_path: Path, read_only: bool) -> N
 
 
 def test_a_database_of_something_else_is_refused_untouched(tmp_path: Path) -> None:
-    path = tmp_path / "a10-72.sqlite"
+    path = tmp_path / "a10-72sm.sqlite"
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("CREATE TABLE recipes (name TEXT)")
     before = path.read_bytes()
     with pytest.raises(DatabaseSchemaError, match="not Tilewright's"):
-        TuningDB.open("a10-72", tmp_path)
+        TuningDB.open("a10-72sm", tmp_path)
     assert path.read_bytes() == before
 
 

@@ -68,8 +68,8 @@ def test_many_are_added_all_or_none(db: TuningDB, run_id: int, make_record, key:
 
 
 def test_another_devices_record_is_refused(db: TuningDB, run_id: int, make_record) -> None:
-    with pytest.raises(UsageError, match=r"a10-72 doesn't belong in .*rtx3090-82"):
-        db.add(make_record(device="a10-72"), run_id)
+    with pytest.raises(UsageError, match=r"a10-72sm doesn't belong in .*rtx3090-82sm"):
+        db.add(make_record(device="a10-72sm"), run_id)
 
 
 def test_an_unknown_run_is_refused(db: TuningDB, run_id: int, make_record, key: Key) -> None:
@@ -261,7 +261,7 @@ def test_shipped_records_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_without_ones_own_file_the_others_answer(tmp_path: Path, monkeypatch, environment, make_record, key) -> None:
     monkeypatch.setenv(SHIPPED, str(tmp_path / "shipped"))
-    for folder, changes in ((tmp_path, {"device": "a10-72"}), (tmp_path / "shipped", {}), (tmp_path, {})):
+    for folder, changes in ((tmp_path, {"device": "a10-72sm"}), (tmp_path / "shipped", {}), (tmp_path, {})):
         record = make_record(folder.name, **changes)
         with TuningDB.open(record.key.device, folder) as db:
             db.add(record, db.start_run(environment))

@@ -16,11 +16,12 @@ from tilewright.tuner.temporary import WorkerFolder, remove_abandoned
 from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.errors import DatabaseCorruptError, UsageError
 from tilewright.tuning_db.file import DatabaseFile, open_file, path_for
-from tilewright.tuning_db.interchange import Objection
+from tilewright.tuning_db.interchange import Objection, device_key
 from tilewright.tuning_db.merging import Merged
 from tilewright.tuning_db.merging import check as check_source
 from tilewright.tuning_db.merging import merge as merge_files
 from tilewright.tuning_db.snapshot import open_snapshot
+from tilewright.tuning_db.strict_json import shown
 from tilewright.tuning_db.upkeep import overview, refuse_other_devices
 
 STREAM = "-"
@@ -197,9 +198,13 @@ def _merge_all(
 ) -> None:
     """Merges each source into the file of its device in `folder`, and says what became of its records; of an end before
     the last of them, too. All are read to their end, and none objected to, before the first record is kept."""
-    for _, device, source in sources:
+    for name, device, source in sources:
+        if (wanted := device_key(device)) is not None:  # an import has looked; a file of databases has any name
+            raise UsageError(f"{name}: its records are of {shown(device)}, which must be {wanted}")
         _check_target(path_for(device, folder), device)
         check_source(path_for(device, folder), source, device, objection)
+    for device in dict.fromkeys(device for _, device, _ in sources):
+        _warn_of_unknown(device)
     document: list[dict[str, Any]] = []
     try:
         for name, device, source in sources:
@@ -229,6 +234,17 @@ def _check_target(path: Path, device: str) -> None:
     if path.exists():
         with suppress(DatabaseCorruptError), open_snapshot(path) as file:
             refuse_other_devices(file, path, device)
+
+
+def _warn_of_unknown(device: str) -> None:
+    from tilewright.kernels.catalogue import CATALOGUE
+    from tilewright.kernels.devices import live_devices
+
+    if all(device != known.key for known in CATALOGUE) and all(device != here.key for here in live_devices()):
+        say(
+            f"autotune: warning: {device} is neither a board of `autotune devices` nor a GPU that is here: its records "
+            "are found where there is one"
+        )
 
 
 def _described(merged: Merged) -> str:

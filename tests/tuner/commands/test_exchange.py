@@ -346,6 +346,31 @@ def test_what_is_no_source_is_named_as_one(autotune, tmp_path: Path) -> None:
     assert "is empty and no database" in autotune("db", "check", "--db", empty.parent)[1]
 
 
+def test_records_of_a_board_that_nobody_knows_come_with_a_warning(autotune, tmp_path: Path) -> None:
+    mine = record(3.0)
+    for number, (device, status, said) in enumerate(
+        (
+            ("rtx3090-82sm", 0, ""),
+            ("rtx9090-999sm", 0, "autotune: warning: rtx9090-999sm is neither a board of `autotune devices` nor a GPU"),
+            ("foo", 2, "its records are of 'foo', which must be a board and its SM count, as rtx3090-82sm"),
+        )
+    ):
+        here = tmp_path / str(number)
+        with TuningDB.open(device, here / "from") as db:
+            run = db.start_run(Environment("0.1.0", "3.9.0", "12.9.86", "3.12", "there", "cold-l2-1"))
+            db.add(replace(mine, key=replace(mine.key, device=device)), run)
+            path = db.path
+        got, _, err = autotune("merge", path, "--db", here / "to")
+        assert (got, err.count("\n"), said in err) == (status, bool(said), True)
+        assert [each.stem for each in (here / "to").glob("*.sqlite")] == ([device] if status == 0 else [])
+        out = here / "out.jsonl"
+        with out.open("wb") as stream, TuningDB.open(device, here / "from", read_only=True) as db:
+            interchange.export(db._file, device, stream)
+        got, _, err = autotune("import", out, "--db", here / "too")
+        assert (got, err.count("\n")) == (status, bool(said))
+        assert (here / "too").exists() == (status == 0)
+
+
 def test_a_newer_export_and_a_newer_database_are_refused_with_what_to_do(autotune, tmp_path: Path) -> None:
     path = fill(tmp_path / "here", record(3.0))
     with closing(sqlite3.connect(path)) as connection, connection:
