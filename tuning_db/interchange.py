@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tilewright.tuning_db import strict_json as is_
-from tilewright.tuning_db.errors import DatabaseCorruptError, ExportFileError
+from tilewright.tuning_db.errors import DatabaseCorruptError, ExportFileError, UsageError
 from tilewright.tuning_db.file import DatabaseFile, open_file
 from tilewright.tuning_db.record import Environment, Key, Provenance, Record, Resources, Status, Times, canonical_json
 from tilewright.tuning_db.rows import (
@@ -123,6 +123,7 @@ def export(
     write meanwhile is left out.
 
     Raises:
+        UsageError: there are records, and none that `best` takes; nothing was written.
         DatabaseError: the file can't be read, or holds a row that is no record.
         OSError: the stream can't be written.
     """
@@ -134,6 +135,7 @@ def export(
             connection.execute("CREATE TEMP TABLE few (id INTEGER PRIMARY KEY)")  # gone with the transaction
             connection.executemany("INSERT INTO few VALUES (?)", [(row_id,) for row_id in best.ids(connection)])
             condition += " AND id IN (SELECT id FROM few)"
+            _refuse_none(connection, chosen, condition, tuple(ops), device)
         try:
             return _export(connection, file.path, device, stream, condition, tuple(ops))
         except OSError as error:
@@ -143,6 +145,21 @@ def export(
         return file.read(action)
     except _StreamError as carrier:
         raise carrier.error from None
+
+
+def _refuse_none(
+    connection: sqlite3.Connection, chosen: str, best: str, parameters: tuple[str, ...], device: str
+) -> None:
+    """Does nothing where records meet the condition `best`, or none `chosen` either."""
+    there, left = (
+        connection.execute(f"SELECT count(*) FROM records WHERE {condition}", parameters).fetchone()[0]
+        for condition in (chosen, best)
+    )
+    if there and not left:
+        raise UsageError(
+            f"none of the {there} records of {device} is a measured time, and --best takes no other: measure on the "
+            "GPU first, or leave --best out"
+        )
 
 
 Entry = dict[str, Any]

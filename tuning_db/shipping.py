@@ -36,6 +36,7 @@ def write_database(
 
     Raises:
         ExportFileError: a record was objected to.
+        UsageError: as `interchange.export`.
         DatabaseError: the file can't be read, or holds a row that is no record.
         OSError: the stream can't be written.
     """

@@ -141,6 +141,19 @@ def test_predictions_in_a_database_to_be_shipped_are_told_apart(autotune, tmp_pa
     assert autotune(*command, tmp_path / "few.db", "--best", "1")[2].count("\n") == 1
 
 
+def test_where_nothing_was_measured_there_is_no_best(autotune, tmp_path: Path) -> None:
+    guesses = [replace(record(2.0, tile=tile), provenance=Provenance.PREDICTED) for tile in range(2)]
+    fill(tmp_path / "here", *guesses)
+    out = tmp_path / "out"
+    command = ("export", "--device", "rtx3090", "--best", "3", "--db", tmp_path / "here")
+    for more in ((), ("--output", out), ("--format", "sqlite", "--output", out), ("--kernel", "gemm")):
+        status, text, err = autotune(*command, *more)
+        assert (status, text, err.count("\n")) == (2, "", 1)
+        assert "none of the 2 records of rtx3090-82sm is a measured time, and --best takes no other" in err
+    assert not out.exists()
+    assert autotune(*command, "--kernel", "conv2d", "--output", out)[0] == 0  # of which there are none at all
+
+
 @pytest.mark.parametrize("form", ["jsonl", "sqlite"])
 def test_an_export_replaces_no_database(autotune, tmp_path: Path, form: str) -> None:
     path = fill(tmp_path, record(3.0))
