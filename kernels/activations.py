@@ -60,6 +60,10 @@ ACTIVATIONS: dict[str, Activation] = {
 ALIASES = {"gelu": "gelu_erf", "swish": "silu", "relu6": "clamp:0:6", "": "none"}
 
 
+_OF_A_GATE = {"glu": "sigmoid", "reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
+"""Gated units of Shazeer 2020, arXiv:2002.05202, which are no activations: the activation of their gate."""
+
+
 def activation_name(name: str | None) -> str:
     """The canonical name of an activation, its parameters written out; None is `none`.
 
@@ -74,6 +78,11 @@ def activation_name(name: str | None) -> str:
 @functools.cache
 def _canonical(name: str) -> str:
     word, *given = ALIASES.get(name, name).split(":")
+    if word in _OF_A_GATE:
+        raise ProblemError(
+            f"activation {name!r} is {_OF_A_GATE[word]} of a gate: where an op takes `gated`, "
+            f"activation={_OF_A_GATE[word]!r} with gated='halves' or 'interleaved'"
+        )
     if word not in ACTIVATIONS:
         raise ProblemError(f"unknown activation {name!r}; the names are {', '.join(ACTIVATIONS)}")
     _, defaults, required = ACTIVATIONS[word]

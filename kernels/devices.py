@@ -60,6 +60,8 @@ def resolve_device(name: str) -> Device:
     if match := _ARCH.fullmatch(text):
         return _arch_device(int(match[3] or match[1] + match[2]))
 
+    if text.startswith("cuda"):
+        raise UnknownDeviceError(f"no GPU is called {name!r}: the first is cuda:0; `autotune devices` lists boards too")
     spelling = normalise(name)
     if known := _SPELLINGS.get(spelling):
         return next((device for device in live_devices() if device.key == known.key), known)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from tilewright.kernels.dtypes import DTYPES
 from tilewright.tuning_db.errors import ProblemError
 from tilewright.tuning_db.record import canonical_json
 
@@ -90,6 +91,8 @@ class _Value:
         """
         kinds = field_types(cls)  # type: ignore[arg-type]  # a class is hashable, Self included
         values: dict[str, Any] = {}
+        if not text.strip():
+            raise ProblemError(f"the text of a {cls.__name__} is empty: write NAME=VALUE, with commas between them")
         for part in text.split(","):
             name, equals, word = (piece.strip() for piece in part.partition("="))
             if not (name and equals and word):
@@ -184,6 +187,8 @@ def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:
     # bool is an int to Python, and never a size here.
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)
+        if name.endswith("dtype") and value is not None:
+            wanted += f", one of {', '.join(DTYPES)}"
         raise ProblemError(f"{name}={value!r} must be {wanted}")
 
 

@@ -47,6 +47,8 @@ _NO_RUN = "it is of a run that there is not"
 _PAGE = 1000  # rows in memory at a time
 _PAGE_BYTES = 1 << 23
 
+_GZIP = b"\x1f\x8b"  # RFC 1952, section 2.3.1
+
 _MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?\+00:00", re.ASCII)
 
 Objection = Callable[[Record], str | None]
@@ -346,7 +348,7 @@ class _Lines:
         self._bytes = 0
 
     def header(self) -> dict[str, Any]:
-        values = self._next("the header")
+        values = self._next("the header", _GZIP)
         if values.get("format") != FORMAT:
             raise self._error(f"format={is_.shown(values.get('format'))}: this is no file of `autotune export`")
         version = values.get("version")
@@ -419,10 +421,12 @@ class _Lines:
             self._number += 1
             raise self._error("there are more lines than the header says")
 
-    def _next(self, wanted: str) -> dict[str, Any]:
+    def _next(self, wanted: str, compressed: bytes | None = None) -> dict[str, Any]:
         line = self._stream.readline(MOST_LINE_BYTES + 1)
         self._number += 1
         self._bytes += len(line)
+        if compressed is not None and line.startswith(compressed):
+            raise self._error("it is compressed by gzip: gunzip it first, as with gunzip -c FILE | autotune import -")
         if not line:
             raise self._error(f"the file ends where {wanted} should be: it was cut short, or is no export")
         if len(line) > MOST_LINE_BYTES:

@@ -150,6 +150,8 @@ def test_parameters_have_one_spelling(given, canonical):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("swiglu", "activation 'swiglu' is silu of a gate: where an op takes `gated`, activation='silu' with gated='"),
+        ("geglu", "activation 'geglu' is gelu of a gate"),
         ("ReLU", "unknown activation 'ReLU'; the names are none, relu, relu2, "),
         ("clamp", "activation 'clamp' has 0 parameters; clamp takes 2"),
         ("clamp:1", "activation 'clamp:1' has 1 parameters; clamp takes 2"),

@@ -83,7 +83,8 @@ def test_blanks_and_spellings_of_a_typed_problem():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' in '' is not NAME=VALUE"),
+        ("", "the text of a GemmProblem is empty: write NAME=VALUE, with commas between them"),
+        (" ", "the text of a GemmProblem is empty"),
         ("M=4,N=5", "GemmProblem is missing K"),
         ("M=4", "GemmProblem is missing N, K"),
         ("M=4,N=5,K=", "'K=' in 'M=4,N=5,K=' is not NAME=VALUE"),
@@ -152,6 +153,7 @@ def test_an_unknown_activation_is_refused():
         ({"alpha": 1}, "alpha=1 must be bool"),
         ({"dtype": None}, "dtype=None must be str"),
         ({"bias": 3}, "bias=3 must be str or NoneType"),
+        ({"out_dtype": float}, "out_dtype=<class 'float'> must be str or NoneType, one of fp16, bf16, fp32, .*"),
     ],
 )
 def test_values_of_the_wrong_type_are_refused(values, message):

@@ -114,6 +114,8 @@ def test_a_device_without_tensor_cores_says_so(autotune, tmp_path: Path) -> None
     ("arguments", "message"),
     [
         (("--device", "rtx309"), "no device is called 'rtx309'; nearest: rtx3090"),
+        (("--device", "cuda:-1"), "no GPU is called 'cuda:-1': the first is cuda:0; `autotune devices` lists boards"),
+        (("--device", "sm_86", "--problem", ""), "the text of a GemmProblem is empty: write NAME=VALUE, with commas"),
         (("--device", "sm_70"), "sm_7"),
         (("--device", "sm_86", "--kernel", "gem"), "unknown kernel 'gem'; did you mean gemm?"),
         (("--device", "sm_86", "--suite", "bert"), "unknown suite 'bert'"),

@@ -148,6 +148,8 @@ def _opened(name: str, stack: ExitStack) -> BinaryIO:
         if sys.stdin is None:
             raise UsageError("stdin is closed: name a file")
         return sys.stdin.buffer
+    if not name:
+        raise UsageError("the name of a file to import is empty: name one, or - for stdin")
     try:
         return stack.enter_context(Path(name).open("rb"))
     except OSError as error:

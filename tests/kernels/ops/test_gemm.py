@@ -505,7 +505,7 @@ class Fake:
         (ProblemError, "unknown activation 'swosh'; the names are none, relu", {"activation": "swosh"}),
         (
             ProblemError,
-            "unknown out_dtype='float16': gemm takes fp16, bf16, fp32, fp8e4m3, fp8e5m2, int8",
+            "unknown out_dtype='float16': gemm takes fp16, bf16, fp32, fp8e4m3, fp8e5m2, int8; float16 is fp16 here",
             {"out_dtype": "float16"},
         ),
         (UsageError, "out_scale=0.0 must be a number above 0", {"out_scale": 0.0, "out_dtype": "int8"}),

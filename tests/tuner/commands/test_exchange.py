@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import shutil
@@ -413,6 +414,8 @@ def test_a_newer_export_and_a_newer_database_are_refused_with_what_to_do(autotun
         (("import",), "Missing argument"),
         (("import", "absent.jsonl"), "absent.jsonl can't be read: No such file"),
         (("import", "."), ". can't be read: Is a directory"),
+        (("import", ""), "the name of a file to import is empty: name one, or - for stdin"),
+        (("import", "{gzip}"), "gzip:1: it is compressed by gzip: gunzip it first"),
         (("import", "-", "-"), "stdin (-) can be read once"),
         (("merge", "absent.sqlite"), "there is no absent.sqlite"),
         (("merge", "{empty}"), "has no database: name a file, or a folder of *.sqlite"),
@@ -422,7 +425,8 @@ def test_a_newer_export_and_a_newer_database_are_refused_with_what_to_do(autotun
 def test_a_mistake_is_one_line(autotune, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("a text " * 99)
-    places = {"empty": tmp_path / "empty", "text": tmp_path / "text"}
+    (tmp_path / "gzip").write_bytes(gzip.compress(b'{"format":"tilewright-records"}'))
+    places = {name: tmp_path / name for name in ("empty", "text", "gzip")}
     status, out, err = autotune(*(each.format(**places) for each in arguments), "--db", tmp_path / "db")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err

@@ -25,7 +25,7 @@ class Budget:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 bounds = f"at least {least:g}" if math.isinf(most) else f"from {least:g} to {most:g}"
-                raise UsageError(f"the error budget's {name}={value:g} must be {bounds}")
+                raise UsageError(f"the error budget's {name}={repr(value).removesuffix('.0')} must be {bounds}")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -52,7 +52,7 @@ class Budget:
             try:
                 found[name] = float(word)
             except ValueError:
-                raise UsageError(f"--max-error {text!r}: {name}={word!r} is no number") from None
+                raise UsageError(f"--max-error {text!r}: {name}={word!r} is no number{_share(word)}") from None
             if not math.isfinite(found[name]):
                 raise UsageError(f"--max-error {text!r}: {name}={word} is no finite number")
         try:
@@ -64,6 +64,14 @@ class Budget:
         """The text that `parse` reads."""
         given = ((field.name, getattr(self, field.name)) for field in fields(self))
         return ",".join(f"{name}={value!r}" for name, value in given if value is not None)
+
+
+def _share(word: str) -> str:
+    """How a percentage is to be written; nothing of what is none."""
+    try:
+        return f": write {float(word.removesuffix('%')) / 100:g}" if word.endswith("%") else ""
+    except ValueError:
+        return ""
 
 
 _RANGES = {
