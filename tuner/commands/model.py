@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,10 @@ from rich.console import Console
 from tilewright.tuner.commands.db import warn_of_no_shipped_folder
 from tilewright.tuner.commands.ending import EXIT_FAILED
 from tilewright.tuner.commands.output import new_table, print_table
+from tilewright.tuning_db.errors import UsageError
 
 if TYPE_CHECKING:
+    from tilewright.tuner.model.request import Request
     from tilewright.tuner.tune import TuningOptions
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "auto")
@@ -69,6 +72,7 @@ def run_model(
         max_error=options["max_error"],
         tuning=tuning,
     )
+    _check_paths(request)
     warn_of_no_shipped_folder()
     errors = Console(stderr=True)
 
@@ -101,6 +105,32 @@ def run_model(
             click.echo(printable(line))
     if not made.met:
         context.exit(EXIT_FAILED)
+
+
+def _check_paths(request: Request) -> None:
+    """Does nothing unless the folder to write to, that of the databases or the data can't be what they must: reading a
+    model and fusing it may take minutes, and a dry run would say what the run it stands for refuses.
+
+    Raises:
+        UsageError: one can't.
+    """
+    from tilewright.tuner.model.calibration.data import RANDOM
+    from tilewright.tuner.model.output_folder import check_output
+    from tilewright.tuning_db.env import database_dir
+
+    databases = database_dir(request.tuning.db)
+    if databases.exists() and not databases.is_dir():
+        raise UsageError(f"{databases} is a file: name the folder it is in (--db)")
+    if request.output is not None:
+        there = next(each for each in (request.output, *request.output.absolute().parents) if each.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            why = "may not be written to" if there.is_dir() else "is a file"
+            raise UsageError(f"--output {request.output} can't be written ({there} {why}): name a folder that can")
+        check_output(request.output, [*request.files, *request.engine_files], request.model)
+    if request.calibration != RANDOM and not Path(request.calibration).exists():
+        raise UsageError(
+            f"--calibration {request.calibration} isn't there: give an .npz file, a folder of them, or {RANDOM}"
+        )
 
 
 def print_workloads(rows: Sequence[dict[str, Any]]) -> None:

@@ -205,6 +205,42 @@ def test_spoiled_files_are_one_line_and_nothing_is_written(autotune, tmp_path: P
     assert not build.exists()
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_paths_are_looked_at_before_the_model_is_read(autotune, tmp_path: Path, monkeypatch, dry_run: bool) -> None:
+    from tilewright.tuner.model import flow
+
+    def read(*_: object) -> None:
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr(flow, "prepare", read)
+    model, _ = written(tmp_path)
+    file, other = tmp_path / "file", tmp_path / "other"
+    file.touch()
+    other.mkdir()
+    (other / "README.md").write_text("of somebody")
+    before = sorted(tmp_path.rglob("*"))
+    good = ("--output", tmp_path / "build")
+    for more, said in (
+        (("--output", other), f"--output {other}: its README.md was not written by autotune"),
+        (("--output", file), f"--output {file} is a file: name a folder"),
+        (
+            ("--output", file / "in"),
+            f"--output {file / 'in'} can't be written ({file} is a file): name a folder that can",
+        ),
+        ((*good, "--db", ""), "the folder of the databases (--db) is empty: name one"),
+        ((*good, "--db", file), f"{file} is a file: name the folder it is in (--db)"),
+        (
+            (*good, "--calibration", tmp_path / "absent"),
+            f"--calibration {tmp_path / 'absent'} isn't there: give an .npz",
+        ),
+    ):
+        dry = ("--dry-run",) if dry_run else ()
+        status, out, err = autotune("--device", "sm_86", "--model", model, *more, *dry)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert said in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_an_output_that_can_not_be_written_is_one_line(autotune, tmp_path: Path) -> None:
     model, data = written(tmp_path)
     file = tmp_path / "file"
