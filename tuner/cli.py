@@ -31,8 +31,21 @@ from tilewright.tuner.commands.ending import (
     status_of,
 )
 from tilewright.tuner.commands.model import check_options, model_options, run_model
-from tilewright.tuner.commands.options import calls_option, jobs_option, named_workloads
-from tilewright.tuner.commands.output import StdoutError, UnreadError, let_go_of_stdout, print_table, settle_streams
+from tilewright.tuner.commands.options import (
+    calls_option,
+    db_option,
+    jobs_option,
+    json_option,
+    named_workloads,
+)
+from tilewright.tuner.commands.output import (
+    StdoutError,
+    UnreadError,
+    let_go_of_stdout,
+    print_table,
+    printable,
+    settle_streams,
+)
 from tilewright.tuning_db.errors import TilewrightError, UsageError
 
 
@@ -100,7 +113,13 @@ def _end(line: str, status: int) -> NoReturn:
 @click.option(
     "--device", metavar="NAME", help="Architecture (sm_86), board (rtx3090, a10, h200, …) or live GPU (cuda:0)."
 )
-@click.option("--kernel", "kernels", multiple=True, metavar="OP", help="Tune only this op; repeatable.")
+@click.option(
+    "--kernel",
+    "kernels",
+    multiple=True,
+    metavar="OP",
+    help="Tune only this op; repeatable. With --problem: the op that it is of, gemm by default.",
+)
 @click.option(
     "--problem",
     "problems",
@@ -110,9 +129,17 @@ def _end(line: str, status: int) -> NoReturn:
 )
 @click.option("--suite", "suites", multiple=True, metavar="NAME", help="A suite of named workloads; repeatable.")
 @calls_option
-@click.option("--trials", type=click.IntRange(min=1), metavar="N", help="Configurations to try per workload.")
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Time for the whole run."
+    "--trials",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Configurations to try per workload, those of earlier runs included; 12 by default, 48 on a live GPU.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Time for the whole run; by default there is no limit.",
 )
 @jobs_option
 @click.option(
@@ -122,7 +149,7 @@ def _end(line: str, status: int) -> NoReturn:
     metavar="N",
     help="Measuring processes, each with a GPU of the same board to itself; 1 by default.",
 )
-@click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
+@db_option
 @click.option(
     "--storage",
     metavar="URL",
@@ -130,7 +157,7 @@ def _end(line: str, status: int) -> NoReturn:
 )
 @click.option("--retune", is_flag=True, help="Try again what is on record.")
 @model_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
+@json_option
 @click.option("--quiet", is_flag=True, help="No progress; only the result.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error; also of a subcommand that follows.")
 @click.version_option(package_version("tilewright"), prog_name="autotune")
@@ -206,6 +233,8 @@ def cli(
         click.echo(report.to_json(results))
     else:
         print_table(report.results_table(results))
+        for line in report.failure_lines(results):
+            click.echo(printable(line))
         if not quiet:
             default = None
             with contextlib.suppress(UsageError):  # no home, or a folder in one that there is not

@@ -137,7 +137,7 @@ def short_config(config: dict[str, Any] | None) -> str:
 
 
 def results_table(results: Results) -> Table:
-    """The final table of a run."""
+    """The final table of a run; why a workload has no time is in `failure_lines`, for it may be long."""
     numbers = ("time µs", "TFLOP/s", "% of roofline", "registers", "spills", "shared B")
     table = new_table(("workload", "configuration"), numbers, ("provenance",))
     for result in results.results:
@@ -150,9 +150,14 @@ def results_table(results: Results) -> Table:
             _number(result.registers, 0),
             _number(result.spills, 0),
             _number(result.shared_bytes, 0),
-            str(result.provenance) if result.provenance else _failure(result),
+            str(result.provenance or result.status),
         )
     return table
+
+
+def failure_lines(results: Results) -> list[str]:
+    """A line beneath the table for each workload without a time: the whole reason."""
+    return [f"{result.workload}: {_failure(result)}" for result in results.results if result.time_us is None]
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -200,12 +200,12 @@ def test_a_run_in_which_nothing_worked_is_status_1(autotune, tmp_path: Path, mon
     class Refused(tuning_run.PredictionRunner):
         def run(self, kernel, problem, configs, deadline):
             for config in configs:
-                yield config, Outcome(Status.COMPILE_ERROR, message="ptxas refused it")
+                yield config, Outcome(Status.COMPILE_ERROR, message="ptxas refused\x1b it")
 
     monkeypatch.setattr(tuning_run, "_make_runner", lambda compiler, device, gpus: Refused(compiler, device))
     status, out, _ = autotune(*SMALL, "--quiet", "--db", tmp_path)
     assert status == 1
-    assert "ptxas refused it" in out
+    assert out.splitlines()[-1] == "M=64,N=64,K=128: compile_error: ptxas refused? it"
 
 
 def test_a_defect_is_one_line_and_debug_shows_it(autotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,8 @@ def test_the_table_has_every_column_of_a_result(results: Results) -> None:
         "workload", "configuration", "time µs", "TFLOP/s", "% of roofline", "registers", "spills", "shared B",
         "provenance",
     ]  # fmt: skip
-    assert "compile_error: ptxas refused it" in "  ".join(bad)
+    assert [cell.strip() for cell in bad if cell.strip()][-1] == "compile_error"
+    assert report.failure_lines(results) == ["odd one: compile_error: ptxas refused it"]
 
 
 def test_the_end_says_where_it_was_saved_and_that_it_was_not_measured(results: Results) -> None:
@@ -110,7 +111,14 @@ def test_a_failure_on_record_is_told_from_a_new_one(results: Results) -> None:
     known = replace(BAD, cached=True)
     line = "compile_error: ptxas refused it (on record; --retune tries again)"
     assert report.one_line(known) == line
-    assert line in printed(report.results_table(replace(results, results=[known])))
+    assert report.failure_lines(replace(results, results=[known])) == [f"odd one: {line}"]
+
+
+def test_a_long_message_widens_no_table(results: Results) -> None:
+    narrow = printed(report.results_table(results))
+    long = replace(results, results=[GOOD, replace(BAD, message="ptxas refused it " * 99)])
+    assert printed(report.results_table(long)) == narrow
+    assert "ptxas refused it " * 99 in report.failure_lines(long)[0]
 
 
 def test_the_json_document(results: Results) -> None:
@@ -162,7 +170,6 @@ def test_a_message_of_a_compiler_is_one_printable_line(results: Results) -> None
     with report.ProgressView(Console(file=stream, width=200), quiet=False) as view:
         view(Progress("odd one", 0, 1, 2, 2, None, result=bad))
     assert stream.getvalue() == "[1/1] odd one: compile_error: ptxas refused?[2J it\n"
-    assert "ptxas refused?[2J it" in printed(report.results_table(replace(results, results=[bad])))
 
 
 def test_bars_on_a_terminal_show_the_workload_and_its_best() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from tilewright.tuner.commands.ending import EXIT_FAILED, EXIT_USAGE
+from tilewright.tuner.commands.options import db_option, json_option
 from tilewright.tuner.commands.output import new_table, print_json, print_table, say
 from tilewright.tuning_db.errors import DatabaseAccessError, DatabaseError, UsageError
 from tilewright.tuning_db.file import open_file, path_for
@@ -19,8 +20,6 @@ from tilewright.tuning_db.snapshot import open_snapshot
 from tilewright.tuning_db.upkeep import Overview
 
 _device = click.option("--device", metavar="NAME", help="As for autotune itself; by default every database there is.")
-_folder = click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
-_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
 
 
 @click.group(invoke_without_command=True)
@@ -88,7 +87,7 @@ def _own_and_shipped(device: str | None, folder: str | None) -> tuple[list[Path]
 
 @db.command()
 @_device
-@_folder
+@db_option
 def path(device: str | None, db: str | None) -> None:
     """Print the folder of the databases, or the file of a device, whether or not it is there."""
     from tilewright.kernels.devices import resolve_device
@@ -101,8 +100,8 @@ def path(device: str | None, db: str | None) -> None:
 
 @db.command()
 @_device
-@_folder
-@_json
+@db_option
+@json_option
 @click.pass_context
 def stats(context: click.Context, device: str | None, db: str | None, as_json: bool) -> None:
     """Show what the databases hold, shipped ones too: records by status and provenance, revisions of kernels and
@@ -166,8 +165,8 @@ def _fields(view: Overview) -> dict[str, Any]:
 
 @db.command()
 @_device
-@_folder
-@_json
+@db_option
+@json_option
 @click.pass_context
 def check(context: click.Context, device: str | None, db: str | None, as_json: bool) -> None:
     """Check database files, shipped ones too, page by page and record by record, without changing them; exit status 1
@@ -197,7 +196,7 @@ def check(context: click.Context, device: str | None, db: str | None, as_json: b
 
 @db.command()
 @click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
-@_folder
+@db_option
 @click.option(
     "--older-than",
     type=click.IntRange(0, 36_500),
@@ -205,7 +204,7 @@ def check(context: click.Context, device: str | None, db: str | None, as_json: b
     help="Measured results of other revisions that are older go too.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
-@_json
+@json_option
 def prune(device: str, db: str | None, older_than: int | None, dry_run: bool, as_json: bool) -> None:
     """Remove what nothing will ask for any more: predictions and failures of other kernel revisions and toolchains."""
     from tilewright.kernels.devices import resolve_device

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import click
 
+from tilewright.tuner.commands.options import db_option, json_option
 from tilewright.tuner.commands.output import let_go_of_stdout, print_json, say
 from tilewright.tuner.temporary import WorkerFolder, remove_abandoned
 from tilewright.tuning_db.atomic import whole_file
@@ -44,7 +45,7 @@ STREAM = "-"
     help="JSON lines, which `autotune import` reads, or a database to be shipped.",
 )
 @click.option("--output", default=STREAM, metavar="FILE", help="Where to write; stdout by default, as with -.")
-@click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
+@db_option
 def export(device: str, kernels: tuple[str, ...], best: int | None, form: str, output: str, db: str | None) -> None:
     """Write what is on record for a device as JSON lines, which `autotune import` reads, or as a database to be shipped
     with the package."""
@@ -104,8 +105,8 @@ def _say_what_is_stale(path: Path) -> None:
 
 @click.command("import")
 @click.argument("files", nargs=-1, required=True, metavar="FILE…")
-@click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
+@db_option
+@json_option
 def import_(files: tuple[str, ...], db: str | None, as_json: bool) -> None:
     """Bring exports into the database of their device; - is stdin. Where one has what is on record, evidence decides.
 
@@ -158,8 +159,8 @@ def _opened(name: str, stack: ExitStack) -> BinaryIO:
 
 @click.command()
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE…")
-@click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
+@db_option
+@json_option
 def merge(sources: tuple[str, ...], db: str | None, as_json: bool) -> None:
     """Bring database files of another machine, or a folder of them, into the databases here; they stay as they are.
 

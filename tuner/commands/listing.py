@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tilewright.tuner.commands.db import folder_to_read, warn_of_no_shipped_folder
-from tilewright.tuner.commands.output import new_table, print_table, say
+from tilewright.tuner.commands.options import db_option, json_option
+from tilewright.tuner.commands.output import new_table, print_json, print_table, say
 from tilewright.tuning_db.errors import UsageError
 
 if TYPE_CHECKING:
-    from tilewright.tuning_db.record import Key
+    from tilewright.kernels.device import Device
+    from tilewright.tuning_db.record import Key, Record
 
 
 @click.command()
-def devices() -> None:
+@json_option
+def devices(as_json: bool) -> None:
     """List the boards that can be named, and the GPUs that are here."""
     from tilewright.kernels.catalogue import CATALOGUE, REFERENCE_BOARDS
     from tilewright.kernels.devices import live_devices
 
+    if as_json:
+        listed = (*live_devices(), *CATALOGUE)
+        reference = {device.key for device in CATALOGUE if REFERENCE_BOARDS.get(device.arch) == device.board}
+        print_json({"devices": [_device_fields(device) | {"reference": device.key in reference} for device in listed]})
+        return
     numbers = ("SMs", "boost MHz", "GB/s", "L2 MiB", "shared/block KiB", "fp16 TFLOP/s")
     table = new_table(("board", "arch", "name"), numbers, ("",))
     notes: dict[str, list[str]] = {}
@@ -48,11 +58,28 @@ def devices() -> None:
         click.echo(f"{', '.join(boards)}: {note}")
 
 
+def _device_fields(device: Device) -> dict[str, Any]:
+    fields = asdict(device)
+    fields.pop("aliases")
+    return {**fields, "arch": device.sm, "key": device.key}
+
+
 @click.command()
-def suites() -> None:
+@json_option
+def suites(as_json: bool) -> None:
     """List the suites that can be named, and how many workloads of each op they have."""
     from tilewright.tuner.suites import SUITES
 
+    if as_json:
+        print_json(
+            {
+                "suites": [
+                    {"suite": name, "workloads": len(workloads), "ops": Counter(each.op for each in workloads)}
+                    for name, workloads in SUITES.items()
+                ]
+            }
+        )
+        return
     ops = list(dict.fromkeys(workload.op for workload in SUITES["all"]))
     table = new_table(("suite",), ("workloads", *ops))
     for name, workloads in SUITES.items():
@@ -63,8 +90,9 @@ def suites() -> None:
 
 @click.command()
 @click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
-@click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
-def show(device: str, db: str | None) -> None:
+@db_option
+@json_option
+def show(device: str, db: str | None, as_json: bool) -> None:
     """Show what is on record for a device, tuned here or shipped: the best result of every problem by each kernel
     revision, toolchain and protocol. Revisions are hashes of the kernel's code, `this` is the one that runs here."""
 
@@ -78,6 +106,7 @@ def show(device: str, db: str | None) -> None:
         ("op", "problem", "configuration"), ("time µs",), ("provenance", "revision", "triton", "from", "when")
     )
     counts = []
+    document: list[dict[str, Any]] = []
     with ExitStack() as stack:
         databases = [("here", stack.enter_context(TuningDB.open(target.key, folder, read_only=True)))]
         shipped = TuningDB.open_shipped(target.key)
@@ -86,6 +115,13 @@ def show(device: str, db: str | None) -> None:
         for place, database in databases:
             database.refuse_other_devices()
             records = database.best_of_each()
+            document.append(
+                {
+                    "path": str(database.path),
+                    "shipped": place == "shipped",
+                    "results": [_record_fields(record) for record in records],
+                }
+            )
             for record in records:
                 assert record.times is not None
                 table.add_row(
@@ -100,20 +136,44 @@ def show(device: str, db: str | None) -> None:
                     record.created_at[:19],
                 )
             counts.append(f"{len(records)} {'results on record' if place == 'here' else 'shipped'} in {database.path}")
+    if as_json:
+        print_json({"device": target.key, "databases": document})
+        return
     if table.row_count:
         print_table(table)
     say(", ".join(counts))
 
 
+def _record_fields(record: Record) -> dict[str, Any]:
+    key, times = record.key, record.times
+    assert times is not None
+    return {
+        "op": key.op,
+        "problem": key.problem,
+        "config": record.config,
+        "time_us": times.median_us,
+        "provenance": str(record.provenance),
+        "kernel_hash": key.kernel_hash,
+        "current": _is_of_this_code(key),
+        "triton": key.triton,
+        "ptxas": key.ptxas,
+        "protocol": key.protocol,
+        "created_at": record.created_at,
+    }
+
+
 def _revision_text(key: Key) -> str:
+    return "this" if _is_of_this_code(key) else key.kernel_hash[:8]
+
+
+def _is_of_this_code(key: Key) -> bool:
     from tilewright.kernels.lookup import code_hash
     from tilewright.kernels.registry import find_kernel
 
     try:
-        current = key.kernel_hash == code_hash(find_kernel(key.op))
+        return key.kernel_hash == code_hash(find_kernel(key.op))
     except UsageError:
-        current = False  # of an op that is gone
-    return "this" if current else key.kernel_hash[:8]
+        return False  # of an op that is gone
 
 
 def _problem_text(op: str, problem: str) -> str:

@@ -204,7 +204,7 @@ def model_options(command: Any) -> Any:
                 "--samples",
                 type=click.IntRange(min=2, max=MOST_SAMPLES),
                 metavar="N",
-                help="Calibration inputs to use at the most.",
+                help="Calibration inputs to use at the most; 32 by default.",
             ),
             click.option(
                 "--max-error",

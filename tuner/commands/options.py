@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tilewright.tuner.pool import MOST_JOBS
+from tilewright.tuning_db.env import DB_DIR
 
 if TYPE_CHECKING:
     from tilewright.tuner.suites import Workload
@@ -31,7 +32,10 @@ class Jobs(click.IntRange):
 
 
 jobs_option = click.option(
-    "--jobs", type=Jobs(), metavar="N", help="Compiling processes; by default one per processor."
+    "--jobs",
+    type=Jobs(),
+    metavar="N",
+    help=f"Compiling processes, {MOST_JOBS} at the most; by default one per processor.",
 )
 
 calls_option = click.option(
@@ -41,6 +45,14 @@ calls_option = click.option(
     metavar="FILE",
     help="What a program called with TILEWRIGHT_CALLS=FILE; repeatable.",
 )
+
+db_option = click.option(
+    "--db",
+    metavar="DIR",
+    help=f"Folder of the tuning databases; by default ${DB_DIR}, else the user's data folder.",
+)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
 
 
 def named_workloads(suites: tuple[str, ...], calls: tuple[str, ...], ops: Collection[str]) -> list[Workload]:

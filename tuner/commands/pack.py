@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from tilewright.tuner.commands.db import folder_to_read
-from tilewright.tuner.commands.options import calls_option, jobs_option, named_workloads
+from tilewright.tuner.commands.options import calls_option, db_option, jobs_option, json_option, named_workloads
 from tilewright.tuner.commands.output import export_command, print_json, say
 from tilewright.tuning_db.errors import UsageError
 
@@ -34,8 +34,8 @@ from tilewright.tuning_db.errors import UsageError
     help="A number compiled in that is not the default, as eps=1e-5; repeatable.",
 )
 @jobs_option
-@click.option("--db", metavar="DIR", help="Folder of the tuning databases.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
+@db_option
+@json_option
 def pack(
     device: str,
     output: str,

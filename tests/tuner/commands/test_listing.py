@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
@@ -32,6 +33,51 @@ def test_suites_lists_every_suite_and_its_ops(autotune) -> None:
     assert {row[0]: int(row[1]) for row in rows} == {name: len(suite) for name, suite in SUITES.items()}
     for row in rows:
         assert sum(map(int, row[2:])) == int(row[1])
+
+
+@pytest.mark.smoke
+def test_devices_and_suites_as_json(autotune) -> None:
+    from tilewright.kernels.catalogue import CATALOGUE, REFERENCE_BOARDS
+    from tilewright.tuner.suites import SUITES
+
+    status, out, err = autotune("devices", "--json")
+    assert (status, err) == (0, "")
+    listed = {each["board"]: each for each in json.loads(out)["devices"]}
+    assert listed.keys() >= {device.board for device in CATALOGUE}
+    assert {name for name, each in listed.items() if each["reference"]} == set(REFERENCE_BOARDS.values())
+    a10 = listed["a10"]
+    assert (a10["key"], a10["arch"], a10["sms"], a10["live"]) == ("a10-72sm", "sm_86", 72, "")
+    assert a10["tensor_tflops"]["fp16"] > 0
+    status, out, err = autotune("suites", "--json")
+    assert (status, err) == (0, "")
+    suites = json.loads(out)["suites"]
+    assert {each["suite"]: each["workloads"] for each in suites} == {name: len(all_) for name, all_ in SUITES.items()}
+    assert all(sum(each["ops"].values()) == each["workloads"] for each in suites)
+
+
+def test_show_as_json(autotune, tmp_path, monkeypatch) -> None:
+    shipped = fill(tmp_path / "shipped", record(3.0))
+    mine = record(4.0)
+    old = replace(mine, key=replace(mine.key, kernel_hash="a" * 64))
+    own = fill(tmp_path / "own", mine, old)
+    monkeypatch.setenv("TILEWRIGHT_SHIPPED", str(shipped.parent))
+    status, out, err = autotune("show", "--device", "rtx3090", "--db", own.parent, "--json")
+    assert (status, err) == (0, "")
+    document = json.loads(out)
+    assert document["device"] == "rtx3090-82sm"
+    assert [(each["path"], each["shipped"]) for each in document["databases"]] == [
+        (str(own), False),
+        (str(shipped), True),
+    ]
+    here, there = (each["results"] for each in document["databases"])
+    assert {each["kernel_hash"]: each["current"] for each in here} == {mine.key.kernel_hash: True, "a" * 64: False}
+    (only,) = there
+    assert (only["op"], only["problem"], only["config"]) == ("gemm", mine.key.problem, mine.config)
+    assert (only["time_us"], only["provenance"], only["triton"]) == (3.0, "measured", mine.key.triton)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("TILEWRIGHT_SHIPPED", "0")
+    status, out, err = autotune("show", "--device", "rtx3090", "--db", tmp_path / "empty", "--json")
+    assert (status, err, json.loads(out)["databases"][0]["results"]) == (0, "", [])
 
 
 def test_show_of_a_device_that_nothing_is_on_record_for(autotune, tmp_path) -> None:
