@@ -32,6 +32,7 @@ from tilewright.tuner.commands.ending import (
 )
 from tilewright.tuner.commands.model import check_options, model_options, run_model
 from tilewright.tuner.commands.options import (
+    Group,
     calls_option,
     db_option,
     jobs_option,
@@ -109,7 +110,7 @@ def _end(line: str, status: int) -> NoReturn:
     exit_with(f"autotune: {line}", status)
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--device", metavar="NAME", help="Architecture (sm_86), board (rtx3090, a10, h200, …) or live GPU (cuda:0)."
 )

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from tilewright.tuner.commands.ending import EXIT_FAILED, EXIT_USAGE
-from tilewright.tuner.commands.options import db_option, json_option
+from tilewright.tuner.commands.options import Group, db_option, json_option
 from tilewright.tuner.commands.output import new_table, print_json, print_table, say
 from tilewright.tuning_db.errors import DatabaseAccessError, DatabaseError, UsageError
 from tilewright.tuning_db.file import open_file, path_for
@@ -22,7 +22,7 @@ from tilewright.tuning_db.upkeep import Overview
 _device = click.option("--device", metavar="NAME", help="As for autotune itself; by default every database there is.")
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
 def db(context: click.Context) -> None:
     """Look after the tuning databases."""

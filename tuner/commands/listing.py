@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tilewright.tuner.commands.db import folder_to_read, warn_of_no_shipped_folder
-from tilewright.tuner.commands.options import db_option, json_option
+from tilewright.tuner.commands.options import Command, db_option, json_option
 from tilewright.tuner.commands.output import new_table, print_json, print_table, say
 from tilewright.tuning_db.errors import UsageError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tilewright.tuning_db.record import Key, Record
 
 
-@click.command()
+@click.command(cls=Command)
 @json_option
 def devices(as_json: bool) -> None:
     """List the boards that can be named, and the GPUs that are here."""
@@ -64,7 +64,7 @@ def _device_fields(device: Device) -> dict[str, Any]:
     return {**fields, "arch": device.sm, "key": device.key}
 
 
-@click.command()
+@click.command(cls=Command)
 @json_option
 def suites(as_json: bool) -> None:
     """List the suites that can be named, and how many workloads of each op they have."""
@@ -88,7 +88,7 @@ def suites(as_json: bool) -> None:
     print_table(table)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
 @db_option
 @json_option

@@ -14,6 +14,28 @@ if TYPE_CHECKING:
     from tilewright.tuner.suites import Workload
 
 
+class _Once(click.Command):
+    """A command that refuses an option twice unless it is repeatable: Click takes the last without a word."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As `click.Command` does."""
+        *_, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in given:
+            if isinstance(option, click.Option) and not (option.multiple or option.is_flag) and given.count(option) > 1:
+                raise click.UsageError(f"{option.opts[0]} is given {given.count(option)} times: give it once", ctx)
+        return super().parse_args(ctx, args)
+
+
+class Command(_Once):
+    """What `autotune` does under a name."""
+
+
+class Group(_Once, click.Group):
+    """Several of these."""
+
+    command_class = Command
+
+
 class Jobs(click.IntRange):
     """A number of compiling processes."""
 

@@ -8,12 +8,19 @@ from pathlib import Path
 import click
 
 from tilewright.tuner.commands.db import folder_to_read
-from tilewright.tuner.commands.options import calls_option, db_option, jobs_option, json_option, named_workloads
+from tilewright.tuner.commands.options import (
+    Command,
+    calls_option,
+    db_option,
+    jobs_option,
+    json_option,
+    named_workloads,
+)
 from tilewright.tuner.commands.output import export_command, print_json, say
 from tilewright.tuning_db.errors import UsageError
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
 @click.option("--output", required=True, metavar="FILE", help="The pack to write.")
 @click.option("--kernel", "kernels", multiple=True, metavar="OP", help="Only problems of this op; repeatable.")

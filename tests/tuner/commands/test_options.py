@@ -19,6 +19,30 @@ def test_too_many_jobs_are_one_line_that_says_why(
     assert not (tmp_path / "db").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--device", "sm_86", "--device", "sm_90"), "--device is given 2 times: give it once"),
+        (("show", "--device", "a10", "--db", "a", "--db=b", "--db", "c"), "--db is given 3 times"),
+        (("db", "stats", "--device", "a10", "--device", "a10"), "--device is given 2 times"),
+        (("export", "--device", "a10", "--output", "a", "--output", "b"), "--output is given 2 times"),
+        (("pack", "--device", "a10", "--output", "a", "--output", "b"), "--output is given 2 times"),
+        (("merge", "a", "b", "--db", "a", "--db", "b"), "--db is given 2 times"),
+    ],
+)
+def test_of_two_values_none_is_dropped(autotune, arguments: tuple[str, ...], said: str) -> None:
+    status, out, err = autotune(*arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert said in err
+
+
+def test_what_is_repeatable_and_what_is_a_flag_may_be_repeated(autotune, tmp_path: Path) -> None:
+    status, out, _ = autotune("db", "stats", "--db", tmp_path, "--json", "--json")
+    assert (status, out.count("databases")) == (0, 1)
+    status, _, err = autotune("--device", "a10", "--kernel", "gemm", "--kernel", "gem", "--quiet", "--quiet")
+    assert (status, "unknown kernel 'gem'" in err) == (2, True)
+
+
 def test_the_help_has_the_defaults(autotune) -> None:
     from tilewright.tuner.model.request import SAMPLES
     from tilewright.tuner.tune import MEASURED_TRIALS, PREDICTED_TRIALS
