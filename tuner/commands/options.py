@@ -21,7 +21,8 @@ class _Once(click.Command):
         """As `click.Command` does."""
         *_, given = self.make_parser(ctx).parse_args(args=list(args))
         for option in given:
-            if isinstance(option, click.Option) and not (option.multiple or option.is_flag) and given.count(option) > 1:
+            once = isinstance(option, click.Option) and not (option.multiple or option.is_flag)
+            if once and given.count(option) > 1 and not ctx.resilient_parsing:
                 raise click.UsageError(f"{option.opts[0]} is given {given.count(option)} times: give it once", ctx)
         return super().parse_args(ctx, args)
 
