@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from tilewright.kernels.problem import Problem
 from tilewright.tuning_db import env
@@ -25,6 +26,9 @@ INTERPRETER = "interpreter"
 MOST_CALLS = 65536
 """Problems that a process keeps and writes, and lines of a file that it looks through for those already there: ever new
 shapes must not make it grow for ever."""
+
+MOST_BYTES = 64 << 20
+"""Of a file that is looked through."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,32 +94,33 @@ def _write(path: Path, line: str) -> None:
         if env.frozen():
             _warn(f"{env.CALLS}={path}: nothing is noted, for {env.FROZEN} is set, and nothing is written then")
             return
-        if path not in _known:
-            _known[path] = _lines(path)
-        if line in _known[path]:
-            return
-        data = f"{line}\n".encode()
-        # One write at the end of the file: lines of several processes don't mix.
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
+        # A pipe that nobody reads would be waited for.
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        with os.fdopen(descriptor, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                _warn(f"{env.CALLS}={path} is no file: what is called is not noted there")
+                return
+            if path not in _known:
+                _known[path] = _lines(stream)
+            if line in _known[path]:
+                return
+            size = os.fstat(descriptor).st_size
+            # A last line without an end, as editors and full disks leave it, stays one of its own.
+            before = "" if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n" else "\n"
+            data = f"{before}{line}\n".encode()
+            # One write at the end of the file: lines of several processes don't mix.
             if os.write(descriptor, data) < len(data):
                 _warn(f"{env.CALLS}={path}: its last line is cut, for there is no more room: remove that line")
-        finally:
-            os.close(descriptor)
     except OSError as error:
         _warn(f"{env.CALLS}={path} can't be written ({error.strerror}): what is called is not noted there")
 
 
-def _lines(path: Path) -> set[str]:
+def _lines(stream: IO[bytes]) -> set[str]:
     found: set[str] = set()
-    try:
-        with path.open(encoding="utf-8", errors="replace") as stream:
-            for line in stream:
-                found.add(line.rstrip("\n"))
-                if len(found) >= MOST_CALLS:
-                    break
-    except FileNotFoundError:
-        pass
+    for line in stream.read(MOST_BYTES).decode(errors="replace").splitlines():
+        found.add(line)
+        if len(found) >= MOST_CALLS:
+            break
     return found
 
 

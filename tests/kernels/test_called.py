@@ -131,6 +131,25 @@ def test_a_file_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch:
     assert called() == (Call(ONE, "cuda:0", KNOWN),)
 
 
+def test_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero")):
+        monkeypatch.setenv(CALLS, str(path))
+        module._written.clear()
+        with pytest.warns(
+            RuntimeWarning, match=f"TILEWRIGHT_CALLS={path} is no file: what is called is not noted there"
+        ):
+            note(ONE, 0, KNOWN, named=False)
+
+
+def test_a_last_line_without_an_end_stays_one_of_its_own(file: Path) -> None:
+    file.write_text("gemm M=64,N=64,K=64")
+    note(ONE, 0, KNOWN, named=False)
+    note(OTHER, 0, KNOWN, named=False)
+    assert file.read_text() == f"gemm M=64,N=64,K=64\n{line_of(ONE)}\n{line_of(OTHER)}\n"
+
+
 def test_a_full_disk_is_a_warning(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "write", lambda descriptor, data: 3)
     with pytest.warns(RuntimeWarning, match="its last line is cut, for there is no more room: remove that line"):

@@ -279,7 +279,7 @@ def test_calls_that_are_none_are_the_only_line(autotune, tmp_path: Path) -> None
     calls.write_text("gemm M=64\n")
     for command in (
         ("--device", "sm_86", "--calls", calls, "--db", tmp_path / "db"),
-        ("pack", "--device", "sm_86", "--calls", calls, "--db", tmp_path / "db", "--output", tmp_path / "pack"),
+        ("pack", "--device", "sm_86", "--calls", calls, "--db", tmp_path, "--output", tmp_path / "pack"),
         ("--device", "sm_86", "--calls", calls, "--model", "m.onnx", "--output", tmp_path / "made"),
     ):
         status, out, err = autotune(*command)

@@ -32,7 +32,7 @@ def read_calls(path: str | os.PathLike[str]) -> tuple[Workload, ...]:
             data = stream.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
             raise UsageError(f"{file} has more than {MOST_BYTES >> 20} MiB, which is no file of calls")
-        text = data.decode()
+        text = data.decode("utf-8-sig")  # some editors begin with a mark
     except OSError as error:
         raise UsageError(f"the calls in {file} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

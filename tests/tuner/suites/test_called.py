@@ -16,7 +16,7 @@ pytestmark = pytest.mark.smoke
 def test_each_problem_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "calls.txt"
     path.write_text(
-        "# two servers\n\ngemm M=64,N=64,K=64\n  attention B=1,H=2,Sq=4,Skv=4,D=16,causal=true  \r\n"
+        "\ufeff# two servers\n\ngemm M=64,N=64,K=64\n  attention B=1,H=2,Sq=4,Skv=4,D=16,causal=true  \r\n"
         "gemm K=64,M=64,N=64\n"
     )
     product, attention = GemmProblem(64, 64, 64), AttentionProblem(B=1, H=2, Sq=4, Skv=4, D=16, causal=True)
@@ -34,7 +34,7 @@ def test_each_problem_once_in_the_order_of_the_file(tmp_path: Path) -> None:
         (b"\n# nothing\n", "has no calls"),
         (b"# one\ngem M=64,N=64,K=64\n", "calls.txt, line 2: unknown kernel 'gem'; did you mean gemm?"),
         (b"gemm M=64,N=64\n", "calls.txt, line 1: 'gemm M=64,N=64' is no call: GemmProblem is missing K"),
-        (b"gemm\n", "line 1: 'gemm' is no call: '' in '' is not NAME=VALUE"),
+        (b"gemm\n", "line 1: 'gemm' is no call: the text of a GemmProblem is empty"),
         (b"gemm M=0,N=64,K=64", "line 1: 'gemm M=0,N=64,K=64' is no call: M=0"),
         (b"gemm M=64\xff", "can't be read: the byte at 9 is no UTF-8"),
         (b"x" * 500, "line 1: unknown kernel"),
