@@ -19,17 +19,18 @@ def with_tap(total, x, weights, row: tl.constexpr, R: tl.constexpr, DILATION_H: 
 
 
 @triton.jit
-def row_mask(mask, y, H, GUARDED: tl.constexpr):
-    """The pixels of a mask, or None for all, whose row of x there is."""
-    return both(mask, (y >= 0) & (y < H)) if GUARDED else mask
-
-
-@triton.jit
-def column_mask(mask, z, W, PADDED: tl.constexpr, NHWC: tl.constexpr):
-    """The pixels of a mask, or None for all, whose column of x there is, turned as in the tile."""
+def load_inside(pointers, mask_m, mask_n, y, z, H, W, GUARDED: tl.constexpr, PADDED: tl.constexpr, NHWC: tl.constexpr):
+    """A tile of x, pixels at rows y and columns z: zeros where a mask, if there is one, is false, if GUARDED beyond the
+    rows that there are, and if PADDED beyond the columns."""
+    # Here, and not in functions that give a mask or None, which Triton 3.6 can't return.
+    mask = mask_n
+    if GUARDED:
+        mask_m = both(mask_m, (y >= 0) & (y < H))
     if PADDED:
-        mask = both(mask, (z >= 0) & (z < W))
-    return None if mask is None else across(mask, NHWC)
+        mask_m = both(mask_m, (z >= 0) & (z < W))
+    if mask_m is not None:
+        mask = both(across(mask_m, NHWC), mask_n)
+    return load(pointers, mask)
 
 
 @triton.jit
@@ -118,10 +119,11 @@ def depthwise_kernel(
     if ROWS == 1:
         total = zeros
         for r in range(R):
-            inside = row_mask(mask_m, top + r * DILATION_H, H, PADDED)
             for s in tl.static_range(S):
-                mask_x = column_mask(inside, left + s * DILATION_W, W, PADDED, NHWC)
-                x = load(x_tile + (r * DILATION_H * x_row + s * DILATION_W * x_column), both(mask_x, mask_n))
+                x = load_inside(
+                    x_tile + (r * DILATION_H * x_row + s * DILATION_W * x_column), mask_m, mask_n,
+                    top + r * DILATION_H, left + s * DILATION_W, H, W, PADDED, PADDED, NHWC,
+                )  # fmt: skip
                 w = load(w_tile + (r * S + s), mask_n)
                 total += x.to(SUM) * w.to(SUM)
         sums = (total,)
@@ -133,9 +135,10 @@ def depthwise_kernel(
             for r in tl.static_range(R):
                 weights += (load(w_tile + (r * S + s), mask_n).to(SUM),)
             for row in tl.static_range(ROWS_IN):
-                inside = row_mask(mask_m, top + row, H, PADDED or not EVEN_P)
-                mask_x = column_mask(inside, left + s * DILATION_W, W, PADDED, NHWC)
-                x = load(x_tile + (row * x_row + s * DILATION_W * x_column), both(mask_x, mask_n)).to(SUM)
+                x = load_inside(
+                    x_tile + (row * x_row + s * DILATION_W * x_column), mask_m, mask_n,
+                    top + row, left + s * DILATION_W, H, W, PADDED or not EVEN_P, PADDED, NHWC,
+                ).to(SUM)  # fmt: skip
                 summed = ()
                 for out_row in tl.static_range(ROWS):
                     summed += (with_tap(sums[out_row], x, weights, row - out_row * STRIDE_H, R, DILATION_H),)

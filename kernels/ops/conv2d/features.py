@@ -38,6 +38,7 @@ FEATURES: dict[str, Conv2dProblem | Variant[Conv2dProblem, Conv2dConfig]] = {
     "groups": Conv2dProblem(**TAPS, groups=2),
     "depthwise, NHWC": Conv2dProblem(**WISE, bias="fp16", activation="clamp:0:6"),
     "depthwise, NCHW": Conv2dProblem(**WISE, layout="nchw"),
+    "depthwise, no padding": Conv2dProblem(N=2, H=10, W=10, C=32, K=32, R=3, S=3, groups=32),
     "depthwise, two filters a channel": Conv2dProblem(**{**WISE, "K": 64}),
     "depthwise, rows of pixels": Variant(
         Conv2dProblem(**WISE, bias="fp16"), Conv2dConfig(16, 32, ROWS=4, num_stages=1)

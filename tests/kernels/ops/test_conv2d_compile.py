@@ -69,6 +69,16 @@ def test_depthwise_has_no_dot_and_reads_channels_in_nhwc_widely() -> None:
         assert reply["name"] == "depthwise_kernel"
 
 
+@pytest.mark.smoke
+def test_depthwise_compiles_where_tiles_need_no_mask() -> None:
+    plain = Conv2dProblem(N=8, H=34, W=34, C=64, K=64, R=3, S=3, groups=64)
+    problems = (plain, replace(plain, layout="nchw", w_layout=None), replace(plain, H=33), replace(plain, W=33))
+    tile = Conv2dConfig(32, 32, 16, num_stages=1)
+    odd = replace(plain, C=33, K=33, groups=33)
+    jobs = [("conv2d", each, config) for each in (*problems, odd) for config in (tile, replace(tile, ROWS=2))]
+    assert_clean(compiled(86, jobs))
+
+
 def test_ieee_fp32_runs_on_cuda_cores_and_tf32_on_tensor_cores() -> None:
     exact = replace(TAPS, dtype="fp32", out_dtype=None)
     small = Conv2dConfig(32, 32, 32, num_stages=2)

@@ -73,9 +73,9 @@ DEFECTS = {
 }  # fmt: skip
 
 DEPTHWISE_DEFECTS = {
-    "upper edge not masked": ("both(mask, (y >= 0) & (y < H))", "both(mask, y < H)"),
-    "lower edge not masked": ("both(mask, (y >= 0) & (y < H))", "both(mask, y >= 0)"),
-    "left edge not masked": ("both(mask, (z >= 0) & (z < W))", "both(mask, z < W)"),
+    "upper edge not masked": ("both(mask_m, (y >= 0) & (y < H))", "both(mask_m, y < H)"),
+    "lower edge not masked": ("both(mask_m, (y >= 0) & (y < H))", "both(mask_m, y >= 0)"),
+    "left edge not masked": ("both(mask_m, (z >= 0) & (z < W))", "both(mask_m, z < W)"),
     "dilation of columns ignored": ("row * x_row + s * DILATION_W * x_column", "row * x_row + s * x_column"),
     "dilation of columns ignored by one row": ("(r * DILATION_H * x_row + s * DILATION_W *",
                                                "(r * DILATION_H * x_row + s *"),
