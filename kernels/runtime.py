@@ -20,7 +20,7 @@ from tilewright.kernels.arrays import require_cupy
 from tilewright.kernels.compile import HIDDEN_POINTERS, Binary, compile_launch, over_limits
 from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.kernels.interpreter import interpret
-from tilewright.kernels.kernel import Launch, Scratch
+from tilewright.kernels.kernel import Argument, Launch, Scratch
 from tilewright.tuning_db.errors import LaunchError, UnsupportedError
 
 DEFAULT_SHARED_BYTES = 48 * 1024
@@ -46,11 +46,27 @@ class Plan(ABC):
 
         Raises:
             KeyError: an argument is not among them; the interpreter says so when it runs.
+            UnsupportedError: a number is none of its argument's type; likewise.
         """
 
     def run(self, pointers: Mapping[str, Any], strides: Mapping[str, int], stream: int) -> None:
         """Runs once, on addresses (arrays) by argument name. Who runs often binds once."""
         self.bind(tuple(pointers), strides)(tuple(pointers.values()), stream)
+
+
+def _number(argument: Argument, strides: Mapping[str, int]) -> int:
+    """The value of a scalar. The driver would cut off what its type doesn't hold, and the interpreter widen the type.
+
+    Raises:
+        KeyError: it is left to the arrays, and not among `strides`.
+        UnsupportedError: it is none of its type.
+    """
+    value = strides[argument.name] if argument.value is None else argument.value
+    assert argument.type is not None
+    half = 1 << int(argument.type.removeprefix("i")) - 1
+    if not -half <= value < half:
+        raise UnsupportedError(f"{argument.name}={value} does not fit in {argument.type}")
+    return value
 
 
 INTERPRETED_SMS = 3
@@ -84,9 +100,7 @@ class InterpretedPlan(Plan):
                 elif argument.is_pointer:
                     arguments[argument.name] = lent[argument.name] if argument.name in lent else pointers[argument.name]
                 else:
-                    value = strides.get(argument.name, argument.value)
-                    assert value is not None, argument.name
-                    arguments[argument.name] = value
+                    arguments[argument.name] = _number(argument, strides)
             interpret(launch.fn, launch.grid, {**arguments, **dict(launch.constexprs)})
 
 
@@ -224,7 +238,7 @@ class _BoundLaunch:
                 self._order.append(slots[argument.name])
             else:
                 self._order.append(self._filled + len(self._numbers))
-                self._numbers.append(strides[argument.name] if argument.value is None else argument.value)
+                self._numbers.append(_number(argument, strides))
         for name in loaded.hidden:
             self._order.append(slots[name] if name else self._filled + len(self._numbers))
         self._numbers.append(0)

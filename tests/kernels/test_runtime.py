@@ -470,6 +470,33 @@ def test_a_plan_without_a_pointer_it_needs_fails_before_the_launch(driver):
     assert driver.launches == []
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "kind"), [("M", 2**31, "i32"), ("N", -(2**31) - 1, "i32"), ("a_stride", 2**63, "i64")]
+)
+def test_a_number_that_its_type_does_not_hold_fails_before_the_launch(driver, name, value, kind):
+    """The driver would pass on the bits that there is room for; the interpreter would take a wider type."""
+    (launch,) = GEMM.launches(FULL, TILE)
+    driver.slots = sum(argument.type is not None for argument in launch.arguments) + 2
+
+    def run(number):
+        arguments = tuple(
+            argument._replace(value=number) if argument.name == name and argument.value is not None else argument
+            for argument in launch.arguments
+        )
+        changed, strides = replace(launch, arguments=arguments), STRIDES | {name: number}
+        for plan in (GpuPlan((changed,), DEVICE, 0), InterpretedPlan((replace(changed, grid=(0, 1, 1)),))):
+            pointers = POINTERS if isinstance(plan, GpuPlan) else dict.fromkeys(POINTERS, np.zeros(1, np.float16))
+            yield lambda plan=plan, pointers=pointers: plan.run(pointers, strides, 0)
+
+    for attempt in run(value):
+        with pytest.raises(UnsupportedError, match=rf"^{name}={value} does not fit in {kind}$"):
+            attempt()
+    assert driver.launches == []
+    for attempt in run(value - 1 if value > 0 else value + 1):
+        attempt()
+    assert len(driver.launches) == 1
+
+
 # The interpreter
 
 
