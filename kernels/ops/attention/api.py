@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import LARGEST, SMALLEST, Operation, Prepared, as_float, flag
+from tilewright.kernels.call import LARGEST, SMALLEST, Operation, Prepared, as_float, flag, integer
 from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.ops.attention.launch import ATTENTION
@@ -125,12 +125,8 @@ def _window(window: Any) -> tuple[int | None, int | None] | None:
 
 
 def _size(name: str, value: Any, *, least: int = 1) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise UsageError(f"{name}={value!r} must be an integer")
-    size = int(value.__index__())
-    if size < least:
+    size = integer(name, value)
+    if size is not None and size < least:
         raise UsageError(f"{name}={size} must be at least {least}, or None")
     return size
 

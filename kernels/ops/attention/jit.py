@@ -196,8 +196,12 @@ def attention_kernel(
     last = tl.cdiv(tl.maximum(end, 0), BLOCK_N)
     if SPLIT_KV > 1:
         # The length of a split is the host's: the same for all sequences, whatever their lengths on the device.
-        first += split * split_blocks
-        last = tl.minimum(first + split_blocks, last)
+        blocks = split_blocks
+        if VARLEN and not CAUSAL and window_left is not None and window_right is None:
+            # But of a sequence with more queries than are computed the first ones see more keys than the host knows of.
+            blocks = tl.maximum(blocks, tl.cdiv(last - first, SPLIT_KV))
+        first += split * blocks
+        last = tl.minimum(first + blocks, last)
     last = tl.maximum(last, first)
     whole = tl.minimum(tl.maximum(tl.cdiv(begin_of_all, BLOCK_N), first), last)
     masked = tl.minimum(tl.maximum(tl.maximum(end_of_all, 0) // BLOCK_N, whole), last)
@@ -279,11 +283,12 @@ def attention_kernel(
     if TAIL_DV > 0:
         accumulator_tail *= factor[:, None]
     # A row that sees no key is 0, whatever v holds: it has 0 times v, which may be NaN. Where there is a sink, its sum
-    # is that of the sink alone; so is that of keys that are little beside it, whose values count if they are numbers.
+    # is that of the sink alone, or 0 if that is -inf; so is that of keys that are little beside it, whose values count
+    # if they are numbers.
     unseen = factor == 0.0
     if sinks_ptr is not None:
         sink = tl.zeros((BLOCK_M,), tl.float32) + LOG2E * tl.load(sinks_ptr + head)
-        unseen = (total == 1.0) & (m == sink) & (split == 0)
+        unseen = unseen | ((total == 1.0) & (m == sink) & (split == 0))
     unseen = unseen[:, None]
     accumulator = tl.where(unseen & (accumulator != accumulator), 0.0, accumulator)
     if TAIL_DV > 0:

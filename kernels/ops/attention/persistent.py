@@ -109,7 +109,8 @@ def persistent_kernel(
         # A row that sees no key is 0, whatever v holds; see `attention_kernel`.
         unseen = factor == 0.0
         if sinks_ptr is not None:
-            unseen = (total == 1.0) & (m == tl.zeros((BLOCK_M,), tl.float32) + LOG2E * tl.load(sinks_ptr + head))
+            sink = tl.zeros((BLOCK_M,), tl.float32) + LOG2E * tl.load(sinks_ptr + head)
+            unseen = unseen | ((total == 1.0) & (m == sink))
         accumulator = tl.where(unseen[:, None] & (accumulator != accumulator), 0.0, accumulator)
         row = place.to(tl.int64) * Sq + query
         out = out_ptr + row[:, None] * DIM_V + tl.arange(0, DIM_V)[None, :]

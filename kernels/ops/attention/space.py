@@ -105,7 +105,7 @@ def tiles(problem: AttentionProblem, config: AttentionConfig) -> int:
 
 
 def key_blocks(problem: AttentionProblem, config: AttentionConfig) -> int:
-    """Blocks of keys that one tile can see at the most."""
+    """Blocks of keys that one tile can see at the most, in sequences of no more than Sq queries."""
     most = math.ceil(problem.Skv / config.BLOCK_N)
     if problem.window_left is None:
         return most

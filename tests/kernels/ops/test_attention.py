@@ -191,31 +191,39 @@ def test_rows_without_a_key_are_zero_and_minus_infinity(config, split):
     assert np.isfinite(out).all()
 
 
+NO_SINK_OR = (None, 0.5, -np.inf, -3e38)
+"""The last one times log2 e, as it is kept, is infinite."""
+
+
 @pytest.mark.parametrize(
     "config", [SMALL, replace(SMALL, SPLIT_KV=2), replace(SMALL, TMA=True)], ids=["whole", "split", "descriptors"]
 )
-@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("sink", NO_SINK_OR)
 @pytest.mark.parametrize("dim", [16, 40])
-def test_a_row_that_sees_no_key_is_0_whatever_the_values_hold(config, dim, sinks):
+def test_a_row_that_sees_no_key_is_0_whatever_the_values_hold(config, dim, sink):
+    sinks = sink is not None
     problem = AttentionProblem(1, 2, 40, 24, dim, dtype="fp32", causal=True, bias="fp32", lse=True, sinks=sinks)
     arrays = problem.inputs(0)
+    if sinks:
+        arrays["sinks"][:] = sink
     arrays["bias"][0, 0, 30] = -np.inf  # a row of its own, beside the 16 above the diagonal
     arrays["v"][...] = np.nan
     out, lse = run(problem, arrays, {}, config)
     unseen = np.zeros((2, 40), bool)
     unseen[:, :16] = unseen[:, 30] = True
     assert (out[0][unseen] == 0).all()
-    if sinks:
-        np.testing.assert_allclose(lse[0], np.where(unseen, arrays["sinks"][:, None], lse[0]), rtol=1e-6)
-    else:
-        assert (lse[0][unseen] == -np.inf).all()
+    wanted = -np.inf if sink is None or sink < -2.36e38 else sink
+    np.testing.assert_allclose(lse[0], np.where(unseen, wanted, lse[0]), rtol=1e-6)
     assert np.isnan(out[0][~unseen]).all()
 
 
-@pytest.mark.parametrize("sinks", [False, True])
-def test_nor_is_one_of_persistent_blocks(sinks):
+@pytest.mark.parametrize("sink", NO_SINK_OR)
+def test_nor_is_one_of_persistent_blocks(sink):
+    sinks = sink is not None
     problem = AttentionProblem(1, 2, 256, 192, 16, dtype="bf16", out_dtype="fp32", causal=True, sinks=sinks)
     arrays = problem.inputs(0)
+    if sinks:
+        arrays["sinks"][:] = sink
     arrays["v"][...] = np.nan
     out = run(problem, arrays, {}, AttentionConfig(128, 32, TMA=True, WARP_SPECIALIZE=True, PERSISTENT=True))
     out = out[0] if isinstance(out, tuple) else out

@@ -89,6 +89,8 @@ def test_what_masks_nothing_is_left_out_of_the_problem():
     several = AttentionProblem(1, 1, 1, 9, 16, varlen=True)  # a sequence may have more queries than are computed
     assert AttentionProblem(1, 1, 1, 9, 16, varlen=True, causal=True) != several
     assert AttentionProblem(1, 1, 1, 9, 16, varlen=True, window_right=2) != several
+    assert AttentionProblem(1, 1, 1, 9, 16, varlen=True, window_right=2**30) == several
+    assert AttentionProblem(1, 1, 1, 9, 16, varlen=True, window_right=2**30 - 1) != several
     assert AttentionProblem(1, 1, 1, 9, 16, window_right=0, bias_batch=True, bias_rows=False) == one
 
 
@@ -129,6 +131,29 @@ def test_of_a_longer_sequence_the_first_queries_are_computed(computed, splits, m
         np.testing.assert_allclose(lse[begin:last], expected_lse[begin:last], atol=1e-5)
         assert np.isnan(out[last:end]).all()
         assert np.isnan(lse[last:end]).all()
+
+
+@pytest.mark.parametrize("splits", [2, 4])
+@pytest.mark.parametrize("right", [None, 7])
+def test_their_splits_cover_all_keys_that_they_see(splits, right):
+    """Without a limit to the right those are more than `max_seqlen_q` and the window."""
+    q, k, v = random(200, 1, 16), random(256, 1, 16, seed=1), random(256, 1, 16, seed=2)
+    call = {"cu_seqlens_q": np.array([0, 200], np.int32), "cu_seqlens_k": np.array([0, 256], np.int32)}
+    call |= {"max_seqlen_k": 256, "window": (20, right), "return_lse": True}
+    expected, expected_lse = attention(q, k, v, max_seqlen_q=200, config=AttentionConfig(16, 16), **call)
+    out, lse = attention(q, k, v, max_seqlen_q=4, config=AttentionConfig(16, 16, SPLIT_KV=splits), **call)
+    np.testing.assert_allclose(out[:4], expected[:4], atol=1e-5)
+    np.testing.assert_allclose(lse[:4], expected_lse[:4], atol=1e-5)
+
+
+@pytest.mark.parametrize("right", [2**30, 2**31 - 1, 2**31, 2**40])
+def test_a_window_of_more_keys_than_there_can_be_is_none(right):
+    q, k = random(7, 2, 32), random(9, 2, 32, seed=1)
+    call = {"cu_seqlens_q": np.array([0, 3, 7], np.int32), "cu_seqlens_k": np.array([0, 4, 9], np.int32)}
+    call |= {"max_seqlen_q": 4, "max_seqlen_k": 5}
+    for left in (None, 1):
+        wanted = attention(q, k, k, window=(left, None), **call)
+        np.testing.assert_array_equal(attention(q, k, k, window=(left, right), **call), wanted)
 
 
 def test_keys_of_one_sequence_may_serve_a_batch():
@@ -260,6 +285,9 @@ F = np.float32
         (UsageError, "window=5 must be (left, right)", {"window": 5}),
         (UsageError, "window=-1 must be at least 0, or None", {"window": (-1, 0)}),
         (UsageError, "window=1.5 must be an integer", {"window": (1.5, 0)}),
+        (UsageError, "window=array([1]) must be an integer", {"window": (np.array([1]), None)}),
+        (UsageError, "max_seqlen_q=array([3]) must be an integer", VARLEN | {"max_seqlen_q": np.array([3])}),
+        (UsageError, "max_seqlen_k=array(3) must be an integer", VARLEN | {"max_seqlen_k": np.array(3)}),
         (UsageError, "scale=0 must be a number above 0", {"scale": 0}),
         (UsageError, "scale='2' must be a number above 0", {"scale": "2"}),
         (UsageError, "softcap=-1.0 must be a number above 0", {"softcap": -1.0}),

@@ -59,8 +59,8 @@ DEFECTS = {
     "empty rows divided by zero": ("factor = tl.where(total == 0.0, 0.0, 1.0 / total)", "factor = 1.0 / total"),
     "empty rows are NaN": ('base = tl.where(higher == -float("inf"), 0.0, higher)', "base = higher"),
     "v_scale forgotten": ("factor *= tl.load(v_scale_ptr)", "factor *= 1.0"),
-    "splits do not end": ("last = tl.minimum(first + split_blocks, last)", "last = last"),
-    "splits overlap": ("first += split * split_blocks", "first += split * (split_blocks - 1)"),
+    "splits do not end": ("last = tl.minimum(first + blocks, last)", "last = last"),
+    "splits overlap": ("first += split * blocks", "first += split * (blocks - 1)"),
     "one split not combined": (
         "partial = tl.load(partial_ptr + splits",
         "weights = tl.where(tl.arange(0, SPLIT_KV) == 1, 0.0, weights)\n    partial = tl.load(partial_ptr + splits",
