@@ -166,8 +166,8 @@ def rounded(problem: FusedProblem, absolute: float, *, gated: bool = False) -> T
 
 
 def unsupported_dtype(names: Iterable[str | None], device: Device) -> str | None:
-    """None, or which of the dtypes the device is too old for."""
-    for name in sorted({name for name in names if name is not None}):
+    """None, or which of the dtypes the device is too old for: the first, as those that follow from it come later."""
+    for name in dict.fromkeys(name for name in names if name is not None):
         oldest = dtype(name).min_arch
         if device.arch < oldest:
             return f"{name} needs sm_{oldest} or newer, and {device.board} is {device.sm}"

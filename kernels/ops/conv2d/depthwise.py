@@ -76,7 +76,6 @@ def depthwise_kernel(
     UNROLL: tl.constexpr,  # columns of taps at once
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUP_M: tl.constexpr,
     ROWS: tl.constexpr,  # of output pixels, one below the other, that a thread has
 ):
     """One tile a program: ROWS tiles of pixels below each other. A dot would compute all channels by all channels.
@@ -87,7 +86,7 @@ def depthwise_kernel(
     bands = tl.cdiv(P, ROWS)
     tiles_m = tl.cdiv(N * bands * Q, BLOCK_M)
     tiles_n = tl.cdiv(K, BLOCK_N)
-    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, 1)
     pixels = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     filters = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
 

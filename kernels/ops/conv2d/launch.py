@@ -78,7 +78,7 @@ def launches(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[Launch, ...]
         ("W_SCALE", problem.w_scale or "tensor"),
         ("ACTIVATION", problem.activation),
     )
-    tile = (("BLOCK_M", config.BLOCK_M), ("BLOCK_N", config.BLOCK_N), ("GROUP_M", config.GROUP_M))
+    tile = (("BLOCK_M", config.BLOCK_M), ("BLOCK_N", config.BLOCK_N))
     grid = (tiles, config.SPLIT_K if split else 1, 1)
     if wise:
         rows = (("EVEN_P", problem.P % config.ROWS == 0), ("ROWS", config.ROWS))
@@ -107,6 +107,7 @@ def launches(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[Launch, ...]
                 ("PRECISION", problem.precision or "tf32"),
                 ("FP8_SUM", min(FP8_SUM, config.BLOCK_K) if problem.dtype.startswith("fp8") else 0),
                 *tile,
+                ("GROUP_M", config.GROUP_M),
                 ("BLOCK_K", config.BLOCK_K),
                 ("SPLIT_K", config.SPLIT_K),
             ),

@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from tilewright.kernels.arrays import View
-from tilewright.kernels.ops.conv2d.problem import LAYOUTS
+from tilewright.kernels.ops.conv2d.problem import INPUT_DTYPES, LAYOUTS
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError, UsageError
 
 TO_NHWC = {"nhwc": (0, 1, 2, 3), "nchw": (0, 2, 3, 1)}
@@ -107,7 +107,9 @@ def sizes_of(views: dict[str, View], groups: int, whole: dict[str, tuple[int, ..
     k, r, s, seen = views["w"].shape
     if 0 in (n, h, w, c, k, r, s, seen):
         raise ProblemError(f"x is {whole['x']} and w is {whole['w']}: no dimension may be 0")
-    if groups < 1 or c != seen * groups:
+    if groups < 1:
+        raise ProblemError(f"groups={groups} must be at least 1")
+    if c != seen * groups:
         raise ProblemError(
             f"x is {whole['x']} and w is {whole['w']}: {c} channels of x must be groups={groups} times {seen} of w"
         )
@@ -129,6 +131,8 @@ def dtypes_of(views: dict[str, View], out_dtype: str | None) -> dict[str, Any]:
     """
     if views["x"].dtype != views["w"].dtype:
         raise UnsupportedProblemError(f"x is {views['x'].dtype} and w is {views['w'].dtype}: they must have one dtype")
+    if views["x"].dtype not in INPUT_DTYPES:
+        raise UnsupportedProblemError(f"x is {views['x'].dtype} and must be one of {', '.join(INPUT_DTYPES)}")
     if "out" in views:
         if out_dtype not in (None, views["out"].dtype):
             raise ProblemError(f"out is {views['out'].dtype} and out_dtype={out_dtype!r}: leave one out")

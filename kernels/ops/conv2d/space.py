@@ -19,7 +19,8 @@ from tilewright.kernels.work import reads_operands_shared
 class Conv2dConfig(Config):
     """Tile, walk, split and pipeline of one convolution.
 
-    The depthwise kernel has no dot: BLOCK_K, SPLIT_K, FOLD and num_stages change nothing there. ROWS is for it alone.
+    The depthwise kernel has no dot: BLOCK_K, GROUP_M, SPLIT_K, FOLD and num_stages change nothing there. ROWS is for it
+    alone. docs/conv2d.md has every field.
     """
 
     BLOCK_M: int  # output pixels
@@ -178,12 +179,17 @@ def fits(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str | 
         problem.K + config.BLOCK_N,
         problem.group_channels + config.BLOCK_K,
         depth_blocks(problem, config) + config.SPLIT_K,
-        math.ceil(problem.P / config.ROWS) * config.ROWS * problem.stride_h + reach[0],
-        problem.Q * problem.stride_w + reach[1],
         config.GROUP_M * tiles_n,
     )
     if max(ends) >= 2**31:
         return f"positions in {problem.pixels} pixels by {problem.K} channels pass 32 bits"
+    rows = math.ceil(problem.P / config.ROWS) * config.ROWS
+    for name, size, stride, taps in (
+        ("rows", rows, problem.stride_h, reach[0]),
+        ("columns", problem.Q, problem.stride_w, reach[1]),
+    ):
+        if size * stride + taps >= 2**31:
+            return f"{size} {name} of the result, {stride} apart in x, and taps that reach {taps} further pass 32 bits"
     tiles = math.ceil(positions(problem, config) / config.BLOCK_M) * tiles_n * _batch(problem)
     return over_grid(tiles, SPLIT_K=config.SPLIT_K)
 

@@ -600,6 +600,7 @@ def test_neighbours_differ_in_size_alone():
         ("sm_86", {"dtype": "fp8e4m3"}, "fp8e4m3 needs sm_89 or newer, and rtx3090 is sm_86"),
         ("sm_75", {"dtype": "bf16"}, "bf16 needs sm_80 or newer, and t4 is sm_75"),
         ("sm_75", {"dtype": "int8"}, "int8 needs sm_80 or newer, and t4 is sm_75"),
+        ("sm_75", {"dtype": "fp8e5m2"}, "fp8e5m2 needs sm_80 or newer, and t4 is sm_75"),  # and so does its bf16 result
         ("sm_75", {"dtype": "fp32", "precision": "tf32"}, "precision=tf32 needs sm_80 or newer, and t4 is sm_75"),
     ],
 )

@@ -185,7 +185,14 @@ def test_what_does_not_fit_says_why(config: Conv2dConfig, limit: str) -> None:
     [
         ({"N": 2**21, "H": 32, "W": 32}, "positions in 2147483648 pixels by 64 channels pass 32 bits"),
         ({"H": 2**30, "stride_h": 2**30, "dilation_h": 2**29, "R": 2, "W": 1}, None),
-        ({"H": 2**31 - 1, "W": 1, "stride_h": 2**30, "R": 1}, "pass 32 bits"),
+        (
+            {"H": 2**31 - 1, "W": 1, "stride_h": 2**30, "R": 1},
+            "2 rows of the result, 1073741824 apart in x, and taps that reach 0 further pass 32 bits",
+        ),
+        (
+            {"stride_w": 2**31 - 1, "S": 3},
+            "1 columns of the result, 2147483647 apart in x, and taps that reach 2 further pass 32 bits",
+        ),
         ({"N": 2**25, "H": 7, "W": 7, "K": 2**20}, "tiles are over the grid's 2147483647"),
     ],
     ids=str,
@@ -194,6 +201,14 @@ def test_positions_are_32_bit(fields: dict[str, int], limit: str | None) -> None
     problem = Conv2dProblem(**{"N": 1, "H": 8, "W": 8, "C": 16, "K": 64, "R": 1, "S": 1} | fields)
     reason = fits(problem, Conv2dConfig(16, 16, 16), A100)
     assert reason is None if limit is None else reason is not None and limit in reason
+
+
+def test_a_depthwise_kernel_reads_nothing_of_dots() -> None:
+    problem = Conv2dProblem(N=8, H=64, W=64, C=64, K=64, R=3, S=3, groups=64)
+    config = Conv2dConfig(16, 16, 16)
+    dots = replace(config, BLOCK_K=64, GROUP_M=8, SPLIT_K=4, FOLD=True)
+    assert CONV2D.launches(problem, dots) == CONV2D.launches(problem, config)
+    assert CONV2D.work(problem, dots) == CONV2D.work(problem, config)
 
 
 LAYERS = {
