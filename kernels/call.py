@@ -373,7 +373,7 @@ class Operation:
             if out is None:
                 continue
             name = self._outputs[position]
-            _refuse_self_overlap(name, views[name])
+            refuse_self_overlap(name, views[name])
             others = tuple(
                 (place, other, _reach(views[other]), other in self._in_place and views[other][1:] == views[name][1:])
                 for other, place in places.items()
@@ -458,8 +458,12 @@ Ready = tuple[Prepared, tuple[Guard, ...]]
 """A prepared call, and what guards its outputs."""
 
 
-def _refuse_self_overlap(name: str, view: View) -> None:
-    """Does nothing for an output that has every element once."""
+def refuse_self_overlap(name: str, view: View) -> None:
+    """Does nothing for an output that has every element once.
+
+    Raises:
+        UnsupportedError: it hasn't; the message has its strides.
+    """
     reach = 1
     for step, length in sorted(zip(view.strides, view.shape, strict=True)):
         if length > 1:

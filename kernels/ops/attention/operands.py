@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from tilewright.kernels.arrays import View
+from tilewright.kernels.call import refuse_self_overlap
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.attention.space import AttentionConfig
@@ -231,12 +232,8 @@ def _check_strides(views: Mapping[str, View]) -> bool:
             raise UnsupportedError(f"{name} has strides {steps}: its last dimension must be contiguous; pass a copy")
         if any(step < 0 for step in steps):
             raise UnsupportedError(f"{name} has negative strides {steps}: pass a copy")
-        if name == "out" and not gapless:
-            reach = 0  # of the dimensions so far, from the first element to the last
-            for step, length in sorted(zip(steps, shape, strict=True)):
-                if length > 1 and step <= reach:
-                    raise UnsupportedError(f"out has strides {steps} for shape {shape}: it overlaps itself")
-                reach += step * (length - 1)
+        if name == "out":
+            refuse_self_overlap(name, view)  # before anything is compiled
         dense = dense and gapless
     return dense
 
