@@ -80,7 +80,14 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
         packed = problem.varlen and terms and problem.unit == "fp8"
         if ragged or (packed and wide > 128 and device.hopper) or (terms and wide > 64 and not groups):
             n = 16
+        # Of 72 and 80 columns in two blocks, masks take 8 bytes too many beside 64 keys (Triton 3.6).
+        if not groups and 64 < problem.D <= 80 and problem.right is not None and problem.Sq % 128:
+            n = min(n, 32)
         config = AttentionConfig(128, n, PACK=pack, num_warps=8, num_stages=stages)
+        # Packed sequences of paged keys have bounds and a page number for every key: of 128 rows, or 64 keys, they
+        # spill where queries are in registers.
+        if problem.varlen and problem.page_size and wide == 128 and not groups:
+            config = replace(config, BLOCK_M=64, BLOCK_N=min(n, 32), num_warps=4)
         if packed and wide == 128 and problem.D % 16 and device.major == 12:
             config = replace(config, BLOCK_M=64, num_warps=4)
     while fits(problem, config, device) is not None and config.num_stages > 1:

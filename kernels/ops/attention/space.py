@@ -139,7 +139,12 @@ def along_rows(problem: AttentionProblem, config: AttentionConfig) -> bool:
 
 def copies_ahead(problem: AttentionProblem, config: AttentionConfig, device: Device) -> int:
     """Blocks of keys that cp.async fetches while another is computed; 0 without a pipeline."""
-    if device.arch < 80 or config.num_stages < 2 or vector_bytes(problem) < 4:
+    return 0 if vector_bytes(problem) < 4 else _depth(problem, config, device)
+
+
+def _depth(problem: AttentionProblem, config: AttentionConfig, device: Device) -> int:
+    """Blocks that cp.async fetches ahead of what it can fetch at all: 4 bytes at a time or more."""
+    if device.arch < 80 or config.num_stages < 2:
         return 0
     # The page numbers take every other stage for themselves.
     return max(1, (config.num_stages - 1) // 2) if problem.page_size else config.num_stages - 1
@@ -174,10 +179,10 @@ def shared_bytes(problem: AttentionProblem, config: AttentionConfig, device: Dev
     if config.WARP_SPECIALIZE and dtype(problem.output_dtype).bytes == 4:
         total += m * sum(dv) * 4  # results on their way out, beside the operands of the next tile
     # Under OVERLAP a bias is loaded where it is added: the loop that would copy it ahead has another block of keys.
-    if problem.bias is not None and device.arch >= 80 and not config.OVERLAP:
+    if problem.bias is not None and not config.OVERLAP:
         term = int(dtype(problem.bias).bytes)
-        if term >= 4 or (problem.aligned and (problem.strided or problem.Skv % 16 == 0)):
-            total += (config.num_stages - 1) * m * n * term
+        if m * n * term >= least and (term >= 4 or (problem.aligned and (problem.strided or problem.Skv % 16 == 0))):
+            total += _depth(problem, config, device) * m * n * term
     return total
 
 

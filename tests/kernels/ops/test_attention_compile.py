@@ -156,6 +156,17 @@ def test_estimated_shared_memory_is_never_over_the_real(arch):
     assert estimates_hold(arch, 3, seed=0) > 0.5
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_bias_beside_paged_keys_is_copied_as_far_ahead_as_they_are(arch):
+    paged = AttentionProblem(2, 4, 128, 512, 64, Hkv=2, bias="fp32", page_size=32, kv_lens=True)
+    deep = AttentionConfig(128, 64, num_warps=4, num_stages=5)
+    # fp8 terms of so low a tile are no 4 bytes a thread.
+    low = replace(paged, Sq=16, bias="fp8e5m2"), AttentionConfig(16, 16, num_stages=3)
+    for reply in attention_on(arch, [(paged, deep), (paged, replace(deep, num_stages=3)), low]):
+        assert "error" not in reply, (described(reply), reply.get("error"))
+        assert 0.9 * reply["resources"]["shared_bytes"] <= reply["estimate"] <= reply["resources"]["shared_bytes"]
+
+
 def test_a_bias_is_copied_ahead_but_under_overlap():
     problem = AttentionProblem(2, 8, 1000, 1024, 64, bias="fp16")
     tile = AttentionConfig(128, 64, num_warps=4, num_stages=3)
@@ -204,6 +215,16 @@ def defaults(arch, rows):
             if code not in seen:
                 seen.add(code)
                 yield problem, None
+
+
+@pytest.mark.parametrize("arch", [80, pytest.param(86, marks=pytest.mark.smoke)])
+def test_packed_prefill_of_paged_keys_does_not_spill(arch):
+    packed = AttentionProblem(
+        4, 32, 1024, 4096, 128, Hkv=8, dtype="bf16", varlen=True, page_size=16, kv_lens=True, causal=True
+    )
+    wide = AttentionProblem(1, 64, 4096, 192, 128, Hkv=8, varlen=True, page_size=64, kv_lens=True)
+    cut = AttentionProblem(2, 8, 100, 4096, 72, Hkv=1, causal=True)
+    assert_clean(attention_on(arch, [(problem, None) for problem in (packed, wide, cut)]), scratch=False)
 
 
 def test_packed_fp8_with_slopes_does_not_spill_on_sm_120():
