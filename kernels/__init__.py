@@ -3,6 +3,9 @@
     from tilewright.kernels import attention, conv2d, gemm
     y = gemm(x, w, bias=b, activation="gelu")
 
+The ops are for inference: none has a backward pass. Their pages in docs/ have every argument, problem field and
+configuration field.
+
 Importing this loads Triton and NumPy, and no GPU library: CuPy is loaded by the first array that lives on a GPU.
 """
 

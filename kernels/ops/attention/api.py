@@ -44,15 +44,18 @@ def attention(
     lse: Any = None,
     config: AttentionConfig | None = None,
 ) -> Any:
-    """Fused attention: `softmax(scale · Q·Kᵀ) · V` of every query head, over the keys that its query sees.
+    """Fused attention: `softmax(softcap · tanh(scale · Q·Kᵀ / softcap) + bias - slope · |distance|) · V` of every query
+    head, over the keys that its query sees.
 
     Query i of a sequence stands at key i + keys - queries: the last at the last. Scores and sums are fp32. A query that
     sees no key gives 0, and -inf as its log-sum-exp. The configuration is the tuned one for these shapes on this GPU,
-    where there is one; see `lookup`. The call returns as soon as the work is on the caller's current stream.
+    where there is one; see docs/tuning-database.md. The call returns as soon as the work is on the caller's current
+    stream.
 
     Args:
-        q: (batch, heads, queries, head dim), of fp16, bf16, fp32, fp8e5m2 or (sm_89 on) fp8e4m3. Head dims are 16 to
-            256, of fp8 32 to 256. With `cu_seqlens_q`: (tokens, heads, head dim), sequence after sequence.
+        q: (batch, heads, queries, head dim), of fp16, fp32, (sm_80 on) bf16, fp8e5m2 or (sm_89 on) fp8e4m3. Head
+            dims are 16 to 256, of fp8 32 to 256. With `cu_seqlens_q`: (tokens, heads, head dim), sequence after
+            sequence.
         k, v: (batch, key heads, keys, head dim), of the same dtype; each key head serves heads / key heads query heads
             that follow each other, and the head dim of v may be another. With `cu_seqlens_k`: (tokens, key heads, head
             dim). With `block_table`: (blocks, block size, key heads, head dim).
@@ -88,6 +91,8 @@ def attention(
         IllegalConfigError: `config` breaks a limit of the problem or the GPU.
         UsageError: an option that can't be.
         MissingDependencyError: CuPy or a GPU is needed and absent.
+        CompileError, LaunchError: the compiler or the driver refused the configuration.
+        PackError, NotPackedError: this process's pack can't be used, or lacks the problem (docs/packs.md).
     """
     if config is not None and not isinstance(config, AttentionConfig):
         raise UsageError(f"config must be an AttentionConfig, not {config!r}")

@@ -33,7 +33,7 @@ SOFTCAP = 30.0
 
 @dataclass(frozen=True, slots=True)
 class AttentionProblem(Problem):
-    """One fused attention.
+    """One fused attention. docs/attention.md has every field.
 
     Left out, `Hkv` is H, `Dv` is D, `out_dtype` the input's (bf16 for fp8). A window that masks nothing, and `causal`
     for one query, are left out themselves, but for `varlen`, of which a sequence may have more. Of sequences of

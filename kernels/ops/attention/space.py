@@ -17,7 +17,7 @@ from tilewright.kernels.work import SPECIALIZED_WARPS, reads_operands_shared
 
 @dataclass(frozen=True, slots=True)
 class AttentionConfig(Config):
-    """Tile, split and pipeline of one attention."""
+    """Tile, split and pipeline of one attention. docs/attention.md has every field."""
 
     BLOCK_M: int  # rows of a tile: queries, or queries times the heads of a group
     BLOCK_N: int  # keys of one iteration

@@ -62,18 +62,18 @@ def conv2d(
     int32. What is read and written is told from strides: any of x, w, residual and out may lie in NHWC or NCHW memory
     (torch's channels_last), whatever the order of its dimensions, if x, residual and out do so alike. One tap with
     stride 1, no padding and one group is a GEMM, and runs as one. The configuration is the tuned one for this problem
-    on this GPU, where there is one; see `lookup`. The call returns as soon as the work is on the caller's current
-    stream.
+    on this GPU, where there is one; see docs/tuning-database.md. The call returns as soon as the work is on the
+    caller's current stream.
 
     Args:
-        x: (N, H, W, C), or (N, C, H, W) with `layout="nchw"`, of fp16, bf16, fp32, int8, fp8e5m2, or (sm_89 on)
-            fp8e4m3.
+        x: (N, H, W, C), or (N, C, H, W) with `layout="nchw"`, of fp16, fp32, (sm_80 on) bf16, int8, fp8e5m2, or
+            (sm_89 on) fp8e4m3.
         w: (K, R, S, C/groups), or (K, C/groups, R, S), of the same dtype.
         x_scale: factor on the sums: a number, or one fp32 element on the GPU.
         w_scale: likewise, or one for each output channel, fp32 (K,).
         bias: (K,), of fp16, bf16, fp32 or fp8.
         residual: of the result's shape, of any of these.
-        activation: a name of `activations.ACTIVATIONS`, with its parameters: "silu", "leaky_relu:0.1", "clamp:0:6".
+        activation: a name of docs/epilogue.md, with its parameters: "silu", "leaky_relu:0.1", "clamp:0:6".
         alpha: factor on the sums: a number, or an fp32 array of one element on the GPU; None is 1.
         out_scale: scale of a quantised result (int8, fp8): a number above 0, or such an array, which is not looked at.
         stride: one for both dimensions, or (height, width).
@@ -99,6 +99,8 @@ def conv2d(
         UnsupportedError: an array with gaps, or a dtype this GPU lacks.
         IllegalConfigError: `config` breaks a limit of the problem or the GPU.
         MissingDependencyError: CuPy or a GPU is needed and absent.
+        CompileError, LaunchError: the compiler or the driver refused the configuration.
+        PackError, NotPackedError: this process's pack can't be used, or lacks the problem (docs/packs.md).
     """
     arrays = (x, w, x_scale, w_scale, bias, residual, factor(alpha), out_scale)
     window = (_whole("stride", stride, 2), _whole("padding", padding, 2, 4), _whole("dilation", dilation, 2))

@@ -41,7 +41,8 @@ PART = 24
 
 @dataclass(frozen=True, slots=True)
 class Conv2dProblem(FusedProblem):
-    """One fused convolution: N images of H×W pixels and C channels, K filters of R×S taps.
+    """One fused convolution: N images of H×W pixels and C channels, K filters of R×S taps. docs/conv2d.md has
+    every field.
 
     `layout` says how x, residual and out lie in memory, `w_layout` how w does (left out: as goes with `layout`). Left
     out, `out_dtype` is the input's (bf16 for fp8; of int8, int32 for the bare sums, else bf16), and `precision` is

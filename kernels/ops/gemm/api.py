@@ -72,11 +72,11 @@ def gemm(
 
     With `gated`, `[g|u] = alpha · a_scale · b_scale · (A·B) + bias` and `activation(g) · u + residual`. Sums are taken
     in fp32, of int8 in int32. The configuration is the tuned one for these shapes on this GPU, where there is one; see
-    `lookup`. The call returns as soon as the work is on the caller's current stream.
+    docs/tuning-database.md. The call returns as soon as the work is on the caller's current stream.
 
     Args:
-        a: (..., M, K), of fp16, bf16, fp32, int8, fp8e5m2, or (sm_89 on) fp8e4m3. Rows or columns contiguous, by its
-            strides.
+        a: (..., M, K), of fp16, fp32, (sm_80 on) bf16, int8, fp8e5m2, or (sm_89 on) fp8e4m3. Rows or columns
+            contiguous, by its strides.
         b: (..., K, N), of the same dtype; under fp16 and bf16 also int8, or int4 packed by `pack_int4`: uint8
             (..., 16·⌈K/32⌉, N). Likewise by its strides; leading dimensions of `a` and `b` broadcast as in
             `numpy.matmul`.
@@ -87,7 +87,7 @@ def gemm(
         group_size: rows of int8 or int4 weights that share a scale: 32, 64 or 128.
         bias: (N,), or with `bias_axis="m"` (M,), of fp16, bf16, fp32 or fp8.
         residual: (..., M, N), gated (..., M, N/2), of any of these, its leading dimensions broadcast to the result's.
-        activation: a name of `activations.ACTIVATIONS`, with its parameters: "gelu", "leaky_relu:0.1", "clamp:0:6".
+        activation: a name of docs/epilogue.md, with its parameters: "gelu", "leaky_relu:0.1", "clamp:0:6".
         gated: pairs of columns: "halves", all g before all u, or "interleaved", g, u, g, u, …. SwiGLU, GEGLU and ReGLU
             have the activations silu, gelu and relu.
         alpha: factor on the product: a number, or an fp32 array of one element on the GPU; None is 1.
@@ -109,6 +109,8 @@ def gemm(
         IllegalConfigError: `config` breaks a limit of the problem or the GPU.
         UsageError: an option that can't be one, as an unknown activation or a `group_size` that is no integer.
         MissingDependencyError: CuPy or a GPU is needed and absent.
+        CompileError, LaunchError: the compiler or the driver refused the configuration.
+        PackError, NotPackedError: this process's pack can't be used, or lacks the problem (docs/packs.md).
     """
     if config is not None:
         check_config(config)

@@ -63,7 +63,8 @@ def grouped_gemm(
         `out`, or a new array of the library that `a` is of, in which rows of no group hold anything.
 
     Raises:
-        ProblemError, UnsupportedError, IllegalConfigError, UsageError, MissingDependencyError: as `gemm`.
+        ProblemError, UnsupportedError, IllegalConfigError, UsageError, MissingDependencyError, CompileError,
+        LaunchError, PackError, NotPackedError: as `gemm`.
     """
     check_config(config)
     arrays = (a, b, a_scale, b_scale, b_zero, bias, residual, factor(alpha), out_scale, offsets)

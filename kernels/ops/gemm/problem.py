@@ -62,7 +62,7 @@ INT4_SPREAD = 4.6
 
 @dataclass(frozen=True, slots=True)
 class GemmProblem(FusedProblem):
-    """One fused GEMM.
+    """One fused GEMM. docs/gemm.md has every field.
 
     Left out, `out_dtype` is the input's (bf16 for fp8; of int8, int32 for the bare sums, else bf16), and `precision` is
     `ieee` for fp32 and nothing for the rest.

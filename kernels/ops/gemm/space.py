@@ -17,7 +17,7 @@ from tilewright.kernels.work import SPECIALIZED_WARPS, reads_operands_shared
 
 @dataclass(frozen=True, slots=True)
 class GemmConfig(Config):
-    """Tile, walk, split and pipeline of one GEMM."""
+    """Tile, walk, split and pipeline of one GEMM. docs/gemm.md has every field."""
 
     BLOCK_M: int
     BLOCK_N: int

@@ -35,8 +35,8 @@ def rmsnorm(
     """Fused RMSNorm of rows: `h / √(mean(h²) + eps) · (weight_offset + weight)` with `h = x + residual`, in fp32.
 
     h is rounded on its way to `residual_out`, not on its way to the norm. The configuration is the tuned one for these
-    shapes on this GPU, where there is one; see `lookup`. The call returns as soon as the work is on the caller's
-    current stream.
+    shapes on this GPU, where there is one; see docs/tuning-database.md. The call returns as soon as the work is on
+    the caller's current stream.
 
     Args:
         x: (..., N), of fp16, bf16 or fp32. Rows contiguous, and all at one distance from the next.
@@ -65,6 +65,8 @@ def rmsnorm(
         IllegalConfigError: `config` breaks a limit of the problem or the GPU.
         UsageError: an option that is none.
         MissingDependencyError: CuPy or a GPU is needed and absent.
+        CompileError, LaunchError: the compiler or the driver refused the configuration.
+        PackError, NotPackedError: this process's pack can't be used, or lacks the problem (docs/packs.md).
     """
     if config is not None and not isinstance(config, RmsNormConfig):
         raise UsageError(f"config must be a RmsNormConfig, not {config!r}")

@@ -40,7 +40,7 @@ PART = 256
 
 @dataclass(frozen=True, slots=True)
 class RmsNormProblem(FusedProblem):
-    """One fused RMSNorm of M rows of N elements.
+    """One fused RMSNorm of M rows of N elements. docs/rmsnorm.md has every field.
 
     `weight` and `residual` are the dtype of that array, or None for none. `residual_out` has the residual's dtype.
     `row_scale` implies `out_scale`: the result is quantised, with a scale for each row that is itself a result. Of the

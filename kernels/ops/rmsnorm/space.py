@@ -18,7 +18,7 @@ LARGEST_TENSOR = 2**20
 @dataclass(frozen=True, slots=True)
 class RmsNormConfig(Config):
     """Tile, warps and pipeline of one RMSNorm. A tile at least as wide as the row holds it in registers; a narrower one
-    walks along it twice."""
+    walks along it twice. docs/rmsnorm.md has every field."""
 
     BLOCK_M: int
     BLOCK_N: int
