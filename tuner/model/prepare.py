@@ -11,7 +11,8 @@ import onnx_ir as ir
 from tilewright.tuner.model.calibration.data import Samples
 from tilewright.tuner.model.folding.fold import FoldingReport, fold
 from tilewright.tuner.model.fuse import FusionReport, fuse
-from tilewright.tuner.model.graph import copy_of, fused_nodes
+from tilewright.tuner.model.fuse.norms import LAYER_NORM
+from tilewright.tuner.model.graph import copy_of, dtype_name, fused_nodes
 from tilewright.tuner.model.messages import quoted
 from tilewright.tuner.model.reading.read import DEFAULTS, OPSET, read_model
 from tilewright.tuner.model.reading.source import Source
@@ -50,10 +51,24 @@ class Prepared:
 
     @property
     def shared_names(self) -> dict[str, str]:
-        """Results of fused nodes that the original has as well: fusing keeps the names of values."""
+        """Results of `checked` nodes that the original has as well: fusing keeps the names of values."""
         known = {value.name for node in self.original.graph for value in node.outputs}
-        names = [node.outputs[0].name for node in fused_nodes(self.fused)]
+        names = [node.outputs[0].name for node in self.checked]
         return {name: name for name in names if name is not None and name in known}
+
+    @property
+    def checked(self) -> list[ir.Node]:
+        """Fused nodes, and norms of fp32 that the original has written out. One of half precision is computed in fp32
+        now, and differs by what the original had rounded."""
+        operators = {value.name: node.op_type for node in self.original.graph for value in node.outputs}
+        norms = [
+            node
+            for node in self.fused.graph
+            if node.op_type == LAYER_NORM
+            and dtype_name(node.outputs[0]) == "fp32"
+            and operators.get(node.outputs[0].name) != LAYER_NORM
+        ]
+        return [*fused_nodes(self.fused), *norms]
 
 
 def prepare(request: Request, tell: Callable[[str], None]) -> Prepared:
@@ -114,7 +129,7 @@ def check_fusing(request: Request, prepared: Prepared, reference: Judge) -> Comp
     wrong = f"{request.model}: its fused form computes something else, which is a defect of Tilewright: "
     found = reference.compare(prepared.fused, layers=prepared.shared_names, lowered=False)
     apart = {row.value: row for row in found.layers if row.bad_changed or (row.relative or 0.0) > READING_ERROR}
-    nodes = {node.outputs[0].name: node for node in fused_nodes(prepared.fused)}
+    nodes = {node.outputs[0].name: node for node in prepared.checked}
     # Behind those whatever differs may differ for what they give.
     for name, row in itertools.islice(apart.items(), JUDGED):
         before = reference.compare(prepared.fused, layers=_known_before(nodes[name], prepared), lowered=False).layers

@@ -18,7 +18,9 @@ from tests.tuner.model.graphs import normal
 from tests.tuner.model.networks import written
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model import flow
+from tilewright.tuner.model.edit import Editor
 from tilewright.tuner.model.flow import optimise, plan
+from tilewright.tuner.model.fuse import norms
 from tilewright.tuner.model.graph import fused_nodes, plugin_inputs
 from tilewright.tuner.model.precision import lower as precision
 from tilewright.tuner.model.prepare import Prepared, prepare
@@ -174,6 +176,42 @@ def test_a_fused_model_that_computes_something_else_is_not_written(tmp_path, mon
     with pytest.raises(RunError, match=said):
         run(request(model, tmp_path / "build", precision="fp32"))
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "build").iterdir() if path.is_file()}
+
+
+NORM = (
+    node("ReduceMean", "m last", "mean"),
+    node("Sub", "m mean", "d"),
+    node("Mul", "d d", "square"),
+    node("ReduceMean", "square last", "variance"),
+    node("Add", "variance epsilon", "sum"),
+    node("Sqrt", "sum", "root"),
+    node("Div", "d root", "y"),
+)
+"""A norm of what `product` gives, as exporters write it out up to opset 16."""
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_norm_that_is_written_as_one_node_is_held_against_the_original(tmp_path, monkeypatch, wrong):
+    model = product(tmp_path, *NORM, outputs={"y": 1}, epsilon=np.float32(1e-5), last=np.int64([-1]))
+    asked = request(model, tmp_path / "build", precision="fp32")
+    if not wrong:
+        made, _ = run(asked)
+        assert made.report.fusion.patterns["layer_norm"] == 1
+        assert [row.value for row in made.report.errors[0].comparison.layers] == ["m", "y"]
+        return
+    monkeypatch.setattr(norms, "_of_shape", twice(norms._of_shape))
+    with pytest.raises(RunError, match=r"its fused form computes something else, .*: 'y' differs"):
+        run(asked)
+
+
+def twice(made):
+    """Of what makes a constant, one that makes it twice as large."""
+
+    def larger(edit: Editor, value: ir.Value | None, *rest: object) -> ir.Value:
+        found = made(edit, value, *rest)
+        return edit.constant(2 * found.const_value.numpy(), f"{found.name}_twice")
+
+    return larger
 
 
 def test_a_model_that_amplifies_rounding_is_warned_of(tmp_path, monkeypatch):

@@ -2,7 +2,8 @@
 
 `fuse` opens matrix products, convolutions and attentions (`opening.py`, `attention.py`), writes activations as one node
 each (`activations.py`), lets products take in what follows them (`epilogue.py`), and closes them: each is then a plugin
-of ours and a model-local function in one (`tilewright.tuner.model.bodies`). The rules are `onnxscript.rewriter`'s.
+of ours and a model-local function in one (`tilewright.tuner.model.bodies`). Layer norms become one node of ONNX's
+(`norms.py`). The rules are `onnxscript.rewriter`'s.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import onnx_ir.passes.common as passes
 from onnxscript.rewriter import pattern
 
 from tilewright.tuner.model import bodies
-from tilewright.tuner.model.fuse import activations, attention, epilogue, ranks
+from tilewright.tuner.model.fuse import activations, attention, epilogue, norms, ranks
 from tilewright.tuner.model.fuse.opening import OpenConv, OpenGemm, OpenMatMul, close, is_open, register_constants
 from tilewright.tuner.model.fuse.outcome import FusionReport, Log, Match, Miss
 from tilewright.tuner.model.graph import fused_nodes, unique_names
@@ -31,6 +32,7 @@ def fuse(model: ir.Model) -> FusionReport:
     log = Log()
     activations.constants_last(model)
     ranks.lower_constants(model)
+    norms.apply(model, log)
     attention.apply(model, log)
     for rules in (
         pattern.RewriteRuleSet([rule.rule(log) for rule in (OpenMatMul, OpenGemm, OpenConv)]),
