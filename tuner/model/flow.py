@@ -28,13 +28,14 @@ from tilewright.tuner.model.report.html import write_page
 from tilewright.tuner.model.report.readme import write_readme
 from tilewright.tuner.model.request import REPORTS, Request
 from tilewright.tuner.model.resume import resume_key
+from tilewright.tuner.model.session import check_default
 from tilewright.tuner.model.verify.compare import Comparison
 from tilewright.tuner.model.verify.judge import Judge
 from tilewright.tuner.model.workloads import ModelWorkloads, workloads
 from tilewright.tuner.model.write import write_model
 from tilewright.tuner.results import Progress, Result
 from tilewright.tuner.tune import planned, tune
-from tilewright.tuning_db.errors import MissingDependencyError, RunError, UsageError
+from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunError, UsageError
 
 EVALUATION = 8
 """Of the inputs, how many the errors are measured on; scales never see them."""
@@ -182,6 +183,7 @@ def optimise(
                 f"{listed(apart)}: differs by more than {READING_ERROR:.0%} when {request.model.name} is computed in "
                 "another order: the model amplifies rounding, and lower precision more so"
             )
+        _check_loads(request, prepared.fused, request.files[0], evaluation, warned)
         key = resume_key(request, prepared.source, data)
         way = _Way(request, prepared, calibration, evaluation, reference, fused_errors, tuple(warnings), key)
         with output_folder(request.output, names, request.model) as folder:
@@ -202,9 +204,12 @@ def _optimised(way: _Way, output: OutputFolder, listener: _Listener) -> Made:
         resume=output.resume,
         tell=listener.tell,
     )
-    results = _tune(request, lowered.model, listener.progress)
     folder, origin = output.path, way.evaluation.origin
     fused, final = (folder / f"model.{name}.onnx" for name in ("fused", request.precision))
+    more_warnings: list[str] = []
+    if request.precision != "fp32":
+        _check_loads(request, lowered.model, final.name, way.evaluation, more_warnings.append)
+    results = _tune(request, lowered.model, listener.progress)
     errors = [parts.ErrorPart(fused.name, origin, None, (), way.fused_errors)]
     if request.precision != "fp32":
         comparison = reference.compare(lowered.model, layers=prepared.shared_names)
@@ -214,7 +219,7 @@ def _optimised(way: _Way, output: OutputFolder, listener: _Listener) -> Made:
         errors[0] = _error_part(request, fused.name, origin, way.fused_errors)
     comparison = errors[-1].comparison
     spoiled = _spoiled(comparison)
-    warnings = _error_warnings(request, final.name, comparison)
+    warnings = [*more_warnings, *_error_warnings(request, final.name, comparison)]
     before = estimate(prepared.original, request.device)
     after = estimate(lowered.model, request.device, _times(lowered.model, results))
     # Until here a folder holds what a run before has left, and all of it.
@@ -232,6 +237,30 @@ def _optimised(way: _Way, output: OutputFolder, listener: _Listener) -> Made:
     for line in warnings:
         listener.warn(line)
     return Made(report, not (errors[-1].breaches or spoiled), tuple(closing_lines(report, folder)))
+
+
+def _check_loads(request: Request, model: ir.Model, name: str, data: Samples, warn: Callable[[str], None]) -> None:
+    """Does nothing for a model that ONNX Runtime loads and runs as its users have it: what is compared is run without
+    optimisations, which refuse some models, and valid ones.
+
+    Raises:
+        RunError: it doesn't, and does so with the file that was read; where neither works, that is warned of.
+    """
+    feed = next(iter(data.feeds))
+    try:
+        check_default(model, name, feed)
+        return
+    except (ModelError, RunError) as error:
+        reason = str(error)
+    try:
+        check_default(request.model, request.model.name, feed)
+    except (ModelError, RunError):
+        warn(f"with its default options ONNX Runtime doesn't run {request.model.name}, and so not {reason}")
+        return
+    advice = "" if name == request.files[0] else "; --precision fp32 leaves types as they are"
+    raise RunError(
+        f"{reason} (with its default options, with which it runs {request.model.name}; no model was written{advice})"
+    )
 
 
 def _error_part(request: Request, name: str, origin: str, comparison: Comparison) -> parts.ErrorPart:

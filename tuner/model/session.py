@@ -7,6 +7,8 @@ feed, so what is held at a time is the values of one feed.
 A model in memory is run without a second copy of its weights. ONNX Runtime gets a file that says of each large weight
 only that it lies in another file, and the arrays that we have to use in their place; the other file is empty. Up to
 `PREPACK_BYTES` of weights it keeps a copy in the layout that its kernels like, which halves the time of small GEMMs.
+
+With its optimisations on, as users have them, it may refuse what it runs without: `check_default` tries that.
 """
 
 from __future__ import annotations
@@ -78,12 +80,26 @@ def run(
     return (session.run(feed) for feed in feeds)
 
 
+def check_default(model: ir.Model | Path, name: str, feed: Feed) -> None:
+    """Does nothing for a model that ONNX Runtime loads with its default options, and then runs.
+
+    Of models of more than `PREPACK_BYTES` constants are not folded, which would hold their weights twice.
+
+    Raises: what `run` does, of a model of that name.
+    """
+    Session(model, default=name).run(feed)
+
+
 class Session:
     """A model that is ready to run; see `run`. Not to be used by two threads at a time."""
 
-    def __init__(self, model: ir.Model | Path, outputs: Sequence[str] | None = None) -> None:
-        """Raises what `run` does."""
-        self._label = str(model) if isinstance(model, Path) else f"model {model.graph.name!r}"
+    def __init__(
+        self, model: ir.Model | Path, outputs: Sequence[str] | None = None, *, default: str | None = None
+    ) -> None:
+        """As `run`, and raises what that does. `default` is the name of one that is to be run as users run it:
+        optimised, and nothing rounded."""
+        self._default = default is not None
+        self._label = default or (str(model) if isinstance(model, Path) else f"model {model.graph.name!r}")
         self._constants: dict[str, Array] = {}
         self._casts: dict[str, tuple[str, type]] = {}  # by output: what is fetched instead, and what it becomes again
         self._shared: dict[str, Any] = {}  # weights, which ONNX Runtime uses where they are
@@ -91,7 +107,7 @@ class Session:
         self._outputs: list[str] = []
         if isinstance(model, Path):
             large = model.is_file() and model.stat().st_size > OWN_BYTES
-            if large and not _file_has_fp16(model) and self._open_file(model, outputs):
+            if large and (self._default or not _file_has_fp16(model)) and self._open_file(model, outputs):
                 return
             model = _read(model)
         self._open_model(model, outputs)
@@ -169,7 +185,7 @@ class Session:
 
     def _open_file(self, path: Path, outputs: Sequence[str] | None) -> bool:
         """Loads a file as it is; False if one of the outputs is none of its own, or of a type that NumPy lacks."""
-        self._load(path, _options(path.stat().st_size))
+        self._load(path, path.stat().st_size)
         kinds = {output.name: output.type for output in self._session.get_outputs()}
         self._outputs = list(dict.fromkeys(kinds if outputs is None else outputs))
         if any(kinds.get(name) in _FOREIGN_NAMES | {None} for name in self._outputs):
@@ -202,9 +218,9 @@ class Session:
                 f"{tempfile.gettempdir()}: {error.strerror or error}: make room, or name another folder in TMPDIR"
             ) from None
 
-    def _shell(self, model: ir.Model, fetched: Sequence[str], folder: Path) -> tuple[Path, Any]:
-        """A file of the model without its large weights, with `fetched` as outputs, and options that bring the weights.
-        Values of fp16 are rounded in it.
+    def _shell(self, model: ir.Model, fetched: Sequence[str], folder: Path) -> tuple[Path, int]:
+        """A file of the model without its large weights, with `fetched` as outputs, and how many bytes these weights,
+        which go into `_shared`, take in fp32. Values of fp16 are rounded in it.
 
         The nodes that none of them needs are left out.
         """
@@ -223,7 +239,8 @@ class Session:
                 self._casts[name] = str(node.outputs[0].name), _FOREIGN[value.dtype][0]
                 value = node.outputs[0]
             graph.outputs.append(value)
-        graph.outputs.extend(_kept_caches(list(graph.outputs)))
+        if not self._default:
+            graph.outputs.extend(_kept_caches(list(graph.outputs)))
         RemoveUnusedNodesPass()(shell)
         LiftConstantsToInitializersPass(size_limit=INLINE_BYTES)(shell)
 
@@ -243,19 +260,22 @@ class Session:
             )
             total += 4 * tensor.size
             largest = max(largest, tensor.nbytes)
-        options = _options(total)
-        for name, shared in self._shared.items():
-            options.add_initializer(name, shared)
         # ONNX Runtime looks whether the file is there and doesn't read it: a hole of the right size.
         (folder / "weights").touch()
         os.truncate(folder / "weights", largest)
         path = folder / "model.onnx"
-        path.write_bytes(round_fp16(ir.to_proto(shell)).SerializeToString())
-        return path, options
+        proto = ir.to_proto(shell)
+        path.write_bytes((proto if self._default else round_fp16(proto)).SerializeToString())
+        return path, total
 
-    def _load(self, path: Path, options: Any) -> None:
+    def _load(self, path: Path, weights: int) -> None:
+        """Loads a file of so many bytes of weights in fp32, and what is shared."""
+        options = (_default_options if self._default else _options)(weights)
+        for name, shared in self._shared.items():
+            options.add_initializer(name, shared)
+        off = {"disabled_optimizers": ["ConstantFolding"]} if self._default and weights > PREPACK_BYTES else {}
         try:
-            self._session = _runtime().InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = _runtime().InferenceSession(str(path), options, providers=["CPUExecutionProvider"], **off)
         except _errors() as error:
             raise ModelError(f"{self._label}: ONNX Runtime can't load it: {_said(error, path)}") from None
 
@@ -316,6 +336,18 @@ def _options(weights: int) -> Any:
     options.use_deterministic_compute = True
     # Nodes as late as they can be: in the default order all casts of weights come first, and all their results live.
     options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
+    return _sparing(options, weights)
+
+
+def _default_options(weights: int) -> Any:
+    """Session options as they are, but for what bounds threads and memory, and for what is logged."""
+    options = _runtime().SessionOptions()
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    return _sparing(options, weights)
+
+
+def _sparing(options: Any, weights: int) -> Any:
+    """Options for weights that take so many bytes in fp32, which log nothing."""
     options.log_severity_level = 4  # fatal; what is an error is raised as well
     if weights > PREPACK_BYTES:
         options.add_session_config_entry("session.disable_prepacking", "1")

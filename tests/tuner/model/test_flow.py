@@ -140,11 +140,18 @@ def test_a_budget_that_is_missed_is_said_to_be(tmp_path):
     assert made.report.errors[-1].breaches
 
 
-def product(path: Path, *more: onnx.NodeProto, outputs: dict[str, int], factor: float = 1.0, **arrays: object) -> Path:
-    """m = x·w of (2, 3) and (3, 32), and what is made of it."""
+def product(
+    path: Path,
+    *more: onnx.NodeProto,
+    outputs: dict[str, int],
+    factor: float = 1.0,
+    made: str = "m",
+    **arrays: object,
+) -> Path:
+    """m = x·w of (2, 3) and (3, 32), or what it is called, and what is made of it."""
     tensors = [tensor("w", factor * normal(0, 3, 32)), *(tensor(name, array) for name, array in arrays.items())]
     kinds = [value(name, None, kind) for name, kind in outputs.items()]
-    return saved(proto([node("MatMul", "x w", "m"), *more], outputs=kinds, tensors=tensors), path / "m.onnx")
+    return saved(proto([node("MatMul", "x w", made), *more], outputs=kinds, tensors=tensors), path / "m.onnx")
 
 
 def test_a_model_that_can_not_be_run_leaves_nothing(tmp_path):
@@ -181,7 +188,7 @@ def test_a_fused_model_that_computes_something_else_is_not_written(tmp_path, mon
 NORM = (
     node("ReduceMean", "m last", "mean"),
     node("Sub", "m mean", "d"),
-    node("Mul", "d d", "square"),
+    node("Pow", "d two", "square"),
     node("ReduceMean", "square last", "variance"),
     node("Add", "variance epsilon", "sum"),
     node("Sqrt", "sum", "root"),
@@ -192,7 +199,7 @@ NORM = (
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_norm_that_is_written_as_one_node_is_held_against_the_original(tmp_path, monkeypatch, wrong):
-    model = product(tmp_path, *NORM, outputs={"y": 1}, epsilon=np.float32(1e-5), last=np.int64([-1]))
+    model = product(tmp_path, *NORM, outputs={"y": 1}, epsilon=np.float32(1e-5), last=np.int64([-1]), two=np.float32(2))
     asked = request(model, tmp_path / "build", precision="fp32")
     if not wrong:
         made, _ = run(asked)
@@ -212,6 +219,47 @@ def twice(made):
         return edit.constant(2 * found.const_value.numpy(), f"{found.name}_twice")
 
     return larger
+
+
+def test_a_model_that_default_options_refuse_is_not_written(tmp_path, monkeypatch):
+    """ONNX Runtime fuses a norm that is written out, and fails where a cast is before it (1.32)."""
+    monkeypatch.setattr(norms, "apply", lambda *_: None)
+    nodes = [*NORM[:-1], node("Div", "d root", "q"), node("Mul", "q scale", "s"), node("Add", "s bias", "y")]
+    slice_ = node("Slice", "w_x zero one zero", "m")
+    arrays = {
+        "epsilon": np.float32(1e-5),
+        "last": np.int64([-1]),
+        "two": np.float32(2),
+        "zero": np.int64([0]),
+        "one": np.int64([1]),
+    }
+    arrays |= {"scale": normal(1, 32), "bias": normal(2, 32)}
+    model = product(tmp_path, slice_, *nodes, outputs={"y": 1}, made="w_x", **arrays)
+    said = (
+        r"^model\.fp16\.onnx: ONNX Runtime can't load it: .* with which it runs m\.onnx; no model was written; --prec"
+    )
+    with pytest.raises(RunError, match=said):
+        run(request(model, tmp_path / "build"))
+    assert [path.name for path in (tmp_path / "build").iterdir()] == [".resume"]
+
+
+def test_a_model_that_default_options_refuse_as_it_is_is_warned_of(tmp_path):
+    """Quantisation of int8 before a `MaxPool`, at opset 21 (ONNX Runtime 1.32)."""
+    nodes = [
+        node("Reshape", "m square", "r"),
+        node("QuantizeLinear", "r s z", "q"),
+        node("DequantizeLinear", "q s z", "d"),
+        node("MaxPool", "d", "p", kernel_shape=[2, 2]),
+        node("Conv", "p v", "y"),
+    ]
+    arrays = {"square": np.int64([1, 1, 8, 8]), "s": np.float32(0.05), "z": np.int8(0), "v": normal(1, 1, 1, 1, 1)}
+    model = product(tmp_path, *nodes, outputs={"y": 1}, **arrays)
+    made, listener = run(request(model, tmp_path / "build", precision="fp32"))
+    (line,) = [line for line in listener.warnings if "default options" in line]
+    assert line.startswith(
+        "with its default options ONNX Runtime doesn't run m.onnx, and so not model.fused.onnx: ONNX"
+    )
+    assert line in made.report.warnings
 
 
 def test_a_model_that_amplifies_rounding_is_warned_of(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tilewright.tuner.model import session
-from tilewright.tuner.model.session import Session, main_values, run
+from tilewright.tuner.model.session import Session, check_default, main_values, run
 from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunError
 
 Given = Callable[[onnx.ModelProto], "ir.Model | Path"]
@@ -382,3 +382,54 @@ def test_casts_of_weights_do_not_all_live_at_once() -> None:
     ended = subprocess.run([sys.executable, "-c", CASTS], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout) < 200 << 10  # KiB; all six are 384 MB
+
+
+def quantised() -> onnx.ModelProto:
+    """What ONNX Runtime refuses once it has moved the quantisation of int8 over a `MaxPool` (opset 21, 1.32)."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("MaxPool", ["d"], ["p"], kernel_shape=[2, 2]),
+        helper.make_node("Conv", ["p", "w"], ["y"]),
+    ]
+    arrays = {"s": np.float32(0.05), "z": np.int8(0), "w": np.ones((1, 1, 1, 1), np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [value("x", shape=[1, 1, 4, 4])],
+        [value("y", shape=[1, 1, 3, 3])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def test_default_options_refuse_what_runs_without_optimisations(given: Given) -> None:
+    feed = {"x": np.ones((1, 1, 4, 4), np.float32)}
+    model = given(quantised())
+    assert list(run(model, [feed]))
+    with pytest.raises(ModelError, match=r"^its name: ONNX Runtime can't load it: .*output_dtype INT8 does not match"):
+        check_default(model, "its name", feed)
+
+
+@pytest.mark.parametrize("largest", [0, 1 << 30])
+def test_default_options_run_what_is_right(given: Given, monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
+    """Of a large model too, whose weights are shared and folded into nothing."""
+    monkeypatch.setattr(session, "INLINE_BYTES", 16)
+    monkeypatch.setattr(session, "PREPACK_BYTES", largest)
+    model = given(chain(WEIGHT))
+    check_default(model, "m", {"x": X})
+    with pytest.raises(ModelError, match="m has no input 'other'"):
+        check_default(model, "m", {"x": X, "other": X})
+
+
+def test_default_options_round_nothing(given: Given) -> None:
+    """What is between two nodes of fp16 may stay fp32 there."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16),
+        helper.make_node("Mul", ["h", "large"], ["b"]),
+        helper.make_node("Div", ["b", "large"], ["d"]),
+        helper.make_node("Cast", ["d"], ["y"], to=TensorProto.FLOAT),
+    ]
+    model = given(proto(nodes, [value("y")], large=np.float16(6e4)))
+    assert not np.isfinite(next(run(model, [{"x": X}]))["y"]).all()
+    assert np.isfinite(Session(model, default="m").run({"x": X})["y"]).all()
