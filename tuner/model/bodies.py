@@ -87,8 +87,8 @@ def _square(op: Writer, x: ir.Value) -> ir.Value:
 class _Body:
     """A body in the making: the node it is of, and its inputs inside the function."""
 
-    def __init__(self, node: ir.Node) -> None:
-        self.op = Writer()
+    def __init__(self, node: ir.Node, opset: int) -> None:
+        self.op, self._opset = Writer(), opset
         self.given = plugin_inputs(node)
         self.settings = plugin_settings(node)
         self.kinds = {name: dtype_name(value) for name, value in self.given.items()}
@@ -134,6 +134,8 @@ class _Body:
         scale = self.inputs["out_scale"]
         if static_shape(self.given["out_scale"]) == (1,):
             scale = self.op("Squeeze", scale, self.op.array([0], "int64"))
+        if self._opset < 21:  # which brought `output_dtype`: before, a zero point says the type
+            return self.op("QuantizeLinear", y, scale, self.op.array(0, kind))  # type: ignore[no-any-return]
         return self.op("QuantizeLinear", y, scale, output_dtype=int(DTYPES[kind]))  # type: ignore[no-any-return]
 
 
@@ -271,7 +273,7 @@ def body(node: ir.Node, opset: int) -> ir.Function:
     op = op_of(node)
     if op not in _OPS:
         raise UnsupportedError(f"there is no ONNX body of {node.op_type}")
-    made = _Body(node)
+    made = _Body(node, opset)
     result = _OPS[op](made, dtype_name(node.outputs[0]))
     nodes = made.op.nodes
     used = {value for each in nodes for value in each.inputs}

@@ -14,7 +14,7 @@ from tilewright.tuner.model.fuse import FusionReport, fuse
 from tilewright.tuner.model.fuse.norms import LAYER_NORM
 from tilewright.tuner.model.graph import copy_of, dtype_name, fused_nodes
 from tilewright.tuner.model.messages import quoted
-from tilewright.tuner.model.reading.read import DEFAULTS, OPSET, read_model
+from tilewright.tuner.model.reading.read import DEFAULTS, read_model
 from tilewright.tuner.model.reading.source import Source
 from tilewright.tuner.model.request import Request
 from tilewright.tuner.model.verify.compare import Comparison, Reference
@@ -113,9 +113,10 @@ def check_reading(request: Request, prepared: Prepared, data: Samples, tell: Cal
             how = f"differs by {output.relative:.1e} of its largest value"
         else:
             continue
+        opset = prepared.original.opset_imports[""]
         raise ModelError(
             f"{request.model} computes something else once it is read, which inlines functions and converts it to "
-            f"opset {OPSET}: output {quoted(output.output)} {how}. Export it with opset {OPSET}, without functions"
+            f"opset {opset}: output {quoted(output.output)} {how}. Export it with opset {opset}, without functions"
         )
 
 

@@ -44,6 +44,7 @@ from tilewright.tuner.model.graph import (
 from tilewright.tuner.model.precision.half import HALVES, lower
 from tilewright.tuner.model.precision.output_scales import fold_output_scales
 from tilewright.tuner.model.precision.zeros import LOWEST, SHIFTED, shift_by_bias, spell_out
+from tilewright.tuner.model.reading.convert import OPSET
 from tilewright.tuning_db.errors import ModelError, UsageError
 
 Array = np.ndarray[Any, Any]
@@ -415,6 +416,9 @@ def apply_precision(
     mixed.functions.clear()  # of fused nodes; they are made anew
     for domain in [domain for domain in mixed.opset_imports if domain.startswith("tilewright")]:
         del mixed.opset_imports[domain]
+    if any(precision.kind in QUANTISED for precision in plan.values()):
+        # Steps say their type by `output_dtype`. From 20, a quantised file's opset, to 21 operators only gain types.
+        mixed.opset_imports[""] = max(mixed.opset_imports[""], OPSET)
     quantising = _Quantising(mixed, weights or {}, shifts or {})
     for node in fused_nodes(mixed):
         precision = plan.get(node.name or "")

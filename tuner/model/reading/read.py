@@ -1,9 +1,10 @@
 """Reading an ONNX file that isn't trusted: `read_model`.
 
 In this order: size and format; text; every tensor checked and the weights taken out; functions, names and order
-checked; sizes of the inputs bound; functions inlined; onnx's checker; the opset converted; shapes inferred; the weights
-put back. Nothing in a file is executed, nothing outside the file's folder is read, and what a file can ask for in time
-and memory is bounded: `LARGEST_FILE`, `names.LARGEST_GRAPH`, `shapes.LARGEST_VALUE`, `constants.LARGEST_FOLDED`.
+checked; sizes of the inputs bound; functions inlined, the model checked by onnx and its opset converted (`convert.py`);
+shapes inferred; the weights put back. Nothing in a file is executed, nothing outside the file's folder is read, and
+what a file can ask for in time and memory is bounded: `LARGEST_FILE`, `names.LARGEST_GRAPH`, `shapes.LARGEST_VALUE`,
+`constants.LARGEST_FOLDED`.
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
-import onnx.checker
-import onnx.inliner
-import onnx.version_converter
 import onnx_ir as ir
 
 from tilewright.tuner.model.folding.constants import Budget, fold_constants
 from tilewright.tuner.model.graph import scalar, unique_names
 from tilewright.tuner.model.messages import one_line, quiet, quoted
+from tilewright.tuner.model.reading.convert import check, converted, inlined, opset_of, spell_out
 from tilewright.tuner.model.reading.external import ExternalFiles
 from tilewright.tuner.model.reading.names import check_functions, check_operators, check_text, put_in_order
 from tilewright.tuner.model.reading.shapes import bind_shapes, check_outputs, check_sizes, infer_shapes, unknown_shapes
@@ -33,26 +32,27 @@ LARGEST_FILE = 2**31 - 1
 """Bytes of the file without its external data: protobuf's own limit."""
 
 OLDEST_IR, OLDEST_OPSET = 3, 9
-OPSET = 21
-"""What older models are converted to: the first opset with 4-bit types, and with 8-bit floats in every operator."""
 
 DEFAULTS = "tilewright inputs with defaults"
 """Among a read model's `meta`, the names of the file's inputs that have values there, and are constants now."""
 
-_IR = 10  # the IR version of that opset
+FILE_OPSET = "tilewright opset of the file"
+"""Among a read model's `meta`, the opset that the file has."""
+
+_IR = 10  # the IR version of opset 21
 _FOLDED_FOR_SHAPES = 1 << 20  # bytes: shapes, masks and positions, no weights
 
 
 def read_model(
     path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None, dims: Mapping[str, int] | None = None
 ) -> ir.Model:
-    """The model in an ONNX file, with static shapes, functions inlined and an opset of at least `OPSET`.
+    """The model in an ONNX file, with static shapes, functions inlined and an opset as of `convert.converted`.
 
     `shapes` gives inputs their shapes, `dims` named dimensions their sizes. Every value has a data type and a
     static shape, but for what onnx can't infer: outputs of `com.microsoft` operators, and of those whose result's
     size depends on values. Where shapes depend on constant arithmetic, that is folded. Every node has a name of its
-    own. Inputs that have a default become constants (`DEFAULTS`). Weights are mapped, if external, else copied
-    once: memory peaks at twice the file.
+    own. Inputs that have a default become constants (`DEFAULTS`); the file's opset is noted (`FILE_OPSET`). Weights
+    are mapped, if external, else copied once: memory peaks at twice the file.
 
     Raises:
         ModelError: it is no ONNX file, broken, hostile or beyond what is supported; or an input has no size.
@@ -63,16 +63,18 @@ def read_model(
     inputs = [value.name for value in model.graph.input if value.name not in names]
     # Before IR version 4 every weight had to be an input.
     defaults = [value.name for value in model.graph.input if value.name in names and model.ir_version >= 4]
+    opset = opset_of(model)
     light, weights = take_weights(model, ExternalFiles(path.parent))
     del model
     light.ir_version = max(light.ir_version, _IR)
     check_functions(light)
     put_in_order(light)
     bind_shapes(light, inputs, shapes or {}, dims or {})
-    light = _inlined(light)
-    _check(light, "")
+    light = inlined(light)
+    spell_out(light)
+    check(light)
     check_operators(light)
-    light = infer_shapes(_converted(light))
+    light = infer_shapes(converted(light))
     try:
         with quiet():
             result = ir.from_proto(light)
@@ -86,6 +88,7 @@ def read_model(
     unique_names(result)
     _check_repeatable(result)
     result.meta[DEFAULTS] = defaults
+    result.meta[FILE_OPSET] = opset
     return result
 
 
@@ -144,52 +147,3 @@ def _parse(path: Path) -> onnx.ModelProto:
             f"newest that onnx {onnx.__version__} knows"
         )
     return model
-
-
-def _check(model: onnx.ModelProto, when: str) -> None:
-    # An output without a shape is invalid to the checker alone: it gets one by inference.
-    shaped = [value for value in model.graph.output if value.type.tensor_type.HasField("shape")]
-    if len(shaped) < len(model.graph.output):
-        original, model = model, onnx.ModelProto()
-        model.CopyFrom(original)
-        model.graph.ClearField("output")
-        model.graph.output.extend(shaped)
-    try:
-        onnx.checker.check_model(model)
-    except Exception as error:  # noqa: BLE001 - ValidationError, but C++ code may raise others
-        raise ModelError(f"the model is not valid{when}: {one_line(error)}") from None
-
-
-def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
-    if not model.functions:
-        return model
-    try:
-        inlined = onnx.inliner.inline_local_functions(model, convert_version=True)
-    except Exception as error:  # noqa: BLE001 - the C++ code raises several
-        raise ModelError(f"the model's functions can't be inlined: {one_line(error)}") from None
-    left = {(function.domain, function.name) for function in inlined.functions}
-    for node in inlined.graph.node:
-        if (node.domain, node.op_type) in left:
-            raise ModelError(
-                f"function {quoted(node.op_type)} of domain {quoted(node.domain)} can't be inlined: its opset differs "
-                f"from the model's, and its nodes can't be converted"
-            )
-    inlined.ClearField("functions")
-    return inlined
-
-
-def _converted(model: onnx.ModelProto) -> onnx.ModelProto:
-    for entry in model.opset_import:
-        if entry.domain == "ai.onnx":
-            entry.domain = ""
-    version = next(entry.version for entry in model.opset_import if entry.domain == "")
-    if version >= OPSET:
-        return model
-    try:
-        converted = onnx.version_converter.convert_version(model, OPSET)
-    except Exception as error:  # noqa: BLE001 - the C++ code raises several
-        raise ModelError(
-            f"the model can't be converted from opset {version} to {OPSET}: {one_line(error)}; export it with {OPSET}"
-        ) from None
-    _check(converted, f" once converted from opset {version} to {OPSET}")
-    return converted
