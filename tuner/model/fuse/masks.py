@@ -4,9 +4,13 @@ one bias of shape (B or 1, H or 1, Sq or 1, Skv) for the rest.
 A constant mask that hides all but a band of diagonals is causal, a window, or both. Everything else stays a bias, made
 in the order in which the model applies its masks, and once for all layers that share them.
 
-A row that sees no key at all is the exception to equality, as of a query that is padding and stands before its
-sequence: a model gives it the mean of all values (of masks that are large numbers) or NaN (of -∞), where a band leaves
-it the mean over the keys of the band, and a bias of -∞ gives 0. No other row ever reads it.
+Of a row that sees no key at all, as of a batch that is padding, a model makes the mean of all values where a large number
+stands in the place of scores, and what its scores say where one is added to them. So does the bias: what stands for a
+number in the place of scores is so large that fp32 loses the score in the sum (`absorbing`).
+
+Two such rows are the exception to equality. Of masks of -∞ a model gives NaN, and a bias of -∞ gives 0. And where a
+constant mask is a band, a query that is padding and stands before its sequence gets the mean over the keys of the band,
+and not of all. No other row ever reads it.
 """
 
 from __future__ import annotations
@@ -34,6 +38,11 @@ from tilewright.tuner.model.fuse.layout import (
 from tilewright.tuner.model.fuse.opening import new_constant
 from tilewright.tuner.model.fuse.scores import LOW, Mask, UnreadError, uniform
 from tilewright.tuner.model.graph import Array, constant, is_constant, static_shape
+
+ABSORBED = -1e8
+"""A number from which on fp32 loses most scores that are added to it: its last digit is 8."""
+
+_LARGER, _LEAST = 1e26, -1e38
 
 _BROADCAST = (0, 1, 2)  # axes of a bias along which one place will do
 
@@ -90,8 +99,17 @@ class Masking:
         return ir.Value(name="bias", type=ir.TensorType(_kind(self.terms)), shape=ir.Shape(self.shape))
 
 
+def absorbing(fill: float) -> float:
+    """What is added to a score in a mask's place where the mask puts a number instead of it: larger by so much that
+    nothing of the score is left, in the same order as other such numbers, and finite times log₂e, as kernels have
+    it."""
+    return fill if math.isinf(fill) else max(fill * _LARGER, _LEAST)
+
+
 def _kind(terms: Sequence[Term]) -> ir.DataType:
     """The data type of a bias: that of all masks that are added, or fp32."""
+    if any(term.mask.replaces for term in terms):
+        return ir.DataType.FLOAT
     kinds = {term.mask.value.dtype for term in terms if term.mask.kind == "add"}
     kind = kinds.pop() if len(kinds) == 1 else None
     return kind or ir.DataType.FLOAT
@@ -115,7 +133,8 @@ def _parted(mask: Mask, planned: Plan, shape: Shape) -> tuple[Band, Mask | None]
     array = constant(Maker().follow(None, planned.source, planned.steps, "mask"))
     assert array is not None
     if mask.kind == "hide":
-        array = np.where(array == mask.hidden, np.float32(mask.fill), np.float32(0))
+        fill = absorbing(mask.fill) if mask.replaces else mask.fill
+        array = np.where(array == mask.hidden, np.float32(fill), np.float32(0))
     elif mask.factor != 1:
         array = _times(array, mask.factor)
     found = band(array, *shape[2:])
@@ -186,6 +205,13 @@ def masking(masks: Sequence[Mask], shape: Shape, bands: Bands) -> Masking:
         known, rest = _known(mask, planned, shape, bands) or (Band(), [Term(mask, planned)])
         found &= known
         terms += rest
+    for place, term in enumerate(terms):
+        # Of a row that is hidden altogether the model makes what is added afterwards.
+        added = any(not each.mask.replaces for each in terms[place + 1 :])
+        if added and term.mask.replaces and term.mask.fill > ABSORBED:
+            raise UnreadError(
+                f"its mask {term.mask.value.name!r} puts {term.mask.fill:g} in the place of scores, and another is added"
+            )
     return Masking(found, tuple(terms))
 
 
@@ -222,7 +248,7 @@ def _hiding(mask: Mask) -> Mask | None:
     for value, none, hidden in ((chosen, other, True), (other, chosen, False)):
         fill = None if value is None else uniform(value)
         if none is not None and fill is not None and uniform(none) == 0 and fill * mask.factor <= LOW:
-            return Mask("hide", condition, mask.place, fill=fill * mask.factor, hidden=hidden)
+            return Mask("hide", condition, mask.place, fill=fill * mask.factor, hidden=hidden, adds=True)
     return None
 
 
@@ -275,7 +301,8 @@ def _applied(op: Any, bias: ir.Value | None, mask: Mask, kind: ir.DataType, name
     own = static_shape(value) or ()
     shape = np.broadcast_shapes(own, (static_shape(bias) or ()) if bias is not None else ())
     if mask.kind == "hide":
-        fill = mask.fill if math.isinf(mask.fill) else max(mask.fill, float(ml_dtypes.finfo(dtype).min))
+        fill = absorbing(mask.fill) if mask.replaces else mask.fill
+        fill = fill if math.isinf(fill) else max(fill, float(ml_dtypes.finfo(dtype).min))
         pair = [new_constant(np.asarray(fill, dtype), "hidden"), bias or new_constant(np.asarray(0, dtype), "seen")]
         chosen, other = pair if mask.hidden else pair[::-1]
         return typed(op.Where(value, chosen, other), ir.TensorType(kind), shape, f"{name}_Where")

@@ -32,7 +32,8 @@ class UnreadError(Exception):
 class Mask:
     """One step of masking scores.
 
-    `add`: scores + factor · value. `hide`: `fill` instead of the score where the boolean value is `hidden`.
+    `add`: scores + factor · value. `hide`: `fill` instead of the score where the boolean value is `hidden`, or, with
+    `adds`, added to it there.
     """
 
     kind: str
@@ -41,6 +42,12 @@ class Mask:
     factor: float = 1.0
     fill: float = -math.inf
     hidden: bool = False
+    adds: bool = False
+
+    @property
+    def replaces(self) -> bool:
+        """Whether a finite number stands in the place of scores."""
+        return self.kind == "hide" and not self.adds and math.isfinite(self.fill)
 
 
 @dataclass(frozen=True, slots=True)
