@@ -4,9 +4,9 @@ one bias of shape (B or 1, H or 1, Sq or 1, Skv) for the rest.
 A constant mask that hides all but a band of diagonals is causal, a window, or both. Everything else stays a bias, made
 in the order in which the model applies its masks, and once for all layers that share them.
 
-Of a row that sees no key at all, as of a batch that is padding, a model makes the mean of all values where a large number
-stands in the place of scores, and what its scores say where one is added to them. So does the bias: what stands for a
-number in the place of scores is so large that fp32 loses the score in the sum (`absorbing`).
+Of a row that sees no key at all, as of a batch that is padding, a model makes the mean of all values where a large
+number stands in the place of scores, and what its scores say where one is added to them. So does the bias: what stands
+for a number in the place of scores is so large that fp32 loses the score in the sum (`absorbing`).
 
 Two such rows are the exception to equality. Of masks of -∞ a model gives NaN, and a bias of -∞ gives 0. And where a
 constant mask is a band, a query that is padding and stands before its sequence gets the mean over the keys of the band,
@@ -209,9 +209,8 @@ def masking(masks: Sequence[Mask], shape: Shape, bands: Bands) -> Masking:
         # Of a row that is hidden altogether the model makes what is added afterwards.
         added = any(not each.mask.replaces for each in terms[place + 1 :])
         if added and term.mask.replaces and term.mask.fill > ABSORBED:
-            raise UnreadError(
-                f"its mask {term.mask.value.name!r} puts {term.mask.fill:g} in the place of scores, and another is added"
-            )
+            puts = f"its mask {term.mask.value.name!r} puts {term.mask.fill:g} in the place of scores"
+            raise UnreadError(f"{puts}, and another is added")
     return Masking(found, tuple(terms))
 
 

@@ -176,6 +176,7 @@ class _Lowering:
         self._exact: set[ir.Node] = set()  # nodes that need fp32, and are not only without the lower type
         self._wide: set[ir.Value] = set()
         self._stream: set[ir.Value] = set()  # what residuals take in fp32
+        self._absorbing: set[ir.Value] = set()  # what attentions take in fp32
         self._versions: dict[tuple[ir.Value, str, bool], ir.Value] = {}
         self._home: dict[ir.Value, str] = {value: "fp32" for value in self.graph.inputs if dtype_name(value) == "fp32"}
 
@@ -196,6 +197,7 @@ class _Lowering:
         self._wide = {node.outputs[0] for node in nodes if is_fused(node) and self._stays_wide(node.outputs[0])}
         self._wide |= {value for found in self._kept.values() for value in found.wide}
         self._stream = stays | self._wide
+        self._absorbing = {value for found in self._kept.values() for value in found.absorbing}
         for node in nodes:
             self._convert(node, self._kinds[node])
         self._outputs()
@@ -248,6 +250,7 @@ class _Lowering:
                 value = node.inputs[index]
                 if self._is_ours(value):
                     wide = value in self._stream and self._is_residual(node, index)
+                    wide |= name == "bias" and value in self._absorbing
                     yield index, "fp32" if name in FUSED_FP32 or wide else kind
             return
         slots = _slots(node, self.opset)

@@ -4,6 +4,7 @@
 - **Constants**: so is what has a constant beyond the range, or one that the type has next to no digits of where it
   multiplies or divides. Masks are none of these: a large negative number that is added to scores, or stands in their
   place, on the way to a softmax, does there what any number does that is large enough; so does one that was seen there.
+  But a bias of attention that is to leave nothing of a score (`fuse/masks.py`) has no such number in fp16: it stays.
 - **Whole numbers**: integers in floats are indices and classes, exact or wrong. fp32 stays behind a cast from integers
   that the type doesn't hold, and in front of a cast to integers and of an `Equal`, as far as numbers are only moved,
   rounded and computed with one by one.
@@ -20,7 +21,16 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from tilewright.tuner.model.graph import DTYPES, constant, dtype_name, is_constant, is_fused, op_of, plugin_inputs
+from tilewright.tuner.model.graph import (
+    DTYPES,
+    constant,
+    dtype_name,
+    is_constant,
+    is_fused,
+    op_of,
+    plugin_inputs,
+    scalar,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -66,6 +76,10 @@ MARGIN = 2
 """How often the largest number seen has to fit into the range: other inputs have larger ones."""
 
 
+ABSORBING = (9e29, 1.1e38)
+"""Between which numbers, below 0, those are that `fuse/masks.py` puts in the place of scores."""
+
+
 def limits(dtype: str) -> tuple[float, float]:
     """The largest number of a half-precision type, and its smallest normal one."""
     info = ml_dtypes.finfo(DTYPES[dtype].numpy())
@@ -79,6 +93,7 @@ class Kept:
     reasons: dict[ir.Node, str] = field(default_factory=dict)
     wide: set[ir.Value] = field(default_factory=set)  # results of fused nodes that are fp32, and their operands not
     whole: set[ir.Value] = field(default_factory=set)  # integers, and what is made of them
+    absorbing: set[ir.Value] = field(default_factory=set)  # biases of attention that fused nodes take in fp32
 
 
 def kept(
@@ -94,6 +109,7 @@ def kept(
     found = Kept()
     nodes = [node for node in model.graph if not _has_subgraphs(node)]
     masks = _constants(nodes, target, pinned, found)
+    _absorbing(nodes, target, found)
     limit = limits(target)[0] / MARGIN
     large = {name: max(high, -low) for name, (low, high) in extremes.items() if max(high, -low) > limit}
     if large:
@@ -127,6 +143,31 @@ def _constants(nodes: Iterable[ir.Node], target: str, pinned: frozenset[ir.Value
             elif _vanishes(node, index, array, smallest):
                 found.reasons[node] = f"numbers of {_named(value)} are 0 or denormal in {target}"
     return masked
+
+
+def _absorbing(nodes: Iterable[ir.Node], target: str, found: Kept) -> None:
+    """Keeps biases that take the place of scores, which in a type without such numbers would be added to them."""
+    if limits(target)[0] >= ABSORBING[0]:
+        return
+    for node in nodes:
+        bias = plugin_inputs(node).get("bias") if is_fused(node) and op_of(node) == "attention" else None
+        waiting = [bias]
+        while waiting:
+            maker = _absorbs(waiting.pop())
+            if bias is not None and maker is not None:
+                found.absorbing.add(bias)
+                found.reasons[maker] = f"it puts numbers in the place of scores, and {target} has none so large"
+                waiting += maker.inputs[1:]
+
+
+def _absorbs(value: ir.Value | None) -> ir.Node | None:
+    """The `Where` that makes a value of one that absorbs scores and of others."""
+    maker = None if value is None else value.producer()
+    if maker is None or maker.op_type != "Where" or maker.domain != "" or dtype_name(maker.outputs[0]) != "fp32":
+        return None
+    numbers = [scalar(each) for each in maker.inputs[1:]]
+    least, most = ABSORBING
+    return maker if any(number is not None and least <= -number <= most for number in numbers) else None
 
 
 def _given(node: ir.Node) -> Iterator[tuple[int, ir.Value | None, Array]]:

@@ -313,3 +313,65 @@ def test_a_condition_and_itself_are_one_part() -> None:
     (end,) = g.model(value).graph.outputs
     (part,) = _parts(Mask("hide", end, (S, S)))
     assert part.value.name == "mask"
+
+
+def padding() -> np.ndarray:
+    """What is seen of keys: of the second batch none at all."""
+    seen = np.ones((B, 1, 1, S), bool)
+    seen[0, ..., 4:] = False
+    seen[1] = False
+    return seen
+
+
+@pytest.mark.parametrize("fill", [LEAST, -1e9, -1e4])
+@pytest.mark.parametrize("written", ["where", "added", "after a mask", "twice"])
+def test_a_row_that_sees_no_key_gives_what_it_did(fill, written):
+    """The mean of all values where the number stands in the place of scores, else what scores say."""
+    g = Graph()
+    mask = g.input("mask", B, 1, 1, S, dtype="bool")
+    feeds = {"mask": padding()}
+    if written == "added":
+        masked = g("Add", scores(g), g("Where", mask, g.array(0.0), g.array(fill)))
+    elif written == "where":
+        masked = g("Where", mask, scores(g), g.array(fill))
+    elif written == "after a mask":
+        masked = g("Where", mask, g("Add", scores(g), g.input("position", 1, H, S, S)), g.array(fill))
+    else:  # both hide keys, with another number each
+        other = g.input("other", 1, 1, 1, S, dtype="bool")
+        feeds["other"] = np.arange(S).reshape(1, 1, 1, S) != 2
+        masked = g("Where", mask, g("Where", other, scores(g), g.array(max(fill, -1e9) * 2)), g.array(fill))
+    model, _ = fused(g, attend(g, masked), feeds=feeds)
+    only_fused(model, "FusedAttentionBias")
+
+
+def test_a_row_that_sees_no_key_of_a_constant_mask_gives_what_it_did():
+    g = Graph()
+    seen = np.random.default_rng(0).random((1, 1, S, S)) < 0.5
+    seen[..., 2, :] = False
+    model, _ = fused(g, attend(g, g("Where", g.array(seen, bool), scores(g), g.array(-1e4))))
+    only_fused(model, "FusedAttentionBias")
+
+
+def test_masks_of_half_precision_hide_rows_too():
+    """The bias is fp32 then: fp16 has no number that takes all of a score."""
+    g = Graph()
+    q, k, v = (g.input(name, B, H, S, D, dtype="fp16") for name in "qkv")
+    raw = g("Add", g("MatMul", q, turned(g, k)), g.input("position", 1, H, S, S, dtype="fp16"))
+    masked = g("Where", g.input("mask", B, 1, 1, S, dtype="bool"), raw, g.array(-1e4, np.float16))
+    out = g("MatMul", g("Softmax", masked, axis=-1), v)
+    model, _ = fused(g, out, feeds={"mask": padding()}, within=5e-3)
+    assert plugin_inputs(only_fused(model, "FusedAttentionBias"))["bias"].dtype.name == "FLOAT"
+
+
+@pytest.mark.parametrize(("fill", "left"), [(-1e4, True), (-1e9, False)])
+def test_what_is_added_to_a_number_in_the_place_of_scores(fill, left):
+    g = Graph()
+    hidden = g("Where", g.input("mask", B, 1, 1, S, dtype="bool"), scores(g), g.array(fill))
+    out = attend(g, g("Add", hidden, g.input("position", 1, H, S, S)))
+    model, report = fused(g, out, feeds={"mask": padding()})
+    wanted = ["FusedGemm", "FusedGemm"] if left else ["FusedAttentionBias"]
+    assert [node.op_type for node in fused_nodes(model)] == wanted
+    if left:
+        assert [miss.reason.split(" puts ")[1] for miss in report.misses if miss.pattern == "attention"] == [
+            "-10000 in the place of scores, and another is added"
+        ]

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from tests.tuner.model.fused_nets import dtypes, fused, node
 from tests.tuner.model.graphs import model_of, normal, relative_error
-from tilewright.tuner.model.graph import copy_of
+from tilewright.tuner.model.graph import copy_of, dtype_name, fused_nodes, plugin_inputs
 from tilewright.tuner.model.precision.half import lower
 from tilewright.tuner.model.precision.kept import kept
 from tilewright.tuner.model.precision.quantise import apply_precision
@@ -228,3 +228,26 @@ def test_what_never_becomes_an_integer_is_lowered() -> None:
     ]
     model = model_of(nodes, {"x": (2, 3)}, ["y"], {"flat": np.array([-1])})
     assert lower(model, {}, "fp16") == {}
+
+
+@pytest.mark.parametrize("base", ["fp16", "bf16"])
+@pytest.mark.parametrize("fill", [-1e4, float(np.finfo(np.float32).min)])
+def test_a_row_that_sees_no_key_gives_what_it_did(base: str, fill: float) -> None:
+    """Of 8 keys a query of the second batch sees none: fp16 has no number that takes all of a score."""
+    nodes = [
+        node("MatMul", ["q", "k"], ["s"], name="scores"),
+        node("Greater", ["m", "zero"], ["seen"], name="seen"),
+        node("Where", ["seen", "s", "fill"], ["h"], name="hide"),
+        node("Softmax", ["h"], ["p"], name="softmax"),
+        node("MatMul", ["p", "v"], ["y"], name="values"),
+    ]
+    shapes = {"q": (2, 4, 8, 16), "k": (2, 4, 16, 8), "v": (2, 4, 8, 16), "m": (2, 1, 1, 8)}
+    constants = {"zero": np.array(0, np.float32), "fill": np.array(fill, np.float32)}
+    model = fused(nodes, shapes, ["y"], constants)
+    mixed = apply_precision(model, {}, base=base)
+    (attention,) = fused_nodes(mixed)
+    assert attention.op_type == "FusedAttentionBias"
+    assert dtype_name(plugin_inputs(attention)["bias"]) == ("fp32" if base == "fp16" else base)
+    feed = {name: normal(index, *shape) for index, (name, shape) in enumerate(shapes.items())}
+    feed["m"] = np.stack([np.arange(8) - 5.0, np.full(8, -1.0)]).reshape(2, 1, 1, 8).astype(np.float32)
+    assert relative_error(output(mixed, feed), output(model, feed)) < (4e-3 if base == "fp16" else 3e-2)
