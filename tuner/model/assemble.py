@@ -19,7 +19,8 @@ from tilewright.tuner.model.prepare import Prepared
 from tilewright.tuner.model.report import document as parts
 from tilewright.tuner.model.report.estimate import Estimate, pairing, roofs
 from tilewright.tuner.model.report.memory import memory_of
-from tilewright.tuner.model.request import Request
+from tilewright.tuner.model.report.units import BASELINE
+from tilewright.tuner.model.request import REPORTS, Request
 from tilewright.tuner.model.verify.error_sums import OutputError
 from tilewright.tuner.model.workloads import ModelWorkloads, workloads
 from tilewright.tuner.report import short_config
@@ -93,7 +94,8 @@ def _model_part(request: Request, prepared: Prepared) -> parts.ModelPart:
         name=request.model.name,
         sha256=prepared.source.sha256,
         bytes=prepared.source.bytes,
-        opset=original.opset_imports[""],
+        opset=prepared.opset,
+        read_opset=original.opset_imports[""],
         nodes=len(original.graph),
         inputs=tuple(_tensor(value) for value in original.graph.inputs),
         outputs=tuple(_tensor(value) for value in original.graph.outputs),
@@ -156,12 +158,13 @@ def closing_lines(report: parts.ModelReport, folder: Path) -> list[str]:
     factor = before.time_us / after.time_us if after.time_us else 1.0
     lines = [
         f"the whole model: {before.time_us:.0f} µs ({before.provenance}) before, {after.time_us:.0f} µs "
-        f"({after.provenance}) after, {factor:.1f} times as fast"
+        f"({after.provenance}) after, {factor:.1f} times as fast; before is {BASELINE}"
     ]
     last = report.errors[-1]
     lines += _error_lines(last.comparison.outputs)
     lines += [f"outside the error budget: {breach}" for breach in last.breaches]
-    lines.append(f"written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.is_file()))}")
+    written = sorted({*(each.file for each in report.artefacts), *REPORTS})
+    lines.append(f"written to {folder}: {', '.join(written)}")
     return lines
 
 

@@ -1,9 +1,9 @@
 """The way of a model: read, fold, fuse, lower, tune, verify, estimate, write.
 
 Everything that can be told wrong with the arguments, the model or the data is told before the output folder is made.
-Files are written whole, the report last. A run that is killed goes on where it was when it is started again: tuned
-configurations are in the device's database, scales and tried plans in the folder `.resume` of the output, under keys of
-all that they depend on; the rest takes seconds, and is done again.
+Files are written apart and put in their places at the end, the report last. A run that is killed goes on where it was
+when it is started again: tuned configurations are in the device's database, scales and tried plans in the folder
+`.resume` of the output, under keys of all that they depend on; the rest takes seconds, and is done again.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from tilewright.tuner.model.assemble import Findings, assemble, closing_lines
 from tilewright.tuner.model.calibration.data import Samples, load_data
 from tilewright.tuner.model.fuse import FusionReport
 from tilewright.tuner.model.messages import listed, quoted, shown
-from tilewright.tuner.model.output_folder import RESUME, OutputFolder, check_output, output_folder
+from tilewright.tuner.model.output_folder import OutputFolder, check_output, output_folder
 from tilewright.tuner.model.precision.lower import lower
 from tilewright.tuner.model.prepare import READING_ERROR, Prepared, check_fusing, check_reading, prepare
 from tilewright.tuner.model.report import document as parts
 from tilewright.tuner.model.report.estimate import estimate
 from tilewright.tuner.model.report.html import write_page
 from tilewright.tuner.model.report.readme import write_readme
-from tilewright.tuner.model.request import REPORTS, Request
+from tilewright.tuner.model.request import Request
 from tilewright.tuner.model.resume import resume_key
 from tilewright.tuner.model.session import check_default
 from tilewright.tuner.model.verify.compare import Comparison
@@ -222,18 +222,24 @@ def _optimised(way: _Way, output: OutputFolder, listener: _Listener) -> Made:
     warnings = [*more_warnings, *_error_warnings(request, final.name, comparison)]
     before = estimate(prepared.original, request.device)
     after = estimate(lowered.model, request.device, _times(lowered.model, results))
-    # Until here a folder holds what a run before has left, and all of it.
-    output.retire(REPORTS, [fused.name, final.name])
-    written = list(write_model(prepared.fused, fused))
-    if final != fused:
-        written += write_model(lowered.model, final)
-    written += _engine(request, final, listener.tell)
     said = (*way.warnings, *warnings)
-    report = assemble(Findings(request, prepared, lowered, results, errors, before, after, written, said), folder)
-    parts.write_report(report, folder / "report.json")
-    write_page(report, folder / "report.html")
-    write_readme(report, folder / "README.md")
-    output.keep([*written, *(folder / name for name in request.files)], request.model)
+    there = f"; what was in {folder} before is there still"
+    try:
+        with output.staged() as new:
+            written = list(write_model(prepared.fused, new / fused.name))
+            if final != fused:
+                written += write_model(lowered.model, new / final.name)
+            written += _engine(request, new / final.name, output.resume, listener.tell)
+            report = assemble(Findings(request, prepared, lowered, results, errors, before, after, written, said), new)
+            write_readme(report, new / "README.md")
+            write_page(report, new / "report.html")
+            parts.write_report(report, new / "report.json")
+            there = ""
+            output.place(written, [new / name for name in ("README.md", "report.html", "report.json")])
+            output.keep([*written, *(folder / name for name in request.files)], request.model)
+    except (OSError, UsageError) as error:
+        reason = error if isinstance(error, UsageError) else f"{folder} can't be written ({error.strerror})"
+        raise RunError(f"{reason}{there}") from None
     for line in warnings:
         listener.warn(line)
     return Made(report, not (errors[-1].breaches or spoiled), tuple(closing_lines(report, folder)))
@@ -317,7 +323,7 @@ def _times(model: ir.Model, results: Mapping[Any, Result]) -> dict[str, tuple[fl
     return times
 
 
-def _engine(request: Request, model: Path, tell: Callable[[str], None]) -> list[Path]:
+def _engine(request: Request, model: Path, resume: Path, tell: Callable[[str], None]) -> list[Path]:
     """A TensorRT engine, where TensorRT's builder and the GPU are."""
     if not request.device.live:
         return []
@@ -329,7 +335,7 @@ def _engine(request: Request, model: Path, tell: Callable[[str], None]) -> list[
             model,
             path,
             device=request.device.live,
-            timing_cache=path.parent / RESUME / "timing.cache",
+            timing_cache=resume / "timing.cache",
             db=request.tuning.db,
         )
     except (MissingDependencyError, RunError, UsageError) as error:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import re
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ RESUME = ".resume"
 """What a run that goes on finds here: scales, plans, the lock, and which files are of runs."""
 
 _NAMES = "files.json"
+_NEW = "new"
 _CHUNK = 1 << 20  # bytes looked through at a time
 
 
@@ -45,12 +47,40 @@ class OutputFolder:
                 (self.path / name).unlink()
         _note(self.resume, (names | now) - gone)
 
-    def retire(self, reports: Collection[str], models: Collection[str]) -> None:
-        """Removes reports of runs before, and engines of models that are about to be replaced.
+    @contextmanager
+    def staged(self) -> Iterator[Path]:
+        """A folder to write files into that `place` puts in place; it goes when the block ends. What was there before
+        is there until then, whatever writing comes to."""
+        new = self.resume / _NEW
+        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+        try:
+            new.mkdir()
+            yield new
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+    def place(self, files: Sequence[Path], reports: Sequence[Path]) -> None:
+        """Puts files that were written in place, those of models before reports: a folder with a report has the models
+        that it is of. So reports of runs before go first, and engines of the models among the files.
 
         Raises:
-            UsageError: one can't be removed.
+            OSError, UsageError: one can't be removed or replaced.
         """
+        self._retire([file.name for file in reports], [file.name for file in files if file.suffix == ".onnx"])
+        # Data before the models that read it.
+        for file in (*sorted(files, key=lambda file: file.suffix != ".data"), *reports):
+            target = (self.path / file.name).resolve()  # a link stays one
+            if target.exists():
+                file.chmod(target.stat().st_mode & 0o777)
+            try:
+                file.replace(target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:  # where a link leads to another disk
+                    raise
+                with whole_file(target) as stream, file.open("rb") as source:
+                    shutil.copyfileobj(source, stream)
+
+    def _retire(self, reports: Collection[str], models: Collection[str]) -> None:
         for name in _names(self.resume):
             model = name.removesuffix(".json").removesuffix(".engine") + ".onnx"
             if name not in reports and not (".engine" in name and model in models):

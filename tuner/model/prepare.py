@@ -14,7 +14,7 @@ from tilewright.tuner.model.fuse import FusionReport, fuse
 from tilewright.tuner.model.fuse.norms import LAYER_NORM
 from tilewright.tuner.model.graph import copy_of, dtype_name, fused_nodes, is_fused, op_of
 from tilewright.tuner.model.messages import quoted
-from tilewright.tuner.model.reading.read import DEFAULTS, read_model
+from tilewright.tuner.model.reading.read import DEFAULTS, FILE_OPSET, read_model
 from tilewright.tuner.model.reading.source import Source
 from tilewright.tuner.model.request import Request
 from tilewright.tuner.model.verify.compare import Comparison, Reference
@@ -43,6 +43,7 @@ class Prepared:
     fusion: FusionReport
     workloads: ModelWorkloads
     defaults: list[str]  # inputs of the file that are constants now
+    opset: int  # of the file
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -80,6 +81,7 @@ def prepare(request: Request, tell: Callable[[str], None]) -> Prepared:
     model = read_model(request.model, request.shapes, request.dims)
     source = Source.of(request.model, model)
     defaults: list[str] = model.meta[DEFAULTS]
+    opset: int = model.meta[FILE_OPSET]
     original = copy_of(model)
     tell(f"read {request.model}: {len(model.graph)} nodes")
     folding = fold(model)
@@ -89,7 +91,7 @@ def prepare(request: Request, tell: Callable[[str], None]) -> Prepared:
         f"fused: {len(original.graph)} nodes became {fusion.nodes_after}, {len(found.layers)} of them fused, with "
         f"{found.coverage:.1%} of the operations"
     )
-    return Prepared(original, model, source, folding, fusion, found, defaults)
+    return Prepared(original, model, source, folding, fusion, found, defaults, opset)
 
 
 def check_reading(request: Request, prepared: Prepared, data: Samples, tell: Callable[[str], None]) -> None:
@@ -135,13 +137,12 @@ def check_fusing(request: Request, prepared: Prepared, reference: Judge) -> Comp
     for name, row in itertools.islice(apart.items(), JUDGED):
         before = reference.compare(prepared.fused, layers=_known_before(nodes[name], prepared), lowered=False).layers
         if all(not each.bad_changed and (each.relative or 0.0) <= EQUAL_INPUTS for each in before):
-            masked = ""
-            if is_fused(nodes[name]) and op_of(nodes[name]) == "attention":
-                masked = ", unless a row of its mask hides all keys, which docs/models.md tells of"
             bad = f", and has {row.bad_changed} NaN or infinities" if row.bad_changed else ""
+            if is_fused(nodes[name]) and op_of(nodes[name]) == "attention":
+                bad += ", unless a row of its mask hides all keys, which docs/models.md tells of"
             raise RunError(
-                f"{wrong}{quoted(name)} differs by {row.relative or 0.0:.1e} of its largest value{bad}{masked}; nothing "
-                "was written"
+                f"{wrong}{quoted(name)} differs by {row.relative or 0.0:.1e} of its largest value{bad}; nothing was "
+                "written"
             )
     return found
 

@@ -103,7 +103,7 @@ def sample(prefix: str = "", *, plain: bool = False) -> ModelReport:
     report = ModelReport(
         tilewright="0.1.0",
         model=ModelPart(
-            *(f"{prefix}model.onnx", digest, 790_000, 21, len(before.graph)),
+            *(f"{prefix}model.onnx", digest, 790_000, 17, 21, len(before.graph)),
             inputs=tensors(list(before.graph.inputs)),
             outputs=tensors(list(before.graph.outputs)),
             folded={"constants": 2, "batch norms": 0},

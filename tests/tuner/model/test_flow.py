@@ -22,6 +22,7 @@ from tilewright.tuner.model.edit import Editor
 from tilewright.tuner.model.flow import optimise, plan
 from tilewright.tuner.model.fuse import norms
 from tilewright.tuner.model.graph import fused_nodes, plugin_inputs
+from tilewright.tuner.model.output_folder import RESUME
 from tilewright.tuner.model.precision import lower as precision
 from tilewright.tuner.model.prepare import Prepared, prepare
 from tilewright.tuner.model.request import Request
@@ -341,17 +342,52 @@ def test_a_large_error_without_a_budget_is_warned_of(tmp_path):
     assert "is off by more than 0% of its largest value: --max-error bounds that" in listener.warnings[-1]
 
 
-def test_a_run_that_fails_while_it_writes_leaves_no_report_of_other_models(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing", ["write_model", "write_readme", "write_page"])
+@pytest.mark.parametrize("error", [UsageError("the disk is full"), OSError(5, "Input/output error")])
+def test_a_run_that_fails_while_it_writes_leaves_what_was_there(tmp_path, monkeypatch, failing, error):
+    """Which is a failure of the run, and nothing that its arguments could mend."""
     model = product(tmp_path, node("Relu", "m", "y"), outputs={"y": 1})
-    run(request(model, tmp_path / "build", precision="fp32"))
+    build = tmp_path / "build"
+    run(request(model, build, precision="fp32"))
+    before = {path.name: path.read_bytes() for path in build.iterdir() if path.is_file()}
 
     def full(*_: object) -> None:
-        raise UsageError("the disk is full")
+        raise error
 
-    monkeypatch.setattr(flow, "write_model", full)
-    with pytest.raises(UsageError, match="the disk is full"):
-        run(request(model, tmp_path / "build", precision="fp32"))
-    assert {path.name for path in (tmp_path / "build").iterdir()} == {".resume", "model.fused.onnx"}
+    monkeypatch.setattr(flow, failing, full)
+    with pytest.raises(
+        RunError, match=r"(disk is full|build can't be written \(Input.*\)); what was in .* is there still"
+    ):
+        run(request(model, build, precision="fp32"))
+    assert before == {path.name: path.read_bytes() for path in build.iterdir() if path.is_file()}
+    assert not (build / RESUME / "new").exists()
+
+
+def test_the_end_lists_what_was_written(tmp_path):
+    """And nothing else that lies there, as the model itself."""
+    build = tmp_path / "build"
+    build.mkdir()
+    model = product(build, node("Relu", "m", "y"), outputs={"y": 1})
+    made, _ = run(request(model, build, precision="fp32"))
+    assert made.lines[-1] == f"written to {build}: README.md, model.fused.onnx, report.html, report.json"
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+def test_reports_have_the_opset_of_the_file(tmp_path, opset):
+    model = saved(proto([node("Relu", "x", "y")], opset=opset), tmp_path / "m.onnx")
+    made, _ = run(request(model, tmp_path / "build", precision="fp32"))
+    assert (made.report.model.opset, made.report.model.read_opset) == (opset, 21)
+    page = (tmp_path / "build" / "report.html").read_text()
+    assert f"Opset {opset}{' (read as 21)' if opset == 17 else ''}, 1 nodes" in page
+
+
+def test_what_the_time_before_is_of_is_said_wherever_it_is(tmp_path):
+    model = product(tmp_path, node("Relu", "m", "y"), outputs={"y": 1})
+    made, _ = run(request(model, tmp_path / "build", precision="fp32"))
+    said = "every node by itself, in its own type, nothing fused"
+    assert said in made.lines[0]
+    for name in ("README.md", "report.html"):
+        assert said in (tmp_path / "build" / name).read_text()
 
 
 def test_an_infinite_error_is_null_in_the_report(tmp_path, monkeypatch):
@@ -499,16 +535,16 @@ def test_an_engine_that_can_not_be_built_takes_nothing_from_the_model(tmp_path, 
     asked = []
 
     def build(model, path, *, device, timing_cache, db):
-        asked.append((model.name, path.name, device, db))
+        asked.append((model.name, path.name, str(timing_cache.relative_to(tmp_path)), device, db))
         raise error
 
     monkeypatch.setattr("tilewright.kernels.tensorrt.build_engine", build)
     present = replace(resolve_device("sm_86"), live="cuda:0")
     request = Request.parse(tmp_path / "m.onnx", tmp_path, present, tuning=TuningOptions(db="records"))
     lines: list[str] = []
-    assert flow._engine(request, tmp_path / "model.fp16.onnx", lines.append) == []
-    assert asked == [("model.fp16.onnx", "model.fp16.engine", "cuda:0", "records")]
+    assert flow._engine(request, tmp_path / "model.fp16.onnx", tmp_path / RESUME, lines.append) == []
+    assert asked == [("model.fp16.onnx", "model.fp16.engine", ".resume/timing.cache", "cuda:0", "records")]
     assert lines == [f"no engine was built: {error}"]
     absent = Request.parse(tmp_path / "m.onnx", tmp_path, resolve_device("sm_86"))
-    assert flow._engine(absent, tmp_path / "model.fp16.onnx", lines.append) == []
+    assert flow._engine(absent, tmp_path / "model.fp16.onnx", tmp_path / RESUME, lines.append) == []
     assert len(lines) == len(asked) == 1

@@ -64,11 +64,45 @@ def test_reports_and_engines_of_runs_before_are_retired(tmp_path: Path) -> None:
         for name in (*NAMES, *engines, "other.engine"):
             (tmp_path / name).touch()
         folder.keep([tmp_path / name for name in (*NAMES, *engines)], tmp_path / "m.onnx")
-    with output_folder(tmp_path, NAMES, tmp_path / "m.onnx") as folder:
-        folder.retire(("report.json", "README.md"), ("model.fused.onnx", "model.fp16.onnx"))
+    with output_folder(tmp_path, NAMES, tmp_path / "m.onnx") as folder, folder.staged() as new:
+        files = [new / name for name in ("model.fused.onnx", "model.fp16.onnx", "report.json")]
+        for file in files:
+            file.write_text(file.name)
+        folder.place(files[:2], files[2:])
     assert {path.name for path in tmp_path.iterdir()} == {
-        RESUME, "model.fused.onnx", "other.engine", "model.int8.engine",
-    }  # fmt: skip
+        *(RESUME, "model.fused.onnx", "model.fp16.onnx", "other.engine", "model.int8.engine", "report.json"),
+        *(name for name in NAMES if name.endswith((".md", ".html"))),
+    }
+    assert (tmp_path / "report.json").read_text() == "report.json"
+
+
+def test_files_are_put_in_their_places_together(tmp_path: Path) -> None:
+    """With the permissions that are there, behind a link that is there; data first, the last report last."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.touch()
+    elsewhere.chmod(0o600)
+    build = tmp_path / "build"
+    with output_folder(build, NAMES, tmp_path / "m.onnx") as folder:
+        (build / "report.json").touch()
+        (build / "model.fused.onnx").symlink_to(elsewhere)
+        with folder.staged() as new:
+            files = [new / name for name in ("model.fused.onnx", "model.fused.0123456789abcdef.data", "report.json")]
+            for file in files:
+                file.write_text(file.name)
+            assert not (build / "report.json").read_text()
+            folder.place(files[:2], files[2:])
+        assert not new.exists()
+    assert (build / "model.fused.onnx").is_symlink()
+    assert (elsewhere.read_text(), elsewhere.stat().st_mode & 0o777) == ("model.fused.onnx", 0o600)
+    assert (build / "report.json").read_text() == "report.json"
+
+
+def test_what_a_killed_run_had_staged_goes(tmp_path: Path) -> None:
+    left = tmp_path / RESUME / "new"
+    left.mkdir(parents=True)
+    (left / "model.fused.onnx").touch()
+    with output_folder(tmp_path, NAMES, tmp_path / "m.onnx") as folder, folder.staged() as new:
+        assert not list(new.iterdir())
 
 
 def test_the_model_is_not_replaced(tmp_path: Path) -> None:

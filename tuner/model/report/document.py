@@ -19,7 +19,7 @@ from tilewright.tuner.model.report.memory import Memory
 from tilewright.tuner.model.verify.compare import Comparison
 from tilewright.tuning_db.atomic import whole_file
 
-VERSION = 3
+VERSION = 4
 """Of the document: the names, types and meanings of its fields."""
 
 
@@ -39,7 +39,8 @@ class ModelPart:
     name: str  # of its file, without folders
     sha256: str  # of its file
     bytes: int  # of its file and its external data
-    opset: int
+    opset: int  # of its file
+    read_opset: int  # what that was converted to
     nodes: int  # of the main graph, once read and folded
     inputs: tuple[TensorPart, ...]
     outputs: tuple[TensorPart, ...]

@@ -30,7 +30,15 @@ from tilewright.tuner.model.report.page_style import STYLE
 from tilewright.tuner.model.report.readme import onnxruntime_lines, tensorrt_lines
 from tilewright.tuner.model.report.svg import Point, bar, roofline
 from tilewright.tuner.model.report.svg import escaped as esc
-from tilewright.tuner.model.report.units import bytes_text, digits, factor_text, flops_text, share_text, time_text
+from tilewright.tuner.model.report.units import (
+    BASELINE,
+    bytes_text,
+    digits,
+    factor_text,
+    flops_text,
+    share_text,
+    time_text,
+)
 from tilewright.tuning_db.atomic import whole_file
 
 MOST_BARS = 40
@@ -86,11 +94,13 @@ def _head(report: ModelReport) -> str:
     inputs = ", ".join(
         f"{each.name}: {each.dtype} {'×'.join(map(str, each.shape)) or 'number'}" for each in model.inputs
     )
+    read_as = "" if model.read_opset == model.opset else f" (read as {model.read_opset})"
     there = "at hand" if device.present else "not at hand: nothing here was run on it"
     return (
         f"<h1>{esc(model.name)}</h1>"
         f'<p class="lead">for {esc(device.name)} ({esc(device.key)}, {esc(device.arch)}), {esc(there)}. '
-        f"Opset {model.opset}, {model.nodes} nodes; input {esc(inputs)}. Tilewright {esc(report.tilewright)}.</p>"
+        f"Opset {model.opset}{read_as}, {model.nodes} nodes; input {esc(inputs)}. "
+        f"Tilewright {esc(report.tilewright)}.</p>"
         + "".join(f'<p class="note-box failed">{esc(line)}</p>' for line in report.warnings)
     )
 
@@ -101,7 +111,8 @@ def _tiles(report: ModelReport) -> str:
         (
             "time of one run",
             f"{esc(time_text(before.time_us))} → {esc(time_text(after.time_us))}",
-            f"{esc(factor_text(before.time_us, after.time_us))} {badges(before.provenance, after.provenance)}",
+            f"{esc(factor_text(before.time_us, after.time_us))} {badges(before.provenance, after.provenance)}"
+            f"<br>before: {esc(BASELINE)}",
         ),
         (
             "weights",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tilewright.tuner.model.report.document import ModelReport, TensorPart
-from tilewright.tuner.model.report.units import bytes_text, factor_text, time_text
+from tilewright.tuner.model.report.units import BASELINE, bytes_text, factor_text, time_text
 from tilewright.tuning_db.atomic import whole_file
 
 
@@ -33,7 +33,7 @@ def readme(report: ModelReport) -> str:
         lines += ["and the outputs are:", "", *_tensors(report.model.outputs), ""]
     lines += [
         f"Time of one run: {time_text(before.time_us)} before ({before.provenance}), {time_text(after.time_us)} after "
-        f"({after.provenance}): {factor_text(before.time_us, after.time_us)}.",
+        f"({after.provenance}): {factor_text(before.time_us, after.time_us)}. Before is {BASELINE}.",
         *_caution(before.provenance, after.provenance),
         "",
         "| file | | size |",

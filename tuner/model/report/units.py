@@ -6,6 +6,10 @@ _BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 _FLOPS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("kFLOP", 1e3), ("FLOP", 1.0))
 
 
+BASELINE = "every node by itself, in its own type, nothing fused"
+"""What the time of a model before is of."""
+
+
 def time_text(time_us: float) -> str:
     """Microseconds, or milliseconds from 1,000 on: `12.3 µs`, `4.56 ms`."""
     return f"{digits(time_us / 1e3)} ms" if time_us >= 999.5 else f"{digits(time_us)} µs"
