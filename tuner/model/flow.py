@@ -66,9 +66,16 @@ class Planned:
             *([_default_line(request, self.defaults)] if self.defaults else []),
             *(f"not fused: {shown(left.operator)} {quoted(left.node)}: {left.reason}" for left in found.unsupported),
             f"precision: {request.precision}{budget}, on {len(self.data)} inputs ({self.data.origin})",
-            f"to tune for {request.device.board}: {len(found.distinct())} distinct workloads",
+            f"to tune for {request.device.board}: {len(found.distinct())} distinct workloads"
+            + (f", listed before they are lowered to {request.precision}" if self.before_lowering else ""),
             f"to write: {', '.join(request.files)}" + (f" in {request.output}" if request.output else ""),
         ]
+
+    @property
+    def before_lowering(self) -> bool:
+        """Whether the workloads have other data types than those that will be tuned: which layers keep theirs, only
+        calibration says."""
+        return self.request.precision != "fp32"
 
     def to_dict(self) -> dict[str, Any]:
         """For programs."""
@@ -77,6 +84,8 @@ class Planned:
             "precision": self.request.precision,
             "calibration": {"origin": self.data.origin, "samples": len(self.data)},
             "fusion": self.fusion.to_dict(),
+            "defaults": self.defaults,
+            "before_lowering": self.before_lowering,
             **self.workloads.to_dict(),
             "files": self.request.files,
         }

@@ -309,9 +309,16 @@ def _runtime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingDependencyError(
-            f'running a model needs ONNX Runtime ({error}): pip install "tilewright[onnx]"'
-        ) from None
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            raise MissingDependencyError(
+                f'running a model needs ONNX Runtime ({error}): pip install "tilewright[onnx]"'
+            ) from None
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt):  # C++ code that is interrupted raises an ImportError from it
+                raise KeyboardInterrupt from None
+            cause = cause.__cause__ or cause.__context__
+        raise RunError(f"ONNX Runtime is installed, and can't be imported: {one_line(error)}") from None
     module: ModuleType = onnxruntime
     return module
 

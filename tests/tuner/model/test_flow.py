@@ -498,6 +498,28 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert any("model.int8.onnx" in line for line in planned.lines())
 
 
+@pytest.mark.parametrize(("precision", "before"), [("fp32", False), ("fp16", True), ("int8", True)])
+def test_a_dry_run_says_that_its_workloads_are_not_lowered_yet(tmp_path, precision, before):
+    """Which of them are is for calibration to say; and what becomes a constant is there for programs too."""
+    model, _ = written(tmp_path)
+    planned = plan(request(model, None, precision=precision))
+    (line,) = [line for line in planned.lines() if line.startswith("to tune for")]
+    assert line.endswith(f", listed before they are lowered to {precision}") is before
+    found = planned.to_dict()
+    assert found["before_lowering"] is before
+    assert {row["problem"]["dtype"] for row in found["workloads"]} == {"fp32"}
+    assert found["defaults"] == []
+
+
+def test_a_dry_run_names_inputs_that_become_constants(tmp_path):
+    graph = proto(
+        [node("MatMul", "x w", "y")],
+        inputs=[value("x", (2, 3)), value("w", (3, 4))],
+        tensors=[tensor("w", normal(0, 3, 4))],
+    )
+    assert plan(request(saved(graph, tmp_path / "m.onnx"), None)).to_dict()["defaults"] == ["w"]
+
+
 def test_new_weights_in_an_old_place_are_a_new_model(tmp_path):
     """The model's own file is the same: its external data is another."""
     model, data = written(tmp_path)

@@ -279,6 +279,42 @@ def test_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
         session._runtime.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("error", "cause", "raised", "said"),
+    [
+        (ImportError("initialization failed"), KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+        (
+            ImportError("libc.so.6: no GLIBC_2.99"),
+            None,
+            RunError,
+            r"installed, and can't be imported: libc.so.6: no GL",
+        ),
+        (ModuleNotFoundError("No module named 'flatbuffers'", name="flatbuffers"), None, RunError, "'flatbuffers'"),
+    ],
+    ids=["interrupted", "broken", "without what it needs"],
+)
+def test_an_onnx_runtime_that_can_not_be_imported(
+    monkeypatch: pytest.MonkeyPatch,
+    error: ImportError,
+    cause: BaseException | None,
+    raised: type[BaseException],
+    said: str,
+) -> None:
+    class Finder:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "onnxruntime":
+                raise error from cause
+
+    session._runtime.cache_clear()
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    try:
+        with pytest.raises(raised, match=said):
+            run(ir.from_proto(chain(WEIGHT)), [])
+    finally:
+        session._runtime.cache_clear()
+
+
 def test_main_values() -> None:
     assert set(main_values(ir.from_proto(chain(WEIGHT)))) == {"x", "w", "one", "h", "r", "y"}
 

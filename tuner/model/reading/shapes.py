@@ -114,8 +114,10 @@ def check_outputs(model: ir.Model) -> None:
     """Refuses outputs that can't be compared with another model's.
 
     Raises:
-        ModelError: one is a sequence or optional, or of texts or of a type that no array has.
+        ModelError: there is none, or one is a sequence or optional, or of texts or of a type that no array has.
     """
+    if not model.graph.outputs:
+        raise ModelError("the model has no outputs: it computes nothing, name some when it is exported")
     for value in model.graph.outputs:
         name = quoted(str(value.name))
         if value.type is not None and not isinstance(value.type, ir.TensorType):

@@ -126,3 +126,8 @@ def test_wrong_models(case: str, tmp_path: Path) -> None:
     make, message = WRONG[case]
     line = refusal(saved(make(), tmp_path / "m.onnx"))
     assert re.search(message, line), line
+
+
+def test_a_model_without_outputs(tmp_path: Path) -> None:
+    line = refusal(saved(proto([node("Relu", "x", "y")], outputs=[]), tmp_path / "m.onnx"))
+    assert line == "the model has no outputs: it computes nothing, name some when it is exported"
