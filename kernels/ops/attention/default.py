@@ -80,8 +80,10 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
         packed = problem.varlen and terms and problem.unit == "fp8"
         if ragged or (packed and wide > 128 and device.hopper) or (terms and wide > 64 and not groups):
             n = 16
-        # Of 72 and 80 columns in two blocks, masks take 8 bytes too many beside 64 keys (Triton 3.6).
-        if not groups and 64 < problem.D <= 80 and problem.right is not None and problem.Sq % 128:
+        # Masks beside heads in two blocks and 64 keys: of 72 and 80 columns 8 bytes too many (Triton 3.6), and on
+        # sm_120 of 96 columns 12 (3.9).
+        tailed = 64 < problem.D <= (96 if device.major == 12 else 80)
+        if not groups and tailed and problem.right is not None and problem.Sq % 128:
             n = min(n, 32)
         config = AttentionConfig(128, n, PACK=pack, num_warps=8, num_stages=stages)
         # Packed sequences of paged keys have bounds and a page number for every key: of 128 rows, or 64 keys, they

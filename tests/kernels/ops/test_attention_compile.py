@@ -227,6 +227,11 @@ def test_packed_prefill_of_paged_keys_does_not_spill(arch):
     assert_clean(attention_on(arch, [(problem, None) for problem in (packed, wide, cut)]), scratch=False)
 
 
+def test_masks_beside_two_blocks_of_a_head_do_not_spill_on_sm_120():
+    problem = AttentionProblem(2, 8, 1000, 4096, 96, causal=True)
+    assert_clean(attention_on(120, [(problem, None), (replace(problem, D=72, window_left=500), None)]), scratch=False)
+
+
 def test_packed_fp8_with_slopes_does_not_spill_on_sm_120():
     assert_clean(attention_on(120, defaults(120, [("varlen", SHAPES[0], 72, "fp8e4m3")])), scratch=False)
 
