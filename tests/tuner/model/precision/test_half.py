@@ -310,3 +310,14 @@ def test_the_residual_stream_between_norms_stays_fp32() -> None:
     assert dtypes(narrow)["h0"] == "fp16"
     bf16 = apply_precision(stream(read_by="Sigmoid"), {}, base="bf16")
     assert dtypes(bf16)["h0"] == "bf16"
+
+
+@pytest.mark.parametrize(("opset", "kept"), [(20, "fp32"), (21, "bf16")])
+def test_a_pad_of_bf16_is_one_of_opset_21(opset: int, kept: str) -> None:
+    """Below, where quantised files are, ONNX Runtime has none (1.32)."""
+    nodes = [node("Relu", ["x"], ["r"], name="relu"), node("Pad", ["r", "by"], ["y"], name="pad")]
+    model = model_of(nodes, {"x": (2, 3)}, ["y"], {"by": np.array([0, 1, 0, 1])}, opset=opset)
+    lower(model, {}, "bf16")
+    (pad,) = [each for each in model.graph if each.op_type == "Pad"]
+    assert dtype_name(pad.outputs[0]) == kept
+    np.testing.assert_array_equal(results(model, {"x": np.ones((2, 3), np.float32)})[0][0], [0, 1, 1, 1, 0])
