@@ -311,7 +311,7 @@ def _runtime() -> ModuleType:
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
             raise MissingDependencyError(
-                f'running a model needs ONNX Runtime ({error}): pip install "tilewright[onnx]"'
+                f"running a model needs ONNX Runtime ({error}): pip install onnxruntime"
             ) from None
         cause: BaseException | None = error
         while cause is not None:
