@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.attention.space import AttentionConfig
-from tilewright.kernels.problem import Config
+from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.tensorrt.expressions import Number, ceil_div
 from tilewright.kernels.tensorrt.operation import (
     Attribute,
@@ -89,6 +90,14 @@ class AttentionPlugin(PluginOperation):
     def constants(self, tensors: Tensors, attributes: Attributes) -> tuple[tuple[str, float], ...]:
         scale = attributes["scale"] or 1 / math.sqrt(tensors["q"].static(3, "the head dim"))
         return ("SCALE", scale), *((("SOFTCAP", attributes["softcap"]),) if attributes["softcap"] else ())
+
+    def broadcasts(self, problem: Problem) -> Mapping[str, object]:
+        assert isinstance(problem, AttentionProblem)
+        return {
+            "bias_batch": problem.bias_batch if problem.B > 1 else None,
+            "bias_heads": problem.bias_heads if problem.H > 1 else None,
+            "bias_rows": problem.bias_rows if problem.Sq > 1 else None,
+        }
 
     def _fields(self, tensors: Tensors, attributes: Attributes) -> dict[str, object]:
         """The problem's fields that no dimension decides."""

@@ -53,8 +53,9 @@ class Case:
         """The inputs by name, with dimensions that may be expressions."""
         return {tensor.name: tensor for tensor in self.inputs}
 
-    def check(self) -> None:
-        """Does nothing for a case that makes a problem over all of its range.
+    def check(self, *, ahead: bool = True) -> None:
+        """Does nothing for a case that makes a problem over all of its range, and one kind of problem if one kernel,
+        compiled ahead of time, is to serve it.
 
         Raises:
             ProblemError, UsageError: it does not; the message says why.
@@ -66,6 +67,35 @@ class Case:
                 output = problem.outputs().get(tensor.name)
                 if output is None or output.dtype != tensor.dtype:
                     raise ProblemError(f"{self.variant.name} {problem} has no output {tensor.name} of {tensor.dtype}")
+        # A dynamic dimension is at least 2 in the largest shape: what is 1 there is so everywhere.
+        largest = self.variant.operation.broadcasts(self.problem(self.profile.max))
+        for which, sizes in (("min", self.profile.min), ("opt", self.profile.opt), ("max", self.profile.max)):
+            differing = self._misread(sizes, ahead=ahead)
+            if ahead:
+                found = self.variant.operation.broadcasts(self.problem(sizes))
+                differing += [name for name, value in found.items() if value is not None and value != largest[name]]
+            if differing:
+                raise ProblemError(
+                    f"{self.variant.name}: at the {which} of the profile a 1 is broadcast which is no 1 at its max "
+                    f"({', '.join(differing)}): make that dimension a static 1, or its least size more than 1"
+                )
+
+    def _misread(self, sizes: Sizes, *, ahead: bool) -> list[str]:
+        """Outputs, and sizes that are passed, which come out of the expressions of dynamic dimensions otherwise than
+        of the dimensions' values."""
+        operation = self.variant.operation
+        known = {tensor.name: tensor.at(sizes) for tensor in self.inputs}
+        results = operation.outputs(known, self.attributes)
+        found = [
+            tensor.name
+            for tensor, result in zip(self.outputs, results, strict=True)
+            if tensor.at(sizes).dims != result.dims
+        ]
+        if ahead:
+            wanted = operation.scalars(known, self.attributes)
+            passed = operation.scalars(self.tensors, self.attributes)
+            found += [name for name, number in passed.items() if evaluate(number, sizes) != wanted[name]]
+        return found
 
     def problem(self, sizes: Sizes) -> Problem:
         """The problem for given sizes of the dynamic dimensions.

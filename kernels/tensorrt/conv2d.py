@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from tilewright.kernels.kernel import Launch
 from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
 from tilewright.kernels.ops.conv2d.space import Conv2dConfig
-from tilewright.kernels.problem import Config
+from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.tensorrt.expressions import Number, ceil_div, is_static
 from tilewright.kernels.tensorrt.operation import (
     Attribute,
@@ -135,6 +136,10 @@ class Conv2dPlugin(PluginOperation):
                 for argument in launch.arguments
             ),
         )
+
+    def broadcasts(self, problem: Problem) -> Mapping[str, object]:
+        assert isinstance(problem, Conv2dProblem)
+        return {"w_scale": problem.w_scale if problem.K > 1 else None}
 
     def formats(self, tensors: Tensors, outputs: tuple[Tensor, ...], attributes: Attributes) -> list[tuple[str, ...]]:
         linear = super().formats(tensors, outputs, attributes)

@@ -11,7 +11,7 @@ from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.packing import packed_rows
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
-from tilewright.kernels.problem import Config
+from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.tensorrt.expressions import Number, ceil_div, is_static, product
 from tilewright.kernels.tensorrt.operation import (
     Attribute,
@@ -121,6 +121,17 @@ class GemmPlugin(PluginOperation):
         assert isinstance(config, GemmConfig)
         form = self._form(tensors, attributes)
         return ceil_div(form.M, config.BLOCK_M) * ceil_div(form.N, config.BLOCK_N) * form.batch
+
+    def broadcasts(self, problem: Problem) -> Mapping[str, object]:
+        assert isinstance(problem, GemmProblem)
+        many, rows = problem.batch > 1, problem.M * (1 if problem.a_broadcast else problem.batch)
+        return {
+            "a_broadcast": problem.a_broadcast if many else None,
+            "b_broadcast": problem.b_broadcast if many else None,
+            "residual_broadcast": problem.residual_broadcast if many else None,
+            "a_scale": problem.a_scale if rows > 1 else None,
+            "b_scale": problem.b_scale if problem.N > 1 else None,
+        }
 
     def _form(self, tensors: Tensors, attributes: Attributes) -> _Form:
         a, b = tensors["a"], tensors["b"]

@@ -134,6 +134,11 @@ class PluginOperation(ABC):
         every size."""
         return launch
 
+    def broadcasts(self, problem: Problem) -> Mapping[str, object]:
+        """The fields of a problem that are compiled in and hang on whether a dimension is 1, by name; None for one that
+        makes no difference at these sizes."""
+        return {}
+
     def formats(self, tensors: Tensors, outputs: tuple[Tensor, ...], attributes: Attributes) -> list[tuple[str, ...]]:
         """The formats of inputs and outputs that go together, the first all linear."""
         return [(LINEAR,) * (len(tensors) + len(outputs))]

@@ -180,7 +180,7 @@ def combinations(
         ProblemError, UsageError, UnsupportedError: there is none; the message says why not the linear one.
     """
     linear = case_of(variant, inputs, outputs, attributes, ["LINEAR"] * (len(inputs) + len(outputs)))
-    linear.check()
+    linear.check(ahead=ahead)
     types = ",".join(TENSORRT_NAMES[tensor.dtype] for tensor in (*linear.inputs, *linear.outputs))
     found, refused = [], None
     for formats in variant.operation.formats(linear.tensors, linear.outputs, attributes):
@@ -189,7 +189,7 @@ def combinations(
             if ahead:
                 numbers = [tactic.number for tactic in current().of(case)]
             else:
-                case.check()
+                case.check(ahead=ahead)
                 check_supported(case.kernel, case.problem(case.profile.opt), current().target.device)
                 numbers = []
         except UnsupportedError as error:

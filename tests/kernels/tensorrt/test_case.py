@@ -7,10 +7,12 @@ import pytest
 from tests.kernels.tensorrt.cases import case
 from tilewright.kernels import AttentionConfig, Conv2dConfig, GemmConfig, resolve_device
 from tilewright.kernels.tensorrt.case import Profile
-from tilewright.tuning_db.errors import UnsupportedError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError
 
 DEVICE = resolve_device("rtx3090")
 M = [1, 128, 1000]
+B = [4, 8, 8]
+ROWS = [4, 64, 64]
 
 
 def test_sizes_that_stand_for_all():
@@ -47,3 +49,56 @@ def test_outputs_are_those_of_the_problem():
     found = case("FusedGemm", [((M, 64), "fp16"), ((64, 64), "fp16")])
     found.check()
     assert [tensor.name for tensor in found.outputs] == ["out"]
+
+
+MATRICES = [((B, 16, 16), "fp16"), ((B, 16, 16), "fp16")]
+HEADS = [((B, 4, ROWS, 64), "fp16")] * 3
+
+
+@pytest.mark.parametrize(
+    ("plugin", "inputs", "what", "both"),
+    [
+        ("FusedGemm", [(([1, 8, 8], 16, 16), "fp16"), MATRICES[1]], "out, batch, a_broadcast", True),
+        ("FusedGemm", [MATRICES[0], (([1, 8, 8], 16, 16), "fp16")], "M, batch", False),
+        ("FusedGemmResidual", [*MATRICES, (([1, 8, 8], 16, 16), "fp16")], "residual_broadcast", False),
+        ("FusedGemmAScale", [((ROWS, 64), "fp16"), ((64, 32), "fp16"), (([1, 64, 64],), "fp32")], "a_scale", False),
+        ("FusedGemmBScale", [((8, 64), "fp16"), ((64, ROWS), "fp16"), (([1, 64, 64],), "fp32")], "b_scale", False),
+        ("FusedAttentionBias", [*HEADS, (([1, 8, 8], 4, ROWS, ROWS), "fp16")], "bias_batch", False),
+        ("FusedAttentionBias", [*HEADS, ((B, [1, 4, 4], ROWS, ROWS), "fp16")], "bias_heads", False),
+        ("FusedAttentionBias", [*HEADS, ((1, 1, [1, 64, 64], ROWS), "fp16")], "bias_rows", False),
+        (
+            "FusedConv2dWScale",
+            [((B, 16, 8, 8), "fp16"), ((16, 16, 3, 3), "fp16"), (([1, 16, 16],), "fp32")],
+            "w_scale",
+            False,
+        ),
+    ],
+)
+def test_a_dynamic_dimension_is_never_a_one_that_is_broadcast(plugin, inputs, what, both):
+    """One kernel serves the whole profile: of what is 1 at its least shape alone it would read past the end."""
+    found = case(plugin, inputs)
+    message = rf"{plugin}: at the min of the profile a 1 is broadcast which is no 1 at its max \({what}\): make that"
+    with pytest.raises(ProblemError, match=message):
+        found.check()
+    if both:  # TensorRT makes the result of the dynamic dimension
+        with pytest.raises(ProblemError, match=r"at the min of the profile .* \(out\)"):
+            found.check(ahead=False)
+    elif "M" not in what:
+        found.check(ahead=False)  # from Python, each shape has a kernel of its own
+
+
+@pytest.mark.parametrize(
+    ("plugin", "inputs"),
+    [
+        ("FusedGemmResidual", [((M, 16, 16), "fp16")] * 3),
+        ("FusedGemmResidual", [((M, 16, 16), "fp16")] * 2 + [((1, 16, 16), "fp16")]),
+        ("FusedGemm", [((1, 16, 16), "fp16"), ((M, 16, 16), "fp16")]),
+        ("FusedGemmAScaleBScale", [((M, 16), "fp16"), ((16, M), "fp16"), ((M,), "fp32"), ((M,), "fp32")]),
+        ("FusedGemmAScale", [((1, M, 16), "fp16"), ((M, 16, 16), "fp16"), ((1, M), "fp32")]),
+        ("FusedAttentionBias", [((M, 4, M, 64), "fp16")] * 3 + [((M, 4, M, M), "fp16")]),
+        ("FusedAttentionBias", [((M, 4, M, 64), "fp16")] * 3 + [((1, 4, 1, M), "fp16")]),
+    ],
+)
+def test_a_one_that_makes_no_difference_may_be_dynamic(plugin, inputs):
+    """One matrix, one row or one sequence: with nothing to broadcast over, it is the same."""
+    case(plugin, inputs).check()
