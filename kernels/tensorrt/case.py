@@ -97,6 +97,14 @@ class Case:
             found += [name for name, number in passed.items() if evaluate(number, sizes) != wanted[name]]
         return found
 
+    @property
+    def general(self) -> Sizes:
+        """`Profile.general`, with dimensions that follow from others, as those of a residual do, as they make them."""
+        sizes = dict(self.profile.general)
+        followers = self.variant.operation.followers(self.tensors, self.outputs, self.attributes)
+        found = {place: evaluate(number, sizes) for place, number in followers.items() if place in sizes}
+        return sizes | found
+
     def problem(self, sizes: Sizes) -> Problem:
         """The problem for given sizes of the dynamic dimensions.
 
@@ -123,7 +131,7 @@ class Case:
             UnsupportedError: this configuration needs a second launch, or memory or arguments that TensorRT does not
                 give.
         """
-        launches = self.launches(config, self.profile.general)
+        launches = self.launches(config, self.general)
         if len(launches) > 1:
             raise UnsupportedError(f"{config} takes {len(launches)} launches, and TensorRT makes one")
         launch = self.variant.operation.generalized(launches[0], self.tensors)
@@ -148,7 +156,7 @@ class Case:
         for argument in launch.arguments:
             if is_scalar(argument):
                 found.append((argument.name, known[argument.name]))
-                value = evaluate(known[argument.name], self.profile.general)
+                value = evaluate(known[argument.name], self.general)
                 if argument.type != "i32" or argument.value != value:
                     raise UnsupportedError(
                         f"{argument.name} is {argument.type} {argument.value}, not the {value} of int32"
@@ -159,13 +167,13 @@ class Case:
         """None, or why the configuration can't serve all of the range by one launch; nothing is compiled."""
         if getattr(config, "TMA", False) and device.arch >= DESCRIPTORS_SINCE:
             return f"{config} makes tensor descriptors on the device, in scratch memory, and TensorRT gives none"
-        for sizes in (self.profile.opt, self.profile.min, self.profile.max, self.profile.general):
-            reason = self.kernel.space.fits(self.problem(sizes), config, device)
-            if reason is not None:
-                return reason
         try:
+            for sizes in (self.profile.opt, self.profile.min, self.profile.max, self.general):
+                reason = self.kernel.space.fits(self.problem(sizes), config, device)
+                if reason is not None:
+                    return reason
             self.scalars(self.launch(config))
-        except UnsupportedError as error:
+        except (ProblemError, UnsupportedError) as error:  # of sizes that nobody gave, the problem may be none
             return str(error)
         return None
 

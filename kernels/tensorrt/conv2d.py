@@ -141,6 +141,11 @@ class Conv2dPlugin(PluginOperation):
         assert isinstance(problem, Conv2dProblem)
         return {"w_scale": problem.w_scale if problem.K > 1 else None}
 
+    def followers(
+        self, tensors: Tensors, outputs: tuple[Tensor, ...], attributes: Attributes
+    ) -> Mapping[tuple[str, int], Number]:
+        return {("residual", axis): dim for axis, dim in enumerate(outputs[0].dims)}
+
     def formats(self, tensors: Tensors, outputs: tuple[Tensor, ...], attributes: Attributes) -> list[tuple[str, ...]]:
         linear = super().formats(tensors, outputs, attributes)
         last = {

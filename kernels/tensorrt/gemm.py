@@ -133,6 +133,14 @@ class GemmPlugin(PluginOperation):
             "b_scale": problem.b_scale if problem.N > 1 else None,
         }
 
+    def followers(
+        self, tensors: Tensors, outputs: tuple[Tensor, ...], attributes: Attributes
+    ) -> Mapping[tuple[str, int], Number]:
+        form = self._form(tensors, attributes)
+        # One dimension of scales counts the rows of all matrices that are folded into one.
+        folded = "a_scale" in tensors and len(tensors["a_scale"].dims) == 1 and form.batch == 1
+        return {("a_scale", 0): form.M} if folded else {}
+
     def _form(self, tensors: Tensors, attributes: Attributes) -> _Form:
         a, b = tensors["a"], tensors["b"]
         check_rank(a, lambda rank: rank >= 2, "(…, M, K), or (…, K, M) with trans_a=1")

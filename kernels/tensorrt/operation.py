@@ -139,6 +139,12 @@ class PluginOperation(ABC):
         makes no difference at these sizes."""
         return {}
 
+    def followers(
+        self, tensors: Tensors, outputs: tuple[Tensor, ...], attributes: Attributes
+    ) -> Mapping[tuple[str, int], Number]:
+        """Dimensions of inputs that are not those of another input but computed from them."""
+        return {}
+
     def formats(self, tensors: Tensors, outputs: tuple[Tensor, ...], attributes: Attributes) -> list[tuple[str, ...]]:
         """The formats of inputs and outputs that go together, the first all linear."""
         return [(LINEAR,) * (len(tensors) + len(outputs))]

@@ -22,7 +22,7 @@ from tilewright.kernels.tensorrt.case import Case
 from tilewright.kernels.tensorrt.expressions import minimum, to_plain
 from tilewright.kernels.tensorrt.plans import LaunchPlan
 from tilewright.kernels.tensorrt.ptx import assembled_isa, check_readable, isa_for, prepared
-from tilewright.tuning_db.errors import CompileError, UnsupportedError
+from tilewright.tuning_db.errors import CompileError, ProblemError, UnsupportedError
 
 MOST = 8
 """Tactics of one case: TensorRT times each of them, and those beyond are predicted to be the slower."""
@@ -101,7 +101,10 @@ def _evidence(case: Case, device: Device, folder: Path, count: int) -> Iterator[
         if problem not in problems:
             problems.append(problem)
             yield from islice(shortlist(case.kernel, problem, device, folder, 1, usable), 1)
-    general = case.kernel.default(case.problem(case.profile.general), device)
+    try:
+        general = case.kernel.default(case.problem(case.general), device)
+    except ProblemError:
+        return  # `refusal` says so of every configuration
     if usable(general):
         yield Choice(general, None, "the default of sizes that nothing divides")
 

@@ -102,3 +102,9 @@ def test_a_dynamic_dimension_is_never_a_one_that_is_broadcast(plugin, inputs, wh
 def test_a_one_that_makes_no_difference_may_be_dynamic(plugin, inputs):
     """One matrix, one row or one sequence: with nothing to broadcast over, it is the same."""
     case(plugin, inputs).check()
+
+
+def test_sizes_that_stand_for_all_and_make_no_problem_are_a_reason():
+    found = case("FusedAttentionBias", [((2, 4, 64, 64), "fp16")] * 3 + [((2, [4, 4, 4], 64, 64), "fp16")])
+    found.check()
+    assert "bias is (2, 5, 64, 64)" in found.refusal(AttentionConfig(64, 64), DEVICE)

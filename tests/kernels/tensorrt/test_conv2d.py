@@ -36,6 +36,16 @@ def test_any_image(last):
     assert check_launches(found, lambda n, h, w, *_: Conv2dProblem(N=n, H=h, W=w, **fields), sizes) >= 10
 
 
+def test_the_residual_of_any_image_is_as_large_as_the_image_makes_it():
+    """Sizes of the odd size that stands for all others, half as large, are even."""
+    sides = [63, 223, 447], [32, 112, 224]
+    inputs = [((N, 16, sides[0], sides[0]), "fp16"), ((16, 16, 3, 3), "fp16"), ((N, 16, sides[1], sides[1]), "fp16")]
+    found = case("FusedConv2dResidual", inputs, stride_h=2, stride_w=2, **PADS)
+    fields = {"C": 16, "K": 16, "R": 3, "S": 3, "stride_h": 2, "stride_w": 2, "residual": "fp16", **PADS, **NCHW}
+    sizes = [(n, h, w, n, (h + 1) // 2, (w + 1) // 2) for n, h, w in ((1, 63, 63), (8, 224, 223), (3, 447, 64))]
+    assert check_launches(found, lambda n, h, w, *_: Conv2dProblem(N=n, H=h, W=w, **fields), sizes) >= 10
+
+
 def test_uneven_padding_and_dilation_of_any_image():
     found = case(
         "FusedConv2d", [((1, 8, SIDE, SIDE), "fp32"), ((8, 8, 2, 3), "fp32")], pad_bottom=1, dilation_w=2, stride_h=3

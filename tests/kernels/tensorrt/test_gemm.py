@@ -28,6 +28,13 @@ def test_leading_dimensions_under_one_matrix_are_rows():
     assert check_launches(found, lambda b, s: GemmProblem(M=b * s, N=192, K=256), [(1, 1), (3, 5), (16, 64)]) >= 20
 
 
+def test_scales_of_all_rows_of_leading_dimensions():
+    rows = [5, 35, 42]
+    found = case("FusedGemmAScale", [(([1, 5, 6], [5, 7, 7], 64), "fp16"), ((64, 32), "fp16"), ((rows,), "fp32")])
+    sizes = [(1, 5, 5), (2, 6, 12), (6, 7, 42)]
+    assert check_launches(found, lambda b, s, m: GemmProblem(M=b * s, N=32, K=64, a_scale="row"), sizes) >= 10
+
+
 def test_all_sizes_may_be_dynamic():
     found = case("FusedGemm", [((M, M), "fp16"), ((M, M), "fp16")])
     sizes = [(1, 1, 1, 1), (128, 64, 64, 256), (1000, 100, 100, 999), (33, 1000, 1000, 16)]
