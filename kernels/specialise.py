@@ -6,10 +6,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-REUSED = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
-"""Whether Triton puts operands where barriers are that it makes and never uses."""
 
-REUSES_BARRIERS: tl.constexpr = tl.constexpr(REUSED)
+@triton.constexpr_function
+def reuses_barriers():
+    """Whether Triton puts operands where barriers are that it makes and never uses."""
+    # A function and no constant: the hash of the code has its text, not what this Triton makes of it, for a pack serves
+    # under every Triton. Keys of records, and of Triton's own cache, have the version beside that hash.
+    version = triton.__version__
+    major, minor = version.split(".")[:2]
+    return (int(major), int(minor)) < (3, 8)
 
 
 @triton.jit
@@ -23,7 +28,7 @@ def behind_barriers(program, STAGES: tl.constexpr):
 
     Thread 0 made the barriers, and its warp starts the copies, behind this; the other groups don't wait for it.
     """
-    if REUSES_BARRIERS:
+    if reuses_barriers():
         for stage in tl.static_range(STAGES):
             program = tl.inline_asm_elementwise(
                 """{

@@ -223,3 +223,27 @@ def test_a_modules_hash_is_the_same_on_a_python_whose_trees_have_more_fields(tmp
                 monkeypatch.setattr(kind, field, [], raising=False)
         hashes.append(module_hash(importlib.import_module(name)))
     assert len(set(hashes)) == 1
+
+
+@pytest.mark.smoke
+def test_the_code_is_the_same_under_every_triton():
+    # A pack that one Triton compiled serves under others: it is of their code, though each compiles another.
+    asked = """
+import sys, triton
+triton.__version__ = sys.argv[1]
+from tilewright.kernels.registry import KERNELS
+from tilewright.kernels.specialise import reuses_barriers
+print(reuses_barriers(), *(kernel.source_hash for kernel in KERNELS))
+"""
+    found = {}
+    for version in ("3.7.1", "3.9.0"):
+        done = subprocess.run(
+            [sys.executable, "-c", asked, version],
+            env=compiling_environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        reused, *found[version] = done.stdout.split()
+        assert reused == str(version == "3.7.1")
+    assert found["3.7.1"] == found["3.9.0"]

@@ -6,7 +6,7 @@ import pytest
 
 from tests.kernels.compiling import compiled, described
 from tilewright.kernels import GemmConfig, GemmProblem
-from tilewright.kernels.specialise import REUSED
+from tilewright.kernels.specialise import reuses_barriers
 
 
 @pytest.mark.smoke
@@ -19,5 +19,5 @@ def test_of_every_stage_each_group_of_warps_ends_a_barrier_where_its_place_is_re
         (100, GemmConfig(**{**tile.to_dict(), "num_stages": 3, "WARP_SPECIALIZE": True}), 0),
     ):
         (reply,) = compiled(arch, [("gemm", problem, config)])
-        wanted = groups * config.num_stages if REUSED else 0
+        wanted = groups * config.num_stages if reuses_barriers() else 0
         assert reply["instructions"]["ended barriers"] == wanted, described(reply)
