@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from tilewright.kernels.arrays import require_cupy
-from tilewright.kernels.dispatch import call_cache, plan_for
+from tilewright.kernels.dispatch import MOST_PLANS, call_cache, plan_for
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.runtime import Plan
 from tilewright.kernels.tensorrt.operation import PluginVariant, Tensor
@@ -48,6 +48,8 @@ def enqueue(
     plan = _plans.get(key)
     if plan is None:
         with _lock:
+            if len(_plans) >= MOST_PLANS:
+                _plans.clear()
             plan = _plans[key] = _prepared(variant, inputs, outputs, attributes, aligned, ordinal)
     names = (*variant.inputs, *variant.outputs)
     plan.run({f"{name}_ptr": tensor.data_ptr for name, tensor in zip(names, tensors, strict=True)}, {}, stream)

@@ -54,6 +54,14 @@ def test_a_shape_is_planned_once_and_run_on_the_stream(planned):
     assert len(planned) == 3
 
 
+def test_a_process_with_ever_new_shapes_keeps_so_many_plans(planned, monkeypatch):
+    monkeypatch.setattr(jit, "MOST_PLANS", 3)
+    for rows in range(1, 11):
+        run("FusedGemm", [tensor((rows, 64)), tensor((64, 32))], [tensor((rows, 32))])
+        assert len(jit._plans) <= 3
+    assert planned.count("planned") == 10
+
+
 def test_formats_attributes_and_alignment_are_part_of_the_plan(planned):
     inputs = [tensor((1, 16, 8, 8), format=Format.HWC8), tensor((8, 16, 3, 3))]
     out = tensor((1, 8, 6, 6), format=Format.HWC8)
