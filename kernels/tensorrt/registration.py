@@ -28,6 +28,8 @@ from tilewright.tuning_db.errors import MissingDependencyError, UnsupportedError
 
 _lock = threading.Lock()
 _registered: set[str] = set()
+_begun: set[str] = set()
+"""Plugins that TensorRT may have been told of already: `register` may be interrupted anywhere, and called again."""
 
 
 def register(
@@ -157,7 +159,10 @@ def _register(variant: PluginVariant, trt: Any, api: Any) -> None:
     _sign(autotune, dict.fromkeys((*names, *attributes, "outputs")), list[api.AutoTuneCombination])
     _sign(aot, dict.fromkeys((*names, *attributes, "outputs", "tactic")), kernel)
     _sign(jit, dict.fromkeys((*names, *attributes, "outputs", "stream")), None)
-    api.register(identifier)(describe)
+    # TensorRT takes a description once; implementations replace those it has.
+    if variant.name not in _begun or not hasattr(getattr(api.op, NAMESPACE, None), variant.name):
+        _begun.add(variant.name)
+        api.register(identifier)(describe)
     api.autotune(identifier)(autotune)
     api.aot_impl(identifier)(aot)
     api.impl(identifier)(jit)
@@ -236,6 +241,8 @@ def _watch_creator(creator: Any, variant: PluginVariant, autotune_jit: Callable[
     timings between plugins that differ in their attributes or in their kernels' revision.
     """
     create = creator.create_plugin
+    if hasattr(create, "__wrapped__"):
+        return  # by a call of `register` that was interrupted
 
     @noting_failures
     @functools.wraps(create)

@@ -338,6 +338,44 @@ assert all(registry.get_creator(name, "1", "tilewright") is not None for name in
 
 
 @needs_bindings
+def test_registering_goes_on_where_it_was_interrupted(tmp_path):
+    script = """
+from tilewright.kernels.tensorrt import registration
+waiting = [(step, late) for step in ("register", "autotune", "aot_impl", "impl", "watch") for late in (False, True)]
+def interrupt(step, late):
+    if (step, late) in waiting:
+        waiting.remove((step, late))
+        raise KeyboardInterrupt
+def interrupted(step, function):
+    def call(*arguments):
+        interrupt(step, False)
+        result = function(*arguments)
+        interrupt(step, True)
+        return result
+    return call
+def decorator(step, real):
+    return lambda identifier: interrupted(step, real(identifier))
+for step in ("register", "autotune", "aot_impl", "impl"):
+    setattr(api, step, decorator(step, getattr(api, step)))
+registration._watch_creator = interrupted("watch", registration._watch_creator)
+left = len(waiting)
+while waiting:
+    try:
+        plugins.register("sm_86")
+    except KeyboardInterrupt:
+        left -= 1
+assert left == 0
+plugins.register("sm_86")
+registry = trt.get_plugin_registry()
+for name in plugins.plugins():
+    create = registry.get_creator(name, "1", "tilewright").create_plugin
+    assert not hasattr(create.__wrapped__.__wrapped__, "__wrapped__"), name
+"""
+    (answer,) = lead("sm_86", [LAYER], script=script, tactics=2, TILEWRIGHT_DB_DIR=str(tmp_path))
+    check(LAYER, answer, "sm_86")
+
+
+@needs_bindings
 def test_python_plugins_too(tmp_path):
     """With the other preference the very same nodes become plugins that launch from Python."""
     script = """
