@@ -57,7 +57,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 """Every activation by the first word of its name."""
 
-ALIASES = {"gelu": "gelu_erf", "swish": "silu", "relu6": "clamp:0:6", "": "none"}
+ALIASES = {"gelu": "gelu_erf", "swish": "silu", "relu6": "clamp:0:6"}
 
 
 _OF_A_GATE = {"glu": "sigmoid", "reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
@@ -72,7 +72,9 @@ def activation_name(name: str | None) -> str:
     """
     if name is not None and not isinstance(name, str):
         raise ProblemError(f"activation={name!r} must be the name of one, such as 'gelu', or None")
-    return _canonical(name or "none")
+    if name == "":  # as one whose text was lost on the way is read
+        raise ProblemError("activation='' is no name: leave it out, or say 'none'")
+    return _canonical("none" if name is None else name)
 
 
 @functools.cache

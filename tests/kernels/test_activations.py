@@ -126,7 +126,7 @@ def test_names():
         == {formula.partition(":")[0] for formula in FORMULAS}
     )
     assert all(activation_name(name) == name for name in ACTIVATION_NAMES)
-    aliases = {"gelu": "gelu_erf", "swish": "silu", "relu6": "clamp:0:6", "": "none"}
+    aliases = {"gelu": "gelu_erf", "swish": "silu", "relu6": "clamp:0:6"}
     assert {name: activation_name(name) for name in ALIASES} == aliases
     assert activation_name(None) == "none"
 
@@ -153,6 +153,7 @@ def test_parameters_have_one_spelling(given, canonical):
         ("swiglu", "activation 'swiglu' is silu of a gate: where an op takes `gated`, activation='silu' with gated='"),
         ("geglu", "activation 'geglu' is gelu of a gate"),
         ("ReLU", "unknown activation 'ReLU'; the names are none, relu, relu2, "),
+        ("", "activation='' is no name: leave it out, or say 'none'"),
         ("clamp", "activation 'clamp' has 0 parameters; clamp takes 2"),
         ("clamp:1", "activation 'clamp:1' has 1 parameters; clamp takes 2"),
         ("leaky_relu:1:2", "activation 'leaky_relu:1:2' has 2 parameters; leaky_relu takes 0 to 1"),

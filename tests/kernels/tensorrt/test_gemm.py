@@ -164,6 +164,8 @@ def test_code_for_all_sizes_is_right_for_each(config):
         ("FusedGemm", [((8, 8), "fp16"), ((8, 8), "bf16")], {}, "dtype='fp16' with b_dtype='bf16'"),
         ("FusedGemm", [((8, 8), "int32"), ((8, 8), "int32")], {}, "gemm takes fp16"),
         ("FusedGemm", [((8, 8), "fp16"), ((8, 8), "fp16")], {"activation": "rely"}, "rely"),
+        # As of an exporter that lost the text: were it "none", the engine would be wrong without a word.
+        ("FusedGemm", [((8, 8), "fp16"), ((8, 8), "fp16")], {"activation": ""}, "activation='' is no name"),
         (
             "FusedGemm",
             [((8, 8), "fp16"), ((8, 8), "fp16")],
