@@ -69,7 +69,7 @@ class GluonAttentionConfig:
 
 @gluon.jit
 def place_of(program, heads, tiles, GROUP_H: gl.constexpr, CAUSAL: gl.constexpr):
-    """Head and first query of a tile; of causal ones those with the most keys come first, for a short end."""
+    """Head and first query of a tile; of causal ones of GROUP_H heads the longest come first, for a short end."""
     head, tile = tile_of(program, heads, tiles, GROUP_H)
     if CAUSAL:
         tile = tiles - 1 - tile
@@ -92,6 +92,16 @@ def whole_blocks_of(row, queries, keys, BLOCK_N: gl.constexpr, CAUSAL: gl.conste
     if CAUSAL:
         whole = gl.maximum(gl.minimum(keys, row + keys - queries + 1), 0)
     return whole // BLOCK_N
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    """The stage after it, and the phase of its barriers."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
 
 
 @gluon.jit
@@ -125,20 +135,7 @@ def copy_in(
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             copy_tile_in(v_desc, [head // shared_by, key, 0], v_full.index(stage), v_ring.index(stage))
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
-
-
-@gluon.jit
-def next_stage(stage, phase, STAGES: gl.constexpr):
-    """The stage after it, and the phase of its barriers."""
-    stage += 1
-    if stage == STAGES:
-        stage = 0
-        phase ^= 1
-    return stage, phase
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit

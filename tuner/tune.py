@@ -25,7 +25,7 @@ from tilewright.tuner.storage import Storage
 from tilewright.tuner.suites import SUITES, Workload
 from tilewright.tuner.tuning_run import Budget, TuningRun
 from tilewright.tuning_db.env import database_dir, refuse_compiler_switches
-from tilewright.tuning_db.errors import ProblemError, UsageError
+from tilewright.tuning_db.errors import DatabaseCorruptError, ProblemError, UsageError
 from tilewright.tuning_db.store import TuningDB
 
 PREDICTED_TRIALS = 12
@@ -200,7 +200,8 @@ def tune(plan: PlannedRun, progress: Callable[[Progress], None] = lambda event: 
         # Before the database is made: a URL that can't be opened leaves nothing behind.
         storage = None if options.storage is None else stack.enter_context(Storage(options.storage))
         database = stack.enter_context(TuningDB.open(device.key, database_dir(options.db)))
-        database.refuse_other_devices()
+        with contextlib.suppress(DatabaseCorruptError):  # told, and the file set aside, when a damaged page is needed
+            database.refuse_other_devices()
         results = Results(device, database.path, set_aside=database.set_aside)
         problems = [workload.problem for workload in workloads]
         with TuningRun(device, database, jobs, plan.gpus, storage, problems, budget) as run:

@@ -12,7 +12,7 @@ import importlib.util
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
@@ -358,4 +358,4 @@ def _load(pointer: Pointer, mask: Array, other: float) -> Tensor:
     return values.view(Tensor)
 
 
-__all__ = ["DeadlockError", "Descriptor", "Mapping", "Pointer", "changed", "simulate"]
+__all__ = ["DeadlockError", "Descriptor", "Pointer", "changed", "simulate"]

@@ -24,7 +24,13 @@ from tilewright.tuner import notes, tune, tuning_run
 from tilewright.tuner.results import Progress
 from tilewright.tuner.suites import SUITES, Workload
 from tilewright.tuner.tune import autotune, resolve_workloads
-from tilewright.tuning_db.errors import ProblemError, UnknownKernelError, UnsupportedError, UsageError
+from tilewright.tuning_db.errors import (
+    DatabaseCorruptError,
+    ProblemError,
+    UnknownKernelError,
+    UnsupportedError,
+    UsageError,
+)
 from tilewright.tuning_db.record import Provenance, Status
 from tilewright.tuning_db.store import TuningDB
 
@@ -287,6 +293,17 @@ def test_an_interrupted_run_keeps_what_is_finished_and_goes_on_from_there(
     results = autotune("rtx3090", problems=[SMALL], trials=6, jobs=1, db=tmp_path)
     assert results.results[0].trials == 6
     assert len(counted.asked) - before == 3
+
+
+def test_a_damaged_page_stops_no_run_that_does_not_need_it(
+    tmp_path: Path, counted: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(database: TuningDB) -> None:
+        raise DatabaseCorruptError("a page that lists devices")
+
+    monkeypatch.setattr(TuningDB, "refuse_other_devices", damaged)
+    (result,) = autotune("rtx3090", problems=[SMALL], trials=1, db=tmp_path)
+    assert result.trials == len(counted.asked) == 1
 
 
 def test_a_damaged_database_is_set_aside_and_named(tmp_path: Path, counted: type[CountingRunner]) -> None:

@@ -15,6 +15,7 @@ from tilewright.tuner.commands.db import warn_of_no_shipped_folder
 from tilewright.tuner.commands.ending import EXIT_FAILED
 from tilewright.tuner.commands.output import new_table, print_table
 from tilewright.tuning_db.errors import UsageError
+from tilewright.tuning_db.strict_json import shown
 
 if TYPE_CHECKING:
     from tilewright.tuner.model.request import Request
@@ -119,28 +120,44 @@ def _check_paths(request: Request) -> None:
     from tilewright.tuning_db.env import database_dir
 
     databases = database_dir(request.tuning.db)
-    if databases.exists() and not databases.is_dir():
+    if _is_there(databases, "--db") and not databases.is_dir():
         raise UsageError(f"{databases} is a file: name the folder it is in (--db)")
     if request.output is not None:
-        there = next(each for each in (request.output, *request.output.absolute().parents) if each.exists())
+        above = (request.output, *request.output.absolute().parents)
+        there = next(each for each in above if _is_there(each, "--output"))
         if not there.is_dir() or not os.access(there, os.W_OK):
-            why = "may not be written to" if there.is_dir() else "is a file"
+            why = "may not be written to" if there.is_dir() else "is a file" if there.exists() else "leads nowhere"
             raise UsageError(f"--output {request.output} can't be written ({there} {why}): name a folder that can")
         check_output(request.output, [*request.files, *request.engine_files], request.model)
-    if request.calibration != RANDOM and not Path(request.calibration).exists():
+    if request.calibration != RANDOM and not _is_there(Path(request.calibration), "--calibration"):
         raise UsageError(
             f"--calibration {request.calibration} isn't there: give an .npz file, a folder of them, or {RANDOM}"
         )
 
 
+def _is_there(path: Path, option: str) -> bool:
+    """Whether something has that name, be it a link that leads nowhere.
+
+    Raises:
+        UsageError: nobody can say, as of a name that is too long.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UsageError(f"{option} {shown(str(path))} can't be looked at: {error.strerror}") from None
+    return True
+
+
 def print_workloads(rows: Sequence[dict[str, Any]]) -> None:
     """The distinct workloads of a model: how often each comes, and its share."""
-    from tilewright.tuner.model.messages import shown
+    from tilewright.tuner.model.messages import shown as printed
 
     table = new_table(["workload", "op"], ["count", "GFLOP", "FLOPs", "bytes"], ["problem"])
     for row in rows:
         table.add_row(
-            shown(row["first"]),
+            printed(row["first"]),
             row["op"],
             str(row["count"]),
             f"{row['flops'] / 1e9:.3g}",

@@ -52,7 +52,6 @@ class OutputFolder:
         """A folder to write files into that `place` puts in place; it goes when the block ends. What was there before
         is there until then, whatever writing comes to."""
         new = self.resume / _NEW
-        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
         try:
             new.mkdir()
             yield new
@@ -188,6 +187,7 @@ def _sweep(path: Path, names: Sequence[str]) -> None:
     """Removes what killed runs had begun to write: whoever holds the lock writes alone."""
     begun = [each for name in names for each in path.glob(f".{name}.*.part")]
     begun += [each for name in names for each in path.glob(f".{Path(name).stem}.*.data.*.part")]
+    shutil.rmtree(path / RESUME / _NEW, ignore_errors=True)
     for file in (*begun, *(path / RESUME).glob(".*.part")):
         with contextlib.suppress(OSError):
             file.unlink()

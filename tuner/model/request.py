@@ -14,6 +14,7 @@ from tilewright.tuner.model.reading.shapes import parse_shapes
 from tilewright.tuner.model.verify.error_budget import Budget
 from tilewright.tuner.tune import TuningOptions
 from tilewright.tuning_db.errors import UnsupportedError, UsageError
+from tilewright.tuning_db.strict_json import shown
 
 SAMPLES = 32
 """Calibration inputs by default: ranges of activations change little with more (measured in docs/models.md)."""
@@ -79,7 +80,11 @@ class Request:
             raise UnsupportedError(
                 f"--precision {chosen} needs sm_{dtype(kind).min_arch} or newer: {device.board} is {device.sm}"
             )
-        if output is not None and output.exists() and not output.is_dir():
+        try:
+            taken = output is not None and output.exists() and not output.is_dir()
+        except OSError as error:  # as of a name that is too long
+            raise UsageError(f"--output {shown(str(output))} can't be looked at: {error.strerror}") from None
+        if taken:
             raise UsageError(f"--output {output} is a file: name a folder")
         return cls(
             model,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 
 from tilewright.tuner.suites.bert import BERT_BASE, BERT_LARGE
-from tilewright.tuner.suites.called import read_calls
+from tilewright.tuner.suites.calls import read_calls
 from tilewright.tuner.suites.convnext import CONVNEXT_T
 from tilewright.tuner.suites.llama import LLAMA3_8B, LLAMA3_70B
 from tilewright.tuner.suites.mobilenet import MOBILENET_V2

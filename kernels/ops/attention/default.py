@@ -80,10 +80,11 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
         packed = problem.varlen and terms and problem.unit == "fp8"
         if ragged or (packed and wide > 128 and device.hopper) or (terms and wide > 64 and not groups):
             n = 16
-        # Masks beside heads in two blocks and 64 keys: of 72 and 80 columns 8 bytes too many (Triton 3.6), and on
-        # sm_120 of 96 columns 12 (3.9).
+        # Masks beside heads in two blocks and 64 keys: of 72 and 80 columns 4 to 44 bytes too many, and on sm_120 of 96
+        # columns 12.
         tailed = 64 < problem.D <= (96 if device.major == 12 else 80)
-        if not groups and tailed and problem.right is not None and problem.Sq % 128:
+        counted = problem.varlen or problem.kv_lens or problem.window_left is not None
+        if not groups and tailed and (counted or (problem.right is not None and problem.Sq % 128)):
             n = min(n, 32)
         config = AttentionConfig(128, n, PACK=pack, num_warps=8, num_stages=stages)
         # Packed sequences of paged keys have bounds and a page number for every key: of 128 rows, or 64 keys, they

@@ -116,7 +116,7 @@ class AttentionProblem(Problem):
         if self.window_left is not None and self.window_left >= self.Skv - 1:
             put("window_left", None)
         if self.window_right is not None and self.window_right >= 2**30:
-            put("window_right", None)  # no number of keys is as large, and places with it pass 32 bits
+            put("window_right", None)  # no limit: places with it would pass 32 bits
         if self.varlen:
             return  # a sequence may have more queries than are computed
         if self.window_right is not None and self.window_right >= self.Sq - 1:

@@ -146,8 +146,9 @@ def _depth(problem: AttentionProblem, config: AttentionConfig, device: Device) -
     """Blocks that cp.async fetches ahead of what it can fetch at all: 4 bytes at a time or more."""
     if device.arch < 80 or config.num_stages < 2:
         return 0
-    # The page numbers take every other stage for themselves.
-    return max(1, (config.num_stages - 1) // 2) if problem.page_size else config.num_stages - 1
+    # The page numbers take every other stage for themselves, where keys are copied ahead.
+    halved = problem.page_size and vector_bytes(problem) >= 4
+    return max(1, (config.num_stages - 1) // 2) if halved else config.num_stages - 1
 
 
 def shared_bytes(problem: AttentionProblem, config: AttentionConfig, device: Device) -> int:

@@ -162,7 +162,10 @@ def test_a_bias_beside_paged_keys_is_copied_as_far_ahead_as_they_are(arch):
     deep = AttentionConfig(128, 64, num_warps=4, num_stages=5)
     # fp8 terms of so low a tile are no 4 bytes a thread.
     low = replace(paged, Sq=16, bias="fp8e5m2"), AttentionConfig(16, 16, num_stages=3)
-    for reply in attention_on(arch, [(paged, deep), (paged, replace(deep, num_stages=3)), low]):
+    # Keys that are not copied ahead take no stages for page numbers, and the bias is copied all the same.
+    odd = replace(paged, D=33), replace(deep, BLOCK_M=64, BLOCK_N=32)
+    unaligned = replace(paged, aligned=False), replace(deep, BLOCK_M=64, BLOCK_N=32)
+    for reply in attention_on(arch, [(paged, deep), (paged, replace(deep, num_stages=3)), low, odd, unaligned]):
         assert "error" not in reply, (described(reply), reply.get("error"))
         assert 0.9 * reply["resources"]["shared_bytes"] <= reply["estimate"] <= reply["resources"]["shared_bytes"]
 
@@ -224,7 +227,11 @@ def test_packed_prefill_of_paged_keys_does_not_spill(arch):
     )
     wide = AttentionProblem(1, 64, 4096, 192, 128, Hkv=8, varlen=True, page_size=64, kv_lens=True)
     cut = AttentionProblem(2, 8, 100, 4096, 72, Hkv=1, causal=True)
-    assert_clean(attention_on(arch, [(problem, None) for problem in (packed, wide, cut)]), scratch=False)
+    masked = AttentionProblem(2, 8, 384, 4096, 80, causal=True, varlen=True)
+    left = AttentionProblem(2, 8, 300, 4096, 72, varlen=True, window_left=100)
+    counted = AttentionProblem(2, 8, 300, 4096, 80, kv_lens=True)
+    tested = (packed, wide, cut, masked, left, counted)
+    assert_clean(attention_on(arch, [(problem, None) for problem in tested]), scratch=False)
 
 
 def test_masks_beside_two_blocks_of_a_head_do_not_spill_on_sm_120():

@@ -218,6 +218,8 @@ def test_paths_are_looked_at_before_the_model_is_read(autotune, tmp_path: Path, 
     file.touch()
     other.mkdir()
     (other / "README.md").write_text("of somebody")
+    link, long = tmp_path / "link", tmp_path / ("x" * 300)
+    link.symlink_to(tmp_path / "nowhere")
     before = sorted(tmp_path.rglob("*"))
     good = ("--output", tmp_path / "build")
     for more, said in (
@@ -227,6 +229,10 @@ def test_paths_are_looked_at_before_the_model_is_read(autotune, tmp_path: Path, 
             ("--output", file / "in"),
             f"--output {file / 'in'} can't be written ({file} is a file): name a folder that can",
         ),
+        (("--output", link), f"--output {link} can't be written ({link} leads nowhere): name a folder that can"),
+        (("--output", long), "can't be looked at: File name too long"),
+        ((*good, "--calibration", long), "can't be looked at: File name too long"),
+        ((*good, "--db", long), "can't be looked at: File name too long"),
         ((*good, "--db", ""), "the folder of the databases (--db) is empty: name one"),
         ((*good, "--db", file), f"{file} is a file: name the folder it is in (--db)"),
         (

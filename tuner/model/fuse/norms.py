@@ -60,7 +60,8 @@ def _read(node: ir.Node) -> _Norm | None:
         return None
     while (user := _only_user(found.last)) is not None:
         if user.op_type == "Cast" and dtype_name(found.last) == "fp32" and dtype_name(user.outputs[0]) == kind:
-            pass
+            if found.scale is not None or found.bias is not None:
+                break  # they are fp32, and so is the norm
         elif user.op_type == "Mul" and found.scale is None and found.bias is None:
             found.scale = _parameter(user, found.last, shape, found.axis)
             if found.scale is None:

@@ -143,7 +143,25 @@ def cast_for_good(n: Norm, x: str) -> str:
     return str(n.g("Mul", n.g("Div", d, root), n.g.array(SCALE, np.float32)))
 
 
-@pytest.mark.parametrize(("form", "wanted"), [(cast_inside, [LAYER_NORM]), (cast_for_good, ["Cast", LAYER_NORM])])
+def cast_behind(n: Norm, x: str) -> str:
+    """The same, cast back behind both parameters."""
+    return str(n.g("Cast", n.g("Add", cast_for_good(n, x), n.g.array(BIAS, np.float32)), to=10))
+
+
+def cast_between(n: Norm, x: str) -> str:
+    """The same, cast back between them."""
+    return str(n.g("Add", n.g("Cast", cast_for_good(n, x), to=10), n.g.array(BIAS, np.float16)))
+
+
+@pytest.mark.parametrize(
+    ("form", "wanted"),
+    [
+        (cast_inside, [LAYER_NORM]),
+        (cast_for_good, ["Cast", LAYER_NORM]),
+        (cast_behind, ["Cast", LAYER_NORM, "Cast"]),
+        (cast_between, ["Cast", LAYER_NORM, "Cast", "Add"]),
+    ],
+)
 def test_a_norm_of_fp16_that_is_computed_in_fp32(form: Callable[[Norm, str], str], wanted: list[str]) -> None:
     before, after = made(Norm("fp16"), form)
     assert operators(after) == wanted

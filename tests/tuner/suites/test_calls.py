@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tilewright.kernels import AttentionProblem, GemmProblem
-from tilewright.tuner.suites import Workload, called, read_calls
+from tilewright.tuner.suites import Workload, calls, read_calls
 from tilewright.tuning_db.errors import UsageError
 
 pytestmark = pytest.mark.smoke
@@ -45,7 +45,7 @@ def test_each_problem_once_in_the_order_of_the_file(tmp_path: Path) -> None:
 def test_a_mistake_is_one_line_with_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
 ) -> None:
-    monkeypatch.setattr(called, "MOST_BYTES", 2000)
+    monkeypatch.setattr(calls, "MOST_BYTES", 2000)
     path = tmp_path / "calls.txt"
     path.write_bytes(content)
     with pytest.raises(UsageError) as raised:

@@ -54,8 +54,8 @@ class Call:
 def called() -> tuple[Call, ...]:
     """What this process has called so far, each problem once for each device, in the order of the first calls.
 
-    Of a problem that was called with a configuration of the caller's and without, the last is told of. The first
-    65,536 are kept. What a TensorRT engine launches by itself is not among them.
+    Of a problem that was called with a configuration of the caller's and without, the one that came last for the first
+    time is told of. The first 65,536 are kept. What a TensorRT engine launches by itself is not among them.
     """
     return tuple(_calls.values())
 
@@ -73,7 +73,8 @@ def note(problem: Problem, ordinal: int, choice: Choice, named: bool) -> None:
         path = env.calls_file()
         if path is not None and problem not in _written and len(_written) < MOST_CALLS:
             _written.add(problem)
-            _write(path, line_of(problem))
+            # Where it is named from: a program may go to another folder.
+            _write(_places.setdefault(path, path.absolute()), line_of(problem))
     except UsageError as error:
         _warn(f"{error}: what is called is not noted there")
 
@@ -85,6 +86,7 @@ def line_of(problem: Problem) -> str:
 
 _calls: dict[tuple[Problem, str], Call] = {}
 _written: set[Problem] = set()
+_places: dict[Path, Path] = {}
 _known: dict[Path, set[str]] = {}  # lines that a file had when the first was added
 
 
@@ -118,7 +120,7 @@ def _write(path: Path, line: str) -> None:
 def _lines(stream: IO[bytes]) -> set[str]:
     found: set[str] = set()
     for line in stream.read(MOST_BYTES).decode(errors="replace").splitlines():
-        found.add(line)
+        found.add(line.lstrip("# \t"))  # what was commented out is known, too
         if len(found) >= MOST_CALLS:
             break
     return found

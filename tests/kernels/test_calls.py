@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 
 from tilewright.kernels import KERNELS, Call, Choice, GemmConfig, GemmProblem, called, conv2d, gemm
-from tilewright.kernels import called as function
-from tilewright.kernels.called import line_of, note
+from tilewright.kernels import calls as module
+from tilewright.kernels.calls import line_of, note
 from tilewright.kernels.dispatch import forget_plans, plan_for
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.tuner.suites import read_calls
 from tilewright.tuning_db.env import CALLS, FROZEN
 from tilewright.tuning_db.record import Provenance
 
-module = sys.modules[function.__module__]
 ONE, OTHER = GemmProblem(16, 16, 16), GemmProblem(16, 16, 32, dtype="bf16", b_layout="col")
 CONFIG = GemmConfig(16, 16, 16)
 KNOWN = Choice(CONFIG, Provenance.PREDICTED, "by the test", 2.5)
@@ -29,7 +28,7 @@ KNOWN = Choice(CONFIG, Provenance.PREDICTED, "by the test", 2.5)
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch):
-    for name in ("_calls", "_known"):
+    for name in ("_calls", "_known", "_places"):
         monkeypatch.setattr(module, name, {})
     monkeypatch.setattr(module, "_written", set())
     forget_plans()
@@ -110,7 +109,7 @@ def test_processes_that_write_at_once_lose_and_mix_nothing(tmp_path: Path) -> No
     path = tmp_path / "calls.txt"
     program = (
         "import sys; from tilewright.kernels import Choice, GemmConfig, GemmProblem\n"
-        "from tilewright.kernels.called import note\n"
+        "from tilewright.kernels.calls import note\n"
         "choice = Choice(GemmConfig(16, 16, 16), None, 'by the test')\n"
         "for size in range(1, 200): note(GemmProblem(size, int(sys.argv[1]), 16), 0, choice, named=False)\n"
     )
@@ -141,6 +140,27 @@ def test_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path: Path, monkeypatch:
             RuntimeWarning, match=f"TILEWRIGHT_CALLS={path} is no file: what is called is not noted there"
         ):
             note(ONE, 0, KNOWN, named=False)
+
+
+def test_a_call_that_was_commented_out_stays_so(file: Path) -> None:
+    file.write_text(f"# {line_of(ONE)}\n#{line_of(OTHER)}\n")
+    before = file.read_text()
+    note(ONE, 0, KNOWN, named=False)
+    note(OTHER, 0, KNOWN, named=False)
+    assert file.read_text() == before
+
+
+def test_the_file_stays_where_it_was_when_the_program_goes_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CALLS, "calls.txt")
+    monkeypatch.chdir(tmp_path)
+    note(ONE, 0, KNOWN, named=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    note(OTHER, 0, KNOWN, named=False)
+    assert (tmp_path / "calls.txt").read_text() == f"{line_of(ONE)}\n{line_of(OTHER)}\n"
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_last_line_without_an_end_stays_one_of_its_own(file: Path) -> None:
