@@ -111,8 +111,6 @@ def build_pack(
         database.refuse_other_devices()
     binaries: dict[str, Binary] = {}
     jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
-    # Where it leads now: /dev/fd/3 would still be the file that the pack takes the place of.
-    written = output.resolve()
     with whole_file(output) as stream:
         with Pool(min(jobs, len(tasks))) as pool:
             _compile_all(pool, device, tasks, chosen, binaries)
@@ -125,8 +123,10 @@ def build_pack(
             revisions={task.kernel.name: code_hash(task.kernel) for task in tasks},
         )
         write_pack(stream, facts, [task.entry() for task in tasks], binaries)
-    content = written.read_bytes()
-    pack = Pack(written)
+        stream.flush()
+        # What is told is of these bytes: once the file has its name, it may be another's, packed meanwhile.
+        written = Path(stream.name)
+        content, pack = written.read_bytes(), Pack(written)
     return Packed(
         output, device.key, hashlib.sha256(content).hexdigest(), len(content), len(pack.specializations), pack.entries
     )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,29 @@ def test_a_descriptors_name_leads_to_the_file_it_had(choices, tmp_path: Path, mo
         packed = build_pack(DEVICE, choices, Path(f"/dev/fd/{stream.fileno()}"), folder=tmp_path)
     assert packed.sha256 == hashlib.sha256((tmp_path / "p").read_bytes()).hexdigest()
     assert Pack(tmp_path / "p").entries == packed.entries
+
+
+def test_what_is_told_is_of_what_was_packed(choices, tmp_path: Path, monkeypatch) -> None:
+    """And not of what another packer put in its place meanwhile."""
+    monkeypatch.setattr(FakePool, "reply", staticmethod(lambda request: built()))
+    whole_file = packing.whole_file
+
+    @contextmanager
+    def raced(path: Path):
+        with whole_file(path) as stream:
+            yield stream
+            written.append(Path(stream.name))
+            stream.flush()
+            content.append(written[0].read_bytes())
+        path.write_bytes(b"another's")
+
+    written: list[Path] = []
+    content: list[bytes] = []
+    monkeypatch.setattr(packing, "whole_file", raced)
+    packed = build_pack(DEVICE, choices, tmp_path / "p", folder=tmp_path)
+    assert (packed.sha256, packed.bytes) == (hashlib.sha256(content[0]).hexdigest(), len(content[0]))
+    assert [entry.op for entry in packed.entries] == ["gemm"]
+    assert (tmp_path / "p").read_bytes() == b"another's"
 
 
 def test_when_nothing_fits_the_file_there_was_stays(choices, tmp_path: Path) -> None:
