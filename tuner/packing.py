@@ -18,6 +18,7 @@ from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.device import Device
 from tilewright.kernels.kernel import Kernel, Launch
 from tilewright.kernels.lookup import Choice, all_ranked, code_hash
+from tilewright.kernels.ops.conv2d.problem import Conv2dProblem, as_gemm
 from tilewright.kernels.pack import Entry, Facts, Pack, specialization_digest, write_pack
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.registry import KERNELS, find_kernel
@@ -86,7 +87,8 @@ def build_pack(
     """Compile what a program on `device` would run for each problem (an op's name and a `Problem`), and write the pack.
 
     The choice is that of `tilewright.kernels.choose` with the databases of `folder`: the best record, else a
-    prediction, else the default; what turns out not to fit once it is compiled gives way to the next. The file is
+    prediction, else the default; what turns out not to fit once it is compiled gives way to the next. Beside a
+    convolution of one tap goes the GEMM that Python runs it as. The file is
     written whole or not at all, and equal choices and code give equal bytes.
 
     Raises:
@@ -98,7 +100,8 @@ def build_pack(
     """
     refuse_if_frozen("no pack is made")
     refuse_compiler_switches("no pack is made")
-    tasks = [_Task(find_kernel(op), problem, device, folder) for op, problem in dict.fromkeys(problems)]
+    called = dict.fromkeys(each for op, problem in problems for each in _as_called(op, problem, device))
+    tasks = [_Task(find_kernel(op), problem, device, folder) for op, problem in called]
     if not tasks:
         raise UsageError("there is nothing to pack: tune the device first, or name problems or a suite")
     if output.exists() and not output.is_file() and not output.is_dir():  # a folder is refused with what is to be done
@@ -130,6 +133,16 @@ def build_pack(
     return Packed(
         output, device.key, hashlib.sha256(content).hexdigest(), len(content), len(pack.specializations), pack.entries
     )
+
+
+def _as_called(op: str, problem: Problem, device: Device) -> Iterator[tuple[str, Problem]]:
+    """A problem, and behind it the one that a call of its op runs in its place: `conv2d` runs one tap as a GEMM, unless
+    it is told a convolution's configuration."""
+    yield op, problem
+    if isinstance(problem, Conv2dProblem) and problem.pointwise:
+        product = as_gemm(problem)
+        if find_kernel(product.op).supported(product, device) is None:
+            yield product.op, product
 
 
 @dataclass

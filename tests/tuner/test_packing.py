@@ -19,6 +19,7 @@ import pytest
 
 from tilewright.kernels import find_kernel, resolve_device
 from tilewright.kernels.lookup import Choice, record_key
+from tilewright.kernels.ops.conv2d.problem import as_gemm
 from tilewright.kernels.pack import Pack
 from tilewright.tuner import packing
 from tilewright.tuner.packing import build_pack, problems_on_record
@@ -280,6 +281,26 @@ def test_what_is_told_is_of_what_was_packed(choices, tmp_path: Path, monkeypatch
     assert (packed.sha256, packed.bytes) == (hashlib.sha256(content[0]).hexdigest(), len(content[0]))
     assert [entry.op for entry in packed.entries] == ["gemm"]
     assert (tmp_path / "p").read_bytes() == b"another's"
+
+
+def test_beside_a_convolution_of_one_tap_is_the_product_that_runs_in_its_place(
+    choices, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(FakePool, "reply", staticmethod(lambda request: built()))
+    monkeypatch.setattr(
+        packing,
+        "all_ranked",
+        lambda kernel, problem, device, folder: iter(
+            [Choice(kernel.default(problem, device), Provenance.PREDICTED, "by the test", 1.0)]
+        ),
+    )
+    conv2d = find_kernel("conv2d")
+    one, three = (conv2d.problem(N=1, H=16, W=16, C=64, K=64, R=taps, S=taps) for taps in (1, 3))
+    packed = build_pack(DEVICE, [("conv2d", one), ("conv2d", three)], tmp_path / "p", folder=tmp_path)
+    assert [entry.op for entry in packed.entries] == ["conv2d", "conv2d", "gemm"]
+    assert packed.entries[-1].problem == as_gemm(one).to_json()
+    again = build_pack(DEVICE, [("conv2d", one), ("gemm", as_gemm(one))], tmp_path / "p", folder=tmp_path)
+    assert [entry.op for entry in again.entries] == ["conv2d", "gemm"]
 
 
 def test_when_nothing_fits_the_file_there_was_stays(choices, tmp_path: Path) -> None:
