@@ -87,6 +87,7 @@ def compile_task(request: CompileRequest) -> CompileReply:
 
 def build_task(request: BuildRequest) -> BuildReply:
     """Compiles one configuration and hands the code over: what a pack is made of. A refusal as in `compile_task`."""
+    from tilewright.kernels.assemble import without_line_info
     from tilewright.kernels.compile import compile_launch
     from tilewright.kernels.registry import find_kernel
 
@@ -96,7 +97,7 @@ def build_task(request: BuildRequest) -> BuildReply:
     constants = tuple(request["constants"].items())
     try:
         launches = [launch.with_constants(constants) for launch in kernel.launches(problem, config)]
-        binaries = [asdict(compile_launch(launch, request["arch"])) for launch in launches]
+        binaries = [asdict(without_line_info(compile_launch(launch, request["arch"]))) for launch in launches]
     except CompileError as error:
         heed_machine_fault(error)
         return {"status": Status.COMPILE_ERROR, "message": str(error), "killed": was_killed(error)}

@@ -197,6 +197,8 @@ def test_equal_contents_give_equal_bytes(folder: Path, pack: Path, tmp_path: Pat
     problems = list(reversed(problems_on_record(DEVICE, folder)))
     build_pack(DEVICE, problems, again, folder=folder, constants=CONSTANTS, jobs=1)
     assert again.read_bytes() == pack.read_bytes()
+    assert str(ROOT).encode() not in pack.read_bytes()
+    assert b".py" not in pack.read_bytes()
 
 
 class FakePool:
