@@ -117,12 +117,17 @@ def key_blocks(problem: AttentionProblem, config: AttentionConfig) -> int:
 def vector_bytes(problem: AttentionProblem) -> int:
     """Widest load of q, k and v that their alignment allows, in bytes: 16, or the power of two in the length of a dense
     row; single elements for unaligned ones."""
+    return _vector(problem, math.gcd(problem.D, problem.dim_v))
+
+
+def _vector(problem: AttentionProblem, dim: int) -> int:
+    """Likewise of one array whose heads have that dim."""
     element = int(dtype(problem.dtype).bytes)
     if not problem.aligned:
         return element
     if problem.strided:
         return 16
-    row = math.gcd(problem.D, problem.dim_v) * element
+    row = dim * element
     return min(16, row & -row)
 
 
@@ -146,8 +151,8 @@ def _depth(problem: AttentionProblem, config: AttentionConfig, device: Device) -
     """Blocks that cp.async fetches ahead of what it can fetch at all: 4 bytes at a time or more."""
     if device.arch < 80 or config.num_stages < 2:
         return 0
-    # The page numbers take every other stage for themselves, where keys are copied ahead.
-    halved = problem.page_size and vector_bytes(problem) >= 4
+    # The page numbers take every other stage for themselves, where keys or values are copied ahead.
+    halved = problem.page_size and max(_vector(problem, dim) for dim in (problem.D, problem.dim_v)) >= 4
     return max(1, (config.num_stages - 1) // 2) if halved else config.num_stages - 1
 
 

@@ -163,11 +163,13 @@ def test_a_bias_beside_paged_keys_is_copied_as_far_ahead_as_they_are(arch):
     # fp8 terms of so low a tile are no 4 bytes a thread.
     low = replace(paged, Sq=16, bias="fp8e5m2"), AttentionConfig(16, 16, num_stages=3)
     # Keys that are not copied ahead take no stages for page numbers, and the bias is copied all the same.
-    odd = replace(paged, D=33), replace(deep, BLOCK_M=64, BLOCK_N=32)
+    odd = replace(paged, D=33, Dv=33), replace(deep, BLOCK_M=64, BLOCK_N=32)
     unaligned = replace(paged, aligned=False), replace(deep, BLOCK_M=64, BLOCK_N=32)
     for reply in attention_on(arch, [(paged, deep), (paged, replace(deep, num_stages=3)), low, odd, unaligned]):
         assert "error" not in reply, (described(reply), reply.get("error"))
         assert 0.9 * reply["resources"]["shared_bytes"] <= reply["estimate"] <= reply["resources"]["shared_bytes"]
+    (values,) = attention_on(arch, [(replace(paged, D=33, Dv=64), odd[1])])  # which are copied ahead alone
+    assert values["estimate"] <= values["resources"]["shared_bytes"]
 
 
 def test_a_bias_is_copied_ahead_but_under_overlap():
