@@ -8,7 +8,8 @@ A model in memory is run without a second copy of its weights. ONNX Runtime gets
 only that it lies in another file, and the arrays that we have to use in their place; the other file is empty. Up to
 `PREPACK_BYTES` of weights it keeps a copy in the layout that its kernels like, which halves the time of small GEMMs.
 
-With its optimisations on, as users have them, it may refuse what it runs without: `check_default` tries that.
+With its optimisations on, as users have them, it may refuse what it runs without: `check_default` tries that. There
+too the weights of a large model are held once, for which its optimisers have to be kept from computing with them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +48,16 @@ large model costs more than it gains."""
 OWN_BYTES = 64 << 20
 """A larger file, which then has its weights in it, ONNX Runtime reads itself, and holds them once; we would twice. Of a
 smaller one it uses what we read, with external weights mapped."""
+
+FOLDING = (
+    "ConstantFolding",
+    "ConvAddFusion",
+    "ConvBNFusion",
+    "ConvMulFusion",
+    "MatMul_BatchNormalization_Fusion",
+)
+"""ONNX Runtime's optimisers that compute weights from weights (1.32): a second copy, and of weights that are ours in
+place of a file's, which they look for in that file, one of zeros."""
 
 LONGEST_NODE_S = 5.0
 """How long an interrupted run waits for the node that is being computed, which can't be interrupted."""
@@ -81,24 +93,38 @@ def run(
 
 
 def check_default(model: ir.Model | Path, name: str, feed: Feed) -> None:
-    """Does nothing for a model that ONNX Runtime loads with its default options, and then runs.
+    """Does nothing for a model that ONNX Runtime loads with its optimisations on, and then runs.
 
-    Of models of more than `PREPACK_BYTES` constants are not folded, which would hold their weights twice.
+    With weights of up to `PREPACK_BYTES` in fp32 its options are the default ones, and its optimisers see the weights.
+    Of more weights they would make copies: then its level is EXTENDED, without the layouts of the highest, nothing is
+    folded (`FOLDING`), and nodes are run as late as they can be. Its optimisers see zeros in place of the weights,
+    which are there when the model runs; so a model that is refused is tried again with weights that they see, which
+    ONNX Runtime copies, and it is that second refusal which counts.
 
     Raises: what `run` does, of a model of that name.
     """
-    Session(model, default=name).run(feed)
+    with suppress(ModelError, RunError):
+        Session(model, default=name).run(feed)
+        return
+    Session(model, default=name, shown=True).run(feed)
 
 
 class Session:
     """A model that is ready to run; see `run`. Not to be used by two threads at a time."""
 
     def __init__(
-        self, model: ir.Model | Path, outputs: Sequence[str] | None = None, *, default: str | None = None
+        self,
+        model: ir.Model | Path,
+        outputs: Sequence[str] | None = None,
+        *,
+        default: str | None = None,
+        shown: bool = False,
     ) -> None:
-        """As `run`, and raises what that does. `default` is the name of one that is to be run as users run it:
-        optimised, and nothing rounded."""
+        """As `run`, and raises what that does. `default` is the name of one that is to be run as `check_default` says:
+        optimised, and nothing rounded; and `shown`, whether optimisers see weights that take more than
+        `PREPACK_BYTES`."""
         self._default = default is not None
+        self._shown = shown
         self._label = default or (str(model) if isinstance(model, Path) else f"model {model.graph.name!r}")
         self._constants: dict[str, Array] = {}
         self._casts: dict[str, tuple[str, type]] = {}  # by output: what is fetched instead, and what it becomes again
@@ -271,9 +297,12 @@ class Session:
     def _load(self, path: Path, weights: int) -> None:
         """Loads a file of so many bytes of weights in fp32, and what is shared."""
         options = (_default_options if self._default else _options)(weights)
-        for name, shared in self._shared.items():
-            options.add_initializer(name, shared)
-        off = {"disabled_optimizers": ["ConstantFolding"]} if self._default and weights > PREPACK_BYTES else {}
+        if self._default and (self._shown or weights <= PREPACK_BYTES):
+            options.add_external_initializers(list(self._shared), list(self._shared.values()))
+        else:
+            for name, shared in self._shared.items():
+                options.add_initializer(name, shared)
+        off = {"disabled_optimizers": list(FOLDING)} if self._default and weights > PREPACK_BYTES else {}
         try:
             self._session = _runtime().InferenceSession(str(path), options, providers=["CPUExecutionProvider"], **off)
         except _errors() as error:
@@ -348,8 +377,13 @@ def _options(weights: int) -> Any:
 
 def _default_options(weights: int) -> Any:
     """Session options as they are, but for what bounds threads and memory, and for what is logged."""
-    options = _runtime().SessionOptions()
+    runtime = _runtime()
+    options = runtime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    if weights > PREPACK_BYTES:
+        # The level above casts weights of fp16, and lays those of convolutions out anew, all before anything runs.
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED  # see `_options`
     return _sparing(options, weights)
 
 

@@ -420,6 +420,23 @@ def test_casts_of_weights_do_not_all_live_at_once() -> None:
     assert int(ended.stdout) < 200 << 10  # KiB; all six are 384 MB
 
 
+CHECKED = CASTS.replace("import run", "import check_default").replace(
+    """(results,) = run(model, [{"x": np.ones((1, 4096), np.float32)}], ["h0", "h5"])
+assert abs(results["h5"] - 1).max() < 1e-5
+""",
+    """check_default(model, "large", {"x": np.ones((1, 4096), np.float32)})
+""",
+)
+
+
+def test_nor_do_they_with_optimisations_on() -> None:
+    """Neither folded nor cast before anything runs, and held once."""
+    assert "check_default(model" in CHECKED
+    ended = subprocess.run([sys.executable, "-c", CHECKED], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout) < 200 << 10  # KiB; 192 MB in fp16, and 384 MB in fp32
+
+
 def quantised() -> onnx.ModelProto:
     """What ONNX Runtime refuses once it has moved the quantisation of int8 over a `MaxPool` (opset 21, 1.32)."""
     nodes = [
@@ -456,6 +473,62 @@ def test_default_options_run_what_is_right(given: Given, monkeypatch: pytest.Mon
     check_default(model, "m", {"x": X})
     with pytest.raises(ModelError, match="m has no input 'other'"):
         check_default(model, "m", {"x": X, "other": X})
+
+
+FACTORS = {"a": np.full((2, 4), 3, np.float32), "b": np.full((4, 4), 2, np.float32)}
+SUM = [helper.make_node("MatMul", ["a", "b"], ["p"]), helper.make_node("Add", ["x", "p"], ["y"])]
+
+IMAGE = {
+    "image": np.array([1, 4, 2, 1]),
+    "filters": np.full((4, 4, 1, 1), 2, np.float32),
+    "scale": np.arange(4, dtype=np.float32),
+    "one": np.ones(4, np.float32),
+    "flat": np.array(SHAPE),
+}
+SCALED = [
+    helper.make_node("Reshape", ["x", "image"], ["i"]),
+    helper.make_node("Conv", ["i", "filters"], ["c"]),
+    helper.make_node("BatchNormalization", ["c", "scale", "one", "one", "one"], ["n"]),
+    helper.make_node("Reshape", ["n", "flat"], ["y"]),
+]
+
+
+@pytest.mark.parametrize("largest", [0, 1 << 30])
+@pytest.mark.parametrize(("nodes", "arrays"), [(SUM, FACTORS), (SCALED, IMAGE)], ids=["a product", "a norm"])
+def test_what_hangs_on_weights_that_are_folded_is_right(
+    given: Given,
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: list[onnx.NodeProto],
+    arrays: dict[str, np.ndarray],
+    largest: int,
+) -> None:
+    """They are not taken for the zeros that stand in their file; and where they are not folded, for none either."""
+    monkeypatch.setattr(session, "INLINE_BYTES", 48)
+    monkeypatch.setattr(session, "PREPACK_BYTES", largest)
+    model = given(proto(nodes, [value("y")], **arrays))
+    (wanted,) = run(model, [{"x": X}])
+    found = Session(model, default="m").run({"x": X})
+    np.testing.assert_allclose(found["y"], wanted["y"], rtol=1e-4, atol=1e-4)
+    check_default(model, "m", {"x": X})
+
+
+def test_zeros_in_place_of_large_weights_are_no_reason_to_refuse_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quotient of integers that an optimiser computes."""
+    monkeypatch.setattr(session, "INLINE_BYTES", 48)
+    monkeypatch.setattr(session, "PREPACK_BYTES", 0)
+    monkeypatch.setattr(session, "FOLDING", ())
+    nodes = [
+        helper.make_node("Div", ["a", "b"], ["q"]),
+        helper.make_node("Cast", ["q"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["x", "f"], ["y"]),
+    ]
+    model = ir.from_proto(proto(nodes, [value("y")], a=np.full(SHAPE, 6), b=np.full(SHAPE, 3)))
+    with pytest.raises(ModelError, match="division by zero"):
+        Session(model, default="m")
+    check_default(model, "m", {"x": X})
+    wrong = ir.from_proto(proto(nodes, [value("y")], a=np.full(SHAPE, 6), b=np.zeros(SHAPE, np.int64)))
+    with pytest.raises(ModelError, match="division by zero"):
+        check_default(wrong, "m", {"x": X})
 
 
 def test_default_options_round_nothing(given: Given) -> None:
