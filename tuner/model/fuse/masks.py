@@ -44,6 +44,9 @@ ABSORBED = -1e8
 
 _LARGER, _LEAST = 1e26, -1e38
 
+ABSORBING = float(np.float32(_LEAST)), float(np.float32(LOW * _LARGER))
+"""The least finite number that `absorbing` gives of a mask, and the largest, as a bias in fp32 has them."""
+
 _BROADCAST = (0, 1, 2)  # axes of a bias along which one place will do
 
 

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from tilewright.tuner.model.fuse.masks import ABSORBING
 from tilewright.tuner.model.graph import (
     DTYPES,
     constant,
@@ -29,7 +30,6 @@ from tilewright.tuner.model.graph import (
     is_fused,
     op_of,
     plugin_inputs,
-    scalar,
 )
 
 Array = np.ndarray[Any, Any]
@@ -74,10 +74,6 @@ FUSED_FP32 = frozenset(
 
 MARGIN = 2
 """How often the largest number seen has to fit into the range: other inputs have larger ones."""
-
-
-ABSORBING = (9e29, 1.1e38)
-"""Between which numbers, below 0, those are that `fuse/masks.py` puts in the place of scores."""
 
 
 def limits(dtype: str) -> tuple[float, float]:
@@ -146,28 +142,45 @@ def _constants(nodes: Iterable[ir.Node], target: str, pinned: frozenset[ir.Value
 
 
 def _absorbing(nodes: Iterable[ir.Node], target: str, found: Kept) -> None:
-    """Keeps biases that take the place of scores, which in a type without such numbers would be added to them."""
-    if limits(target)[0] >= ABSORBING[0]:
+    """Keeps biases that take the place of scores, which in a type without such numbers would be added to them; and
+    what makes them, sums and choices in which one is such a number, or has one."""
+    if limits(target)[0] >= -ABSORBING[1]:
         return
+    known: dict[ir.Value | None, bool] = {None: False}
+    makers: dict[ir.Value, ir.Node] = {}
+    seen: set[ir.Node] = set()
     for node in nodes:
-        bias = plugin_inputs(node).get("bias") if is_fused(node) and op_of(node) == "attention" else None
-        waiting = [bias]
-        while waiting:
-            maker = _absorbs(waiting.pop())
-            if bias is not None and maker is not None:
-                found.absorbing.add(bias)
-                found.reasons[maker] = f"it puts numbers in the place of scores, and {target} has none so large"
-                waiting += maker.inputs[1:]
+        if is_fused(node) and op_of(node) == "attention":
+            bias = plugin_inputs(node).get("bias")
+            if bias is None or not (bias in makers or _absorbs(bias, known)):
+                continue
+            found.absorbing.add(bias)
+            waiting: list[ir.Value | None] = [bias]
+            while waiting:
+                value = waiting.pop()
+                maker = None if value is None else makers.get(value)
+                if maker is not None and maker not in seen:
+                    seen.add(maker)
+                    found.reasons[maker] = f"it puts numbers in the place of scores, and {target} has none so large"
+                    waiting += _summed(maker)
+        elif any(value in makers or _absorbs(value, known) for value in _summed(node)):
+            makers[node.outputs[0]] = node
 
 
-def _absorbs(value: ir.Value | None) -> ir.Node | None:
-    """The `Where` that makes a value of one that absorbs scores and of others."""
-    maker = None if value is None else value.producer()
-    if maker is None or maker.op_type != "Where" or maker.domain != "" or dtype_name(maker.outputs[0]) != "fp32":
-        return None
-    numbers = [scalar(each) for each in maker.inputs[1:]]
-    least, most = ABSORBING
-    return maker if any(number is not None and least <= -number <= most for number in numbers) else None
+def _summed(node: ir.Node) -> Sequence[ir.Value | None]:
+    """What a sum is of, or a choice between, in fp32."""
+    if node.domain != "" or node.op_type not in ("Add", "Where") or dtype_name(node.outputs[0]) != "fp32":
+        return ()
+    return node.inputs if node.op_type == "Add" else node.inputs[1:]
+
+
+def _absorbs(value: ir.Value | None, known: dict[ir.Value | None, bool]) -> bool:
+    """Whether a constant has numbers that `fuse/masks.py` puts in the place of scores."""
+    if value not in known:
+        array = constant(value) if value is not None and dtype_name(value) == "fp32" else None
+        least, most = ABSORBING
+        known[value] = array is not None and bool(np.any((least <= array) & (array <= most)))
+    return known[value]
 
 
 def _given(node: ir.Node) -> Iterator[tuple[int, ir.Value | None, Array]]:

@@ -230,24 +230,59 @@ def test_what_never_becomes_an_integer_is_lowered() -> None:
     assert lower(model, {}, "fp16") == {}
 
 
+LEAST = float(np.finfo(np.float32).min)
+
+HIDES = [
+    node("Greater", ["m", "zero"], ["seen"], name="seen"),
+    node("Where", ["seen", "s", "fill"], ["h"], name="hide"),
+]
+BAND_LESS = np.random.default_rng(0).random((1, 1, 8, 8)) < 0.5
+BAND_LESS[..., 2, :] = False
+
+MASKED: dict[str, tuple[list[Any], tuple[str, ...]]] = {
+    "alone": (HIDES, ()),
+    "and a position is added": ([*HIDES, node("Add", ["h", "position"], ["a"], name="add")], ("position",)),
+    "and a constant is added": ([*HIDES, node("Add", ["h", "places"], ["a"], name="add")], ()),
+    "before another that is constant": (
+        [*HIDES, node("Where", ["cells", "h", "fill"], ["a"], name="other")],
+        (),
+    ),
+    "that is constant": ([node("Where", ["cells", "s", "fill"], ["h"], name="hide")], ()),
+}
+"""Nodes that hide keys, of `m` (2, 1, 1, 8) or constant, and other inputs that they read."""
+
+
 @pytest.mark.parametrize("base", ["fp16", "bf16"])
-@pytest.mark.parametrize("fill", [-1e4, float(np.finfo(np.float32).min)])
-def test_a_row_that_sees_no_key_gives_what_it_did(base: str, fill: float) -> None:
-    """Of 8 keys a query of the second batch sees none: fp16 has no number that takes all of a score."""
+@pytest.mark.parametrize(
+    ("what", "fill"),
+    [("alone", -1e4), ("that is constant", -1e4), *((what, LEAST) for what in MASKED)],
+)
+def test_a_row_that_sees_no_key_gives_what_it_did(base: str, what: str, fill: float) -> None:
+    """Of 8 keys a query of the second batch sees none, or one of every eight: fp16 has no number that takes all of a
+    score."""
+    masks, others = MASKED[what]
     nodes = [
         node("MatMul", ["q", "k"], ["s"], name="scores"),
-        node("Greater", ["m", "zero"], ["seen"], name="seen"),
-        node("Where", ["seen", "s", "fill"], ["h"], name="hide"),
-        node("Softmax", ["h"], ["p"], name="softmax"),
+        *masks,
+        node("Softmax", [masks[-1].output[0]], ["p"], name="softmax"),
         node("MatMul", ["p", "v"], ["y"], name="values"),
     ]
-    shapes = {"q": (2, 4, 8, 16), "k": (2, 4, 16, 8), "v": (2, 4, 8, 16), "m": (2, 1, 1, 8)}
-    constants = {"zero": np.array(0, np.float32), "fill": np.array(fill, np.float32)}
-    model = fused(nodes, shapes, ["y"], constants)
+    shapes = {"q": (2, 4, 8, 16), "k": (2, 4, 16, 8), "v": (2, 4, 8, 16)}
+    shapes |= {"m": (2, 1, 1, 8)} if masks[0].op_type == "Greater" else {}
+    shapes |= dict.fromkeys(others, (1, 4, 8, 8))
+    constants = {
+        "zero": np.array(0, np.float32),
+        "fill": np.array(fill, np.float32),
+        "places": normal(9, 1, 4, 8, 8),
+        "cells": BAND_LESS,
+    }
+    used = {name for each in nodes for name in each.input}
+    model = fused(nodes, shapes, ["y"], {name: array for name, array in constants.items() if name in used})
     mixed = apply_precision(model, {}, base=base)
     (attention,) = fused_nodes(mixed)
     assert attention.op_type == "FusedAttentionBias"
     assert dtype_name(plugin_inputs(attention)["bias"]) == ("fp32" if base == "fp16" else base)
     feed = {name: normal(index, *shape) for index, (name, shape) in enumerate(shapes.items())}
-    feed["m"] = np.stack([np.arange(8) - 5.0, np.full(8, -1.0)]).reshape(2, 1, 1, 8).astype(np.float32)
+    if "m" in feed:
+        feed["m"] = np.stack([np.arange(8) - 5.0, np.full(8, -1.0)]).reshape(2, 1, 1, 8).astype(np.float32)
     assert relative_error(output(mixed, feed), output(model, feed)) < (4e-3 if base == "fp16" else 3e-2)
