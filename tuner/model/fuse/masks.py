@@ -136,8 +136,8 @@ def _parted(mask: Mask, planned: Plan, shape: Shape) -> tuple[Band, Mask | None]
     array = constant(Maker().follow(None, planned.source, planned.steps, "mask"))
     assert array is not None
     if mask.kind == "hide":
-        fill = absorbing(mask.fill) if mask.replaces else mask.fill
-        array = np.where(array == mask.hidden, np.float32(fill), np.float32(0))
+        hides = array == mask.hidden
+        array = np.where(hides, np.float32(mask.fill), np.float32(0))
     elif mask.factor != 1:
         array = _times(array, mask.factor)
     found = band(array, *shape[2:])
@@ -147,6 +147,10 @@ def _parted(mask: Mask, planned: Plan, shape: Shape) -> tuple[Band, Mask | None]
         return found or Band(), None
     if found is None and mask.kind == "add" and mask.factor == 1:
         return Band(), mask
+    if mask.replaces:
+        # Not a sum, in which keys that two masks hide would be further from the others of their row than in the model.
+        value = new_constant(_narrowed(hides), f"{mask.value.name}_hides")
+        return Band(), replace(mask, value=value, place=shape, hidden=True)
     value = new_constant(_narrowed(array), f"{mask.value.name}_bias")
     return found or Band(), Mask("add", value, shape)
 
@@ -305,6 +309,11 @@ def _applied(op: Any, bias: ir.Value | None, mask: Mask, kind: ir.DataType, name
     if mask.kind == "hide":
         fill = absorbing(mask.fill) if mask.replaces else mask.fill
         fill = fill if math.isinf(fill) else max(fill, float(ml_dtypes.finfo(dtype).min))
+        before, condition = constant(bias), constant(value)
+        if condition is not None and (bias is None or before is not None):
+            there = np.zeros((), dtype) if before is None else before
+            made = np.where(condition == mask.hidden, np.asarray(fill, dtype), there)
+            return new_constant(made, f"{value.name}_bias" if bias is None else f"{bias.name}_and_{value.name}")
         pair = [new_constant(np.asarray(fill, dtype), "hidden"), bias or new_constant(np.asarray(0, dtype), "seen")]
         chosen, other = pair if mask.hidden else pair[::-1]
         return typed(op.Where(value, chosen, other), ir.TensorType(kind), shape, f"{name}_Where")

@@ -352,6 +352,19 @@ def test_a_row_that_sees_no_key_of_a_constant_mask_gives_what_it_did():
     only_fused(model, "FusedAttentionBias")
 
 
+@pytest.mark.parametrize("fill", [LEAST, -1e4])
+@pytest.mark.parametrize("constant_first", [False, True])
+def test_a_row_that_a_constant_mask_hides_with_another_gives_what_it_did(fill, constant_first):
+    """The mean of all values: keys that both hide count as those that one does."""
+    g = Graph()
+    masks = [g.input("mask", B, 1, 1, S, dtype="bool"), g.array(np.arange(S).reshape(1, 1, 1, S) != 2, bool)]
+    masked = scores(g)
+    for mask in masks[::-1] if constant_first else masks:
+        masked = g("Where", mask, masked, g.array(fill))
+    model, _ = fused(g, attend(g, masked), feeds={"mask": padding()})
+    only_fused(model, "FusedAttentionBias")
+
+
 def test_masks_of_half_precision_hide_rows_too():
     """The bias is fp32 then: fp16 has no number that takes all of a score."""
     g = Graph()
