@@ -104,8 +104,8 @@ class Masking:
 
 def absorbing(fill: float) -> float:
     """What is added to a score in a mask's place where the mask puts a number instead of it: larger by so much that
-    nothing of the score is left, in the same order as other such numbers, and finite times log₂e, as kernels have
-    it."""
+    nothing of the score is left, in the same order as other such numbers down to -10¹², and finite times log₂e, as
+    kernels have it. All below come to the same: `masking` has only one of them."""
     return fill if math.isinf(fill) else max(fill * _LARGER, _LEAST)
 
 
@@ -202,9 +202,10 @@ def masking(masks: Sequence[Mask], shape: Shape, bands: Bands) -> Masking:
     """What masks of scores of a shape (B, H, Sq, Skv) come to.
 
     Raises:
-        UnreadError: one can't be brought into that shape.
+        UnreadError: one can't be brought into that shape, or what they put in the place of scores can't be told apart.
     """
     found, terms = Band(), []
+    least: set[float] = set()
     for mask in masks:
         layout, planned = _arranged(mask, shape)
         if mask.kind == "add" and all(not stride for _, stride in layout[3]) and shape[3] > 1:
@@ -212,6 +213,12 @@ def masking(masks: Sequence[Mask], shape: Shape, bands: Bands) -> Masking:
         known, rest = _known(mask, planned, shape, bands) or (Band(), [Term(mask, planned)])
         found &= known
         terms += rest
+        if rest and mask.replaces and absorbing(mask.fill) == _LEAST:
+            least.add(mask.fill)
+    if len(least) > 1:
+        # A row that they hide altogether is the mean of the values of keys with the larger number alone.
+        numbers = " and ".join(f"{fill:g}" for fill in sorted(least))
+        raise UnreadError(f"its masks put {numbers} in the place of scores, which a bias has not both")
     for place, term in enumerate(terms):
         # Of a row that is hidden altogether the model makes what is added afterwards.
         added = any(not each.mask.replaces for each in terms[place + 1 :])

@@ -388,3 +388,21 @@ def test_what_is_added_to_a_number_in_the_place_of_scores(fill, left):
         assert [miss.reason.split(" puts ")[1] for miss in report.misses if miss.pattern == "attention"] == [
             "-10000 in the place of scores, and another is added"
         ]
+
+
+@pytest.mark.parametrize(("inner", "left"), [(-1e20, True), (LEAST, False), (-1e11, False)])
+@pytest.mark.parametrize("constant", [False, True])
+def test_numbers_in_the_place_of_scores_that_a_bias_has_not_apart(inner, left, constant):
+    """A row that two masks hide altogether is the mean of the keys that have the larger number."""
+    g = Graph()
+    other = np.arange(S).reshape(1, 1, 1, S) != 2
+    asked = g.array(other, bool) if constant else g.input("other", 1, 1, 1, S, dtype="bool")
+    hidden = g("Where", g.input("mask", B, 1, 1, S, dtype="bool"), scores(g), g.array(inner))
+    out = attend(g, g("Where", asked, hidden, g.array(LEAST)))
+    model, report = fused(g, out, feeds={"mask": padding(), **({} if constant else {"other": other})})
+    assert [node.op_type for node in fused_nodes(model)] == (
+        ["FusedGemm", "FusedGemm"] if left else ["FusedAttentionBias"]
+    )
+    if left:
+        (reason,) = [miss.reason for miss in report.misses if miss.pattern == "attention"]
+        assert reason == "its masks put -3.40282e+38 and -1e+20 in the place of scores, which a bias has not both"
