@@ -270,11 +270,11 @@ def _check_loads(request: Request, model: ir.Model, name: str, data: Samples, wa
     try:
         check_default(request.model, request.model.name, feed)
     except (ModelError, RunError):
-        warn(f"with its default options ONNX Runtime doesn't run {request.model.name}, and so not {reason}")
+        warn(f"with its optimisations on ONNX Runtime doesn't run {request.model.name}, and so not {reason}")
         return
     advice = "" if name == request.files[0] else "; --precision fp32 leaves types as they are"
     raise RunError(
-        f"{reason} (with its default options, with which it runs {request.model.name}; no model was written{advice})"
+        f"{reason} (with its optimisations on, with which it runs {request.model.name}; no model was written{advice})"
     )
 
 

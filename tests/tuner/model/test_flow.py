@@ -258,7 +258,7 @@ def test_a_model_that_default_options_refuse_as_it_is_is_warned_of(tmp_path):
     made, listener = run(request(model, tmp_path / "build", precision="fp32"))
     (line,) = [line for line in listener.warnings if "default options" in line]
     assert line.startswith(
-        "with its default options ONNX Runtime doesn't run m.onnx, and so not model.fused.onnx: ONNX"
+        "with its optimisations on ONNX Runtime doesn't run m.onnx, and so not model.fused.onnx: ONNX"
     )
     assert line in made.report.warnings
 
