@@ -28,7 +28,7 @@ MOST_CALLS = 65536
 shapes must not make it grow for ever."""
 
 MOST_BYTES = 64 << 20
-"""Of a file that is looked through."""
+"""Of a file of calls: a quarter of a million problems."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,7 @@ def note(problem: Problem, ordinal: int, choice: Choice, named: bool) -> None:
         path = env.calls_file()
         if path is not None and problem not in _written and len(_written) < MOST_CALLS:
             _written.add(problem)
-            # Where it is named from: a program may go to another folder.
-            _write(_places.setdefault(path, path.absolute()), line_of(problem))
+            _write(path, line_of(problem))
     except UsageError as error:
         _warn(f"{error}: what is called is not noted there")
 
@@ -86,13 +85,17 @@ def line_of(problem: Problem) -> str:
 
 _calls: dict[tuple[Problem, str], Call] = {}
 _written: set[Problem] = set()
-_places: dict[Path, Path] = {}
+_places: dict[Path, Path] = {}  # by the names of files, where these led when the first problem was added
 _known: dict[Path, set[str]] = {}  # lines that a file had when the first was added
 
 
-def _write(path: Path, line: str) -> None:
+def _write(named: Path, line: str) -> None:
     """Adds a line that is not there yet. A program that runs a model goes on without it, after a warning."""
+    path = named
     try:
+        if named not in _places:
+            _places[named] = named.absolute()  # a program may go to another folder, or the folder may go
+        path = _places[named]
         if env.frozen():
             _warn(f"{env.CALLS}={path}: nothing is noted, for {env.FROZEN} is set, and nothing is written then")
             return

@@ -88,8 +88,8 @@ def build_pack(
 
     The choice is that of `tilewright.kernels.choose` with the databases of `folder`: the best record, else a
     prediction, else the default; what turns out not to fit once it is compiled gives way to the next. Beside a
-    convolution of one tap goes the GEMM that Python runs it as. The file is
-    written whole or not at all, and equal choices, code and versions give equal bytes.
+    convolution of one tap goes the GEMM that Python runs it as. The file is written whole or not at all, and equal
+    choices, code and versions give equal bytes.
 
     Raises:
         UsageError: nothing to pack, a constant that no problem takes or no call, or a file that can't be written.

@@ -170,6 +170,19 @@ def test_a_last_line_without_an_end_stays_one_of_its_own(file: Path) -> None:
     assert file.read_text() == f"gemm M=64,N=64,K=64\n{line_of(ONE)}\n{line_of(OTHER)}\n"
 
 
+def test_a_folder_that_is_gone_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CALLS, "calls.txt")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.warns(
+        RuntimeWarning, match=r"TILEWRIGHT_CALLS=calls\.txt can't be written \(No such file or directory\)"
+    ):
+        note(ONE, 0, KNOWN, named=False)
+    assert called() == (Call(ONE, "cuda:0", KNOWN),)
+
+
 def test_a_full_disk_is_a_warning(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "write", lambda descriptor, data: 3)
     with pytest.warns(RuntimeWarning, match="its last line is cut, for there is no more room: remove that line"):

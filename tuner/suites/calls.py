@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tilewright.kernels.calls import MOST_BYTES
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner.suites.workload import Workload
 from tilewright.tuning_db.errors import ProblemError, UnknownKernelError, UsageError
 from tilewright.tuning_db.strict_json import shown
-
-MOST_BYTES = 64 << 20
-"""Of a file that is read: a quarter of a million problems."""
 
 LONGEST_LINE = 1000
 """Characters of one call; those of an attention with every term are some 300."""
