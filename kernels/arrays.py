@@ -66,11 +66,20 @@ class ArrayKind(ABC):
 
     @abstractmethod
     def scalar(self, like: Any, value: float) -> Any:
-        """A new array of one fp32 element, on the device of `like`."""
+        """A new array of one fp32 element, on the device of `like`, filled in the order of the current stream."""
+
+    @abstractmethod
+    def lasting_scalar(self, ordinal: int, value: float) -> tuple[Any, Any]:
+        """A new array of one fp32 element on a GPU that is filled on return, for every stream: what a plan is given for
+        it, and what it lives as long as."""
 
     @abstractmethod
     def stream(self, device: int) -> int:
         """The library's current stream on a GPU, by its ordinal, as an address; 0 is the default stream."""
+
+    def on_host(self, array: Any) -> ArrayKind | None:
+        """The kind that an array in host memory is seen as in the interpreter; None for one that needs no other."""
+        return None
 
     def adopt(self, array: Any) -> Any:
         """An array whose memory kernels can be given: `array` itself, or a view of it in another library."""
@@ -128,6 +137,10 @@ class NumpyKind(ArrayKind):
     def scalar(self, like: Any, value: float) -> Any:
         return np.full(1, value, np.float32)
 
+    def lasting_scalar(self, ordinal: int, value: float) -> tuple[Any, Any]:
+        array = np.full(1, value, np.float32)
+        return array, array
+
     def stream(self, device: int) -> int:
         return 0
 
@@ -177,6 +190,9 @@ class CupyKind(ArrayKind):
             # Not `full`: that compiles a kernel, and NVRTC may be absent.
             return self._cupy.asarray(np.full(1, value, np.float32))
 
+    def lasting_scalar(self, ordinal: int, value: float) -> tuple[Any, Any]:
+        return _lasting_scalar(self._cupy, ordinal, value)
+
     def stream(self, device: int) -> int:
         return self._current_stream(device).ptr  # type: ignore[no-any-return]
 
@@ -224,28 +240,75 @@ class TorchKind(ArrayKind):
     def view(self, array: Any) -> View:
         if array.device.type != "cuda":
             raise UnsupportedError(f"a torch tensor on {array.device} is not in a GPU's memory: move it with .cuda()")
-        if array.layout is not self._torch.strided:
-            raise UnsupportedError(f"a torch tensor of layout {array.layout} has no strides: pass .to_dense()")
-        if array.requires_grad and self._torch.is_grad_enabled():
-            raise UnsupportedError(
-                "a torch tensor requires a gradient, and these kernels compute none: call them under torch.no_grad(), "
-                "or pass .detach()"
-            )
+        check_tensor(self._torch, array)
         return View(array.data_ptr(), tuple(array.shape), array.stride(), dtype_name(array.dtype), array.device.index)
 
     def empty(self, like: Any, shape: tuple[int, ...], kind: str) -> Any:
         made = self._dtypes.get(kind)
         if made is None:  # NumPy takes microseconds to spell it
-            made = self._dtypes[kind] = getattr(self._torch, str(np.dtype(dtype(kind).numpy)))
+            made = self._dtypes[kind] = torch_dtype(self._torch, kind)
         return like.new_empty(shape, dtype=made)
 
     def scalar(self, like: Any, value: float) -> Any:
         return like.new_full((1,), value, dtype=self._torch.float32)
 
+    def lasting_scalar(self, ordinal: int, value: float) -> tuple[Any, Any]:
+        # CuPy's memory: a tensor that is made while torch.compile warms a CUDA graph up would lie in the graph's pool,
+        # where nothing may outlive the run.
+        return _lasting_scalar(require_cupy(), ordinal, value)
+
     def stream(self, device: int) -> int:
         if self._raw_stream is not None:
             return self._raw_stream(device)  # type: ignore[no-any-return]
         return int(self._torch.cuda.current_stream(device).cuda_stream)
+
+    def on_host(self, array: Any) -> ArrayKind | None:
+        return _the(TorchHostKind, "torch, on the host") if array.device.type == "cpu" else None
+
+
+class TorchHostKind(NumpyKind):
+    """torch tensors in host memory, seen through NumPy without a copy: for the interpreter."""
+
+    foreign = True
+
+    def __init__(self) -> None:
+        self._torch = sys.modules["torch"]
+
+    def adopt(self, array: Any) -> Any:
+        if array.device.type != "cpu":
+            raise UnsupportedError(f"a torch tensor on {array.device} beside one on the host: pass both on one device")
+        check_tensor(self._torch, array)
+        kind = np.dtype(dtype(dtype_name(array.dtype)).numpy)
+        plain = array.detach()
+        if kind.isbuiltin == 1:
+            return plain.numpy()
+        return plain.view(getattr(self._torch, f"uint{8 * kind.itemsize}")).numpy().view(kind)
+
+    def give_back(self, array: Any, like: Any) -> Any:
+        if array.dtype.isbuiltin == 1:
+            return self._torch.from_numpy(array)
+        bits = self._torch.from_numpy(array.view(f"u{array.itemsize}"))
+        return bits.view(getattr(self._torch, str(array.dtype)))
+
+
+def torch_dtype(torch: Any, kind: str) -> Any:
+    """torch's object for a canonical dtype."""
+    return getattr(torch, str(np.dtype(dtype(kind).numpy)))
+
+
+def check_tensor(torch: Any, tensor: Any) -> None:
+    """Does nothing for a tensor that kernels can take.
+
+    Raises:
+        UnsupportedError: it is sparse, or requires a gradient.
+    """
+    if tensor.layout is not torch.strided:
+        raise UnsupportedError(f"a torch tensor of layout {tensor.layout} has no strides: pass .to_dense()")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            "a torch tensor requires a gradient, and these kernels compute none: call them under torch.no_grad(), "
+            "or pass .detach()"
+        )
 
 
 _IN_CUDA = (2, 13)
@@ -345,6 +408,14 @@ def _in_elements(array: Any) -> tuple[int, ...]:
             f"strides of {array.strides} B are no multiples of the {size} B of an element: pass a copy"
         )
     return tuple(stride // size for stride in array.strides)
+
+
+def _lasting_scalar(cupy: Any, ordinal: int, value: float) -> tuple[int, Any]:
+    # On a stream of its own: a capture on the caller's would take the copy into its graph.
+    with cupy.cuda.Device(ordinal), cupy.cuda.Stream(non_blocking=True) as own:
+        array = cupy.asarray(np.full(1, value, np.float32))
+        own.synchronize()
+    return int(array.data.ptr), array
 
 
 def empty(cupy: Any, shape: tuple[int, ...], wanted: np.dtype[Any]) -> Any:

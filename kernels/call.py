@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import numpy as np
 from tilewright.kernels.arrays import ArrayKind, View, kind_of
 from tilewright.kernels.dispatch import Constants, call_cache, plan_for
 from tilewright.kernels.dtypes import array_dtype_text, dtype
-from tilewright.kernels.interpreter import require_interpreter
+from tilewright.kernels.interpreter import interpreted, require_interpreter
 from tilewright.kernels.kernel import Kernel
 from tilewright.kernels.problem import Config, Output, Problem
 from tilewright.kernels.runtime import Plan, Run
@@ -30,6 +31,17 @@ MOST_CALLS = 65536
 """Signatures an op remembers; a program with more (every shape new) prepares them again rather than grow for ever."""
 
 Arrays = tuple[Any, ...]
+
+
+class New(NamedTuple):
+    """A result that is a new array, as the caller sees it."""
+
+    shape: tuple[int, ...]
+    dtype: str  # canonical name
+    memory: tuple[int, ...] | None = None  # its dimensions in the order of memory, where that is another
+
+
+Options = tuple[Any, ...]
 
 
 class Prepared(Protocol):
@@ -46,7 +58,7 @@ MOST_NUMBERS = 4096
 """Numbers kept on the device, of 512 bytes each. A program whose numbers change all the time should pass arrays; beyond
 this many it pays for each call's, as each is let go after its call."""
 
-_numbers: dict[tuple[Any, ...], Any] = {}
+_numbers: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +94,10 @@ class PlannedCall:
 
     def run(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, arguments: list[Any]) -> Arrays:
         stream = kind.stream(self.ordinal)
+        held = []  # until the launch, which comes after the allocations below
         for place, name in self.numbers:
-            arguments[place] = kind.argument(self._on_device(kind, arrays[0], name, arguments[place], stream))
+            arguments[place], array = self._on_device(kind, arrays[0], name, arguments[place])
+            held.append(array)
         for place, output in self.made:
             if outs[place] is None:  # else it is a new one all the same, made by whoever wraps this call
                 outs = (*outs[:place], kind.empty(arrays[0], *output), *outs[place + 1 :])
@@ -91,17 +105,20 @@ class PlannedCall:
         self.launch(arguments, stream)
         return outs
 
-    def _on_device(self, kind: ArrayKind, like: Any, name: str, value: float, stream: int) -> Any:
-        """A number on the device, made once per name, value and stream, in whose order it is filled: a kernel takes
-        no floats."""
+    def _on_device(self, kind: ArrayKind, like: Any, name: str, value: float) -> tuple[Any, Any]:
+        """A number on the device, made once per name and value, for a kernel takes no floats: what a plan is given for
+        it, and the array."""
         # By the GPU's number: CuPy's devices have no hash. By name, as not every input may have every value.
-        key = (kind, self.ordinal, stream, name, value, math.copysign(1.0, value))  # 0.0 and -0.0 are equal
-        array = _numbers.get(key)
-        if array is None:
-            array = kind.scalar(like, _number(name, value))
-            if len(_numbers) < MOST_NUMBERS:
-                _numbers[key] = array  # for good, as a captured CUDA graph may read it
-        return array
+        key = (self.ordinal, name, value, math.copysign(1.0, value))  # 0.0 and -0.0 are equal
+        made = _numbers.get(key)
+        if made is None:
+            number = _number(name, value)
+            if len(_numbers) >= MOST_NUMBERS:
+                array = kind.scalar(like, number)
+                return kind.argument(array), array
+            # For good, as a captured CUDA graph may read it.
+            made = _numbers[key] = kind.lasting_scalar(self.ordinal, number)
+        return made
 
 
 NOWHERE = 0
@@ -201,48 +218,69 @@ class Operation:
 
     def __init__(
         self,
+        name: str,
         kernel: Kernel[Any, Any],
         inputs: tuple[str, ...],
-        options: tuple[str, ...],
-        prepare: Callable[[ArrayKind, dict[str, View], tuple[Any, ...]], Prepared],
+        options: Mapping[str, str],
+        prepare: Callable[[dict[str, View], Options], Prepared],
+        results: Callable[[dict[str, View], Options], tuple[New, ...]],
         *,
         outputs: tuple[str, ...] = ("out",),
         scalars: tuple[str, ...] = (),
         scalar_or_array: tuple[str, ...] = (),
         in_place: tuple[str, ...] = (),
         required: tuple[str, ...] = (),
+        optional: Mapping[str, str] | None = None,
         dtypes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        """`inputs` and `outputs` are the names of the arrays, in the order of calls; the first input decides library,
-        device and stream. Those in `scalars` are numbers or have one element, those in `scalar_or_array` are numbers or
-        of any shape; an output may be one of those in `in_place`, element for element. `options` are the names of what
-        else a call says: text, numbers, tuples of them, a configuration or None. `prepare` gets the views of the arrays
-        that are there, by name, and the options' values. Without `required`, the first input is. `dtypes` are those
-        that an array may have, by its name, for the message about one whose dtype no kernel has.
+        """`name` is the public function's. `inputs` and `outputs` are the names of the arrays, in the order of calls;
+        the first input decides library, device and stream. Those in `scalars` are numbers or have one element, those in
+        `scalar_or_array` are numbers or of any shape; an output may be one of those in `in_place`, element for element.
+        `options` are the names of what else a call says, in order, with what they are (`torch_ops.KINDS`): text,
+        numbers, tuples of them, a configuration or None. `prepare` gets the views of the arrays that are there, by
+        name, and the options' values; `results` gets the same and says what each output would be as a new array, without
+        a plan, also of sizes that are torch's symbols. Without `required`, the first input is. `optional` has the
+        outputs that are there only if they are given or an option is true, with its name. `dtypes` are those that an
+        array may have, by its name, for the message about one whose dtype no kernel has.
         """
+        self.name = name
         self.kernel = kernel
-        self._required = required or inputs[:1]
-        self._inputs, self._outputs = inputs, outputs
-        self._options = options
+        self.required = required or inputs[:1]
+        self.inputs, self.outputs = inputs, outputs
+        self.options = options
+        self.results = results
+        self._optional = dict(optional or {})
         self._prepare = prepare
         self._scalars = tuple(index for index, name in enumerate(inputs) if name in scalars)
-        self._numbers = tuple(index for index, name in enumerate(inputs) if name in scalars + scalar_or_array)
+        self.numbers = tuple(index for index, name in enumerate(inputs) if name in scalars + scalar_or_array)
         self._in_place = frozenset(in_place)
         self._dtypes = {**dict.fromkeys(scalars, ("fp32",)), **(dtypes or {})}
         self._calls: dict[tuple[Any, ...], Ready] = call_cache()
+        OPERATIONS[name] = self
+
+    def has(self, output: str, options: Options) -> bool:
+        """Whether calls with these options have an output that they were not given."""
+        asked = self._optional.get(output)
+        return asked is None or bool(options[tuple(self.options).index(asked)])
 
     # A method, as `Prepared.run` is: an object with `__call__` takes twice as long to call.
-    def run(self, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Arrays:
+    def run(self, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:
         """Runs the op; gives its outputs.
 
         Raises:
             ProblemError: arrays of several libraries or GPUs, an output over an input; or what `prepare` says.
             UsageError: an option of a type that can't be one, a number that is none; or what `prepare` says.
         """
+        # torch.compile reads on from here: what it can't follow must not come before.
+        compiler = getattr(sys.modules.get("torch"), "compiler", None)
+        if compiler is not None and compiler.is_compiling():
+            from tilewright.kernels.torch_ops import traced
+
+            return traced(self, arrays, outs, options)
         try:
             kind = kind_of(arrays[0])
         except UnsupportedError:
-            kind = _kind(self._inputs[0], arrays[0])  # raises with the name
+            kind = _kind(self.inputs[0], arrays[0])  # raises with the name
         if kind.foreign:
             return self._adopted(kind, arrays, outs, options)
         try:
@@ -261,9 +299,9 @@ class Operation:
             guard.check(kind, given, outs, addresses)
         return call.run(kind, arrays, outs, arguments)
 
-    def _adopted(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Arrays:
-        """The call with arrays seen through CuPy: once, not at every use."""
-        self._refuse_libraries(kind, arrays, outs)
+    def _adopted(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:
+        """The call with arrays seen through CuPy, or NumPy: once, not at every use."""
+        self._refuse_libraries(kind_of(arrays[0]), arrays, outs)
         arrays = self._with_numbers(arrays)
 
         def seen(names: tuple[str, ...], given: Arrays) -> Arrays:
@@ -272,20 +310,24 @@ class Operation:
                 for name, x in zip(names, given, strict=True)
             )
 
-        results = self.run(seen(self._inputs, arrays), seen(self._outputs, outs), options)
+        results = self.run(seen(self.inputs, arrays), seen(self.outputs, outs), options)
         return tuple(
             out if out is not None else result if result is None else kind.give_back(result, arrays[0])
             for out, result in zip(outs, results, strict=True)
         )
 
-    def _first(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Arrays:
-        """The first call of its signature, or one whose numbers are of another type than float."""
+    def _first(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:
+        """The first call of its signature, or one whose numbers are of another type than float, or of arrays that the
+        interpreter sees as those of another library."""
+        host = kind.on_host(arrays[0]) if interpreted() else None
+        if host is not None:
+            return self._adopted(host, arrays, outs, options)
         with_numbers = self._with_numbers(arrays)
         if with_numbers is arrays:
             self._learn(kind, arrays, outs, options)
         return self.run(with_numbers, outs, options)
 
-    def made_ready(self, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Callable[[], Arrays]:
+    def made_ready(self, arrays: Arrays, outs: Arrays, options: Options) -> Callable[[], Arrays]:
         """A call of which nothing is left but the launch: arrays are the library's own, numbers floats.
 
         Raises:
@@ -299,13 +341,13 @@ class Operation:
             guard.check(kind, given, outs, addresses)
         return functools.partial(call.run, kind, arrays, outs, arguments)
 
-    def _learn(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: tuple[Any, ...]) -> Ready:
+    def _learn(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: Options) -> Ready:
         """What there is to know of all calls with the signatures of this one; it is kept."""
         self._refuse_libraries(kind, arrays, outs)
         self._refuse_absent(arrays)
         self._refuse_options(options)
         views = self._views(kind, arrays, outs)
-        call = self._prepare(kind, views, options)
+        call = self._prepare(views, options)
         if len(self._calls) >= MOST_CALLS:
             self._calls.clear()
         signatures, _, _ = kind.look(arrays + outs)
@@ -334,25 +376,25 @@ class Operation:
         made = problem.outputs()
         outputs = {
             name: made[name]._replace(shape=(shapes or {}).get(name, made[name].shape)) if name in made else None
-            for name in self._outputs
+            for name in self.outputs
         }
-        return PlannedCall.of(plan, views, {name: f"{name}_ptr" for name in self._inputs}, outputs, strides or {})
+        return PlannedCall.of(plan, views, {name: f"{name}_ptr" for name in self.inputs}, outputs, strides or {})
 
     def _views(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> dict[str, View]:
         """The arrays that are there, by name, all on one GPU."""
         if kind.host:
             require_interpreter()
         views: dict[str, View] = {}
-        for index, (name, array) in enumerate(zip(self._inputs + self._outputs, arrays + outs, strict=True)):
-            if array.__class__ is float and index in self._numbers:
+        for index, (name, array) in enumerate(zip(self.inputs + self.outputs, arrays + outs, strict=True)):
+            if array.__class__ is float and index in self.numbers:
                 views[name] = View(NOWHERE, (1,), (1,), "fp32", next(iter(views.values())).device)
             elif array is not None:
                 views[name] = _view(name, array, self._dtypes.get(name, ()))
         for index in self._scalars:
-            scalar = views.get(self._inputs[index])
+            scalar = views.get(self.inputs[index])
             if scalar is not None and (scalar.dtype != "fp32" or math.prod(scalar.shape) != 1):
                 raise ProblemError(
-                    f"{self._inputs[index]} is {scalar.shape} of {scalar.dtype}: a number, or one element of fp32"
+                    f"{self.inputs[index]} is {scalar.shape} of {scalar.dtype}: a number, or one element of fp32"
                 )
         ordinals = {view.device for view in views.values()}
         if len(ordinals) > 1:
@@ -366,13 +408,13 @@ class Operation:
             UnsupportedError, ProblemError: an output overlaps itself, or may not be written.
         """
         places = {
-            name: place for place, name in enumerate(each for each in self._inputs + self._outputs if each in views)
+            name: place for place, name in enumerate(each for each in self.inputs + self.outputs if each in views)
         }
         guards = []
         for position, out in enumerate(outs):
             if out is None:
                 continue
-            name = self._outputs[position]
+            name = self.outputs[position]
             refuse_self_overlap(name, views[name])
             others = tuple(
                 (place, other, _reach(views[other]), other in self._in_place and views[other][1:] == views[name][1:])
@@ -388,38 +430,42 @@ class Operation:
         Raises:
             UsageError: a number that the input can't be, or something that is none.
         """
-        for index in self._numbers:
+        for index in self.numbers:
             value = arrays[index]
             if value is None:
                 continue
             if value.__class__ is float:
-                _number(self._inputs[index], value)  # before anything is compiled for it
+                _number(self.inputs[index], value)  # before anything is compiled for it
             elif not isinstance(value, bool) and isinstance(value, numbers.Real):
-                arrays = (*arrays[:index], _number(self._inputs[index], value), *arrays[index + 1 :])
+                arrays = (*arrays[:index], _number(self.inputs[index], value), *arrays[index + 1 :])
             elif isinstance(value, str | bytes | numbers.Number | list | tuple):
-                raise UsageError(f"{self._inputs[index]}={value!r} must be a real number or an array")
+                raise UsageError(f"{self.inputs[index]}={value!r} must be a real number or an array")
         return arrays
 
     def _refuse_absent(self, arrays: Arrays) -> None:
-        for name in self._required:
-            if arrays[self._inputs.index(name)] is None:
+        for name in self.required:
+            if arrays[self.inputs.index(name)] is None:
                 raise ProblemError(f"{name} is missing")
 
-    def _refuse_options(self, options: tuple[Any, ...]) -> None:
-        for name, value in zip(self._options, options, strict=True):
+    def _refuse_options(self, options: Options) -> None:
+        for name, value in zip(self.options, options, strict=True):
             try:
                 hash(value)
             except TypeError:
                 raise UsageError(f"{name}={value!r} can't be a {type(value).__name__}") from None
 
     def _refuse_libraries(self, kind: ArrayKind, arrays: Arrays, outs: Arrays) -> None:
-        for index, (name, array) in enumerate(zip(self._inputs + self._outputs, arrays + outs, strict=True)):
-            number = index in self._numbers and isinstance(array, numbers.Real)
+        for index, (name, array) in enumerate(zip(self.inputs + self.outputs, arrays + outs, strict=True)):
+            number = index in self.numbers and isinstance(array, numbers.Real)
             if array is not None and not number and _kind(name, array) is not kind:
                 raise ProblemError(
-                    f"{self._inputs[0]} is a {_type_name(arrays[0])} and {name} a {_type_name(array)}: pass arrays of "
+                    f"{self.inputs[0]} is a {_type_name(arrays[0])} and {name} a {_type_name(array)}: pass arrays of "
                     f"one library"
                 )
+
+
+OPERATIONS: dict[str, Operation] = {}
+"""By the name of the public function."""
 
 
 class Guard(NamedTuple):

@@ -47,6 +47,12 @@ OUT_SCALE = 2.0**-5
 """The scale that `inputs` draws for a quantised result: values near 1 become numbers near 32, the largest saturate."""
 
 
+def sums_dtype(operands: str, fused: bool) -> str:
+    """The dtype of a result where none is asked for: that of the operands, bf16 for fp8, and of int8 int32 for the bare
+    sums, bf16 where anything is fused."""
+    return {"fp8e4m3": "bf16", "fp8e5m2": "bf16", "int8": "bf16" if fused else "int32"}.get(operands, operands)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusedProblem(Problem):
     """A problem with the common epilogue. `bias` and `residual` are the dtype of that array, or None for none.

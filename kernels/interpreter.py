@@ -104,14 +104,19 @@ def interpret(fn: Any, grid: tuple[int, int, int], args: Mapping[str, Any]) -> N
                     raise RunError(f"{fn.__name__} failed in the interpreter, at program {program}: {what}") from cause
 
 
+def interpreted() -> bool:
+    """Whether this process runs kernels in the interpreter."""
+    # Triton's own device functions were made when it was imported: interpreted then, or never.
+    return isinstance(tl.zeros, shipped.InterpretedFunction)
+
+
 def require_interpreter() -> None:
     """Make sure that this process runs kernels on NumPy arrays, for callers that were given some.
 
     Raises:
         UsageError: Triton was imported without `TRITON_INTERPRET`.
     """
-    # Triton's own device functions were made when it was imported: interpreted then, or never.
-    if not isinstance(tl.zeros, shipped.InterpretedFunction):
+    if not interpreted():
         when = "is set too late, Triton is imported already" if interpreting() else "is not set"
         raise UsageError(f"NumPy arrays need Triton's interpreter, but {INTERPRET} {when}; {_REMEDY}")
 

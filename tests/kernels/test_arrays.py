@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tilewright.kernels import arrays, gemm, rmsnorm
+from tilewright.kernels import arrays, call, gemm, rmsnorm
 from tilewright.kernels.arrays import CupyKind, DlpackKind, NumpyKind, TorchKind, View, kind_of, require_cupy
 from tilewright.kernels.dtypes import DTYPES
 from tilewright.tuning_db.env import compiling_environment
@@ -133,9 +133,26 @@ CupyArray.__module__ = "cupy"
 @pytest.fixture
 def cupy(monkeypatch):
     module = ModuleType("cupy")
-    module.made = []
+    module.made, module.events = [], []
+
+    class Stream:
+        """`cupy.cuda.Stream`: notes what happens while it is current."""
+
+        def __init__(self, non_blocking):
+            assert non_blocking
+
+        def __enter__(self):
+            module.events.append("own stream")
+            return self
+
+        def __exit__(self, *_):
+            module.events.append("left")
+
+        def synchronize(self):
+            module.events.append("waited for")
 
     def make(shape, dtype):
+        module.events.append("made")
         if np.dtype(dtype).isbuiltin != 1:
             raise ValueError(f"Unsupported dtype {dtype}")  # as of bf16 and fp8, in some versions
         module.made.append((shape, np.dtype(dtype), FakeDevice.current))
@@ -147,6 +164,7 @@ def cupy(monkeypatch):
     module.from_dlpack = lambda foreign: foreign.adopted
     module.cuda = SimpleNamespace(
         Device=FakeDevice,
+        Stream=Stream,
         get_current_stream=lambda device=-1: SimpleNamespace(ptr=100 + device),
         runtime=SimpleNamespace(
             getDeviceCount=lambda: 2, CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {})
@@ -174,6 +192,10 @@ def test_cupy_makes_arrays_on_the_device_of_its_operand_and_asks_for_its_stream(
     # CuPy takes bf16 and fp8 for the type of a view, and not all of them for that of a new array.
     assert cupy.made == [((2, 3), np.dtype(np.uint16), 1), ((1,), np.dtype(np.float32), 1)]
     assert FakeDevice.current == 0
+    cupy.events.clear()
+    assert kind.lasting_scalar(1, 0.25)[0] == 0x7000
+    assert cupy.made.pop() == ((1,), np.dtype(np.float32), 1)
+    assert cupy.events == ["own stream", "made", "waited for", "left"]
     for name in ("bf16", "fp8e4m3", "fp8e5m2", "fp16", "int8"):
         assert kind.empty(CupyArray(device=1), (2, 3), name).dtype == DTYPES[name].numpy
     assert kind.stream(1) == 101
@@ -236,9 +258,37 @@ class Derived(Tensor):
 Derived.__module__ = "torchthings"
 
 
+class HostTensor(Tensor):
+    """A tensor on the host, over a NumPy array. What NumPy has no type for must be viewed as integers first."""
+
+    def __init__(self, array):
+        super().__init__("cpu", f"torch.{array.dtype}")
+        self.array, self.shape = array, array.shape
+
+    def stride(self):
+        return tuple(step // self.array.itemsize for step in self.array.strides)
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def detach(self):
+        return self
+
+    def view(self, kind):
+        return HostTensor(self.array.view(kind.removeprefix("torch.")))
+
+    def numpy(self):
+        assert self.array.dtype.isbuiltin == 1
+        return self.array
+
+
+HostTensor.__module__ = "torch"
+
+
 @pytest.fixture
 def torch(monkeypatch):
     module = ModuleType("torch")
+    module.uint8, module.uint16 = "torch.uint8", "torch.uint16"
     for name in ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2"):
         setattr(module, name, f"torch.{name}")
     module.cuda = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=7 + device))
@@ -263,6 +313,11 @@ def test_torch_tensors(torch):
     assert tensor.made == [((1,), 0.5, "torch.float32")]
 
 
+def test_numbers_beside_torch_tensors_lie_in_memory_that_is_not_torchs(torch, cupy):
+    assert kind_of(Tensor()).lasting_scalar(1, 0.25)[0] == 0x7000
+    assert cupy.made == [((1,), np.dtype(np.float32), 1)]
+
+
 def test_torchs_stream_is_asked_for_as_a_number_where_it_can_be(torch):
     torch._C = SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 70 + device)
     assert kind_of(Tensor()).stream(1) == 71
@@ -283,11 +338,17 @@ def test_parameters_and_derived_tensors_are_torchs(torch):
     assert kind_of(Parameter()) is kind_of(Derived()) is kind_of(Tensor())
 
 
-def test_a_tensor_on_the_host_is_refused(torch):
+def test_a_tensor_on_the_host_is_refused_where_nothing_is_interpreted(torch, monkeypatch):
+    monkeypatch.setattr(call, "interpreted", lambda: False)
     with pytest.raises(
         UnsupportedError, match=r"^a: a torch tensor on cpu is not in a GPU's memory: move it with .cuda\(\)$"
     ):
         gemm(Tensor("cpu"), Tensor("cpu"))
+
+
+def test_a_tensor_on_a_gpu_beside_one_on_the_host_is_refused(torch):
+    with pytest.raises(UnsupportedError, match=r"^b: a torch tensor on cuda:1 beside one on the host: pass both on one"):
+        gemm(HostTensor(np.zeros((4, 8), np.float16)), Tensor())
 
 
 def test_a_sparse_tensor_is_refused(torch):
@@ -307,10 +368,21 @@ def test_libraries_do_not_mix(torch, cupy):
         gemm(CupyArray(), CupyArray(), residual=Tensor())
 
 
-def test_real_torch_tensors_on_the_host_are_refused():
-    torch = pytest.importorskip("torch")
-    with pytest.raises(UnsupportedError, match="a torch tensor on cpu is not in a GPU's memory"):
-        gemm(torch.zeros(4, 8), torch.zeros(8, 4))
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "fp32", "fp8e4m3", "fp8e5m2"])
+def test_the_interpreter_sees_tensors_on_the_host_as_numpys(torch, kind):
+    host = DTYPES[kind].numpy
+    torch.from_numpy = HostTensor
+    a, b = (np.arange(size).reshape(shape).astype(host) for size, shape in ((8, (2, 4)), (12, (4, 3))))
+    result = gemm(HostTensor(a), HostTensor(b), out_dtype=kind)
+    assert isinstance(result, HostTensor)
+    np.testing.assert_array_equal(result.array, gemm(a, b, out_dtype=kind))
+    out = HostTensor(np.zeros((2, 3), host))
+    assert gemm(HostTensor(a), HostTensor(b), out=out, alpha=2) is out
+    np.testing.assert_array_equal(out.array, gemm(a, b, out_dtype=kind, alpha=2.0))
+    tracked = HostTensor(a)
+    tracked.requires_grad = True
+    with pytest.raises(UnsupportedError, match=r"^a: a torch tensor requires a gradient, and these kernels compute none"):
+        gemm(tracked, HostTensor(b))
 
 
 # Everything else on a GPU

@@ -39,7 +39,7 @@ def operation(prepared=None, **options):
     """An op of x, y and a factor that gives `out`, and `extra` if its option asks for it."""
     plan = Recorder()
 
-    def prepare(kind, views, values):
+    def prepare(views, values):
         if prepared is not None:
             prepared.append((views, values))
         outputs = {"out": Output((2, 3), "fp32"), "extra": Output((2,), "fp16") if values[0] else None}
@@ -48,10 +48,12 @@ def operation(prepared=None, **options):
 
     kernel = SimpleNamespace(name="scale")
     made = Operation(
+        "scale",
         kernel,
         ("x", "y", "factor"),
-        ("extra", "config"),
+        {"extra": "bool", "config": "config"},
         prepare,
+        lambda views, values: (),
         outputs=("out", "extra"),
         scalars=("factor",),
         in_place=("y",),
@@ -246,18 +248,41 @@ def test_numbers_go_beside_arrays_whose_device_has_no_hash():
         np.testing.assert_array_equal(run(op, mine, factor=factor)[0], X * factor)
 
 
-def test_a_number_is_kept_for_each_stream_of_each_device(monkeypatch):
+def test_a_number_is_made_once_for_each_device_and_too_many_for_their_call_alone(monkeypatch):
     monkeypatch.setattr(calling, "_numbers", {})
+    monkeypatch.setattr(calling, "MOST_NUMBERS", 3)
+    alive, launched = [], []
 
     class Kind:
-        def scalar(self, like, value):
-            return [value]
+        """Of arrays whose memory is anybody's once they are let go."""
 
-    kind = Kind()
-    calls = [PlannedCall(None, (), (), ordinal) for ordinal in (0, 1)]
-    found = [call._on_device(kind, X, "factor", 2.0, stream) for call in calls for stream in (0, 77, 0)]
-    assert len({id(array) for array in found}) == 4
-    assert found[0] is found[2]
+        def lasting_scalar(self, ordinal, value):
+            return f"kept {value} on {ordinal}", object()
+
+        def scalar(self, like, value):
+            array = type("Array", (), {"__del__": lambda _: alive.remove(value)})()
+            alive.append(value)
+            return array
+
+        def argument(self, array):
+            return "the call's own"
+
+        def stream(self, ordinal):
+            return 7
+
+    def launch(arguments, stream):
+        launched.append((arguments[0], list(alive)))
+
+    for ordinal, value in ((0, 2.0), (1, 2.0), (0, 2.0), (0, -0.0), (0, 0.0)):
+        PlannedCall(launch, ((0, "factor"),), (), ordinal).run(Kind(), (X,), (), [value])
+    assert launched == [
+        ("kept 2.0 on 0", []),
+        ("kept 2.0 on 1", []),
+        ("kept 2.0 on 0", []),
+        ("kept -0.0 on 0", []),
+        ("the call's own", [0.0]),
+    ]
+    assert alive == []
 
 
 def test_an_argument_that_is_no_array_is_named():

@@ -7,9 +7,9 @@ from numbers import Real
 from typing import Any
 
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import LARGEST, SMALLEST, Operation, Prepared, as_float, flag, integer
+from tilewright.kernels.call import LARGEST, SMALLEST, New, Operation, Prepared, as_float, flag, integer
 from tilewright.kernels.constants import checked_constant
-from tilewright.kernels.epilogue import FLOATS
+from tilewright.kernels.epilogue import FLOATS, sums_dtype
 from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.operands import SCALARS, Options, dense_strides, problem_of, strides_of
 from tilewright.kernels.ops.attention.problem import SOFTCAP, strides
@@ -146,7 +146,7 @@ def _positive(name: str, value: Any) -> float:
     return float(value)
 
 
-def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
+def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
     """Everything about a call that its arrays' signatures decide."""
     wanted = Options(*options)
     problem = problem_of(views, wanted)
@@ -167,6 +167,13 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
     )
 
 
+def _results(views: dict[str, View], options: tuple[Any, ...]) -> tuple[New, ...]:
+    wanted = Options(*options)
+    rows = views["q"].shape[:-1]
+    kind = wanted.out_dtype or sums_dtype(views["q"].dtype, fused=True)
+    return New((*rows, views["v"].shape[-1]), kind), New(rows, "fp32")
+
+
 INPUTS = (
     "q",
     "k",
@@ -181,14 +188,28 @@ INPUTS = (
     "kv_lens",
 )
 
+OPTIONS = {
+    "causal": "bool",
+    "window": "window",
+    **dict.fromkeys(("scale", "softcap"), "float?"),
+    **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), "int?"),
+    "return_lse": "bool",
+    "out_dtype": "str?",
+    "config": "config",
+}
+"""The fields of `Options`."""
+
 _ATTENTION = Operation(
+    "attention",
     ATTENTION,
     INPUTS,
-    Options._fields,
+    OPTIONS,
     _prepare,
+    _results,
     outputs=("out", "lse"),
     scalars=SCALARS,
     required=("q", "k", "v"),
+    optional={"lse": "return_lse"},
     dtypes=dict.fromkeys(("q", "k", "v", "bias", "out"), FLOATS)
     | dict.fromkeys(("alibi_slopes", "sinks", "lse"), ("fp32",))
     | dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "block_table", "kv_lens"), ("int32",)),

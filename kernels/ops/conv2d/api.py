@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Arrays, Operation, PlannedCall, Prepared, factor, integer
+from tilewright.kernels.call import Arrays, New, Operation, PlannedCall, Prepared, factor, integer
 from tilewright.kernels.dispatch import plan_for
-from tilewright.kernels.epilogue import FLOATS, OUTPUT_DTYPES
+from tilewright.kernels.epilogue import FLOATS, OUTPUT_DTYPES, sums_dtype
 from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.conv2d.operands import (
     FROM_NHWC,
@@ -20,7 +22,7 @@ from tilewright.kernels.ops.conv2d.operands import (
     paddings,
     sizes_of,
 )
-from tilewright.kernels.ops.conv2d.problem import INPUT_DTYPES, LAYOUTS, Conv2dProblem, as_gemm
+from tilewright.kernels.ops.conv2d.problem import INPUT_DTYPES, LAYOUTS, Conv2dProblem, as_gemm, outputs_along
 from tilewright.kernels.ops.conv2d.space import Conv2dConfig
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.space import GemmConfig
@@ -32,7 +34,14 @@ INPUTS = ("x", "w", "x_scale", "w_scale", "bias", "residual", "alpha", "out_scal
 SCALARS = ("x_scale", "alpha", "out_scale")
 """Inputs of one element."""
 
-OPTIONS = ("activation", "stride", "padding", "dilation", "groups", "layout", "precision", "out_dtype", "config")
+OPTIONS = {
+    "activation": "str?",
+    **dict.fromkeys(("stride", "padding", "dilation"), "ints"),
+    "groups": "int?",
+    "layout": "str",
+    **dict.fromkeys(("precision", "out_dtype"), "str?"),
+    "config": "config",
+}
 
 
 def conv2d(
@@ -178,27 +187,51 @@ class TurnedCall:
         return self.planned.run(kind, arrays, (out,), arguments)
 
 
-def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
-    """Everything about a call that its arrays' signatures decide."""
-    activation, stride, padding, dilation, groups, layout, precision, out_dtype, config = options
+class Described(NamedTuple):
+    """A call as one of two dimensions."""
+
+    views: dict[str, View]  # of x, w, residual and out in the order N, H, W, C (K, R, S, C)
+    whole: dict[str, tuple[int, ...]]  # shapes as the caller sees them
+    layout: str
+    order: tuple[int, ...]  # the result's dimensions, as the caller sees them, among N, P, Q, K
+    sizes: dict[str, int]
+    window: dict[str, int]
+
+    @property
+    def result(self) -> tuple[int, int, int, int]:
+        """N, P, Q and K."""
+        of, along = self.sizes, {}
+        for name, length, taps, before, after in (("h", "H", "R", "top", "bottom"), ("w", "W", "S", "left", "right")):
+            padding = self.window[f"pad_{before}"] + self.window[f"pad_{after}"]
+            window = self.window[f"stride_{name}"], padding, self.window[f"dilation_{name}"]
+            along[name] = outputs_along(of[length], of[taps], *window)
+        return of["N"], along["h"], along["w"], of["K"]
+
+    def seen(self, result: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape N, P, Q, K as the caller sees it."""
+        return tuple(result[axis] for axis in self.order)
+
+    def stored(self, memory: str) -> tuple[int, ...]:
+        """The result's dimensions, as the caller numbers them, in the order of memory of a layout. Of one row, which is
+        the dimension P, `conv1d` shows nothing."""
+        return tuple(self.order.index(axis) for axis in FROM_NHWC[memory] if axis in self.order)
+
+
+def _image(views: dict[str, View], options: tuple[Any, ...]) -> Described:
+    """A call of `conv2d`."""
+    _, stride, padding, dilation, groups, layout, *_ = options
     if layout not in LAYOUTS:
         raise ProblemError(f"layout={layout!r} must be nhwc or nchw")
     stride_h, stride_w = numbers("stride", stride, (2,))
     dilation_h, dilation_w = numbers("dilation", dilation, (2,))
     window = {"stride_h": stride_h, "stride_w": stride_w, "dilation_h": dilation_h, "dilation_w": dilation_w}
-    return _prepared(
-        views,
-        {name: view.shape for name, view in views.items()},
-        layout,
-        FROM_NHWC[layout],
-        window | paddings(padding),
-        (activation, groups, precision, out_dtype, config),
-    )
+    whole = {name: view.shape for name, view in views.items()}
+    return _described(views, whole, layout, FROM_NHWC[layout], window | paddings(padding), groups)
 
 
-def _prepare_row(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
-    """`_prepare` for one dimension."""
-    activation, stride, padding, dilation, groups, layout, precision, out_dtype, config = options
+def _row(views: dict[str, View], options: tuple[Any, ...]) -> Described:
+    """A call of `conv1d`, as one of images of one row."""
+    _, stride, padding, dilation, groups, layout, *_ = options
     if layout not in ("nlc", "ncl"):
         raise ProblemError(f"layout={layout!r} must be nlc or ncl")
     (stride_w,), (dilation_w,) = numbers("stride", stride, (1,)), numbers("dilation", dilation, (1,))
@@ -219,14 +252,10 @@ def _prepare_row(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ..
             f"L={length} with padding={left, right} is less than the {dilation_w * (taps - 1) + 1} that {taps} taps "
             f"with dilation={dilation_w} reach"
         )
-    return _prepared(
-        views,
-        whole,
-        "nhwc" if layout == "nlc" else "nchw",
-        (0, 2, 3) if layout == "nlc" else (0, 3, 2),
-        {"stride_w": stride_w, "dilation_w": dilation_w, "pad_left": left, "pad_right": right},
-        (activation, groups, precision, out_dtype, config),
-    )
+    window = {"stride_h": 1, "stride_w": stride_w, "dilation_h": 1, "dilation_w": dilation_w}
+    window |= {"pad_top": 0, "pad_bottom": 0, "pad_left": left, "pad_right": right}
+    seen, order = ("nhwc", (0, 2, 3)) if layout == "nlc" else ("nchw", (0, 3, 2))
+    return _described(views, whole, seen, order, window, groups)
 
 
 def _refuse_window(stride: int, left: int, right: int, dilation: int) -> None:
@@ -238,15 +267,14 @@ def _refuse_window(stride: int, left: int, right: int, dilation: int) -> None:
         raise UnsupportedProblemError(f"padding={left, right} must be from 0 to {2**31 - 1}")
 
 
-def _prepared(
+def _described(
     views: dict[str, View],
-    whole: dict[str, tuple[int, ...]],  # shapes as the caller sees them
+    whole: dict[str, tuple[int, ...]],
     layout: str,
-    order: tuple[int, ...],  # the result's dimensions, as the caller sees them, among N, P, Q, K
+    order: tuple[int, ...],
     window: dict[str, int],
-    options: tuple[Any, ...],
-) -> Prepared:
-    activation, groups, precision, out_dtype, config = options
+    groups: int | None,
+) -> Described:
     for name in ("x", "w", "residual", "out"):
         if name in views:
             if len(views[name].shape) != 4:
@@ -255,14 +283,24 @@ def _prepared(
             views[name] = nhwc(views[name], layout)
     if groups is None:
         raise UsageError("groups=None must be an integer")
-    fields = sizes_of(views, groups, whole) | window | dtypes_of(views, out_dtype)
+    return Described(views, whole, layout, order, sizes_of(views, groups, whole), window)
+
+
+Describe = Callable[[dict[str, View], tuple[Any, ...]], Described]
+
+
+def _prepare(describe: Describe, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
+    """Everything about a call that its arrays' signatures decide."""
+    activation, _, _, _, groups, _, precision, out_dtype, config = options
+    call = describe(views, options)
+    views, whole, layout, *_ = call
+    fields = call.sizes | call.window | dtypes_of(views, out_dtype)
     # What never goes together is said before what these arrays' strides don't allow.
     made = Conv2dProblem(**fields, groups=groups, activation=activation_name(activation), precision=precision)
     result = (made.N, made.P, made.Q, made.K)
     for name in ("residual", "out"):
         if name in views and views[name].shape != result:
-            shape = tuple(result[axis] for axis in order)
-            raise ProblemError(f"{name} is {whole[name]} and must be {shape}")
+            raise ProblemError(f"{name} is {whole[name]} and must be {call.seen(result)}")
     memory, w_layout = layouts_of(views, layout, whole)
     narrow = {*SCALARS, *(["w_scale"] if made.w_scale == "tensor" else [])}
     problem = Conv2dProblem(
@@ -274,14 +312,22 @@ def _prepared(
         w_layout=w_layout,
         aligned=all(view.pointer % 16 == 0 for name, view in views.items() if name not in narrow),
     )
-    shape = tuple(result[axis] for axis in order)
+    shape = call.seen(result)
     planned = _planned(problem, views, shape, config)
     if memory == layout or "out" in views:
         return planned
-    # Of one row, which is the dimension P, `conv1d` shows nothing.
-    stored = [axis for axis in FROM_NHWC[memory] if axis in order]
-    turned = tuple(stored.index(axis) for axis in order)
-    return TurnedCall(planned, Output(tuple(result[axis] for axis in stored), problem.output_dtype), turned)
+    stored = call.stored(memory)
+    turned = tuple(stored.index(dimension) for dimension in range(len(stored)))
+    return TurnedCall(planned, Output(tuple(shape[dimension] for dimension in stored), problem.output_dtype), turned)
+
+
+def _results(describe: Describe, views: dict[str, View], options: tuple[Any, ...]) -> tuple[New, ...]:
+    activation, *_, out_dtype, _ = options
+    call = describe(views, options)
+    memory, _ = layouts_of(call.views, call.layout, call.whole)
+    fused = not {"x", "w", "out"}.issuperset(call.views) or activation_name(activation) != "none"
+    kind = out_dtype or sums_dtype(call.views["x"].dtype, fused)
+    return (New(call.seen(call.result), kind, call.stored(memory)),)
 
 
 def _planned(
@@ -303,10 +349,12 @@ def _planned(
 
 _CONV2D, _CONV1D = (
     Operation(
+        name,
         CONV2D,
         INPUTS,
         OPTIONS,
-        prepare,
+        functools.partial(_prepare, describe),
+        functools.partial(_results, describe),
         scalars=SCALARS,
         scalar_or_array=("w_scale",),
         in_place=("residual",),
@@ -320,5 +368,5 @@ _CONV2D, _CONV1D = (
             "out": OUTPUT_DTYPES,
         },
     )
-    for prepare in (_prepare, _prepare_row)
+    for name, describe in (("conv2d", _image), ("conv1d", _row))
 )

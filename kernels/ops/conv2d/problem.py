@@ -21,7 +21,7 @@ import numpy as np
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.device import Device
 from tilewright.kernels.dtypes import dtype, refused
-from tilewright.kernels.epilogue import FusedProblem, epilogue_reference, rounded, unsupported_dtype
+from tilewright.kernels.epilogue import FusedProblem, epilogue_reference, rounded, sums_dtype, unsupported_dtype
 from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.problem import Output
@@ -92,8 +92,7 @@ class Conv2dProblem(FusedProblem):
         # What is absent: None or False, or the activation "none" (however it is spelled).
         parts = (self.x_scale, self.w_scale, self.bias, self.residual, self.alpha, self.out_scale)
         fused = any(parts) or activation_name(self.activation) != "none"
-        default = {"fp8e4m3": "bf16", "fp8e5m2": "bf16", "int8": "bf16" if fused else "int32"}
-        self.check_epilogue(default.get(self.dtype, self.dtype))
+        self.check_epilogue(sums_dtype(self.dtype, fused))
         if self.out_dtype == "int32" and (self.dtype != "int8" or fused):
             raise ProblemError(
                 "out_dtype='int32' is the bare sum of dtype='int8': without scale, bias, residual or activation"
@@ -135,12 +134,12 @@ class Conv2dProblem(FusedProblem):
     @property
     def P(self) -> int:  # noqa: N802 - the field's name
         """Rows of the result."""
-        return (self.H + self.pad_top + self.pad_bottom - self.dilation_h * (self.R - 1) - 1) // self.stride_h + 1
+        return outputs_along(self.H, self.R, self.stride_h, self.pad_top + self.pad_bottom, self.dilation_h)
 
     @property
     def Q(self) -> int:  # noqa: N802 - the field's name
         """Columns of the result."""
-        return (self.W + self.pad_left + self.pad_right - self.dilation_w * (self.S - 1) - 1) // self.stride_w + 1
+        return outputs_along(self.W, self.S, self.stride_w, self.pad_left + self.pad_right, self.dilation_w)
 
     @property
     def pixels(self) -> int:
@@ -319,6 +318,11 @@ def _spread(size: int, count: int, random: np.random.Generator) -> Array:
     """Indices below `size`: a random one in each of `count` equal stretches, and both ends."""
     edges = np.linspace(0, size, min(size, max(count, 1)) + 1).astype(np.int64)
     return np.unique(np.concatenate([random.integers(edges[:-1], edges[1:]), [0, size - 1]]))
+
+
+def outputs_along(length: int, taps: int, stride: int, padding: int, dilation: int) -> int:
+    """Pixels of the result along one dimension; `padding` is that of both ends."""
+    return (length + padding - dilation * (taps - 1) - 1) // stride + 1
 
 
 @functools.lru_cache(maxsize=4096)

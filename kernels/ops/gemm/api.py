@@ -8,8 +8,8 @@ from typing import Any
 
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Arrays, Operation, Prepared, factor, integer
-from tilewright.kernels.epilogue import FLOATS, OUTPUT_DTYPES
+from tilewright.kernels.call import Arrays, New, Operation, Prepared, factor, integer
+from tilewright.kernels.epilogue import FLOATS, OUTPUT_DTYPES, sums_dtype
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.operands import (
     Matrix,
@@ -159,7 +159,7 @@ class LoopedCall:
         return (result,)
 
 
-def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
+def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
     """Everything about a call that its arrays' signatures decide."""
     group_size, bias_axis, activation, gated, precision, out_dtype, config = options
     m, k, n, batch = shapes_of(views, gated=gated is not None, bias_axis=bias_axis)
@@ -225,6 +225,19 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
     return _GEMM.planned(problem, views, shapes={"out": shape}, strides=strides, config=config)
 
 
+def _results(views: dict[str, View], options: tuple[Any, ...]) -> tuple[New, ...]:
+    _, bias_axis, activation, gated, _, out_dtype, _ = options
+    m, _, n, batch = shapes_of(views, gated=gated is not None, bias_axis=bias_axis)
+    return (New((*batch, m, n // 2 if gated else n), result_dtype(views, activation, gated, out_dtype)),)
+
+
+def result_dtype(views: dict[str, View], activation: Any, gated: str | None, out_dtype: str | None) -> str:
+    """The dtype of a new result."""
+    bare = {"a", "b", "offsets", "out"}
+    fused = not bare.issuperset(views) or gated is not None or activation_name(activation) != "none"
+    return out_dtype or sums_dtype(views["a"].dtype, fused)
+
+
 def check_row_scales(views: dict[str, View], matrices: int) -> None:
     """Does nothing if there is a scale for each row of as many matrices as A has in memory.
 
@@ -252,13 +265,20 @@ def alignments(views: dict[str, View], strides: dict[str, int]) -> dict[str, Any
     return found
 
 
-OPTIONS = ("group_size", "bias_axis", "activation", "gated", "precision", "out_dtype", "config")
+OPTIONS = {
+    "group_size": "int?",
+    "bias_axis": "str",
+    **dict.fromkeys(("activation", "gated", "precision", "out_dtype"), "str?"),
+    "config": "config",
+}
 
 _GEMM = Operation(
+    "gemm",
     GEMM,
     INPUTS,
     OPTIONS,
     _prepare,
+    _results,
     scalars=SCALARS,
     scalar_or_array=SCALES,
     in_place=("residual",),

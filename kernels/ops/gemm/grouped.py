@@ -6,8 +6,17 @@ from typing import Any
 
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Operation, Prepared, factor, integer
-from tilewright.kernels.ops.gemm.api import ARRAY_DTYPES, INPUTS, OPTIONS, SCALARS, SCALES, alignments, check_config
+from tilewright.kernels.call import New, Operation, Prepared, factor, integer
+from tilewright.kernels.ops.gemm.api import (
+    ARRAY_DTYPES,
+    INPUTS,
+    OPTIONS,
+    SCALARS,
+    SCALES,
+    alignments,
+    check_config,
+    result_dtype,
+)
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.operands import (
     Matrix,
@@ -73,14 +82,10 @@ def grouped_gemm(
     return _GROUPED.run(arrays, (out,), options)[0]
 
 
-def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
+def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
     """Everything about a call that its arrays' signatures decide."""
     group_size, bias_axis, activation, gated, precision, out_dtype, config = options
-    a, b = views["a"].shape, views["b"].shape
-    if len(a) != 2 or len(b) != 3 or 0 in a + b:
-        raise ProblemError(f"a is {a} and b is {b}: they must be (M, K) and (groups, K, N), none of them 0")
-    check_depth(views)
-    (m, k), (groups, _, n) = a, b
+    m, k, n, groups = _sizes(views)
     shape = (m, n // 2 if gated is not None else n)
     if views["offsets"].dtype != "int32":
         raise ProblemError(f"offsets is {views['offsets'].dtype} and must be int32")
@@ -101,7 +106,7 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
     check_rows(matrices, views)
     if "out" not in matrices:
         matrices["out"] = Matrix("row", shape[1], (), True)
-    depth = b[1] * n
+    depth = views["b"].shape[1] * n
     strided = not (
         all(matrix.dense for matrix in matrices.values()) and (groups == 1 or matrices["b"].batch == (depth,))
     )
@@ -127,11 +132,28 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
     return _GROUPED.planned(problem, views, shapes={"out": shape}, strides=strides, config=config)
 
 
+def _results(views: dict[str, View], options: tuple[Any, ...]) -> tuple[New, ...]:
+    _, _, activation, gated, _, out_dtype, _ = options
+    m, _, n, _ = _sizes(views)
+    return (New((m, n // 2 if gated else n), result_dtype(views, activation, gated, out_dtype)),)
+
+
+def _sizes(views: dict[str, View]) -> tuple[int, int, int, int]:
+    """M, K, N and the number of groups."""
+    a, b = views["a"].shape, views["b"].shape
+    if len(a) != 2 or len(b) != 3 or 0 in a + b:
+        raise ProblemError(f"a is {a} and b is {b}: they must be (M, K) and (groups, K, N), none of them 0")
+    check_depth(views)
+    return a[0], a[1], b[2], b[0]
+
+
 _GROUPED = Operation(
+    "grouped_gemm",
     GEMM,
     (*INPUTS, "offsets"),
     OPTIONS,
     _prepare,
+    _results,
     scalars=SCALARS,
     scalar_or_array=SCALES,
     in_place=("residual",),

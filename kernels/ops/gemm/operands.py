@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -33,10 +34,9 @@ def shapes_of(views: dict[str, View], *, gated: bool, bias_axis: str) -> tuple[i
         raise ProblemError(f"a {a} and b {b} must have at least two dimensions: (..., M, K) and (..., K, N)")
     (m, k), n = a[-2:], b[-1]
     check_depth(views)
-    try:
-        batch = np.broadcast_shapes(a[:-2], b[:-2])
-    except ValueError:
-        raise ProblemError(f"a is {a} and b is {b}: the leading dimensions don't broadcast") from None
+    batch = _broadcast(a[:-2], b[:-2])
+    if batch is None:
+        raise ProblemError(f"a is {a} and b is {b}: the leading dimensions don't broadcast")
     if 0 in (m, n, k, *batch):
         raise ProblemError(f"a is {a} and b is {b}: no dimension may be 0")
     shape = (*batch, m, n // 2 if gated else n)
@@ -44,7 +44,8 @@ def shapes_of(views: dict[str, View], *, gated: bool, bias_axis: str) -> tuple[i
         check_dense(views, "bias", (m if bias_axis == "m" else n,))
     if "residual" in views:
         residual = views["residual"].shape
-        if residual[-2:] != shape[-2:] or not _broadcasts(residual[:-2], batch):
+        # It is repeated to the result's leading dimensions, and adds none.
+        if residual[-2:] != shape[-2:] or _broadcast(residual[:-2], batch) != batch:
             raise ProblemError(f"residual is {residual} and must broadcast to {shape} over the leading dimensions")
     if "out" in views and views["out"].shape != shape:
         raise ProblemError(f"out is {views['out'].shape} and must be {shape}")
@@ -95,7 +96,7 @@ def scales_of(views: dict[str, View], n: int, group_size: int | None, groups: in
     fields: dict[str, Any] = {}
     k = views["a"].shape[-1]
     each = (groups,) if groups else ()
-    rows = math.ceil(k / group_size) if group_size else 1
+    rows = -(-k // group_size) if group_size else 1
     if "a_scale" in views:
         whole = math.prod(views["a_scale"].shape) == 1
         if not whole:
@@ -126,12 +127,15 @@ def scales_of(views: dict[str, View], n: int, group_size: int | None, groups: in
     return fields
 
 
-def _broadcasts(lead: tuple[int, ...], batch: tuple[int, ...]) -> bool:
-    """Whether leading dimensions can be repeated to those of the result, without adding to them."""
-    try:
-        return np.broadcast_shapes(lead, batch) == batch
-    except ValueError:
-        return False
+def _broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape that two broadcast to, None where they don't. Of torch's symbolic sizes too, which NumPy would ask for
+    their values."""
+    shape = []
+    for x, y in itertools.zip_longest(reversed(one), reversed(other), fillvalue=1):
+        if x != y and x != 1 and y != 1:
+            return None
+        shape.append(y if x == 1 else x)
+    return tuple(reversed(shape))
 
 
 def dtypes_of(views: dict[str, View], out_dtype: str | None) -> dict[str, str | None]:

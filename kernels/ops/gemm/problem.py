@@ -24,7 +24,7 @@ import numpy as np
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.device import Device
 from tilewright.kernels.dtypes import DTYPES, dtype, refused
-from tilewright.kernels.epilogue import GATED, FusedProblem, unsupported_dtype
+from tilewright.kernels.epilogue import GATED, FusedProblem, sums_dtype, unsupported_dtype
 from tilewright.kernels.ops.gemm.packing import packed_rows
 from tilewright.kernels.problem import Output
 from tilewright.kernels.samples import INTEGER_SPREAD, normal, placed
@@ -165,8 +165,7 @@ class GemmProblem(FusedProblem):
         # What is absent: None or False, or the activation "none" (however it is spelled).
         parts = (self.a_scale, self.b_scale, self.bias, self.residual, self.alpha, self.out_scale, self.gated)
         fused = any(parts) or activation_name(self.activation) != "none"
-        default = {"fp8e4m3": "bf16", "fp8e5m2": "bf16", "int8": "bf16" if fused else "int32"}
-        self.check_epilogue(default.get(self.dtype, self.dtype))
+        self.check_epilogue(sums_dtype(self.dtype, fused))
         if self.out_dtype == "int32" and (self.dtype != "int8" or fused):
             raise ProblemError(
                 "out_dtype='int32' is the bare sum of dtype='int8': without scale, bias, residual, activation or gate"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Operation, Prepared, flag
+from tilewright.kernels.call import New, Operation, Prepared, flag
 from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
@@ -90,7 +90,7 @@ def _constant(name: str, value: Any) -> float:
     return value if value.__class__ is float else checked_constant(name, value)
 
 
-def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
+def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
     """Everything about a call that its arrays' signatures decide."""
     eps, weight_offset, out_dtype, scaled_rows, return_residual, config = options
     x = views["x"]
@@ -149,6 +149,16 @@ def _prepare(kind: ArrayKind, views: dict[str, View], options: tuple[Any, ...]) 
     )
 
 
+def _results(views: dict[str, View], options: tuple[Any, ...]) -> tuple[New, ...]:
+    _, _, out_dtype, *_ = options
+    x = views["x"]
+    return (
+        New(x.shape, out_dtype or x.dtype),
+        New(x.shape, views.get("residual", x).dtype),
+        New((*x.shape[:-1], 1), "fp32"),
+    )
+
+
 def _row_stride(name: str, view: View) -> int:
     """Elements from each row to the next, over all leading dimensions.
 
@@ -187,11 +197,19 @@ def _check_row_scale(view: View, shape: tuple[int, ...], wanted: bool) -> None:
 
 
 _RMSNORM = Operation(
+    "rmsnorm",
     RMSNORM,
     ("x", "residual", "weight", "out_scale"),
-    ("eps", "weight_offset", "out_dtype", "out_scale", "return_residual", "config"),
+    {
+        **dict.fromkeys(("eps", "weight_offset"), "float"),
+        "out_dtype": "str?",
+        **dict.fromkeys(("scaled_rows", "return_residual"), "bool"),
+        "config": "config",
+    },
     _prepare,
+    _results,
     outputs=("out", "residual_out", "row_scale"),
+    optional={"residual_out": "return_residual", "row_scale": "scaled_rows"},
     scalars=("out_scale",),
     in_place=("x", "residual"),
     dtypes={
