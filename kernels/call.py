@@ -238,10 +238,10 @@ class Operation:
         `scalar_or_array` are numbers or of any shape; an output may be one of those in `in_place`, element for element.
         `options` are the names of what else a call says, in order, with what they are (`torch_ops.KINDS`): text,
         numbers, tuples of them, a configuration or None. `prepare` gets the views of the arrays that are there, by
-        name, and the options' values; `results` gets the same and says what each output would be as a new array, without
-        a plan, also of sizes that are torch's symbols. Without `required`, the first input is. `optional` has the
-        outputs that are there only if they are given or an option is true, with its name. `dtypes` are those that an
-        array may have, by its name, for the message about one whose dtype no kernel has.
+        name, and the options' values; `results` gets the same, also with torch's symbols for sizes, and says what each
+        output would be as a new array. Without `required`, the first input is. `optional` has the outputs that are
+        there only if they are given or an option is true, with its name. `dtypes` are those that an array may have, by
+        its name, for the message about one whose dtype no kernel has.
         """
         self.name = name
         self.kernel = kernel

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright.kernels.arrays import View, check_tensor, torch_dtype
+from tilewright.kernels.arrays import View, torch_dtype
 from tilewright.kernels.call import NOWHERE, OPERATIONS, Arrays, New, Operation, Options
 from tilewright.kernels.dtypes import dtype_name
 from tilewright.kernels.problem import Config
@@ -95,12 +95,21 @@ KINDS = {
 """Of `Operation.options`."""
 
 
-def traced(operation: Operation, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:
-    """What `operation.run` gives, as nodes of the graph that is being made.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _eagerly(operation: Operation, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:
+    return operation.run(arrays, outs, options)
 
-    Raises:
-        UnsupportedError: an array is sparse or requires a gradient.
-    """
+
+def traced(operation: Operation, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:
+    """What `operation.run` gives, as nodes of the graph that is being made. For arguments that no node takes the graph
+    is broken: the call is made as ever, and says what is wrong with them."""
+    for array in (*arrays, *outs):
+        if isinstance(array, torch.Tensor):
+            usable = array.layout is torch.strided and not (array.requires_grad and torch.is_grad_enabled())
+        else:
+            usable = array is None or isinstance(array, int | float)
+        if not usable or not isinstance(arrays[0], torch.Tensor):
+            return _eagerly(operation, arrays, outs, options)  # type: ignore[no-any-return]
     numbers = []
     for place in operation.numbers:
         value = arrays[place]
@@ -108,12 +117,7 @@ def traced(operation: Operation, arrays: Arrays, outs: Arrays, options: Options)
         numbers.append(float(value) if number else None)
         if number:
             arrays = (*arrays[:place], None, *arrays[place + 1 :])
-    for array in (*arrays, *outs):
-        if isinstance(array, torch.Tensor):
-            check_tensor(torch, array)
-    told = [
-        KINDS[kind].to_torch(value) for kind, value in zip(operation.options.values(), options, strict=True)
-    ]
+    told = [KINDS[kind].to_torch(value) for kind, value in zip(operation.options.values(), options, strict=True)]
     given = [out is not None for out in outs]
     operators = getattr(torch.ops, NAMESPACE)
     if any(given):

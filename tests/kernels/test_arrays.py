@@ -347,7 +347,9 @@ def test_a_tensor_on_the_host_is_refused_where_nothing_is_interpreted(torch, mon
 
 
 def test_a_tensor_on_a_gpu_beside_one_on_the_host_is_refused(torch):
-    with pytest.raises(UnsupportedError, match=r"^b: a torch tensor on cuda:1 beside one on the host: pass both on one"):
+    with pytest.raises(
+        UnsupportedError, match=r"^b: a torch tensor on cuda:1 beside one on the host: pass both on one"
+    ):
         gemm(HostTensor(np.zeros((4, 8), np.float16)), Tensor())
 
 
@@ -381,7 +383,9 @@ def test_the_interpreter_sees_tensors_on_the_host_as_numpys(torch, kind):
     np.testing.assert_array_equal(out.array, gemm(a, b, out_dtype=kind, alpha=2.0))
     tracked = HostTensor(a)
     tracked.requires_grad = True
-    with pytest.raises(UnsupportedError, match=r"^a: a torch tensor requires a gradient, and these kernels compute none"):
+    with pytest.raises(
+        UnsupportedError, match=r"^a: a torch tensor requires a gradient, and these kernels compute none"
+    ):
         gemm(tracked, HostTensor(b))
 
 

@@ -6,7 +6,7 @@ import math
 from numbers import Real
 from typing import Any
 
-from tilewright.kernels.arrays import ArrayKind, View
+from tilewright.kernels.arrays import View
 from tilewright.kernels.call import LARGEST, SMALLEST, New, Operation, Prepared, as_float, flag, integer
 from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.epilogue import FLOATS, sums_dtype

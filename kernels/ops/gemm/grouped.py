@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tilewright.kernels.activations import activation_name
-from tilewright.kernels.arrays import ArrayKind, View
+from tilewright.kernels.arrays import View
 from tilewright.kernels.call import New, Operation, Prepared, factor, integer
 from tilewright.kernels.ops.gemm.api import (
     ARRAY_DTYPES,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.kernels.arrays import ArrayKind, View
+from tilewright.kernels.arrays import View
 from tilewright.kernels.call import New, Operation, Prepared, flag
 from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.epilogue import FLOATS

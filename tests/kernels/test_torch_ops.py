@@ -1,0 +1,140 @@
+"""Calls inside torch.compile and torch.export: one node each, with the results of an eager call.
+
+In torch's CPU build, on tensors in host memory, which the interpreter takes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tilewright.kernels import gemm, rmsnorm
+from tilewright.kernels.call import OPERATIONS
+from tilewright.tuning_db.env import compiling_environment
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from tests.kernels.torch_calls import CALLS, FP8, randn  # noqa: E402 - torch may be absent
+from tilewright.kernels import torch_ops  # noqa: E402
+
+TRACKED = torch.zeros(16, requires_grad=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+BY_NAME = [pytest.param(call, arguments, id=call.__name__) for call, arguments in CALLS]
+
+
+def parts(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def assert_same(results: Any, wanted: Any) -> None:
+    for result, want in zip(parts(results), parts(wanted), strict=True):
+        assert (result.shape, result.dtype, result.stride()) == (want.shape, want.dtype, want.stride())
+        assert torch.equal(result.float(), want.float())
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize(("call", "arguments"), BY_NAME)
+def test_a_compiled_call_gives_what_an_eager_one_does(call: Any, arguments: Any, dynamic: bool) -> None:
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    assert_same(compiled(*arguments), call(*arguments))
+
+
+@pytest.mark.parametrize(("call", "arguments"), BY_NAME)
+def test_an_exported_call_does_too(call: Any, arguments: Any) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, *arrays: Any) -> Any:
+            return call(*arrays)
+
+    program = torch.export.export(Module(), arguments)
+    assert "tilewright" in str(program.graph)
+    assert_same(program.module()(*arguments), call(*arguments))
+
+
+def operator_and_arguments(call: Any, arguments: Any) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The operators that a call becomes, each with what it is given."""
+    found = []
+
+    class Noting(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if getattr(target, "namespace", getattr(target, "_qualified_op_name", "")).startswith(torch_ops.NAMESPACE):
+                copies = tuple(each.clone() if isinstance(each, torch.Tensor) else each for each in args)
+                found.append((target.default, copies))
+            return super().call_function(target, args, kwargs)
+
+    torch.compile(call, backend=lambda graph, _: Noting(graph).run, fullgraph=True)(*arguments)
+    return found
+
+
+@pytest.mark.parametrize(("call", "arguments"), BY_NAME)
+def test_torch_finds_nothing_wrong_with_the_operators(call: Any, arguments: Any) -> None:
+    """Its own checks: the schema tells what is written, results without contents are like those with."""
+    found = operator_and_arguments(call, arguments)
+    assert found
+    for operator, given in found:
+        utilities = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+        if any(isinstance(each, torch.Tensor) and each.dtype == FP8 for each in given):
+            del utilities[0]  # it compares fp8, which torch has no product of on a processor
+        torch.library.opcheck(operator, given, test_utils=utilities)
+
+
+def test_every_op_has_both_operators() -> None:
+    for name in ("gemm", "grouped_gemm", "conv2d", "conv1d", "attention", "rmsnorm"):
+        assert name in OPERATIONS
+        for operator in (name, f"{name}_out"):
+            assert hasattr(torch.ops.tilewright, operator)
+
+
+def test_sizes_that_change_are_compiled_once() -> None:
+    def call(x: Any, w: Any) -> Any:
+        return rmsnorm(gemm(x, w, activation="gelu"))
+
+    compiled, w = torch.compile(call, backend="eager", fullgraph=True, dynamic=True), randn(32, 16)
+    for rows in (3, 8, 21, 40):
+        x = randn(rows, 32)
+        assert_same(compiled(x, w), call(x, w))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_numbers_that_change_are_compiled_again_and_not_mixed_up() -> None:
+    compiled = torch.compile(lambda x, w, alpha: gemm(x, w, alpha=alpha), backend="eager", fullgraph=True)
+    x, w = randn(8, 32), randn(32, 16)
+    for alpha in (0.5, 2.0, 1.0, -3):
+        assert_same(compiled(x, w, alpha), gemm(x, w, alpha=alpha))
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (lambda x, w: gemm(x.T, w), r"K=8 and K=32 must be equal"),
+        (lambda x, w: gemm(x, w, activation="gulu"), r"unknown activation 'gulu'"),
+        (
+            lambda x, w: gemm(x, w, bias=TRACKED),
+            r"^bias: a torch tensor requires a gradient, and these kernels compute",
+        ),
+        (lambda x, w: gemm(x, "w"), r"^b: builtins.str is no array"),
+    ],
+    ids=["shapes", "activation", "gradient", "text"],
+)
+def test_what_is_refused_is_refused_with_the_same_words(call: Any, wanted: str) -> None:
+    """While it compiles, and in the eager run that takes its place."""
+    x, w = randn(8, 32), randn(32, 16)
+    with pytest.raises(Exception, match=wanted):
+        torch.compile(call, backend="eager")(x, w)
+
+
+def test_importing_it_without_torch_says_what_to_do() -> None:
+    code = "import sys; sys.modules.pop('torch', None); import tilewright.kernels.torch_ops"
+    done = subprocess.run([sys.executable, "-c", code], env=compiling_environment(), capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith(
+        "MissingDependencyError: tilewright.kernels.torch_ops registers operators with torch: import torch before it"
+    )
