@@ -11,7 +11,7 @@ Importing this loads Triton and NumPy, and no GPU library: CuPy is loaded by the
 
 from __future__ import annotations
 
-from tilewright.kernels.calls import Call, called
+from tilewright.kernels.call_log import Call, called
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.dispatch import forget_plans

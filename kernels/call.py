@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tilewright.kernels.arrays import ArrayKind, View, kind_of
+from tilewright.kernels.constants import checked_number
 from tilewright.kernels.dispatch import Constants, call_cache, plan_for
 from tilewright.kernels.dtypes import array_dtype_text, dtype
 from tilewright.kernels.interpreter import interpreted, require_interpreter
@@ -27,7 +28,7 @@ from tilewright.kernels.problem import Config, Output, Problem
 from tilewright.kernels.runtime import Plan, Run
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError, UsageError
 
-MOST_CALLS = 65536
+MOST_SIGNATURES = 65536
 """Signatures an op remembers; a program with more (every shape new) prepares them again rather than grow for ever."""
 
 Arrays = tuple[Any, ...]
@@ -112,7 +113,7 @@ class PlannedCall:
         key = (self.ordinal, name, value, math.copysign(1.0, value))  # 0.0 and -0.0 are equal
         made = _numbers.get(key)
         if made is None:
-            number = _number(name, value)
+            number = checked_number(name, value)
             if len(_numbers) >= MOST_NUMBERS:
                 array = kind.scalar(like, number)
                 return kind.argument(array), array
@@ -123,29 +124,6 @@ class PlannedCall:
 
 NOWHERE = 0
 """Address of a number in its view: it is put on the device by the call."""
-
-SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-"""Of normal numbers above 0, and of finite ones, as kernels have them."""
-
-DIVISORS = ("out_scale",)
-"""Inputs that a result is divided by: numbers above 0. Arrays are not looked at, for that would mean waiting."""
-
-
-def as_float(value: Any) -> float:
-    """A real number as a float; infinite where an integer is past them all."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-
-
-def _number(name: str, value: Any) -> float:
-    number = as_float(value)
-    if name in DIVISORS and not SMALLEST <= number <= LARGEST:
-        raise UsageError(f"{name}={value!r} must be a number above 0, of fp32")
-    if not abs(number) <= LARGEST:
-        raise UsageError(f"{name}={value!r} must be a finite number of fp32")
-    return number
 
 
 def factor(value: Any) -> Any:
@@ -348,7 +326,7 @@ class Operation:
         self._refuse_options(options)
         views = self._views(kind, arrays, outs)
         call = self._prepare(views, options)
-        if len(self._calls) >= MOST_CALLS:
+        if len(self._calls) >= MOST_SIGNATURES:
             self._calls.clear()
         signatures, _, _ = kind.look(arrays + outs)
         ready = (call, self._guards(kind, views, outs))
@@ -435,9 +413,9 @@ class Operation:
             if value is None:
                 continue
             if value.__class__ is float:
-                _number(self.inputs[index], value)  # before anything is compiled for it
+                checked_number(self.inputs[index], value)  # before anything is compiled for it
             elif not isinstance(value, bool) and isinstance(value, numbers.Real):
-                arrays = (*arrays[:index], _number(self.inputs[index], value), *arrays[index + 1 :])
+                arrays = (*arrays[:index], checked_number(self.inputs[index], value), *arrays[index + 1 :])
             elif isinstance(value, str | bytes | numbers.Number | list | tuple):
                 raise UsageError(f"{self.inputs[index]}={value!r} must be a real number or an array")
         return arrays

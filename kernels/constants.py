@@ -1,4 +1,4 @@
-"""What the numbers that are compiled into kernels may be: those that callers choose and no problem holds.
+"""What callers' numbers may be: those that are compiled into kernels and no problem holds, and those that kernels read.
 
 Every way in asks here: calls, packs and plugins. By name, since each means the same in every op that takes it.
 """
@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from tilewright.kernels.call import LARGEST, SMALLEST, as_float
+import numpy as np
+
 from tilewright.tuning_db.errors import UsageError
+
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+"""Of normal numbers above 0, and of finite ones, as kernels have them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +52,30 @@ def checked_constant(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not limits.least <= as_float(value) <= limits.most:
         raise UsageError(f"{name.lower()}={value!r} must be {limits.wanted}")
     return as_float(value)
+
+
+POSITIVE = ("out_scale", "q_scale", "k_scale", "v_scale")
+"""Inputs that are numbers above 0, where they are numbers: a result is divided by one, scores are scaled by the others.
+Arrays are not looked at, for that would mean waiting."""
+
+
+def checked_number(name: str, value: Any) -> float:
+    """A real number for an input that a kernel reads.
+
+    Raises:
+        UsageError: it is outside what fp32, or this input, can have.
+    """
+    number = as_float(value)
+    if name in POSITIVE and not SMALLEST <= number <= LARGEST:
+        raise UsageError(f"{name}={value!r} must be a number above 0, of fp32")
+    if not abs(number) <= LARGEST:
+        raise UsageError(f"{name}={value!r} must be a finite number of fp32")
+    return number
+
+
+def as_float(value: Any) -> float:
+    """A real number as a float; infinite where an integer is past them all."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

@@ -6,7 +6,7 @@ import functools
 import threading
 from typing import Any
 
-from tilewright.kernels.calls import note
+from tilewright.kernels.call_log import note
 from tilewright.kernels.compile import Binary
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import live_devices, resolve_device

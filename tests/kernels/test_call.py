@@ -137,7 +137,7 @@ def test_forgotten_plans_are_forgotten_here_too():
 
 
 def test_signatures_are_not_kept_without_end(monkeypatch):
-    monkeypatch.setattr(calling, "MOST_CALLS", 3)
+    monkeypatch.setattr(calling, "MOST_SIGNATURES", 3)
     op, _ = operation()
     for option in range(10):
         run(op, options=(False, option))

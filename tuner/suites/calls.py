@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tilewright.kernels.calls import MOST_BYTES
+from tilewright.kernels.call_log import MOST_BYTES
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner.suites.workload import Workload
 from tilewright.tuning_db.errors import ProblemError, UnknownKernelError, UsageError

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 from tilewright.kernels.arrays import View
-from tilewright.kernels.call import LARGEST, SMALLEST, New, Operation, Prepared, as_float, flag, integer
+from tilewright.kernels.call import New, Operation, Prepared, flag, integer
 from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.epilogue import FLOATS, sums_dtype
 from tilewright.kernels.ops.attention.launch import ATTENTION
@@ -98,10 +97,7 @@ def attention(
         raise UsageError(f"config must be an AttentionConfig, not {config!r}")
     if q_scale is not None or k_scale is not None or v_scale is not None:
         # All or none: a factor of 1 costs a load.
-        q_scale, k_scale, v_scale = (
-            1.0 if factor is None else _positive(name, factor) if isinstance(factor, Real) else factor
-            for name, factor in (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale))
-        )
+        q_scale, k_scale, v_scale = (1.0 if scale is None else scale for scale in (q_scale, k_scale, v_scale))
     options = Options(
         flag("causal", causal),
         _window(window),
@@ -138,12 +134,6 @@ def _size(name: str, value: Any, *, least: int = 1) -> int | None:
 
 def _constant(name: str, value: Any) -> float | None:
     return None if value is None else checked_constant(name, value)
-
-
-def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not SMALLEST <= as_float(value) <= LARGEST:
-        raise UsageError(f"{name}={value!r} must be a number above 0, of fp32")
-    return float(value)
 
 
 def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 INTERPRETER = "interpreter"
 """In the place of a device."""
 
-MOST_CALLS = 65536
+MOST_LOGGED = 65536
 """Problems that a process keeps and writes, and lines of a file that it looks through for those already there: ever new
 shapes must not make it grow for ever."""
 
@@ -65,13 +65,13 @@ def note(problem: Problem, ordinal: int, choice: Choice, named: bool) -> None:
     configuration, so that no search would change it. Whoever calls holds a lock."""
     device = f"cuda:{ordinal}" if ordinal >= 0 else INTERPRETER
     key = (problem, device)
-    if key in _calls or len(_calls) < MOST_CALLS:
+    if key in _calls or len(_calls) < MOST_LOGGED:
         _calls[key] = Call(problem, device, choice)
     if named:
         return
     try:
         path = env.calls_file()
-        if path is not None and problem not in _written and len(_written) < MOST_CALLS:
+        if path is not None and problem not in _written and len(_written) < MOST_LOGGED:
             _written.add(problem)
             _write(path, line_of(problem))
     except UsageError as error:
@@ -124,7 +124,7 @@ def _lines(stream: IO[bytes]) -> set[str]:
     found: set[str] = set()
     for line in stream.read(MOST_BYTES).decode(errors="replace").splitlines():
         found.add(line.lstrip("# \t"))  # what was commented out is known, too
-        if len(found) >= MOST_CALLS:
+        if len(found) >= MOST_LOGGED:
             break
     return found
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tilewright.kernels import KERNELS, Call, Choice, GemmConfig, GemmProblem, called, conv2d, gemm
-from tilewright.kernels import calls as module
-from tilewright.kernels.calls import line_of, note
+from tilewright.kernels import call_log as module
+from tilewright.kernels.call_log import line_of, note
 from tilewright.kernels.dispatch import forget_plans, plan_for
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.tuner.suites import read_calls
@@ -77,7 +77,7 @@ def test_a_problem_on_two_devices_is_two_calls_and_one_line(file: Path) -> None:
 
 
 def test_so_many_are_kept(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
-    monkeypatch.setattr(module, "MOST_CALLS", 1)
+    monkeypatch.setattr(module, "MOST_LOGGED", 1)
     note(ONE, 0, Choice(CONFIG, None, "named by the caller"), named=True)
     note(OTHER, 0, KNOWN, named=False)
     note(ONE, 0, KNOWN, named=False)
@@ -109,7 +109,7 @@ def test_processes_that_write_at_once_lose_and_mix_nothing(tmp_path: Path) -> No
     path = tmp_path / "calls.txt"
     program = (
         "import sys; from tilewright.kernels import Choice, GemmConfig, GemmProblem\n"
-        "from tilewright.kernels.calls import note\n"
+        "from tilewright.kernels.call_log import note\n"
         "choice = Choice(GemmConfig(16, 16, 16), None, 'by the test')\n"
         "for size in range(1, 200): note(GemmProblem(size, int(sys.argv[1]), 16), 0, choice, named=False)\n"
     )
