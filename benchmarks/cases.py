@@ -133,7 +133,7 @@ def _gemms() -> Iterator[Case]:
     yield _product(UP, 8192, 4096, 1024, **gelu)
     for m in (4096, 16384):
         yield _product(RESIDUAL, m, 1024, 1024, bias="bf16", residual="bf16")
-    weights = {**INT4, "b_scale_dtype": "bf16"}
+    weights: dict[str, Any] = {**INT4, "b_scale_dtype": "bf16"}
     for n, k in ((4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192)):
         yield _product(WEIGHTS, 1, n, k, **weights)
 
@@ -195,21 +195,15 @@ def smaller(case: Case) -> Case:
     """A case of the same form that a rehearsal can compute on a processor: every size cut to 64 at the most."""
     problem = case.problem
     if isinstance(problem, GemmProblem):
-        size = {
-            "M": min(problem.M, 16),
-            "N": min(problem.N, 64),
-            "K": min(problem.K, 256 if problem.group_size else 64),
-        }
-        images = 1 if case.images else 0
-        return replace(case, problem=replace(problem, **size), images=images)
+        k = min(problem.K, 256 if problem.group_size else 64)
+        small = replace(problem, M=min(problem.M, 16), N=min(problem.N, 64), K=k)
+        return replace(case, problem=small, images=1 if case.images else 0)
     if isinstance(problem, Conv2dProblem):
         groups = 8 if problem.groups > 1 else 1
         channels = 8 if problem.groups > 1 else min(problem.C, 8)
-        size = {"N": 1, "H": 8, "W": 8, "C": channels, "K": 8, "groups": groups}
-        return replace(case, problem=replace(problem, **size))
+        return replace(case, problem=replace(problem, N=1, H=8, W=8, C=channels, K=8, groups=groups))
     assert isinstance(problem, AttentionProblem)
     heads = 4 if problem.kv_heads < problem.H else 2
-    sizes = {"B": 1, "H": heads, "Hkv": 2, "Sq": min(problem.Sq, 32), "Skv": min(problem.Skv, 64)}
-    if problem.Sq > 1:
-        sizes["Skv"] = sizes["Sq"]
-    return replace(case, problem=replace(problem, **sizes))
+    sq = min(problem.Sq, 32)
+    skv = sq if problem.Sq > 1 else min(problem.Skv, 64)
+    return replace(case, problem=replace(problem, B=1, H=heads, Hkv=2, Sq=sq, Skv=skv))

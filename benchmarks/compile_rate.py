@@ -33,6 +33,7 @@ from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.tuner.pool import Pool
+from tilewright.tuner.requests import CompileRequest
 from tilewright.tuning_db.env import compiling_environment
 from tilewright.tuning_db.errors import UnknownDeviceError
 
@@ -41,7 +42,7 @@ WARM_UP = GemmProblem(M=16, N=16, K=16)
 TIMEOUT = 120.0  # of one compilation, in seconds
 
 
-def compile_requests(device: Device, count: int) -> list[dict[str, Any]]:
+def compile_requests(device: Device, count: int) -> list[CompileRequest]:
     """`count` distinct configurations of PROBLEM on the device, drawn at random with a fixed seed."""
     # GROUP_M changes the order of the tiles and next to nothing in the code: one of each other choice. What is sure to
     # spill takes ten times as long, and no search would come to it.
@@ -54,12 +55,12 @@ def compile_requests(device: Device, count: int) -> list[dict[str, Any]]:
     return [compile_request(PROBLEM, config.to_dict(), device) for config in chosen]
 
 
-def compile_request(problem: GemmProblem, config: dict[str, Any], device: Device) -> dict[str, Any]:
+def compile_request(problem: GemmProblem, config: dict[str, Any], device: Device) -> CompileRequest:
     """What a worker is asked."""
     return {"do": "compile", "op": GEMM.name, "problem": problem.to_dict(), "config": config, "arch": device.arch}
 
 
-def run_round(jobs: int, requests: list[dict[str, Any]], warm_up: dict[str, Any]) -> dict[str, Any]:
+def run_round(jobs: int, requests: list[CompileRequest], warm_up: CompileRequest) -> dict[str, Any]:
     """Compiles all requests with `jobs` workers.
 
     `busy_seconds` sums what the workers took for each; `others` is how many cores the rest of the machine kept busy

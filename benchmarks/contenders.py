@@ -119,19 +119,21 @@ def _gemm_arrays(torch: Any, problem: GemmProblem, device: str) -> dict[str, Any
     return arrays
 
 
-def _our_gemm(torch: Any, problem: GemmProblem, config: Config | None) -> Call:
-    more = {
-        "activation": problem.activation,
-        "gated": problem.gated,
-        "out_dtype": problem.output_dtype,
-        "group_size": problem.group_size or None,
-        "config": config,
-    }
-    named = ("a_scale", "b_scale", "bias", "residual")
-
+def _our_gemm(torch: Any, problem: GemmProblem, config: Any) -> Call:
     def call(arrays: Arrays) -> Any:
-        b = arrays["packed"] if problem.b_dtype == "int4" else arrays["w"].T
-        return gemm(arrays["a"], b, **{name: arrays.get(name) for name in named}, **more)
+        return gemm(
+            arrays["a"],
+            arrays["packed"] if problem.b_dtype == "int4" else arrays["w"].T,
+            a_scale=arrays.get("a_scale"),
+            b_scale=arrays.get("b_scale"),
+            bias=arrays.get("bias"),
+            residual=arrays.get("residual"),
+            activation=problem.activation,
+            gated=problem.gated,
+            out_dtype=problem.output_dtype,
+            group_size=problem.group_size or None,
+            config=config,
+        )
 
     return call
 
@@ -363,7 +365,7 @@ def _window(problem: Conv2dProblem) -> tuple[tuple[int, int], ...]:
     )
 
 
-def _our_convolution(torch: Any, problem: Conv2dProblem, config: Config | None) -> Call:
+def _our_convolution(torch: Any, problem: Conv2dProblem, config: Any) -> Call:
     stride, padding, dilation = _window(problem)
 
     def call(arrays: Arrays) -> Any:
@@ -447,7 +449,7 @@ def _library_convolutions(torch: Any, problem: Conv2dProblem, *, flat: bool) -> 
 # attention
 
 
-def _our_attention(torch: Any, problem: AttentionProblem, config: Config | None) -> Call:
+def _our_attention(torch: Any, problem: AttentionProblem, config: Any) -> Call:
     return lambda arrays: attention(arrays["q"], arrays["k"], arrays["v"], causal=problem.causal, config=config)
 
 

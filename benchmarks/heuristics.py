@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from benchmarks.landscape import PRESETS, chosen_workloads
+from benchmarks.measuring import Mistake
 from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.ops.gemm.launch import GEMM
@@ -160,9 +161,7 @@ def main(
         with whole_file(out) as stream:
             stream.write(json.dumps(document, indent=1).encode() + b"\n")
     except TilewrightError as error:
-        failure = click.ClickException(str(error))
-        failure.exit_code = 2
-        raise failure from None
+        raise Mistake(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -253,7 +254,7 @@ def is_question(key: Key, times_us: dict[str, float]) -> bool:
         find_kernel(key.op).problem.from_json(key.problem)
     except (UnknownKernelError, ProblemError):
         return False
-    return sum(map(np.isfinite, times_us.values())) >= LEAST_CONFIGS
+    return sum(map(math.isfinite, times_us.values())) >= LEAST_CONFIGS
 
 
 def differences(folder: Path) -> list[float]:

@@ -14,10 +14,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 
 Row = tuple[str, float]
+
+
+class Mistake(click.ClickException):
+    """Ends a command with one line and status 2, where Click's own error would show the usage too."""
+
+    exit_code = 2
 
 
 def median_us(call: Callable[[], Any], repeats: int, rounds: int = 9) -> float:

@@ -33,7 +33,7 @@ from scipy.stats import spearmanr
 from benchmarks import heuristics
 from benchmarks.comparison_report import table
 from benchmarks.landscape_file import SHIPPED, Landscape, load
-from benchmarks.measuring import environment, revision
+from benchmarks.measuring import Mistake, environment, revision
 from tilewright.kernels.prediction import MODEL, Prediction, predict
 from tilewright.kernels.problem import Config
 from tilewright.tuning_db.errors import UsageError
@@ -256,9 +256,7 @@ def main(files: tuple[Path, ...], json_file: Path | None) -> None:
             title = f"{landscape.workload} on {landscape.device.board}, {worked}, {landscape.size} in all"
             console.print(printed(title, results[path.stem]))
     except UsageError as error:
-        failure = click.ClickException(str(error))
-        failure.exit_code = 2
-        raise failure from None
+        raise Mistake(str(error)) from None
     average = means(results)
     console.print(printed(f"means, of so many landscapes each, model {MODEL}", average))
     if not heuristics.installed():

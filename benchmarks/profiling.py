@@ -104,19 +104,20 @@ def main(results: Path, device_name: str, out: Path, most: int, families: tuple[
             raise MissingDependencyError("ncu, the profiler, is not on the path: install NVIDIA Nsight Compute")
         out.mkdir(parents=True, exist_ok=True)
         profile(command(ncu, results, device_name, out, most, families), out)
+        cases = attributed(chosen, kernels_of(out / "ncu.csv"))
         document = {
             "of": {name: run.get("environment", {}).get(name) for name in ("revision", "started")},
             "device": device.key,
             "environment": environment() | board_environment(int(device.live.rpartition(":")[2])),
             "revision": revision(),
-            "cases": attributed(chosen, kernels_of(out / "ncu.csv")),
+            "cases": cases,
         }
     except TilewrightError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, RunError) else 2)
     with whole_file(out / "profile.json") as stream:
         stream.write((json.dumps(document, indent=1) + "\n").encode())
-    text = markdown(document["cases"])
+    text = markdown(cases)
     with whole_file(out / "profile.md") as stream:
         stream.write(text.encode())
     print(text)

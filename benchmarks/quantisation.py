@@ -260,7 +260,7 @@ def measure(name: str, count: int, calibration: int, say: Say, *, small: bool = 
         others = samples(name, count, SAMPLE_SEED, small=small)
         logits = Logits(model, known.logits, others)
         shape = next(value for node in model.graph for value in node.outputs if value.name == known.logits).shape
-        classes = max(int(length) for length in shape or ())
+        classes = max(length for length in shape or () if isinstance(length, int))
         figures: Figures = {"varying": logits.varying}
         figures["environment"] = environment() | {
             "revision": revision(),

@@ -45,7 +45,7 @@ from rich.table import Table as Printed
 
 from benchmarks import landscape_file
 from benchmarks.landscape_file import Landscape
-from benchmarks.measuring import environment
+from benchmarks.measuring import Mistake, environment
 from benchmarks.replay_tables import Table, load, shipped
 from benchmarks.strategies import OURS, Strategy, available, evidence_of, predicting, tilewright
 from tilewright.tuning_db.errors import UsageError
@@ -271,13 +271,6 @@ def printed(title: str, rows: dict[str, dict[str, Any]]) -> Printed:
     return table
 
 
-def _mistake(message: str) -> click.ClickException:
-    """Ends the command with one line, where Click's own error would show the usage too."""
-    error = click.ClickException(message)
-    error.exit_code = 2
-    return error
-
-
 @click.command()
 @click.option(
     "--space",
@@ -315,19 +308,19 @@ def main(
     for name in chosen:
         if name not in strategies:
             reason = missing.get(name, f"there are {', '.join((*strategies, *missing))}")
-            raise _mistake(f"strategy {name!r} can't run: {reason}")
+            raise Mistake(f"strategy {name!r} can't run: {reason}")
     if json_file is not None and not json_file.parent.is_dir():
-        raise _mistake(f"{json_file} can't be written: there is no folder {json_file.parent}")
+        raise Mistake(f"{json_file} can't be written: there is no folder {json_file.parent}")
     spaces = tuple(dict.fromkeys(spaces)) or tuple(shipped())
     names = [path.stem for path in spaces]
     for path in spaces:
         if names.count(path.stem) > 1:
-            raise _mistake(f"more than one space is named {path.stem}: {', '.join(map(str, spaces))}")
+            raise Mistake(f"more than one space is named {path.stem}: {', '.join(map(str, spaces))}")
     console = Console(width=150)
     try:
         every = list(tasks(spaces, transfer, chosen or tuple(strategies), budget, seeds, noise))
     except UsageError as error:
-        raise _mistake(str(error)) from None
+        raise Mistake(str(error)) from None
     results = measure(every, jobs or len(os.sched_getaffinity(0)))
     for space, rows in results.items():
         console.print(printed(space, rows))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.cases import Case, computes_all
-from benchmarks.contenders import Contender, arrays_of, libraries, ours
+from benchmarks.contenders import Call, Contender, arrays_of, libraries, ours
 from benchmarks.measuring import board_environment, environment, median_us, revision
 from tilewright.kernels import gemm
 from tilewright.kernels.arrays import require_cupy
@@ -286,9 +286,11 @@ class TorchBoard:
             graphs = {}
             for contender in contenders:
                 contender.call(arrays[0])
-                graphs[contender.name] = gpu.capture(
-                    lambda copy, contender=contender: contender.call(arrays[copy]), copies, copies
-                )
+
+                def one(copy: int, call: Call = contender.call) -> Any:
+                    return call(arrays[copy])
+
+                graphs[contender.name] = gpu.capture(one, copies, copies)
             for name in (*graphs, *reversed(graphs)):
 
                 def step(graph: Callable[[], None] = graphs[name]) -> None:
@@ -311,7 +313,7 @@ class TorchBoard:
 
             with contextlib.suppress(pynvml.NVMLError):
                 handle = pynvml.nvmlDeviceGetHandleByPciBusId(self.gpu.address.encode())
-                return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+                return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
         return None
 
 
