@@ -16,6 +16,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from tilewright.kernels.constants import LARGEST
 from tilewright.tuning_db.errors import ProblemError
 
 Array = np.ndarray[Any, Any]
@@ -95,8 +96,8 @@ def _canonical(name: str) -> str:
         values = [float(text) for text in given]
     except ValueError:
         values = [math.nan]
-    if not all(map(math.isfinite, values)):
-        raise ProblemError(f"activation {name!r}: its parameters must be finite numbers, as in clamp:0:6")
+    if not all(abs(value) <= LARGEST for value in values):
+        raise ProblemError(f"activation {name!r}: its parameters must be finite numbers of fp32, as in clamp:0:6")
     if word == "clamp" and values[0] > values[1]:
         raise ProblemError(f"activation {name!r} has a lower bound above the upper one")
     values += defaults[len(values) - required :]

@@ -67,7 +67,7 @@ def checked_number(name: str, value: Any) -> float:
     """
     number = as_float(value)
     if name in POSITIVE and not SMALLEST <= number <= LARGEST:
-        raise UsageError(f"{name}={value!r} must be a number above 0, of fp32")
+        raise UsageError(f"{name}={value!r} must be a number of fp32 above 0, from {SMALLEST:.3g} to {LARGEST:.3g}")
     if not abs(number) <= LARGEST:
         raise UsageError(f"{name}={value!r} must be a finite number of fp32")
     return number

@@ -76,7 +76,7 @@ class FusedProblem(Problem):
         """
         put = object.__setattr__  # frozen: set once, as the problem is made
         put(self, "activation", activation_name(self.activation))
-        put(self, "out_dtype", self.out_dtype or default_out_dtype)
+        put(self, "out_dtype", default_out_dtype if self.out_dtype is None else self.out_dtype)
         if self.output_dtype not in OUTPUT_DTYPES:
             sums = getattr(self, "dtype", None) == "int8"  # nothing else gives int32
             raise refused("out_dtype", self.output_dtype, self.op, OUTPUT_DTYPES if sums else (*FLOATS, "int8"))

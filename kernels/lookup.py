@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import heapq
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -51,7 +50,6 @@ TIMING_PROTOCOL = "cold-l2-2"
 
 PREDICTED_CANDIDATES = 4
 """How many predicted configurations are offered before the default: some spill once they are compiled."""
-
 
 LIGHTER_REGISTERS = (0.75, 0.5)
 """Parts of the default's registers that are offered after the default: an estimate may be off by a quarter
@@ -272,7 +270,7 @@ def ranked(
     if recorded is not None:
         yield recorded
     default = default_config(kernel, problem, device)  # not before: most calls are answered by now
-    for prediction, predicted in predicted_best(kernel, problem, device, PREDICTED_CANDIDATES, usable):
+    for prediction, predicted in predicted_best(kernel, problem, device, PREDICTED_CANDIDATES, usable, apart=True):
         yield Choice(predicted, Provenance.PREDICTED, f"by {MODEL}", prediction.time_us)
     if usable is None or usable(default):
         yield Choice(default, Provenance.DEFAULT, "no evidence")
@@ -445,21 +443,38 @@ def lighter_configs(kernel: Kernel[Any, Any], problem: Problem, device: Device) 
 
 
 def predicted_best(
-    kernel: Kernel[Any, Any], problem: Problem, device: Device, count: int, usable: Usable | None = None
+    kernel: Kernel[Any, Any],
+    problem: Problem,
+    device: Device,
+    count: int,
+    usable: Usable | None = None,
+    *,
+    apart: bool = False,
 ) -> list[tuple[Prediction, Config]]:
     """The `count` configurations with the least predicted time, from estimated resources, of the coarse space and the
     default: the call that asks is waiting, and `autotune` looks at the rest. Where fewer of those than that are usable,
-    the whole space is looked at."""
+    the whole space is looked at. With `apart`, of those with equal warps and, by estimate, registers the fastest alone:
+    where the code of one spills, so does that of the others."""
     default = kernel.default(problem, device)
     known = predict(kernel.work(problem, default), kernel.estimate(problem, default, device), device)
 
     def by_time(coarse: bool) -> list[tuple[Prediction, Config]]:
         others = (pair for pair in predictions(kernel, problem, device, coarse=coarse) if pair[1] != default)
         every = [*others, (known, default)]
-        if usable is None:
-            return heapq.nsmallest(count, every, key=lambda pair: pair[0].order)
         every.sort(key=lambda pair: pair[0].order)
-        return list(islice((pair for pair in every if usable(pair[1])), count))
+        wanted = (pair for pair in every if usable is None or usable(pair[1]))
+        return list(islice(_apart(kernel, problem, device, wanted) if apart else wanted, count))
 
     found = by_time(coarse=True)
     return found if usable is None or len(found) == count else by_time(coarse=False)
+
+
+def _apart(
+    kernel: Kernel[Any, Any], problem: Problem, device: Device, found: Iterable[tuple[Prediction, Config]]
+) -> Iterator[tuple[Prediction, Config]]:
+    taken: set[tuple[int, int]] = set()
+    for prediction, config in found:
+        takes = (kernel.estimate(problem, config, device).registers, config.num_warps)
+        if takes not in taken:
+            taken.add(takes)
+            yield prediction, config

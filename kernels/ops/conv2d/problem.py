@@ -98,9 +98,12 @@ class Conv2dProblem(FusedProblem):
                 "out_dtype='int32' is the bare sum of dtype='int8': without scale, bias, residual or activation"
             )
         if self.dtype == "int8" and self.out_dtype != "int32" and not (self.x_scale or self.w_scale):
-            raise ProblemError(f"dtype='int8' needs x_scale or w_scale for out_dtype={self.out_dtype!r}, or int32")
+            raise ProblemError(
+                "dtype='int8' with neither x_scale nor w_scale gives the bare sums, in int32: another out_dtype, and "
+                "whatever is fused to them, needs one of these"
+            )
         if self.dtype == "fp32":
-            put(self, "precision", self.precision or "ieee")
+            put(self, "precision", "ieee" if self.precision is None else self.precision)
             if self.precision not in ("ieee", "tf32"):
                 raise ProblemError(f"precision={self.precision!r} must be ieee or tf32")
         elif self.precision is not None:

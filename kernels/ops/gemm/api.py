@@ -26,7 +26,7 @@ from tilewright.kernels.ops.gemm.operands import (
 from tilewright.kernels.ops.gemm.problem import INPUT_DTYPES, OPERANDS, SCALE_DTYPES, GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
 from tilewright.kernels.problem import Output
-from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError, UsageError
 
 INPUTS = ("a", "b", "a_scale", "b_scale", "b_zero", "bias", "residual", "alpha", "out_scale")
 SCALARS = ("alpha", "out_scale")
@@ -80,8 +80,10 @@ def gemm(
         b: (..., K, N), of the same dtype; under fp16 and bf16 also int8, or int4 packed by `pack_int4`: uint8
             (..., 16·⌈K/32⌉, N). Likewise by its strides; leading dimensions of `a` and `b` broadcast as in
             `numpy.matmul`.
-        a_scale: factor on the product: a number, one fp32 element on the GPU, or one for each row of `a`, (..., M).
-        b_scale: likewise; of each column, fp32 (N,); with `group_size`, (⌈K/group_size⌉, N) of fp32, fp16 or bf16.
+        a_scale: factor on the product: a number, one fp32 element on the GPU, or one for each row of `a`, (..., M) or
+            (..., M, 1).
+        b_scale: likewise; of each column, fp32 (N,) or (1, N); with `group_size`, (⌈K/group_size⌉, N) of fp32, fp16 or
+            bf16.
         b_zero: zero points of int8 or int4 weights, B = b_scale · (b - b_zero), of the dtype of `b`: (N,), or with
             `group_size` (⌈K/group_size⌉, N). By default 0, of int4 8.
         group_size: rows of int8 or int4 weights that share a scale: 32, 64 or 128.
@@ -162,7 +164,7 @@ class LoopedCall:
 def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
     """Everything about a call that its arrays' signatures decide."""
     group_size, bias_axis, activation, gated, precision, out_dtype, config = options
-    m, k, n, batch = shapes_of(views, gated=gated is not None, bias_axis=bias_axis)
+    m, k, n, batch = shapes_of(views, gated=gated, bias_axis=bias_axis)
     fields: dict[str, Any] = dtypes_of(views, out_dtype) | scales_of(views, n, group_size)
     fields |= {"bias_axis": bias_axis, "gated": gated, "precision": precision}
     fields["activation"] = activation_name(activation)
@@ -180,14 +182,19 @@ def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
         matrices["out"] = Matrix("row", n_out, dense_strides(batch, m * n_out), True)
 
     inner = mergeable(batch, [matrix.batch for matrix in matrices.values()])
+    if (fields.get("b_zero") or group_size) and any(matrices["b"].batch):
+        raise UnsupportedProblemError(
+            f"b is {views['b'].shape}: scales of groups and zero points are for one B, not one in each of a batch"
+        )
     if inner < len(batch):
         indices = outer_indices(views, batch, len(batch) - inner)
-        if result.a_scale == "row" and views["a_scale"].shape != views["a"].shape[:-1]:
-            raise ProblemError(f"a_scale is {views['a_scale'].shape} and must be {views['a'].shape[:-1]}")
+        rows = views["a"].shape[:-1]
+        if result.a_scale == "row" and views["a_scale"].shape not in (rows, (*rows, 1)):
+            raise ProblemError(f"a_scale is {views['a_scale'].shape} and must be {rows}")
         return LoopedCall(Output(shape, result.output_dtype), indices, result.a_scale == "row", options)
 
     count = math.prod(batch)
-    steps = {name: matrix.batch[-1] if batch else 0 for name, matrix in matrices.items()}
+    steps = dict.fromkeys(matrices, 0)
     # The innermost batch dimension that is longer than 1 gives the merged batch its stride.
     for position in range(len(batch) - 1, -1, -1):
         if batch[position] > 1:
@@ -227,7 +234,7 @@ def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
 
 def _results(views: dict[str, View], options: tuple[Any, ...]) -> tuple[New, ...]:
     _, bias_axis, activation, gated, _, out_dtype, _ = options
-    m, _, n, batch = shapes_of(views, gated=gated is not None, bias_axis=bias_axis)
+    m, _, n, batch = shapes_of(views, gated=gated, bias_axis=bias_axis)
     return (New((*batch, m, n // 2 if gated else n), result_dtype(views, activation, gated, out_dtype)),)
 
 

@@ -41,7 +41,8 @@ def default(problem: GemmProblem, device: Device) -> GemmConfig:
         )
     elif copies and vector_bytes(problem) == 16 and min(rows, problem.N) >= 1024:
         # A group's sums, scaled, go to those of the tile: of 128 columns they spill where tensor memory has the former.
-        columns = 64 if problem.group_size and device.major == 10 else 128
+        few = (problem.group_size and device.major == 10) or _crowded(problem, device)
+        columns = 64 if few else 128
         config = GemmConfig(BLOCK_M=128, BLOCK_N=columns, BLOCK_K=deep, num_warps=8, num_stages=4)
     else:
         config = GemmConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=deep if copies else 32, num_stages=4 if copies else 1)
@@ -61,6 +62,15 @@ def default(problem: GemmProblem, device: Device) -> GemmConfig:
     while fits(problem, config, device) is not None and config.num_stages > 1:
         config = replace(config, num_stages=config.num_stages - 1)
     return config
+
+
+def _crowded(problem: GemmProblem, device: Device) -> bool:
+    """Whether more than 32 sums a thread spill, with Triton 3.6 or 3.9: beside a residual that is read element by
+    element, with an address for each, whatever the pieces of the epilogue; on Hopper by what softplus computes; by the
+    zero points of groups for two halves."""
+    by_element = problem.residual is not None and (not problem.end_aligned or problem.columns_out % 16 > 0)
+    softplus = device.hopper and problem.activation == "softplus"
+    return by_element or softplus or (problem.b_zero and problem.group_size > 0 and problem.gated == "halves")
 
 
 def _few_rows(problem: GemmProblem, rows: int) -> GemmConfig | None:
@@ -106,7 +116,8 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
     of 256×128 would take 0.89 with Triton 3.6, and spill with 3.9, as other epilogues than the lightest do: they are
     for the tuner to find.
     """
-    if problem.b_dtype is not None or problem.K < 256:
+    halves = problem.gated == "halves"  # with a sum of each, beside which 256 columns leave room for little
+    if problem.b_dtype is not None or problem.K < 256 or (_crowded(problem, device) and not halves):
         return None
     # Results of 4 bytes take a place in shared memory beside the next tile's operands, and what the epilogue needs
     # registers: with Triton 3.9 an activation spills, and so do a bias and scales by row or column together.
@@ -114,9 +125,8 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
     light = problem.activation == "none" and not (problem.alpha or problem.out_scale)
     light = light and (problem.bias is None or (problem.bias_axis == "n" and not vectors))
     special = light and problem.residual is None and not problem.gated and dtype(problem.output_dtype).bytes < 4
-    halves = problem.gated == "halves"  # with a sum of each, beside which 256 columns leave room for little
     if problem.unit in ("fp16", "bf16"):
-        if halves and (vectors or problem.residual is not None):
+        if halves and (vectors or problem.residual is not None or not problem.end_aligned or _crowded(problem, device)):
             config = GemmConfig(128, 128, 64, num_warps=8, num_stages=4)
         elif problem.K > FEW_PRODUCTS or not special:
             config = GemmConfig(128, 256, 64, num_warps=8, num_stages=4)

@@ -22,6 +22,7 @@ from tilewright.kernels.ops.gemm.operands import (
     Matrix,
     check_dense,
     check_depth,
+    check_ends,
     check_rows,
     dtypes_of,
     matrix_of,
@@ -86,6 +87,7 @@ def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
     """Everything about a call that its arrays' signatures decide."""
     group_size, bias_axis, activation, gated, precision, out_dtype, config = options
     m, k, n, groups = _sizes(views)
+    check_ends(n, gated, bias_axis)
     shape = (m, n // 2 if gated is not None else n)
     if views["offsets"].dtype != "int32":
         raise ProblemError(f"offsets is {views['offsets'].dtype} and must be int32")

@@ -10,6 +10,7 @@ import numpy as np
 
 from tilewright.kernels.arrays import View
 from tilewright.kernels.ops.gemm.packing import packed_rows
+from tilewright.kernels.ops.gemm.problem import SCALE_DTYPES, check_words
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError
 
 
@@ -22,7 +23,7 @@ class Matrix(NamedTuple):
     dense: bool  # rows (columns) follow each other without a gap
 
 
-def shapes_of(views: dict[str, View], *, gated: bool, bias_axis: str) -> tuple[int, int, int, tuple[int, ...]]:
+def shapes_of(views: dict[str, View], *, gated: str | None, bias_axis: str) -> tuple[int, int, int, tuple[int, ...]]:
     """M, K, N and the batch of the result.
 
     Raises:
@@ -34,6 +35,7 @@ def shapes_of(views: dict[str, View], *, gated: bool, bias_axis: str) -> tuple[i
         raise ProblemError(f"a {a} and b {b} must have at least two dimensions: (..., M, K) and (..., K, N)")
     (m, k), n = a[-2:], b[-1]
     check_depth(views)
+    check_ends(n, gated, bias_axis)
     batch = _broadcast(a[:-2], b[:-2])
     if batch is None:
         raise ProblemError(f"a is {a} and b is {b}: the leading dimensions don't broadcast")
@@ -52,6 +54,17 @@ def shapes_of(views: dict[str, View], *, gated: bool, bias_axis: str) -> tuple[i
     return m, k, n, batch
 
 
+def check_ends(n: int, gated: str | None, bias_axis: str) -> None:
+    """Does nothing for options that shapes can be held against.
+
+    Raises:
+        ProblemError: they can't be.
+    """
+    check_words(bias_axis=bias_axis, gated=gated)
+    if gated and n % 2:
+        raise ProblemError(f"{gated=} needs an even N, not {n}")
+
+
 def check_depth(views: dict[str, View]) -> None:
     """Does nothing if the rows of B are as many as A has columns, or packed, as many take.
 
@@ -67,8 +80,8 @@ def check_depth(views: dict[str, View]) -> None:
         raise ProblemError(f"a is {a} and b is {b}: K={k} and K={depth} must be equal")
 
 
-def check_dense(views: dict[str, View], name: str, *shapes: tuple[int, ...]) -> None:
-    """Does nothing if the array has one of the shapes and no gaps.
+def check_dense(views: dict[str, View], name: str, *shapes: tuple[int, ...], one: str | None = None) -> None:
+    """Does nothing if the array has one of the shapes and no gaps. `one` says what else it might have been.
 
     Raises:
         ProblemError: another shape.
@@ -76,7 +89,7 @@ def check_dense(views: dict[str, View], name: str, *shapes: tuple[int, ...]) -> 
     """
     shape, strides = views[name].shape, views[name].strides
     if shape not in shapes:
-        raise ProblemError(f"{name} is {shape} and must be {' or '.join(map(str, shapes))}")
+        raise ProblemError(f"{name} is {shape} and must be {' or '.join(filter(None, (one, *map(str, shapes))))}")
     step = 1
     for length, stride in zip(reversed(shape), reversed(strides), strict=True):
         if length > 1 and stride != step:
@@ -91,7 +104,7 @@ def scales_of(views: dict[str, View], n: int, group_size: int | None, groups: in
         ProblemError: shapes or dtypes that don't go together.
         UnsupportedError: arrays that are not contiguous.
     """
-    if group_size is not None and group_size < 0:  # before its scales' shape follows from it
+    if group_size is not None and group_size < 1:  # before its scales' shape follows from it
         raise ProblemError(f"{group_size=} must be 32, 64 or 128")
     fields: dict[str, Any] = {}
     k = views["a"].shape[-1]
@@ -102,19 +115,23 @@ def scales_of(views: dict[str, View], n: int, group_size: int | None, groups: in
         if not whole:
             a = views["a"].shape[:-1]
             # One matrix may be repeated, by a batch stride of 0, under scales for one.
-            check_dense(views, "a_scale", (1,), a, *({(1,) * (len(a) - 1) + a[-1:]} - {a}))
+            shapes = (a, (1,) * (len(a) - 1) + a[-1:])
+            shapes += tuple((*shape, 1) for shape in shapes)
+            check_dense(views, "a_scale", *dict.fromkeys(shapes), one="one element")
         fields["a_scale"] = "tensor" if whole else "row"
     if group_size and "b_scale" not in views:
         raise ProblemError(f"{group_size=} needs b_scale")
     if "b_scale" in views:
         if group_size:
             check_dense(views, "b_scale", (*each, rows, n))
+            if views["b_scale"].dtype not in SCALE_DTYPES:
+                kinds = " or ".join(SCALE_DTYPES)
+                raise UnsupportedProblemError(f"b_scale of groups is {views['b_scale'].dtype} and must be {kinds}")
             fields |= {"b_scale": "group", "group_size": group_size, "b_scale_dtype": views["b_scale"].dtype}
         elif math.prod(views["b_scale"].shape) == 1:
             fields["b_scale"] = "tensor"
         else:
-            columns = ((*each, n), (*each, 1, n)) if each or views["b"].dtype in ("uint8", "int8") else ((n,),)
-            check_dense(views, "b_scale", (1,), *columns)
+            check_dense(views, "b_scale", (*each, n), (*each, 1, n), one="one element")
             fields["b_scale"] = "column"
     if "b_zero" in views:
         check_dense(views, "b_zero", (*each, rows, n), *(((*each, n),) if rows == 1 else ()))
@@ -166,9 +183,9 @@ def matrix_of(name: str, view: View, batch: tuple[int, ...]) -> Matrix:
     rows, columns = view.shape[-2:]
     row_stride, column_stride = view.strides[-2:]
     # A dimension of length 1 has no stride to speak of.
+    contiguous = True
     if column_stride == 1 or columns == 1:
         layout, stride, length, lines = "row", row_stride, columns, rows
-        contiguous = column_stride == 1 or columns == 1
     else:
         layout, stride, length, lines = "col", column_stride, rows, columns
         contiguous = row_stride == 1 or rows == 1

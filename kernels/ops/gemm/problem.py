@@ -60,6 +60,29 @@ INT4_SPREAD = 4.6
 """Standard deviation of integers from 0 to 15."""
 
 
+WORDS: dict[str, tuple[str | None, ...]] = {
+    "a_layout": LAYOUTS,
+    "b_layout": LAYOUTS,
+    "bias_axis": ("n", "m"),
+    "gated": (None, *GATED),
+    "a_scale": (None, "tensor", "row"),
+    "b_scale": (None, "tensor", "column", "group"),
+}
+"""What fields of text may be."""
+
+
+def check_words(**fields: str | None) -> None:
+    """Does nothing for fields of a problem that are one of their words.
+
+    Raises:
+        ProblemError: one isn't.
+    """
+    for name, value in fields.items():
+        if value not in WORDS[name]:
+            words = " or ".join(word for word in WORDS[name] if word is not None)
+            raise ProblemError(f"{name}={value!r} must be {words}")
+
+
 @dataclass(frozen=True, slots=True)
 class GemmProblem(FusedProblem):
     """One fused GEMM. docs/gemm.md has every field.
@@ -100,17 +123,7 @@ class GemmProblem(FusedProblem):
             size = getattr(self, name)
             if not 0 < size < 2**31:
                 raise ProblemError(f"{name}={size} must be from 1 to {2**31 - 1}")
-        for name, known in (
-            ("a_layout", LAYOUTS),
-            ("b_layout", LAYOUTS),
-            ("bias_axis", ("n", "m")),
-            ("gated", (None, *GATED)),
-            ("a_scale", (None, "tensor", "row")),
-            ("b_scale", (None, "tensor", "column", "group")),
-        ):
-            if getattr(self, name) not in known:
-                words = " or ".join(word for word in known if word is not None)
-                raise ProblemError(f"{name}={getattr(self, name)!r} must be {words}")
+        check_words(**{name: getattr(self, name) for name in WORDS})
         self._check_operands()
         self._check_epilogue()
         for name in ("a_broadcast", "b_broadcast"):
@@ -129,7 +142,7 @@ class GemmProblem(FusedProblem):
         if self.dtype not in INPUT_DTYPES:
             raise refused("dtype", self.dtype, "gemm", INPUT_DTYPES)
         if self.dtype == "fp32":
-            put(self, "precision", self.precision or "ieee")
+            put(self, "precision", "ieee" if self.precision is None else self.precision)
             if self.precision not in ("ieee", "tf32"):
                 raise ProblemError(f"precision={self.precision!r} must be ieee or tf32")
         elif self.precision is not None:
@@ -171,7 +184,10 @@ class GemmProblem(FusedProblem):
                 "out_dtype='int32' is the bare sum of dtype='int8': without scale, bias, residual, activation or gate"
             )
         if self.dtype == "int8" and self.out_dtype != "int32" and not (self.a_scale or self.b_scale):
-            raise ProblemError(f"dtype='int8' needs a_scale or b_scale for out_dtype={self.out_dtype!r}, or int32")
+            raise ProblemError(
+                "dtype='int8' with neither a_scale nor b_scale gives the bare sums, in int32: another out_dtype, and "
+                "whatever is fused to them, needs one of these"
+            )
         if self.gated and self.N % 2:
             raise ProblemError(f"gated={self.gated!r} needs an even N, not {self.N}")
         if self.bias_axis != "n" and self.bias is None:

@@ -172,7 +172,8 @@ def shared_bytes(problem: GemmProblem, config: GemmConfig, device: Device) -> in
         # On their way out, results lie beside the operands, which other tiles' take the place of already.
         total.append(config.BLOCK_M * config.BLOCK_N // tile.b_count * 4)
     # Of 8 bits or fewer, in halves and by descriptors, B takes the place of A, which is in registers by then.
-    if not keeps_all and max(a_copies, b_copies) <= 1 and (problem.b_bytes <= 1 or tile.b_count > 1 or config.TMA):
+    registers = not keeps_all or (device.major == 10 and problem.unit == "int8")
+    if registers and max(a_copies, b_copies) <= 1 and (problem.b_bytes <= 1 or tile.b_count > 1 or config.TMA):
         return max(total, default=0)
     return sum(total)
 

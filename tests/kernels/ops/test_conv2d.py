@@ -492,7 +492,10 @@ def test_splits_that_get_no_work_add_nothing(channels):
         ({"dtype": "fp32", "precision": "fast"}, "precision='fast' must be ieee or tf32"),
         ({"out_dtype": "int32"}, "out_dtype='int32' is the bare sum of dtype='int8'"),
         ({"dtype": "int8", "bias": "fp32", "out_dtype": "int32"}, "out_dtype='int32' is the bare sum"),
-        ({"dtype": "int8", "out_dtype": "fp32"}, "dtype='int8' needs x_scale or w_scale for out_dtype='fp32'"),
+        (
+            {"dtype": "int8", "out_dtype": "fp32"},
+            "dtype='int8' with neither x_scale nor w_scale gives the bare sums, in int32",
+        ),
         ({"out_dtype": "int8"}, "out_dtype='int8' needs out_scale"),
         ({"out_scale": True}, "out_scale is for a result of int8"),
         ({"bias": "int8"}, "bias='int8': conv2d takes fp16"),

@@ -573,7 +573,7 @@ F32 = np.float32
         (ProblemError, "bias_axis='m' needs a bias", {"bias_axis": "m"}),
         (
             ProblemError,
-            "needs a_scale or b_scale for out_dtype='fp16'",
+            "with neither a_scale nor b_scale gives the bare sums, in int32",
             {"a": A.astype(np.int8), "b": W8, "out_dtype": "fp16"},
         ),
         (
