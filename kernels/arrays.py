@@ -240,7 +240,7 @@ class TorchKind(ArrayKind):
     def view(self, array: Any) -> View:
         if array.device.type != "cuda":
             raise UnsupportedError(f"a torch tensor on {array.device} is not in a GPU's memory: move it with .cuda()")
-        _check_tensor(self._torch, array)
+        check_tensor(self._torch, None, array)
         return View(array.data_ptr(), tuple(array.shape), array.stride(), dtype_name(array.dtype), array.device.index)
 
     def empty(self, like: Any, shape: tuple[int, ...], kind: str) -> Any:
@@ -277,7 +277,7 @@ class TorchHostKind(NumpyKind):
     def adopt(self, array: Any) -> Any:
         if array.device.type != "cpu":
             raise UnsupportedError(f"a torch tensor on {array.device} beside one on the host: pass both on one device")
-        _check_tensor(self._torch, array)
+        check_tensor(self._torch, None, array)
         kind = np.dtype(dtype(dtype_name(array.dtype)).numpy)
         plain = array.detach()
         if kind.isbuiltin == 1:
@@ -296,13 +296,19 @@ def torch_dtype(torch: Any, kind: str) -> Any:
     return getattr(torch, str(np.dtype(dtype(kind).numpy)))
 
 
-def _check_tensor(torch: Any, tensor: Any) -> None:
+def check_tensor(torch: Any, name: str | None, tensor: Any) -> None:
+    """Does nothing for a tensor that kernels can take.
+
+    Raises:
+        UnsupportedError: it is sparse, or requires a gradient; the message begins with the name, if there is one.
+    """
+    said = "a torch tensor" if name is None else f"{name}: a torch tensor"
     if tensor.layout is not torch.strided:
-        raise UnsupportedError(f"a torch tensor of layout {tensor.layout} has no strides: pass .to_dense()")
+        raise UnsupportedError(f"{said} of layout {tensor.layout} has no strides: pass .to_dense()")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError(
-            "a torch tensor requires a gradient, and these kernels compute none: call them under torch.no_grad(), "
-            "or pass .detach()"
+            f"{said} requires a gradient, and these kernels compute none: call them under torch.no_grad(), or pass "
+            ".detach()"
         )
 
 

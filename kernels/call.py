@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tilewright.kernels.arrays import ArrayKind, View, kind_of
-from tilewright.kernels.constants import checked_number
+from tilewright.kernels.constants import checked_number, is_symbolic
 from tilewright.kernels.dispatch import Constants, call_cache, plan_for
 from tilewright.kernels.dtypes import array_dtype_text, dtype
 from tilewright.kernels.interpreter import interpreted, require_interpreter
@@ -117,8 +117,8 @@ class PlannedCall:
             if len(_numbers) >= MOST_NUMBERS:
                 array = kind.scalar(like, number)
                 return kind.argument(array), array
-            # For good, as a captured CUDA graph may read it.
-            made = _numbers[key] = kind.lasting_scalar(self.ordinal, number)
+            # For good, as a captured CUDA graph may read it. Of threads that make one at once, all take the first's.
+            made = _numbers.setdefault(key, kind.lasting_scalar(self.ordinal, number))
         return made
 
 
@@ -130,6 +130,8 @@ def factor(value: Any) -> Any:
     """A factor, or None where it is 1 or None: nothing is multiplied then."""
     if value.__class__ is float:  # what it mostly is; asking the abstract class takes half a microsecond
         return None if value == 1.0 else value
+    if is_symbolic(value):
+        return float(value)
     return None if not isinstance(value, bool) and isinstance(value, numbers.Real) and value == 1.0 else value
 
 
@@ -139,8 +141,8 @@ def integer(name: str, value: Any) -> int | None:
     Raises:
         UsageError: it is neither.
     """
-    if value is None or value.__class__ is int:
-        return value
+    if value is None or value.__class__ is int or is_symbolic(value):
+        return value  # type: ignore[no-any-return]
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise UsageError(f"{name}={value!r} must be an integer")
     return int(value)
@@ -249,12 +251,16 @@ class Operation:
             ProblemError: arrays of several libraries or GPUs, an output over an input; or what `prepare` says.
             UsageError: an option of a type that can't be one, a number that is none; or what `prepare` says.
         """
-        # torch.compile reads on from here: what it can't follow must not come before.
+        # torch.compile reads on to here: what it can't follow must not come before. It says so in every thread.
         compiler = getattr(sys.modules.get("torch"), "compiler", None)
         if compiler is not None and compiler.is_compiling():
             from tilewright.kernels.torch_ops import traced
 
             return traced(self, arrays, outs, options)
+        return self.run_now(arrays, outs, options)
+
+    def run_now(self, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:
+        """`run`, whatever torch is at."""
         try:
             kind = kind_of(arrays[0])
         except UnsupportedError:
@@ -288,7 +294,7 @@ class Operation:
                 for name, x in zip(names, given, strict=True)
             )
 
-        results = self.run(seen(self.inputs, arrays), seen(self.outputs, outs), options)
+        results = self.run_now(seen(self.inputs, arrays), seen(self.outputs, outs), options)
         return tuple(
             out if out is not None else result if result is None else kind.give_back(result, arrays[0])
             for out, result in zip(outs, results, strict=True)
@@ -303,7 +309,7 @@ class Operation:
         with_numbers = self._with_numbers(arrays)
         if with_numbers is arrays:
             self._learn(kind, arrays, outs, options)
-        return self.run(with_numbers, outs, options)
+        return self.run_now(with_numbers, outs, options)
 
     def made_ready(self, arrays: Arrays, outs: Arrays, options: Options) -> Callable[[], Arrays]:
         """A call of which nothing is left but the launch: arrays are the library's own, numbers floats.
@@ -322,7 +328,7 @@ class Operation:
     def _learn(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: Options) -> Ready:
         """What there is to know of all calls with the signatures of this one; it is kept."""
         self._refuse_libraries(kind, arrays, outs)
-        self._refuse_absent(arrays)
+        self.refuse_absent(arrays)
         self._refuse_options(options)
         views = self._views(kind, arrays, outs)
         call = self._prepare(views, options)
@@ -395,7 +401,7 @@ class Operation:
             name = self.outputs[position]
             refuse_self_overlap(name, views[name])
             others = tuple(
-                (place, other, _reach(views[other]), other in self._in_place and views[other][1:] == views[name][1:])
+                (place, other, _reach(views[other]), other in self._in_place and _alike(views[other], views[name]))
                 for other, place in places.items()
                 if place < places[name] and views[other].pointer != NOWHERE
             )
@@ -414,13 +420,18 @@ class Operation:
                 continue
             if value.__class__ is float:
                 checked_number(self.inputs[index], value)  # before anything is compiled for it
-            elif not isinstance(value, bool) and isinstance(value, numbers.Real):
+            elif _is_real(value):
                 arrays = (*arrays[:index], checked_number(self.inputs[index], value), *arrays[index + 1 :])
-            elif isinstance(value, str | bytes | numbers.Number | list | tuple):
+            elif isinstance(value, str | bytes | numbers.Number | np.generic | list | tuple):
                 raise UsageError(f"{self.inputs[index]}={value!r} must be a real number or an array")
         return arrays
 
-    def _refuse_absent(self, arrays: Arrays) -> None:
+    def refuse_absent(self, arrays: Arrays) -> None:
+        """Does nothing if no required input is None.
+
+        Raises:
+            ProblemError: one is.
+        """
         for name in self.required:
             if arrays[self.inputs.index(name)] is None:
                 raise ProblemError(f"{name} is missing")
@@ -496,6 +507,15 @@ def refuse_self_overlap(name: str, view: View) -> None:
             reach = step * (length - 1) + reach
 
 
+def _alike(one: View, other: View) -> bool:
+    """Whether elements lie alike from the first on, whatever dimensions of one index there are beside."""
+
+    def steps(view: View) -> list[tuple[int, int]]:
+        return [pair for pair in zip(view.shape, view.strides, strict=True) if pair[0] > 1]
+
+    return steps(one) == steps(other) and one.dtype == other.dtype
+
+
 def _reach(view: View) -> int:
     last = sum(max(0, length - 1) * max(0, stride) for length, stride in zip(view.shape, view.strides, strict=True))
     return (last + 1) * math.ceil(dtype(view.dtype).bytes)
@@ -510,6 +530,12 @@ def _share_memory(kind: ArrayKind, one: Any, other: Any) -> bool:
         # NumPy knows how to find out, and reads nothing at these addresses, which may be a GPU's.
         placed.append(np.asarray(SimpleNamespace(__array_interface__={**place, "version": 3})))
     return np.shares_memory(placed[0], placed[1])
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, numbers.Real):
+        return not isinstance(value, bool)
+    return isinstance(value, np.generic) and array_dtype_text(value.dtype) is None  # ml_dtypes' bf16 and fp8
 
 
 def _type_name(array: Any) -> str:

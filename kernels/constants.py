@@ -48,6 +48,8 @@ def checked_constant(name: str, value: Any) -> float:
         UsageError: it is none, or outside the limits.
     """
     limits = LIMITS[name.upper()]
+    if is_symbolic(value):
+        value = float(value)
     # True is a number to Python, and 1 was hardly meant.
     if isinstance(value, bool) or not isinstance(value, Real) or not limits.least <= as_float(value) <= limits.most:
         raise UsageError(f"{name.lower()}={value!r} must be {limits.wanted}")
@@ -71,6 +73,11 @@ def checked_number(name: str, value: Any) -> float:
     if not abs(number) <= LARGEST:
         raise UsageError(f"{name}={value!r} must be a finite number of fp32")
     return number
+
+
+def is_symbolic(value: Any) -> bool:
+    """Whether it is a number that torch.export knows by a symbol. As a float or an int it becomes a constant there."""
+    return type(value).__name__ in ("SymInt", "SymFloat")
 
 
 def as_float(value: Any) -> float:

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,3 +110,18 @@ def dtype_name(array_dtype: Any) -> str:
         raise UnsupportedError(
             f"arrays of dtype {text} are not supported; use one of {', '.join(_ARRAY_NAMES)}"
         ) from None
+
+
+def wanted_dtype(value: Any) -> str | None:
+    """What a caller names as the dtype of a result, as canonical name; names and None are given back as they are.
+
+    Raises:
+        UsageError: it is neither a text nor a dtype of NumPy, CuPy, torch or JAX that kernels have.
+    """
+    if value is None or value.__class__ is str:
+        return value
+    try:
+        return dtype_name(np.dtype(value) if isinstance(value, type) else value)
+    except (UnsupportedError, TypeError):
+        names = ", ".join(_ARRAY_NAMES)
+        raise UsageError(f"out_dtype={value!r} must be a name, as 'fp16', or a library's dtype: {names}") from None

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import string
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright.kernels.arrays import View, torch_dtype
+from tilewright.kernels.arrays import View, check_tensor, torch_dtype
 from tilewright.kernels.call import NOWHERE, OPERATIONS, Arrays, New, Operation, Options
 from tilewright.kernels.dtypes import dtype_name
 from tilewright.kernels.problem import Config
 from tilewright.kernels.registry import KERNELS
-from tilewright.tuning_db.errors import MissingDependencyError
+from tilewright.tuning_db.errors import MissingDependencyError, ProblemError, UnsupportedError
 
 torch: Any = sys.modules.get("torch")
 if torch is None:
@@ -68,8 +69,12 @@ _FIELDS = tuple((config, tuple(field.name for field in dataclasses.fields(config
 def _as_text(config: Config | None) -> str | None:
     for kind, names in _FIELDS:
         if isinstance(config, kind):
-            return f"{kind.__name__} {','.join([f'{name}={getattr(config, name)}' for name in names])}"
+            return f"{kind.__name__} {','.join([f'{name}={_constant(getattr(config, name))}' for name in names])}"
     return None
+
+
+def _constant(value: Any) -> Any:
+    return value if isinstance(value, bool) else int(value)  # a symbol becomes a constant
 
 
 @functools.lru_cache(maxsize=4096)
@@ -95,25 +100,37 @@ KINDS = {
 """Of `Operation.options`."""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="tilewright: no kernel takes this call as it is, for a gradient or a type; without fullgraph it says why"
+)
 def _eagerly(operation: Operation, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:
-    return operation.run(arrays, outs, options)
+    return operation.run_now(arrays, outs, options)
 
 
 def traced(operation: Operation, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:
     """What `operation.run` gives, as nodes of the graph that is being made. For arguments that no node takes the graph
-    is broken: the call is made as ever, and says what is wrong with them."""
-    for array in (*arrays, *outs):
+    is broken: the call is made as ever, and says what is wrong with them.
+
+    Raises:
+        UnsupportedError: a tensor of a program that is exported, where no graph can be broken, requires a gradient or
+            is sparse.
+    """
+    for name, array in zip((*operation.inputs, *operation.outputs), (*arrays, *outs), strict=True):
         if isinstance(array, torch.Tensor):
             usable = array.layout is torch.strided and not (array.requires_grad and torch.is_grad_enabled())
+            if not usable and torch.compiler.is_exporting():
+                check_tensor(torch, name, array)
         else:
-            usable = array is None or isinstance(array, int | float)
+            usable = array is None or _is_number(array)
         if not usable or not isinstance(arrays[0], torch.Tensor):
+            return _eagerly(operation, arrays, outs, options)  # type: ignore[no-any-return]
+    for kind, value in zip(operation.options.values(), options, strict=True):
+        if KINDS[kind].schema.startswith("str") and kind != "config" and not isinstance(value, str | None):
             return _eagerly(operation, arrays, outs, options)  # type: ignore[no-any-return]
     numbers = []
     for place in operation.numbers:
         value = arrays[place]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = _is_number(value)
         numbers.append(float(value) if number else None)
         if number:
             arrays = (*arrays[:place], None, *arrays[place + 1 :])
@@ -129,6 +146,10 @@ def traced(operation: Operation, arrays: Arrays, outs: Arrays, options: Options)
         out if out is not None else new if operation.has(name, options) else None
         for name, out, new in zip(operation.outputs, outs, made, strict=True)
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
 
 
 class Operator:
@@ -147,20 +168,28 @@ class Operator:
         arguments += [f"float? {op.inputs[place]}_number" for place in op.numbers]
         arguments += [f"{KINDS[kind].schema} {_told(name, op)}" for name, kind in op.options.items()]
         if self._out:
-            arguments += [f"Tensor({letter}!)? {name}" for letter, name in zip("abc", op.outputs, strict=False)]
+            letters = string.ascii_lowercase[: len(op.outputs)]
+            arguments += [f"Tensor({letter}!)? {name}" for letter, name in zip(letters, op.outputs, strict=True)]
         return f"{self.name}({', '.join(arguments)}) -> ({', '.join(['Tensor'] * len(op.outputs))})"
 
     def run(self, *arguments: Any) -> Any:
         """The call itself."""
         arrays, outs, options = self._parts(arguments)
-        results = self._operation.run(arrays, outs, options)
+        results = self._operation.run_now(arrays, outs, options)
+        for out in outs:
+            if out is not None:
+                torch.autograd.graph.increment_version(out)
         return _given_back(
             arrays[0].new_empty(0) if result is None or out is not None else result
             for result, out in zip(results, outs, strict=True)
         )
 
     def fake(self, *arguments: Any) -> Any:
-        """Arrays like the new results, without contents, from arguments without contents."""
+        """Arrays like the new results, without contents, from arguments without contents.
+
+        Raises:
+            ProblemError: a call with such arguments is refused.
+        """
         op = self._operation
         arrays, outs, options = self._parts(arguments)
         views = {
@@ -170,7 +199,12 @@ class Operator:
             for name, array in zip((*op.inputs, *op.outputs), (*arrays, *outs), strict=True)
             if array is not None
         }
-        news = zip(op.outputs, op.results(views, options), outs, strict=True)
+        op.refuse_absent(arrays)
+        try:
+            news = zip(op.outputs, op.results(views, options), outs, strict=True)
+        except UnsupportedError as error:
+            # It is a NotImplementedError, for which torch.compile would break the graph and try again without.
+            raise ProblemError(str(error)) from None
         return _given_back(
             _empty(arrays[0], new) if out is None and op.has(name, options) else arrays[0].new_empty(0)
             for name, new, out in news
@@ -220,7 +254,8 @@ def _register(operator: Operator) -> None:
     # Inductor may choose the strides of what lies between nodes: problems are of those that the trace had.
     strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
     _library.define(operator.schema(), tags=(torch.Tag.pt2_compliant_tag, strides))
-    _library.impl(operator.name, operator.run, "CompositeExplicitAutograd")
+    # It may be called between two graphs, where every frame is looked at.
+    _library.impl(operator.name, torch.compiler.disable(operator.run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{operator.name}", operator.fake, lib=_library)
 
 

@@ -39,7 +39,10 @@ with torch.no_grad():
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize(
     "name",
-    ["of_one_epilogue", "of_configs", "of_fp8", "in_place", "of_groups", "of_images", "of_windows", "in_place_sums"],
+    [
+        *("of_one_epilogue", "of_configs", "of_fp8", "of_pairs", "of_groups", "in_place", "of_images", "of_pixels"),
+        *("of_rows", "of_windows", "of_sequences", "of_one_config", "of_sums", "of_row_scales", "in_place_sums"),
+    ],
 )
 def test_compiled_calls_give_what_eager_ones_do(torch: Any, name: str, mode: str) -> None:
     """Each in a process of its own: compilers and pools of graphs stay for good."""

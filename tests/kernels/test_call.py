@@ -9,7 +9,7 @@ import pytest
 
 from tilewright.kernels import call as calling
 from tilewright.kernels import gemm, rmsnorm
-from tilewright.kernels.call import Operation, PlannedCall
+from tilewright.kernels.call import New, Operation, PlannedCall
 from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.problem import Output
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
@@ -53,10 +53,11 @@ def operation(prepared=None, **options):
         ("x", "y", "factor"),
         {"extra": "bool", "config": "config"},
         prepare,
-        lambda views, values: (),
+        lambda views, values: (New((2, 3), "fp32"), New((2,), "fp16")),
         outputs=("out", "extra"),
         scalars=("factor",),
         in_place=("y",),
+        optional={"extra": "extra"},
         **options,
     )
     return made, plan

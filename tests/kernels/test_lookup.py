@@ -90,7 +90,7 @@ def add(folder):
 @pytest.fixture
 def unpredicted(monkeypatch):
     """No configuration is predicted: whatever is chosen is a record or the default."""
-    monkeypatch.setattr(lookup_module, "predicted_best", lambda *_: [])
+    monkeypatch.setattr(lookup_module, "predicted_best", lambda *_, apart: [])
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,23 @@ In torch's CPU build, on tensors in host memory, which the interpreter takes.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tilewright.kernels import gemm, rmsnorm
+from tilewright.kernels import GemmConfig, attention, conv2d, gemm, rmsnorm
 from tilewright.kernels.call import OPERATIONS
 from tilewright.tuning_db.env import compiling_environment
+from tilewright.tuning_db.errors import UnsupportedError
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-from tests.kernels.torch_calls import CALLS, FP8, randn  # noqa: E402 - torch may be absent
+from tests.kernels.torch_calls import CALLS, FP8, ints, randn  # noqa: E402 - torch may be absent
 from tilewright.kernels import torch_ops  # noqa: E402
 
 TRACKED = torch.zeros(16, requires_grad=True)
@@ -122,14 +126,109 @@ def test_numbers_that_change_are_compiled_again_and_not_mixed_up() -> None:
             r"^bias: a torch tensor requires a gradient, and these kernels compute",
         ),
         (lambda x, w: gemm(x, "w"), r"^b: builtins.str is no array"),
+        (lambda x, w: gemm(x, None), r"b is missing"),
+        (lambda x, w: gemm(x.long(), w), r"arrays of dtype int64 are not supported"),
+        (lambda x, w: gemm(x, w, bias=torch.zeros(32)[::2]), r"bias must be contiguous"),
+        (lambda x, w: gemm(x, w, alpha=True), r"^alpha=True must be a real number"),
+        (lambda x, w: gemm(x, w, activation=3), r"activation"),
     ],
-    ids=["shapes", "activation", "gradient", "text"],
+    ids=["shapes", "activation", "gradient", "text", "absent", "dtype", "gaps", "flag", "type"],
 )
 def test_what_is_refused_is_refused_with_the_same_words(call: Any, wanted: str) -> None:
     """While it compiles, and in the eager run that takes its place."""
     x, w = randn(8, 32), randn(32, 16)
     with pytest.raises(Exception, match=wanted):
         torch.compile(call, backend="eager")(x, w)
+
+
+def test_a_call_goes_on_while_another_thread_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says in every thread that it is compiling."""
+    x, w = randn(8, 32), randn(32, 16)
+    wanted = gemm(x, w)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(gemm(x, w), wanted)
+    assert np.array_equal(gemm(x.numpy(), w.numpy()), wanted.numpy())
+
+
+def test_options_may_be_symbols_of_an_exported_program() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, q: Any, k: Any, starts: Any) -> Any:
+            packed = attention(
+                q, k, k, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=q.shape[0], max_seqlen_k=k.shape[0]
+            )
+            return rmsnorm(packed, eps=1 / q.shape[-1])
+
+    def arguments(tokens: int) -> Any:
+        return randn(tokens, 4, 16), randn(tokens, 2, 16), ints(0, 4, tokens)
+
+    tokens = torch.export.Dim("tokens", min=6, max=64)
+    program = torch.export.export(Module(), arguments(9), dynamic_shapes=({0: tokens}, {0: tokens}, None))
+    for count in (9, 21):
+        assert_same(program.module()(*arguments(count)), Module()(*arguments(count)))
+
+
+def test_options_that_change_are_compiled_again() -> None:
+    x, w = randn(1, 8, 8, 8), randn(8, 3, 3, 8)
+    compiled = torch.compile(lambda x, w, padding: conv2d(x, w, padding=padding), backend="aot_eager")
+    for padding in (1, 2, (1, 2), 3):
+        assert_same(compiled(x, w, padding), conv2d(x, w, padding=padding))
+    x, w = randn(8, 32), randn(32, 16)
+    compiled = torch.compile(lambda x, w, config: gemm(x, w, config=config), backend="eager", fullgraph=True)
+    for rows in (1, 2, 3):
+        config = GemmConfig(16, 16, 16, GROUP_M=rows)
+        assert_same(compiled(x, w, config), gemm(x, w, config=config))
+
+
+class Layer(torch.nn.Module):
+    """Weights that could be trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(randn(32, 16))
+
+    def forward(self, x: Any) -> Any:
+        return gemm(x, self.weight, out_dtype=torch.float32)
+
+
+def test_a_layer_is_exported_without_gradients_and_its_program_runs_in_another_process(tmp_path: Path) -> None:
+    layer, x = Layer(), randn(8, 32)
+    with pytest.raises(
+        UnsupportedError, match=r"^b: a torch tensor requires a gradient, and these kernels compute none"
+    ):
+        torch.export.export(layer, (x,))
+    with torch.no_grad():
+        torch.export.save(torch.export.export(layer, (x,)), tmp_path / "layer.pt2")
+        torch.save((x, layer(x)), tmp_path / "arrays.pt")
+    code = (
+        "import sys, torch, tilewright.kernels.torch_ops\n"
+        "program, (x, wanted) = torch.export.load(sys.argv[1]), torch.load(sys.argv[2])\n"
+        "with torch.no_grad():\n"
+        "    assert torch.equal(program.module()(x), wanted)\n"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "layer.pt2", tmp_path / "arrays.pt"]
+    environment = compiling_environment() | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_written_to_is_newer_than_what_was_kept_of_it() -> None:
+    """So a backward pass that needs what stood there says that it is gone."""
+    out = randn(8, 16)
+    version = out._version
+    torch.compile(lambda x, w, out: gemm(x, w, out=out), backend="eager")(randn(8, 32), randn(32, 16), out)
+    assert out._version > version
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++ here")
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
+@pytest.mark.parametrize(("call", "arguments"), [BY_NAME[0], BY_NAME[5], BY_NAME[6], BY_NAME[14]])
+def test_inductors_code_gives_what_an_eager_call_does(call: Any, arguments: Any) -> None:
+    """It chooses the strides of what lies between: transposed, they would be another problem."""
+
+    def between(*arrays: Any) -> Any:
+        return call(*(array.T.contiguous().T * 1 if array.ndim == 2 else array * 1 for array in arrays))
+
+    assert_same(torch.compile(between, fullgraph=True)(*arguments), between(*arguments))
 
 
 def test_importing_it_without_torch_says_what_to_do() -> None:

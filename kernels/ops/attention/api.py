@@ -8,6 +8,7 @@ from typing import Any
 from tilewright.kernels.arrays import View
 from tilewright.kernels.call import New, Operation, Prepared, flag, integer
 from tilewright.kernels.constants import checked_constant
+from tilewright.kernels.dtypes import wanted_dtype
 from tilewright.kernels.epilogue import FLOATS, sums_dtype
 from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.operands import SCALARS, Options, dense_strides, problem_of, strides_of
@@ -38,7 +39,7 @@ def attention(
     block_table: Any = None,
     kv_lens: Any = None,
     return_lse: bool = False,
-    out_dtype: str | None = None,
+    out_dtype: Any = None,
     out: Any = None,
     lse: Any = None,
     config: AttentionConfig | None = None,
@@ -73,7 +74,8 @@ def attention(
         block_table: (batch, most blocks of a sequence), int32: which block holds each stretch of a sequence's keys.
         kv_lens: (batch,), int32: keys of each sequence, in its blocks or at the beginning of a longer k and v.
         return_lse: also return the log-sum-exp of the scores.
-        out_dtype: canonical dtype name of the result; by default that of `q`, bf16 for fp8.
+        out_dtype: the result's dtype, by its canonical name or as a library has it; by default that of `q`, bf16 for
+            fp8.
         out: array to write to, shaped as `q` but for the head dim, which is that of `v`.
         lse: fp32 array to write the log-sum-exp to: (batch, heads, queries), or (tokens, heads).
         config: a configuration to use instead of the tuned one.
@@ -106,7 +108,7 @@ def attention(
         _size("max_seqlen_q", max_seqlen_q),
         _size("max_seqlen_k", max_seqlen_k),
         flag("return_lse", return_lse) or lse is not None,
-        out_dtype,
+        wanted_dtype(out_dtype),
         config,
     )
     inputs = (

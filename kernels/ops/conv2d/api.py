@@ -11,6 +11,7 @@ from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
 from tilewright.kernels.call import Arrays, New, Operation, PlannedCall, Prepared, factor, integer
 from tilewright.kernels.dispatch import plan_for
+from tilewright.kernels.dtypes import wanted_dtype
 from tilewright.kernels.epilogue import FLOATS, OUTPUT_DTYPES, sums_dtype
 from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.conv2d.operands import (
@@ -61,7 +62,7 @@ def conv2d(
     groups: int = 1,
     layout: str = "nhwc",
     precision: str | None = None,
-    out_dtype: str | None = None,
+    out_dtype: Any = None,
     out: Any = None,
     config: Conv2dConfig | GemmConfig | None = None,
 ) -> Any:
@@ -92,9 +93,9 @@ def conv2d(
             channels is a depthwise convolution.
         layout: order of the dimensions of x, w, residual and out: "nhwc" or "nchw".
         precision: of fp32 operands: "ieee" (default; CUDA cores) or "tf32" (tensor cores, 10-bit mantissa).
-        out_dtype: canonical dtype name of the result; by default that of `x`, bf16 for fp8, and for int8 int32 or, with
-            `x_scale` or `w_scale`, bf16. Of int8 with neither, nothing but the bare int32 sums. "int8" needs
-            `out_scale`.
+        out_dtype: the result's dtype, by its canonical name or as a library has it; by default that of `x`, bf16 for
+            fp8, and for int8 int32 or, with `x_scale` or `w_scale`, bf16. Of int8 with neither, nothing but the bare
+            int32 sums. "int8" needs `out_scale`.
         out: array (N, P, Q, K), or (N, K, P, Q), to write to, of `out_dtype`; it may be `residual`, but not overlap
             another input.
         config: a configuration to use instead of the tuned one; a `GemmConfig` for what runs as a GEMM.
@@ -113,9 +114,8 @@ def conv2d(
     """
     arrays = (x, w, x_scale, w_scale, bias, residual, factor(alpha), out_scale)
     window = (_whole("stride", stride, 2), _whole("padding", padding, 2, 4), _whole("dilation", dilation, 2))
-    return _CONV2D.run(
-        arrays, (out,), (activation, *window, integer("groups", groups), layout, precision, out_dtype, _checked(config))
-    )[0]
+    rest = integer("groups", groups), layout, precision, wanted_dtype(out_dtype), _checked(config)
+    return _CONV2D.run(arrays, (out,), (activation, *window, *rest))[0]
 
 
 def conv1d(
@@ -135,7 +135,7 @@ def conv1d(
     groups: int = 1,
     layout: str = "nlc",
     precision: str | None = None,
-    out_dtype: str | None = None,
+    out_dtype: Any = None,
     out: Any = None,
     config: Conv2dConfig | GemmConfig | None = None,
 ) -> Any:
@@ -151,9 +151,8 @@ def conv1d(
     """
     arrays = (x, w, x_scale, w_scale, bias, residual, factor(alpha), out_scale)
     window = (_whole("stride", stride, 1), _whole("padding", padding, 2), _whole("dilation", dilation, 1))
-    return _CONV1D.run(
-        arrays, (out,), (activation, *window, integer("groups", groups), layout, precision, out_dtype, _checked(config))
-    )[0]
+    rest = integer("groups", groups), layout, precision, wanted_dtype(out_dtype), _checked(config)
+    return _CONV1D.run(arrays, (out,), (activation, *window, *rest))[0]
 
 
 def _whole(name: str, option: Any, *lengths: int) -> Any:

@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from tilewright.kernels.arrays import View
+from tilewright.kernels.constants import is_symbolic
 from tilewright.kernels.ops.conv2d.problem import INPUT_DTYPES, LAYOUTS
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError, UsageError
 
@@ -24,6 +25,7 @@ def numbers(name: str, value: Any, lengths: tuple[int, ...]) -> tuple[int, ...]:
         UsageError: it is something else.
     """
     given = value if isinstance(value, tuple) else (value,) * lengths[0]
+    given = tuple(int(each) if is_symbolic(each) else each for each in given)
     if len(given) not in lengths or any(isinstance(each, bool) or not isinstance(each, Integral) for each in given):
         counts = " or ".join(map(str, lengths))
         raise UsageError(f"{name}={value!r} must be an integer or {counts} of them")

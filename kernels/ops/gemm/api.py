@@ -9,6 +9,7 @@ from typing import Any
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
 from tilewright.kernels.call import Arrays, New, Operation, Prepared, factor, integer
+from tilewright.kernels.dtypes import wanted_dtype
 from tilewright.kernels.epilogue import FLOATS, OUTPUT_DTYPES, sums_dtype
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.operands import (
@@ -64,7 +65,7 @@ def gemm(
     alpha: Any = 1.0,
     out_scale: Any = None,
     precision: str | None = None,
-    out_dtype: str | None = None,
+    out_dtype: Any = None,
     out: Any = None,
     config: GemmConfig | None = None,
 ) -> Any:
@@ -95,9 +96,9 @@ def gemm(
         alpha: factor on the product: a number, or an fp32 array of one element on the GPU; None is 1.
         out_scale: scale of a quantised result (int8, fp8): a number above 0, or such an array, which is not looked at.
         precision: of fp32 operands: "ieee" (default; CUDA cores) or "tf32" (tensor cores, 10-bit mantissa).
-        out_dtype: canonical dtype name of the result; by default that of `a`, bf16 for fp8, and for int8 int32 or, with
-            `a_scale` or `b_scale`, bf16. Of int8 with neither, nothing but the bare int32 sums. "int8" needs
-            `out_scale`.
+        out_dtype: the result's dtype, by its canonical name or as a library has it; by default that of `a`, bf16 for
+            fp8, and for int8 int32 or, with `a_scale` or `b_scale`, bf16. Of int8 with neither, nothing but the bare
+            int32 sums. "int8" needs `out_scale`.
         out: array (..., M, N), gated (..., M, N/2), to write to, of `out_dtype`; it may be `residual`, but not overlap
             another input.
         config: a configuration to use instead of the tuned one.
@@ -119,7 +120,7 @@ def gemm(
     if group_size is not None:
         group_size = integer("group_size", group_size)
     arrays = (a, b, a_scale, b_scale, b_zero, bias, residual, factor(alpha), out_scale)
-    options = (group_size, bias_axis, activation, gated, precision, out_dtype, config)
+    options = (group_size, bias_axis, activation, gated, precision, wanted_dtype(out_dtype), config)
     return _GEMM.run(arrays, (out,), options)[0]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import View
 from tilewright.kernels.call import New, Operation, Prepared, factor, integer
+from tilewright.kernels.dtypes import wanted_dtype
 from tilewright.kernels.ops.gemm.api import (
     ARRAY_DTYPES,
     INPUTS,
@@ -50,7 +51,7 @@ def grouped_gemm(
     alpha: Any = 1.0,
     out_scale: Any = None,
     precision: str | None = None,
-    out_dtype: str | None = None,
+    out_dtype: Any = None,
     out: Any = None,
     config: GemmConfig | None = None,
 ) -> Any:
@@ -79,7 +80,7 @@ def grouped_gemm(
     check_config(config)
     arrays = (a, b, a_scale, b_scale, b_zero, bias, residual, factor(alpha), out_scale, offsets)
     group_size = integer("group_size", group_size)
-    options = (group_size, bias_axis, activation, gated, precision, out_dtype, config)
+    options = (group_size, bias_axis, activation, gated, precision, wanted_dtype(out_dtype), config)
     return _GROUPED.run(arrays, (out,), options)[0]
 
 
@@ -143,7 +144,8 @@ def _results(views: dict[str, View], options: tuple[Any, ...]) -> tuple[New, ...
 def _sizes(views: dict[str, View]) -> tuple[int, int, int, int]:
     """M, K, N and the number of groups."""
     a, b = views["a"].shape, views["b"].shape
-    if len(a) != 2 or len(b) != 3 or 0 in a + b:
+    empty = any(size.__class__ is int and size == 0 for size in a + b)  # of torch's symbols nobody can say
+    if len(a) != 2 or len(b) != 3 or empty:
         raise ProblemError(f"a is {a} and b is {b}: they must be (M, K) and (groups, K, N), none of them 0")
     check_depth(views)
     return a[0], a[1], b[2], b[0]

@@ -39,7 +39,7 @@ def shapes_of(views: dict[str, View], *, gated: str | None, bias_axis: str) -> t
     batch = _broadcast(a[:-2], b[:-2])
     if batch is None:
         raise ProblemError(f"a is {a} and b is {b}: the leading dimensions don't broadcast")
-    if 0 in (m, n, k, *batch):
+    if any(size.__class__ is int and size == 0 for size in (m, n, k, *batch)):  # of torch's symbols nobody can say
         raise ProblemError(f"a is {a} and b is {b}: no dimension may be 0")
     shape = (*batch, m, n // 2 if gated else n)
     if "bias" in views:
@@ -115,9 +115,9 @@ def scales_of(views: dict[str, View], n: int, group_size: int | None, groups: in
         if not whole:
             a = views["a"].shape[:-1]
             # One matrix may be repeated, by a batch stride of 0, under scales for one.
-            shapes = (a, (1,) * (len(a) - 1) + a[-1:])
-            shapes += tuple((*shape, 1) for shape in shapes)
-            check_dense(views, "a_scale", *dict.fromkeys(shapes), one="one element")
+            once = (1,) * (len(a) - 1) + a[-1:]
+            shapes = (a,) if once == a else (a, once)
+            check_dense(views, "a_scale", *shapes, *((*shape, 1) for shape in shapes), one="one element")
         fields["a_scale"] = "tensor" if whole else "row"
     if group_size and "b_scale" not in views:
         raise ProblemError(f"{group_size=} needs b_scale")

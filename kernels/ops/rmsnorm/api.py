@@ -10,6 +10,7 @@ import numpy as np
 from tilewright.kernels.arrays import View
 from tilewright.kernels.call import New, Operation, Prepared, flag
 from tilewright.kernels.constants import checked_constant
+from tilewright.kernels.dtypes import wanted_dtype
 from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
 from tilewright.kernels.ops.rmsnorm.problem import EPS, INPUT_DTYPES, RmsNormProblem
@@ -24,7 +25,7 @@ def rmsnorm(
     residual: Any = None,
     eps: float = EPS,
     weight_offset: float = 0.0,
-    out_dtype: str | None = None,
+    out_dtype: Any = None,
     out_scale: Any = None,
     out: Any = None,
     residual_out: Any = None,
@@ -45,7 +46,8 @@ def rmsnorm(
         eps: a number of at least 0, compiled in; rows of zeros are NaN if it is 0.
         weight_offset: a number added to the weight, compiled in: 1 for models that keep weight - 1. Without a weight it
             counts for nothing.
-        out_dtype: canonical dtype name of the result; by default that of `x`. "int8" needs `out_scale`.
+        out_dtype: the result's dtype, by its canonical name or as a library has it; by default that of `x`. "int8"
+            needs `out_scale`.
         out_scale: scale of a quantised result (int8, fp8): a number above 0, or an fp32 array of one element on the
             GPU, which is not looked at, or "row" for one of each row that takes its largest element to the type's
             largest number (1 of a row of zeros).
@@ -74,7 +76,7 @@ def rmsnorm(
     options = (
         _constant("eps", eps),
         _constant("weight_offset", weight_offset),
-        out_dtype,
+        wanted_dtype(out_dtype),
         scaled_rows,
         flag("return_residual", return_residual),
         config,

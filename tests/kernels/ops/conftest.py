@@ -13,11 +13,11 @@ from tilewright.kernels.call import NOWHERE, Arrays, New, Operation, Options
 from tilewright.kernels.dtypes import dtype
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="package")
 def results_are_as_foretold() -> Iterator[None]:
     """New arrays have the shapes, dtypes and strides that `Operation.results` says without a plan: torch's compiler
     goes by that."""
-    run = Operation.run
+    run = Operation.run_now
 
     def checked(self: Operation, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:
         results = run(self, arrays, outs, options)
@@ -31,7 +31,7 @@ def results_are_as_foretold() -> Iterator[None]:
         return results
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Operation, "run", checked)
+        patch.setattr(Operation, "run_now", checked)
         yield
 
 
