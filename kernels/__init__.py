@@ -6,7 +6,8 @@
 The ops are for inference: none has a backward pass. Their pages in docs/ have every argument, problem field and
 configuration field.
 
-Importing this loads Triton and NumPy, and no GPU library: CuPy is loaded by the first array that lives on a GPU.
+Importing this loads Triton and NumPy, and no GPU library. CuPy is loaded by the first array that lives on a GPU, and by
+`resolve_device`, which looks for the device among this machine's GPUs.
 """
 
 from __future__ import annotations

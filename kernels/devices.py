@@ -1,6 +1,7 @@
 """From what a user types to a `Device`: an arch, a board's name, or a GPU of this machine.
 
-CuPy is imported only when live GPUs are asked for, so naming a board needs neither it nor a driver.
+`resolve_device` looks among live GPUs first, for which it imports CuPy: a board that is at hand is the live one. Naming
+a board needs neither CuPy nor a driver; `catalogue_device` doesn't look for them.
 """
 
 from __future__ import annotations
@@ -72,6 +73,17 @@ def resolve_device(name: str) -> Device:
     boards = list(dict.fromkeys(_SPELLINGS[each].board for each in close))[:3]
     nearest = f"nearest: {', '.join(boards)}; " if boards else ""
     raise UnknownDeviceError(f"no device is called {name!r}; {nearest}list them with `autotune devices`")
+
+
+def catalogue_device(board: str) -> Device:
+    """The catalogue's device of a board, by its short name (`a100`), whether such a GPU is at hand or not.
+
+    Raises:
+        UnknownDeviceError: the catalogue has no board of that name.
+    """
+    if board not in _BOARDS:
+        raise UnknownDeviceError(f"no board in the catalogue is called {board!r}")
+    return _BOARDS[board]
 
 
 def live_devices() -> tuple[Device, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 from tilewright.kernels.call_log import note
 from tilewright.kernels.compile import Binary
 from tilewright.kernels.device import Device
-from tilewright.kernels.devices import live_devices, resolve_device
+from tilewright.kernels.devices import catalogue_device, live_devices
 from tilewright.kernels.kernel import Kernel, Launch
 from tilewright.kernels.lookup import LIGHTER, Choice, candidates, default_config, pack_for
 from tilewright.kernels.problem import Config, Problem
@@ -129,7 +129,7 @@ def _packed(
 def _interpreted(
     kernel: Kernel[Any, Any], problem: Problem, config: Config | None, constants: Constants
 ) -> tuple[Plan, Choice]:
-    device = resolve_device(INTERPRETED_BOARD)
+    device = catalogue_device(INTERPRETED_BOARD)
     if config is None:
         config = default_config(kernel, problem, device)
     else:

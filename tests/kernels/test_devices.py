@@ -13,7 +13,7 @@ import pytest
 from tilewright.kernels import devices
 from tilewright.kernels.catalogue import CATALOGUE, REFERENCE_BOARDS
 from tilewright.kernels.device import Device
-from tilewright.kernels.devices import live_devices, read_device, resolve_device, skipped_devices
+from tilewright.kernels.devices import catalogue_device, live_devices, read_device, resolve_device, skipped_devices
 from tilewright.tuning_db.errors import MissingDependencyError, UnknownDeviceError, UsageError
 
 BOARDS = {device.board: device for device in CATALOGUE}
@@ -342,6 +342,13 @@ def test_a_board_at_hand_resolves_to_the_live_gpu(machine: Machine) -> None:
     assert resolve_device("rtx3090").live == "cuda:1"
     assert resolve_device("cuda").board == "h200"
     assert resolve_device("a10").live == ""
+
+
+def test_a_board_of_the_catalogue_is_looked_for_nowhere(machine: Machine) -> None:
+    machine.has(H200, RTX3090)
+    assert catalogue_device("rtx3090") == next(device for device in CATALOGUE if device.board == "rtx3090")
+    with pytest.raises(UnknownDeviceError, match=r"^no board in the catalogue is called 'rtx 3090'$"):
+        catalogue_device("rtx 3090")
 
 
 def test_an_arch_at_hand_means_the_live_gpus_own_board(machine: Machine) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -220,3 +224,28 @@ def test_what_the_pack_has_is_not_compiled(gpu, monkeypatch):
         plan_for(GEMM, PROBLEM, 0, constants=constants)
     with pytest.raises(NotPackedError, match=r"with --constant .*, or call without `config`"):
         plan_for(GEMM, PROBLEM, 0, config=TILES[1], constants=constants)
+
+
+INTERPRETED_CALL = """
+import sys
+import numpy as np
+from tilewright.kernels import gemm, resolve_device
+ones = np.ones((16, 16), np.float16)
+assert (gemm(ones, ones) == 16).all()
+print("cupy" in sys.modules)
+resolve_device("rtx3090")
+print("cupy" in sys.modules)
+"""
+
+
+def test_an_interpreted_call_loads_no_cupy(tmp_path):
+    (tmp_path / "cupy").mkdir()
+    (tmp_path / "cupy" / "__init__.py").write_text(
+        "from types import SimpleNamespace as Space\ncuda = Space(runtime=Space(getDeviceCount=int))\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    program = [sys.executable, "-c", INTERPRETED_CALL]
+    run = subprocess.run(program, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["False", "True"]  # the second: a board is looked for among live GPUs
