@@ -308,7 +308,7 @@ def _nvml_clocks(pci_bus_id: str) -> dict[str, int]:
 
 def driver_versions() -> tuple[str, str]:
     """The versions of NVIDIA's driver and of the CUDA that it serves, `("580.65.06", "13.0")`; empty where unknown."""
-    return _nvml_driver() or _module_driver(), _cuda_of_driver()
+    return _nvml_driver() or _module_driver(), live_cuda()
 
 
 def _nvml_driver() -> str:
@@ -334,14 +334,15 @@ def _module_driver() -> str:
     return found[1] if found else ""
 
 
-def _cuda_of_driver() -> str:
+def live_cuda() -> str:
+    """The CUDA version that the driver at hand serves, `13.0`; empty where unknown."""
     try:
         import cupy
 
         number = int(cupy.cuda.runtime.driverGetVersion())
     except (ImportError, OSError, RuntimeError):
         return ""
-    return f"{number // 1000}.{number % 1000 // 10}" if number else ""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else ""  # 12080 is 12.8
 
 
 def _one_line(error: Exception) -> str:

@@ -63,11 +63,6 @@ def assembled_isa(arch: int) -> int:
     return ISA.get(".".join(ptxas_version(arch).split(".")[:2]), max(ISA.values()))
 
 
-def cuda_of_driver(number: int) -> str:
-    """The CUDA version of what `cuDriverGetVersion` says, 12080 for 12.8."""
-    return f"{number // 1000}.{number % 1000 // 10}"
-
-
 def check_readable(ptx: str, cuda: str) -> None:
     """Does nothing if the driver of a CUDA version reads the PTX.
 

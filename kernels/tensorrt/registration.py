@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Union
 
-from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.devices import live_cuda, resolve_device
 from tilewright.kernels.lookup import check_supported
 from tilewright.kernels.tensorrt.catalogue import NAMESPACE, VERSION, plugins, typed
 from tilewright.kernels.tensorrt.context import Target, current, identity, set_current
@@ -20,7 +20,7 @@ from tilewright.kernels.tensorrt.descriptions import case_of, described_outputs,
 from tilewright.kernels.tensorrt.jit import enqueue
 from tilewright.kernels.tensorrt.library import plugin_api, tensorrt
 from tilewright.kernels.tensorrt.operation import PluginVariant
-from tilewright.kernels.tensorrt.ptx import CUDA, cuda_of_driver, isa_for
+from tilewright.kernels.tensorrt.ptx import CUDA, isa_for
 from tilewright.kernels.tensorrt.tactics import MOST
 from tilewright.kernels.tensorrt.types import TENSORRT_NAMES
 from tilewright.tuning_db import env
@@ -74,10 +74,10 @@ def register(
         raise MissingDependencyError(
             f"name the device to build for, register(device=…), for here is none: {error}"
         ) from None
-    live = _live_cuda()
+    live = live_cuda()
     chosen = cuda or min(filter(None, (live, CUDA)), key=_numbers)
     isa = isa_for(resolved.arch, chosen)
-    if resolved.live and live is not None and isa > isa_for(resolved.arch, live):
+    if resolved.live and live and isa > isa_for(resolved.arch, live):
         raise UsageError(
             f"{cuda=} is newer than the driver at hand, which is of CUDA {live}: leave it out, or update that"
         )
@@ -97,17 +97,6 @@ def _existing(db: str | os.PathLike[str]) -> Path:
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder} of tuning databases: tune first, or leave db out")
     return folder
-
-
-def _live_cuda() -> str | None:
-    """The CUDA version of the driver at hand; None without one."""
-    try:
-        import cupy
-
-        number = int(cupy.cuda.runtime.driverGetVersion())
-    except Exception:  # noqa: BLE001 - no CuPy, or one that finds no driver
-        return None
-    return cuda_of_driver(number) if number else None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -23,12 +23,13 @@ from tests.gpu.plan_launch import Arrays, LoadedPlan
 from tests.kernels.tensorrt.cases import case
 from tests.kernels.tensorrt.lives import Job, as_formats
 from tilewright.kernels.device import Device
+from tilewright.kernels.devices import live_cuda
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.registry import find_kernel
 from tilewright.kernels.tensorrt.catalogue import find_plugin, plugin_attributes
 from tilewright.kernels.tensorrt.jit import enqueue
 from tilewright.kernels.tensorrt.plans import LaunchPlan
-from tilewright.kernels.tensorrt.ptx import CUDA, cuda_of_driver
+from tilewright.kernels.tensorrt.ptx import CUDA
 from tilewright.kernels.tensorrt.tactics import tactics
 from tilewright.kernels.tensorrt.types import TENSORRT_NAMES
 
@@ -60,9 +61,8 @@ def check_results(results: Mapping[str, Any], problem: Problem, host: Mapping[st
     assert not fault(kernel, problem, kernel.reference(problem, host), results), problem
 
 
-def driver(cupy: Any) -> str:
-    live = cuda_of_driver(int(cupy.cuda.runtime.driverGetVersion()))
-    return min(live, CUDA, key=lambda version: tuple(map(int, version.split("."))))
+def driver() -> str:
+    return min(live_cuda(), CUDA, key=lambda version: tuple(map(int, version.split("."))))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,7 +73,7 @@ def test_every_tactic_is_right(cupy: Any, board: Device, tmp_path: Path, name: s
     outputs = len(problem.outputs())
     for formats in (("LINEAR",) * (len(job.inputs) + outputs), *job.formats):
         made = case(job.plugin, job.inputs, formats=formats, **job.attributes)
-        found = tactics(made, board, tmp_path, cuda=driver(cupy), most=2)
+        found = tactics(made, board, tmp_path, cuda=driver(), most=2)
         assert found
         for tactic in found:
             check_plan(cupy, tactic.plan, job, formats)
@@ -147,7 +147,7 @@ def test_a_soak_of_shape_changes_takes_no_memory(cupy: Any, board: Device, tmp_p
     formats = ("LINEAR",) * 4
     attributes = plugin_attributes(job.plugin, **job.attributes)
     made = case(job.plugin, job.inputs, **job.attributes)
-    loaded = LoadedPlan(cupy, tactics(made, board, tmp_path, cuda=driver(cupy), most=1)[0].plan)
+    loaded = LoadedPlan(cupy, tactics(made, board, tmp_path, cuda=driver(), most=1)[0].plan)
     arrays = Arrays(cupy, job.problem(1000))  # the largest: the others lie within
     (place,) = places(job)
     random = np.random.default_rng(0)

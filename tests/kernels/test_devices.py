@@ -438,6 +438,13 @@ def test_the_drivers_version_is_nvmls_or_the_kernel_modules(
     assert devices.driver_versions() == ("570.133.20", "")
 
 
+@pytest.mark.parametrize(("number", "version"), [(12080, "12.8"), (13010, "13.1"), (0, "")])
+def test_the_cuda_of_a_driver(machine: Machine, monkeypatch: pytest.MonkeyPatch, number: int, version: str) -> None:
+    machine.has(A100_SLICE)
+    monkeypatch.setattr(Runtime, "driverGetVersion", lambda self: number)
+    assert devices.live_cuda() == version
+
+
 def test_without_a_driver_its_version_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(devices, "_KERNEL_MODULE", tmp_path / "version")
     monkeypatch.setitem(sys.modules, "pynvml", None)

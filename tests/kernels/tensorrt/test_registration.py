@@ -422,7 +422,7 @@ def refused(kind, message, *given, **named):
         assert isinstance(error, kind) and message in str(error) and chr(10) not in str(error), error
     else:
         raise AssertionError(message)
-registration._live_cuda = lambda: None
+registration.live_cuda = lambda: ""
 registration.resolve_device = lambda name: exec("raise MissingDependencyError('no GPU')")
 refused(MissingDependencyError, "name the device to build for, register(device=")
 refused(MissingDependencyError, "no GPU", "cuda:0")
@@ -436,11 +436,11 @@ for number in (0, "3", 2.5, True):
     refused(UsageError, f"tactics={number!r} must be an integer of at least 1", "sm_86", tactics=number)
 refused(UsageError, "cuda=12.4 must be the CUDA version of the driver as text", "sm_86", cuda=12.4)
 registration.resolve_device = lambda name: replace(resolve_device("sm_86"), live="cuda:0")
-registration._live_cuda = lambda: "12.4"
+registration.live_cuda = lambda: "12.4"
 refused(UsageError, "cuda='12.8' is newer than the driver at hand, which is of CUDA 12.4", cuda="12.8")
 plugins.register()
 assert current().target.cuda == "12.4"  # the older of the driver's and the default
-registration._live_cuda = lambda: "13.0"
+registration.live_cuda = lambda: "13.0"
 plugins.register()
 assert current().target.cuda == "12.8"
 registration.resolve_device = resolve_device
