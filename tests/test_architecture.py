@@ -7,10 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -105,6 +106,28 @@ def test_the_wheel_has_the_shipped_records(tmp_path: Path) -> None:
         found = {Path(name).name for name in archive.namelist() if name.startswith("tilewright/tuning_db/shipped/")}
         assert archive.read("tilewright/tuning_db/shipped/board-1sm.sqlite") == b"records"
     assert found == {path.name for path in (tree / "tuning_db" / "shipped").glob("*.sqlite")}
+
+
+def test_the_source_distribution_has_all_that_its_tests_need(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    folders = (*FLOORS, "benchmarks", "docs", "examples", "tests")
+    for name in folders:
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pages = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
+    for name in ("pyproject.toml", "MANIFEST.in", *pages):
+        shutil.copy(ROOT / name, tree)
+    wanted = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
+    cache = tree / "tests" / "__pycache__"
+    cache.mkdir()
+    (cache / "test_architecture.cpython-311.pyc").write_bytes(b"")
+    program = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (sources,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sources) as archive:
+        found = {PurePosixPath(*PurePosixPath(each.name).parts[1:]) for each in archive if each.isfile()}
+    made = {"PKG-INFO", "setup.cfg"}
+    assert {str(path) for path in found if path.parts[0] != "tilewright.egg-info"} == wanted | made
 
 
 def test_tests_mirror_the_source() -> None:
