@@ -120,3 +120,37 @@ def over_grid(blocks: int, **splits: int) -> str | None:
     if blocks > MAX_GRID_X:
         return f"{blocks} tiles are over the grid's {MAX_GRID_X}"
     return None
+
+
+# What `useful` of several ops looks at.
+
+NOTHING_COPIED = "without cp.async (sm_80, 4-byte loads) more than 1 stage changes nothing: the code is the same"
+
+
+def widest_block(size: int, smallest: int = 1) -> int:
+    """The widest block over a size that is not mostly padding: the least power of two that is no smaller."""
+    return max(smallest, 1 << (size - 1).bit_length())
+
+
+def mostly_padding(*blocks: tuple[int, int, int]) -> str | None:
+    """None, or which of some blocks, each given with the size it goes over and the smallest block there is, is too
+    wide."""
+    for block, size, smallest in blocks:
+        if block > widest_block(size, smallest):
+            return f"a block of {block} over a size of {size} is mostly padding"
+    return None
+
+
+def repeated_group(name: str, group: int, groups: Collection[int], count: int, what: str) -> str | None:
+    """None, or that a group of an axis is as good as a smaller one, for both have room for all `count` there are."""
+    if any(count <= smaller < group for smaller in groups):
+        return f"{name}={group} repeats a smaller one with {count} {what}"
+    return None
+
+
+def needless_split(name: str, split: int, tiles: int, device: Device, waves: int) -> str | None:
+    """None, or that half as many splits keep the device busy for as many waves of tiles: they leave half the partial
+    results to write and read."""
+    if split > 1 and tiles * (split // 2) >= waves * device.sms:
+        return f"{tiles} tiles fill {device.sms} SMs with half of {name}={split}"
+    return None

@@ -17,7 +17,7 @@ from tilewright.kernels import (
     resolve_device,
 )
 from tilewright.kernels.problem import Config
-from tilewright.kernels.space import Space
+from tilewright.kernels.space import Space, mostly_padding, needless_split, repeated_group, widest_block
 from tilewright.tuning_db.errors import IllegalConfigError
 
 RTX3090, H100 = (resolve_device(name) for name in ("rtx3090", "h100"))
@@ -123,3 +123,21 @@ def test_the_ragged_problem_is_of_the_same_code_and_fits_where_the_problem_does(
         ]
         differ = {name for name, value in dict(one.constexprs).items() if dict(other.constexprs)[name] != value} - same
         assert differ <= {"GROUP", "RUN", "MASKS"}, differ
+
+
+def test_a_block_may_be_the_next_power_of_two():
+    assert [widest_block(size) for size in (1, 2, 3, 127, 128, 129)] == [1, 2, 4, 128, 128, 256]
+    assert widest_block(3, 16) == 16
+    assert mostly_padding((16, 3, 16), (256, 129, 16)) is None
+    assert mostly_padding((16, 3, 16), (256, 128, 16)) == "a block of 256 over a size of 128 is mostly padding"
+
+
+def test_a_group_with_room_for_all_repeats_larger_ones():
+    assert repeated_group("GROUP_M", 4, (1, 4, 8), 2, "tile rows") is None
+    assert repeated_group("GROUP_M", 8, (1, 4, 8), 4, "tile rows") == "GROUP_M=8 repeats a smaller one with 4 tile rows"
+
+
+def test_half_as_many_splits_do_where_they_fill_the_device():
+    assert needless_split("SPLIT_K", 4, 163, RTX3090, waves=4) is None
+    assert needless_split("SPLIT_K", 4, 164, RTX3090, waves=4) == "164 tiles fill 82 SMs with half of SPLIT_K=4"
+    assert needless_split("SPLIT_K", 1, 10**6, RTX3090, waves=4) is None

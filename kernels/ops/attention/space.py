@@ -11,7 +11,16 @@ from tilewright.kernels.device import MAX_REGISTERS_PER_THREAD, WARP_SIZE, Devic
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.problem import Config
-from tilewright.kernels.space import Space, malformed, over_block, over_grid
+from tilewright.kernels.space import (
+    NOTHING_COPIED,
+    Space,
+    malformed,
+    mostly_padding,
+    needless_split,
+    over_block,
+    over_grid,
+    repeated_group,
+)
 from tilewright.kernels.work import SPECIALIZED_WARPS, reads_operands_shared
 
 
@@ -302,27 +311,28 @@ def useful(problem: AttentionProblem, config: AttentionConfig, device: Device) -
     """None, or why the configuration can't be the best one."""
     m, n, warps = config.BLOCK_M, config.BLOCK_N, config.num_warps
     rows = problem.Sq * tile_heads(problem, config)
-    for block, size in ((m, rows), (n, problem.Skv)):
-        if block > max(16, 2 ** math.ceil(math.log2(size))):
-            return f"a block of {block} over a size of {size} is mostly padding"
+    reason = mostly_padding((m, rows, 16), (n, problem.Skv, 16))
+    if reason is not None:
+        return reason
     places = problem.B * problem.H // tile_heads(problem, config)
     if config.GROUP_H > 1 and (not problem.causal or tiles(problem, config) <= max(places, device.sms)):
         return f"GROUP_H={config.GROUP_H} is for causal tiles of several lengths, more than run at once"
-    if any(places <= smaller < config.GROUP_H for smaller in AXES["GROUP_H"]):
-        return f"GROUP_H={config.GROUP_H} repeats a smaller one with {places} heads"
+    reason = repeated_group("GROUP_H", config.GROUP_H, AXES["GROUP_H"], places, "heads")
+    if reason is not None:
+        return reason
     if config.PACK and problem.Sq >= m:
         return f"{problem.Sq} queries fill a tile of {m} rows without the other heads"
     blocks = key_blocks(problem, config)
     if config.SPLIT_KV > 1:
         if blocks < 2 * config.SPLIT_KV:
             return f"SPLIT_KV={config.SPLIT_KV} leaves fewer than 2 of {blocks} blocks of keys to each"
-        # Half as many splits leave half the partial results to write and read.
-        if tiles(problem, config) * (config.SPLIT_KV // 2) >= 4 * device.sms:
-            return f"{tiles(problem, config)} tiles fill {device.sms} SMs with half of SPLIT_KV={config.SPLIT_KV}"
+        reason = needless_split("SPLIT_KV", config.SPLIT_KV, tiles(problem, config), device, waves=4)
+        if reason is not None:
+            return reason
     if config.num_stages > max(2, blocks // config.SPLIT_KV):
         return f"num_stages={config.num_stages} is more than the blocks of keys there are"
     if config.num_stages > 1 and copies_ahead(problem, config, device) == 0:
-        return "without cp.async (sm_80, 4-byte loads) more than 1 stage changes nothing: the code is the same"
+        return NOTHING_COPIED
     if problem.page_size == 0 and config.num_stages > 4:
         return "5 stages are for paged keys, whose page numbers take one"
     if problem.unit == "fp32" or not device.tensor_tflops:

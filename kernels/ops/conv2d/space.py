@@ -11,7 +11,17 @@ from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
 from tilewright.kernels.problem import Config
-from tilewright.kernels.space import Space, malformed, over_block, over_grid
+from tilewright.kernels.space import (
+    NOTHING_COPIED,
+    Space,
+    malformed,
+    mostly_padding,
+    needless_split,
+    over_block,
+    over_grid,
+    repeated_group,
+    widest_block,
+)
 from tilewright.kernels.work import reads_operands_shared
 
 
@@ -219,16 +229,14 @@ def useful(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str 
         return f"taps in blocks of {channels} channels waste nothing that FOLD could save"
     if not config.FOLD and channels < 8:
         return f"{channels} channels under a tap leave most of a block empty: FOLD"
-    for block, size, smallest in (
+    tiles_m = math.ceil(problem.pixels / config.BLOCK_M)
+    reason = mostly_padding(
         (config.BLOCK_M, problem.pixels, 16),
         (config.BLOCK_N, problem.group_filters, 16),
         (config.BLOCK_K, problem.depth if config.FOLD else channels, 32),
-    ):
-        if block > max(smallest, 2 ** math.ceil(math.log2(size))):
-            return f"a block of {block} over a size of {size} is mostly padding"
-    tiles_m = math.ceil(problem.pixels / config.BLOCK_M)
-    if any(tiles_m <= smaller < config.GROUP_M for smaller in AXES["GROUP_M"]):
-        return f"GROUP_M={config.GROUP_M} repeats a smaller one with {tiles_m} tile rows"
+    ) or repeated_group("GROUP_M", config.GROUP_M, AXES["GROUP_M"], tiles_m, "tile rows")
+    if reason is not None:
+        return reason
     tiles_n = math.ceil(problem.group_filters / config.BLOCK_N)
     if tiles_n == 1 and config.GROUP_M > 1:
         return f"GROUP_M={config.GROUP_M} repeats 1 with one tile column"
@@ -236,16 +244,15 @@ def useful(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str 
     if config.SPLIT_K > 1:
         if blocks < 4 * config.SPLIT_K:
             return f"SPLIT_K={config.SPLIT_K} leaves fewer than 4 of {blocks} steps to each"
-        tiles = tiles_m * tiles_n * problem.groups
-        # Half as many splits leave half the partial tiles to write and read.
-        if tiles * (config.SPLIT_K // 2) >= 2 * device.sms:
-            return f"{tiles} tiles fill {device.sms} SMs with half of SPLIT_K={config.SPLIT_K}"
+        reason = needless_split("SPLIT_K", config.SPLIT_K, tiles_m * tiles_n * problem.groups, device, waves=2)
+        if reason is not None:
+            return reason
     if config.num_stages > max(2, blocks // config.SPLIT_K):
         return f"num_stages={config.num_stages} is more than the steps there are"
     if 16 * 8 * config.num_warps > config.BLOCK_M * config.BLOCK_N:
         return f"{config.num_warps} warps on {config.BLOCK_M}×{config.BLOCK_N} leave less than one 16×8 mma each"
     if config.num_stages > 1 and (device.arch < 80 or max(vector_bytes(problem, config)) < 4):
-        return "without cp.async (sm_80, 4-byte loads) more than 1 stage changes nothing: the code is the same"
+        return NOTHING_COPIED
     return None
 
 
@@ -255,9 +262,9 @@ def _useful_depthwise(problem: Conv2dProblem, config: Conv2dConfig) -> str | Non
             return f"{name}={getattr(config, name)} changes nothing in a kernel without dots"
     if config.ROWS >= 2 * problem.P:
         return f"ROWS={config.ROWS} over {problem.P} rows are mostly padding"
-    for block, size in ((config.BLOCK_M, positions(problem, config)), (config.BLOCK_N, problem.K)):
-        if block > max(16, 2 ** math.ceil(math.log2(size))):
-            return f"a block of {block} over a size of {size} is mostly padding"
+    reason = mostly_padding((config.BLOCK_M, positions(problem, config), 16), (config.BLOCK_N, problem.K, 16))
+    if reason is not None:
+        return reason
     if not 4 <= accumulators(config) <= 64:
         return f"{accumulators(config):g} sums a thread: 4 to 64 hide latency without filling the registers"
     return None
@@ -283,8 +290,7 @@ def narrow(
         ("BLOCK_N", filters, 16),
         ("BLOCK_K", max(problem.depth, channels), 32),
     ):
-        most = max(smallest, 2 ** math.ceil(math.log2(size)))
-        kept[name] = tuple(block for block in kept[name] if block <= most)
+        kept[name] = tuple(block for block in kept[name] if block <= widest_block(size, smallest))
     if not problem.depthwise:
         if channels < 8:
             kept["FOLD"] = (True,)

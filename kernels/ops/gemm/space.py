@@ -11,7 +11,17 @@ from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.gemm.problem import FLAT, GemmProblem, has_few_rows
 from tilewright.kernels.problem import Config
-from tilewright.kernels.space import Space, malformed, over_block, over_grid
+from tilewright.kernels.space import (
+    NOTHING_COPIED,
+    Space,
+    malformed,
+    mostly_padding,
+    needless_split,
+    over_block,
+    over_grid,
+    repeated_group,
+    widest_block,
+)
 from tilewright.kernels.work import SPECIALIZED_WARPS, reads_operands_shared
 
 
@@ -314,23 +324,18 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
             return "from sm_90 on PERSISTENT is for TMA, whose copies are no work for the block"
     if config.BLOCK_M == FLAT and not has_few_rows(problem.M, problem.groups):
         return f"tiles of BLOCK_M={FLAT} rows read B once for every {FLAT} of {problem.M} rows"
-    for block, size, smallest in (
-        (config.BLOCK_M, problem.M, 16),
-        (config.BLOCK_N, problem.N, 16),
-        (config.BLOCK_K, problem.K, 32),
-    ):
-        if block > max(smallest, 2 ** math.ceil(math.log2(size))):
-            return f"a block of {block} over a size of {size} is mostly padding"
-    if any(tiles_m <= smaller < config.GROUP_M for smaller in AXES["GROUP_M"]):
-        return f"GROUP_M={config.GROUP_M} repeats a smaller one with {tiles_m} tile rows"
+    reason = mostly_padding(
+        (config.BLOCK_M, problem.M, 16), (config.BLOCK_N, problem.N, 16), (config.BLOCK_K, problem.K, 32)
+    ) or repeated_group("GROUP_M", config.GROUP_M, AXES["GROUP_M"], tiles_m, "tile rows")
+    if reason is not None:
+        return reason
     k_blocks = math.ceil(problem.K / config.BLOCK_K)
     if config.SPLIT_K > 1:
         if k_blocks < 4 * config.SPLIT_K:
             return f"SPLIT_K={config.SPLIT_K} leaves fewer than 4 of {k_blocks} K blocks to each"
-        count = tiles_m * tiles_n * problem.batch
-        # Half as many splits leave half the partial tiles to write and read.
-        if count * (config.SPLIT_K // 2) >= 4 * device.sms:
-            return f"{count} tiles fill {device.sms} SMs with half of SPLIT_K={config.SPLIT_K}"
+        reason = needless_split("SPLIT_K", config.SPLIT_K, tiles_m * tiles_n * problem.batch, device, waves=4)
+        if reason is not None:
+            return reason
     # Copies of a specialised loop go on into the next tile.
     if config.num_stages > max(2, k_blocks // config.SPLIT_K) and not config.WARP_SPECIALIZE:
         return f"num_stages={config.num_stages} is more than the K blocks there are"
@@ -339,7 +344,7 @@ def useful(problem: GemmProblem, config: GemmConfig, device: Device) -> str | No
         return f"{config.num_warps} warps on {config.BLOCK_M}×{config.BLOCK_N} leave less than one 16×8 mma each"
     copied = config.TMA or max(operand_vectors(problem)) >= 4
     if config.num_stages > 1 and (device.arch < 80 or not copied):
-        return "without cp.async (sm_80, 4-byte loads) more than 1 stage changes nothing: the code is the same"
+        return NOTHING_COPIED
     return None
 
 
@@ -362,8 +367,7 @@ def narrow(problem: GemmProblem, device: Device, axes: Mapping[str, tuple[Any, .
         ("BLOCK_N", problem.N, 16),
         ("BLOCK_K", problem.K, 32),
     ):
-        most = max(smallest, 2 ** math.ceil(math.log2(size)))
-        kept[name] = tuple(block for block in axes[name] if block <= most)
+        kept[name] = tuple(block for block in axes[name] if block <= widest_block(size, smallest))
     if not (takes_flat(problem) and has_few_rows(problem.M, problem.groups)):
         kept["BLOCK_M"] = tuple(block for block in kept["BLOCK_M"] if block != FLAT)
     least = min(kept["BLOCK_M"], default=FLAT)

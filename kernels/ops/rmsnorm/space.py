@@ -9,7 +9,7 @@ from tilewright.kernels.device import SUBPARTITIONS, WARP_SIZE, Device, register
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.rmsnorm.problem import RmsNormProblem
 from tilewright.kernels.problem import Config
-from tilewright.kernels.space import Space, malformed, over_block
+from tilewright.kernels.space import Space, malformed, mostly_padding, over_block, widest_block
 
 LARGEST_TENSOR = 2**20
 """Elements of a tile: Triton's own limit."""
@@ -34,11 +34,6 @@ AXES = {
 }
 
 COARSE = {"BLOCK_M": (1, 8), "num_warps": (1, 4, 8, 16), "num_stages": (1, 3)}
-
-
-def width(size: int) -> int:
-    """The least power of two that is no smaller."""
-    return 1 << (size - 1).bit_length()
 
 
 def whole(problem: RmsNormProblem, config: RmsNormConfig) -> bool:
@@ -123,9 +118,9 @@ def fits(problem: RmsNormProblem, config: RmsNormConfig, device: Device) -> str 
 
 def useful(problem: RmsNormProblem, config: RmsNormConfig, device: Device) -> str | None:
     """None, or why the configuration can't be the best one."""
-    for block, size in ((config.BLOCK_M, problem.M), (config.BLOCK_N, max(16, problem.N))):
-        if block > width(size):
-            return f"a block of {block} over a size of {size} is mostly padding"
+    reason = mostly_padding((config.BLOCK_M, problem.M, 1), (config.BLOCK_N, max(16, problem.N), 16))
+    if reason is not None:
+        return reason
     if not whole(problem, config) and config.BLOCK_N < 256:
         return f"BLOCK_N={config.BLOCK_N} walks along a row of {problem.N} in pieces of less than 256"
     blocks = math.ceil(problem.M / config.BLOCK_M)
@@ -155,11 +150,11 @@ def default(problem: RmsNormProblem, device: Device) -> RmsNormConfig:
     8 elements a thread, which are 16 bytes of fp16; up to 32 where a block would be over 16 warps. Longer rows, and
     long ones that are read element by element, are walked along; short ones share a block.
     """
-    block_n = max(16, width(problem.N))
+    block_n = max(16, widest_block(problem.N))
     if block_n > (16384 if wide(problem) else 8192):
         copies = shared_bytes(problem, RmsNormConfig(1, 2048, num_stages=2), device) > 0
         return RmsNormConfig(BLOCK_M=1, BLOCK_N=2048, num_warps=8, num_stages=3 if copies else 1)
-    block_m = max(1, min(width(problem.M), 1024 // block_n))
+    block_m = max(1, min(widest_block(problem.M), 1024 // block_n))
     num_warps = max(1, min(16, block_m * block_n // (8 * WARP_SIZE)))
     return RmsNormConfig(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps)
 
