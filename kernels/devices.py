@@ -17,6 +17,7 @@ from typing import Any
 from tilewright.kernels.catalogue import CATALOGUE, REFERENCE_BOARDS
 from tilewright.kernels.device import WARP_SIZE, Device
 from tilewright.tuning_db.errors import MissingDependencyError, UnknownDeviceError, UsageError
+from tilewright.tuning_db.text import one_line
 
 _BOARDS = {device.board: device for device in CATALOGUE}
 
@@ -251,17 +252,17 @@ def _probe() -> _Probe:
         import cupy
     except ModuleNotFoundError as error:
         if error.name != "cupy":
-            return _Probe(missing=f"CuPy, whose import fails: {_one_line(error)}")
+            return _Probe(missing=f"CuPy, whose import fails: {one_line(error)}")
         return _Probe(
             missing="CuPy, which is not installed: pip install cupy-cuda13x (or cupy-cuda12x, by your driver)"
         )
     except (ImportError, OSError, RuntimeError) as error:
-        return _Probe(missing=f"CuPy, whose import fails: {_one_line(error)}")
+        return _Probe(missing=f"CuPy, whose import fails: {one_line(error)}")
     try:
         runtime = cupy.cuda.runtime
         count = int(runtime.getDeviceCount())
     except RuntimeError as error:
-        return _Probe(missing=f"an NVIDIA GPU and its driver: {_one_line(error)}")
+        return _Probe(missing=f"an NVIDIA GPU and its driver: {one_line(error)}")
     if not count:
         return _Probe(missing="a GPU: the driver shows none")
 
@@ -273,7 +274,7 @@ def _probe() -> _Probe:
         except UnknownDeviceError as error:
             skipped[index] = str(error)
         except RuntimeError as error:
-            skipped[index] = f"cuda:{index} can't be read: {_one_line(error)}"
+            skipped[index] = f"cuda:{index} can't be read: {one_line(error)}"
     return _Probe(tuple(devices), skipped, count)
 
 
@@ -343,7 +344,3 @@ def live_cuda() -> str:
     except (ImportError, OSError, RuntimeError):
         return ""
     return f"{number // 1000}.{number % 1000 // 10}" if number else ""  # 12080 is 12.8
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -43,7 +43,7 @@ from tilewright.tuning_db.errors import (
 )
 from tilewright.tuning_db.record import Answer, Key, Provenance, Record
 from tilewright.tuning_db.store import TuningDB
-from tilewright.tuning_db.strict_json import shown
+from tilewright.tuning_db.text import shown
 
 TIMING_PROTOCOL = "cold-l2-2"
 """Name and revision of how times are measured on a GPU: part of the key of every measured record."""

@@ -33,6 +33,7 @@ from tilewright.tuning_db import strict_json as is_
 from tilewright.tuning_db.errors import PackError, UsageError
 from tilewright.tuning_db.record import Provenance, Resources, canonical_json
 from tilewright.tuning_db.rows import RESOURCES
+from tilewright.tuning_db.text import shown
 
 _Name = TypeVar("_Name")
 _Value = TypeVar("_Value")
@@ -375,7 +376,7 @@ def _once(pairs: Iterable[tuple[_Name, _Value]]) -> dict[_Name, _Value]:
     found: dict[_Name, _Value] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{is_.shown(name)} is there twice")
+            raise ValueError(f"{shown(name)} is there twice")
         found[name] = value
     return found
 

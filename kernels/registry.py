@@ -11,7 +11,7 @@ from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
 from tilewright.tuning_db.errors import UnknownKernelError, UsageError
-from tilewright.tuning_db.strict_json import shown
+from tilewright.tuning_db.text import shown
 
 KERNELS: tuple[Kernel[Any, Any], ...] = (GEMM, CONV2D, ATTENTION, RMSNORM)
 

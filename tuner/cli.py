@@ -44,10 +44,10 @@ from tilewright.tuner.commands.output import (
     UnreadError,
     let_go_of_stdout,
     print_table,
-    printable,
     settle_streams,
 )
 from tilewright.tuning_db.errors import TilewrightError, UsageError
+from tilewright.tuning_db.text import printable
 
 
 @dataclass

@@ -43,6 +43,7 @@ from tilewright.tuner.timing import Sampler, Timing, replay_copies, time_one, ti
 from tilewright.tuner.turns import BusyError, turn
 from tilewright.tuning_db.errors import CompileError, IllegalConfigError, LaunchError, UnsupportedError
 from tilewright.tuning_db.record import Status
+from tilewright.tuning_db.text import one_line
 
 ALIGNMENT = 256
 """Of every array in device memory, as the driver's own allocations are."""
@@ -338,7 +339,7 @@ def _place(arrays: Mapping[str, np.ndarray[Any, Any]]) -> tuple[list[Placed], in
 
 def _fault(gpu: Gpu, error: Exception) -> MeasureReply:
     """The reply to a CUDA error that work can go on after; after any other the process ends."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error) or type(error).__name__
     if not gpu.alive():
         end_process(text)
     forget()

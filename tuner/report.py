@@ -15,10 +15,11 @@ from rich.progress import Progress as ProgressBars
 from rich.table import Table
 
 from tilewright.kernels.device import Device
-from tilewright.tuner.commands.output import export_command, new_table, printable
+from tilewright.tuner.commands.output import export_command, new_table
 from tilewright.tuner.results import Progress, Result, Results
 from tilewright.tuning_db.env import DB_DIR
 from tilewright.tuning_db.record import Provenance
+from tilewright.tuning_db.text import printable
 
 ABBREVIATIONS = {
     "BLOCK_M": "M",

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from tilewright.tuning_db.errors import StorageError
+from tilewright.tuning_db.text import one_line
 
 if TYPE_CHECKING:
     import optuna
@@ -221,7 +222,7 @@ class Storage:
     def _shown(self, reason: str) -> str:
         for secret in self._secrets:
             reason = reason.replace(secret, "***")
-        return " ".join(reason.split())
+        return one_line(reason)
 
 
 def _without_secrets(url: URL) -> str:

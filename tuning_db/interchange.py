@@ -32,6 +32,7 @@ from tilewright.tuning_db.rows import (
     row_to_record,
 )
 from tilewright.tuning_db.selection import BestFew
+from tilewright.tuning_db.text import shown
 
 FORMAT = "tilewright-records"
 VERSION = 1
@@ -212,7 +213,7 @@ def write_entries(entries: Iterable[Entry], device: str, stream: BinaryIO) -> No
             number = numbers.setdefault(canonical_json(entry["run"]), len(numbers) + 1)
             records.append(canonical_json({**entry["record"], "run": number}))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{is_.shown(entry)} is no record with its run ({error})") from None
+            raise ValueError(f"{shown(entry)} is no record with its run ({error})") from None
     header = {"format": FORMAT, "version": VERSION, "device": device, "runs": len(numbers), "records": len(records)}
     runs = [canonical_json({**json.loads(run), "run": number}) for run, number in numbers.items()]
     stream.write("".join(f"{line}\n" for line in (canonical_json(header), *runs, *records)).encode())
@@ -302,7 +303,7 @@ def _record_fields(record: Record, device: str) -> dict[str, Any]:
 def _parsed(text: str) -> dict[str, Any]:
     values: Any = json.loads(text)
     if not isinstance(values, dict) or canonical_json(values) != text:
-        raise ValueError(f"{is_.shown(text)} is no canonical JSON object")
+        raise ValueError(f"{shown(text)} is no canonical JSON object")
     return values
 
 
@@ -350,7 +351,7 @@ class _Lines:
     def header(self) -> dict[str, Any]:
         values = self._next("the header", _GZIP)
         if values.get("format") != FORMAT:
-            raise self._error(f"format={is_.shown(values.get('format'))}: this is no file of `autotune export`")
+            raise self._error(f"format={shown(values.get('format'))}: this is no file of `autotune export`")
         version = values.get("version")
         if isinstance(version, int) and version > VERSION:
             raise self._error(f"{version=} is a newer Tilewright's: upgrade tilewright (this one reads {VERSION})")
@@ -430,9 +431,9 @@ class _Lines:
         if not line:
             raise self._error(f"the file ends where {wanted} should be: it was cut short, or is no export")
         if len(line) > MOST_LINE_BYTES:
-            raise self._error(f"the line is over {MOST_LINE_BYTES} bytes: {is_.shown(line[:40])}…")
+            raise self._error(f"the line is over {MOST_LINE_BYTES} bytes: {shown(line[:40])}…")
         if not line.endswith(b"\n"):
-            raise self._error(f"the line has no end: the file was cut short, after {is_.shown(line[-20:])}")
+            raise self._error(f"the line has no end: the file was cut short, after {shown(line[-20:])}")
         try:
             return is_.read_object(line.rstrip(b"\r\n"))
         except ValueError as error:

@@ -25,7 +25,7 @@ from tilewright.tuning_db.file import DatabaseFile
 from tilewright.tuning_db.interchange import Objection, duration, in_key_order
 from tilewright.tuning_db.record import Record, Status
 from tilewright.tuning_db.rows import Row, insertion, record_of
-from tilewright.tuning_db.strict_json import shown
+from tilewright.tuning_db.text import shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from tilewright.tuning_db.text import shown
+
 LARGEST_INTEGER = 2**63 - 1
 """Of SQLite's and of every C integer that these numbers become."""
 
@@ -53,12 +55,6 @@ def check_fields(values: Mapping[str, Any], fields: Mapping[str, Check]) -> None
             raise ValueError(f"{shown(name)} is no field (fields: {', '.join(fields)})")
         if (wanted := fields[name](value)) is not None:
             raise ValueError(f"{name}={shown(value)} must be {wanted}")
-
-
-def shown(value: object) -> str:
-    """A value in a message: one line of at most 80 characters."""
-    words = repr(value)
-    return words if len(words) <= 80 else f"{words[:60]}… ({len(words)} characters)"
 
 
 def text(value: Any) -> str | None:

@@ -15,8 +15,8 @@ from tilewright.tuning_db.file import DatabaseFile, damage_mark, explained, path
 from tilewright.tuning_db.record import Provenance, Record, Status, canonical_json
 from tilewright.tuning_db.rows import row_to_environment, row_to_record
 from tilewright.tuning_db.snapshot import open_snapshot
-from tilewright.tuning_db.strict_json import shown
 from tilewright.tuning_db.strict_json import text as is_text
+from tilewright.tuning_db.text import shown
 
 MOST_FINDINGS = 20
 """Told of one file: the first few say what is wrong."""

@@ -22,6 +22,7 @@ from tilewright.kernels.tensorrt.registration import register
 from tilewright.kernels.tensorrt.tactics import MOST
 from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.errors import MissingDependencyError, RunError, UsageError
+from tilewright.tuning_db.text import one_line
 
 Shape = tuple[int, ...]
 Range = tuple[Shape, Shape, Shape]
@@ -193,7 +194,7 @@ def collecting_logger(trt: Any) -> tuple[Any, list[str]]:
 
 def _first(errors: list[str]) -> str:
     """The first error, in one line."""
-    return " ".join(errors[0].split()) if errors else "it gave no reason"
+    return one_line(errors[0]) if errors else "it gave no reason"
 
 
 def _set_profile(builder: Any, network: Any, config: Any, profiles: dict[str, Range]) -> None:

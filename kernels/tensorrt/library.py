@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from tilewright.tuning_db.errors import MissingDependencyError, UnsupportedError
+from tilewright.tuning_db.text import one_line
 
 OLDEST = (10, 16)
 """The first TensorRT whose plugin API these plugins are tested with."""
@@ -21,9 +22,8 @@ def tensorrt() -> Any:
     try:
         import tensorrt as module
     except (ImportError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
         raise MissingDependencyError(
-            f"TensorRT is not installed here ({reason}): pip install 'tensorrt>=10.16'"
+            f"TensorRT is not installed here ({one_line(error)}): pip install 'tensorrt>=10.16'"
         ) from None
     if not hasattr(module, "__version__"):
         places = ", ".join(map(str, getattr(module, "__path__", ())))

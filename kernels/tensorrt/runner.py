@@ -15,6 +15,7 @@ from tilewright.kernels.tensorrt.engine import collecting_logger
 from tilewright.kernels.tensorrt.library import tensorrt
 from tilewright.kernels.tensorrt.types import canonical
 from tilewright.tuning_db.errors import ProblemError, RunError, UnsupportedError, UsageError
+from tilewright.tuning_db.text import one_line
 
 WARM_UP = 10
 """Runs before the timed ones: the first allocate, and clocks rise."""
@@ -147,4 +148,4 @@ class Runner:
             return other  # indices and flags, which kernels don't take
 
     def _reason(self) -> str:
-        return " ".join(self._errors[-1].split()) if self._errors else "it gave no reason"
+        return one_line(self._errors[-1]) if self._errors else "it gave no reason"

@@ -7,8 +7,8 @@ import signal
 import sys
 from typing import NoReturn
 
-from tilewright.tuner.commands.output import printable
 from tilewright.tuning_db.errors import DatabaseError, MissingDependencyError, PackError, TilewrightError, UsageError
+from tilewright.tuning_db.text import one_line, printable
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -45,5 +45,5 @@ def status_of(error: TilewrightError) -> int:
 def exit_with(line: str, status: int) -> NoReturn:
     """Says why, in one line, and exits."""
     with contextlib.suppress(OSError):  # a terminal that was closed
-        print(printable(" ".join(line.split())), file=sys.stderr)
+        print(printable(one_line(line)), file=sys.stderr)
     sys.exit(status)

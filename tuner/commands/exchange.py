@@ -22,7 +22,7 @@ from tilewright.tuning_db.merging import Merged
 from tilewright.tuning_db.merging import check as check_source
 from tilewright.tuning_db.merging import merge as merge_files
 from tilewright.tuning_db.snapshot import open_snapshot
-from tilewright.tuning_db.strict_json import shown
+from tilewright.tuning_db.text import shown
 from tilewright.tuning_db.upkeep import overview, refuse_other_devices
 
 STREAM = "-"
@@ -125,10 +125,10 @@ def import_(files: tuple[str, ...], db: str | None, as_json: bool) -> None:
         for number, name in enumerate(files):
             with ExitStack() as reading:
                 stream = _opened(name, reading)
-                shown = "stdin" if name == STREAM else name
-                device, file = read_export(stream, shown, staging / f"{number}.sqlite", objection)
+                label = "stdin" if name == STREAM else name
+                device, file = read_export(stream, label, staging / f"{number}.sqlite", objection)
             stack.callback(file.close)
-            staged.append((shown, device, file))
+            staged.append((label, device, file))
         _merge_all(staged, folder, as_json)
 
 

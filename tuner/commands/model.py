@@ -15,7 +15,7 @@ from tilewright.tuner.commands.db import warn_of_no_shipped_folder
 from tilewright.tuner.commands.ending import EXIT_FAILED
 from tilewright.tuner.commands.output import new_table, print_table
 from tilewright.tuning_db.errors import UsageError
-from tilewright.tuning_db.strict_json import shown
+from tilewright.tuning_db.text import printable, shown
 
 if TYPE_CHECKING:
     from tilewright.tuner.model.request import Request
@@ -57,7 +57,6 @@ def run_model(
     from tilewright.tuner import report
     from tilewright.tuner.gpu_runner import equal_gpus
     from tilewright.tuner.model.flow import optimise, plan
-    from tilewright.tuner.model.messages import printable
     from tilewright.tuner.model.request import Request
 
     target = resolve_device(options["device"])
@@ -152,12 +151,12 @@ def _is_there(path: Path, option: str) -> bool:
 
 def print_workloads(rows: Sequence[dict[str, Any]]) -> None:
     """The distinct workloads of a model: how often each comes, and its share."""
-    from tilewright.tuner.model.messages import shown as printed
+    from tilewright.tuner.model.messages import legible
 
     table = new_table(["workload", "op"], ["count", "GFLOP", "FLOPs", "bytes"], ["problem"])
     for row in rows:
         table.add_row(
-            printed(row["first"]),
+            legible(row["first"]),
             row["op"],
             str(row["count"]),
             f"{row['flops'] / 1e9:.3g}",
@@ -170,13 +169,13 @@ def print_workloads(rows: Sequence[dict[str, Any]]) -> None:
 
 def print_layers(rows: Sequence[Any]) -> None:
     """Times before and after, each with what it is based on."""
-    from tilewright.tuner.model.messages import shown
+    from tilewright.tuner.model.messages import legible
 
     table = new_table(["layer", "op"], ["before µs", "after µs"], ["based on"])
     for row in rows:
         fields = dataclasses.asdict(row)
         times = ["" if fields[name] is None else f"{fields[name]:.1f}" for name in ("before_us", "after_us")]
-        names = [shown(fields[name]) for name in ("node", "op")]
+        names = [legible(fields[name]) for name in ("node", "op")]
         table.add_row(*names, *times, fields["after_provenance"] or fields["before_provenance"])
     print_table(table)
 

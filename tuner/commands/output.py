@@ -18,10 +18,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-
-def printable(line: str) -> str:
-    """A line for a terminal, which takes what isn't printable for commands: a blank or a ? instead."""
-    return "".join(sign if sign.isprintable() else " " if sign.isspace() else "?" for sign in line)
+from tilewright.tuning_db.text import printable
 
 
 class PlainTable(Table):

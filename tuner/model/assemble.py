@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from tilewright.tuner.model.graph import dtype_name, static_shape
-from tilewright.tuner.model.messages import shown
+from tilewright.tuner.model.messages import legible
 from tilewright.tuner.model.precision.lower import Lowered
 from tilewright.tuner.model.prepare import Prepared
 from tilewright.tuner.model.report import document as parts
@@ -180,7 +180,7 @@ def _error_lines(rows: Sequence[OutputError]) -> list[str]:
         without = "nothing but NaN and infinities to compare" if row.bad_original else "zeros before, no more"
         said = f"{row.relative:.1e} of its largest value" if row.relative is not None else without
         lines.append(
-            f"error of {shown(row.value)}: {said}"
+            f"error of {legible(row.value)}: {said}"
             + (f", and {row.bad_changed} NaN or infinite that were not so before" if row.bad_changed else "")
         )
     others = ordered[ERRORS_TOLD:]

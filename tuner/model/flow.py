@@ -18,7 +18,7 @@ import onnx_ir as ir
 from tilewright.tuner.model.assemble import Findings, assemble, closing_lines
 from tilewright.tuner.model.calibration.data import Samples, load_data
 from tilewright.tuner.model.fuse import FusionReport
-from tilewright.tuner.model.messages import listed, quoted, shown
+from tilewright.tuner.model.messages import legible, listed, quoted
 from tilewright.tuner.model.output_folder import OutputFolder, check_output, output_folder
 from tilewright.tuner.model.precision.lower import lower
 from tilewright.tuner.model.prepare import READING_ERROR, Prepared, check_fusing, check_reading, prepare
@@ -64,7 +64,7 @@ class Planned:
             f"{nodes[0]} nodes become {nodes[1]}, of which {len(found.layers)} are fused, "
             f"with {found.coverage:.1%} of the model's operations",
             *([_default_line(request, self.defaults)] if self.defaults else []),
-            *(f"not fused: {shown(left.operator)} {quoted(left.node)}: {left.reason}" for left in found.unsupported),
+            *(f"not fused: {legible(left.operator)} {quoted(left.node)}: {left.reason}" for left in found.unsupported),
             f"precision: {request.precision}{budget}, on {len(self.data)} inputs ({self.data.origin})",
             f"to tune for {request.device.board}: {len(found.distinct())} distinct workloads"
             + (f", listed before they are lowered to {request.precision}" if self.before_lowering else ""),
@@ -315,7 +315,7 @@ def _spoiled(comparison: Comparison) -> list[str]:
 def _tune(request: Request, model: ir.Model, progress: Callable[[Progress], None]) -> dict[Any, Result]:
     """The best configuration of every distinct problem, by the problem."""
     # Their names are shown while it goes.
-    wanted = [replace(each, name=shown(each.name)) for each in workloads(model).distinct()]
+    wanted = [replace(each, name=legible(each.name)) for each in workloads(model).distinct()]
     if not wanted:
         return {}
     results = tune(planned(request.device, request.tuning, problems=wanted), progress)

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tilewright.tuning_db.text import one_line, printable
+
 LONGEST_NAME = 80
 LONGEST_LINE = 400
 
@@ -15,21 +17,15 @@ def quoted(name: str) -> str:
     return repr(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…")
 
 
-def shown(name: str) -> str:
+def legible(name: str) -> str:
     """A name out of a file for a terminal's eyes: as it is if it is short and printable, else `quoted`."""
     return name if name.isprintable() and len(name) <= LONGEST_NAME else quoted(name)
 
 
-def printable(line: str) -> str:
-    """A line for a terminal, which takes what isn't printable for commands: blanks instead."""
-    return "".join(sign if sign.isprintable() else " " for sign in line)
-
-
-def one_line(error: BaseException | str) -> str:
+def fault(error: BaseException | str) -> str:
     """What a library says of a fault, as one line of printable characters, at most `LONGEST_LINE` of them."""
     # After an empty line onnx's checker prints the whole node with its attributes.
-    text = str(error).split("\n\n", 1)[0]
-    line = " ".join(printable(text).split())
+    line = printable(one_line(str(error).split("\n\n", 1)[0]))
     return line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + "…"
 
 

@@ -14,7 +14,7 @@ from tilewright.tuner.model.reading.shapes import parse_shapes
 from tilewright.tuner.model.verify.error_budget import Budget
 from tilewright.tuner.tune import TuningOptions
 from tilewright.tuning_db.errors import UnsupportedError, UsageError
-from tilewright.tuning_db.strict_json import shown
+from tilewright.tuning_db.text import shown
 
 SAMPLES = 32
 """Calibration inputs by default: ranges of activations change little with more (measured in docs/models.md)."""

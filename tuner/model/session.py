@@ -34,7 +34,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedN
 
 from tilewright.tuner.model.calibration.feeds import Array, Feed
 from tilewright.tuner.model.graph import constant
-from tilewright.tuner.model.messages import listed, one_line, quoted
+from tilewright.tuner.model.messages import fault, listed, quoted
 from tilewright.tuner.model.rounded import has_fp16, round_fp16
 from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunError
 
@@ -347,7 +347,7 @@ def _runtime() -> ModuleType:
             if isinstance(cause, KeyboardInterrupt):  # C++ code that is interrupted raises an ImportError from it
                 raise KeyboardInterrupt from None
             cause = cause.__cause__ or cause.__context__
-        raise RunError(f"ONNX Runtime is installed, and can't be imported: {one_line(error)}") from None
+        raise RunError(f"ONNX Runtime is installed, and can't be imported: {fault(error)}") from None
     module: ModuleType = onnxruntime
     return module
 
@@ -436,7 +436,7 @@ def _file_has_fp16(path: Path) -> bool:
 
 def _said(error: Exception, path: Path | None = None) -> str:
     """What an error of ONNX Runtime says, in one line, without its marks and the name of the file it loaded."""
-    line = one_line(error) or type(error).__name__
+    line = fault(error) or type(error).__name__
     if line.startswith("[ONNXRuntimeError]"):
         line = line.split(" : ", 3)[-1]
     return line.removeprefix(f"Load model from {path} failed:").strip()

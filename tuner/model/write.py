@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto
 
-from tilewright.tuner.model.messages import one_line
+from tilewright.tuner.model.messages import fault
 from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.errors import ModelError
 
@@ -78,7 +78,7 @@ def _without(model: ir.Model, weights: dict[str, ir.TensorProtocol]) -> onnx.Mod
             )
         message = ir.to_proto(model)
     except Exception as error:  # noqa: BLE001 - whatever a value of a wrong kind makes the library raise
-        raise ModelError(f"the model can't be serialised: {one_line(error)}") from None
+        raise ModelError(f"the model can't be serialised: {fault(error)}") from None
     finally:
         for name, tensor in weights.items():
             initializers[name].const_value = tensor

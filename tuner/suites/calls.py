@@ -9,7 +9,7 @@ from tilewright.kernels.call_log import MOST_BYTES
 from tilewright.kernels.registry import find_kernel
 from tilewright.tuner.suites.workload import Workload
 from tilewright.tuning_db.errors import ProblemError, UnknownKernelError, UsageError
-from tilewright.tuning_db.strict_json import shown
+from tilewright.tuning_db.text import shown
 
 LONGEST_LINE = 1000
 """Characters of one call; those of an attention with every term are some 300."""

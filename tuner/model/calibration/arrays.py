@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from tilewright.tuning_db.errors import ModelError
+from tilewright.tuning_db.text import one_line
 
 Array = np.ndarray[Any, Any]
 
@@ -158,5 +159,5 @@ def _refused(path: Path) -> Iterator[None]:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        words = " ".join(str(error).split()) or "it is truncated"
+        words = one_line(error) or "it is truncated"
         raise ModelError(f"calibration data {path} is no file of arrays, or damaged: {words}") from None

@@ -28,6 +28,7 @@ from tilewright.tuner.model.session import main_values, run
 from tilewright.tuning_db import strict_json
 from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.errors import ModelError, UsageError
+from tilewright.tuning_db.text import shown
 
 __all__ = ["Method", "Settings", "calibrate", "calibration_key", "load", "observe", "save"]
 
@@ -163,9 +164,9 @@ def load(path: Path, key: str) -> Scales | None:
         methods: dict[str, Any] = content["scales"]
         for method, scales in methods.items():
             if method not in list(Method):
-                raise ValueError(f"{strict_json.shown(method)} is no method")
+                raise ValueError(f"{shown(method)} is no method")
             if not isinstance(scales, dict):
-                raise ValueError(f"{method} is {strict_json.shown(scales)} and must be an object")
+                raise ValueError(f"{method} is {shown(scales)} and must be an object")
             strict_json.check_fields(scales, dict.fromkeys(scales, strict_json.positive))
         return {
             Method(method): {name: float(scale) for name, scale in each.items()} for method, each in methods.items()

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnxscript import optimizer
 
 from tilewright.tuner.model.graph import static_shape
-from tilewright.tuner.model.messages import one_line, quiet
+from tilewright.tuner.model.messages import fault, quiet
 from tilewright.tuning_db.errors import ModelError
 
 LARGEST_FOLDED = 1 << 29
@@ -80,8 +80,8 @@ def fold_constants(model: ir.Model, budget: Budget) -> bool:
                 should_fold=should_fold,
             )
         except Exception as error:  # noqa: BLE001 - whatever a malformed node makes the library raise
-            cause = f": {one_line(error.__cause__)}" if error.__cause__ is not None else ""
-            raise ModelError(f"the model's constants can't be folded: {one_line(error)}{cause}") from None
+            cause = f": {fault(error.__cause__)}" if error.__cause__ is not None else ""
+            raise ModelError(f"the model's constants can't be folded: {fault(error)}{cause}") from None
     for node in model.graph:
         # Notes of the library on what was folded into what: as long as the model in the worst case, and of no use here.
         for value in node.outputs:

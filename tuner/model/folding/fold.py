@@ -21,7 +21,7 @@ from onnxscript.rewriter.rules.common import (
 from tilewright.tuner.model.folding.affine import fold_affine
 from tilewright.tuner.model.folding.constants import Budget, fold_constants
 from tilewright.tuner.model.graph import static_shape, unique_names
-from tilewright.tuner.model.messages import one_line, quiet
+from tilewright.tuner.model.messages import fault, quiet
 from tilewright.tuning_db.errors import ModelError
 
 _ROUNDS = 4
@@ -94,7 +94,7 @@ def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:
             with quiet():
                 each(model)
         except Exception as error:  # noqa: BLE001 - whatever a malformed node makes the library raise
-            raise ModelError(f"the model can't be folded: {one_line(error.__cause__ or error)}") from None
+            raise ModelError(f"the model can't be folded: {fault(error.__cause__ or error)}") from None
 
 
 def _lost(model: ir.Model, *passes: ir.passes.PassBase) -> int:

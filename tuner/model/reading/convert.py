@@ -16,7 +16,7 @@ import onnx.inliner
 import onnx.version_converter
 from onnx import TensorProto, helper, numpy_helper
 
-from tilewright.tuner.model.messages import one_line, quoted
+from tilewright.tuner.model.messages import fault, quoted
 from tilewright.tuning_db.errors import ModelError
 
 OPSET = 21
@@ -57,7 +57,7 @@ def check(model: onnx.ModelProto, when: str = "") -> None:
     try:
         onnx.checker.check_model(model)
     except Exception as error:  # noqa: BLE001 - ValidationError, but C++ code may raise others
-        raise ModelError(f"the model is not valid{when}: {one_line(error)}") from None
+        raise ModelError(f"the model is not valid{when}: {fault(error)}") from None
 
 
 def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -78,7 +78,7 @@ def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
         )
         made = onnx.inliner.inline_local_functions(model, convert_version=True)
     except Exception as error:  # noqa: BLE001 - the C++ code raises several
-        raise ModelError(f"the model's functions can't be inlined: {one_line(error)}") from None
+        raise ModelError(f"the model's functions can't be inlined: {fault(error)}") from None
     left = {(function.domain, function.name) for function in made.functions}
     for node in made.graph.node:
         if (node.domain, node.op_type) in left:
@@ -109,7 +109,7 @@ def converted(model: onnx.ModelProto) -> onnx.ModelProto:
         made = onnx.version_converter.convert_version(model, target)
     except Exception as error:  # noqa: BLE001 - the C++ code raises several
         raise ModelError(
-            f"the model can't be converted from opset {version} to {target}: {one_line(error)}; export it with {OPSET}"
+            f"the model can't be converted from opset {version} to {target}: {fault(error)}; export it with {OPSET}"
         ) from None
     _type_constants(made.graph, types)
     check(made, f" once converted from opset {version} to {target}")

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from tilewright.tuner.model.folding.constants import Budget, fold_constants
 from tilewright.tuner.model.graph import scalar, unique_names
-from tilewright.tuner.model.messages import one_line, quiet, quoted
+from tilewright.tuner.model.messages import fault, quiet, quoted
 from tilewright.tuner.model.reading.convert import check, converted, inlined, opset_of, spell_out
 from tilewright.tuner.model.reading.external import ExternalFiles
 from tilewright.tuner.model.reading.names import check_functions, check_operators, check_text, put_in_order
@@ -79,7 +79,7 @@ def read_model(
         with quiet():
             result = ir.from_proto(light)
     except Exception as error:  # noqa: BLE001 - whatever a malformed message makes the library raise
-        raise ModelError(f"{path} can't be read: {one_line(error)}") from None
+        raise ModelError(f"{path} can't be read: {fault(error)}") from None
     put_back(result, weights)
     if unknown_shapes(result):
         fold_constants(result, Budget(largest=_FOLDED_FOR_SHAPES, most=_FOLDED_FOR_SHAPES * 64))

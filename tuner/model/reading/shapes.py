@@ -10,7 +10,7 @@ import onnx.helper
 import onnx_ir as ir
 
 from tilewright.tuner.model.graph import DTYPES, static_shape
-from tilewright.tuner.model.messages import listed, one_line, quoted
+from tilewright.tuner.model.messages import fault, listed, quoted
 from tilewright.tuning_db.errors import ModelError, UsageError
 
 LARGEST_DIM = 2**31 - 1
@@ -101,7 +101,7 @@ def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     except Exception as error:  # noqa: BLE001 - the C++ code raises several, none of them part of its interface
-        raise ModelError(f"the model's shapes don't go together: {one_line(error)}") from None
+        raise ModelError(f"the model's shapes don't go together: {fault(error)}") from None
 
 
 def unknown_shapes(model: ir.Model) -> list[str]:

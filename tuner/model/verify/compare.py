@@ -28,7 +28,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tilewright.tuner.model.graph import elements, static_shape
-from tilewright.tuner.model.messages import quoted, shown
+from tilewright.tuner.model.messages import legible, quoted
 from tilewright.tuner.model.verify.error_budget import Budget
 from tilewright.tuner.model.verify.error_sums import LayerError, LayerSums, OutputError, OutputSums
 from tilewright.tuning_db.errors import ModelError, RunError
@@ -71,12 +71,12 @@ class Comparison:
         no softmax tells which those are, of the first output that has classes.
         """
         found = [
-            f"{shown(row.value)}: NaN or infinite: {row.bad_changed} elements that are not so in the original"
+            f"{legible(row.value)}: NaN or infinite: {row.bad_changed} elements that are not so in the original"
             for row in self._all
             if row.bad_changed
         ]
         found += [
-            f"{shown(row.value)}: NaN or infinite all over in both: there is nothing to compare"
+            f"{legible(row.value)}: NaN or infinite all over in both: there is nothing to compare"
             for row in self.outputs
             if row.bad_original and row.relative is None and not row.bad_changed
         ]
@@ -95,16 +95,16 @@ class Comparison:
                     continue
                 if value is None:
                     found.append(
-                        f"{shown(row.value)}: {name} can't be told ({self.inputs} input(s)), wanted {_limit(limit)}"
+                        f"{legible(row.value)}: {name} can't be told ({self.inputs} input(s)), wanted {_limit(limit)}"
                     )
                 elif (value > limit) if upper else (value < limit):
-                    found.append(f"{shown(row.value)}: {_missed(name, value, upper, limit)}")
+                    found.append(f"{legible(row.value)}: {_missed(name, value, upper, limit)}")
         if budget.top1 is not None:
             judged = self._classes()
             if not judged:
                 found.append(f"no output has classes: top1={_limit(budget.top1)} can't be told; leave it out")
             found += [
-                f"{shown(row.value)}: {_missed('top1', row.top1, False, budget.top1)}"
+                f"{legible(row.value)}: {_missed('top1', row.top1, False, budget.top1)}"
                 for row in judged
                 if row.top1 is not None and row.top1 < budget.top1
             ]

@@ -1,0 +1,19 @@
+"""Text in messages: values, faults and names from elsewhere, as parts of one line."""
+
+from __future__ import annotations
+
+
+def shown(value: object) -> str:
+    """A value in a message: one line of at most 80 characters."""
+    words = repr(value)
+    return words if len(words) <= 80 else f"{words[:60]}… ({len(words)} characters)"
+
+
+def one_line(said: object) -> str:
+    """What an error, or a library, says, without the line ends and the indents in it."""
+    return " ".join(str(said).split())
+
+
+def printable(line: str) -> str:
+    """A line for a terminal, which takes what isn't printable for commands: a blank or a ? instead."""
+    return "".join(sign if sign.isprintable() else " " if sign.isspace() else "?" for sign in line)
