@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
-import difflib
 import json
 import types
 import typing
@@ -19,6 +18,7 @@ import numpy as np
 from tilewright.kernels.dtypes import DTYPES
 from tilewright.tuning_db.errors import ProblemError
 from tilewright.tuning_db.record import canonical_json
+from tilewright.tuning_db.text import did_you_mean
 
 
 class _Value:
@@ -53,9 +53,9 @@ class _Value:
         kinds = field_types(cls)  # type: ignore[arg-type]  # a class is hashable, Self included
         for name in values:
             if name not in kinds:
-                near = difflib.get_close_matches(name, kinds, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ProblemError(f"{cls.__name__} has no field {name!r}{hint} (fields: {', '.join(kinds)})")
+                raise ProblemError(
+                    f"{cls.__name__} has no field {name!r}{did_you_mean(name, kinds)} (fields: {', '.join(kinds)})"
+                )
         missing = [
             field.name
             for field in dataclasses.fields(cls)  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from tilewright.kernels.kernel import Kernel
@@ -11,7 +10,7 @@ from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
 from tilewright.tuning_db.errors import UnknownKernelError, UsageError
-from tilewright.tuning_db.text import shown
+from tilewright.tuning_db.text import did_you_mean, shown
 
 KERNELS: tuple[Kernel[Any, Any], ...] = (GEMM, CONV2D, ATTENTION, RMSNORM)
 
@@ -28,6 +27,6 @@ def find_kernel(name: str) -> Kernel[Any, Any]:
     by_name = {kernel.name: kernel for kernel in KERNELS}
     if name in by_name:
         return by_name[name]
-    near = difflib.get_close_matches(name, by_name, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UnknownKernelError(f"unknown kernel {shown(name)}{hint} (kernels: {', '.join(by_name)})")
+    raise UnknownKernelError(
+        f"unknown kernel {shown(name)}{did_you_mean(name, by_name)} (kernels: {', '.join(by_name)})"
+    )

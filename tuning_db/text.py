@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 def shown(value: object) -> str:
     """A value in a message: one line of at most 80 characters."""
@@ -17,3 +20,10 @@ def one_line(said: object) -> str:
 def printable(line: str) -> str:
     """A line for a terminal, which takes what isn't printable for commands: a blank or a ? instead."""
     return "".join(sign if sign.isprintable() else " " if sign.isspace() else "?" for sign in line)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What a message says after a name that nobody knows: the nearest of those that are known; empty where none is
+    near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from tilewright.kernels.tensorrt.gemm import GemmPlugin
 from tilewright.kernels.tensorrt.operation import PluginOperation, PluginVariant
 from tilewright.kernels.tensorrt.rmsnorm import RmsNormPlugin
 from tilewright.tuning_db.errors import UsageError
+from tilewright.tuning_db.text import did_you_mean
 
 NAMESPACE = "tilewright"
 VERSION = "1"
@@ -34,9 +34,7 @@ def find_plugin(name: str) -> PluginVariant:
     """
     if name in plugins():
         return plugins()[name]
-    near = difflib.get_close_matches(name, plugins(), n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UsageError(f"there is no plugin {name!r}{hint}")
+    raise UsageError(f"there is no plugin {name!r}{did_you_mean(name, plugins())}")
 
 
 def plugin_name(op: str, *inputs: str) -> str:

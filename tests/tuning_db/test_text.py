@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tilewright.tuning_db.text import one_line, printable, shown
+from tilewright.tuning_db.text import did_you_mean, one_line, printable, shown
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,8 @@ def test_what_is_said_becomes_a_line() -> None:
 
 def test_lines_command_no_terminal() -> None:
     assert printable("a\x1b[31mb\nc\u202e ×") == "a?[31mb c? ×"
+
+
+def test_the_nearest_name_is_named() -> None:
+    assert did_you_mean("gem", {"conv2d": 1, "gemm": 2}) == "; did you mean gemm?"
+    assert did_you_mean("zzz", ("conv2d", "gemm")) == ""

@@ -6,8 +6,6 @@ board takes, but for weights that say otherwise.
 
 from __future__ import annotations
 
-import difflib
-
 from tilewright.tuner.suites.bert import BERT_BASE, BERT_LARGE
 from tilewright.tuner.suites.calls import read_calls
 from tilewright.tuner.suites.convnext import CONVNEXT_T
@@ -19,6 +17,7 @@ from tilewright.tuner.suites.vit import VIT_B
 from tilewright.tuner.suites.whisper import WHISPER
 from tilewright.tuner.suites.workload import Workload, distinct
 from tilewright.tuning_db.errors import UnknownKernelError
+from tilewright.tuning_db.text import did_you_mean
 
 __all__ = ["SUITES", "Workload", "find_suite", "read_calls"]
 
@@ -87,6 +86,4 @@ def find_suite(name: str) -> tuple[Workload, ...]:
     """
     if name in SUITES:
         return SUITES[name]
-    near = difflib.get_close_matches(name, SUITES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UnknownKernelError(f"unknown suite {name!r}{hint} (suites: {', '.join(SUITES)})")
+    raise UnknownKernelError(f"unknown suite {name!r}{did_you_mean(name, SUITES)} (suites: {', '.join(SUITES)})")

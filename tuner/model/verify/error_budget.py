@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, fields
 from typing import Self
 
 from tilewright.tuning_db.errors import UsageError
+from tilewright.tuning_db.text import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,7 @@ class Budget:
                     raise UsageError(f"--max-error {text!r}: {part!r} is not MEASURE=LIMIT ({', '.join(known)})")
                 name, word = "max", part
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = did_you_mean(name, known)
                 raise UsageError(f"--max-error {text!r}: no measure {name!r}{hint} (measures: {', '.join(known)})")
             if name in found:
                 raise UsageError(f"--max-error {text!r}: {name} is given twice")
