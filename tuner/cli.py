@@ -40,8 +40,8 @@ from tilewright.tuner.commands.options import (
     named_workloads,
 )
 from tilewright.tuner.commands.output import (
+    ClosedPipeError,
     StdoutError,
-    UnreadError,
     let_go_of_stdout,
     print_table,
     settle_streams,
@@ -73,7 +73,7 @@ def main() -> None:
     except click.ClickException as error:
         hint = f" (see {error.ctx.command_path} --help)" if isinstance(error, click.UsageError) and error.ctx else ""
         _end(f"error: {error.format_message()}{hint}", EXIT_USAGE)
-    except UnreadError:
+    except ClosedPipeError:
         # The reader went away (`| head`): not an error of ours, and nothing more can be said.
         let_go_of_stdout()
         sys.exit(EXIT_UNREAD)

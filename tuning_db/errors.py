@@ -1,4 +1,5 @@
-"""Every error Tilewright raises on purpose. This is the lowest floor of the package, so the whole tree stands here.
+"""The errors that Tilewright raises on purpose and its functions' pages name. This is the lowest floor of the package,
+so that all of it can raise them; an exception that one file raises and a neighbour catches stands where it is raised.
 
     TilewrightError
     ├── UsageError (also ValueError)        the caller's mistake: the command line exits 2

@@ -71,7 +71,7 @@ def settle_streams() -> None:
 
     A terminal that knows no × or µ shows a ? and goes on. A run goes on, too, where what it says on stderr can't be
     written, since nobody reads it any more or a disk is full. Where results can't be, on stdout, that is an
-    `UnreadError` or a `StdoutError`, whoever writes them. Streams that were closed (`>&-`) have no number that a
+    `ClosedPipeError` or a `StdoutError`, whoever writes them. Streams that were closed (`>&-`) have no number that a
     database could get, to have the words of a library in it.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
@@ -101,7 +101,7 @@ class StdoutError(OSError):
     """stdout can't be written: its disk is full, say."""
 
 
-class UnreadError(BaseException):
+class ClosedPipeError(BaseException):
     """Nobody reads stdout any more: as Ctrl-C, it ends the command, and is no error. Of a `BrokenPipeError` Click and
     Rich would each make an end of their own."""
 
@@ -113,7 +113,7 @@ class _Telling(io.FileIO):
         try:
             return super().write(data)
         except BrokenPipeError:
-            raise UnreadError from None
+            raise ClosedPipeError from None
         except OSError as error:
             raise StdoutError(error.errno, error.strerror) from None
 

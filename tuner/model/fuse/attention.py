@@ -36,7 +36,7 @@ from tilewright.tuner.model.fuse.layout import (
 from tilewright.tuner.model.fuse.masks import Bands
 from tilewright.tuner.model.fuse.opening import in_main_graph, refusal, register_constants
 from tilewright.tuner.model.fuse.outcome import Log
-from tilewright.tuner.model.fuse.scores import Mask, UnreadError, Weights, read_scores, read_weights
+from tilewright.tuner.model.fuse.scores import Mask, UnmatchedError, Weights, read_scores, read_weights
 from tilewright.tuner.model.graph import constant, static_shape
 
 Labels = tuple[str, ...]
@@ -56,11 +56,11 @@ class Product:
         """The label that is summed over.
 
         Raises:
-            UnreadError: there is none, or several, or it is not in both operands.
+            UnmatchedError: there is none, or several, or it is not in both operands.
         """
         found = (set(self.labels[0]) | set(self.labels[1])) - set(self.out)
         if len(found) != 1 or not found <= set(self.labels[0]) & set(self.labels[1]):
-            raise UnreadError(f"a product {self.equation} is no matrix product")
+            raise UnmatchedError(f"a product {self.equation} is no matrix product")
         return found.pop()
 
     @property
@@ -88,16 +88,16 @@ def product(node: ir.Node) -> Product:
     """A node as a product.
 
     Raises:
-        UnreadError: shapes are unknown, or an `Einsum` is none of two operands with every axis named once.
+        UnmatchedError: shapes are unknown, or an `Einsum` is none of two operands with every axis named once.
     """
     if len(node.inputs) != 2:
-        raise UnreadError(f"{node.op_type} {node.name!r} has {len(node.inputs)} operands")
+        raise UnmatchedError(f"{node.op_type} {node.name!r} has {len(node.inputs)} operands")
     first, second = node.inputs
     assert first is not None
     assert second is not None
     shapes = [static_shape(value) for value in (first, second)]
     if shapes[0] is None or shapes[1] is None:
-        raise UnreadError(f"the shapes of the operands of {node.op_type} {node.name!r} are not known")
+        raise UnmatchedError(f"the shapes of the operands of {node.op_type} {node.name!r} are not known")
     ranks = [len(shape) for shape in shapes if shape is not None]
     if node.op_type == "Einsum":
         text = (node.attributes.get_string("equation", "") or "").replace(" ", "")
@@ -105,11 +105,11 @@ def product(node: ir.Node) -> Product:
         named = [tuple(term) for term in terms.split(",")]
         whole = all(len(set(each)) == len(each) for each in (*named, tuple(out)))
         if not arrow or "." in text or not whole or [len(each) for each in named] != ranks:
-            raise UnreadError(f"Einsum {node.name!r}, {text}, does not name every axis of two operands once")
+            raise UnmatchedError(f"Einsum {node.name!r}, {text}, does not name every axis of two operands once")
         labels, result = (named[0], named[1]), tuple(out)
     else:
         if min(ranks) < 2:
-            raise UnreadError(f"MatMul {node.name!r} is of a vector")
+            raise UnmatchedError(f"MatMul {node.name!r} is of a vector")
         leads = tuple(f"l{axis}" for axis in range(max(ranks) - 2, 0, -1))
         named = [leads[len(leads) - rank + 2 :] for rank in ranks]
         labels, result = ((*named[0], "i", "c"), (*named[1], "c", "j")), (*leads, "i", "j")
@@ -139,7 +139,7 @@ class Decomposed(RewriteRuleClassBase):
             return result.fail("inside a control-flow node")
         try:
             planned = self._planned(node)
-        except UnreadError as error:
+        except UnmatchedError as error:
             self._log.miss(OP, node.name or "", str(error))
             return result.fail(str(error))
         if planned is None:
@@ -165,7 +165,7 @@ class Decomposed(RewriteRuleClassBase):
         """What a product becomes: an attention, and the steps to the shape of its result; None if no softmax is near.
 
         Raises:
-            UnreadError: there is one, but this is no attention that kernels have.
+            UnmatchedError: there is one, but this is no attention that kernels have.
         """
         behind = [None if value is None else read_weights(value) for value in node.inputs]
         index, weights = next(((place, found) for place, found in enumerate(behind) if found), (0, None))
@@ -179,17 +179,17 @@ class Decomposed(RewriteRuleClassBase):
         own = [set(labels) for labels in first.labels]
         turn = 0 if key in own[1] else 1
         if not (query in own[turn] and key in own[1 - turn]) or query in own[1 - turn] or key in own[turn]:
-            raise UnreadError(f"its scores, {first.equation}, are not of queries by keys")
+            raise UnmatchedError(f"its scores, {first.equation}, are not of queries by keys")
         places = weights.places[-1], scores.places[0]
         lead_shape, rows = first.shape(first.out[:-2]), first.sizes[query]
         keys, dim = first.sizes[key], first.sizes[first.summed]
         if values.shape((row, values.summed)) != (rows, keys) or any(place[-1] != keys for place in places):
-            raise UnreadError(
+            raise UnmatchedError(
                 f"its weights are {values.shape((*leads, row, values.summed))} and its scores {places[-1]}"
             )
         count = math.prod(lead_shape)
         if math.prod(values.shape(leads)) != count:
-            raise UnreadError(f"its weights are broadcast from {lead_shape} to {values.shape(leads)}")
+            raise UnmatchedError(f"its weights are broadcast from {lead_shape} to {values.shape(leads)}")
         (column,) = set(values.labels[1 - index]) - {*leads, values.summed}
         masks = _guarded(scores.masks, weights)
         depth = values.sizes[column]
@@ -206,7 +206,7 @@ class Decomposed(RewriteRuleClassBase):
             result = regrouped(plain((batch, heads, rows, depth)), (*values.shape(leads), rows, depth))
             try:
                 made = call(asked, self._bands)
-            except UnreadError as error:
+            except UnmatchedError as error:
                 reasons.append(str(error))
                 continue
             assert result is not None
@@ -215,7 +215,7 @@ class Decomposed(RewriteRuleClassBase):
             if best is None or made.cost < best[0].cost:
                 best = made, after
         if best is None:
-            raise UnreadError(reasons[0])
+            raise UnmatchedError(reasons[0])
         return best
 
 
@@ -223,7 +223,7 @@ def _rows(values: Product, index: int, weights: Weights) -> tuple[Labels, str]:
     """The labels of batch and heads, and that of queries, of the product of weights and values.
 
     Raises:
-        UnreadError: weights are summed over something else than keys, or have their axes in disorder.
+        UnmatchedError: weights are summed over something else than keys, or have their axes in disorder.
     """
     labels, summed = values.labels[index], values.summed
     for row in labels:
@@ -236,14 +236,16 @@ def _rows(values: Product, index: int, weights: Weights) -> tuple[Labels, str]:
             extra = set(values.labels[1 - index]) - {*leads, summed}
             if len(extra) == 1 and set(values.out) == {*leads, row, *extra}:
                 return leads, row
-    raise UnreadError(f"its weights of shape {weights.places[-1]} are not summed over keys, the last axis, with values")
+    raise UnmatchedError(
+        f"its weights of shape {weights.places[-1]} are not summed over keys, the last axis, with values"
+    )
 
 
 def _guarded(masks: list[Mask], weights: Weights) -> tuple[Mask, ...]:
     """Masks of scores, those at -∞ that guards make 0 of.
 
     Raises:
-        UnreadError: a guard hides what no mask of the scores hides.
+        UnmatchedError: a guard hides what no mask of the scores hides.
     """
     found = list(masks)
     for value, when in weights.guards:
@@ -252,7 +254,7 @@ def _guarded(masks: list[Mask], weights: Weights) -> tuple[Mask, ...]:
                 found[index] = replace(mask, fill=-math.inf)
                 break
         else:
-            raise UnreadError(f"its weights are masked by {value.name!r} after the softmax, and its scores are not")
+            raise UnmatchedError(f"its weights are masked by {value.name!r} after the softmax, and its scores are not")
     return tuple(found)
 
 

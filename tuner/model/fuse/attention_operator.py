@@ -33,7 +33,7 @@ from tilewright.tuner.model.fuse.layout import (
 from tilewright.tuner.model.fuse.masks import Bands
 from tilewright.tuner.model.fuse.opening import in_main_graph, new_constant, refusal
 from tilewright.tuner.model.fuse.outcome import Log
-from tilewright.tuner.model.fuse.scores import Mask, UnreadError
+from tilewright.tuner.model.fuse.scores import Mask, UnmatchedError
 from tilewright.tuner.model.graph import constant, dtype_name, static_shape
 
 INPUTS = ("Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen")
@@ -73,7 +73,7 @@ class Operator(RewriteRuleClassBase):
         try:
             planned = _planned(node, self._bands)
             reason = refusal(OP, _asked(planned), planned.call.settings)
-        except UnreadError as error:
+        except UnmatchedError as error:
             reason = str(error)
         if reason is not None:
             self._log.miss(OP, node.name or "", reason)
@@ -131,17 +131,17 @@ def _asked(planned: Planned) -> dict[str, ir.Value]:
 def _planned(node: ir.Node, bands: Bands) -> Planned:
     """
     Raises:
-        UnreadError: kernels, or this file, don't have what the node does.
+        UnmatchedError: kernels, or this file, don't have what the node does.
     """
     given = {name: value for name, value in zip(INPUTS, node.inputs, strict=False) if value is not None}
     if len(node.outputs) > 3 and _used(node.outputs[3]):
-        raise UnreadError(f"its output qk_matmul_output, {node.outputs[3].name!r}, is used: kernels keep no scores")
+        raise UnmatchedError(f"its output qk_matmul_output, {node.outputs[3].name!r}, is used: kernels keep no scores")
     if ("past_key" in given) != ("past_value" in given):
-        raise UnreadError("it has one of past_key and past_value, and not the other")
+        raise UnmatchedError("it has one of past_key and past_value, and not the other")
     shapes = {name: static_shape(value) for name, value in given.items()}
     for name, shape in shapes.items():
         if shape is None:
-            raise UnreadError(f"the shape of {name} is not known")
+            raise UnmatchedError(f"the shape of {name} is not known")
     known: dict[str, Shape] = {name: shape for name, shape in shapes.items() if shape is not None}
     b, h, sq, dim = _four(known["Q"], node, "q_num_heads")
     _, kv_heads, new, _ = _four(known["K"], node, "kv_num_heads")
@@ -149,7 +149,7 @@ def _planned(node: ir.Node, bands: Bands) -> Planned:
     past = known["past_key"][2] if "past_key" in known else 0
     cached = past + new
     if h % kv_heads:
-        raise UnreadError(f"{h} heads of queries, {kv_heads} of keys: the first must be a multiple of the second")
+        raise UnmatchedError(f"{h} heads of queries, {kv_heads} of keys: the first must be a multiple of the second")
     operands = {
         which: _operand(given[name], known[name], heads, h)
         for which, name, heads in (("q", "Q", h), ("k", "K", kv_heads), ("v", "V", kv_heads))
@@ -185,7 +185,7 @@ def _four(shape: Shape, node: ir.Node, heads: str) -> Shape:
         return shape
     count = node.attributes.get_int(heads, 0) or 0
     if len(shape) != 3 or count < 1 or shape[2] % count:
-        raise UnreadError(f"an input of shape {shape} with {heads}={count} has no (batch, heads, sequence, dim)")
+        raise UnmatchedError(f"an input of shape {shape} with {heads}={count} has no (batch, heads, sequence, dim)")
     return shape[0], count, shape[1], shape[2] // count
 
 
@@ -214,7 +214,7 @@ def _masks(given: Mapping[str, ir.Value], place: Shape) -> list[Mask]:
     if missing and shape[-1] != 1:
         array = constant(value)
         if array is None or missing < 0:
-            raise UnreadError(f"its mask of shape {shape} is for {shape[-1]} of {place[-1]} keys")
+            raise UnmatchedError(f"its mask of shape {shape} is for {shape[-1]} of {place[-1]} keys")
         padding = [*[(0, 0)] * (len(shape) - 1), (0, missing)]
         padded = np.pad(array, padding, constant_values=False if boolean else np.asarray(-np.inf, array.dtype))
         value = new_constant(padded, f"{value.name}_padded")

@@ -27,7 +27,7 @@ from tilewright.tuner.model.fuse.layout import (
 )
 from tilewright.tuner.model.fuse.masks import Bands, Masking, make_bias, masking
 from tilewright.tuner.model.fuse.opening import opened
-from tilewright.tuner.model.fuse.scores import Mask, Rows, UnreadError
+from tilewright.tuner.model.fuse.scores import Mask, Rows, UnmatchedError
 from tilewright.tuner.model.graph import elements, static_shape
 
 OP = "attention"
@@ -115,7 +115,7 @@ def call(asked: Question, bands: Bands) -> Call:
     """The plan of an attention.
 
     Raises:
-        UnreadError: queries, keys or values can't be had as (B, H, S, D), or a mask not in the shape of the scores.
+        UnmatchedError: queries, keys or values can't be had as (B, H, S, D), or a mask not in the shape of the scores.
     """
     dtype = asked.v.value.dtype
     found = {
@@ -126,7 +126,7 @@ def call(asked: Question, bands: Bands) -> Call:
     for name, each in found.items():
         if not each:
             value = getattr(asked, name).value
-            raise UnreadError(
+            raise UnmatchedError(
                 f"{value.name!r} of shape {static_shape(value)} can't be had as (batch, heads, sequence, dim)"
             )
         # Casts are passed by only for to have q, k and v in one data type.
@@ -140,7 +140,7 @@ def call(asked: Question, bands: Bands) -> Call:
     settings = {**masked.band.settings(), **(asked.settings or {})}
     scale = asked.scale * plans["q"].factor * plans["k"].factor
     if scale <= 0:
-        raise UnreadError(f"its scale is {scale:g}: kernels take one above 0")
+        raise UnmatchedError(f"its scale is {scale:g}: kernels take one above 0")
     if not math.isclose(scale, 1 / math.sqrt(plans["q"].shape[3]), rel_tol=1e-6):
         settings["scale"] = scale
     if asked.softcap:
@@ -180,7 +180,7 @@ def _rows(rows: Rows, shape: Shape) -> Plan:
 
     found = list(sources(rows.value, view, scaled=False))
     if not found:
-        raise UnreadError(
+        raise UnmatchedError(
             f"its factor {rows.value.name!r} of shape {static_shape(rows.value)} is none of rows of scores"
         )
     return min((plan(source, (0, 1, 2)) for source in found), key=lambda each: each.cost)

@@ -36,7 +36,7 @@ from tilewright.tuner.model.fuse.layout import (
     typed,
 )
 from tilewright.tuner.model.fuse.opening import new_constant
-from tilewright.tuner.model.fuse.scores import LOW, Mask, UnreadError, uniform
+from tilewright.tuner.model.fuse.scores import LOW, Mask, UnmatchedError, uniform
 from tilewright.tuner.model.graph import Array, constant, is_constant, static_shape
 
 ABSORBED = -1e8
@@ -202,7 +202,8 @@ def masking(masks: Sequence[Mask], shape: Shape, bands: Bands) -> Masking:
     """What masks of scores of a shape (B, H, Sq, Skv) come to.
 
     Raises:
-        UnreadError: one can't be brought into that shape, or what they put in the place of scores can't be told apart.
+        UnmatchedError: one can't be brought into that shape, or what they put in the place of scores can't be told
+            apart.
     """
     found, terms = Band(), []
     least: set[float] = set()
@@ -218,13 +219,13 @@ def masking(masks: Sequence[Mask], shape: Shape, bands: Bands) -> Masking:
     if len(least) > 1:
         # A row that they hide altogether is the mean of the values of keys with the larger number alone.
         numbers = " and ".join(f"{fill:g}" for fill in sorted(least))
-        raise UnreadError(f"its masks put {numbers} in the place of scores, which a bias has not both")
+        raise UnmatchedError(f"its masks put {numbers} in the place of scores, which a bias has not both")
     for place, term in enumerate(terms):
         # Of a row that is hidden altogether the model makes what is added afterwards.
         added = any(not each.mask.replaces for each in terms[place + 1 :])
         if added and term.mask.replaces and term.mask.fill > ABSORBED:
             puts = f"its mask {term.mask.value.name!r} puts {term.mask.fill:g} in the place of scores"
-            raise UnreadError(f"{puts}, and another is added")
+            raise UnmatchedError(f"{puts}, and another is added")
     return Masking(found, tuple(terms))
 
 
@@ -293,7 +294,7 @@ def _arranged(mask: Mask, shape: Shape) -> tuple[Layout, Plan]:
     found = [(source.layout, plan(source, _BROADCAST)) for source in sources(mask.value, view, scaled=False)]
     if not found:
         where = f"of shape {static_shape(mask.value)} on scores of {mask.place}"
-        raise UnreadError(f"its mask {mask.value.name!r} {where} is no bias of scores of {shape}")
+        raise UnmatchedError(f"its mask {mask.value.name!r} {where} is no bias of scores of {shape}")
     return min(found, key=lambda each: each[1].cost)
 
 

@@ -24,8 +24,8 @@ PRODUCTS = ("MatMul", "Einsum")
 _LONGEST = 24
 
 
-class UnreadError(Exception):
-    """A chain that is no attention, or none that is understood; the message says where it stops."""
+class UnmatchedError(Exception):
+    """A chain that is not an attention, or not one that is understood; the message says where it stops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def read_weights(operand: ir.Value) -> Weights | None:
     """The softmax that an operand comes from by way of casts, moves and guards; None if it does not.
 
     Raises:
-        UnreadError: it does, but the weights are needed elsewhere, too.
+        UnmatchedError: it does, but the weights are needed elsewhere, too.
     """
     guards: list[tuple[ir.Value, bool]] = []
     chain: list[ir.Node] = []
@@ -118,7 +118,7 @@ def read_weights(operand: ir.Value) -> Weights | None:
         if layout is not None and each.op_type not in ("Cast", "Where"):
             layout = moved(each, layout)
     if layout is None:
-        raise UnreadError("its weights are reshaped on their way from the softmax")
+        raise UnmatchedError("its weights are reshaped on their way from the softmax")
     return Weights(softmax, layout, tuple(guards), places)
 
 
@@ -141,13 +141,13 @@ def read_scores(softmax: ir.Node) -> Scores:
     """What a softmax is of.
 
     Raises:
-        UnreadError: no product of queries and keys, or something between that kernels don't have.
+        UnmatchedError: no product of queries and keys, or something between that kernels don't have.
     """
     value = _first(softmax)
     shape = _shape(value)
     axis = softmax.attributes.get_int("axis", -1) or 0
     if axis % len(shape) != len(shape) - 1:
-        raise UnreadError(f"its softmax is along axis {axis} of {shape}: kernels have the last")
+        raise UnmatchedError(f"its softmax is along axis {axis} of {shape}: kernels have the last")
     masks: list[Mask] = []  # from the softmax back
     rows: list[Rows] = []
     places: list[Shape] = []
@@ -155,7 +155,7 @@ def read_scores(softmax: ir.Node) -> Scores:
     for _ in range(_LONGEST):
         node = value.producer()
         if node is None or node.domain not in ("", "ai.onnx"):
-            raise UnreadError(_stop(value, node))
+            raise UnmatchedError(_stop(value, node))
         unshifted = _shift(node)
         if not shifted:
             _used_once(value, "scores")
@@ -180,22 +180,22 @@ def read_scores(softmax: ir.Node) -> Scores:
             elif (_shape(by) or (1,))[-1] == 1:
                 rows.append(Rows(node.op_type, by, place))
             else:
-                raise UnreadError(
+                raise UnmatchedError(
                     f"its scores are multiplied by {by.name!r} of shape {_shape(by)}: kernels have one scale"
                 )
         elif node.op_type == "Tanh":
             if softcap or factor <= 0 or rows:
-                raise UnreadError(f"{node.op_type} {node.name!r} between the product and the softmax is no softcap")
+                raise UnmatchedError(f"{node.op_type} {node.name!r} between the product and the softmax is no softcap")
             softcap, factor, value = factor, 1.0, _first(node)
         elif node.op_type in ("Add", "Sub", "Where"):
             if softcap or rows:
                 after = "softcap" if softcap else "factors of rows"
-                raise UnreadError(f"a mask, {node.op_type} {node.name!r}, comes before the {after}")
+                raise UnmatchedError(f"a mask, {node.op_type} {node.name!r}, comes before the {after}")
             value, mask = _masked(node, factor, place)
             masks.append(mask)
         else:
-            raise UnreadError(_stop(value, node))
-    raise UnreadError("there is no product of queries and keys near its softmax")
+            raise UnmatchedError(_stop(value, node))
+    raise UnmatchedError("there is no product of queries and keys near its softmax")
 
 
 def _stop(value: ir.Value, node: ir.Node | None) -> str:
@@ -241,11 +241,11 @@ def _masked(node: ir.Node, factor: float, place: Shape) -> tuple[ir.Value, Mask]
             if fill is not None:
                 fill *= factor
                 if fill > LOW:
-                    raise UnreadError(
+                    raise UnmatchedError(
                         f"Where {node.name!r} puts {fill:g} for hidden scores: a mask has {LOW:g} or less"
                     )
                 return scores, Mask("hide", condition, place, fill=fill, hidden=hidden)
-        raise UnreadError(f"Where {node.name!r} chooses between scores and what is no constant")
+        raise UnmatchedError(f"Where {node.name!r} chooses between scores and what is no constant")
     first, second = node.inputs
     assert first is not None
     assert second is not None
@@ -321,16 +321,16 @@ def _is_float_cast(node: ir.Node) -> bool:
 def _used_once(value: ir.Value, what: str) -> None:
     """
     Raises:
-        UnreadError: someone else uses a value, so that it has to be there anyway.
+        UnmatchedError: someone else uses a value, so that it has to be there anyway.
     """
     if value.is_graph_output():
-        raise UnreadError(f"its {what}, {value.name!r}, are an output of the model")
+        raise UnmatchedError(f"its {what}, {value.name!r}, are an output of the model")
     users = {user for user, _ in value.uses()}
     # A guard against NaN asks and chooses.
     asking = {user for user in users if user.op_type == "IsNaN"}
     if len(users - asking) > 1 or (asking and len(users) != 2):
         names = ", ".join(sorted(f"{user.op_type} {user.name!r}" for user in users))
-        raise UnreadError(f"its {what}, {value.name!r}, are used more than once: by {names}")
+        raise UnmatchedError(f"its {what}, {value.name!r}, are used more than once: by {names}")
 
 
 def _first(node: ir.Node) -> ir.Value:
@@ -342,9 +342,9 @@ def _first(node: ir.Node) -> ir.Value:
 def _shape(value: ir.Value) -> Shape:
     """
     Raises:
-        UnreadError: it is not known.
+        UnmatchedError: it is not known.
     """
     shape = static_shape(value)
     if shape is None:
-        raise UnreadError(f"the shape of {value.name!r} is not known")
+        raise UnmatchedError(f"the shape of {value.name!r} is not known")
     return shape
