@@ -1,8 +1,8 @@
 """Who competes in a case: our kernel, tuned and in its default configuration, and the library's ways, through torch.
 
-Everything here takes `torch` as an argument and imports it nowhere: the benchmark runs where torch is, and its case
-list, tables and files are rehearsed where it isn't. Each contender is a function of one set of the case's arrays, so
-that sets can rotate, and returns its result.
+Everything here takes `torch` as an argument, and only what is called with it imports more of it: the benchmark runs
+where torch is, and its case list, tables and files are rehearsed where it isn't. Each contender is a function of one
+set of the case's arrays, so that sets can rotate, and returns its result.
 """
 
 from __future__ import annotations
