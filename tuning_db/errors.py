@@ -4,7 +4,8 @@ so that all of it can raise them; an exception that one file raises and a neighb
     TilewrightError
     ├── UsageError (also ValueError)        the caller's mistake: the command line exits 2
     │   ├── UnknownDeviceError              no board, arch or live GPU of that name
-    │   ├── UnknownKernelError              no kernel or suite of that name
+    │   ├── UnknownKernelError              no kernel of that name
+    │   │   └── UnknownSuiteError           no suite of that name
     │   ├── ProblemError                    malformed, missing or impossible problem; shapes that don't match
     │   │   └── UnsupportedProblemError     (also UnsupportedError) well formed, and nothing here computes it
     │   ├── UnsupportedError (also NotImplementedError)   right in itself, but not on this device or in this kernel
@@ -44,7 +45,11 @@ class UnknownDeviceError(UsageError):
 
 
 class UnknownKernelError(UsageError):
-    """No kernel or suite has that name."""
+    """No kernel has that name."""
+
+
+class UnknownSuiteError(UnknownKernelError):
+    """No suite has that name. What to tune is unknown in both cases, which one `except` may serve."""
 
 
 class ProblemError(UsageError):

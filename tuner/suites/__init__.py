@@ -16,7 +16,7 @@ from tilewright.tuner.suites.sdxl import SDXL
 from tilewright.tuner.suites.vit import VIT_B
 from tilewright.tuner.suites.whisper import WHISPER
 from tilewright.tuner.suites.workload import Workload, distinct
-from tilewright.tuning_db.errors import UnknownKernelError
+from tilewright.tuning_db.errors import UnknownSuiteError
 from tilewright.tuning_db.text import did_you_mean
 
 __all__ = ["SUITES", "Workload", "find_suite", "read_calls"]
@@ -82,8 +82,8 @@ def find_suite(name: str) -> tuple[Workload, ...]:
     """The workloads of a suite.
 
     Raises:
-        UnknownKernelError: there is none of that name; the message names the nearest.
+        UnknownSuiteError: there is none of that name; the message names the nearest.
     """
     if name in SUITES:
         return SUITES[name]
-    raise UnknownKernelError(f"unknown suite {name!r}{did_you_mean(name, SUITES)} (suites: {', '.join(SUITES)})")
+    raise UnknownSuiteError(f"unknown suite {name!r}{did_you_mean(name, SUITES)} (suites: {', '.join(SUITES)})")

@@ -9,7 +9,7 @@ from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.registry import KERNELS, find_kernel
 from tilewright.tuner.suites import SUITES, Workload, find_suite
 from tilewright.tuner.suites.workload import distinct
-from tilewright.tuning_db.errors import UnknownKernelError
+from tilewright.tuning_db.errors import UnknownSuiteError
 
 MODELS = [name for name in SUITES if name not in ("default", "all")]
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -95,7 +95,7 @@ def test_one_problem_of_two_models_is_tuned_once() -> None:
 
 @pytest.mark.smoke
 def test_an_unknown_suite_names_the_nearest() -> None:
-    with pytest.raises(UnknownKernelError, match=r"unknown suite 'bert-bas'; did you mean bert-base\?"):
+    with pytest.raises(UnknownSuiteError, match=r"unknown suite 'bert-bas'; did you mean bert-base\?"):
         find_suite("bert-bas")
-    with pytest.raises(UnknownKernelError, match=r"unknown suite 'resnet'; did you mean resnet50\?"):
+    with pytest.raises(UnknownSuiteError, match=r"unknown suite 'resnet'; did you mean resnet50\?"):
         find_suite("resnet")
