@@ -283,6 +283,29 @@ def test_the_errors_and_public_names_have_docstrings() -> None:
                 assert (value.__doc__ or "").strip(), f"{package.__name__}.{name}"
 
 
+def raised(value: Any) -> set[str]:
+    """The errors under `Raises:` of a function, or of a class and its public methods."""
+    parts = [value]
+    if inspect.isclass(value):
+        parts += [getattr(value, name) for name in vars(value) if not name.startswith("_")]
+    texts = [inspect.getdoc(part) or "" for part in parts]
+    blocks = [block for text in texts for block in re.findall(r"^Raises:\n((?: {4}.*\n?)+)", text, re.MULTILINE)]
+    lines = [line for block in blocks for line in re.findall(r"^ {4}((?:\w+, )*\w+):", block, re.MULTILINE)]
+    return {name for line in lines for name in line.split(", ")}
+
+
+def test_errors_are_importable_beside_what_raises_them() -> None:
+    from tilewright import kernels, tuner, tuning_db
+    from tilewright.kernels import tensorrt
+    from tilewright.tuning_db import errors
+
+    for package, beside in ((kernels, kernels), (tensorrt, kernels), (tuner, tuner), (tuning_db, tuning_db)):
+        values = [getattr(package, name) for name in package.__all__]
+        ours = {name for value in values if callable(value) for name in raised(value) if hasattr(errors, name)}
+        assert {"UsageError"} < ours, package.__name__
+        assert ours <= set(beside.__all__), package.__name__
+
+
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_the_database_page_says_what_is_near(kernel) -> None:
     (row,) = re.findall(rf"^\| `{kernel.name}` \|(.*)\|(.*)\|$", DOCS["tuning-database.md"], re.MULTILINE)

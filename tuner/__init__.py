@@ -16,15 +16,46 @@ if TYPE_CHECKING:
     from tilewright.tuner.results import Progress, Result, Results
     from tilewright.tuner.suites import SUITES, Workload, find_suite, read_calls
     from tilewright.tuner.tune import autotune
+    from tilewright.tuning_db.errors import (
+        DatabaseError,
+        MachineError,
+        MissingDependencyError,
+        RunError,
+        StorageError,
+        TilewrightError,
+        UnknownSuiteError,
+        UsageError,
+        WorkerError,
+    )
+
+__all__ = [
+    "autotune",
+    "build_pack",
+    "Results",
+    "Result",
+    "Progress",
+    "Workload",
+    "SUITES",
+    "find_suite",
+    "read_calls",
+    "TilewrightError",
+    "UsageError",
+    "UnknownSuiteError",
+    "DatabaseError",
+    "StorageError",
+    "MissingDependencyError",
+    "RunError",
+    "WorkerError",
+    "MachineError",
+]
 
 _HOMES = {
     "autotune": "tilewright.tuner.tune",
     **dict.fromkeys(("Results", "Result", "Progress"), "tilewright.tuner.results"),
     "build_pack": "tilewright.tuner.packing",
     **dict.fromkeys(("Workload", "SUITES", "find_suite", "read_calls"), "tilewright.tuner.suites"),
+    **{name: "tilewright.tuning_db.errors" for name in __all__ if name.endswith("Error")},
 }
-
-__all__ = ["autotune", "build_pack", "Results", "Result", "Progress", "Workload", "SUITES", "find_suite", "read_calls"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,10 @@ from tilewright.tuning_db.errors import (
     DatabaseCorruptError,
     DatabaseError,
     DatabaseSchemaError,
+    ExportFileError,
     NotPackedError,
     PackError,
+    StorageError,
     TilewrightError,
     UsageError,
 )
@@ -50,6 +52,8 @@ __all__ = [
     "DatabaseCorruptError",
     "DatabaseSchemaError",
     "DatabaseAccessError",
+    "StorageError",
+    "ExportFileError",
     "PackError",
     "NotPackedError",
 ]
