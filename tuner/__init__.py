@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilewright.tuner.packing import build_pack
     from tilewright.tuner.results import Progress, Result, Results
+    from tilewright.tuner.sampler import EnumeratedSampler
     from tilewright.tuner.suites import SUITES, Workload, find_suite, read_calls
     from tilewright.tuner.tune import autotune
     from tilewright.tuning_db.errors import (
@@ -38,6 +39,7 @@ __all__ = [
     "SUITES",
     "find_suite",
     "read_calls",
+    "EnumeratedSampler",
     "TilewrightError",
     "UsageError",
     "UnknownSuiteError",
@@ -54,6 +56,7 @@ _HOMES = {
     **dict.fromkeys(("Results", "Result", "Progress"), "tilewright.tuner.results"),
     "build_pack": "tilewright.tuner.packing",
     **dict.fromkeys(("Workload", "SUITES", "find_suite", "read_calls"), "tilewright.tuner.suites"),
+    "EnumeratedSampler": "tilewright.tuner.sampler",
     **{name: "tilewright.tuning_db.errors" for name in __all__ if name.endswith("Error")},
 }
 

@@ -48,23 +48,23 @@ class EnumeratedSampler(BaseSampler):
     no lock.) When every configuration was tried, the first is proposed again, and a study that is optimising stops.
 
     Args:
-        configs: the valid configurations, each with the same names. Values are finite numbers (numerical axes), or
-            anything else that Optuna's categorical distribution takes.
-        axes: the values of each name; those that occur if left out. Trials suggest with these as categorical choices,
-            in this order.
-        priors: for each, the logarithm of the objective it expects of every configuration, of (configurations), all
-            finite; the negative of it where the objective is maximised, as the smaller counts as the better here.
-        elsewhere: of each other search of the same kind (for another device, say) the configurations that worked, in
-            the list or not, with a value for each, positive and the smaller the better.
-        first: indices of configurations to try before any other.
-        starters: configurations to try after those, far from them and from each other; a few if left out.
-        seed: the same seed and outcomes give the same proposals.
-        counts: which trials of a study say something of their configuration; all if left out. One that doesn't leaves
-            it untried.
+        configs: the valid configurations, at least one, each a mapping with the same names. Values are finite numbers
+            (of a numerical axis), or anything else that Optuna's categorical distribution takes.
+        axes: by name, all the values it may have, in the order that trials suggest them in as categorical choices. By
+            default those that occur in `configs`.
+        priors: predictions, each a float array of shape (len(configs),): the logarithm of the objective value that it
+            expects of each configuration, finite. Where the objective is maximised, the negative of it.
+        elsewhere: what other searches of the same kind (for another device, say) measured, each a pair of lists of one
+            length: configurations, in `configs` or not, and their values, above 0, of which smaller ones are better.
+        first: indices into `configs`, of those to try before any other.
+        starters: how many to try after `first`, far from them and from each other, at least 0. By default a few.
+        seed: an integer from 0 to 2³² - 1; the same seed and outcomes give the same proposals.
+        counts: given a finished trial, whether its outcome says something of its configuration, which otherwise remains
+            untried. By default every trial's does.
 
     Raises:
-        UsageError: an empty list, names that differ, values that are not on the axes or no finite numbers, indices
-            that are none, a seed that is none.
+        UsageError: an empty list; names that differ; values that are not on the axes, or not finite; indices or a seed
+            that are out of range.
     """
 
     def __init__(
