@@ -33,6 +33,14 @@ class DType:
         """Bytes per element; 0.5 for int4."""
         return self.bits / 8
 
+    @property
+    def largest(self) -> float:
+        """The largest finite number of the type: 127 of int8, 448 of fp8e4m3."""
+        if self.numpy is None:
+            return 2.0 ** (self.bits - 1) - 1
+        kind = np.dtype(self.numpy)
+        return float(np.iinfo(kind).max if kind.kind in "iu" else ml_dtypes.finfo(kind).max)
+
 
 DTYPES: dict[str, DType] = {
     dtype.name: dtype

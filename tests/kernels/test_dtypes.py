@@ -26,6 +26,15 @@ def test_sizes_are_numpys_and_the_array_name_comes_back(name):
     assert dtype_name(np.zeros(1, numpy_dtype).dtype) == name
 
 
+def test_the_largest_numbers():
+    found = {name: DTYPES[name].largest for name in NAMES}
+    assert (found["int8"], found["uint8"], found["int4"], found["int32"]) == (127, 255, 7, 2**31 - 1)
+    assert (found["fp8e4m3"], found["fp8e5m2"], found["fp16"]) == (448, 57344, 65504)
+    for name in set(NAMES) - {"int4"}:
+        kind = np.dtype(DTYPES[name].numpy)
+        assert float(np.array(found[name]).astype(kind)) == found[name]
+
+
 @pytest.mark.parametrize(
     ("name", "triton"),
     [

@@ -16,11 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import ml_dtypes
 import numpy as np
 
 from tilewright.kernels.device import Device
-from tilewright.kernels.dtypes import DTYPES, dtype, refused
+from tilewright.kernels.dtypes import dtype, refused
 from tilewright.kernels.epilogue import ROUNDOFF, FusedProblem, epilogue_reference, rounded, unsupported_dtype
 from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.problem import Output
@@ -137,11 +136,6 @@ LEAST_SCALE = 1e-30
 it is multiplied with that of the norm."""
 
 
-def largest(kind: str) -> float:
-    """The number that the largest of a row is quantised to."""
-    return 127.0 if kind == "int8" else float(ml_dtypes.finfo(DTYPES[kind].numpy).max)
-
-
 def reference(
     problem: RmsNormProblem, arrays: Mapping[str, Array], *, eps: float = EPS, weight_offset: float = 0.0
 ) -> dict[str, Array]:
@@ -155,7 +149,7 @@ def reference(
     if not problem.row_scale:
         return {"out": epilogue_reference(problem, y, arrays)} | ({"residual_out": h} if problem.residual_out else {})
     highest = np.max(np.abs(y), axis=1)
-    scale = highest / largest(problem.output_dtype)
+    scale = highest / dtype(problem.output_dtype).largest
     scale = np.where(scale < LEAST_SCALE, 1.0, scale)
     out = epilogue_reference(problem, y, {"out_scale": scale[:, None]})
     return {"out": out} | ({"residual_out": h} if problem.residual_out else {}) | {"row_scale": scale}

@@ -21,12 +21,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from tilewright.kernels.dtypes import dtype
 from tilewright.tuner.model.calibration.histogram import Extent, Histogram
 from tilewright.tuning_db.errors import UsageError
 
 Array = np.ndarray[Any, Any]
 
-TARGETS: Mapping[str, float] = {"int8": 127.0, "uint8": 255.0, "fp8e4m3": 448.0}
+TARGETS: Mapping[str, float] = {name: dtype(name).largest for name in ("int8", "uint8", "fp8e4m3")}
 """The largest number of each type: what a value at the end of the range becomes. uint8 is for values that are never
 negative, whose integers int8 kernels have shifted by 128."""
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from tilewright.kernels import dtypes
 from tilewright.kernels.tensorrt.catalogue import OPERATIONS, find_plugin, plugin_name
 from tilewright.kernels.tensorrt.operation import Tensor
 from tilewright.tuner.model.bodies import attach_bodies
@@ -55,7 +56,10 @@ QUANTISED: Mapping[str, str] = {"int8": "int8", "fp8": "fp8e4m3"}
 KINDS = ("fp32", *HALVES, *QUANTISED)
 BASES = ("fp32", *HALVES)
 
-LARGEST: Mapping[str, float] = {"int8": 127.0, "fp8": 448.0}
+LARGEST: Mapping[str, float] = {
+    "int8": dtypes.dtype("int8").largest,
+    "fp8": dtypes.dtype("fp8e4m3").largest,
+}
 """The number that the largest weight of a channel becomes, and that a symmetric scale is a range's part of."""
 
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {"gemm": ("a",), "conv2d": ("x",), "attention": ("q", "k", "v")}
