@@ -141,12 +141,8 @@ def statistics(samples: Sequence[float]) -> Times:
 
 
 def uncertainty(times: Times) -> float:
-    """Standard error of the median relative to it.
-
-    That of a normal distribution, 1.253·σ/√n, with σ from the deciles (2.563·σ apart), which outliers don't move.
-    """
-    sigma = (times.p90_us - times.p10_us) / 2.563
-    return 1.253 * sigma / math.sqrt(times.samples) / times.median_us
+    """Standard error of the median relative to it."""
+    return times.standard_error_us / times.median_us
 
 
 def time_one(
