@@ -14,6 +14,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from tilewright.tuner.locks import locked
+
 PREFIX = "tilewright-worker-"
 LOCK_FILE = "owner.lock"
 """Tells our folders from others of such a name, too."""
@@ -27,7 +29,7 @@ class WorkerFolder:
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
             self._descriptor = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
             # One who looked between the file's making and its locking takes it for abandoned: then it is his.
-            if _lock(self._descriptor) and (self.path / LOCK_FILE).exists():
+            if locked(self._descriptor) and (self.path / LOCK_FILE).exists():
                 return
             os.close(self._descriptor)
 
@@ -52,19 +54,8 @@ def _remove_if_abandoned(folder: Path) -> None:
         return
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_NOFOLLOW)
     try:
+        # Where there are no locks this fails, and no folder is found abandoned.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    """Whether the lock is ours. It counts as ours where there are no locks, as on some network file systems: there no
-    folder can be found abandoned either."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True

@@ -8,11 +8,12 @@ ends, in whatever way.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from tilewright.tuner.locks import locked
 
 POLL_S = 0.002
 """Between two tries for a GPU that is busy: a turn is some tenths of a second."""
@@ -40,7 +41,7 @@ def turn(folder: Path | None, gpu: str, wait_s: float) -> Iterator[None]:
         return
     try:
         deadline = time.monotonic() + wait_s
-        while not _locked(descriptor):
+        while not locked(descriptor):
             if time.monotonic() >= deadline:
                 raise BusyError(f"others measure on {gpu} since {wait_s:g} s")
             time.sleep(POLL_S)
@@ -78,14 +79,3 @@ def _descriptor(path: Path, flags: int) -> int | None:
         raise
     except OSError:
         return None
-
-
-def _locked(descriptor: int) -> bool:
-    """Whether the lock is ours; it counts as ours where there are no locks, as on some network file systems."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
