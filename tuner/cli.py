@@ -204,7 +204,7 @@ def cli(
         raise click.UsageError("--device is missing: name an arch (sm_86), a board (rtx3090) or a live GPU (cuda:0)")
     check_options({**context.params})
     from tilewright.kernels.devices import resolve_device
-    from tilewright.tuner import report
+    from tilewright.tuner.commands import report
     from tilewright.tuner.suites.workload import distinct
     from tilewright.tuner.tune import TuningOptions, planned, tune
     from tilewright.tuning_db.env import database_dir

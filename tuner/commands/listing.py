@@ -187,7 +187,7 @@ def _problem_text(op: str, problem: str) -> str:
 
 def _config_text(op: str, config: str) -> str:
     from tilewright.kernels.registry import find_kernel
-    from tilewright.tuner.report import short_config
+    from tilewright.tuner.config_text import short_config
 
     try:
         return short_config(find_kernel(op).space.config.from_json(config).to_dict())

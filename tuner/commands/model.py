@@ -54,7 +54,7 @@ def run_model(
 ) -> None:
     """Does what the options say, and ends with 1 if the model is not inside its error budget."""
     from tilewright.kernels.devices import resolve_device
-    from tilewright.tuner import report
+    from tilewright.tuner.commands import report
     from tilewright.tuner.gpu_runner import equal_gpus
     from tilewright.tuner.model.flow import optimise, plan
     from tilewright.tuner.model.request import Request

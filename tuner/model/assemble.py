@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from tilewright.tuner.config_text import short_config
 from tilewright.tuner.model.graph import dtype_name, static_shape
 from tilewright.tuner.model.messages import legible
 from tilewright.tuner.model.precision.lower import Lowered
@@ -23,7 +24,6 @@ from tilewright.tuner.model.report.units import BASELINE
 from tilewright.tuner.model.request import REPORTS, Request
 from tilewright.tuner.model.verify.error_sums import OutputError
 from tilewright.tuner.model.workloads import ModelWorkloads, workloads
-from tilewright.tuner.report import short_config
 from tilewright.tuner.results import Result
 
 ERRORS_TOLD = 3

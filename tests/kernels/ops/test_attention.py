@@ -21,7 +21,7 @@ from tilewright.kernels.ops.attention.api import attention
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.attention.reference import heads_of, reference, tolerance
 from tilewright.kernels.ops.attention.space import SPACE, AttentionConfig
-from tilewright.tuner.report import short_config
+from tilewright.tuner.config_text import short_config
 
 H200 = resolve_device("h200")
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -16,30 +16,11 @@ from rich.table import Table
 
 from tilewright.kernels.device import Device
 from tilewright.tuner.commands.output import export_command, new_table
+from tilewright.tuner.config_text import short_config
 from tilewright.tuner.results import Progress, Result, Results
 from tilewright.tuning_db.env import DB_DIR
 from tilewright.tuning_db.record import Provenance
 from tilewright.tuning_db.text import printable
-
-ABBREVIATIONS = {
-    "BLOCK_M": "M",
-    "BLOCK_N": "N",
-    "BLOCK_K": "K",
-    "GROUP_M": "group",
-    "GROUP_H": "turns",
-    "SPLIT_K": "split",
-    "SPLIT_KV": "split",
-    "PERSISTENT": "persistent",
-    "WARP_SPECIALIZE": "specialised",
-    "PACK": "packed",
-    "OVERLAP": "overlapped",
-    "FOLD": "folded",
-    "ROWS": "rows",
-    "num_warps": "warps",
-    "num_stages": "stages",
-}
-ABSENT_AS_1 = ("SPLIT_K", "SPLIT_KV", "GROUP_M", "GROUP_H", "ROWS")
-"""Choices that a 1 leaves out."""
 
 
 class ProgressView:
@@ -122,19 +103,6 @@ def _failure(result: Result) -> str:
     """Why there is no time, and whether that is news."""
     known = " (on record; --retune tries again)" if result.cached else ""
     return f"{result.status}: {result.message}{known}"
-
-
-def short_config(config: dict[str, Any] | None) -> str:
-    """A configuration in a table's cell: `128×64×32 group 8 warps 4 stages 3`."""
-    if config is None:
-        return "-"
-    tile = [str(config[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in config]
-    rest = [
-        ABBREVIATIONS.get(name, name) + ("" if value is True else f" {value}")
-        for name, value in config.items()
-        if not name.startswith("BLOCK_") and value is not False and not (value == 1 and name in ABSENT_AS_1)
-    ]
-    return " ".join(["×".join(tile), *rest])
 
 
 def results_table(results: Results) -> Table:

@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tilewright.kernels import AttentionConfig, Conv2dConfig, GemmConfig
 from tilewright.kernels.devices import resolve_device
-from tilewright.kernels.problem import Config
-from tilewright.tuner import report
+from tilewright.tuner.commands import report
 from tilewright.tuner.results import Progress, Result, Results
 from tilewright.tuning_db.record import Provenance, Status
 
@@ -190,22 +188,6 @@ def test_quiet_shows_nothing() -> None:
 def test_the_device_line_says_whether_it_measures() -> None:
     device = resolve_device("a10")
     assert report.describe_device(device) == "NVIDIA A10 (a10, sm_86, 72 SMs), not here: times are predicted"
-
-
-@pytest.mark.parametrize(
-    ("config", "text"),
-    [
-        (GemmConfig(128, 64, 32), "128×64×32 group 8 warps 4 stages 3"),
-        (GemmConfig(128, 64, 32, 1, PERSISTENT=True, TMA=True), "128×64×32 warps 4 stages 3 persistent TMA"),
-        (Conv2dConfig(64, 32, 16, FOLD=True, SPLIT_K=2), "64×32×16 split 2 folded warps 4 stages 3"),
-        (AttentionConfig(16, 64, SPLIT_KV=8, PACK=True), "16×64 split 8 packed warps 4 stages 2"),
-        (AttentionConfig(128, 64, GROUP_H=8, OVERLAP=True, TMA=True), "128×64 turns 8 overlapped TMA warps 4 stages 2"),
-        (AttentionConfig(128, 64), "128×64 warps 4 stages 2"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_configurations_are_short(config: Config, text: str) -> None:
-    assert report.short_config(config.to_dict()) == text
 
 
 @pytest.mark.parametrize(
