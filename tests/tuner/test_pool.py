@@ -25,6 +25,10 @@ from tilewright.tuning_db.errors import MachineError, UsageError, WorkerError
 FAULTY = (sys.executable, "-P", str(Path(__file__).with_name("faulty_worker.py")))
 SAY = {"do": "echo", "say": "hello"}
 
+PROMPT_S = 20.0
+"""Far longer than a busy machine takes to kill a process, and shorter than what goes wrong: a hang is of minutes, and
+what outlives SIGKILL is waited for `KILL_SECONDS`."""
+
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
@@ -99,9 +103,9 @@ def test_a_hang_costs_its_timeout_and_takes_its_children_along(pool: Pool, tmp_p
     start = time.monotonic()
     reply = ask(pool, timeout=0.5, do="compile", fault="hang", pids=str(tmp_path / "pids"), noisy=noisy)
     assert reply == {"status": "timeout", "message": "no answer in 0.5 s: killed"}
-    assert 0.5 <= time.monotonic() - start < 2.5
+    assert 0.5 <= time.monotonic() - start < PROMPT_S
     for pid in read_pids(tmp_path / "pids"):
-        assert wait_for(lambda pid=pid: gone(pid), 1)
+        assert wait_for(lambda pid=pid: gone(pid))
     assert ask(pool, **SAY)["said"] == "hello"
 
 
@@ -296,7 +300,7 @@ def test_close_kills_cancels_and_leaves_nothing(tmp_path: Path) -> None:
         pids = read_pids(tmp_path / "pids", lines=2)
         futures.append(pool.submit(SAY, timeout=30))
         start = time.monotonic()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < PROMPT_S
     # As `as_completed` sees them: each one has ended.
     for future in as_completed(futures, timeout=5):
         with pytest.raises(CancelledError):
@@ -390,7 +394,7 @@ Pool(1, command=sys.argv[2:]).submit({"do": "lock", "pids": sys.argv[1]}, 2.0).r
 def test_a_worker_whose_compiler_holds_the_lock_is_killed_like_any_other(pool: Pool, tmp_path: Path) -> None:
     reply = ask(pool, timeout=0.5, do="lock", pids=str(tmp_path / "pids"))
     assert reply == {"status": "timeout", "message": "no answer in 0.5 s: killed"}
-    assert wait_for(lambda: gone(read_pids(tmp_path / "pids")[0]), 1)
+    assert wait_for(lambda: gone(read_pids(tmp_path / "pids")[0]))
 
 
 def test_a_request_leaves_no_alarm_behind(pool: Pool) -> None:
@@ -403,12 +407,10 @@ def test_control_c_ends_it_all_at_once(tmp_path: Path) -> None:
     with run_parent(f"{PARENT}\nmain()", tmp_path / "pids") as parent:
         try:
             pids = read_pids(tmp_path / "pids", lines=2)
-            start = time.monotonic()
             os.killpg(parent.pid, signal.SIGINT)  # as the terminal does: to the whole group
-            out, err = parent.communicate(timeout=10)
+            out, err = parent.communicate(timeout=PROMPT_S)
         finally:
             parent.kill()
-    assert time.monotonic() - start < 3
     assert parent.returncode == -signal.SIGINT
     assert out.splitlines()[1] == "interrupted True True True 1"
     assert err.count("Traceback") == 1, "the parent's own"
