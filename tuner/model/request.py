@@ -87,14 +87,14 @@ class Request:
         if taken:
             raise UsageError(f"--output {output} is a file: name a folder")
         return cls(
-            model,
-            output,
-            device,
-            bound,
-            dims,
-            chosen,
-            calibration or RANDOM,
-            samples or SAMPLES,
-            budget,
-            tuning or TuningOptions(),
+            model=model,
+            output=output,
+            device=device,
+            shapes=bound,
+            dims=dims,
+            precision=chosen,
+            calibration=calibration or RANDOM,
+            samples=samples or SAMPLES,
+            budget=budget,
+            tuning=tuning or TuningOptions(),
         )
