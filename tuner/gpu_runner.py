@@ -77,7 +77,7 @@ def equal_gpus(device: Device, count: int) -> tuple[Device, ...]:
 
 
 @dataclass(eq=False, slots=True)
-class _Trial:
+class _Candidate:
     """One configuration on its way through the compilers to a GPU."""
 
     config: Config
@@ -87,7 +87,7 @@ class _Trial:
     killed: str = ""  # the message, if the process was killed that measured it first
 
     def unfinished(self) -> list[Future[CompileReply]]:
-        """What has to be compiled before it is known what becomes of the trial."""
+        """What has to be compiled before it is known what becomes of the candidate."""
         return [future for future in (self.code, self.ragged) if future is not None and not future.done()]
 
 
@@ -121,45 +121,46 @@ class GpuRunner(Runner):
     def run(
         self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config], deadline: float | None = None
     ) -> Iterator[tuple[Config, Outcome]]:
-        trials = [self._compile(kernel, problem, config) for config in configs]
-        measuring: dict[Future[MeasureReply], _Trial] = {}
-        while trials or measuring:
+        candidates = [self._compile(kernel, problem, config) for config in configs]
+        measuring: dict[Future[MeasureReply], _Candidate] = {}
+        while candidates or measuring:
             if is_past(deadline):
-                self._withdraw(trials)
-                trials = []
-            for trial in list(trials):
-                compiled = self._compiled(trial)
+                self._withdraw(candidates)
+                candidates = []
+            for candidate in list(candidates):
+                compiled = self._compiled(candidate)
                 if compiled is None:
                     continue
                 if compiled.status is not Status.OK:
-                    trials.remove(trial)
-                    yield trial.config, compiled
+                    candidates.remove(candidate)
+                    yield candidate.config, compiled
                 elif len(measuring) < self._gpus and not is_past(deadline):
-                    trials.remove(trial)
-                    measuring[self._measure(kernel, problem, trial)] = trial
-            compiling = [future for trial in trials for future in trial.unfinished()]
+                    candidates.remove(candidate)
+                    measuring[self._measure(kernel, problem, candidate)] = candidate
+            compiling = [future for candidate in candidates for future in candidate.unfinished()]
             if measuring or compiling:
                 left = None
-                if trials and deadline is not None:
+                if candidates and deadline is not None:
                     # The system's clocks don't count to the end of any number of seconds.
                     left = min(max(0.0, deadline - time.monotonic()), MEASURE_TIMEOUT_S)
                 pending: list[Future[Any]] = [*measuring, *compiling]
                 wait(pending, left, FIRST_COMPLETED)
             for future in [each for each in measuring if each.done()]:
-                trial, reply = measuring.pop(future), future.result()
+                candidate, reply = measuring.pop(future), future.result()
                 self._heed(reply)
                 if reply.get("busy") and not is_past(deadline):
-                    measuring[self._measure(kernel, problem, trial)] = trial  # other runs had the GPU all the time
+                    # Other runs had the GPU all the time.
+                    measuring[self._measure(kernel, problem, candidate)] = candidate
                     continue
                 if reply.get("busy"):
                     continue  # its turn did not come
                 again = reply["status"] != Status.COMPILE_ERROR  # what the pool has tried again itself
-                if reply.get("killed") and again and not trial.killed and not is_past(deadline):
+                if reply.get("killed") and again and not candidate.killed and not is_past(deadline):
                     # By somebody else, as a rule: without a second try the best configuration may be lost to it.
-                    trial.killed = reply["message"]
-                    measuring[self._measure(kernel, problem, trial)] = trial
+                    candidate.killed = reply["message"]
+                    measuring[self._measure(kernel, problem, candidate)] = candidate
                     continue
-                yield trial.config, self._measured(kernel, problem, trial, reply)
+                yield candidate.config, self._measured(kernel, problem, candidate, reply)
 
     def finalists(
         self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config], deadline: float | None = None
@@ -203,54 +204,56 @@ class GpuRunner(Runner):
             self.tell_wait(str(reply.get("message", "")))
         self._waits = busy
 
-    def _compile(self, kernel: Kernel[Any, Any], problem: Problem, config: Config) -> _Trial:
+    def _compile(self, kernel: Kernel[Any, Any], problem: Problem, config: Config) -> _Candidate:
         code = self._compiler.submit(kernel, problem, config)
         ragged = None
         if self._effort.ragged and kernel.ragged is not None:
             # In parallel, and where a compiler that crashes or hangs is a process of its own: the one that measures
             # finds the code in Triton's cache.
             ragged = self._compiler.submit(kernel, kernel.ragged(problem, config), config)
-        return _Trial(config, code, ragged)
+        return _Candidate(config, code, ragged)
 
-    def _compiled(self, trial: _Trial) -> Outcome | None:
+    def _compiled(self, candidate: _Candidate) -> Outcome | None:
         """What compiling has shown; None until that is known."""
-        if trial.compiled is None and trial.code.done():
-            trial.compiled = self._compiler.outcome(trial.code.result())
-        if trial.compiled is not None and trial.compiled.status is Status.OK and trial.unfinished():
+        if candidate.compiled is None and candidate.code.done():
+            candidate.compiled = self._compiler.outcome(candidate.code.result())
+        if candidate.compiled is not None and candidate.compiled.status is Status.OK and candidate.unfinished():
             return None
-        return trial.compiled
+        return candidate.compiled
 
-    def _withdraw(self, trials: Sequence[_Trial]) -> None:
-        for trial in trials:
-            for future in trial.unfinished():
+    def _withdraw(self, candidates: Sequence[_Candidate]) -> None:
+        for candidate in candidates:
+            for future in candidate.unfinished():
                 self._compiler.withdraw(future)
 
-    def _measure(self, kernel: Kernel[Any, Any], problem: Problem, trial: _Trial) -> Future[MeasureReply]:
+    def _measure(self, kernel: Kernel[Any, Any], problem: Problem, candidate: _Candidate) -> Future[MeasureReply]:
         best = self._best_us.get(problem)
         skipped = "" if self._effort.ragged else "not wanted"
-        if trial.ragged is not None:
-            ragged = self._compiler.outcome(trial.ragged.result())
+        if candidate.ragged is not None:
+            ragged = self._compiler.outcome(candidate.ragged.result())
             skipped = "" if ragged.status is Status.OK else ragged.message
         request: MeasureRequest = {
             **self._request(kernel, problem),
-            "config": trial.config.to_dict(),
+            "config": candidate.config.to_dict(),
             "skip_ragged": skipped,
             "give_up_above_us": None if best is None else best * self._effort.clearly_slower,
             "budget_s": self._effort.budget_s,
         }
         return self._workers.submit(request, MEASURE_TIMEOUT_S)
 
-    def _measured(self, kernel: Kernel[Any, Any], problem: Problem, trial: _Trial, reply: MeasureReply) -> Outcome:
+    def _measured(
+        self, kernel: Kernel[Any, Any], problem: Problem, candidate: _Candidate, reply: MeasureReply
+    ) -> Outcome:
         outcome = self._outcome(reply)
         if outcome.times is not None:
             self._best_us[problem] = min(outcome.times.median_us, self._best_us.get(problem, outcome.times.median_us))
-        assert trial.compiled is not None
-        assert trial.compiled.resources is not None
-        resources = trial.compiled.resources
-        predicted_us = predict(kernel.work(problem, trial.config), resources, self._device).time_us
+        assert candidate.compiled is not None
+        assert candidate.compiled.resources is not None
+        resources = candidate.compiled.resources
+        predicted_us = predict(kernel.work(problem, candidate.config), resources, self._device).time_us
         message = outcome.message
-        if trial.killed and message != trial.killed:
-            message = f"{message}; at first, {trial.killed}".removeprefix("; ")
+        if candidate.killed and message != candidate.killed:
+            message = f"{message}; at first, {candidate.killed}".removeprefix("; ")
         return replace(outcome, resources=resources, message=message, predicted_us=predicted_us)
 
     def _request(self, kernel: Kernel[Any, Any], problem: Problem) -> Measurement:

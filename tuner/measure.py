@@ -77,46 +77,46 @@ def measure_on(gpu: Gpu, request: MeasureRequest | FinalistsRequest) -> MeasureR
     faults: tuple[type[Exception], ...] = (LaunchError, MemoryError, *gpu.errors)
     try:
         bench = _bench(gpu, kernel, problem, request["seed"])
-        trials = [bench.prepare(config) for config in configs]
+        ready = [bench.prepare(config) for config in configs]
         with turn(None if locks is None else Path(locks), gpu.address, TURN_S):
             bench.place()
             if "finalists" in request:
-                replies = _finalists(bench, trials, request["check"])
+                replies = _finalists(bench, ready, request["check"])
                 return {"status": Status.OK, "finalists": replies, "clocks": gpu.clocks()}
-            return _single(bench, configs[0], trials[0], request)
+            return _single(bench, configs[0], ready[0], request)
     except BusyError as error:
         return {"status": Status.TIMEOUT, "busy": True, "message": str(error)}
     except faults as error:
         return _fault(gpu, error)
 
 
-def _single(bench: Bench, config: Config, trial: Trial, request: MeasureRequest) -> MeasureReply:
+def _single(bench: Bench, config: Config, prepared: Prepared, request: MeasureRequest) -> MeasureReply:
     check, skip_ragged = request["check"], request["skip_ragged"]
-    if trial.plan is None:
-        return trial.reply
-    reason = bench.gate(trial.plan) if check else None
+    if prepared.plan is None:
+        return prepared.reply
+    reason = bench.gate(prepared.plan) if check else None
     if reason is not None:
-        return {**trial.reply, "status": Status.INCORRECT, "message": reason}
-    sampler, method = bench.sampler(trial.plan)
+        return {**prepared.reply, "status": Status.INCORRECT, "message": reason}
+    sampler, method = bench.sampler(prepared.plan)
     timing = time_one(sampler, give_up_above_us=request["give_up_above_us"], budget_s=request["budget_s"])
-    reply: MeasureReply = {**trial.reply, **_times(timing), "method": method, "clocks": bench.gpu.clocks()}
+    reply: MeasureReply = {**prepared.reply, **_times(timing), "method": method, "clocks": bench.gpu.clocks()}
     if not check or timing.gave_up:
         return reply
     return {**reply, "ragged": f"skipped: {skip_ragged}"} if skip_ragged else _with_ragged(bench, config, reply)
 
 
-def _finalists(bench: Bench, trials: Sequence[Trial], check: bool) -> list[MeasureReply]:
+def _finalists(bench: Bench, ready: Sequence[Prepared], check: bool) -> list[MeasureReply]:
     """The replies of all, those that passed timed in turns. The gate's ragged problem is left to their first time."""
-    replies = [trial.reply for trial in trials]
+    replies = [prepared.reply for prepared in ready]
     samplers: dict[int, tuple[Sampler, str]] = {}
-    for index, trial in enumerate(trials):
-        if trial.plan is None:
+    for index, prepared in enumerate(ready):
+        if prepared.plan is None:
             continue
-        reason = bench.gate(trial.plan) if check else None
+        reason = bench.gate(prepared.plan) if check else None
         if reason is not None:
-            replies[index] = {**trial.reply, "status": Status.INCORRECT, "message": reason}
+            replies[index] = {**prepared.reply, "status": Status.INCORRECT, "message": reason}
         else:
-            samplers[index] = bench.sampler(trial.plan)
+            samplers[index] = bench.sampler(prepared.plan)
     timings = time_rounds([sampler for sampler, _ in samplers.values()])
     for (index, (_, method)), timing in zip(samplers.items(), timings, strict=True):
         replies[index] = {**replies[index], **_times(timing), "method": method}
@@ -134,12 +134,12 @@ def _with_ragged(bench: Bench, config: Config, reply: MeasureReply) -> MeasureRe
     if other == problem:
         return {**reply, "ragged": "none"}
     small = Bench(bench.gpu, kernel, other, bench.seed)
-    trial = small.prepare(config)
-    if trial.plan is None:
+    prepared = small.prepare(config)
+    if prepared.plan is None:
         # Masks take registers and shared memory: that this problem's code does not fit is no fault of the other's.
-        return {**reply, "ragged": f"skipped: {trial.reply['message']}"}
+        return {**reply, "ragged": f"skipped: {prepared.reply['message']}"}
     small.place()
-    reason = small.gate(trial.plan)
+    reason = small.gate(prepared.plan)
     if reason is None:
         return {**reply, "ragged": "passed"}
     # A record has times exactly when it is right.
@@ -148,7 +148,7 @@ def _with_ragged(bench: Bench, config: Config, reply: MeasureReply) -> MeasureRe
     return {**wrong, "status": Status.INCORRECT, "message": f"on {other}: {reason}", "ragged": "failed"}
 
 
-class Trial(NamedTuple):
+class Prepared(NamedTuple):
     """A configuration made ready to run, or the reply that says why it can't."""
 
     plan: Plan | None
@@ -199,21 +199,21 @@ class Bench:
         """Puts the arrays into device memory, if they are not there yet: the first of what the GPU is needed for."""
         self._grow(1)
 
-    def prepare(self, config: Config) -> Trial:
+    def prepare(self, config: Config) -> Prepared:
         """Compiles and loads a configuration."""
         try:
             self.kernel.space.check(self.problem, config, self.gpu.device)
             launches = self.kernel.launches(self.problem, config)
             plan = self.gpu.load(launches)
         except IllegalConfigError as error:
-            return Trial(None, {"status": Status.INVALID, "message": str(error)})
+            return Prepared(None, {"status": Status.INVALID, "message": str(error)})
         except UnsupportedError as error:
-            return Trial(None, {"status": Status.OUT_OF_RESOURCES, "message": str(error)})
+            return Prepared(None, {"status": Status.OUT_OF_RESOURCES, "message": str(error)})
         except CompileError as error:
             heed_machine_fault(error)
             killed = was_killed(error)
-            return Trial(None, {"status": Status.COMPILE_ERROR, "message": str(error), "killed": killed})
-        return Trial(plan, {"status": Status.OK, "resources": dataclasses.asdict(self.gpu.resources(launches))})
+            return Prepared(None, {"status": Status.COMPILE_ERROR, "message": str(error), "killed": killed})
+        return Prepared(plan, {"status": Status.OK, "resources": dataclasses.asdict(self.gpu.resources(launches))})
 
     def gate(self, plan: Plan) -> str | None:
         """None, or why two runs of the plan are not accepted."""

@@ -51,7 +51,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class TriedPlan:
     """A plan that was tried."""
 
     plan: Plan
@@ -62,10 +62,10 @@ class Trial:
 class Outcome:
     """What a search found."""
 
-    chosen: Trial  # the fastest inside the budget; if none is, the one of the least error
+    chosen: TriedPlan  # the fastest inside the budget; if none is, the one of the least error
     met: bool
-    trials: tuple[Trial, ...]  # in the order in which they were tried
-    front: tuple[Trial, ...]  # those that no other beats in both time and error, fastest first
+    tried: tuple[TriedPlan, ...]  # in the order in which they were tried
+    front: tuple[TriedPlan, ...]  # those that no other beats in both time and error, fastest first
     noise: Mapping[str, float]  # the error with one layer alone in the fewest bits
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,16 +73,16 @@ class Outcome:
         return {
             "met": self.met,
             "chosen": _row(self.chosen),
-            "front": [_row(trial) for trial in self.front],
-            "trials": len(self.trials),
+            "front": [_row(each) for each in self.front],
+            "trials": len(self.tried),
             "noise": dict(self.noise),
         }
 
 
-def _row(trial: Trial) -> dict[str, Any]:
-    result = trial.evaluation
+def _row(tried: TriedPlan) -> dict[str, Any]:
+    result = tried.evaluation
     return {
-        "plan": dict(trial.plan),
+        "plan": dict(tried.plan),
         "time_us": result.time_us,
         "error": result.error,
         "within": result.within,
@@ -248,23 +248,23 @@ class _Book:
         return self.tried(plan).within
 
     def outcome(self, noise: Mapping[str, float]) -> Outcome:
-        trials = tuple(Trial(dict(key), found) for key, found in self._known.items())
-        inside = [trial for trial in trials if trial.evaluation.within]
+        tried = tuple(TriedPlan(dict(key), found) for key, found in self._known.items())
+        inside = [each for each in tried if each.evaluation.within]
         if inside:
-            chosen = min(inside, key=lambda trial: (trial.evaluation.time_us, trial.evaluation.error))
+            chosen = min(inside, key=lambda each: (each.evaluation.time_us, each.evaluation.error))
         else:
-            chosen = min(trials, key=lambda trial: (trial.evaluation.error, trial.evaluation.time_us))
-        return Outcome(chosen, bool(inside), trials, _front(trials), noise)
+            chosen = min(tried, key=lambda each: (each.evaluation.error, each.evaluation.time_us))
+        return Outcome(chosen, bool(inside), tried, _front(tried), noise)
 
 
 def _key(plan: Plan) -> tuple[tuple[str, str], ...]:
     return tuple(plan.items())
 
 
-def _front(trials: Sequence[Trial]) -> tuple[Trial, ...]:
-    """The trials that no other beats in one objective without losing in the other."""
-    front: list[Trial] = []
-    for trial in sorted(trials, key=lambda trial: (trial.evaluation.time_us, trial.evaluation.error)):
-        if not front or trial.evaluation.error < front[-1].evaluation.error:
-            front.append(trial)
+def _front(tried: Sequence[TriedPlan]) -> tuple[TriedPlan, ...]:
+    """The plans that no other beats in one objective without losing in the other."""
+    front: list[TriedPlan] = []
+    for each in sorted(tried, key=lambda each: (each.evaluation.time_us, each.evaluation.error)):
+        if not front or each.evaluation.error < front[-1].evaluation.error:
+            front.append(each)
     return tuple(front)

@@ -70,11 +70,11 @@ def test_a_budget_that_nothing_meets_is_said_to_be_missed():
 
 def test_the_front_has_no_plan_that_another_beats():
     found = search(LAYERS, TIMES, Model(0.02))
-    points = [(trial.evaluation.time_us, trial.evaluation.error) for trial in found.front]
+    points = [(each.evaluation.time_us, each.evaluation.error) for each in found.front]
     assert points == sorted(points)
     assert [error for _, error in points] == sorted((error for _, error in points), reverse=True)
-    for trial in found.trials:
-        time, error = trial.evaluation.time_us, trial.evaluation.error
+    for each in found.tried:
+        time, error = each.evaluation.time_us, each.evaluation.error
         assert any(t <= time and e <= error for t, e in points)
     assert found.noise == pytest.approx({layer: math.hypot(FLOOR, noise) for layer, noise in NOISE.items()})
 
@@ -82,10 +82,10 @@ def test_the_front_has_no_plan_that_another_beats():
 def test_a_layer_of_one_kind_keeps_it():
     layers = {**LAYERS, "b": ("fp16",)}
     found = search(layers, TIMES, Model(0.02))
-    assert {trial.plan["b"] for trial in found.trials} == {"fp16"}
+    assert {each.plan["b"] for each in found.tried} == {"fp16"}
     only = search({"b": ("fp16",)}, {}, Model(0.02))
     assert only.met
-    assert len(only.trials) == 1
+    assert len(only.tried) == 1
 
 
 def test_kinds_between_the_fewest_and_the_most_bits_are_tried():
@@ -118,7 +118,7 @@ def test_a_search_that_was_killed_goes_on(tmp_path, killed_after):
     second = Model(0.02)
     found = search(LAYERS, TIMES, second, study=file)
     assert found.chosen == whole.chosen
-    assert len(first.asked) + len(second.asked) <= len(whole.trials) + 1  # the one in flight may be tried again
+    assert len(first.asked) + len(second.asked) <= len(whole.tried) + 1  # the one in flight may be tried again
     assert not [plan for plan in first.asked if plan in second.asked]
     third = Model(0.02)
     assert search(LAYERS, TIMES, third, study=file).chosen == whole.chosen

@@ -114,7 +114,7 @@ def test_auto_takes_the_fastest_inside_the_bound(case):
     found, error = case.lower("auto", "0.5")
     assert list(kinds(found).values()).count("int8") == 2
     assert error <= 0.5
-    assert len(found.outcome.trials) == 1
+    assert len(found.outcome.tried) == 1
 
 
 def test_on_a_device_with_fp8_one_of_the_two_kinds_is_taken(case):
