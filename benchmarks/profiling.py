@@ -127,7 +127,7 @@ def read_run(path: Path) -> dict[str, Any]:
     """A result file of `benchmarks.gpu`.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not one.
     """
     try:
         run = json.loads(path.read_text())

@@ -45,7 +45,7 @@ def checked_constant(name: str, value: Any) -> float:
     """A number for a constexpr, which may be named in small letters, as callers do.
 
     Raises:
-        UsageError: it is none, or outside the limits.
+        UsageError: it is not a number, or outside the limits.
     """
     limits = LIMITS[name.upper()]
     if is_symbolic(value):

@@ -88,7 +88,7 @@ def dtype(name: str) -> DType:
 
 
 def refused(name: str, kind: str, op: str, known: Collection[str]) -> ProblemError:
-    """Why an op does not take a data type for what is called `name`: it is none, or none of those that it knows."""
+    """Why an op does not take a data type for what is called `name`: it is not one at all, or not one of `known`."""
     text = f"{name}={kind!r}: {op} takes {', '.join(known)}"
     if kind in _ARRAY_NAMES and kind not in DTYPES:
         text += f"; {kind} is {_ARRAY_NAMES[kind]} here"

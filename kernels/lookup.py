@@ -194,7 +194,7 @@ _NOWHERE = Path(os.devnull, "tilewright")
 
 
 def _warn_of_no_folders(folder: Path) -> None:
-    """Tells a program, once, of folders of records that were named and are none; `autotune` tells its user itself."""
+    """Tells a program, once, of named folders of records that aren't there; `autotune` tells its user itself."""
     global _looked_at_folders
     if not _looked_at_folders:
         _looked_at_folders = True  # 4 µs, of the first lookup alone

@@ -46,7 +46,7 @@ class Plan(ABC):
 
         Raises:
             KeyError: an argument is not among them; the interpreter says so when it runs.
-            UnsupportedError: a number is none of its argument's type; likewise.
+            UnsupportedError: a number is not one that its argument's type has; likewise.
         """
 
     def run(self, pointers: Mapping[str, Any], strides: Mapping[str, int], stream: int) -> None:
@@ -59,7 +59,7 @@ def _number(argument: Argument, strides: Mapping[str, int]) -> int:
 
     Raises:
         KeyError: it is left to the arrays, and not among `strides`.
-        UnsupportedError: it is none of its type.
+        UnsupportedError: its type doesn't have it.
     """
     value = strides[argument.name] if argument.value is None else argument.value
     assert argument.type is not None

@@ -288,7 +288,7 @@ class EnumeratedSampler(BaseSampler):
         return study._storage.get_all_trials(study._study_id, deepcopy=False)
 
     def _row(self, trial: FrozenTrial) -> int | None:
-        """The row that a trial tries or has tried; None for one of another list, or of a mixture that is none of it."""
+        """The row that a trial tries or has tried; None for one of another list, or a mixture that this one lacks."""
         if self.axes.keys() <= trial.params.keys():
             return self.find(trial.params)
         row = self._proposed(trial)

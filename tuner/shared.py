@@ -236,7 +236,7 @@ class SharedSearch:
         self._storage.give_up_the_dead(self._study)
 
     def _trials(self) -> list[FrozenTrial]:
-        """Those of the list: other tools may add to a study what is none of its configurations."""
+        """Those of the list: other tools may add to a study what is not one of its configurations."""
         trials = self._study.get_trials(deepcopy=False)
         return [trial for trial in trials if self._sampler.find(trial.params) is not None]
 

@@ -80,7 +80,7 @@ def _check_integer(name: str, value: Any, least: int, most: int | None, *, optio
 
 
 def _is_a(kind: type, value: Any) -> bool:
-    """Whether a value is a number of that kind, as NumPy's are; True is none."""
+    """Whether a value is a number of that kind, as NumPy's are; True is not."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -261,7 +261,7 @@ def _parsed(text: str, kernel: Kernel[Any, Any] | None) -> Problem:
     """The problem that a text says, of this kernel; without one, of `gemm`.
 
     Raises:
-        ProblemError: there is none; for want of a kernel's name, the message has those that it may be of.
+        ProblemError: it is not a valid one; for want of a kernel's name, the message has those that it may be of.
     """
     gemm = find_kernel("gemm")
     try:

@@ -375,7 +375,7 @@ class TuningRun:
         """The configuration of a record of the workload's key.
 
         Raises:
-            DatabaseCorruptError: it is none of this kernel's: someone edited the row.
+            DatabaseCorruptError: it is not valid for this kernel: someone edited the row.
         """
         try:
             config: Config = job.kernel.space.config.from_json(record.config)

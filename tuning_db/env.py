@@ -96,7 +96,7 @@ def shipped_dir() -> Path | None:
 
 
 def no_shipped_folder() -> str | None:
-    """None, or what to say where the folder that `$TILEWRIGHT_SHIPPED` names is none: its files would be missed in
+    """None, or what to say where what `$TILEWRIGHT_SHIPPED` names is not a folder: its files would be missed in
     silence.
 
     Raises:

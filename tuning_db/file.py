@@ -47,7 +47,7 @@ _IMMUTABLE = "mode=ro&immutable=1"
 _NO_SIDE_FILES = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL}
 
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-_NO_TEXT = "{path} holds a text that is none ({error}): `autotune db check` names the row to delete"
+_NO_TEXT = "{path} holds a text that is not valid ({error}): `autotune db check` names the row to delete"
 _ELSEWHERE = "choose another folder with --db or $TILEWRIGHT_DB_DIR"
 _OTHER_TMPDIR = "name another folder for temporary files in TMPDIR"
 _ACCESS = {

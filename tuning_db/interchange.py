@@ -53,7 +53,7 @@ _GZIP = b"\x1f\x8b"  # RFC 1952, section 2.3.1
 _MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?\+00:00", re.ASCII)
 
 Objection = Callable[[Record], str | None]
-"""What speaks against a record that is well formed: a configuration that is none of its kernel's, say."""
+"""What speaks against a record that is well formed: a configuration that is not valid for its kernel, say."""
 
 
 def _moment(value: Any) -> str | None:

@@ -97,7 +97,7 @@ def _check_all(theirs: sqlite3.Connection, path: Path, device: str, objection: O
     for row in in_key_order(theirs):
         record = _checked(row, path, device)
         if (reason := objection(record)) is not None:
-            raise UsageError(f"{path}: record {row['id']} is none of these kernels ({reason}): delete that row")
+            raise UsageError(f"{path}: record {row['id']} is not valid for these kernels ({reason}): delete that row")
 
 
 def _merge(ours: sqlite3.Connection, theirs: sqlite3.Connection) -> Merged:

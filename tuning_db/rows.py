@@ -54,7 +54,7 @@ def row_to_record(row: Row) -> Record:
     """The record of a row of `records`.
 
     Raises:
-        ValueError: the row is none that `record_to_row` makes: someone edited it, or the disk did.
+        ValueError: the row is not one that `record_to_row` makes: someone edited it, or the disk did.
     """
     for name in _TEXTS:
         if type(row[name]) is not str:
@@ -117,7 +117,7 @@ def row_to_environment(row: Row) -> Environment:
     """The environment of a row of `runs`.
 
     Raises:
-        ValueError: the row is none that `environment_to_row` makes.
+        ValueError: the row is not one that `environment_to_row` makes.
     """
     fields = {name: row[name] for name in ENVIRONMENT}
     for name, value in fields.items():

@@ -135,7 +135,9 @@ class TuningDB:
         try:
             return {row["id"]: (row["started_at"], row_to_environment(row)) for row in rows}
         except ValueError as error:
-            raise DatabaseCorruptError(f"{self.path} has a run that is none ({error}): `autotune db check`") from error
+            raise DatabaseCorruptError(
+                f"{self.path} has a run that is not valid ({error}): `autotune db check`"
+            ) from error
 
     def add(self, record: Record, run_id: int) -> None:
         """Keep one outcome. When this returns, it is kept.

@@ -1,7 +1,8 @@
 """JSON from elsewhere, read with suspicion: what files that people pass around are checked with.
 
-Python's own reader takes the last of two equal names, numbers that are none (NaN, 1e999), texts that can't be stored
-(half a surrogate pair) and, until the stack is full, any depth. Here each is refused with a reason that has the value.
+Python's own reader takes the last of two equal names, numbers that are not finite (NaN, 1e999), texts that can't be
+stored (half a surrogate pair) and, until the stack is full, any depth. Here each is refused with a reason that has the
+value.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def read_object(text: bytes) -> dict[str, Any]:
     """The JSON object that a text is.
 
     Raises:
-        ValueError: it is none, or holds what this module refuses; the message says what.
+        ValueError: it is not a JSON object, or holds what this module refuses; the message says what.
     """
     try:
         value = json.loads(

@@ -176,7 +176,7 @@ def refuse_other_devices(file: DatabaseFile, path: Path, device: str) -> None:
 
 
 def _by_id(connection: sqlite3.Connection, table: str) -> Iterator[sqlite3.Row]:
-    """Every row: by its number, for a text that is none can't be asked for again."""
+    """Every row: by its number, for a text that is not valid can't be asked for again."""
     last = -(2**63)
     while rows := connection.execute(f"SELECT * FROM {table} WHERE id > ? ORDER BY id LIMIT 1000", (last,)).fetchall():
         yield from rows

@@ -109,7 +109,7 @@ class Case:
         """The problem for given sizes of the dynamic dimensions.
 
         Raises:
-            ProblemError, UsageError: there is none.
+            ProblemError, UsageError: tensors of these sizes don't make a valid one.
         """
         return self.variant.operation.problem(
             {tensor.name: tensor.at(sizes) for tensor in self.inputs}, self.attributes

@@ -187,7 +187,7 @@ def choice(attributes: Attributes, name: str, known: Mapping[str, Any]) -> Any:
     """What an attribute's word stands for.
 
     Raises:
-        UsageError: it is none of the words.
+        UsageError: it is not one of the words that are known.
     """
     word = attributes[name]
     if word not in known:

@@ -123,7 +123,9 @@ class Runner:
             if array.dtype != wanted:
                 raise ProblemError(f"{name} is {array.dtype} and must be {wanted}")
             if not self._context.set_input_shape(name, tuple(array.shape)):
-                raise ProblemError(f"{name} is {array.shape}, which is none of the engine's profiles: {self._reason()}")
+                raise ProblemError(
+                    f"{name} is {array.shape}, which is not in any of the engine's profiles: {self._reason()}"
+                )
             self._bound[name] = array
         outputs = {}
         for name in self.outputs:

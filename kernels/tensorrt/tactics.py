@@ -57,7 +57,7 @@ def tactics(case: Case, device: Device, folder: Path, *, cuda: str, most: int = 
 
     Raises:
         UnsupportedError: no configuration can serve the case ahead of time; the message says why not the default.
-        ProblemError, UsageError: the case is none.
+        ProblemError, UsageError: the case is not valid.
     """
     case.check()
     default = case.kernel.default(case.problem(case.profile.opt), device)

@@ -397,7 +397,7 @@ def test_where_ones_own_database_is_damaged_the_shipped_records_answer(add, fold
             "newer",
         ),
         ("DELETE FROM _sqlite_migrations WHERE name > 's0002'", "an older Tilewright"),
-        ("UPDATE records SET message = CAST(x'ff41' AS TEXT)", "a text that is none"),
+        ("UPDATE records SET message = CAST(x'ff41' AS TEXT)", "a text that is not valid"),
         ("UPDATE records SET registers = 'x'", "record 1 is no record .registers='x' is no integer.: delete that row"),
     ],
 )

@@ -409,7 +409,9 @@ def test_text_that_is_none_is_damage_of_one_row(filled: Path, key: Key) -> None:
         raw.execute("UPDATE records SET message = CAST(x'ff41' AS TEXT)")
     with (
         TuningDB.open(key.device, filled.parent, read_only=True) as db,
-        pytest.raises(DatabaseCorruptError, match=r"holds a text that is none .*: `autotune db check` names the row"),
+        pytest.raises(
+            DatabaseCorruptError, match=r"holds a text that is not valid .*: `autotune db check` names the row"
+        ),
     ):
         db.records(key)
 

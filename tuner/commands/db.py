@@ -58,7 +58,7 @@ def _paths(device: str | None, folder: str | None) -> list[Path]:
 
 
 def warn_of_no_shipped_folder() -> None:
-    """Says that there are no shipped records where a folder was named for them that is none."""
+    """Says that there are no shipped records where what was named for them is not a folder."""
     from tilewright.tuning_db.env import no_shipped_folder
 
     if (reason := no_shipped_folder()) is not None:

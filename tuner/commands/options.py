@@ -82,7 +82,7 @@ def named_workloads(suites: tuple[str, ...], calls: tuple[str, ...], ops: Collec
     """The workloads of suites and of files of calls, of all ops or some.
 
     Raises:
-        UsageError: there is no such suite, or a file is none of calls.
+        UsageError: there is no such suite, or a file is not one of calls.
     """
     from tilewright.tuner.suites import find_suite, read_calls
 

@@ -210,7 +210,7 @@ class Session:
         return results[name]
 
     def _open_file(self, path: Path, outputs: Sequence[str] | None) -> bool:
-        """Loads a file as it is; False if one of the outputs is none of its own, or of a type that NumPy lacks."""
+        """Loads a file as it is; False if one of the outputs is not its own, or of a type that NumPy lacks."""
         self._load(path, path.stat().st_size)
         kinds = {output.name: output.type for output in self._session.get_outputs()}
         self._outputs = list(dict.fromkeys(kinds if outputs is None else outputs))

@@ -22,7 +22,7 @@ def read_calls(path: str | os.PathLike[str]) -> tuple[Workload, ...]:
     over.
 
     Raises:
-        UsageError: the file can't be read, a line is none, or there is none; the message has the place.
+        UsageError: the file can't be read, a line is not a valid call, or there is no call; the message has the place.
     """
     file = Path(path)
     try:

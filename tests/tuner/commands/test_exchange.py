@@ -274,7 +274,7 @@ def test_a_configuration_that_is_none_of_the_kernels_is_refused(autotune, tmp_pa
     good = fill(tmp_path / "good", record(2.0))
     status, _, err = autotune("merge", good, path, "--db", tmp_path / "there")
     assert (status, err.count("\n")) == (2, 1)
-    assert f"{path}: record 1 is none of these kernels (GemmConfig is missing BLOCK_N" in err
+    assert f"{path}: record 1 is not valid for these kernels (GemmConfig is missing BLOCK_N" in err
     assert not (tmp_path / "there").exists()
     out = tmp_path / "out.jsonl"
     autotune("export", "--device", "rtx3090", "--db", tmp_path / "here", "--output", out)

@@ -54,7 +54,7 @@ def open_npy(path: Path) -> ArrayFile:
     """The array of an `.npy` file.
 
     Raises:
-        ModelError: it can't be read or is none.
+        ModelError: it can't be read, or is not a valid one.
     """
     with _refused(path), path.open("rb") as stream:
         shape, dtype, order = _header(stream)
@@ -67,7 +67,7 @@ def open_npz(path: Path) -> dict[str, ArrayFile]:
     """The arrays of an `.npz` file by name.
 
     Raises:
-        ModelError: it can't be read or is none.
+        ModelError: it can't be read, or is not a valid one.
     """
     arrays = {}
     with _refused(path), zipfile.ZipFile(path) as archive:

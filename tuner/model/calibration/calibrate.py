@@ -91,7 +91,7 @@ def observe(
         progress: called after each run of a feed with how many are done, and how many there are in all.
 
     Raises:
-        ModelError: there is no data, a value is none of the model or no float, or is NaN or infinite for some data.
+        ModelError: there is no data, a value is not the model's or not a float, or is NaN or infinite for some data.
         MissingDependencyError, RunError: see `session.run`.
     """
     if not len(feeds):

@@ -88,7 +88,7 @@ def product(node: ir.Node) -> Product:
     """A node as a product.
 
     Raises:
-        UnmatchedError: shapes are unknown, or an `Einsum` is none of two operands with every axis named once.
+        UnmatchedError: shapes are unknown, or an `Einsum` is not of two operands with every axis named once.
     """
     if len(node.inputs) != 2:
         raise UnmatchedError(f"{node.op_type} {node.name!r} has {len(node.inputs)} operands")

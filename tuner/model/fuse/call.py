@@ -181,6 +181,6 @@ def _rows(rows: Rows, shape: Shape) -> Plan:
     found = list(sources(rows.value, view, scaled=False))
     if not found:
         raise UnmatchedError(
-            f"its factor {rows.value.name!r} of shape {static_shape(rows.value)} is none of rows of scores"
+            f"its factor {rows.value.name!r} of shape {static_shape(rows.value)} is not one for rows of scores"
         )
     return min((plan(source, (0, 1, 2)) for source in found), key=lambda each: each.cost)

@@ -27,7 +27,7 @@ Operands = tuple[str, dict[str, tuple[Shape, str]], dict[str, Any]]
 
 
 def problem_of(node: ir.Node) -> Problem | None:
-    """The problem of a node, or None if it is none of an op of ours, or none that its kernel takes.
+    """The problem of a node, or None if it is not of an op of ours, or not one that its kernel takes.
 
     Raises:
         ModelError: the node is fused and the shape of an input is unknown.

@@ -66,7 +66,7 @@ class Budget:
 
 
 def _share(word: str) -> str:
-    """How a percentage is to be written; nothing of what is none."""
+    """How a percentage is to be written; nothing of what is not one."""
     try:
         return f": write {float(word.removesuffix('%')) / 100:g}" if word.endswith("%") else ""
     except ValueError:
