@@ -127,6 +127,12 @@ def pairwise(axes: Mapping[str, Sequence[Any]], *, seed: int = 0, tries: int = 2
     return covering(axes, 2, seed=seed, tries=tries)
 
 
+def assert_every_pair(rows: Sequence[Mapping[str, Any]], axes: Mapping[str, Sequence[Any]]) -> None:
+    """Fails if a pair of values of two axes is in no row, or a value that is on no axis in one."""
+    for one, other in itertools.combinations(axes, 2):
+        assert {(row[one], row[other]) for row in rows} == set(itertools.product(axes[one], axes[other]))
+
+
 def every_value(axes: Mapping[str, Sequence[Any]], *, seed: int = 0) -> list[dict[str, Any]]:
     """As many of the rows of `pairwise` as it takes for every value of every axis to occur."""
     seen: set[tuple[str, str]] = set()

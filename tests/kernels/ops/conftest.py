@@ -1,4 +1,4 @@
-"""What holds of every call that the ops' tests make."""
+"""What holds of every call that the ops' tests make, and what several of them look at."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tilewright.kernels import call as calling
 from tilewright.kernels.arrays import View, kind_of
 from tilewright.kernels.call import NOWHERE, Arrays, New, Operation, Options
+from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.dtypes import dtype
+from tilewright.kernels.problem import Problem
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -33,6 +36,22 @@ def results_are_as_foretold() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Operation, "run_now", checked)
         yield
+
+
+@pytest.fixture
+def problems(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
+    """The problems that calls come down to, as they are prepared."""
+    seen = []
+    original = calling.plan_for
+
+    def plan_for(kernel: Any, problem: Problem, ordinal: int, **options: Any) -> Any:
+        seen.append(problem)
+        return original(kernel, problem, ordinal, **options)
+
+    forget_plans()
+    monkeypatch.setattr(calling, "plan_for", plan_for)
+    yield seen
+    forget_plans()
 
 
 def views_of(operation: Operation, arrays: Arrays, outs: Arrays) -> dict[str, View]:

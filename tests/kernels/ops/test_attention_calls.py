@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from tests.kernels.ops.attention_cases import SMALL, outs_for, run
-from tilewright.kernels import call as calling
 from tilewright.kernels import resolve_device
-from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.dtypes import DTYPES
 from tilewright.kernels.lookup import check_supported
 from tilewright.kernels.ops.attention.api import attention
@@ -23,23 +21,6 @@ from tilewright.tuning_db.errors import (
     UnsupportedProblemError,
     UsageError,
 )
-
-
-@pytest.fixture
-def problems(monkeypatch):
-    """The problems that calls come down to, as they are prepared."""
-    seen = []
-    original = calling.plan_for
-
-    def plan_for(kernel, problem, ordinal, **options):
-        seen.append(problem)
-        return original(kernel, problem, ordinal, **options)
-
-    forget_plans()
-    monkeypatch.setattr(calling, "plan_for", plan_for)
-    yield seen
-    forget_plans()
-
 
 FORMS = {
     "batch": {"causal": True, "window_left": 7},

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.conformance import ACTIVATION_NAMES, SIZES, assert_close, pairwise
+from tests.kernels.conformance import ACTIVATION_NAMES, SIZES, assert_close, assert_every_pair, pairwise
 from tests.kernels.ops.conv2d_cases import A100, conforms, run
-from tilewright.kernels import interpreter, resolve_device
+from tests.kernels.splits import check_splits
+from tilewright.kernels import resolve_device
 from tilewright.kernels.dtypes import DTYPES
-from tilewright.kernels.interpreter import interpret
 from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.ops.conv2d import depthwise, jit
 from tilewright.kernels.ops.conv2d.api import conv2d
@@ -134,8 +134,7 @@ ROWS = list(pairwise(AXES))
 
 
 def test_rows_cover_every_pair():
-    for one, other in itertools.combinations(AXES, 2):
-        assert {(row[one], row[other]) for row in ROWS} == set(itertools.product(AXES[one], AXES[other]))
+    assert_every_pair(ROWS, AXES)
     problems = [problem_of(row) for row in ROWS]
     assert {problem.depthwise for problem in problems} == {problem.padded for problem in problems} == {True, False}
 
@@ -439,28 +438,7 @@ def test_split_k_is_deterministic_and_leaves_its_counters_zero(split, fold, kind
         **(fused or {"bias": "fp32"}),
     )  # fmt: skip
     config = Conv2dConfig(16, 16, 32, SPLIT_K=split, FOLD=fold)
-    (launch,) = CONV2D.launches(problem, config)
-    scratch = {f"{each.name}_ptr": np.zeros(each.elements, each.numpy) for each in launch.scratch}
-    arrays = problem.inputs(1)
-    expected = CONV2D.reference(problem, arrays)["out"]
-
-    def once():
-        out = np.full(expected.shape, np.nan, np.float32)
-        call = {f"{name}_ptr": array for name, array in arrays.items()} | {"out_ptr": out} | scratch
-        call = {argument.name: call.get(argument.name, argument.value) for argument in launch.arguments}
-        interpret(launch.fn, launch.grid, call | dict(launch.constexprs))
-        return out
-
-    first = once()
-    assert_close(first, expected, tolerance(problem)["out"])
-    assert not scratch["counters_ptr"].any()
-    # The workspace may hold anything by then; blocks may finish in any order, and another one comes last.
-    scratch["workspace_ptr"][:] = -7
-    if order == "backwards":
-        programs = np.ndindex
-        monkeypatch.setattr(interpreter.np, "ndindex", lambda *grid: reversed(list(programs(*grid))))
-    np.testing.assert_array_equal(once().view(np.uint32), first.view(np.uint32))
-    assert not scratch["counters_ptr"].any()
+    check_splits(CONV2D, problem, config, monkeypatch, garbage=-7, backwards=order == "backwards")
 
 
 @pytest.mark.parametrize("channels", [1, 31, 33, 64])

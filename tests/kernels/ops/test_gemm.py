@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.conformance import ACTIVATION_NAMES, SIZES, Guarded, assert_close, pairwise
+from tests.kernels.conformance import ACTIVATION_NAMES, SIZES, Guarded, assert_close, assert_every_pair, pairwise
 from tests.kernels.ops.gemm_cases import conforms, out_for, run
-from tilewright.kernels import GemmConfig, GemmProblem, gemm, interpreter, resolve_device
+from tests.kernels.splits import check_splits
+from tilewright.kernels import GemmConfig, GemmProblem, gemm, resolve_device
 from tilewright.kernels import call as calling
 from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.dtypes import DTYPES
 from tilewright.kernels.epilogue import FLOATS
-from tilewright.kernels.interpreter import interpret
 from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.lookup import check_supported
 from tilewright.kernels.ops.gemm import api
@@ -32,23 +32,6 @@ from tilewright.tuning_db.errors import (
     UnsupportedProblemError,
     UsageError,
 )
-
-
-@pytest.fixture
-def problems(monkeypatch):
-    """The problems that calls of `gemm` come down to, as they are prepared."""
-    seen = []
-    original = calling.plan_for
-
-    def plan_for(kernel, problem, ordinal, **options):
-        seen.append(problem)
-        return original(kernel, problem, ordinal, **options)
-
-    forget_plans()
-    monkeypatch.setattr(calling, "plan_for", plan_for)
-    yield seen
-    forget_plans()
-
 
 # Every dtype, epilogue, layout, batch form and size, in pairs
 
@@ -110,8 +93,7 @@ ROWS = list(pairwise(AXES))
 
 
 def test_rows_cover_every_pair():
-    for one, other in itertools.combinations(AXES, 2):
-        assert {(row[one], row[other]) for row in ROWS} == set(itertools.product(AXES[one], AXES[other]))
+    assert_every_pair(ROWS, AXES)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=described)
@@ -213,39 +195,13 @@ def test_any_small_problem_with_any_configuration(data):
 # Split-K
 
 
-def scratch_of(problem, config):
-    (launch,) = GEMM.launches(problem, config)
-    arrays = {f"{scratch.name}_ptr": np.zeros(scratch.elements, scratch.numpy) for scratch in launch.scratch}
-    return launch, arrays
-
-
 @pytest.mark.smoke
 @pytest.mark.parametrize("order", ["forwards", "backwards"])
 @pytest.mark.parametrize("split", [2, 4, 8])
 def test_split_k_is_deterministic_and_leaves_its_counters_zero(split, order, monkeypatch):
     problem = GemmProblem(33, 65, 300, dtype="fp32", batch=2, bias="fp32", activation="silu")
     config = GemmConfig(32, 32, 16, SPLIT_K=split)
-    launch, scratch = scratch_of(problem, config)
-    arrays = problem.inputs(1)
-    expected = GEMM.reference(problem, arrays)["out"]
-
-    def once():
-        out = np.full(expected.shape, np.nan, np.float32)
-        call = {f"{name}_ptr": array for name, array in arrays.items()} | {"out_ptr": out} | scratch
-        call = {argument.name: call.get(argument.name, argument.value) for argument in launch.arguments}
-        interpret(launch.fn, launch.grid, call | dict(launch.constexprs))
-        return out
-
-    first = once()
-    assert_close(first, expected, tolerance(problem)["out"])
-    assert not scratch["counters_ptr"].any()
-    # The workspace may hold anything by then; blocks may finish in any order, and another one comes last.
-    scratch["workspace_ptr"][:] = np.nan
-    if order == "backwards":
-        programs = np.ndindex
-        monkeypatch.setattr(interpreter.np, "ndindex", lambda *grid: reversed(list(programs(*grid))))
-    np.testing.assert_array_equal(once().view(np.uint32), first.view(np.uint32))
-    assert not scratch["counters_ptr"].any()
+    check_splits(GEMM, problem, config, monkeypatch, garbage=np.nan, backwards=order == "backwards")
 
 
 @pytest.mark.parametrize("k", [1, 31, 33, 64])

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from tests.kernels.conformance import Guarded, assert_close, check, pairwise
 from tests.kernels.ops.gemm_cases import conforms, gemm_problems, out_for, run
 from tilewright.kernels import GemmConfig, GemmProblem, call, gemm, resolve_device
-from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.kernel import Tolerance
 from tilewright.kernels.ops.gemm.default import default
 from tilewright.kernels.ops.gemm.grouped import grouped_gemm
@@ -32,23 +31,6 @@ from tilewright.tuning_db.errors import (
     UnsupportedProblemError,
     UsageError,
 )
-
-
-@pytest.fixture
-def problems(monkeypatch):
-    """The problems that calls come down to, as they are prepared."""
-    seen = []
-    original = call.plan_for
-
-    def plan_for(kernel, problem, ordinal, **options):
-        seen.append(problem)
-        return original(kernel, problem, ordinal, **options)
-
-    forget_plans()
-    monkeypatch.setattr(call, "plan_for", plan_for)
-    yield seen
-    forget_plans()
-
 
 # Large tiles, whose epilogue goes through them in pieces
 

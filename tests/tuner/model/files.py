@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,12 @@ def refusal(path: Path, **arguments: Any) -> str:
     assert line.isprintable()
     assert len(line) < 1000
     return line
+
+
+def assert_refused(model: onnx.ModelProto, message: str, folder: Path) -> None:
+    """Fails unless the model, in a file of the folder, is refused with a line in which the pattern is found."""
+    line = refusal(saved(model, folder / "m.onnx"))
+    assert re.search(message, line), line
 
 
 RELU = node("Relu", "x", "y")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from tests.tuner.model.files import RELU, function, node, own, proto, refusal, saved, tensor, value
+from tests.tuner.model.files import RELU, assert_refused, function, node, own, proto, refusal, saved, tensor, value
 from tilewright.tuner.model.reading.read import read_model
 
 
@@ -52,8 +51,7 @@ WRONG: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_models(case: str, tmp_path: Path) -> None:
     make, message = WRONG[case]
-    line = refusal(saved(make(), tmp_path / "m.onnx"))
-    assert re.search(message, line), line
+    assert_refused(make(), message, tmp_path)
 
 
 def test_text_that_is_no_text(tmp_path: Path) -> None:
