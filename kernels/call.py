@@ -249,7 +249,7 @@ class Operation:
 
         Raises:
             ProblemError: arrays of several libraries or GPUs, an output over an input; or what `prepare` says.
-            UsageError: an option of a type that can't be one, a number that is none; or what `prepare` says.
+            UsageError: an option or a number of a type that it can't have; or what `prepare` says.
         """
         # torch.compile reads on to here: what it can't follow must not come before. It says so in every thread.
         compiler = getattr(sys.modules.get("torch"), "compiler", None)
@@ -412,7 +412,7 @@ class Operation:
         """The arrays with numbers that are no floats as such; the very same tuple where there are none.
 
         Raises:
-            UsageError: a number that the input can't be, or something that is none.
+            UsageError: a value that the input can't have.
         """
         for index in self.numbers:
             value = arrays[index]

@@ -65,7 +65,7 @@ def rmsnorm(
         ProblemError: shapes, dtypes or options that don't go together; the message has them.
         UnsupportedError: rows that are not contiguous or at several distances, or a dtype this GPU lacks.
         IllegalConfigError: `config` breaks a limit of the problem or the GPU.
-        UsageError: an option that is none.
+        UsageError: an option of a type or value that it can't have.
         MissingDependencyError: CuPy or a GPU is needed and absent.
         CompileError, LaunchError: the compiler or the driver refused the configuration.
         PackError, NotPackedError: this process's pack can't be used, or lacks the problem (docs/packs.md).
