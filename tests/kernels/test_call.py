@@ -9,6 +9,7 @@ import pytest
 
 from tilewright.kernels import call as calling
 from tilewright.kernels import gemm, rmsnorm
+from tilewright.kernels.arrays import kind_of
 from tilewright.kernels.call import New, Operation, PlannedCall
 from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.problem import Output
@@ -167,6 +168,16 @@ def test_misuse_is_one_line(error, message, call):
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert plan.runs == []
+
+
+def test_an_output_may_replace_an_input_with_one_dimension_of_one_index_more():
+    op, _ = operation()
+    y = Y.copy()
+    run(op, y=y, out=y[None][0:1].reshape(1, 2, 3)[0])
+    np.testing.assert_array_equal(y, X)
+    alike = calling._alike
+    views = [kind_of(array).view(array) for array in (y, y[None], y[:, None], y.T, y[:1])]
+    assert [alike(views[0], view) for view in views] == [True, True, True, False, False]
 
 
 def test_an_output_may_replace_an_input_that_is_read_in_place_and_no_part_of_it():

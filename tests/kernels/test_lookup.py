@@ -227,6 +227,19 @@ def test_the_whole_space_is_looked_at_where_little_of_the_coarse_one_is_usable()
     assert some == [pair for pair in predicted_best(GEMM, PROBLEM, DEVICE, 10**6) if pair[1].num_warps == 4][:3]
 
 
+def test_candidates_take_other_registers_or_warps_each():
+    """Where the code of one spills, that of those that take as many would too."""
+    found = predicted_best(GEMM, PROBLEM, DEVICE, 4, apart=True)
+    takes = [(GEMM.estimate(PROBLEM, config, DEVICE).registers, config.num_warps) for _, config in found]
+    assert len(set(takes)) == len(takes) == 4
+    every = predicted_best(GEMM, PROBLEM, DEVICE, 10_000)
+    assert found[0] == every[0]
+    firsts = {}
+    for pair in every:
+        firsts.setdefault((GEMM.estimate(PROBLEM, pair[1], DEVICE).registers, pair[1].num_warps), pair)
+    assert found == list(firsts.values())[:4]
+
+
 def test_the_callers_configuration_is_checked_and_nothing_takes_its_place(add):
     add(TILES[0])
     with pytest.raises(IllegalConfigError, match="BLOCK_M=24 must be a power of two"):

@@ -203,14 +203,22 @@ MATRIX = {
         (201, 606, 527),
         (4096, 4096, 4096),
         (4096, 4112, 4112),
+        (4096, 4104, 4096),
     ),
     "layouts": tuple(itertools.product(("row", "col"), repeat=2)),
-    "form": ({}, {"groups": 8}, {"batch": 3, "b_broadcast": True, "strided": True}, {"aligned": False}),
+    "form": (
+        {},
+        {"groups": 8},
+        {"batch": 3, "b_broadcast": True, "strided": True},
+        {"aligned": False},
+        {"end_aligned": False},
+    ),
     "gated": (None, "halves", "interleaved"),
     "epilogue": (
         {},
         {"bias": "fp32", "residual": "fp16", "activation": "gelu_erf", "alpha": True},
         {"bias": "fp16", "bias_axis": "m", "activation": "softplus", "out_dtype": "int8", "out_scale": True},
+        {"residual": "bf16", "activation": "softplus"},
     ),
 }
 
@@ -241,6 +249,25 @@ def test_large_defaults_of_hopper_do_not_spill(kind):
     problems += [replace(square, a_scale="tensor", b_scale="tensor", out_dtype="bf16", bias="fp16")]
     problems += [replace(scaled, a_scale="row", bias="fp32", gated="halves", activation="silu")]
     assert_clean(replies(90, [(problem, None) for problem in problems + [replace(each, K=1024) for each in problems]]))
+
+
+@pytest.mark.parametrize("arch", [86, 90, 100, 120])
+def test_large_defaults_of_ragged_ends_do_not_spill(arch):
+    """Residuals that are read element by element take an address for each."""
+    square = GemmProblem(4096, 4096, 4096, b_layout="col", residual="fp16")
+    problems = [
+        replace(square, N=4104, activation="relu"),
+        replace(square, a_scale="row", activation="tanh", end_aligned=False),
+        replace(square, dtype="bf16", residual="bf16", b_scale="column", N=4100, out_dtype="int8", out_scale=True),
+    ]
+    if arch == 90:
+        problems += [replace(square, residual=None, activation="softplus")]
+        problems += [replace(square, residual=None, gated="halves", activation=name) for name in ("silu", "softplus")]
+        problems += [replace(problems[-2], end_aligned=False)]
+    if arch == 86:
+        weights = {"b_dtype": "int8", "b_scale": "group", "group_size": 32, "b_zero": True}
+        problems += [replace(square, residual=None, gated="halves", **weights)]
+    assert_clean(replies(arch, [(problem, None) for problem in problems]))
 
 
 @pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.smoke), 90])

@@ -287,9 +287,10 @@ def test_scales_are_numbers_or_arrays(problems):
     near(gemm(a, b, a_scale=np.full(1, 2, np.float32), b_scale=np.full((1, 1), 3, np.float32)), 6 * product)
     rows, columns = random_array((5,)), random_array((4,))
     near(gemm(a, b, a_scale=rows, b_scale=columns), product * rows[:, None] * columns)
+    near(gemm(a, b, a_scale=rows[:, None], b_scale=columns[None]), product * rows[:, None] * columns)
     assert [(problem.a_scale, problem.b_scale) for problem in problems] == [("tensor", "tensor")] * 2 + [
         ("row", "column")
-    ]
+    ] * 2
 
 
 def test_row_scales_follow_their_rows_through_batches(problems):
@@ -299,8 +300,9 @@ def test_row_scales_follow_their_rows_through_batches(problems):
     bias = random_array((17,))
     near(gemm(a, b, a_scale=scale, bias=bias, bias_axis="m"), expected + bias[:, None])  # not folded
     other = random_array((2, 1, 33, 9))
-    near(gemm(a, other, a_scale=scale), (a.astype(float) @ other) * scale[..., None])  # a loop
-    assert [(problem.M, problem.batch) for problem in problems] == [(51, 1), (17, 3), (51, 1), (51, 1)]
+    for each in (scale, scale[..., None]):
+        near(gemm(a, other, a_scale=each), (a.astype(float) @ other) * scale[..., None])  # a loop
+    assert [(problem.M, problem.batch) for problem in problems] == [(51, 1), (17, 3), *[(51, 1)] * 4]
     single = random_array((1, 17, 33))
     several = random_array((4, 33, 9))
     near(gemm(single, several, a_scale=scale[:1]), (single.astype(float) @ several) * scale[:1, :, None])
@@ -488,15 +490,31 @@ F32 = np.float32
             {"a": A.astype(F32), "b": W8},
         ),
         (UnsupportedProblemError, "a is int8 and b is fp16: they must have one dtype", {"a": A.astype(np.int8)}),
-        (ProblemError, "a_scale is (6,) and must be (1,) or (4,)", {"a_scale": np.ones(6, F32)}),
-        (ProblemError, "b_scale is (4,) and must be (1,) or (6,)", {"b_scale": np.ones(4, F32)}),
+        (ProblemError, "a_scale is (6,) and must be one element or (4,) or (4, 1)", {"a_scale": np.ones(6, F32)}),
+        (ProblemError, "b_scale is (4,) and must be one element or (6,) or (1, 6)", {"b_scale": np.ones(4, F32)}),
         (
             ProblemError,
-            "b_scale is (2, 6) and must be (1,) or (6,) or (1, 6)",
+            "b_scale is (2, 6) and must be one element or (6,) or (1, 6)",
             {"b": W4, "b_scale": np.ones((2, 6), F32)},
         ),
         (ProblemError, "b_scale is (6,) and must be (2, 6)", {"b": W4, "b_scale": np.ones(6, F32), "group_size": 32}),
         (ProblemError, "group_size=-1 must be 32, 64 or 128", {"b": W4, "b_scale": np.ones(6, F32), "group_size": -1}),
+        (ProblemError, "group_size=0 must be 32, 64 or 128", {"b": W4, "b_scale": np.ones(6, F32), "group_size": 0}),
+        (ProblemError, "bias_axis='M' must be n or m", {"bias": np.ones(4, F32), "bias_axis": "M"}),
+        (
+            ProblemError,
+            "gated='half' must be halves or interleaved",
+            {"gated": "half", "residual": np.ones((4, 6), F32)},
+        ),
+        (ProblemError, "gated='halves' needs an even N, not 5", {"b": B[:, :5], "gated": "halves", "out": A[:, :2]}),
+        (
+            UnsupportedProblemError,
+            "are for one B, not one in each of a batch",
+            {"a": np.stack([[A] * 3] * 2), "b": np.stack([[W4]] * 2), "b_zero": W4[0]},
+        ),
+        (ProblemError, "unknown out_dtype=''", {"out_dtype": ""}),
+        (UsageError, "out_dtype=5 must be a name, as 'fp16'", {"out_dtype": 5}),
+        (UsageError, "must be a name, as 'fp16', or a library's dtype: float16", {"out_dtype": np.float64}),
         (
             ProblemError,
             "a_scale is (1, 4) and must be (3, 4)",
@@ -522,7 +540,7 @@ F32 = np.float32
         ),
         (
             UnsupportedProblemError,
-            "b_scale_dtype='int8': scales are fp32",
+            "b_scale of groups is int8 and must be fp32",
             {"b": W4, "b_scale": W8[:2], "group_size": 32},
         ),
         (ProblemError, "b_zero is int8 and must be that of b, uint8", {"b": W4, "b_zero": W8[0]}),
@@ -541,7 +559,7 @@ F32 = np.float32
         ),
         (
             UnsupportedProblemError,
-            "are for one B, not one in each of batch=3",
+            "are for one B, not one in each of a batch",
             {"a": np.stack([A] * 3), "b": np.stack([W4] * 3), "b_zero": W4[0]},
         ),
         (ProblemError, "gated='halves' needs an even N, not 5", {"b": B[:, :5], "gated": "halves"}),
@@ -624,7 +642,7 @@ GROUPED = {"a": A, "b": np.stack([B] * 2), "offsets": np.array([0, 1, 4], np.int
         (ProblemError, "bias is (6,) and must be (2, 6)", {"bias": np.ones(6, F32)}),
         (ProblemError, "residual is (4, 5) and must be (4, 6)", {"residual": np.ones((4, 5), F32)}),
         (ProblemError, "out is (4, 6) and must be (4, 3)", {"gated": "halves", "out": np.ones((4, 6), np.float16)}),
-        (ProblemError, "b_scale is (6,) and must be (1,) or (2, 6) or (2, 1, 6)", {"b_scale": np.ones(6, F32)}),
+        (ProblemError, "b_scale is (6,) and must be one element or (2, 6) or (2, 1, 6)", {"b_scale": np.ones(6, F32)}),
         (
             UnsupportedProblemError,
             "groups=1025 must be from 0 to 1024",
