@@ -252,7 +252,7 @@ def test_large_defaults_of_hopper_do_not_spill(kind):
 
 
 @pytest.mark.parametrize("arch", [86, 90, 100, 120])
-def test_large_defaults_of_ragged_ends_do_not_spill(arch):
+def test_large_defaults_of_crowded_ends_do_not_spill(arch):
     """Residuals that are read element by element take an address for each."""
     square = GemmProblem(4096, 4096, 4096, b_layout="col", residual="fp16")
     problems = [
@@ -264,6 +264,10 @@ def test_large_defaults_of_ragged_ends_do_not_spill(arch):
         problems += [replace(square, residual=None, activation="softplus")]
         problems += [replace(square, residual=None, gated="halves", activation=name) for name in ("silu", "softplus")]
         problems += [replace(problems[-2], end_aligned=False)]
+    if arch == 100:
+        scaled = {"dtype": "int8", "a_scale": "row", "b_scale": "column", "residual": None}
+        problems += [replace(square, activation="softplus", **scaled)]
+        problems += [replace(square, activation="gelu_erf", bias="fp32", alpha=True, end_aligned=False, **scaled)]
     if arch == 86:
         weights = {"b_dtype": "int8", "b_scale": "group", "group_size": 32, "b_zero": True}
         problems += [replace(square, residual=None, gated="halves", **weights)]
