@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tilewright.tuner.packing import build_pack
+    from tilewright.tuner.packing import Packed, build_pack
     from tilewright.tuner.results import Progress, Result, Results
     from tilewright.tuner.sampler import EnumeratedSampler
     from tilewright.tuner.suites import SUITES, Workload, find_suite, read_calls
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "autotune",
     "build_pack",
+    "Packed",
     "Results",
     "Result",
     "Progress",
@@ -54,7 +55,7 @@ __all__ = [
 _HOMES = {
     "autotune": "tilewright.tuner.tune",
     **dict.fromkeys(("Results", "Result", "Progress"), "tilewright.tuner.results"),
-    "build_pack": "tilewright.tuner.packing",
+    **dict.fromkeys(("build_pack", "Packed"), "tilewright.tuner.packing"),
     **dict.fromkeys(("Workload", "SUITES", "find_suite", "read_calls"), "tilewright.tuner.suites"),
     "EnumeratedSampler": "tilewright.tuner.sampler",
     **{name: "tilewright.tuning_db.errors" for name in __all__ if name.endswith("Error")},

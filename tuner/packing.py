@@ -16,6 +16,7 @@ from typing import Any
 from tilewright.kernels.compile import Binary, over_limits, ptxas_version, triton_version
 from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.device import Device
+from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.kernel import Kernel, Launch
 from tilewright.kernels.lookup import Choice, all_ranked, code_hash
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem, as_gemm
@@ -25,8 +26,10 @@ from tilewright.kernels.registry import KERNELS, find_kernel
 from tilewright.tuner.pool import Pool
 from tilewright.tuner.requests import BuildReply, BuildRequest
 from tilewright.tuner.runner import COMPILE_TIMEOUT_S
+from tilewright.tuner.suites import Workload
+from tilewright.tuner.tune import resolve_workloads
 from tilewright.tuning_db.atomic import whole_file
-from tilewright.tuning_db.env import refuse_compiler_switches, refuse_if_frozen
+from tilewright.tuning_db.env import database_dir, refuse_compiler_switches, refuse_if_frozen
 from tilewright.tuning_db.errors import ProblemError, RunError, UsageError
 from tilewright.tuning_db.record import Provenance, Resources, Status
 from tilewright.tuning_db.store import TuningDB
@@ -51,15 +54,15 @@ class Packed:
         return {each: sum(entry.provenance is each for entry in self.entries) for each in Provenance}
 
 
-def problems_on_record(device: Device, folder: Path, ops: Sequence[str] = ()) -> list[tuple[str, Problem]]:
-    """Every problem that a device's own database has a result for, with its op; of those that these kernels know. Of
-    shipped records none.
+def problems_on_record(device: Device, folder: Path, ops: Sequence[str] = ()) -> list[Problem]:
+    """Every problem that a device's own database has a result for, of those that these kernels know. Of shipped records
+    none.
 
     Raises:
         DatabaseError: the database can't be read, or has records of another device.
     """
     known = {kernel.name: kernel for kernel in KERNELS if not ops or kernel.name in ops}
-    found: dict[tuple[str, Problem], None] = {}
+    found: dict[Problem, None] = {}
     with TuningDB.open(device.key, folder, read_only=True) as database:
         database.refuse_other_devices()
         for record in database.best_of_each():
@@ -71,28 +74,38 @@ def problems_on_record(device: Device, folder: Path, ops: Sequence[str] = ()) ->
             except ProblemError:
                 continue  # of another revision, with other fields
             if kernel.supported(problem, device) is None:
-                found[kernel.name, problem] = None
+                found[problem] = None
     return list(found)
 
 
 def build_pack(
-    device: Device,
-    problems: Iterable[tuple[str, Problem]],
-    output: Path,
+    device: str | Device,
+    output: str | os.PathLike[str],
     *,
-    folder: Path,
+    kernels: Sequence[str] | None = None,
+    problems: Iterable[Problem | Workload | str] | None = None,
     constants: PackedConstants | None = None,
     jobs: int | None = None,
+    db: str | os.PathLike[str] | None = None,
 ) -> Packed:
-    """Compile what a program on `device` would run for each problem (an op's name and a `Problem`), and write the pack.
+    """Compile what a program on a device would run for each problem, and write the pack.
 
-    The choice is that of `tilewright.kernels.choose` with the databases of `folder`: the best record, else a
-    prediction, else the default; what turns out not to fit once it is compiled gives way to the next. Beside a
-    convolution of one tap goes the GEMM that Python runs it as. The file is written whole or not at all, and equal
-    choices, code and versions give equal bytes.
+    The choice is that of `tilewright.kernels.choose`: the best record, else a prediction, else the default; what turns
+    out not to fit once it is compiled gives way to the next. Beside a convolution of one tap goes the GEMM that Python
+    runs it as. The file is written whole or not at all, and equal choices, code and versions give equal bytes.
+
+    Args:
+        device: as `autotune` takes it.
+        output: the file; one that is there is replaced.
+        kernels: names of the ops of the problems; all by default.
+        problems: as `autotune` takes them; by default every problem that the device's own database has a result for.
+        constants: further values of numbers that are compiled in, beside their defaults: `{"EPS": [1e-5]}`.
+        jobs: compiling processes; by default one per processor this process may use.
+        db: folder of the databases; by default as `autotune` has it.
 
     Raises:
-        UsageError: nothing to pack, a constant that no problem takes or no call, or a file that can't be written.
+        UsageError: nothing to pack, unknown names, a problem that the device can't run, a constant that no problem
+            takes or no call, or a file that can't be written.
         DatabaseError: the device's database can't be read, or has records of another.
         RunError: no configuration of a problem compiles within the limits.
         WorkerError: no worker process can be started.
@@ -100,15 +113,24 @@ def build_pack(
     """
     refuse_if_frozen("no pack is made")
     refuse_compiler_switches("no pack is made")
-    called = dict.fromkeys(each for op, problem in problems for each in _as_called(op, problem, device))
-    tasks = [_Task(find_kernel(op), problem, device, folder) for op, problem in called]
-    if not tasks:
-        raise UsageError("there is nothing to pack: tune the device first, or name problems or a suite")
+    device = resolve_device(device) if isinstance(device, str) else device
+    output, folder = Path(output), database_dir(db)
+    if problems is not None:
+        chosen = [workload.problem for workload in resolve_workloads(device, kernels, problems)]
+    else:
+        ops = [find_kernel(name).name for name in kernels or ()]
+        chosen = problems_on_record(device, folder, ops)
+        if not chosen:
+            of_ops = f" of {', '.join(ops)}" if ops else ""
+            nothing = f"there is nothing to pack: no result{of_ops} for {device.key} is on record in {folder}"
+            raise UsageError(f"{nothing}: tune the device first, or name problems or a suite")
+    called = dict.fromkeys(each for problem in chosen for each in _as_called(problem, device))
+    tasks = [_Task(find_kernel(problem.op), problem, device, folder) for problem in called]
     if output.exists() and not output.is_file() and not output.is_dir():  # a folder is refused with what is to be done
         raise UsageError(
             f"a pack is a file that programs open by its name: the output can't be {output}, a pipe or a device"
         )
-    chosen = _checked(constants or {}, tasks)
+    values = _checked(constants or {}, tasks)
     # A program goes on without a database that it can't read; what is packed must not hang on that unsaid.
     with TuningDB.open(device.key, folder, read_only=True) as database:
         database.refuse_other_devices()
@@ -116,7 +138,7 @@ def build_pack(
     jobs = jobs if jobs is not None else len(os.sched_getaffinity(0))
     with whole_file(output) as stream:
         with Pool(min(jobs, len(tasks))) as pool:
-            _compile_all(pool, device, tasks, chosen, binaries)
+            _compile_all(pool, device, tasks, values, binaries)
         facts = Facts(
             device=device.key,
             arch=device.arch,
@@ -135,14 +157,14 @@ def build_pack(
     )
 
 
-def _as_called(op: str, problem: Problem, device: Device) -> Iterator[tuple[str, Problem]]:
+def _as_called(problem: Problem, device: Device) -> Iterator[Problem]:
     """A problem, and behind it the one that a call of its op runs in its place: `conv2d` runs one tap as a GEMM, unless
     it is told a convolution's configuration."""
-    yield op, problem
+    yield problem
     if isinstance(problem, Conv2dProblem) and problem.pointwise:
         product = as_gemm(problem)
         if find_kernel(product.op).supported(product, device) is None:
-            yield product.op, product
+            yield product
 
 
 @dataclass

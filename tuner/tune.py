@@ -249,7 +249,7 @@ def resolve_workloads(
             )
         workloads.append(problem if isinstance(problem, Workload) else Workload(str(problem), problem))
     if not workloads:
-        raise UsageError("there is nothing to tune: no workload of these kernels")
+        raise UsageError("there is nothing to do: no workload of these kernels")
     for workload in workloads:
         kernel = find_kernel(workload.op)
         check_supported(kernel, workload.problem, device)

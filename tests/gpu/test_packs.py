@@ -27,7 +27,7 @@ DECODE = AttentionProblem(B=1, H=8, Sq=1, Skv=2048, D=64)
 @pytest.fixture
 def frozen(board: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     output = tmp_path / "gpu.pack"
-    build_pack(board, [("gemm", PRODUCT), ("attention", DECODE)], output, folder=tmp_path, jobs=2)
+    build_pack(board, output, problems=[PRODUCT, DECODE], jobs=2, db=tmp_path)
     monkeypatch.setenv("TILEWRIGHT_PACK", str(output))
     monkeypatch.setenv("TILEWRIGHT_FROZEN", "1")
     monkeypatch.setattr(compile_path, "_compile", None)

@@ -120,7 +120,7 @@ def test_a_device_without_tensor_cores_says_so(autotune, tmp_path: Path) -> None
         (("--device", "sm_86", "--kernel", "gem"), "unknown kernel 'gem'; did you mean gemm?"),
         (("--device", "sm_86", "--suite", "bert"), "unknown suite 'bert'"),
         (("--device", "sm_86", "--suite", "resnet"), "unknown suite 'resnet'; did you mean resnet50?"),
-        (("--device", "sm_86", "--suite", "llama3-8b", "--kernel", "conv2d"), "there is nothing to tune"),
+        (("--device", "sm_86", "--suite", "llama3-8b", "--kernel", "conv2d"), "there is nothing to do"),
         (("--device", "sm_86", "--problem", "M=64,N=64"), "missing K"),
         (("--device", "sm_86", "--problem", "M=64,N=0,K=64"), "N=0 must be from 1"),
         (("--device", "sm_86", "--problem", "M=-1,N=1,K=64"), "M=-1 must be from 1"),

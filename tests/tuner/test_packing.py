@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pack(folder: Path) -> Path:
     output = folder / "rtx3090.pack"
-    packed = build_pack(DEVICE, problems_on_record(DEVICE, folder), output, folder=folder, constants=CONSTANTS, jobs=2)
+    packed = build_pack(DEVICE, output, constants=CONSTANTS, jobs=2, db=folder)
     assert packed.counts()[Provenance.MEASURED] == len(packed.entries) == 4
     assert packed.kernels == 1 + 1 + 3 + 2  # gemm; conv2d; attention twice, with one sum; rmsnorm twice
     assert packed.sha256 == hashlib.sha256(output.read_bytes()).hexdigest()
@@ -138,8 +138,7 @@ def failed(done: subprocess.CompletedProcess[str], error: str) -> str:
 
 def test_what_the_pack_lacks_is_said_with_what_to_do(folder: Path, pack: Path, tmp_path: Path) -> None:
     less = tmp_path / "less.pack"
-    problems = [each for each in problems_on_record(DEVICE, folder) if each[0] != "gemm"]
-    build_pack(DEVICE, [each for each in problems if each[0] == "rmsnorm"], less, folder=folder, jobs=1)
+    build_pack(DEVICE, less, kernels=["rmsnorm"], jobs=1, db=folder)
     line = failed(frozen(less, "call", "gemm"), "NotPackedError")
     asked = 'gemm "M=64,N=64,K=2048,bias=fp16,activation=gelu_erf"'
     assert f"{less} lacks {asked}, and TILEWRIGHT_FROZEN is set" in line
@@ -195,7 +194,7 @@ def rewritten(pack: Path, to: Path, change: Any) -> None:
 def test_equal_contents_give_equal_bytes(folder: Path, pack: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.pack"
     problems = list(reversed(problems_on_record(DEVICE, folder)))
-    build_pack(DEVICE, problems, again, folder=folder, constants=CONSTANTS, jobs=1)
+    build_pack(DEVICE.board, str(again), problems=problems, constants=CONSTANTS, jobs=1, db=folder)
     assert again.read_bytes() == pack.read_bytes()
     assert str(ROOT).encode() not in pack.read_bytes()
     assert b".py" not in pack.read_bytes()
@@ -234,7 +233,7 @@ def choices(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(packing, "all_ranked", ranked)
     monkeypatch.setattr(packing, "Pool", FakePool)
-    return [("gemm", gemm.problem(64, 64, 64))]
+    return [gemm.problem(64, 64, 64)]
 
 
 def built(registers: int = 64, spills: int = 0) -> dict[str, Any]:
@@ -247,7 +246,7 @@ def test_a_choice_that_does_not_fit_gives_way_to_the_next(choices, tmp_path: Pat
     monkeypatch.setattr(
         FakePool, "reply", staticmethod(lambda r: built(spills=8 if r["config"]["BLOCK_M"] == 16 else 0))
     )
-    packed = build_pack(DEVICE, choices, tmp_path / "p", folder=tmp_path)
+    packed = build_pack(DEVICE, tmp_path / "p", problems=choices, db=tmp_path)
     (entry,) = packed.entries
     assert json.loads(entry.config)["BLOCK_M"] == 32
     assert packed.kernels == 1, "the code of the refused choice is no part of the pack"
@@ -257,7 +256,7 @@ def test_a_descriptors_name_leads_to_the_file_it_had(choices, tmp_path: Path, mo
     """The open one is not that any more once the pack has taken its place."""
     monkeypatch.setattr(FakePool, "reply", staticmethod(lambda request: built()))
     with (tmp_path / "p").open("wb") as stream:
-        packed = build_pack(DEVICE, choices, Path(f"/dev/fd/{stream.fileno()}"), folder=tmp_path)
+        packed = build_pack(DEVICE, Path(f"/dev/fd/{stream.fileno()}"), problems=choices, db=tmp_path)
     assert packed.sha256 == hashlib.sha256((tmp_path / "p").read_bytes()).hexdigest()
     assert Pack(tmp_path / "p").entries == packed.entries
 
@@ -279,7 +278,7 @@ def test_what_is_told_is_of_what_was_packed(choices, tmp_path: Path, monkeypatch
     written: list[Path] = []
     content: list[bytes] = []
     monkeypatch.setattr(packing, "whole_file", raced)
-    packed = build_pack(DEVICE, choices, tmp_path / "p", folder=tmp_path)
+    packed = build_pack(DEVICE, tmp_path / "p", problems=choices, db=tmp_path)
     assert (packed.sha256, packed.bytes) == (hashlib.sha256(content[0]).hexdigest(), len(content[0]))
     assert [entry.op for entry in packed.entries] == ["gemm"]
     assert (tmp_path / "p").read_bytes() == b"another's"
@@ -298,10 +297,10 @@ def test_beside_a_convolution_of_one_tap_is_the_product_that_runs_in_its_place(
     )
     conv2d = find_kernel("conv2d")
     one, three = (conv2d.problem(N=1, H=16, W=16, C=64, K=64, R=taps, S=taps) for taps in (1, 3))
-    packed = build_pack(DEVICE, [("conv2d", one), ("conv2d", three)], tmp_path / "p", folder=tmp_path)
+    packed = build_pack(DEVICE, tmp_path / "p", problems=[one, three], db=tmp_path)
     assert [entry.op for entry in packed.entries] == ["conv2d", "conv2d", "gemm"]
     assert packed.entries[-1].problem == as_gemm(one).to_json()
-    again = build_pack(DEVICE, [("conv2d", one), ("gemm", as_gemm(one))], tmp_path / "p", folder=tmp_path)
+    again = build_pack(DEVICE, tmp_path / "p", problems=[one, as_gemm(one)], db=tmp_path)
     assert [entry.op for entry in again.entries] == ["conv2d", "gemm"]
 
 
@@ -309,18 +308,23 @@ def test_when_nothing_fits_the_file_there_was_stays(choices, tmp_path: Path) -> 
     output = tmp_path / "p"
     output.write_text("the one before")
     with pytest.raises(RunError, match=r'^no configuration of gemm "M=64,N=64,K=64" can be packed: refused 32$'):
-        build_pack(DEVICE, choices, output, folder=tmp_path)
+        build_pack(DEVICE, output, problems=choices, db=tmp_path)
     assert output.read_text() == "the one before"
     assert list(tmp_path.iterdir()) == [output]
 
 
 def test_a_mistake_comes_before_any_compiling(choices, tmp_path: Path, monkeypatch) -> None:
-    with pytest.raises(UsageError, match="there is nothing to pack"):
-        build_pack(DEVICE, [], tmp_path / "p", folder=tmp_path)
+    nothing = f"no result of conv2d for {DEVICE.key} is on record in {re.escape(str(tmp_path))}: tune the device first"
+    with pytest.raises(UsageError, match=f"^there is nothing to pack: {nothing}"):
+        build_pack(DEVICE, tmp_path / "p", kernels=["conv2d"], db=tmp_path)
+    with pytest.raises(UsageError, match=r"^there is nothing to do: no workload of these kernels"):
+        build_pack(DEVICE, tmp_path / "p", problems=[], db=tmp_path)
+    with pytest.raises(UsageError, match=r"^no device is called 'rtx3091'"):
+        build_pack("rtx3091", tmp_path / "p", problems=["M=64,N=64,K=64"], db=tmp_path)
     with pytest.raises(UsageError, match=r"no problem to pack takes a constant 'eps' \(they take: none\)"):
-        build_pack(DEVICE, choices, tmp_path / "p", folder=tmp_path, constants={"EPS": [1.0]})
-    rmsnorm = [("rmsnorm", find_kernel("rmsnorm").problem(16, 16))]
-    attention = [("attention", find_kernel("attention").problem(1, 1, 16, 16, 16, softcap=True))]
+        build_pack(DEVICE, tmp_path / "p", problems=choices, db=tmp_path, constants={"EPS": [1.0]})
+    rmsnorm = [find_kernel("rmsnorm").problem(16, 16)]
+    attention = [find_kernel("attention").problem(1, 1, 16, 16, 16, softcap=True)]
     for problems, name, values, wanted in (
         (rmsnorm, "eps", (float("nan"), 1e39, -1), "a finite number of at least 0, of fp32"),
         (rmsnorm, "weight_offset", (1e39, -1e39), "a finite number of fp32"),
@@ -329,10 +333,10 @@ def test_a_mistake_comes_before_any_compiling(choices, tmp_path: Path, monkeypat
     ):
         for value in values:
             with pytest.raises(UsageError, match=rf"^{name}={re.escape(repr(value))} must be {wanted}"):
-                build_pack(DEVICE, problems, tmp_path / "p", folder=tmp_path, constants={name.upper(): [value]})
+                build_pack(DEVICE, tmp_path / "p", problems=problems, db=tmp_path, constants={name.upper(): [value]})
     monkeypatch.setenv("TILEWRIGHT_FROZEN", "1")
     with pytest.raises(UsageError, match="TILEWRIGHT_FROZEN is set: no pack is made"):
-        build_pack(DEVICE, choices, tmp_path / "p", folder=tmp_path)
+        build_pack(DEVICE, tmp_path / "p", problems=choices, db=tmp_path)
     assert not (tmp_path / "p").exists()
 
 
@@ -342,24 +346,24 @@ def test_an_output_that_is_no_file_is_refused(choices, tmp_path: Path) -> None:
     os.mkfifo(pipe)
     for output in (pipe, Path("/dev/null")):
         with pytest.raises(UsageError, match=rf"^a pack is a file .*: the output can't be {output}, a pipe or a dev"):
-            build_pack(DEVICE, choices, output, folder=tmp_path)
+            build_pack(DEVICE, output, problems=choices, db=tmp_path)
     with pytest.raises(UsageError, match=r"is a folder: name a file in it$"):
-        build_pack(DEVICE, choices, tmp_path, folder=tmp_path)
+        build_pack(DEVICE, tmp_path, problems=choices, db=tmp_path)
     assert list(tmp_path.iterdir()) == [pipe]
 
 
 def test_a_database_that_cannot_be_read_is_not_passed_over(choices, tmp_path: Path) -> None:
     (tmp_path / f"{DEVICE.key}.sqlite").write_text("no database " * 99)
     with pytest.raises(DatabaseCorruptError):
-        build_pack(DEVICE, choices, tmp_path / "p", folder=tmp_path)
+        build_pack(DEVICE, tmp_path / "p", problems=choices, db=tmp_path)
     assert not (tmp_path / "p").exists()
 
 
 def test_problems_of_other_revisions_and_ops_are_left_out(folder: Path, tmp_path: Path) -> None:
-    assert {op for op, _ in problems_on_record(DEVICE, folder)} == set(PICKS)
-    assert [op for op, _ in problems_on_record(DEVICE, folder, ["gemm"])] == ["gemm"]
+    assert {problem.op for problem in problems_on_record(DEVICE, folder)} == set(PICKS)
+    assert [problem.op for problem in problems_on_record(DEVICE, folder, ["gemm"])] == ["gemm"]
     assert problems_on_record(DEVICE, tmp_path) == []
-    (_, problem), *_ = problems_on_record(DEVICE, folder, ["gemm"])
+    (problem,) = problems_on_record(DEVICE, folder, ["gemm"])
     key = record_key(find_kernel("gemm"), problem, DEVICE)
     with TuningDB.open(DEVICE.key, tmp_path) as db:
         run = db.start_run(Environment("", "", "", "", "", ""))

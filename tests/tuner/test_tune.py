@@ -330,7 +330,7 @@ def test_what_can_be_asked_for() -> None:
     ("arguments", "error", "message"),
     [
         ({"kernels": ["gem"]}, UnknownKernelError, "unknown kernel 'gem'; did you mean gemm?"),
-        ({"problems": []}, UsageError, "there is nothing to tune"),
+        ({"problems": []}, UsageError, "there is nothing to do"),
         ({"problems": ["M=64,N=64"]}, ProblemError, "missing K"),
         ({"problems": ["M=64,N=64,K=0"]}, ProblemError, "K=0 must be from 1"),
         ({"problems": ["M=64,N=64,K=-3"]}, ProblemError, "K=-3 must be from 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -61,8 +62,7 @@ def pack(
     """
     from tilewright.kernels.devices import resolve_device
     from tilewright.kernels.registry import find_kernel
-    from tilewright.tuner.packing import build_pack, problems_on_record
-    from tilewright.tuner.tune import resolve_workloads
+    from tilewright.tuner.packing import build_pack
     from tilewright.tuning_db.env import FROZEN, PACK
     from tilewright.tuning_db.shipping import refuse_database
 
@@ -72,16 +72,9 @@ def pack(
     target, folder = resolve_device(device), folder_to_read(db)
     ops = [find_kernel(name).name for name in kernels]
     values = _constants(constants)
-    if suites or problems or calls:
-        workloads = resolve_workloads(target, kernels, [*named_workloads(suites, calls, ops), *problems])
-        chosen = [(workload.op, workload.problem) for workload in workloads]
-    else:
-        chosen = problems_on_record(target, folder, ops)
-        if not chosen:
-            of_ops = f" of {', '.join(ops)}" if ops else ""
-            nothing = f"there is nothing to pack: no result{of_ops} for {target.key} is on record in {folder}"
-            raise UsageError(f"{nothing}: tune the device first, or name problems or a suite")
-    packed = build_pack(target, chosen, Path(output), folder=folder, constants=values, jobs=jobs)
+    named = bool(suites or problems or calls)
+    chosen: list[Any] | None = [*named_workloads(suites, calls, ops), *problems] if named else None
+    packed = build_pack(target, output, kernels=kernels, problems=chosen, constants=values, jobs=jobs, db=folder)
     if as_json:
         print_json(
             {
