@@ -16,7 +16,6 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from tilewright.kernels.constants import LARGEST
 from tilewright.tuning_db.errors import ProblemError
 
 Array = np.ndarray[Any, Any]
@@ -96,7 +95,9 @@ def _canonical(name: str) -> str:
         values = [float(text) for text in given]
     except ValueError:
         values = [math.nan]
-    if not all(abs(value) <= LARGEST for value in values):
+    with np.errstate(over="ignore"):
+        kept = np.array(values, np.float32)  # as kernels have them: the largest of fp32 is written in several ways
+    if not np.isfinite(kept).all():
         raise ProblemError(f"activation {name!r}: its parameters must be finite numbers of fp32, as in clamp:0:6")
     if word == "clamp" and values[0] > values[1]:
         raise ProblemError(f"activation {name!r} has a lower bound above the upper one")

@@ -280,9 +280,12 @@ class TorchHostKind(NumpyKind):
         check_tensor(self._torch, None, array)
         kind = np.dtype(dtype(dtype_name(array.dtype)).numpy)
         plain = array.detach()
-        if kind.isbuiltin == 1:
-            return plain.numpy()
-        return plain.view(getattr(self._torch, f"uint{8 * kind.itemsize}")).numpy().view(kind)
+        try:
+            if kind.isbuiltin == 1:
+                return plain.numpy()
+            return plain.view(getattr(self._torch, f"uint{8 * kind.itemsize}")).numpy().view(kind)
+        except RuntimeError as error:  # of a tensor that is no plain memory, as a fake one or a negated view
+            raise UnsupportedError(f"torch can't show a {type(array).__name__} as a NumPy array: {error}") from None
 
     def give_back(self, array: Any, like: Any) -> Any:
         if array.dtype.isbuiltin == 1:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tilewright.kernels.arrays import ArrayKind, View, kind_of
-from tilewright.kernels.constants import checked_number, is_symbolic
+from tilewright.kernels.constants import checked_number, is_real, is_symbolic
 from tilewright.kernels.dispatch import Constants, call_cache, plan_for
 from tilewright.kernels.dtypes import array_dtype_text, dtype
 from tilewright.kernels.interpreter import interpreted, require_interpreter
@@ -285,8 +285,8 @@ class Operation:
 
     def _adopted(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:
         """The call with arrays seen through CuPy, or NumPy: once, not at every use."""
-        self._refuse_libraries(kind_of(arrays[0]), arrays, outs)
         arrays = self._with_numbers(arrays)
+        self._refuse_libraries(kind_of(arrays[0]), arrays, outs)
 
         def seen(names: tuple[str, ...], given: Arrays) -> Arrays:
             return tuple(
@@ -420,7 +420,7 @@ class Operation:
                 continue
             if value.__class__ is float:
                 checked_number(self.inputs[index], value)  # before anything is compiled for it
-            elif _is_real(value):
+            elif is_real(value):
                 arrays = (*arrays[:index], checked_number(self.inputs[index], value), *arrays[index + 1 :])
             elif isinstance(value, str | bytes | numbers.Number | np.generic | list | tuple):
                 raise UsageError(f"{self.inputs[index]}={value!r} must be a real number or an array")
@@ -530,12 +530,6 @@ def _share_memory(kind: ArrayKind, one: Any, other: Any) -> bool:
         # NumPy knows how to find out, and reads nothing at these addresses, which may be a GPU's.
         placed.append(np.asarray(SimpleNamespace(__array_interface__={**place, "version": 3})))
     return np.shares_memory(placed[0], placed[1])
-
-
-def _is_real(value: Any) -> bool:
-    if isinstance(value, numbers.Real):
-        return not isinstance(value, bool)
-    return isinstance(value, np.generic) and array_dtype_text(value.dtype) is None  # ml_dtypes' bf16 and fp8
 
 
 def _type_name(array: Any) -> str:

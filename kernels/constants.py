@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tilewright.kernels.dtypes import array_dtype_text
 from tilewright.tuning_db.errors import UsageError
 
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -50,8 +51,7 @@ def checked_constant(name: str, value: Any) -> float:
     limits = LIMITS[name.upper()]
     if is_symbolic(value):
         value = float(value)
-    # True is a number to Python, and 1 was hardly meant.
-    if isinstance(value, bool) or not isinstance(value, Real) or not limits.least <= as_float(value) <= limits.most:
+    if not is_real(value) or not limits.least <= as_float(value) <= limits.most:
         raise UsageError(f"{name.lower()}={value!r} must be {limits.wanted}")
     return as_float(value)
 
@@ -73,6 +73,13 @@ def checked_number(name: str, value: Any) -> float:
     if not abs(number) <= LARGEST:
         raise UsageError(f"{name}={value!r} must be a finite number of fp32")
     return number
+
+
+def is_real(value: Any) -> bool:
+    """Whether it is a real number of Python's, NumPy's or ml_dtypes'. True is one to Python, and 1 was hardly meant."""
+    if isinstance(value, Real):
+        return not isinstance(value, bool)
+    return isinstance(value, np.generic) and array_dtype_text(value.dtype) is None  # bf16 and fp8
 
 
 def is_symbolic(value: Any) -> bool:

@@ -128,8 +128,10 @@ def wanted_dtype(value: Any) -> str | None:
     """
     if value is None or value.__class__ is str:
         return value
+    if isinstance(value, str):
+        return str.__str__(value)
     try:
         return dtype_name(np.dtype(value) if isinstance(value, type) else value)
-    except (UnsupportedError, TypeError):
+    except (UnsupportedError, TypeError, ValueError):  # NumPy's of classes that have a `dtype` of another kind
         names = ", ".join(_ARRAY_NAMES)
         raise UsageError(f"out_dtype={value!r} must be a name, as 'fp16', or a library's dtype: {names}") from None

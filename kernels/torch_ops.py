@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import string
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,11 @@ from tilewright.tuning_db.errors import MissingDependencyError, ProblemError, Un
 torch: Any = sys.modules.get("torch")
 if torch is None:
     raise MissingDependencyError("tilewright.kernels.torch_ops registers operators with torch: import torch before it")
+
+if "reason" not in inspect.signature(torch.compiler.disable).parameters:
+    raise MissingDependencyError(
+        f"calls inside torch.compile and torch.export need torch 2.8 or newer, and this is {torch.__version__}"
+    )
 
 NAMESPACE = "tilewright"
 

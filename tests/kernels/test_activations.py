@@ -160,6 +160,7 @@ def test_parameters_have_one_spelling(given, canonical):
         ("relu:1", "activation 'relu:1' has 1 parameters; relu takes 0"),
         ("clamp:a:b", "its parameters must be finite numbers of fp32, as in clamp:0:6"),
         ("leaky_relu:1e39", "its parameters must be finite numbers of fp32"),
+        ("clamp:0:3.403e38", "its parameters must be finite numbers of fp32"),
         ("leaky_relu:nan", "its parameters must be finite numbers"),
         ("clamp:0:inf", "its parameters must be finite numbers"),
         ("clamp:6:0", "activation 'clamp:6:0' has a lower bound above the upper one"),
@@ -183,3 +184,10 @@ def test_softplus_keeps_its_digits_where_it_is_small():
 def test_the_device_function_refuses_a_name_it_does_not_know():
     with pytest.raises(Exception, match="unknown activation"):
         on_device("swosh", np.zeros(4, np.float32))
+
+
+@pytest.mark.parametrize("largest", ["3.4028235e38", "3.40282347e+38", "3.4028234663852886e+38"])
+def test_the_largest_number_is_taken_however_it_is_written(largest):
+    for text in (f"clamp:0:{largest}", f"clamp:-{largest}:{largest}", f"leaky_relu:{largest}"):
+        name = activation_name(text)
+        assert activation_name(name) == name

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import triton.language as tl
 
-from tilewright.kernels.dtypes import DTYPES, dtype, dtype_name
-from tilewright.tuning_db.errors import ProblemError, UnsupportedError
+from tilewright.kernels.dtypes import DTYPES, dtype, dtype_name, wanted_dtype
+from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
 
 NAMES = ("fp16", "bf16", "fp32", "int8", "int32", "uint8", "fp8e4m3", "fp8e5m2", "int4")
 
@@ -95,3 +95,37 @@ def test_arrays_of_other_types_are_refused(text):
 def test_unknown_names_are_refused(name):
     with pytest.raises(ProblemError, match=r"^unknown dtype .*; the names are fp16, bf16, fp32, int8, int32"):
         dtype(name)
+
+
+class Text(str):
+    """As enumerations of texts are."""
+
+
+class Odd:
+    """A class that NumPy asks for its dtype."""
+
+    dtype = property(lambda self: "odd")
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (None, None),
+        ("fp16", "fp16"),
+        (Text("bf16"), "bf16"),
+        (np.str_("fp16"), "fp16"),
+        (np.float16, "fp16"),
+        (np.dtype(ml_dtypes.bfloat16), "bf16"),
+        (ml_dtypes.float8_e4m3fn, "fp8e4m3"),
+    ],
+)
+def test_results_dtypes_are_named_or_given_as_libraries_have_them(value, name):
+    found = wanted_dtype(value)
+    assert found == name
+    assert type(found) in (str, type(None))
+
+
+@pytest.mark.parametrize("value", [5, np.float64, Odd, ["fp16"], object()])
+def test_what_is_no_dtype_of_a_result(value):
+    with pytest.raises(UsageError, match=r"^out_dtype=.* must be a name, as 'fp16', or a library's dtype: float16, "):
+        wanted_dtype(value)

@@ -1,4 +1,4 @@
-"""Workloads from what a program called: the files that `$TILEWRIGHT_CALLS` makes (`kernels.calls`)."""
+"""Workloads from what a program called: the files that `$TILEWRIGHT_CALLS` makes (`kernels.call_log`)."""
 
 from __future__ import annotations
 

@@ -118,7 +118,8 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
     for the tuner to find.
     """
     halves = problem.gated == "halves"  # with a sum of each, beside which 256 columns leave room for little
-    if problem.b_dtype is not None or problem.K < 256 or (_crowded(problem, device) and not halves):
+    crowded = _crowded(problem, device)
+    if problem.b_dtype is not None or problem.K < 256:
         return None
     # Results of 4 bytes take a place in shared memory beside the next tile's operands, and what the epilogue needs
     # registers: with Triton 3.9 an activation spills, and so do a bias and scales by row or column together.
@@ -127,7 +128,9 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
     light = light and (problem.bias is None or (problem.bias_axis == "n" and not vectors))
     special = light and problem.residual is None and not problem.gated and dtype(problem.output_dtype).bytes < 4
     if problem.unit in ("fp16", "bf16"):
-        if halves and (vectors or problem.residual is not None or not problem.end_aligned or _crowded(problem, device)):
+        if crowded and not halves:
+            config = GemmConfig(128, 64, 64, num_warps=8, num_stages=4)
+        elif halves and (vectors or problem.residual is not None or not problem.end_aligned or crowded):
             config = GemmConfig(128, 128, 64, num_warps=8, num_stages=4)
         elif problem.K > FEW_PRODUCTS or not special:
             config = GemmConfig(128, 256, 64, num_warps=8, num_stages=4)
@@ -137,6 +140,8 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
             config = GemmConfig(128, 256, 64, num_warps=4, num_stages=3, WARP_SPECIALIZE=True)
     elif problem.unit not in ("int8", "fp8") or (problem.a_layout, problem.b_layout) != ("row", "col"):
         return None  # wgmma takes 8-bit operands as they lie, along K
+    elif crowded and not halves:
+        return None
     elif problem.unit == "fp8" or (halves and (problem.bias is not None or problem.residual is not None)):
         config = GemmConfig(128, 128, 128, num_warps=8, num_stages=4)  # of fp8 there are two sums of each tile, too
     elif not special:

@@ -279,7 +279,7 @@ F = np.float32
         (UsageError, "softcap=nan must be a number above 0", {"softcap": float("nan")}),
         (UsageError, "max_seqlen_q=0 must be at least 1", VARLEN | {"max_seqlen_q": 0}),
         (UsageError, "config must be an AttentionConfig, not {'BLOCK_M': 16}", {"config": {"BLOCK_M": 16}}),
-        (UsageError, "out_dtype=['fp16'] can't be a list", {"out_dtype": ["fp16"]}),
+        (UsageError, "out_dtype=['fp16'] must be a name, as 'fp16'", {"out_dtype": ["fp16"]}),
         (IllegalConfigError, "BLOCK_M=24 must be a power of two", {"config": AttentionConfig(24, 16)}),
         (IllegalConfigError, "SPLIT_KV=3 must be a power of two", {"config": AttentionConfig(16, 16, SPLIT_KV=3)}),
         (IllegalConfigError, "PACK=1 must be true or false", {"config": AttentionConfig(16, 16, PACK=1)}),

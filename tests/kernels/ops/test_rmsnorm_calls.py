@@ -198,7 +198,7 @@ X, W = np.ones((4, 8), np.float16), np.ones(8, np.float16)
         (ProblemError, "out is fp32 and out_dtype='fp16'", {"out": np.ones((4, 8), np.float32), "out_dtype": "fp16"}),
         (ProblemError, "out is fp16 and out_dtype='half': leave one out", {"out": X.copy(), "out_dtype": "half"}),
         (ProblemError, "unknown out_dtype='half': rmsnorm takes fp16", {"out_dtype": "half"}),
-        (UsageError, "out_scale=0.0 must be a number above 0", {"out_scale": 0.0, "out_dtype": "int8"}),
+        (UsageError, "out_scale=0.0 must be a number of fp32 above 0", {"out_scale": 0.0, "out_dtype": "int8"}),
         (ProblemError, "residual_out is (8,) and must be (4, 8)", {"residual": X, "residual_out": W.copy()}),
         (ProblemError, "return_residual and residual_out need a residual", {"return_residual": True}),
         (ProblemError, "return_residual and residual_out need a residual", {"residual_out": X.copy()}),
