@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from tilewright.kernels import GemmConfig, attention, conv2d, gemm, rmsnorm
 from tilewright.kernels.call import OPERATIONS
 from tilewright.tuning_db.env import compiling_environment
-from tilewright.tuning_db.errors import UnsupportedError
+from tilewright.tuning_db.errors import UnsupportedError, UsageError
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -229,6 +230,25 @@ def test_inductors_code_gives_what_an_eager_call_does(call: Any, arguments: Any)
         return call(*(array * 1 for array in arrays))
 
     assert_same(torch.compile(between, fullgraph=True)(*arguments), between(*arguments))
+
+
+@pytest.mark.parametrize("alpha", [ml_dtypes.bfloat16(0.5), np.float32(0.5), 2])
+def test_numbers_beside_tensors_on_the_host_are_those_beside_arrays(alpha: Any) -> None:
+    x, w = randn(8, 32), randn(32, 16)
+    assert torch.equal(gemm(x, w, alpha=alpha), gemm(x, w, alpha=float(alpha)))
+
+
+@pytest.mark.parametrize("alpha", ["0.5", [0.5], 1j, np.True_])
+def test_what_is_no_number_is_said_alike_too(alpha: Any) -> None:
+    x, w = randn(8, 32), randn(32, 16)
+    for arrays in ((x, w), (x.numpy(), w.numpy())):
+        with pytest.raises(UsageError, match=r"^alpha=.* must be a real number or an array$"):
+            gemm(*arrays, alpha=alpha)
+
+
+def test_a_tensor_that_is_no_plain_memory_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"^a: torch can't show a Tensor as a NumPy array: "):
+        gemm(torch._neg_view(randn(8, 32)), randn(32, 16))
 
 
 def test_importing_it_without_torch_says_what_to_do() -> None:
