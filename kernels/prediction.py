@@ -510,12 +510,11 @@ def follow_cycles(work: Work, device: Device, rate: float, resident: int, withou
     copy have filled by then.
     """
     ends = end_cycles(work, rate, without)
-    if Term.LAUNCH in without:
-        return ends
+    launched = Term.LAUNCH not in without
     if work.persistent:
         filled = fill_cycles(work, rate, without) if work.specialized else 0.0
-        return ends - BLOCK_START_CYCLES - filled
-    return ends + (BLOCK_GAP_CYCLES.get(device.arch, 0) if resident == 1 else 0)
+        return ends - (BLOCK_START_CYCLES if launched else 0) - filled
+    return ends + (BLOCK_GAP_CYCLES.get(device.arch, 0) if launched and resident == 1 else 0)
 
 
 def uneven_tiles(work: Work, concurrent: int) -> float:

@@ -6,6 +6,7 @@ set, is left as it is: so xdist's workers, which don't know pytest's arguments, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -35,6 +36,13 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if gpu_wanted else "1")
 
 # Answers must not hang on what is shipped for a board; the tests of shipped records name a folder of their own.
 os.environ["TILEWRIGHT_SHIPPED"] = "0"
+
+# The same examples in every run: what random ones find belongs in a test, not in whoever runs the tests next.
+with contextlib.suppress(ImportError):  # on a GPU's machine, where no test needs it
+    from hypothesis import settings
+
+    settings.register_profile("tilewright", derandomize=True)
+    settings.load_profile("tilewright")
 
 # A shell's background jobs ignore Ctrl-C, and what a test starts would ignore it too, and never end.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from tilewright.kernels import prediction
@@ -424,8 +424,9 @@ def test_one_tile_follows_another() -> None:
     assert fill == 600 + 16384 / 40
     special = replace(again, specialized=True)
     assert follow(special, H200, resident=1) == ends - prediction.BLOCK_START_CYCLES - fill
-    for one in (work, again, special):
-        assert follow(one, H200, resident=1, without={Term.LAUNCH}) == ends - prediction.BLOCK_START_CYCLES
+    for one, filled in ((work, 0), (again, 0), (special, fill)):
+        unlaunched = follow(one, H200, resident=1, without={Term.LAUNCH})
+        assert unlaunched == ends - prediction.BLOCK_START_CYCLES - filled
 
 
 def test_dram_moves_bandwidth_times_time() -> None:
@@ -650,6 +651,8 @@ def test_more_traffic_is_never_faster(case: tuple[GemmProblem, GemmConfig, Devic
         assert predict(worse, resources, device).time_us >= time_us
 
 
+# What copies beside the dots fills the next tile's pipeline, whether launches cost anything or not.
+@example((GemmProblem(1, 4096, 8), GemmConfig(128, 16, 16, 1, 1, 4, 1, True, True, True), T4), Term.LAUNCH)
 @PROPERTY
 @given(cases(), st.sampled_from(sorted(Term)))
 def test_a_cost_left_out_is_never_a_cost(case: tuple[GemmProblem, GemmConfig, Device], term: Term) -> None:
