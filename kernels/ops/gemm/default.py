@@ -66,9 +66,11 @@ def default(problem: GemmProblem, device: Device) -> GemmConfig:
 
 def _crowded(problem: GemmProblem, device: Device) -> bool:
     """Whether more than 32 sums a thread spill, with Triton 3.6 or 3.9: beside a residual that is read element by
-    element, with an address for each, whatever the pieces of the epilogue; by what softplus computes, on sm_90 and
-    sm_100, or any activation of int8 on sm_100; by the zero points of groups for two halves."""
-    by_element = problem.residual is not None and (not problem.end_aligned or problem.columns_out % 16 > 0)
+    element, with an address for each, whatever the pieces of the epilogue, and on Hopper beside an activation of fp8
+    (whose tile has two sums) that is written so; by what softplus computes, on sm_90 and sm_100, or any activation of
+    int8 on sm_100; by the zero points of groups for two halves."""
+    fp8 = device.hopper and problem.unit == "fp8" and problem.activation != "none"
+    by_element = (problem.residual is not None or fp8) and (not problem.end_aligned or problem.columns_out % 16 > 0)
     softplus = device.major in (9, 10) and problem.activation == "softplus"
     int8 = device.major == 10 and problem.unit == "int8" and problem.activation != "none"
     return by_element or softplus or int8 or (problem.b_zero and problem.group_size > 0 and problem.gated == "halves")
