@@ -64,13 +64,18 @@ def default(problem: GemmProblem, device: Device) -> GemmConfig:
     return config
 
 
+def _ragged(problem: GemmProblem) -> bool:
+    """Whether what the epilogue reads and writes goes element by element."""
+    return not problem.end_aligned or problem.columns_out % 16 > 0
+
+
 def _crowded(problem: GemmProblem, device: Device) -> bool:
     """Whether more than 32 sums a thread spill, with Triton 3.6 or 3.9: beside a residual that is read element by
     element, with an address for each, whatever the pieces of the epilogue, and on Hopper beside an activation of fp8
     (whose tile has two sums) that is written so; by what softplus computes, on sm_90 and sm_100, or any activation of
     int8 on sm_100; by the zero points of groups for two halves."""
     fp8 = device.hopper and problem.unit == "fp8" and problem.activation != "none"
-    by_element = (problem.residual is not None or fp8) and (not problem.end_aligned or problem.columns_out % 16 > 0)
+    by_element = (problem.residual is not None or fp8) and _ragged(problem)
     softplus = device.major in (9, 10) and problem.activation == "softplus"
     int8 = device.major == 10 and problem.unit == "int8" and problem.activation != "none"
     return by_element or softplus or int8 or (problem.b_zero and problem.group_size > 0 and problem.gated == "halves")
@@ -129,10 +134,12 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
     light = problem.activation == "none" and not (problem.alpha or problem.out_scale)
     light = light and (problem.bias is None or (problem.bias_axis == "n" and not vectors))
     special = light and problem.residual is None and not problem.gated and dtype(problem.output_dtype).bytes < 4
+    narrow = crowded and (not halves or problem.residual is not None)
+    ragged = _ragged(problem)
     if problem.unit in ("fp16", "bf16"):
-        if crowded and not halves:
+        if narrow or (ragged and not halves and not special):
             config = GemmConfig(128, 64, 64, num_warps=8, num_stages=4)
-        elif halves and (vectors or problem.residual is not None or not problem.end_aligned or crowded):
+        elif ragged or (halves and (vectors or problem.residual is not None or crowded)):
             config = GemmConfig(128, 128, 64, num_warps=8, num_stages=4)
         elif problem.K > FEW_PRODUCTS or not special:
             config = GemmConfig(128, 256, 64, num_warps=8, num_stages=4)
@@ -142,9 +149,9 @@ def _described(problem: GemmProblem, device: Device) -> GemmConfig | None:
             config = GemmConfig(128, 256, 64, num_warps=4, num_stages=3, WARP_SPECIALIZE=True)
     elif problem.unit not in ("int8", "fp8") or (problem.a_layout, problem.b_layout) != ("row", "col"):
         return None  # wgmma takes 8-bit operands as they lie, along K
-    elif crowded and not halves:
+    elif narrow:
         return None
-    elif problem.unit == "fp8" or (halves and (problem.bias is not None or problem.residual is not None)):
+    elif problem.unit == "fp8" or (ragged and light) or (halves and (problem.bias or problem.residual)):
         config = GemmConfig(128, 128, 128, num_warps=8, num_stages=4)  # of fp8 there are two sums of each tile, too
     elif not special:
         config = GemmConfig(128, 256, 128, num_warps=8, num_stages=3)

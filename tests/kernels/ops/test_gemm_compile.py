@@ -264,6 +264,12 @@ def test_large_defaults_of_crowded_ends_do_not_spill(arch):
         problems += [replace(square, residual=None, activation="softplus")]
         problems += [replace(square, residual=None, gated="halves", activation=name) for name in ("silu", "softplus")]
         problems += [replace(problems[-2], end_aligned=False)]
+        scaled = {"N": 8184, "a_scale": "row", "residual": None, "activation": "hardswish"}
+        problems += [replace(square, b_scale="column", out_dtype="fp8e4m3", out_scale=True, **scaled)]
+        problems += [replace(square, N=4104, residual=None), GemmProblem(4096, 4104, 4096, "int8", b_layout="col")]
+        problems += [replace(problems[-1], a_scale="row", b_scale="column", out_dtype="bf16")]
+        halves = {"dtype": "bf16", "gated": "halves", "bias": "fp32", "activation": "silu"}
+        problems += [replace(square, **{**scaled, **halves, "residual": "fp16"})]
     if arch == 100:
         scaled = {"dtype": "int8", "a_scale": "row", "b_scale": "column", "residual": None}
         problems += [replace(square, activation="softplus", **scaled)]
