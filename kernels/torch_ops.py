@@ -141,9 +141,8 @@ def traced(operation: Operation, arrays: Arrays, outs: Arrays, options: Options)
         if number:
             arrays = (*arrays[:place], None, *arrays[place + 1 :])
     told = [KINDS[kind].to_torch(value) for kind, value in zip(operation.options.values(), options, strict=True)]
-    given = [out is not None for out in outs]
     operators = getattr(torch.ops, NAMESPACE)
-    if any(given):
+    if any(out is not None for out in outs):
         made = getattr(operators, f"{operation.name}_out")(*arrays, *numbers, *told, *outs)
     else:
         made = getattr(operators, operation.name)(*arrays, *numbers, *told)

@@ -26,6 +26,7 @@ from tilewright.kernels.ops.gemm.operands import (
     check_ends,
     check_rows,
     dtypes_of,
+    is_empty,
     matrix_of,
     scales_of,
 )
@@ -144,8 +145,7 @@ def _results(views: dict[str, View], options: tuple[Any, ...]) -> tuple[New, ...
 def _sizes(views: dict[str, View]) -> tuple[int, int, int, int]:
     """M, K, N and the number of groups."""
     a, b = views["a"].shape, views["b"].shape
-    empty = any(size.__class__ is int and size == 0 for size in a + b)  # of torch's symbols nobody can say
-    if len(a) != 2 or len(b) != 3 or empty:
+    if len(a) != 2 or len(b) != 3 or is_empty(*a, *b):
         raise ProblemError(f"a is {a} and b is {b}: they must be (M, K) and (groups, K, N), none of them 0")
     check_depth(views)
     return a[0], a[1], b[2], b[0]

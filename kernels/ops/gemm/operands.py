@@ -39,7 +39,7 @@ def shapes_of(views: dict[str, View], *, gated: str | None, bias_axis: str) -> t
     batch = _broadcast(a[:-2], b[:-2])
     if batch is None:
         raise ProblemError(f"a is {a} and b is {b}: the leading dimensions don't broadcast")
-    if any(size.__class__ is int and size == 0 for size in (m, n, k, *batch)):  # of torch's symbols nobody can say
+    if is_empty(m, n, k, *batch):
         raise ProblemError(f"a is {a} and b is {b}: no dimension may be 0")
     shape = (*batch, m, n // 2 if gated else n)
     if "bias" in views:
@@ -52,6 +52,11 @@ def shapes_of(views: dict[str, View], *, gated: str | None, bias_axis: str) -> t
     if "out" in views and views["out"].shape != shape:
         raise ProblemError(f"out is {views['out'].shape} and must be {shape}")
     return m, k, n, batch
+
+
+def is_empty(*sizes: int) -> bool:
+    """Whether one of them is 0; of torch's symbols nobody can say."""
+    return any(size.__class__ is int and size == 0 for size in sizes)
 
 
 def check_ends(n: int, gated: str | None, bias_axis: str) -> None:
