@@ -10,6 +10,7 @@ already count that.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -447,3 +448,14 @@ CATALOGUE: tuple[Device, ...] = (
         aliases=("pro6000", "rtxpro6000-blackwell", "pro6000-blackwell"),
     ),
 )
+
+
+def supported_archs() -> str:
+    """The archs of the catalogue, for a message."""
+    return f"supported: {', '.join(f'sm_{arch}' for arch in REFERENCE_BOARDS)}"
+
+
+def normalise(name: str) -> str:
+    """A device name without what people write differently: case, separators, `NVIDIA GeForce` in front."""
+    text = re.sub(r"[^a-z0-9]", "", name.lower())
+    return re.sub(r"^(?:nvidia|geforce|tesla|quadro)+", "", text)

@@ -9,8 +9,9 @@ from typing import Any
 from tilewright.kernels.call_log import note
 from tilewright.kernels.compile import Binary
 from tilewright.kernels.device import Device
-from tilewright.kernels.devices import catalogue_device, live_devices
+from tilewright.kernels.devices import catalogue_device
 from tilewright.kernels.kernel import Kernel, Launch
+from tilewright.kernels.live import live_devices
 from tilewright.kernels.lookup import LIGHTER, Choice, candidates, default_config, pack_for
 from tilewright.kernels.problem import Config, Problem
 from tilewright.kernels.runtime import GpuPlan, InterpretedPlan, Plan

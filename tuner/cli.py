@@ -7,18 +7,15 @@ Results go to stdout, everything else to stderr.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from typing import Any, NoReturn
 
 import click
-from rich.console import Console
 
 from tilewright.tuner.commands import db, exchange, listing, pack
-from tilewright.tuner.commands.db import warn_of_no_shipped_folder
 from tilewright.tuner.commands.ending import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -30,24 +27,23 @@ from tilewright.tuner.commands.ending import (
     heed_sigterm,
     status_of,
 )
-from tilewright.tuner.commands.model import check_options, model_options, run_model
+from tilewright.tuner.commands.model import ModelOptions, model_options, run_model
 from tilewright.tuner.commands.options import (
+    Asked,
     Group,
     calls_option,
     db_option,
     jobs_option,
     json_option,
-    named_workloads,
 )
 from tilewright.tuner.commands.output import (
     ClosedPipeError,
     StdoutError,
     let_go_of_stdout,
-    print_table,
     settle_streams,
 )
-from tilewright.tuning_db.errors import TilewrightError, UsageError
-from tilewright.tuning_db.text import printable
+from tilewright.tuner.commands.tune import run_tuning
+from tilewright.tuning_db.errors import TilewrightError
 
 
 @dataclass
@@ -181,7 +177,7 @@ def cli(
     as_json: bool,
     quiet: bool,
     debug: bool,
-    **of_model: Any,
+    **values_of_model: Any,
 ) -> None:
     """Find the fastest configuration of each kernel for a GPU, here or absent, and remember it.
 
@@ -202,48 +198,20 @@ def cli(
         return
     if device is None:
         raise click.UsageError("--device is missing: name an arch (sm_86), a board (rtx3090) or a live GPU (cuda:0)")
-    check_options({**context.params})
-    from tilewright.kernels.devices import resolve_device
-    from tilewright.tuner.commands import report
-    from tilewright.tuner.suites.workload import distinct
-    from tilewright.tuner.tune import TuningOptions, planned, tune
-    from tilewright.tuning_db.env import database_dir
+    of_model = ModelOptions(**values_of_model)
+    of_model.check(
+        {"--kernel": kernels, "--problem": problems, "--suite": suites, "--calls": calls, "--storage": storage}
+    )
+    from tilewright.tuner.tune import TuningOptions
 
     options = TuningOptions(
         trials=trials, timeout=timeout, jobs=jobs, workers=workers, db=db, storage=storage, retune=retune
     )
-    if of_model["model"] is not None:
-        run_model(context, {**context.params}, options, as_json=as_json, quiet=quiet)
-        return
-    errors = Console(stderr=True)
-    target = resolve_device(device)
-    chosen: list[Any] | None = None
-    if suites or problems or calls:
-        chosen = [*named_workloads(suites, calls, kernels), *problems]
-    # Before the first line is printed: a mistake is then the only line.
-    plan = planned(target, options, kernels, chosen)
-    plan = replace(plan, workloads=distinct(plan.workloads))  # suites overlap
-    warn_of_no_shipped_folder()
-    with report.ProgressView(errors, quiet, report.describe_device(target)) as progress:
-        results = tune(plan, progress)
-    if results.set_aside is not None:
-        errors.print(f"a damaged database was set aside as {results.set_aside}", markup=False, soft_wrap=True)
-    for reason in results.lost_workers:
-        errors.print(f"the other workers did the work of one: {reason}", markup=False, soft_wrap=True)
-    if as_json:
-        click.echo(report.to_json(results))
+    if of_model.model is not None:
+        run_model(context, device, of_model, options, as_json=as_json, quiet=quiet)
     else:
-        print_table(report.results_table(results))
-        for line in report.failure_lines(results):
-            click.echo(printable(line))
-        if not quiet:
-            default = None
-            with contextlib.suppress(UsageError):  # no home, or a folder in one that there is not
-                default = database_dir()
-            for line in report.closing_lines(results, default):
-                errors.print(line, markup=False, highlight=False, soft_wrap=True)
-    if all(result.config is None for result in results.results):
-        context.exit(EXIT_FAILED)
+        asked = Asked(kernels, problems, suites, calls)
+        run_tuning(context, device, asked, options, as_json=as_json, quiet=quiet)
 
 
 for command in (

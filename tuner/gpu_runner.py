@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tilewright.kernels.device import Device
-from tilewright.kernels.devices import live_devices
 from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.live import live_devices
 from tilewright.kernels.lookup import TIMING_PROTOCOL
 from tilewright.kernels.prediction import predict
 from tilewright.kernels.problem import Config, Problem

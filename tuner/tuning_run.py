@@ -14,8 +14,8 @@ from typing import Any
 
 from tilewright.kernels.compile import ptxas_version, triton_version
 from tilewright.kernels.device import Device
-from tilewright.kernels.devices import driver_versions
 from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.live import driver_versions
 from tilewright.kernels.lookup import TIMING_PROTOCOL, prediction_protocol, record_key, remember
 from tilewright.kernels.prediction import roofline_us
 from tilewright.kernels.problem import Config, Problem

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Union
 
-from tilewright.kernels.devices import live_cuda, resolve_device
+from tilewright.kernels.devices import resolve_device
+from tilewright.kernels.live import live_cuda
 from tilewright.kernels.lookup import check_supported
 from tilewright.kernels.tensorrt.catalogue import NAMESPACE, VERSION, plugins, typed
 from tilewright.kernels.tensorrt.context import Target, current, identity, set_current

@@ -23,7 +23,7 @@ from tests.gpu.plan_launch import Arrays, LoadedPlan
 from tests.kernels.tensorrt.cases import case
 from tests.kernels.tensorrt.lives import Job, as_formats
 from tilewright.kernels.device import Device
-from tilewright.kernels.devices import live_cuda
+from tilewright.kernels.live import live_cuda
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.registry import find_kernel
 from tilewright.kernels.tensorrt.catalogue import find_plugin, plugin_attributes

@@ -7,9 +7,8 @@ from collections import Counter
 
 import pytest
 
-from tilewright.kernels.catalogue import ARCH_LIMITS, CATALOGUE, REFERENCE_BOARDS
+from tilewright.kernels.catalogue import ARCH_LIMITS, CATALOGUE, REFERENCE_BOARDS, normalise
 from tilewright.kernels.device import Device
-from tilewright.kernels.devices import normalise
 
 BOARDS = {device.board: device for device in CATALOGUE}
 

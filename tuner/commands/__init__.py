@@ -1,4 +1,4 @@
-"""The subcommands of `autotune`, a room of one file per topic; `tilewright.tuner.cli` is the command itself.
+"""What `autotune` and its subcommands do, one file per topic; `tilewright.tuner.cli` is the command itself.
 
 Each imports what it needs when it runs: `--help` answers before Triton is loaded.
 """

@@ -241,7 +241,7 @@ def _check_target(path: Path, device: str) -> None:
 
 def _warn_of_unknown(device: str) -> None:
     from tilewright.kernels.catalogue import CATALOGUE
-    from tilewright.kernels.devices import live_devices
+    from tilewright.kernels.live import live_devices
 
     if all(device != known.key for known in CATALOGUE) and all(device != here.key for here in live_devices()):
         say(

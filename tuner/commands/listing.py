@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def devices(as_json: bool) -> None:
     """List the boards that can be named, and the GPUs that are here."""
     from tilewright.kernels.catalogue import CATALOGUE, REFERENCE_BOARDS
-    from tilewright.kernels.devices import live_devices
+    from tilewright.kernels.live import live_devices
 
     if as_json:
         listed = (*live_devices(), *CATALOGUE)

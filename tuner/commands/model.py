@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,51 +26,64 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "auto")
 MOST_SAMPLES = 65536
 """All are read once at the start, which of more would take hours. (A judgement.)"""
 
-ALONE = ("kernels", "problems", "suites", "calls", "storage")
-"""Options of a run over kernels, which a model has no use for: its workloads are its own."""
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """What the command line says of a model: the values of `model_options`."""
 
-def check_options(options: dict[str, Any]) -> None:
-    """Does nothing if the options go together.
+    model: Path | None
+    output: Path | None
+    shapes: tuple[str, ...]
+    precision: str | None
+    calibration: str | None
+    samples: int | None
+    max_error: str | None
+    dry_run: bool
 
-    Raises:
-        click.UsageError: some don't.
-    """
-    names = {"kernels": "kernel", "problems": "problem", "suites": "suite"}
-    if options["model"] is None:
-        for name in ("output", "shapes", "precision", "calibration", "samples", "max_error", "dry_run"):
-            if options[name]:
-                flag = {"shapes": "shape"}.get(name, name.replace("_", "-"))
-                raise click.UsageError(f"--{flag} goes with --model FILE")
-        return
-    for name in ALONE:
-        if options[name]:
-            raise click.UsageError(f"--{names.get(name, name)} does not go with --model: its workloads are the model's")
-    if options["output"] is None and not options["dry_run"]:
-        raise click.UsageError("--model needs --output DIR, a folder for the files that are made, or --dry-run")
+    def check(self, of_kernels: Mapping[str, object]) -> None:
+        """Does nothing if the options go together, with each other and with those of a run over kernels.
+
+        Args:
+            of_kernels: of each flag that a model has no use for, as its workloads are its own, the value.
+
+        Raises:
+            click.UsageError: some don't.
+        """
+        if self.model is None:
+            for field in dataclasses.fields(self):
+                if getattr(self, field.name):
+                    flag = {"shapes": "shape"}.get(field.name, field.name.replace("_", "-"))
+                    raise click.UsageError(f"--{flag} goes with --model FILE")
+            return
+        for flag, value in of_kernels.items():
+            if value:
+                raise click.UsageError(f"{flag} does not go with --model: its workloads are the model's")
+        if self.output is None and not self.dry_run:
+            raise click.UsageError("--model needs --output DIR, a folder for the files that are made, or --dry-run")
 
 
 def run_model(
-    context: click.Context, options: dict[str, Any], tuning: TuningOptions, *, as_json: bool, quiet: bool
+    context: click.Context, device: str, options: ModelOptions, tuning: TuningOptions, *, as_json: bool, quiet: bool
 ) -> None:
-    """Does what the options say, and ends with 1 if the model is not inside its error budget."""
+    """Does what the options say with their model, and ends with 1 if it is not inside its error budget."""
     from tilewright.kernels.devices import resolve_device
     from tilewright.tuner.commands import report
     from tilewright.tuner.gpu_runner import equal_gpus
     from tilewright.tuner.model.flow import optimise, plan
     from tilewright.tuner.model.request import Request
 
-    target = resolve_device(options["device"])
+    assert options.model is not None
+    target = resolve_device(device)
     equal_gpus(target, tuning.workers)  # as tuning will, long after
     request = Request.parse(
-        options["model"],
-        options["output"],
+        options.model,
+        options.output,
         target,
-        shapes=options["shapes"],
-        precision=options["precision"],
-        calibration=options["calibration"],
-        samples=options["samples"],
-        max_error=options["max_error"],
+        shapes=options.shapes,
+        precision=options.precision,
+        calibration=options.calibration,
+        samples=options.samples,
+        max_error=options.max_error,
         tuning=tuning,
     )
     _check_paths(request)
@@ -84,7 +98,7 @@ def run_model(
         line = printable(f"warning: {line}")
         errors.print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
-    if options["dry_run"]:
+    if options.dry_run:
         planned = plan(request, tell)
         if as_json:
             from tilewright.tuner.commands.output import print_json

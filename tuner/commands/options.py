@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -78,13 +78,28 @@ db_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, all else on stderr.")
 
 
-def named_workloads(suites: tuple[str, ...], calls: tuple[str, ...], ops: Collection[str]) -> list[Workload]:
-    """The workloads of suites and of files of calls, of all ops or some.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Which workloads a command line asks for: the values of `--kernel`, `--problem`, `--suite` and `--calls`."""
 
-    Raises:
-        UsageError: there is no such suite, or a file is not one of calls.
-    """
-    from tilewright.tuner.suites import find_suite, read_calls
+    kernels: tuple[str, ...]
+    problems: tuple[str, ...]
+    suites: tuple[str, ...]
+    calls: tuple[str, ...]
 
-    found = [*map(find_suite, suites), *map(read_calls, calls)]
-    return [workload for workloads in found for workload in workloads if not ops or workload.op in ops]
+    def workloads(self) -> list[Workload | str] | None:
+        """Those of the suites and files of calls that are of these kernels, and the problems as they were written; None
+        if none is named.
+
+        Raises:
+            UsageError: there is no such kernel or suite, or a file is not one of calls.
+        """
+        from tilewright.kernels.registry import find_kernel
+        from tilewright.tuner.suites import find_suite, read_calls
+
+        if not (self.suites or self.problems or self.calls):
+            return None
+        ops = [find_kernel(name).name for name in self.kernels]
+        found = [*map(find_suite, self.suites), *map(read_calls, self.calls)]
+        of_ops = [workload for workloads in found for workload in workloads if not ops or workload.op in ops]
+        return [*of_ops, *self.problems]

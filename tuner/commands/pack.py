@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import click
 
 from tilewright.tuner.commands.db import folder_to_read
 from tilewright.tuner.commands.options import (
+    Asked,
     Command,
     calls_option,
     db_option,
     jobs_option,
     json_option,
-    named_workloads,
 )
 from tilewright.tuner.commands.output import export_command, print_json, say
 from tilewright.tuning_db.errors import UsageError
@@ -61,7 +60,6 @@ def pack(
     A program uses it where TILEWRIGHT_PACK names it; with TILEWRIGHT_FROZEN=1 it uses nothing else.
     """
     from tilewright.kernels.devices import resolve_device
-    from tilewright.kernels.registry import find_kernel
     from tilewright.tuner.packing import build_pack
     from tilewright.tuning_db.env import FROZEN, PACK
     from tilewright.tuning_db.shipping import refuse_database
@@ -70,10 +68,8 @@ def pack(
         raise UsageError(f"a pack is a file that programs open by its name: --output can't be stdout ({output})")
     refuse_database(Path(output))
     target, folder = resolve_device(device), folder_to_read(db)
-    ops = [find_kernel(name).name for name in kernels]
     values = _constants(constants)
-    named = bool(suites or problems or calls)
-    chosen: list[Any] | None = [*named_workloads(suites, calls, ops), *problems] if named else None
+    chosen = Asked(kernels, problems, suites, calls).workloads()
     packed = build_pack(target, output, kernels=kernels, problems=chosen, constants=values, jobs=jobs, db=folder)
     if as_json:
         print_json(
