@@ -18,6 +18,9 @@ import numpy as np
 from tilewright.kernels.dtypes import dtype, dtype_name
 from tilewright.tuning_db.errors import MissingDependencyError, UnsupportedError
 
+NOWHERE = 0
+"""Address of a number in its view: it is put on the device by the call."""
+
 
 class View(NamedTuple):
     """An array as a kernel sees it."""

@@ -13,17 +13,17 @@ import numbers
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tilewright.kernels.arrays import ArrayKind, View, kind_of
-from tilewright.kernels.constants import checked_number, is_real, is_symbolic
+from tilewright.kernels.arrays import NOWHERE, ArrayKind, View, kind_of
+from tilewright.kernels.constants import checked_number, is_real
 from tilewright.kernels.dispatch import Constants, call_cache, plan_for
 from tilewright.kernels.dtypes import array_dtype_text, dtype
 from tilewright.kernels.interpreter import interpreted, require_interpreter
 from tilewright.kernels.kernel import Kernel
+from tilewright.kernels.overlaps import Guard, guards
 from tilewright.kernels.problem import Config, Output, Problem
 from tilewright.kernels.runtime import Plan, Run
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError, UsageError
@@ -120,45 +120,6 @@ class PlannedCall:
             # For good, as a captured CUDA graph may read it. Of threads that make one at once, all take the first's.
             made = _numbers.setdefault(key, kind.lasting_scalar(self.ordinal, number))
         return made
-
-
-NOWHERE = 0
-"""Address of a number in its view: it is put on the device by the call."""
-
-
-def factor(value: Any) -> Any:
-    """A factor, or None where it is 1 or None: nothing is multiplied then."""
-    if value.__class__ is float:  # what it mostly is; asking the abstract class takes half a microsecond
-        return None if value == 1.0 else value
-    if is_symbolic(value):
-        return float(value)
-    return None if not isinstance(value, bool) and isinstance(value, numbers.Real) and value == 1.0 else value
-
-
-def integer(name: str, value: Any) -> int | None:
-    """An option that is an integer or None, of Python's or NumPy's; as Python's, for 32 and 32.0 are equal keys.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    if value is None or value.__class__ is int or is_symbolic(value):
-        return value  # type: ignore[no-any-return]
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise UsageError(f"{name}={value!r} must be an integer")
-    return int(value)
-
-
-def flag(name: str, value: Any) -> bool:
-    """An option that is true or false.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    if value is True or value is False:  # what it mostly is
-        return value
-    if not isinstance(value, np.bool_):
-        raise UsageError(f"{name}={value!r} must be True or False")
-    return bool(value)
 
 
 def _kind(name: str, array: Any) -> ArrayKind:
@@ -278,8 +239,8 @@ class Operation:
             ready = None
         if ready is None:
             return self._first(kind, arrays, outs, options)
-        call, guards = ready
-        for guard in guards:
+        call, guarded = ready
+        for guard in guarded:
             guard.check(kind, given, outs, addresses)
         return call.run(kind, arrays, outs, arguments)
 
@@ -320,8 +281,8 @@ class Operation:
         kind, given = kind_of(arrays[0]), arrays + outs
         signatures, addresses, arguments = kind.look(given)
         ready = self._calls.get((kind, options, tuple(signatures)))
-        call, guards = ready or self._learn(kind, arrays, outs, options)
-        for guard in guards:
+        call, guarded = ready or self._learn(kind, arrays, outs, options)
+        for guard in guarded:
             guard.check(kind, given, outs, addresses)
         return functools.partial(call.run, kind, arrays, outs, arguments)
 
@@ -335,7 +296,7 @@ class Operation:
         if len(self._calls) >= MOST_SIGNATURES:
             self._calls.clear()
         signatures, _, _ = kind.look(arrays + outs)
-        ready = (call, self._guards(kind, views, outs))
+        ready = (call, guards(self.inputs + self.outputs, views, outs, self._in_place))
         self._calls[(kind, options, tuple(signatures))] = ready
         return ready
 
@@ -384,29 +345,6 @@ class Operation:
         if len(ordinals) > 1:
             raise ProblemError(f"the arrays are on different GPUs: {sorted(ordinals)}")
         return views
-
-    def _guards(self, kind: ArrayKind, views: Mapping[str, View], outs: Arrays) -> tuple[Guard, ...]:
-        """A guard for each output that the caller gave.
-
-        Raises:
-            UnsupportedError, ProblemError: an output overlaps itself, or may not be written.
-        """
-        places = {
-            name: place for place, name in enumerate(each for each in self.inputs + self.outputs if each in views)
-        }
-        guards = []
-        for position, out in enumerate(outs):
-            if out is None:
-                continue
-            name = self.outputs[position]
-            refuse_self_overlap(name, views[name])
-            others = tuple(
-                (place, other, _reach(views[other]), other in self._in_place and _alike(views[other], views[name]))
-                for other, place in places.items()
-                if place < places[name] and views[other].pointer != NOWHERE
-            )
-            guards.append(Guard(places[name], name, position, _reach(views[name]), others))
-        return tuple(guards)
 
     def _with_numbers(self, arrays: Arrays) -> Arrays:
         """The arrays with numbers that are no floats as such; the very same tuple where there are none.
@@ -457,79 +395,8 @@ OPERATIONS: dict[str, Operation] = {}
 """By the name of the public function."""
 
 
-class Guard(NamedTuple):
-    """What an output must not lie over."""
-
-    place: int  # among the arrays that are there, as that of the others
-    name: str
-    position: int  # among the outputs
-    bytes: int  # from the first element to the end of the last
-    # Of each array before it: place, name, bytes, and whether the output may be this very array.
-    others: tuple[tuple[int, str, int, bool], ...]
-
-    def check(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, addresses: Sequence[int]) -> None:
-        """Does nothing if the output may be written while the other arrays are used: it is apart from each, or is one
-        that it may replace. `arrays` are all, `outs` among them; `addresses` are of those that are there.
-
-        Raises:
-            ProblemError: they share memory, or it may not be written at all.
-        """
-        own, _, position, reach, others = self
-        if kind.host and not outs[position].flags.writeable:
-            raise ProblemError(f"{self.name} is read-only")
-        start = addresses[own]
-        end = start + reach
-        for place, name, size, replaceable in others:
-            first = addresses[place]
-            if first >= end or start >= first + size or (replaceable and first == start):
-                continue  # apart, or each element is read by the block that then writes it
-            # Reaching over each other they may still interleave, as the halves of one wide array do.
-            there = [array for array in arrays if array is not None]
-            if _share_memory(kind, there[place], there[own]):
-                raise ProblemError(f"{self.name} may not share memory with {name}")
-
-
 Ready = tuple[Prepared, tuple[Guard, ...]]
 """A prepared call, and what guards its outputs."""
-
-
-def refuse_self_overlap(name: str, view: View) -> None:
-    """Does nothing for an output that has every element once.
-
-    Raises:
-        UnsupportedError: it hasn't; the message has its strides.
-    """
-    reach = 1
-    for step, length in sorted(zip(view.strides, view.shape, strict=True)):
-        if length > 1:
-            if step < reach:
-                raise UnsupportedError(f"{name} has strides {view.strides} for shape {view.shape}: it overlaps itself")
-            reach = step * (length - 1) + reach
-
-
-def _alike(one: View, other: View) -> bool:
-    """Whether elements lie alike from the first on, whatever dimensions of one index there are beside."""
-
-    def steps(view: View) -> list[tuple[int, int]]:
-        return [pair for pair in zip(view.shape, view.strides, strict=True) if pair[0] > 1]
-
-    return steps(one) == steps(other) and one.dtype == other.dtype
-
-
-def _reach(view: View) -> int:
-    last = sum(max(0, length - 1) * max(0, stride) for length, stride in zip(view.shape, view.strides, strict=True))
-    return (last + 1) * math.ceil(dtype(view.dtype).bytes)
-
-
-def _share_memory(kind: ArrayKind, one: Any, other: Any) -> bool:
-    placed: list[np.ndarray[Any, Any]] = []
-    for view in (kind.view(one), kind.view(other)):
-        size = int(dtype(view.dtype).bytes)
-        strides = tuple(stride * size for stride in view.strides)
-        place = {"shape": view.shape, "strides": strides, "typestr": f"|V{size}", "data": (view.pointer, True)}
-        # NumPy knows how to find out, and reads nothing at these addresses, which may be a GPU's.
-        placed.append(np.asarray(SimpleNamespace(__array_interface__={**place, "version": 3})))
-    return np.shares_memory(placed[0], placed[1])
 
 
 def _type_name(array: Any) -> str:

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright.kernels.arrays import View, check_tensor, torch_dtype
-from tilewright.kernels.call import NOWHERE, OPERATIONS, Arrays, New, Operation, Options
+from tilewright.kernels.arrays import NOWHERE, View, check_tensor, torch_dtype
+from tilewright.kernels.call import OPERATIONS, Arrays, New, Operation, Options
 from tilewright.kernels.dtypes import dtype_name
 from tilewright.kernels.problem import Config
 from tilewright.kernels.registry import KERNELS

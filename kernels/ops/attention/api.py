@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from tilewright.kernels.arrays import View
-from tilewright.kernels.call import New, Operation, Prepared, flag, integer
+from tilewright.kernels.call import New, Operation, Prepared
 from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.dtypes import wanted_dtype
 from tilewright.kernels.epilogue import FLOATS, sums_dtype
@@ -14,6 +14,7 @@ from tilewright.kernels.ops.attention.launch import ATTENTION
 from tilewright.kernels.ops.attention.operands import SCALARS, Options, dense_strides, problem_of, strides_of
 from tilewright.kernels.ops.attention.problem import SOFTCAP, strides
 from tilewright.kernels.ops.attention.space import AttentionConfig
+from tilewright.kernels.options import flag, integer
 from tilewright.tuning_db.errors import UsageError
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from tilewright.kernels.arrays import View
-from tilewright.kernels.call import refuse_self_overlap
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.attention.space import AttentionConfig
+from tilewright.kernels.overlaps import refuse_self_overlap
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError
 
 SCALARS = ("q_scale", "k_scale", "v_scale")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Arrays, New, Operation, PlannedCall, Prepared, factor, integer
+from tilewright.kernels.call import Arrays, New, Operation, PlannedCall, Prepared
 from tilewright.kernels.dispatch import plan_for
 from tilewright.kernels.dtypes import wanted_dtype
 from tilewright.kernels.epilogue import FLOATS, OUTPUT_DTYPES, sums_dtype
@@ -27,6 +27,7 @@ from tilewright.kernels.ops.conv2d.problem import INPUT_DTYPES, LAYOUTS, Conv2dP
 from tilewright.kernels.ops.conv2d.space import Conv2dConfig
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.space import GemmConfig
+from tilewright.kernels.options import factor, integer
 from tilewright.kernels.problem import Output
 from tilewright.kernels.runtime import Plan
 from tilewright.tuning_db.errors import ProblemError, UnsupportedProblemError, UsageError

@@ -8,7 +8,7 @@ from typing import Any
 
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import ArrayKind, View
-from tilewright.kernels.call import Arrays, New, Operation, Prepared, factor, integer
+from tilewright.kernels.call import Arrays, New, Operation, Prepared
 from tilewright.kernels.dtypes import wanted_dtype
 from tilewright.kernels.epilogue import FLOATS, OUTPUT_DTYPES, sums_dtype
 from tilewright.kernels.ops.gemm.launch import GEMM
@@ -26,6 +26,7 @@ from tilewright.kernels.ops.gemm.operands import (
 )
 from tilewright.kernels.ops.gemm.problem import INPUT_DTYPES, OPERANDS, SCALE_DTYPES, GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
+from tilewright.kernels.options import factor, integer
 from tilewright.kernels.problem import Output
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError, UsageError
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.arrays import View
-from tilewright.kernels.call import New, Operation, Prepared, factor, integer
+from tilewright.kernels.call import New, Operation, Prepared
 from tilewright.kernels.dtypes import wanted_dtype
 from tilewright.kernels.ops.gemm.api import (
     ARRAY_DTYPES,
@@ -32,6 +32,7 @@ from tilewright.kernels.ops.gemm.operands import (
 )
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
+from tilewright.kernels.options import factor, integer
 from tilewright.tuning_db.errors import ProblemError
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from tilewright.kernels.arrays import View
-from tilewright.kernels.call import New, Operation, Prepared, flag
+from tilewright.kernels.call import New, Operation, Prepared
 from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.dtypes import wanted_dtype
 from tilewright.kernels.epilogue import FLOATS
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
 from tilewright.kernels.ops.rmsnorm.problem import EPS, INPUT_DTYPES, RmsNormProblem
 from tilewright.kernels.ops.rmsnorm.space import RmsNormConfig
+from tilewright.kernels.options import flag
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UsageError
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tilewright.kernels import call as calling
-from tilewright.kernels.arrays import View, kind_of
-from tilewright.kernels.call import NOWHERE, Arrays, New, Operation, Options
+from tilewright.kernels.arrays import NOWHERE, View, kind_of
+from tilewright.kernels.call import Arrays, New, Operation, Options
 from tilewright.kernels.dispatch import forget_plans
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.problem import Problem
