@@ -28,7 +28,17 @@ BENCHMARKS = {
     ],
 }
 
-OF_A_TEST_FILE = {"gluon", "gpu", "heuristics", "landscape", "prediction", "profiling", "performance", "quantisation"}
+OF_A_TEST_FILE = {
+    "estimates",
+    "gluon",
+    "gpu",
+    "heuristics",
+    "landscape",
+    "prediction",
+    "profiling",
+    "performance",
+    "quantisation",
+}
 """Those that need more than a file of figures: `test_gpu.py` and its siblings."""
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from tilewright.kernels.epilogue import finish
 from tilewright.kernels.ops.gemm.jit import tile_of
+from tilewright.kernels.partials import last_to_arrive, store_partial, sum_of_partials
 
 
 @triton.jit
@@ -232,24 +233,12 @@ def conv2d_kernel(
 
     out_pixels, out_filters = out_offsets(image, row, column, group * K + filters, K * GROUPS, P, Q, NHWC)
     if SPLIT_K > 1:
-        # Every block leaves its partial tile; the one that arrives last adds them up in the order of the splits, so
-        # the result does not depend on who that was.
-        if NHWC:
-            inside = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        else:
-            inside = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        partials = workspace_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N)
-        tl.store(partials + split * (BLOCK_M * BLOCK_N) + inside, accumulator)
-        # All threads' stores come before the one thread's release below.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
-        if arrived == SPLIT_K - 1:
-            tl.debug_barrier()
-            accumulator = tl.zeros(accumulator.shape, dtype=SUM)
-            for part in range(SPLIT_K):
-                # Written by other SMs during this launch: read from L2, where they are.
-                accumulator += tl.load(partials + part * (BLOCK_M * BLOCK_N) + inside, cache_modifier=".cg")
-            tl.store(counters_ptr + tile, 0)
+        ROWS: tl.constexpr = BLOCK_M if NHWC else BLOCK_N
+        COLUMNS: tl.constexpr = BLOCK_N if NHWC else BLOCK_M
+        place = tile.to(tl.int64) * SPLIT_K
+        store_partial(accumulator, workspace_ptr, place + split, None, True, ROWS, COLUMNS)
+        if last_to_arrive(counters_ptr, tile, SPLIT_K):
+            accumulator = sum_of_partials(workspace_ptr, place, None, SPLIT_K, 1, True, ROWS, COLUMNS)
             store_tile(
                 accumulator, bias_ptr, residual_ptr, x_scale_ptr, w_scale_ptr, alpha_ptr, out_scale_ptr, out_ptr,
                 across(out_pixels, NHWC) + beside(out_filters, NHWC), group * K + filters, filters < K,

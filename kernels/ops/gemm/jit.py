@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from tilewright.kernels.ops.gemm.mainloop import described_sums, matrix_descriptor, sums, upright
-from tilewright.kernels.ops.gemm.tail import store_in_pieces, store_partial, sum_of_partials
+from tilewright.kernels.ops.gemm.tail import store_in_pieces
 from tilewright.kernels.ops.gemm.weights import weight_sums
+from tilewright.kernels.partials import last_to_arrive, store_partial, sum_of_partials
 from tilewright.kernels.specialise import behind_barriers
 
 
@@ -300,23 +301,16 @@ def gemm_tile(
     second = upright(second, BLOCK_M)
     out_base = out_ptr + matrix * out_batch
     if SPLIT_K > 1:
-        # Every block leaves its partial tile; the one that arrives last adds them up in the order of the splits, so
-        # the result does not depend on who that was.
         PARTS: tl.constexpr = 2 if HALVES else 1
         place = tile.to(tl.int64) * (SPLIT_K * PARTS)
         inside = offsets_m < end_m
         store_partial(x, workspace_ptr, place + split * PARTS, inside, EVEN_M, BLOCK_M, COLUMNS)
         if HALVES:
             store_partial(second, workspace_ptr, place + split * PARTS + 1, inside, EVEN_M, BLOCK_M, COLUMNS)
-        # All threads' stores come before the one thread's release below.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
-        if arrived == SPLIT_K - 1:
-            tl.debug_barrier()
+        if last_to_arrive(counters_ptr, tile, SPLIT_K):
             x = sum_of_partials(workspace_ptr, place, inside, SPLIT_K, PARTS, EVEN_M, BLOCK_M, COLUMNS)
             if HALVES:
                 second = sum_of_partials(workspace_ptr, place + 1, inside, SPLIT_K, PARTS, EVEN_M, BLOCK_M, COLUMNS)
-            tl.store(counters_ptr + tile, 0)
             store_in_pieces(
                 x, second, offsets_m, column, end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr, bias_ptr,
                 residual_base, residual_ld, out_scale_ptr, out_base, out_ld, A_SCALE, B_SCALE, BIAS_AXIS, GATED,

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What follows the main loop of the fused GEMM: the sum over the splits of K, the epilogue, and the only store."""
+"""What follows the main loop of the fused GEMM: the epilogue, and the only store."""
 
 from __future__ import annotations
 
@@ -8,46 +8,6 @@ import triton.language as tl
 
 from tilewright.kernels.epilogue import finish, finish_gated
 from tilewright.kernels.ops.gemm.mainloop import load_tile, tile_pointers
-
-
-@triton.jit
-def partial_pointers(workspace_ptr, place, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
-    """Addresses of the tile of sums at a place in the workspace."""
-    inside = tl.arange(0, BLOCK_M)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return workspace_ptr + place * (BLOCK_M * COLUMNS) + inside
-
-
-@triton.jit
-def sum_of_partials(
-    workspace_ptr,
-    place,
-    inside,  # whether a row of the tile is one of the result
-    SPLIT_K: tl.constexpr,
-    PARTS: tl.constexpr,
-    EVEN_M: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """The sum of SPLIT_K tiles, PARTS places apart, in their order."""
-    total = tl.zeros((BLOCK_M, COLUMNS), dtype=workspace_ptr.dtype.element_ty)
-    for s in range(SPLIT_K):
-        # Written by other SMs during this launch: read from L2, where they are.
-        pointers = partial_pointers(workspace_ptr, place + s * PARTS, BLOCK_M, COLUMNS)
-        if EVEN_M:
-            total += tl.load(pointers, cache_modifier=".cg")
-        else:
-            total += tl.load(pointers, mask=inside[:, None], other=0.0, cache_modifier=".cg")
-    return total
-
-
-@triton.jit
-def store_partial(x, workspace_ptr, place, inside, EVEN_M: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
-    """Leaves a tile of sums, those of its rows that are rows of the result, at a place in the workspace."""
-    pointers = partial_pointers(workspace_ptr, place, BLOCK_M, COLUMNS)
-    if EVEN_M:
-        tl.store(pointers, x)
-    else:
-        tl.store(pointers, x, mask=inside[:, None])
 
 
 @triton.jit

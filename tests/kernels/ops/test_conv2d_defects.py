@@ -6,6 +6,7 @@ import pytest
 
 from tests.kernels.defects import exposed, seeded
 from tests.kernels.ops.conv2d_cases import conforms
+from tilewright.kernels import partials
 from tilewright.kernels.ops.conv2d import depthwise, jit
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
 from tilewright.kernels.ops.conv2d.space import Conv2dConfig
@@ -60,8 +61,8 @@ DEFECTS = {
     "one scale for all channels": ('if W_SCALE == "channel":', 'if W_SCALE == "row":'),
     "tiles repeated": ("tile_of(tile % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)",
                        "tile_of(tile % tiles_m, tiles_m, tiles_n, GROUP_M)"),
-    "one split lost": ("for part in range(SPLIT_K):", "for part in range(SPLIT_K - 1):"),
-    "first split twice": ("partials + part * (BLOCK_M * BLOCK_N)", "partials + (part // 2) * (BLOCK_M * BLOCK_N)"),
+    "one split lost": ("for split in range(SPLITS):", "for split in range(SPLITS - 1):"),
+    "first split twice": ("place + split * STEP", "place + split // 2 * STEP"),
     "split overlaps the next": (
         "last = tl.minimum(first + blocks_per_split, blocks)",
         "last = tl.minimum(first + blocks_per_split + 1, blocks)",
@@ -118,7 +119,7 @@ def test_the_kernels_themselves_show_no_defect():
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_would_be_seen(defect):
-    with seeded((jit,), *DEFECTS[defect]):
+    with seeded((partials, jit), *DEFECTS[defect]):
         assert exposed(conforms, EXPOSING)
 
 

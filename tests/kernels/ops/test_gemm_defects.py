@@ -6,7 +6,7 @@ import pytest
 
 from tests.kernels.defects import exposed, seeded
 from tests.kernels.ops.gemm_cases import conforms
-from tilewright.kernels import GemmConfig, GemmProblem
+from tilewright.kernels import GemmConfig, GemmProblem, partials
 from tilewright.kernels.ops.gemm import jit, mainloop, tail, weights
 
 DEFECTS = {
@@ -42,8 +42,9 @@ DEFECTS = {
         "b_batch = columns_n * depth_b",
     ),
     "tiles repeated": ("within // rows", "within // GROUP_M"),
-    "one split lost": ("for s in range(SPLIT_K):", "for s in range(SPLIT_K - 1):"),
-    "first split twice": ("place + s * PARTS", "place + s // 2 * PARTS"),
+    "one split lost": ("for split in range(SPLITS):", "for split in range(SPLITS - 1):"),
+    "added up before the last split is there": ("== SPLITS - 1", "== SPLITS - 2"),
+    "first split twice": ("place + split * STEP", "place + split // 2 * STEP"),
     "last row's partial sums left out": ("inside = offsets_m < end_m", "inside = offsets_m < end_m - 1"),
     "split overlaps the next": (
         "last = tl.minimum(first + blocks_per_split, k_blocks)",
@@ -171,5 +172,5 @@ def test_the_kernel_itself_shows_no_defect():
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_would_be_seen(defect):
-    with seeded((mainloop, weights, tail, jit), *DEFECTS[defect]):
+    with seeded((partials, mainloop, weights, tail, jit), *DEFECTS[defect]):
         assert exposed(conforms, EXPOSING)
