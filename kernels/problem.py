@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
-import json
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -17,7 +16,7 @@ import numpy as np
 
 from tilewright.kernels.dtypes import DTYPES
 from tilewright.tuning_db.errors import ProblemError
-from tilewright.tuning_db.record import canonical_json
+from tilewright.tuning_db.record import canonical_json, read_json
 from tilewright.tuning_db.text import did_you_mean
 
 
@@ -75,7 +74,7 @@ class _Value:
             ProblemError: not such a text.
         """
         try:
-            values = json.loads(text)
+            values = read_json(text)
         except ValueError as error:
             raise ProblemError(f"{cls.__name__} expects a JSON object: {error}") from None
         if not isinstance(values, dict):

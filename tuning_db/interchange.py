@@ -6,7 +6,6 @@ stand in the order of their keys. The same records give the same bytes, in whate
 
 from __future__ import annotations
 
-import json
 import re
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -18,7 +17,17 @@ from typing import Any, BinaryIO
 from tilewright.tuning_db import strict_json as is_
 from tilewright.tuning_db.errors import DatabaseCorruptError, ExportFileError, UsageError
 from tilewright.tuning_db.file import DatabaseFile, open_file
-from tilewright.tuning_db.record import Environment, Key, Provenance, Record, Resources, Status, Times, canonical_json
+from tilewright.tuning_db.record import (
+    Environment,
+    Key,
+    Provenance,
+    Record,
+    Resources,
+    Status,
+    Times,
+    canonical_json,
+    read_json,
+)
 from tilewright.tuning_db.rows import (
     ENVIRONMENT,
     RESOURCES,
@@ -215,7 +224,7 @@ def write_entries(entries: Iterable[Entry], device: str, stream: BinaryIO) -> No
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{shown(entry)} is no record with its run ({error})") from None
     header = {"format": FORMAT, "version": VERSION, "device": device, "runs": len(numbers), "records": len(records)}
-    runs = [canonical_json({**json.loads(run), "run": number}) for run, number in numbers.items()]
+    runs = [canonical_json({**read_json(run), "run": number}) for run, number in numbers.items()]
     stream.write("".join(f"{line}\n" for line in (canonical_json(header), *runs, *records)).encode())
 
 
@@ -248,7 +257,7 @@ def _export(
 
     write({"format": FORMAT, "version": VERSION, "device": device, "runs": len(contents), "records": count})
     for content, number in numbers.items():
-        write({"run": number, **json.loads(content)})
+        write({"run": number, **read_json(content)})
     for row in in_key_order(connection, chosen, ops):
         try:
             if row["run_id"] not in runs:
@@ -301,7 +310,7 @@ def _record_fields(record: Record, device: str) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    values: Any = json.loads(text)
+    values: Any = read_json(text)
     if not isinstance(values, dict) or canonical_json(values) != text:
         raise ValueError(f"{shown(text)} is no canonical JSON object")
     return values

@@ -25,7 +25,6 @@ problem, board, revision and toolchain: a guess from elsewhere doesn't outweigh 
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,11 +37,12 @@ from typing import Any
 
 from tilewright.tuning_db.errors import DatabaseError
 from tilewright.tuning_db.file import DatabaseFile, open_file
-from tilewright.tuning_db.record import Answer, Key, Provenance, Record, canonical_json
+from tilewright.tuning_db.record import Answer, Key, Provenance, Record, canonical_json, read_json
 from tilewright.tuning_db.rows import record_of
 from tilewright.tuning_db.schema import ANSWERABLE
 from tilewright.tuning_db.shapes import Near, nearest
 from tilewright.tuning_db.shipped_records import open_shipped, warn_of_unreadable
+from tilewright.tuning_db.text import printable
 from tilewright.tuning_db.weighing import merged
 
 _FEW = 4
@@ -206,7 +206,7 @@ def present_form(config: str, defaults: Mapping[str, Any]) -> str:
     if not defaults:
         return config
     try:
-        fields = json.loads(config)
+        fields = read_json(config)
     except ValueError:
         return config
     if not isinstance(fields, dict) or fields.keys() >= defaults.keys():
@@ -426,7 +426,7 @@ def _groups(file: DatabaseFile, key: Key, problem: str, *, shipped: bool) -> Ite
             row["protocol"] != key.protocol,
         )
         reasons = [f"near shape {_changes(key.problem, problem)}"] if problem != key.problem else []
-        reasons += [f"board {row['device']}"] if row["device"] != key.device else []
+        reasons += [f"board {printable(row['device'])}"] if row["device"] != key.device else []
         names = ("other revision", "other toolchain", "other protocol")
         reasons += [name for name, changed in zip(names, differs, strict=True) if changed]
         exact = not reasons
@@ -446,6 +446,6 @@ def _groups(file: DatabaseFile, key: Key, problem: str, *, shipped: bool) -> Ite
 
 def _changes(asked: str, found: str) -> str:
     """What differs between two problems: `M=16→12`, the one asked for first."""
-    one, other = json.loads(asked), json.loads(found)
+    one, other = read_json(asked), read_json(found)
     names = sorted(one.keys() | other.keys())
     return " ".join(f"{name}={one.get(name)}→{other.get(name)}" for name in names if one.get(name) != other.get(name))

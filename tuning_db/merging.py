@@ -23,8 +23,9 @@ from typing import Any
 from tilewright.tuning_db.errors import DatabaseCorruptError, UsageError
 from tilewright.tuning_db.file import DatabaseFile
 from tilewright.tuning_db.interchange import Objection, duration, in_key_order
-from tilewright.tuning_db.record import Record, Status
+from tilewright.tuning_db.record import Record, Status, read_json
 from tilewright.tuning_db.rows import Row, insertion, record_of
+from tilewright.tuning_db.strict_json import plain
 from tilewright.tuning_db.text import shown
 
 
@@ -133,11 +134,23 @@ def _checked(row: sqlite3.Row, path: Path, device: str) -> Record:
     for name in ("median_us", "p10_us", "p90_us", "predicted_us"):
         if row[name] is not None and (wanted := duration(row[name])) is not None:
             raise DatabaseCorruptError(f"{path}: record {row['id']}: {name}={row[name]} must be {wanted}")
+    for name, text in (("problem", record.key.problem), ("config", record.config)):
+        # Programs will read these when they ask for an answer.
+        if (wanted := _wanted_of_json(text)) is not None:
+            said = f"has the {name} {shown(text)}, which must be {wanted}"
+            raise DatabaseCorruptError(f"{path}: record {row['id']} {said}: delete that row")
     if record.key.device != device:
         raise UsageError(
             f"{path}: record {row['id']} is of {shown(record.key.device)}, and to be merged with {device}'s"
         )
     return record
+
+
+def _wanted_of_json(text: str) -> str | None:
+    try:
+        return plain(read_json(text))
+    except ValueError:
+        return "a JSON object"
 
 
 def _weight(row: Row, run: dict[str, Any]) -> tuple[Any, ...]:

@@ -32,12 +32,33 @@ class Provenance(StrEnum):
     DEFAULT = "default"  # no evidence at all
 
 
+_TOO_DEEP = "it is nested too deeply"
+
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 
 
 def canonical_json(value: Mapping[str, Any]) -> str:
-    """The one text of a mapping: keys sorted, no blanks, no NaN. Equal mappings give equal texts."""
-    return _CANONICAL(value)
+    """The one text of a mapping: keys sorted, no blanks, no NaN. Equal mappings give equal texts.
+
+    Raises:
+        ValueError: it holds a number that is not finite, or is nested too deeply.
+    """
+    try:
+        return _CANONICAL(value)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+
+
+def read_json(text: str) -> Any:
+    """The value of a JSON text. Whoever wrote it, nothing but a ValueError comes of it.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
 
 
 @dataclass(frozen=True, slots=True)

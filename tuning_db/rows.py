@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sqlite3
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tilewright.tuning_db.errors import DatabaseCorruptError
-from tilewright.tuning_db.record import Environment, Key, Provenance, Record, Resources, Status, Times, canonical_json
+from tilewright.tuning_db.record import (
+    Environment,
+    Key,
+    Provenance,
+    Record,
+    Resources,
+    Status,
+    Times,
+    canonical_json,
+    read_json,
+)
+from tilewright.tuning_db.text import shown
 
 Row = Mapping[str, Any] | sqlite3.Row
 
 KEY = ("op", "kernel_hash", "problem", "device", "arch", "triton", "ptxas", "protocol")
 TIMES = ("median_us", "p10_us", "p90_us", "samples")
 RESOURCES = ("registers", "spill_bytes", "stack_bytes", "shared_bytes")
+M = TypeVar("M", bound=StrEnum)
+
 ENVIRONMENT = ("tilewright", "triton", "ptxas", "python", "host", "protocol", "driver", "cuda")
 
 
@@ -58,29 +71,41 @@ def row_to_record(row: Row) -> Record:
     """
     for name in _TEXTS:
         if type(row[name]) is not str:
-            raise ValueError(f"{name}={row[name]!r} is no text")
+            raise ValueError(f"{name}={shown(row[name])} is no text")
     if type(row["arch"]) is not int:
-        raise ValueError(f"arch={row['arch']!r} is no integer")
+        raise ValueError(f"arch={shown(row['arch'])} is no integer")
     for group in _GROUPS:
         values = [row[name] for name in group]
         if values.count(None) < len(values):
             for value, (name, kind) in zip(values, group.items(), strict=True):
                 if type(value) is not kind and type(value) is not int:
-                    raise ValueError(f"{name}={value!r} is no {'integer' if kind is int else 'number'}")
+                    raise ValueError(f"{name}={shown(value)} is no {'integer' if kind is int else 'number'}")
     predicted_us = row["predicted_us"]
     if not (predicted_us is None or (type(predicted_us) in (int, float) and math.isfinite(predicted_us))):
-        raise ValueError(f"predicted_us={predicted_us!r} is no finite number")
+        raise ValueError(f"predicted_us={shown(predicted_us)} is no finite number")
     return Record(
         key=Key(**{name: row[name] for name in KEY}),
         config=row["config"],
-        status=Status(row["status"]),
-        provenance=Provenance(row["provenance"]),
+        status=member_of(Status, row["status"]),
+        provenance=member_of(Provenance, row["provenance"]),
         times=None if row["median_us"] is None else Times(**{name: row[name] for name in TIMES}),
         resources=None if row["registers"] is None else Resources(**{name: row[name] for name in RESOURCES}),
         message=row["message"],
         predicted_us=row["predicted_us"],
         created_at=row["created_at"],
     )
+
+
+def member_of(kind: type[M], word: str) -> M:
+    """The member of that kind that a word stands for.
+
+    Raises:
+        ValueError: there is none; the message has the word, or the beginning of it.
+    """
+    try:
+        return kind(word)
+    except ValueError:
+        raise ValueError(f"{kind.__name__.lower()}={shown(word)} is none there is") from None
 
 
 def record_of(path: Path, row: Row) -> Record:
@@ -122,11 +147,11 @@ def row_to_environment(row: Row) -> Environment:
     fields = {name: row[name] for name in ENVIRONMENT}
     for name, value in fields.items():
         if type(value) is not str:
-            raise ValueError(f"{name}={value!r} is no text")
+            raise ValueError(f"{name}={shown(value)} is no text")
     try:
-        extra = json.loads(row["extra"])
+        extra = read_json(row["extra"])
     except TypeError:
         extra = None
     if not isinstance(extra, dict):
-        raise ValueError(f"extra={row['extra']!r} is no JSON object")
+        raise ValueError(f"extra={shown(row['extra'])} is no JSON object")
     return Environment(**fields, extra=extra)

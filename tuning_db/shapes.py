@@ -12,14 +12,13 @@ Of two problems of a class, `Near` says which sizes may differ; their distance i
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tilewright.tuning_db.record import canonical_json
+from tilewright.tuning_db.record import canonical_json, read_json
 
 FARTHEST = 4.0
 """Distance beyond which problems don't compare: one size 16 times another, say, or four doubled."""
@@ -63,7 +62,7 @@ class Shape:
 def split(problem: str) -> Shape:
     """The class and the sizes of a problem, from its canonical JSON."""
     try:
-        fields = json.loads(problem)
+        fields = read_json(problem)
     except ValueError:
         fields = None
     if not isinstance(fields, dict):

@@ -21,6 +21,7 @@ from tilewright.tuning_db.record import Answer, Environment, Key, Provenance, Re
 from tilewright.tuning_db.rows import (
     environment_to_row,
     insertion,
+    member_of,
     no_record,
     record_of,
     record_to_row,
@@ -382,7 +383,7 @@ class TuningDB:
     def stats(self) -> dict[tuple[Status, Provenance], int]:
         """How many records there are of each status and provenance."""
         rows = self._file.rows("SELECT status, provenance, count(*) AS n FROM records GROUP BY status, provenance")
-        return {(Status(row["status"]), Provenance(row["provenance"])): row["n"] for row in rows}
+        return {(member_of(Status, row["status"]), member_of(Provenance, row["provenance"])): row["n"] for row in rows}
 
     def noted(self, stamp: str) -> str | None:
         """What was noted under a stamp; see `note`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
@@ -12,8 +11,8 @@ from pathlib import Path
 
 from tilewright.tuning_db.errors import DatabaseCorruptError, DatabaseError
 from tilewright.tuning_db.file import DatabaseFile, damage_mark, explained, path_for
-from tilewright.tuning_db.record import Provenance, Record, Status, canonical_json
-from tilewright.tuning_db.rows import row_to_environment, row_to_record
+from tilewright.tuning_db.record import Provenance, Record, Status, canonical_json, read_json
+from tilewright.tuning_db.rows import member_of, row_to_environment, row_to_record
 from tilewright.tuning_db.snapshot import open_snapshot
 from tilewright.tuning_db.strict_json import text as is_text
 from tilewright.tuning_db.text import shown
@@ -88,7 +87,7 @@ def _overview(connection: sqlite3.Connection, path: Path) -> Overview:
             bytes=path.stat().st_size,
             runs=one("SELECT count(*) FROM runs")[0],
             problems=one("SELECT count(*) FROM (SELECT DISTINCT op, problem FROM records)")[0],
-            counts={(Status(row[0]), Provenance(row[1])): row["n"] for row in counts},
+            counts={(member_of(Status, row[0]), member_of(Provenance, row[1])): row["n"] for row in counts},
             revisions={Revision(*tuple(row)[:-1]): row["n"] for row in revisions},
             oldest=oldest,
             newest=newest,
@@ -202,7 +201,7 @@ def _objection(row: sqlite3.Row, device: str, further: Callable[[Record], str | 
     try:
         record = row_to_record(row)
         for name, text in (("problem", record.key.problem), ("config", record.config)):
-            if canonical_json(json.loads(text)) != text:
+            if canonical_json(read_json(text)) != text:
                 return f"its {name} is no canonical JSON: {shown(text)}"
         digest = record.key.digest()
     except (ValueError, TypeError, AttributeError) as error:

@@ -176,6 +176,13 @@ def test_a_field_that_an_earlier_revision_lacks_is_no_other_configuration(fill, 
     assert ask(defaults={"PAIRS": False}).record.config == '{"A":2,"PAIRS":false}'
 
 
+def test_a_configuration_that_is_nested_too_deeply_is_one_that_nobody_knows(fill, ask) -> None:
+    deep = '{"a":' * 100000 + "1" + "}" * 100000
+    fill({"kernel_hash": "rev-a", "config": deep}, {"kernel_hash": "rev-a", "config": '{"T":1}', "time_us": 90.0})
+    answer = ask(accept=lambda record: record.config != deep, defaults={"NEW": False})
+    assert answer.record.config == '{"T":1}'
+
+
 def test_what_failed_here_is_known_without_the_field_that_is_new(fill, ask) -> None:
     fill({"config": '{"A":1}', "time_us": 1.0, "kernel_hash": "rev-a"}, {"config": "b", "kernel_hash": "rev-a"})
     fill({"config": '{"A":1,"PAIRS":false}', **WRONG})

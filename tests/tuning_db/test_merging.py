@@ -172,12 +172,15 @@ def test_a_merge_is_whole_or_not_at_all(tmp_path: Path, environment, make_record
         made(tmp_path / "b", records[1:], replace(environment, host="other")) as source,
     ):
         before = text_of(target)
+        deep = '{"n":' * 100000 + "1" + "}" * 100000
         last = max(source._file.rows("SELECT id, key_digest, config FROM records"), key=lambda row: row["config"])["id"]
         for change, error, reason in (
-            ("status = 'okay'", DatabaseCorruptError, "'okay' is not a valid Status"),
+            ("status = 'okay'", DatabaseCorruptError, "status='okay' is none there is"),
             ("key_digest = 'zz'", DatabaseCorruptError, "doesn't match its key"),
             ("median_us = NULL", DatabaseCorruptError, "median_us=None is no number"),
             ("registers = 'x'", DatabaseCorruptError, "registers='x' is no integer"),
+            (f"config = '{deep}'", DatabaseCorruptError, r"characters\), which must be a JSON object"),
+            ("config = '{\"n\":[1]}'", DatabaseCorruptError, "which must be an object of plain values"),
         ):
             old = source._file.rows(f"SELECT * FROM records WHERE id = {last}")[0]
             column = change.split()[0]

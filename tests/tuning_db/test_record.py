@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilewright.tuning_db import Key, Provenance, Record, Status, Times, canonical_json
+from tilewright.tuning_db.record import read_json
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 KEYS = st.builds(Key, TEXT, TEXT, TEXT, TEXT, st.integers(0, 200), TEXT, TEXT, TEXT)
@@ -51,6 +52,18 @@ def test_canonical_json_has_no_blanks_and_sorted_keys() -> None:
 def test_canonical_json_refuses_nan() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         canonical_json({"a": math.nan})
+
+
+def test_what_is_nested_too_deeply_is_refused_both_ways() -> None:
+    text = '{"a":' * 100000 + "1" + "}" * 100000
+    with pytest.raises(ValueError, match=r"^it is nested too deeply$"):
+        read_json(text)
+    value: dict[str, object] = {}
+    for _ in range(100000):
+        value = {"a": value}
+    with pytest.raises(ValueError, match=r"^it is nested too deeply$"):
+        canonical_json(value)
+    assert read_json('{"a":[1.5,null]}') == {"a": [1.5, None]}
 
 
 @pytest.mark.parametrize(("status", "times"), [(Status.OK, None), (Status.TIMEOUT, Times.single(1.0))])

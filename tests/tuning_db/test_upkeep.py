@@ -71,7 +71,7 @@ def test_what_only_the_kernels_know_is_a_finding_too(filled: TuningDB) -> None:
 
     assert check(filled.path, objection) == ["record 2: no such configuration"]
     spoil(filled, "UPDATE records SET status = 'okay' WHERE id = 2")
-    assert check(filled.path, objection) == ["record 2: it is no record ('okay' is not a valid Status)"]
+    assert check(filled.path, objection) == ["record 2: it is no record (status='okay' is none there is)"]
 
 
 def test_a_whole_file_has_no_findings(filled: TuningDB, tmp_path: Path) -> None:
@@ -80,10 +80,21 @@ def test_a_whole_file_has_no_findings(filled: TuningDB, tmp_path: Path) -> None:
         assert check(empty.path) == []
 
 
+DEEP = '{"a":' * 100000 + "1" + "}" * 100000
+
+
 @pytest.mark.parametrize(
     ("statement", "finding"),
     [
-        ("UPDATE records SET status = 'okay' WHERE id = 3", "record 3: it is no record ('okay' is not a valid Status)"),
+        (
+            "UPDATE records SET status = 'okay' WHERE id = 3",
+            "record 3: it is no record (status='okay' is none there is)",
+        ),
+        (
+            "UPDATE records SET status = replace(hex(zeroblob(50000)), '0', 'x') WHERE id = 3",
+            f"record 3: it is no record (status='{'x' * 59}… (100002 characters) is none there is)",
+        ),
+        (f"UPDATE records SET config = '{DEEP}' WHERE id = 3", "record 3: it is no record (it is nested too deeply)"),
         ("UPDATE records SET median_us = NULL WHERE id = 3", "record 3: it is no record (median_us=None is no"),
         ("UPDATE records SET op = 'conv2d' WHERE id = 3", "record 3: it doesn't match its key"),
         ("UPDATE records SET config = '{ }' WHERE id = 3", "record 3: its config is no canonical JSON: '{ }'"),

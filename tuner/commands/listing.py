@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -188,13 +187,14 @@ def _problem_text(op: str, problem: str) -> str:
 def _config_text(op: str, config: str) -> str:
     from tilewright.kernels.registry import find_kernel
     from tilewright.tuner.config_text import short_config
+    from tilewright.tuning_db.record import read_json
 
     try:
         return short_config(find_kernel(op).space.config.from_json(config).to_dict())
     except UsageError:  # of a revision with other fields
         pass
     try:
-        fields: Any = json.loads(config)
+        fields: Any = read_json(config)
     except ValueError:
         fields = None
     return short_config(fields) if isinstance(fields, dict) else config  # which `db check` finds
