@@ -154,6 +154,10 @@ def _view(name: str, array: Any, known: Sequence[str]) -> View:
     return view
 
 
+_READERS = "torch._C._dynamo.eval_frame"
+"""Module that says whether torch's compiler reads what is called."""
+
+
 class Operation:
     """An op as its public function calls it. Safe to share between threads."""
 
@@ -214,10 +218,17 @@ class Operation:
         """
         # torch.compile reads on to here: what it can't follow must not come before. It says so in every thread.
         compiler = getattr(sys.modules.get("torch"), "compiler", None)
-        if compiler is not None and compiler.is_compiling():
-            from tilewright.kernels.torch_ops import traced
+        if compiler is not None:
+            if compiler.is_compiling():
+                from tilewright.kernels.torch_ops import traced
 
-            return traced(self, arrays, outs, options)
+                return traced(self, arrays, outs, options)
+            # Having broken a graph it reads on in the functions that are called now, and what it can't read there is an
+            # error of its own: with torch 2.11 in place of ours, that says what is wrong with a call.
+            if "torch._dynamo" in sys.modules and sys.modules[_READERS].get_eval_frame_callback():
+                from tilewright.kernels.torch_ops import eagerly
+
+                return eagerly(self, arrays, outs, options)  # type: ignore[no-any-return]
         return self.run_now(arrays, outs, options)
 
     def run_now(self, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:

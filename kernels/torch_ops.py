@@ -109,7 +109,8 @@ KINDS = {
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
     reason="tilewright: no kernel takes this call as it is, for a gradient or a type; without fullgraph it says why"
 )
-def _eagerly(operation: Operation, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:
+def eagerly(operation: Operation, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:
+    """The call as ever, of which torch's compiler reads nothing."""
     return operation.run_now(arrays, outs, options)
 
 
@@ -129,10 +130,10 @@ def traced(operation: Operation, arrays: Arrays, outs: Arrays, options: Options)
         else:
             usable = array is None or _is_number(array)
         if not usable or not isinstance(arrays[0], torch.Tensor):
-            return _eagerly(operation, arrays, outs, options)  # type: ignore[no-any-return]
+            return eagerly(operation, arrays, outs, options)  # type: ignore[no-any-return]
     for kind, value in zip(operation.options.values(), options, strict=True):
         if KINDS[kind].schema.startswith("str") and kind != "config" and not isinstance(value, str | None):
-            return _eagerly(operation, arrays, outs, options)  # type: ignore[no-any-return]
+            return eagerly(operation, arrays, outs, options)  # type: ignore[no-any-return]
     numbers = []
     for place in operation.numbers:
         value = arrays[place]

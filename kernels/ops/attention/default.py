@@ -80,13 +80,19 @@ def default(problem: AttentionProblem, device: Device) -> AttentionConfig:
         packed = problem.varlen and terms and problem.unit == "fp8"
         if ragged or (packed and wide > 128 and device.hopper) or (terms and wide > 64 and not groups):
             n = 16
+        config = AttentionConfig(128, n, PACK=pack, num_warps=8, num_stages=stages)
         # Masks beside heads in two blocks and 64 keys: of 72 and 80 columns 4 to 44 bytes too many, and on sm_120 of 96
-        # columns 12.
+        # columns 12. Of more columns it takes rows that end within a block, too: 24 to 88 bytes.
         tailed = 64 < problem.D <= (96 if device.major == 12 else 80)
         counted = problem.varlen or problem.kv_lens or problem.window_left is not None
-        if not groups and tailed and (counted or (problem.right is not None and problem.Sq % 128)):
-            n = min(n, 32)
-        config = AttentionConfig(128, n, PACK=pack, num_warps=8, num_stages=stages)
+        ends = problem.varlen or problem.Sq * tile_heads(problem, config) % 128 != 0
+        masked = counted or problem.right is not None
+        if not groups and wide == 128 and ((tailed and counted) or (masked and ends)):
+            config = replace(config, BLOCK_N=min(n, 32))
+            if problem.D > 96 or 80 < problem.D < 96:
+                # Columns beyond the head take masks of their own.
+                few = 32 if problem.D == 128 else 16
+                config = replace(config, BLOCK_M=64, BLOCK_N=min(n, few), num_warps=4)
         # Packed sequences of paged keys have bounds and a page number for every key: of 128 rows, or 64 keys, they
         # spill where queries are in registers.
         if problem.varlen and problem.page_size and wide == 128 and not groups:

@@ -8,7 +8,14 @@ from dataclasses import replace
 from tilewright.kernels.device import Device
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
-from tilewright.kernels.ops.conv2d.space import LEAST_FOR_TAPS, Conv2dConfig, depth_blocks, fits, vector_bytes
+from tilewright.kernels.ops.conv2d.space import (
+    LEAST_FOR_TAPS,
+    Conv2dConfig,
+    depth_blocks,
+    fits,
+    taps_at_once,
+    vector_bytes,
+)
 
 _DEPTHWISE = Conv2dConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, num_stages=1)
 
@@ -27,10 +34,10 @@ def default(problem: Conv2dProblem, device: Device) -> Conv2dConfig:
             if shared and vector_bytes(problem, _DEPTHWISE)[0] == 16 and dtype(problem.dtype).bytes == 2:
                 return replace(_DEPTHWISE, BLOCK_M=32, BLOCK_N=32, ROWS=4)
             # Narrow loads have an address each: half as many of them to a thread.
-            # The taps of a row are all loaded before the first is used: of more than 9 as many would spill, and of
-            # single bytes, which are widened one by one, of more than 5.
+            # The taps of a step are all loaded before the first is used: of more than 9 as many would spill, of single
+            # elements of 16 bits of more than 8, and of single bytes, which are widened one by one, of more than 5.
             vector = vector_bytes(problem, _DEPTHWISE)[0]
-            long = (9 if vector > 1 else 5) < problem.S
+            long = {1: 5, 2: 8}.get(vector, 9) < taps_at_once(problem, _DEPTHWISE)
             rows = 32 if vector == 16 and not long else 16
             return replace(_DEPTHWISE, BLOCK_M=rows, BLOCK_N=32 if problem.K <= 32 or long else 64)
         return replace(_DEPTHWISE, BLOCK_M=64)

@@ -34,6 +34,20 @@ def load_inside(pointers, mask_m, mask_n, y, z, H, W, GUARDED: tl.constexpr, PAD
 
 
 @triton.jit
+def product_of_tap(
+    x_tile, w_tile, r, s, x_row, x_column, top, left, H, W, mask_m, mask_n, SUM: tl.constexpr, S: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PADDED: tl.constexpr, NHWC: tl.constexpr,
+):  # fmt: skip
+    """x under a tap times its weights."""
+    x = load_inside(
+        x_tile + (r * DILATION_H * x_row + s * DILATION_W * x_column), mask_m, mask_n, top + r * DILATION_H,
+        left + s * DILATION_W, H, W, PADDED, PADDED, NHWC,
+    )  # fmt: skip
+    w = load(w_tile + (r * S + s), mask_n)
+    return x.to(SUM) * w.to(SUM)
+
+
+@triton.jit
 def depthwise_kernel(
     # inputs
     x_ptr,
@@ -118,13 +132,18 @@ def depthwise_kernel(
     if ROWS == 1:
         total = zeros
         for r in range(R):
-            for s in tl.static_range(S):
-                x = load_inside(
-                    x_tile + (r * DILATION_H * x_row + s * DILATION_W * x_column), mask_m, mask_n,
-                    top + r * DILATION_H, left + s * DILATION_W, H, W, PADDED, PADDED, NHWC,
-                )  # fmt: skip
-                w = load(w_tile + (r * S + s), mask_n)
-                total += x.to(SUM) * w.to(SUM)
+            if UNROLL == S:
+                for s in tl.static_range(S):
+                    total += product_of_tap(
+                        x_tile, w_tile, r, s, x_row, x_column, top, left, H, W, mask_m, mask_n, SUM, S, DILATION_H,
+                        DILATION_W, PADDED, NHWC,
+                    )  # fmt: skip
+            else:
+                for s in tl.range(S, loop_unroll_factor=UNROLL):
+                    total += product_of_tap(
+                        x_tile, w_tile, r, s, x_row, x_column, top, left, H, W, mask_m, mask_n, SUM, S, DILATION_H,
+                        DILATION_W, PADDED, NHWC,
+                    )  # fmt: skip
         sums = (total,)
     else:
         sums = (zeros,) * ROWS

@@ -14,9 +14,6 @@ from tilewright.kernels.ops.conv2d.features import FEATURES
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
 from tilewright.kernels.ops.conv2d.space import Conv2dConfig
 
-LOADS_AHEAD = 3
-"""Rows of x that a step of the depthwise kernel's loop loads, at the least, so that one is waited for with others."""
-
 
 def launches(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[Launch, ...]:
     """The one launch of a convolution: of the depthwise kernel where every filter sees one channel, else of the
@@ -82,7 +79,7 @@ def launches(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[Launch, ...]
     grid = (tiles, config.SPLIT_K if split else 1, 1)
     if wise:
         rows = (("EVEN_P", problem.P % config.ROWS == 0), ("ROWS", config.ROWS))
-        unroll = ("UNROLL", min(problem.S, math.ceil(LOADS_AHEAD / space.rows_read(problem, config))))
+        unroll = ("UNROLL", space.taps_at_once(problem, config))
         constexprs = (("MULTIPLIER", filters // channels), *window, *even, *epilogue, *tile, *rows, unroll)
         launch = Launch(depthwise.depthwise_kernel, grid, arguments, constexprs, config.num_warps, config.num_stages)
         return (launch,)

@@ -164,6 +164,21 @@ def rows_read(problem: Conv2dProblem, config: Conv2dConfig) -> int:
     return (config.ROWS - 1) * problem.stride_h + (problem.R - 1) * problem.dilation_h + 1
 
 
+LOADS_AHEAD = 3
+"""Rows of x that a step of the depthwise kernel's loop loads, at the least, so that one is waited for with others."""
+
+MOST_UNROLLED = 16
+"""Taps of a row that are multiplied without a loop. Of 128, compiling takes 40 s and some spill; of 256, minutes."""
+
+
+def taps_at_once(problem: Conv2dProblem, config: Conv2dConfig) -> int:
+    """Columns of taps in a step of the depthwise kernel's loop: of one row of output, of a row of taps all, unless they
+    are very many."""
+    if config.ROWS == 1:
+        return problem.S if problem.S <= MOST_UNROLLED else 8
+    return min(problem.S, math.ceil(LOADS_AHEAD / rows_read(problem, config)))
+
+
 def fits(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str | None:
     """None, or the limit that the configuration breaks, with the values."""
     limit = malformed(config, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps"))

@@ -19,7 +19,9 @@ from tilewright.kernels.ops.conv2d.space import (
     positions,
     rows_read,
     shared_bytes,
+    taps_at_once,
     tile_vector_bytes,
+    vector_bytes,
 )
 from tilewright.kernels.work import Panel, Work, lines, warp_tile
 from tilewright.tuning_db.record import Resources
@@ -99,16 +101,25 @@ def estimate(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> Re
 
 def _depthwise_registers(problem: Conv2dProblem, config: Conv2dConfig) -> float:
     """Least squares, by sums, weights, and what is loaded before the first is used: of one row all taps of a row, of
-    several (180 kernels; of NCHW one spill in three is foreseen) a column of weights and the rows of x that see it."""
+    several (180 kernels; of NCHW one spill in three is foreseen) a column of weights and the rows of x that see it.
+    Elements of NHWC that are loaded one by one have an address and a mask each (15 kernels for sm_86, within 27): of
+    one row it is pixels that count (9 for sm_86 and sm_90, within a quarter)."""
     held = accumulators(config)
+    nhwc, threads = problem.layout == "nhwc", config.num_warps * WARP_SIZE
+    single = nhwc and vector_bytes(problem, config)[0] < 16
     if config.ROWS == 1:
-        weights = problem.S * config.BLOCK_N / (config.num_warps * WARP_SIZE)
-        if problem.layout == "nhwc":
+        ahead = taps_at_once(problem, config)
+        weights = ahead * config.BLOCK_N / threads
+        if single:
+            return 30 + 15 * config.BLOCK_M * min(config.BLOCK_N, threads) / threads
+        if nhwc:
             return 22 + 4.1 * held + 6 * weights
-        return 27 + 1.1 * held + 1.65 * problem.S * held + 22 * weights
-    weights = problem.R * config.BLOCK_N / (config.num_warps * WARP_SIZE)
+        return 27 + 1.1 * held + 1.65 * ahead * held + 22 * weights
+    weights = problem.R * config.BLOCK_N / threads
     loaded = held / config.ROWS * rows_read(problem, config)
-    if problem.layout == "nhwc":
+    if single:
+        return 13 + 0.7 * held + 38 * weights + 3.4 * loaded
+    if nhwc:
         return 26 + 1.75 * held + 6.2 * weights + 0.48 * loaded
     return 16 + 0.8 * held + 25 * weights + 1.7 * loaded
 
@@ -148,7 +159,8 @@ def work(problem: Conv2dProblem, config: Conv2dConfig) -> Work:
         # A column of tiles has its own channels of x: it is a problem of its own, as a group is.
         taps = problem.R * problem.S
         # All taps of a row (of rows below each other: of a column) are loaded before the first is used.
-        iterations = problem.R if config.ROWS == 1 else problem.S
+        steps = math.ceil(problem.S / taps_at_once(problem, config))
+        iterations = problem.R * steps if config.ROWS == 1 else problem.S
         together = taps / iterations
         # Of each column of taps, a row of x is loaded once for all rows of output that see it.
         shared = min(1.0, rows_read(problem, config) / (problem.R * config.ROWS))

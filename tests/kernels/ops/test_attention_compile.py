@@ -202,9 +202,10 @@ FEATURES = {
     "paged": {**TERMS, "causal": True, "kv_lens": True, "page_size": 16},
     "paged, unaligned": {**TERMS, "kv_lens": True, "page_size": 16, "strided": True, "aligned": False},
     "varlen": {"varlen": True, "causal": True, "alibi": True, "lse": True},
+    "varlen without slopes": {"varlen": True},
 }
-SHAPES = ((8, 8, 2048), (32, 8, 1), (32, 8, 5), (32, 8, 12))  # query heads, key heads, queries
-DIMS = (64, 128, 256, 40, 72, 80, 96, 160, 192)
+SHAPES = ((8, 8, 2048), (32, 8, 1), (32, 8, 5), (32, 8, 12), (8, 8, 2000))  # query heads, key heads, queries
+DIMS = (64, 128, 256, 40, 72, 80, 88, 96, 112, 160, 192)
 KINDS = ("fp16", "bf16", "fp32", "fp8e5m2", "fp8e4m3")
 
 
@@ -239,6 +240,14 @@ def test_packed_prefill_of_paged_keys_does_not_spill(arch):
 def test_masks_beside_two_blocks_of_a_head_do_not_spill_on_sm_120():
     problem = AttentionProblem(2, 8, 1000, 4096, 96, causal=True)
     assert_clean(attention_on(120, [(problem, None), (replace(problem, D=72, window_left=500), None)]), scratch=False)
+
+
+@pytest.mark.parametrize("arch", [86, 120])
+def test_masks_beside_rows_that_end_within_a_block_do_not_spill(arch):
+    causal = AttentionProblem(2, 8, 4000, 4000, 128, causal=True)
+    packed = AttentionProblem(2, 8, 866, 866, 112, Hkv=2, causal=True, varlen=True, strided=True, dtype="bf16")
+    tested = (causal, packed, replace(causal, D=88), replace(causal, D=96, varlen=True), replace(packed, D=100))
+    assert_clean(attention_on(arch, [(problem, None) for problem in tested]), scratch=False)
 
 
 def test_packed_fp8_with_slopes_does_not_spill_on_sm_120():

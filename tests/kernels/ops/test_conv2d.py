@@ -166,6 +166,16 @@ def test_one_size_at_a_time(size, layout):
     conforms(Conv2dProblem(N=1, W=7, C=size + 1, K=size + 1, groups=size + 1, pad_left=1, **shape))
 
 
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize("taps", [16, 17, 43])
+def test_long_rows_of_taps_go_through_a_loop(taps, layout):
+    shape = {"N": 2, "H": 2, "C": 17, "K": 17, "groups": 17, "R": 1, "dtype": "fp32", "layout": layout}
+    problem, config = Conv2dProblem(W=50, S=taps, pad_left=taps - 1, dilation_w=2, **shape), Conv2dConfig(16, 16)
+    (launch,) = CONV2D.launches(problem, config)
+    assert dict(launch.constexprs)["UNROLL"] == (16 if taps == 16 else 8)
+    conforms(problem, config)
+
+
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 @pytest.mark.parametrize("rest", [*itertools.product((0, 1), repeat=3)], ids=str)

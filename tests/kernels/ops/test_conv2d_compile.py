@@ -15,6 +15,7 @@ from tests.kernels.compiling import assert_clean, compiled, described
 from tests.kernels.conformance import covering, every_value
 from tilewright.kernels import resolve_device
 from tilewright.kernels.compile import HIDDEN_POINTERS
+from tilewright.kernels.lookup import predicted_best
 from tilewright.kernels.ops.conv2d.launch import CONV2D
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
 from tilewright.kernels.ops.conv2d.space import SPACE, Conv2dConfig
@@ -143,6 +144,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "depthwise 7x7": {"N": 32, "H": 56, "W": 56, "C": 96, "K": 96, "groups": 96, "R": 7, "S": 7, **PADDED},
     "depthwise 5x5, small": {"N": 1, "H": 7, "W": 7, "C": 576, "K": 576, "groups": 576, "R": 5, "S": 5, **PADDED},
+    "depthwise 9x9": {
+        "N": 8, "H": 28, "W": 28, "C": 100, "K": 100, "groups": 100, "R": 9, "S": 9, "pad_top": 4, "pad_left": 4,
+        "pad_bottom": 4, "pad_right": 4,
+    },
     "two filters a channel": {"N": 1, "H": 15, "W": 15, "C": 33, "K": 66, "groups": 33, "R": 3, "S": 3, **PADDED},
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
@@ -199,6 +204,23 @@ def test_the_default_compiles_without_spills(arch: int) -> None:
     # Every shape, dtype, layout and epilogue occurs; more of their combinations are a slow test.
     problems = supported(arch, every_value(matrix_of(arch), seed=arch))
     assert_clean(compiled(arch, [("conv2d", problem, None) for problem in problems]))
+
+
+BY_ONES = {"N": 8, "C": 100, "K": 100, "groups": 100}  # channels that are loaded one by one
+
+
+@pytest.mark.parametrize("arch", [86, 90])
+def test_depthwise_of_many_taps_compiles_without_spills(arch: int) -> None:
+    square = Conv2dProblem(**BY_ONES, H=56, W=56, R=9, S=9, pad_top=4, pad_left=4, pad_bottom=4, pad_right=4)
+    long = Conv2dProblem(**BY_ONES, H=1, W=4096, R=1, S=257, pad_left=256)
+    assert_clean(compiled(arch, [("conv2d", problem, None) for problem in (square, long)]))
+
+
+def test_what_is_predicted_of_single_channels_does_not_spill() -> None:
+    device = resolve_device("sm_90")
+    strided = Conv2dProblem(**BY_ONES, H=112, W=112, R=3, S=3, stride_h=2, stride_w=2, **PADDED)
+    jobs = [("conv2d", strided, config) for _, config in predicted_best(CONV2D, strided, device, 2, apart=True)]
+    assert_clean(compiled(90, jobs))
 
 
 @pytest.mark.slow
