@@ -252,6 +252,8 @@ def _row(views: dict[str, View], options: tuple[Any, ...]) -> Described:
             f"L={length} with padding={left, right} is less than the {dilation_w * (taps - 1) + 1} that {taps} taps "
             f"with dilation={dilation_w} reach"
         )
+    if length + left + right >= 2**31:
+        raise ProblemError(f"L={length} with padding={left, right} passes 32 bits")
     window = {"stride_h": 1, "stride_w": stride_w, "dilation_h": 1, "dilation_w": dilation_w}
     window |= {"pad_top": 0, "pad_bottom": 0, "pad_left": left, "pad_right": right}
     seen, order = ("nhwc", (0, 2, 3)) if layout == "nlc" else ("nchw", (0, 3, 2))

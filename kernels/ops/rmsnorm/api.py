@@ -74,6 +74,8 @@ def rmsnorm(
     if config is not None and not isinstance(config, RmsNormConfig):
         raise UsageError(f"config must be a RmsNormConfig, not {config!r}")
     scaled_rows = isinstance(out_scale, str) and out_scale == "row"
+    if isinstance(out_scale, str) and not scaled_rows:
+        raise UsageError(f'{out_scale=} must be a real number, an array, or "row": a scale of its own for each row')
     options = (
         _constant("eps", eps),
         _constant("weight_offset", weight_offset),
@@ -117,7 +119,8 @@ def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
     if wants_sum and "residual" not in views:
         raise ProblemError("return_residual and residual_out need a residual: without one h is x")
     if "residual_out" in views and views["residual_out"].dtype != views["residual"].dtype:
-        raise ProblemError(f"residual_out is {views['residual_out'].dtype} and residual {views['residual'].dtype}")
+        kinds = f"residual_out is {views['residual_out'].dtype} and residual {views['residual'].dtype}"
+        raise ProblemError(f"{kinds}: they must be of one dtype")
 
     steps = {name: _row_stride(name, views[name]) for name in ("x", "residual", "out", "residual_out") if name in views}
     strided = any(step != n for step in steps.values())

@@ -304,6 +304,7 @@ def test_conv1d_keeps_the_memory_of_its_input():
         ({"stride": 0}, "stride=0 must be from 1 to 2147483647"),
         ({"dilation": -1}, "dilation=-1 must be from 1 to 2147483647"),
         ({"padding": (0, -2)}, "padding=(0, -2) must be from 0 to 2147483647"),
+        ({"padding": 2**31 - 1}, "L=9 with padding=(2147483647, 2147483647) passes 32 bits"),
         ({"padding": (1, 2), "dilation": 9}, "L=9 with padding=(1, 2) is less than the 19 that 3 taps with"),
         ({"layout": "nhwc"}, "layout='nhwc' must be nlc or ncl"),
         ({"w": np.zeros((12, 6), np.float32)}, "w is (12, 6) and must have 3 dimensions: KSC"),

@@ -204,7 +204,7 @@ X, W = np.ones((4, 8), np.float16), np.ones(8, np.float16)
         (ProblemError, "return_residual and residual_out need a residual", {"residual_out": X.copy()}),
         (
             ProblemError,
-            "residual_out is fp32 and residual fp16",
+            "residual_out is fp32 and residual fp16: they must be of one dtype",
             {"residual": X, "residual_out": np.ones((4, 8), "f4")},
         ),
         (UnsupportedError, "x has strides (16, 2) for shape (4, 8)", {"x": np.ones((4, 16), np.float16)[:, ::2]}),
