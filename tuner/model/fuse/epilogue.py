@@ -6,6 +6,7 @@ A chain grows by one step at a time, while the product's result goes nowhere els
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from tilewright.tuner.model.graph import constant, is_constant, static_shape
 
 KINDS = ("gemm", "conv2d")
 ACTIVATION = "activation"
+NO_HALVES = "the split is not into halves of the columns"
 
 
 class _Step(RewriteRuleClassBase):
@@ -173,18 +175,18 @@ class Gate(_Step):
 
 
 class SplitGate(_Step):
-    """act(g) · u of the two halves of one product's columns."""
+    """act(g) · u of the two halves of one product's columns; `second`: g is the second, as diffusers' GEGLU and torch's
+    `glu` have it. Kernels have g first, so then the columns of the weights change places."""
 
-    def __init__(self, log: Log, first: bool, plain: bool) -> None:
+    def __init__(self, log: Log, first: bool, plain: bool, second: bool) -> None:
         super().__init__(log, "gemm", "gate")
-        self._first, self._plain = first, plain
+        self._first, self._plain, self._second = first, plain, second
 
     def pattern(self, op: Any) -> Any:
-        attributes = {"_allow_other_attributes": True, "_outputs": ["half", "other"]}
-        if self._plain:
-            half, other = op.Split(self._product(op), **attributes)
-        else:
-            half, other = op.Split(self._product(op), Var("sizes"), **attributes)
+        names = ["other", "half"] if self._second else ["half", "other"]
+        sizes = () if self._plain else (Var("sizes"),)
+        parts = op.Split(self._product(op), *sizes, _allow_other_attributes=True, _outputs=names)
+        other, half = parts if self._second else parts[::-1]
         gate = op.Activation(half, _domain=OPEN, _allow_other_attributes=True, _outputs=["activated"])
         return op.Mul(gate, other) if self._first else op.Mul(other, gate)
 
@@ -199,7 +201,12 @@ class SplitGate(_Step):
         halves = [static_shape(bound[name]) for name in ("half", "other")]
         # A third part may be there that nobody uses.
         if not shape or len(split.outputs) != 2 or halves != [(*shape[:-1], shape[-1] // 2)] * 2:
-            return "the split is not into halves of the columns"
+            return NO_HALVES
+        if self._second:
+            if not all(is_constant(value) for name, value in inputs.items() if name != "a"):
+                return "its second half has the activation, and weights or a bias that are no constants can't be turned"
+            axes = {"b": -2 if settings.get("trans_b", 0) else -1, "bias": -1}
+            inputs |= {name: _turned(inputs[name], axis) for name, axis in axes.items() if name in inputs}
         return inputs, {**settings, "gated": "halves", ACTIVATION: node.attributes[ACTIVATION].as_string()}
 
 
@@ -214,6 +221,13 @@ def _joined(gate: ir.Value, up: ir.Value, axis: int) -> ir.Value:
     assert arrays[0] is not None
     assert arrays[1] is not None
     return new_constant(np.concatenate([arrays[0], arrays[1]], axis), f"{gate.name}_and_{up.name}")
+
+
+def _turned(value: ir.Value, axis: int) -> ir.Value:
+    """A constant with the halves of an axis in the other order."""
+    array = constant(value)
+    assert array is not None
+    return new_constant(np.roll(array, array.shape[axis] // 2, axis), f"{value.name}_turned")
 
 
 def _joined_biases(biases: list[ir.Value | None], weights: ir.Value, axis: int) -> ir.Value:
@@ -233,7 +247,7 @@ def rules(log: Log) -> RewriteRuleSet:
     for kind in KINDS:
         found += [Bias.rule(log, kind, first) for first in (True, False)]
     found += [Gate.rule(log, first) for first in (True, False)]
-    found += [SplitGate.rule(log, first, plain) for first in (True, False) for plain in (True, False)]
+    found += [SplitGate.rule(log, *form) for form in itertools.product((True, False), repeat=3)]
     for kind in KINDS:
         found += [Residual.rule(log, kind, first) for first in (True, False)]
         found.append(Activate.rule(log, kind))

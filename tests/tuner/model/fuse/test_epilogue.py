@@ -132,6 +132,48 @@ def test_a_gate_and_its_product_are_one(order, residual, split):
     assert report.counts()["gemm + gate"] == 1
 
 
+def halved(*names, activated=1):
+    """gelu of one half of the columns, times the other."""
+    nodes = [make("Split", ["p"], list(names), axis=-1, num_outputs=2), make("Gelu", [names[activated]], ["s"])]
+    return [*nodes, make("Mul", [names[1 - activated], "s"], ["y"])]
+
+
+@pytest.mark.parametrize("activated", [0, 1])
+@pytest.mark.parametrize("form", ["plain", "turned", "of a batch"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_either_half_may_be_the_gate(activated, form, bias):
+    """diffusers' GEGLU, x·gelu(g), and torch's glu, a·sigmoid(b), have the second: kernels the first."""
+    both, inputs = np.concatenate([W, V], 1), dict(X)
+    nodes = [make("MatMul", ["x", "both"], ["m"], name="product"), make("Add", ["m", "bs"], ["p"])]
+    if form == "turned":
+        both = np.ascontiguousarray(both.T)
+        nodes = [make("Gemm", ["x", "both", *["bs"] * bias], ["p"], name="product", transB=1)]
+    elif form == "of a batch":
+        both, inputs = np.stack([both, both[::-1] / 2]), {"x": (2, 6, 16)}
+    if not bias and form != "turned":
+        nodes = [make("MatMul", ["x", "both"], ["p"], name="product")]
+    constants = {"both": both, **({"bs": np.concatenate([B, C])} if bias else {})}
+    _, (node,), model = fused([*nodes, *halved("l", "r", activated=activated)], inputs, constants)
+    assert len(model.graph) == 1
+    assert plugin_settings(node)["gated"] == "halves"
+    assert plugin_settings(node)["activation"] == "gelu_erf"
+    assert ("bias" in plugin_inputs(node)) == bias
+
+
+@pytest.mark.parametrize("open_ends", [{"both": (16, 48)}, {"bs": (48,)}], ids=str)
+def test_only_constants_can_be_turned_for_a_gate_that_is_second(open_ends):
+    nodes = [make("MatMul", ["x", "both"], ["m"], name="product"), make("Add", ["m", "bs"], ["p"])]
+    constants = {"both": np.concatenate([W, V], 1), "bs": np.concatenate([B, C])}
+    constants = {name: array for name, array in constants.items() if name not in open_ends}
+    report, (node,), _ = fused([*nodes, *halved("l", "r")], {**X, **open_ends}, constants)
+    assert plugin_settings(node)["gated"] == "none"
+    (miss,) = [miss for miss in report.misses if miss.pattern == "gemm + gate"]
+    assert miss.node == "product"
+    assert "no constants" in miss.reason
+    _, (node,), _ = fused([*nodes, *halved("l", "r", activated=0)], {**X, **open_ends}, constants)
+    assert plugin_settings(node)["gated"] == "halves"
+
+
 @pytest.mark.parametrize("sizes", [(12, 12, 24), (16, 16, 16), (24, 24)])
 def test_two_parts_of_more_are_no_halves(sizes):
     names = ["g", "u", "rest"][: len(sizes)]
