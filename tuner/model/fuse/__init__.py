@@ -13,7 +13,7 @@ import onnx_ir.passes.common as passes
 from onnxscript.rewriter import pattern
 
 from tilewright.tuner.model import bodies
-from tilewright.tuner.model.fuse import activations, attention, epilogue, norms, ranks
+from tilewright.tuner.model.fuse import activations, attention, epilogue, halves, norms, ranks
 from tilewright.tuner.model.fuse.opening import OpenConv, OpenGemm, OpenMatMul, close, is_open, register_constants
 from tilewright.tuner.model.fuse.outcome import FusionReport, Log, Match, Miss
 from tilewright.tuner.model.graph import fused_nodes, unique_names
@@ -32,6 +32,7 @@ def fuse(model: ir.Model) -> FusionReport:
     log = Log()
     activations.constants_last(model)
     ranks.lower_constants(model)
+    halves.join_slices(model)
     norms.apply(model, log)
     attention.apply(model, log)
     for rules in (
