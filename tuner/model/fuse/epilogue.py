@@ -210,6 +210,58 @@ class SplitGate(_Step):
         return inputs, {**settings, "gated": "halves", ACTIVATION: node.attributes[ACTIVATION].as_string()}
 
 
+def note_gates(model: ir.Model, log: Log) -> None:
+    """Logs why gates of two parts of one `Split` are left, where no rule has said so: rules see but those of a product
+    whose result goes nowhere else."""
+    for node in model.graph:
+        parts = _parts(node)
+        if parts is None:
+            continue
+        split, activated = parts
+        source = split.inputs[0]
+        assert source is not None
+        product = source.producer()
+        if product is None or not is_open(product) or product.op_type not in KINDS:
+            log.miss("gemm + gate", node.name or "", f"what is split, {source.name!r}, is not the result of a product")
+            continue
+        pattern, name = f"{product.op_type} + gate", product.name or ""
+        shared = [repr(value.name) for value in (source, *split.outputs, *activated) if not _used_once(value)]
+        if (pattern, name) in log.misses:
+            continue
+        if product.op_type != "gemm":
+            log.miss(pattern, name, "convolutions have no gate")
+        elif len(activated) > 1:
+            log.miss(pattern, name, "both of the gate's factors have an activation")
+        elif shared and len(split.outputs) == 2:
+            log.miss(pattern, name, f"what the gate is made of is used elsewhere, too: {', '.join(shared)}")
+        else:
+            log.miss(pattern, name, NO_HALVES)
+
+
+def _parts(node: ir.Node) -> tuple[ir.Node, list[ir.Value]] | None:
+    """Of a product of two parts of one `Split`: the `Split`, and those factors that are an activation of their part; of
+    anything else, or where no factor is, None."""
+    if node.domain != "" or node.op_type != "Mul":
+        return None
+    parts, activated = [], []
+    for factor in node.inputs:
+        assert factor is not None
+        maker, part = factor.producer(), factor
+        if maker is not None and maker.domain == OPEN and maker.op_type == "Activation":
+            activated.append(factor)
+            assert maker.inputs[0] is not None
+            part = maker.inputs[0]
+        parts.append(part)
+    split, other = (part.producer() for part in parts)
+    if split is None or split is not other or split.op_type != "Split" or parts[0] is parts[1] or not activated:
+        return None
+    return split, activated
+
+
+def _used_once(value: ir.Value) -> bool:
+    return len(value.uses()) <= 1 and not value.is_graph_output()
+
+
 def with_bias(inputs: dict[str, ir.Value], bias: ir.Value) -> dict[str, ir.Value]:
     """Inputs with a bias, in the order that names of plugins list them."""
     residual = {"residual": inputs["residual"]} if "residual" in inputs else {}

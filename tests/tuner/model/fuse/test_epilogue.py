@@ -194,15 +194,60 @@ def test_halves_of_the_rows_are_no_halves():
     assert "not into halves" in next(miss.reason for miss in report.misses if miss.pattern == "gemm + gate")
 
 
+def conv(**attributes):
+    return make("Conv", ["x", "f"], ["p"], name="conv", **attributes)
+
+
+GATE = [
+    make("Split", ["p"], ["g", "u"], axis=1, num_outputs=2),
+    make("Gelu", ["g"], ["s"]),
+    make("Mul", ["s", "u"], ["y"]),
+]
+BOTH = [make("MatMul", ["x", "both"], ["p"], name="product")]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "outputs", "inputs", "pattern", "node", "reason"),
+    [
+        ([conv(), *GATE], "y", IMAGE, "conv2d + gate", "conv", "convolutions have no gate"),
+        ([*BOTH, *GATE], "yp", X, "gemm + gate", "product", "is used elsewhere, too: 'p'"),
+        ([*BOTH, *GATE], "yu", X, "gemm + gate", "product", "is used elsewhere, too: 'u'"),
+        ([*BOTH, *GATE, make("Neg", ["s"], ["n"])], "yn", X, "gemm + gate", "product", "is used elsewhere, too: 's'"),
+        (
+            [*BOTH, *GATE[:2], make("Tanh", ["u"], ["t"]), make("Mul", ["t", "s"], ["y"])],
+            "y",
+            X,
+            "gemm + gate",
+            "product",
+            "both of the gate's factors have an activation",
+        ),
+        (
+            [*BOTH, make("Split", ["p"], ["g", "u", "n"], axis=1, num_outputs=3), *GATE[1:]],
+            "yn",
+            X,
+            "gemm + gate",
+            "product",
+            "not into halves",
+        ),
+        ([make("Neg", ["x"], ["p"]), *GATE], "y", X, "gemm + gate", "Mul_y", "what is split, 'p', is not the result"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_gate_that_is_left_has_a_reason(nodes, outputs, inputs, pattern, node, reason):
+    arrays = {"f": FILTERS, "both": np.concatenate([W, V], 1)}
+    constants = {name: array for name, array in arrays.items() if name in [*nodes[0].input]}
+    report, _, model = fused(nodes, inputs, constants, outputs=tuple(outputs))
+    (miss,) = [miss for miss in report.misses if "gate" in miss.pattern]
+    assert (miss.pattern, miss.node) == (pattern, node)
+    assert reason in miss.reason
+    assert "Split" in [each.op_type for each in model.graph]
+
+
 def test_products_of_different_inputs_are_no_gate():
     nodes = [product("g"), product("u", "v", "z"), make("Sigmoid", ["g"], ["s"]), make("Mul", ["s", "u"], ["y"])]
     report, found, _ = fused(nodes, {**X, "z": (6, 16)}, {"w": W, "v": V})
     assert [node.op_type for node in found] == ["FusedGemm", "FusedGemm"]
     assert "not of one input" in next(miss.reason for miss in report.misses if miss.pattern == "gemm + gate")
-
-
-def conv(**attributes):
-    return make("Conv", ["x", "f"], ["p"], name="conv", **attributes)
 
 
 @pytest.mark.parametrize(
