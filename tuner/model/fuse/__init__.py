@@ -43,6 +43,7 @@ def fuse(model: ir.Model) -> FusionReport:
         register_constants(model)
     while epilogue.rules(log).apply_to_model(model):
         register_constants(model)
+    log.settle()
     epilogue.note_gates(model, log)
     activations.spell_out(model)
     ends = {node.name or "": _end(node) for node in model.graph if is_open(node)}

@@ -53,7 +53,7 @@ class _Step(RewriteRuleClassBase):
         reason = grown if isinstance(grown, str) else refusal(self._kind, *grown)
         if reason is None:
             return MatchResult()
-        self._log.miss(self.name, node.name or "", reason)
+        self._log.miss(self.name, node.name or "", reason, after=context.root)
         return MatchResult().fail(reason)
 
     def rewrite(self, op: Any, product: ir.Value, **bound: ir.Value) -> ir.Value:

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import onnx_ir as ir
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -26,17 +28,31 @@ class Miss:
 
 @dataclass(slots=True)
 class Log:
-    """Collects outcomes while rules are at work. A miss is noted once, however often a rule comes by."""
+    """Collects outcomes while rules are at work. A miss is noted once, however often a rule comes by.
+
+    `after` is the node that would have become part of the fused one. Another pattern may take it yet, as a residual is
+    first seen to be no bias: once it has left the graph, `settle` forgets the miss.
+    """
 
     matches: list[Match] = field(default_factory=list)
     misses: dict[tuple[str, str], Miss] = field(default_factory=dict)
+    _after: dict[tuple[str, str], ir.Node] = field(default_factory=dict)
 
     def match(self, pattern: str, node: str) -> None:
         self.matches.append(Match(pattern, node))
         self.misses.pop((pattern, node), None)
 
-    def miss(self, pattern: str, node: str, reason: str) -> None:
+    def miss(self, pattern: str, node: str, reason: str, after: ir.Node | None = None) -> None:
         self.misses[pattern, node] = Miss(pattern, node, reason)
+        self._after.pop((pattern, node), None)
+        if after is not None:
+            self._after[pattern, node] = after
+
+    def settle(self) -> None:
+        """Forgets the misses of nodes that something has taken in after all."""
+        for key, node in self._after.items():
+            if node.graph is None:
+                self.misses.pop(key, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,31 @@ def test_chains_of_a_matrix_product(nodes, plugin, settings):
     assert report.nodes_after == 1
 
 
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [product(), make("Add", ["p", "r"], ["y"])],
+        [product(), make("Add", ["r", "p"], ["q"]), make("Add", ["q", "b"], ["y"])],
+        [product(), product("q", "v"), make("Add", ["p", "q"], ["y"])],
+        [product(), product("q", "v"), make("Tanh", ["q"], ["t"]), make("Mul", ["p", "t"], ["y"])],
+        [product(), product("q", "v"), make("Tanh", ["q"], ["t"]), make("Mul", ["t", "p"], ["y"])],
+    ],
+    ids=["residual", "residual and bias", "two products", "gate that is second", "gate that is first"],
+)
+def test_what_is_fused_after_all_is_no_miss(nodes):
+    """A residual is seen to be no bias, a gate not to be what it gates, before the rule that is right comes by."""
+    used = {name for node in nodes for name in node.input}
+    constants = {name: array for name, array in {"w": W, "v": V, "b": B}.items() if name in used}
+    report, _, model = fused(nodes, {**X, **({"r": (6, 24)} if "r" in used else {})}, constants)
+    assert all(node.op_type.startswith("FusedGemm") for node in model.graph)
+    assert report.to_dict()["left"] == []
+
+
+def test_what_is_no_bias_and_no_residual_is_left_with_both_reasons():
+    report, _, _ = fused([product(), make("Add", ["p", "r"], ["y"])], {**X, "r": (6, 1)}, {"w": W})
+    assert {miss.pattern for miss in report.misses} == {"gemm + bias", "gemm + residual"}
+
+
 def test_an_activation_comes_last():
     nodes = [product(), make("Relu", ["p"], ["q"]), make("Add", ["q", "b"], ["y"])]
     report, found, model = fused(nodes, X, {"w": W, "b": B})
