@@ -34,7 +34,7 @@ from tilewright.tuner.model.fuse.layout import (
     transposed,
 )
 from tilewright.tuner.model.fuse.masks import Bands
-from tilewright.tuner.model.fuse.opening import in_main_graph, refusal, register_constants
+from tilewright.tuner.model.fuse.opening import in_main_graph, is_open, refusal, register_constants
 from tilewright.tuner.model.fuse.outcome import Log
 from tilewright.tuner.model.fuse.scores import Mask, UnmatchedError, Weights, read_scores, read_weights
 from tilewright.tuner.model.graph import constant, static_shape
@@ -159,7 +159,7 @@ class Decomposed(RewriteRuleClassBase):
         planned, after = self._ready[1:]
         name = node.name or ""
         self._log.match(OP, name)
-        return finish(op, planned.make(op, self._maker, name), after, name)
+        return finish(op, planned.make(op, self._maker, name), after, name, out.dtype)
 
     def _planned(self, node: ir.Node) -> tuple[Call, tuple[Step, ...]] | None:
         """What a product becomes: an attention, and the steps to the shape of its result; None if no softmax is near.
@@ -288,11 +288,29 @@ def _splits(count: int, leads: Shape, places: tuple[Shape, ...], queries: ir.Val
     yield from found
 
 
+def _drop_casts(model: ir.Model) -> None:
+    """Takes off the cast of an attention's result and the model's own back, where nothing else sees what is between."""
+    for node in [node for node in model.graph if is_open(node)]:
+        value = node.outputs[0]
+        there = _only_cast(value)
+        back = None if there is None else _only_cast(there.outputs[0])
+        if back is not None and back.outputs[0].dtype == value.dtype:
+            ir.convenience.replace_nodes_and_values(model.graph, back, [back], [], back.outputs, [value])
+
+
+def _only_cast(value: ir.Value) -> ir.Node | None:
+    """The `Cast` that alone uses a value."""
+    users = [user for user, _ in value.uses()]
+    one = len(users) == 1 and not value.is_graph_output() and (users[0].domain, users[0].op_type) == ("", "Cast")
+    return users[0] if one else None
+
+
 def apply(model: ir.Model, log: Log) -> None:
     """Opens every attention of the main graph that a plugin takes; what looks like one and is not taken is logged."""
     maker, bands = Maker(), Bands()
     rules = [Decomposed.rule(log, operator, maker, bands) for operator in ("MatMul", "Einsum")]
     rules += [Operator.rule(log, outputs, maker, bands) for outputs in (3, 2, 1)]
     RewriteRuleSet(rules).apply_to_model(model)
+    _drop_casts(model)
     passes.RemoveUnusedNodesPass()(model)
     register_constants(model)

@@ -104,7 +104,7 @@ class Operator(RewriteRuleClassBase):
             cast = self._maker.once(counts, lambda: _as_int32(op, counts))
             operands["kv_lens"] = cast
         made = planned.call.make(op, self._maker, name, **operands)
-        return [finish(op, made, planned.after, name), *present]
+        return [finish(op, made, planned.after, name, out.dtype), *present]
 
 
 def _used(value: ir.Value) -> bool:

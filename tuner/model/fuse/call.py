@@ -106,9 +106,12 @@ class Call:
         return (*self.plans["q"].shape[:3], self.plans["v"].shape[3])
 
 
-def finish(op: Any, out: ir.Value, steps: Sequence[Step], name: str) -> ir.Value:
-    """The result in the shape that the model has it in."""
-    return Maker().follow(op, out, steps, f"{name}_out")
+def finish(op: Any, out: ir.Value, steps: Sequence[Step], name: str, dtype: ir.DataType | None) -> ir.Value:
+    """The result in the shape and data type that the model has it in."""
+    made = Maker().follow(op, out, steps, f"{name}_out")
+    if dtype in (None, made.dtype):
+        return made
+    return typed(op.Cast(made, to=int(dtype)), ir.TensorType(dtype), static_shape(made) or (), f"{name}_out_Cast")
 
 
 def call(asked: Question, bands: Bands) -> Call:
@@ -117,11 +120,11 @@ def call(asked: Question, bands: Bands) -> Call:
     Raises:
         UnmatchedError: queries, keys or values can't be had as (B, H, S, D), or a mask not in the shape of the scores.
     """
-    dtype = asked.v.value.dtype
+    free = asked.repeats is None
     found = {
         "q": _sources(asked.q, scaled=True),
-        "k": _sources(asked.k, scaled=asked.repeats is None),
-        "v": _sources(asked.v, scaled=False),
+        "k": _sources(asked.k, scaled=free),
+        "v": _sources(asked.v, scaled=False, widened=free),
     }
     for name, each in found.items():
         if not each:
@@ -129,8 +132,13 @@ def call(asked: Question, bands: Bands) -> Call:
             raise UnmatchedError(
                 f"{value.name!r} of shape {static_shape(value)} can't be had as (batch, heads, sequence, dim)"
             )
-        # Casts are passed by only for to have q, k and v in one data type.
-        found[name] = [source for source in each if source.value.dtype == dtype] or each[:1]
+    # Casts are passed by only for to have q, k and v in one data type: that of v, or that before its cast to fp32, as
+    # torch's older exporter has v of modules in fp16.
+    dtype = next(
+        (one.value.dtype for one in found["v"] if all(_of_dtype(found[name], one.value.dtype) for name in "qk")),
+        asked.v.value.dtype,
+    )
+    found = {name: _of_dtype(each, dtype) or each[:1] for name, each in found.items()}
     groups = asked.repeats or math.gcd(*(max(_group(source.layout) for source in found[name]) for name in "kv"))
     plans = {
         name: min((plan(one) for one in (_ungrouped(each, groups) if name != "q" else each)), key=lambda one: one.cost)
@@ -148,8 +156,12 @@ def call(asked: Question, bands: Bands) -> Call:
     return Call(plans, tuple((each.operator, _rows(each, asked.shape)) for each in asked.rows), masked, settings)
 
 
-def _sources(operand: Operand, *, scaled: bool) -> list[Source]:
-    return list(sources(operand.value, operand.view, scaled=scaled))
+def _sources(operand: Operand, *, scaled: bool, widened: bool = False) -> list[Source]:
+    return list(sources(operand.value, operand.view, scaled=scaled, widened=widened))
+
+
+def _of_dtype(found: Sequence[Source], dtype: ir.DataType | None) -> list[Source]:
+    return [source for source in found if source.value.dtype == dtype]
 
 
 def _group(layout: Layout) -> int:

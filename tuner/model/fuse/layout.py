@@ -156,17 +156,22 @@ class Source:
     moves: int  # nodes further upstream, of those that were looked at, that move or change elements
 
 
-def sources(value: ir.Value, view: View, *, scaled: bool) -> Iterator[Source]:
+def sources(value: ir.Value, view: View, *, scaled: bool, widened: bool = False) -> Iterator[Source]:
     """What a tensor is made of, from the nearest value to the farthest, the first being `value` itself; `view` makes
     the tensor's layout of that of `value`.
 
-    `scaled`: whether to go on through factors of one constant, and through casts between data types of floats.
+    `scaled`: whether to go on through factors of one constant, and through casts between data types of floats;
+    `widened`: through casts to fp32 alone, which lose nothing.
     """
     chain: list[ir.Node] = []
     values = [value]
     while len(chain) < _LONGEST:
         node = values[-1].producer()
-        if node is None or not (_moves(node) or (scaled and (_factor(node) is not None or _is_cast(node)))):
+        if node is None or not (
+            _moves(node)
+            or (scaled and (_factor(node) is not None or _is_cast(node)))
+            or (widened and _is_cast(node) and dtype_name(node.outputs[0]) == "fp32")
+        ):
             break
         chain.append(node)
         values.append(_followed(node))

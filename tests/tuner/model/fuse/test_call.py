@@ -148,3 +148,66 @@ def test_casts_of_queries_and_keys_alone_are_passed_by():
     model, _ = fused(g, g("MatMul", weights, v), within=2e-3)
     only_fused(model, "FusedAttention")
     assert "Cast" not in operators(model)
+
+
+def fp16_but_its_weights(g: Graph) -> str:
+    """Masked attention of a module in fp16 as torch's older exporter writes it: with the mask in fp32 weights are, too,
+    so that v is cast."""
+    q, k, v = (g.input(name, B, H, S, D, dtype="fp16") for name in "qkv")
+    raw = g("Cast", g("Mul", g("MatMul", q, turned(g, k)), g.array(SCALE, np.float16)), to=1)
+    seen = g.input("seen", B, 1, S, S, dtype="bool")
+    masked = g("Add", raw, g("Where", seen, g.array(0.0), g.array(LEAST)))
+    weights = g("Softmax", masked, axis=-1)
+    guarded = g("Where", g("IsNaN", weights), g.array(0.0), weights)
+    return g("MatMul", guarded, g("Cast", v, to=1))
+
+
+def test_values_are_read_before_their_cast_to_fp32():
+    g = Graph()
+    # The result is in fp16 between the node and the cast.
+    model, _ = fused(g, fp16_but_its_weights(g), within=1e-3)
+    node = only_fused(model, "FusedAttentionBias")
+    assert {plugin_inputs(node)[name].dtype.name for name in "qkv"} == {"FLOAT16"}
+    assert operators(model).count("Cast") == 1
+    assert node.outputs[0].dtype.name == "FLOAT16"
+
+
+def test_a_result_that_is_cast_back_is_cast_nowhere():
+    g = Graph()
+    model, _ = fused(g, g("Cast", fp16_but_its_weights(g), to=10), within=1e-3)
+    only_fused(model, "FusedAttentionBias")
+    assert "Cast" not in operators(model)
+
+
+@pytest.mark.parametrize("to", ["fp32 as well", "fp16 elsewhere, too"])
+def test_what_is_cast_for_others_stays_cast(to):
+    g = Graph()
+    out = fp16_but_its_weights(g)
+    outputs = [g("Cast", out, to=10), g("Relu", out) if to == "fp32 as well" else g("Cast", out, to=10)]
+    model, _ = fused(g, *outputs, within=1e-3)
+    assert operators(model).count("Cast") == (2 if to == "fp32 as well" else 3)
+
+
+def test_values_that_are_rounded_to_fp16_first_are_read_behind_that():
+    g = Graph()
+    q, k, v = (g.input(name, B, H, S, D) for name in "qkv")
+    rounded = g("Cast", g("Cast", v, to=10), to=1)
+    out = g("MatMul", g("Softmax", g("Mul", g("MatMul", q, turned(g, k)), g.array(SCALE)), axis=-1), rounded)
+    model, _ = fused(g, out)  # unrounded values would differ by 2⁻¹²
+    assert operators(model).count("Cast") == 2
+
+
+def test_the_operator_may_have_values_of_another_dtype_than_its_result():
+    """`Attention`'s Y is of the type of Q and K. ONNX Runtime's body of it takes only one type."""
+    made = []
+    for cast in (True, False):
+        g = Graph(23)
+        q, k, v = (g.input(name, B, H, S, D, dtype="fp16") for name in "qkv")
+        out = g("Attention", *(g("Cast", each, to=1) for each in (q, k)), g("Cast", v, to=1) if cast else v)
+        made.append(g.model(out))
+    wanted = results(made[0], g.feeds())[0]
+    fuse(made[1])
+    assert only_fused(made[1], "FusedAttention").outputs[0].dtype.name == "FLOAT16"
+    got = results(made[1], g.feeds())[0]
+    assert got.dtype == wanted.dtype
+    assert relative_error(got, wanted) <= 1e-3
