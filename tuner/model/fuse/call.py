@@ -28,7 +28,7 @@ from tilewright.tuner.model.fuse.layout import (
 from tilewright.tuner.model.fuse.masks import Bands, Masking, make_bias, masking
 from tilewright.tuner.model.fuse.opening import opened
 from tilewright.tuner.model.fuse.scores import Mask, Rows, UnmatchedError
-from tilewright.tuner.model.graph import elements, static_shape
+from tilewright.tuner.model.graph import dtype_name, elements, static_shape
 
 OP = "attention"
 _HEADS = 1
@@ -144,6 +144,11 @@ def call(asked: Question, bands: Bands) -> Call:
         name: min((plan(one) for one in (_ungrouped(each, groups) if name != "q" else each)), key=lambda one: one.cost)
         for name, each in found.items()
     }
+    rows = tuple((each.operator, _rows(each, asked.shape)) for each in asked.rows)
+    for _, planned in rows:
+        if planned.source.dtype != plans["q"].source.dtype:
+            factor, queries = (dtype_name(each.source) for each in (planned, plans["q"]))
+            raise UnmatchedError(f"its factor {planned.source.name!r} is {factor}, and its queries {queries}")
     masked = masking(asked.masks, asked.shape, bands)
     settings = {**masked.band.settings(), **(asked.settings or {})}
     scale = asked.scale * plans["q"].factor * plans["k"].factor
@@ -153,7 +158,7 @@ def call(asked: Question, bands: Bands) -> Call:
         settings["scale"] = scale
     if asked.softcap:
         settings["softcap"] = asked.softcap
-    return Call(plans, tuple((each.operator, _rows(each, asked.shape)) for each in asked.rows), masked, settings)
+    return Call(plans, rows, masked, settings)
 
 
 def _sources(operand: Operand, *, scaled: bool, widened: bool = False) -> list[Source]:

@@ -150,6 +150,21 @@ def test_casts_of_queries_and_keys_alone_are_passed_by():
     assert "Cast" not in operators(model)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_factors_of_rows_are_of_the_type_of_queries(dtype):
+    """They go to the queries, in whose type a factor of fp32 might overflow."""
+    g = Graph()
+    q, k, v = (g.input(name, B, H, S, D, dtype="fp16") for name in "qkv")
+    raw, by = g("MatMul", q, turned(g, k)), g.array(np.linspace(0.1, 0.7, H).reshape(H, 1, 1), dtype)
+    raw = g("Mul", raw if dtype is np.float16 else g("Cast", raw, to=1), by)
+    weights = g("Softmax", raw, axis=-1)
+    _, report = fused(g, g("MatMul", weights if dtype is np.float16 else g("Cast", weights, to=10), v), within=2e-3)
+    assert report.counts().get("attention", 0) == (dtype is np.float16)
+    if dtype is np.float32:
+        (miss,) = [miss for miss in report.misses if miss.pattern == "attention"]
+        assert "is fp32, and its queries fp16" in miss.reason
+
+
 def fp16_but_its_weights(g: Graph) -> str:
     """Masked attention of a module in fp16 as torch's older exporter writes it: with the mask in fp32 weights are, too,
     so that v is cast."""
