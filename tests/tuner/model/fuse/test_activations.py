@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.tuner.model.fuse.forms import Graph, fused, operators
 from tests.tuner.model.graphs import relative_error, results
-from tilewright.kernels.activations import activation, activation_name
+from tilewright.kernels.activations import ACTIVATIONS, activation, activation_name
 from tilewright.tuner.model.fuse import fuse
+from tilewright.tuner.model.fuse.activations import _OPERATORS
 from tilewright.tuner.model.graph import fused_nodes, plugin_settings
 
 KINDS = {"fp32": np.float32, "fp16": np.float16}
@@ -195,6 +198,28 @@ def test_other_constants_are_other_functions(form):
     model, _ = fused(f.g, form(f, product))
     (node,) = fused_nodes(model)
     assert plugin_settings(node)["activation"] == "none"
+
+
+def named_between(start: str, end: str) -> list[str]:
+    """What docs/models.md has in backticks from one text to another."""
+    page = (Path(__file__).parents[4] / "docs/models.md").read_text()
+    return re.findall("`(.+?)`", page.partition(start)[2].partition(end)[0])
+
+
+def test_every_activation_of_the_kernels_is_recognised_in_some_form():
+    assert {case[1].partition(":")[0] for case in CASES} == set(ACTIVATIONS) - {"none"}
+
+
+def test_the_page_names_the_operators_that_are_activations():
+    assert named_between("As one operator:", "Written out:") == sorted(_OPERATORS)
+
+
+@pytest.mark.parametrize("operator", named_between("Others end a chain:", "\n\n"))
+def test_the_page_names_operators_that_are_none(operator):
+    g = Graph(22)
+    product = g("MatMul", g.input("x", 8, 16), g.array(np.random.default_rng(1).standard_normal((16, 24))))
+    model, _ = fused(g, g(operator, product, *([g.array(0.5)] if operator == "PRelu" else [])))
+    assert operators(model) == sorted(["FusedGemm", operator])
 
 
 def test_a_constant_of_several_elements_is_no_constant_of_a_formula():
