@@ -93,6 +93,7 @@ class _Body:
         self.settings = plugin_settings(node)
         self.kinds = {name: dtype_name(value) for name, value in self.given.items()}
         self.inputs = {name: ir.Value(name=name) for name in self.given}
+        self.more: dict[str, ir.Value] = {}  # results behind the first, by the plugin's names
 
     def rank(self, name: str) -> int:
         shape = self.given[name].shape
@@ -124,7 +125,7 @@ class _Body:
         return self.op("DequantizeLinear", value, scale, **along)  # type: ignore[no-any-return]
 
     def extra(self, name: str) -> ir.Value:
-        """A bias or residual in fp32."""
+        """A bias, residual or weight in fp32."""
         return self.op.cast(self.inputs[name], self.kinds[name], "fp32")
 
     def finish(self, y: ir.Value, kind: str) -> ir.Value:
@@ -261,7 +262,29 @@ def _hidden_keys(op: Writer, body: _Body, queries: int, keys: int) -> list[ir.Va
     return masks
 
 
-_OPS: Mapping[str, Callable[[_Body, str], ir.Value]] = {"gemm": _gemm, "conv2d": _conv2d, "attention": _attention}
+def _rmsnorm(body: _Body, kind: str) -> ir.Value:
+    op, settings = body.op, body.settings
+    h = body.extra("x")
+    if "residual" in body.given:
+        h = op("Add", h, body.extra("residual"))
+        body.more["residual_out"] = op.cast(h, "fp32", body.kinds["residual"])
+    # In this form ONNX Runtime makes one kernel of it; of h times h it would not.
+    mean = op("ReduceMean", op("Pow", h, op.array(2)), op.array([-1], "int64"))
+    y = op("Div", h, op("Sqrt", op("Add", mean, op.array(settings["eps"]))))
+    if "weight" in body.given:
+        weight = body.extra("weight")
+        if settings["weight_offset"]:
+            weight = op("Add", weight, op.array(settings["weight_offset"]))
+        y = op("Mul", y, weight)
+    return body.finish(y, kind)
+
+
+_OPS: Mapping[str, Callable[[_Body, str], ir.Value]] = {
+    "gemm": _gemm,
+    "conv2d": _conv2d,
+    "attention": _attention,
+    "rmsnorm": _rmsnorm,
+}
 
 
 def body(node: ir.Node, opset: int) -> ir.Function:
@@ -275,9 +298,10 @@ def body(node: ir.Node, opset: int) -> ir.Function:
         raise UnsupportedError(f"there is no ONNX body of {node.op_type}")
     made = _Body(node, opset)
     result = _OPS[op](made, dtype_name(node.outputs[0]))
+    results = {"out": result, **made.more}
     nodes = made.op.nodes
-    used = {value for each in nodes for value in each.inputs}
-    nodes = [each for each in nodes if any(value in used or value is result for value in each.outputs)]
+    used = {value for each in nodes for value in each.inputs} | set(results.values())
+    nodes = [each for each in nodes if any(value in used for value in each.outputs)]
     if result in made.inputs.values():
         raise UnsupportedError(f"{node.op_type} {node.name!r} does nothing")
     names = {id(value): f"t{index}" for index, each in enumerate(nodes) for value in each.outputs}
@@ -285,8 +309,11 @@ def body(node: ir.Node, opset: int) -> ir.Function:
         each.name = None
         for index, value in enumerate(each.outputs):
             value.name = names[id(value)] + (f"_{index}" if len(each.outputs) > 1 else "")
-    result.name = "out"
-    graph = ir.Graph(list(made.inputs.values()), [result], nodes=nodes, opset_imports={"": opset}, name="body")
+    for name, value in results.items():
+        value.name = name
+    graph = ir.Graph(
+        list(made.inputs.values()), list(results.values()), nodes=nodes, opset_imports={"": opset}, name="body"
+    )
     # The node's attributes are the plugin's to read: the body has them written into it.
     attributes = [ir.Attr(attribute.name, attribute.type, None) for attribute in node.attributes.values()]
     function = ir.Function(NAMESPACE, node.op_type, graph=graph, attributes=attributes)

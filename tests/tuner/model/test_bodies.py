@@ -14,6 +14,8 @@ from tests.tuner.model.graphs import normal, results, value
 from tilewright.kernels.activations import ACTIVATIONS, activation, activation_name
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.registry import find_kernel
+from tilewright.kernels.tensorrt.catalogue import OPERATIONS
+from tilewright.kernels.tensorrt.operation import PluginOperation
 from tilewright.tuner.gate import compare
 from tilewright.tuner.model.bodies import attach_bodies, body
 from tilewright.tuner.model.graph import DTYPES, dtype_name, fused_nodes, make_fused, plugin_tensors, static_shape
@@ -23,15 +25,18 @@ WITHOUT_BODY = ("b_zero", "alibi_slopes", "sinks")
 JOBS = {
     name: job
     for name, job in variants.jobs().items()
-    if not job.plugin.startswith("FusedRmsNorm")
-    and not any("".join(part.capitalize() for part in word.split("_")) in job.plugin for word in WITHOUT_BODY)
+    if not any("".join(part.capitalize() for part in word.split("_")) in job.plugin for word in WITHOUT_BODY)
 }
+
+
+def operation_of(op: str) -> PluginOperation:
+    return next(each for each in OPERATIONS if each.kernel.name == op)
 
 
 def alone(op: str, inputs: dict[str, ir.Value], constants: dict[str, np.ndarray], **settings: object) -> ir.Model:
     """A model of one fused node: what is no constant is an input."""
-    node = make_fused(op, inputs, settings, name="layer")
-    node.outputs[0].name = "out"
+    names = ["out", *(brought for name, brought in operation_of(op).brings.items() if name in inputs)]
+    node = make_fused(op, inputs, settings, name="layer", outputs=[ir.Value(name=name) for name in names])
     for name, array in constants.items():
         inputs[name].const_value = ir.tensor(array, name=name)
     graph = ir.Graph(
@@ -47,8 +52,8 @@ def alone(op: str, inputs: dict[str, ir.Value], constants: dict[str, np.ndarray]
     return model
 
 
-def run(model: ir.Model, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The one output; data types that NumPy lacks travel as the bits that they are."""
+def run(model: ir.Model, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """The outputs; data types that NumPy lacks travel as the bits that they are."""
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -61,12 +66,12 @@ def run(model: ir.Model, arrays: dict[str, np.ndarray]) -> np.ndarray:
             feeds[given.name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, int(DTYPES[name]))
         else:
             feeds[given.name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-    (out,) = session.run_with_ort_values(None, feeds)
-    kind = dtype_name(model.graph.outputs[0])
-    if kind in ("bf16", "fp8e4m3"):
+    made = []
+    for value_, out in zip(model.graph.outputs, session.run_with_ort_values(None, feeds), strict=True):
+        kind = dtype_name(value_)
         # Through fp32, which holds them all: ONNX Runtime hands neither to NumPy.
-        return widened(out, kind)
-    return np.asarray(out.numpy())
+        made.append(widened(out, kind) if kind in ("bf16", "fp8e4m3") else np.asarray(out.numpy()))
+    return made
 
 
 def widened(out: onnxruntime.OrtValue, kind: str) -> np.ndarray:
@@ -85,9 +90,11 @@ def widened(out: onnxruntime.OrtValue, kind: str) -> np.ndarray:
 def check(model: ir.Model, problem: Problem) -> None:
     arrays = problem.inputs(0)
     kernel = find_kernel(problem.op)
-    wanted = kernel.reference(problem, arrays)["out"]
+    wanted = kernel.reference(problem, arrays)
     got = run(model, arrays)
-    assert compare(got.reshape(wanted.shape), wanted, kernel.tolerance(problem)["out"]) is None
+    assert len(got) == len(wanted)
+    for (name, expected), array in zip(wanted.items(), got, strict=True):
+        assert compare(array.reshape(expected.shape), expected, kernel.tolerance(problem)[name]) is None, name
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -138,7 +145,7 @@ def test_forms_of_gemm(fields, settings):
     inputs = {name: value(name, shape) for name, shape in shapes.items()}
     model = alone("gemm", inputs, {}, **settings)
     wanted = find_kernel("gemm").reference(problem, problem.inputs(0))["out"]
-    got = run(model, arrays)
+    (got,) = run(model, arrays)
     assert compare(got.reshape(wanted.shape), wanted, find_kernel("gemm").tolerance(problem)["out"]) is None
 
 
@@ -187,6 +194,33 @@ def test_convolution_with_everything_else():
     check(alone("conv2d", inputs, {}, activation="hardswish", **fields), problem)
 
 
+def test_a_norm_with_constants_of_its_own():
+    from tilewright.kernels import RmsNormProblem
+
+    problem = RmsNormProblem(M=6, N=24, dtype="fp32", weight="fp32")
+    arrays = problem.inputs(0)
+    inputs = {name: value(name, array.shape) for name, array in arrays.items()}
+    (got,) = run(alone("rmsnorm", inputs, {}, eps=0.5, weight_offset=1.0), arrays)
+    wanted = find_kernel("rmsnorm").reference(problem, arrays, eps=0.5, weight_offset=1.0)["out"]
+    assert compare(got, wanted, find_kernel("rmsnorm").tolerance(problem)["out"]) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight", "out"),
+    [("fp32", "fp32", "fp32"), ("fp16", "fp16", "fp16"), ("fp32", "fp16", "fp16"), ("bf16", "bf16", "bf16")],
+)
+def test_onnx_runtime_makes_one_kernel_of_a_norm(tmp_path, kind, weight, out):
+    inputs = {"x": value("x", (4, 16), kind), "weight": value("weight", (16,), weight)}
+    model = alone("rmsnorm", inputs, {}, out_dtype="default" if out == kind else out)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    proto = ir.to_proto(model).SerializeToString()
+    onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    made = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert [each for each in made if each != "Cast"] == ["SimplifiedLayerNormalization"]
+
+
 def test_nodes_that_agree_share_a_body_and_others_do_not():
     nodes, before = [], value("x", (8, 16))
     weights = value("w", (16, 16))
@@ -229,7 +263,6 @@ def test_the_bytes_of_a_body_are_the_same_every_time():
     ("op", "shapes", "what"),
     [
         ("attention", {"q": (1, 2, 8, 16), "k": (1, 2, 8, 16), "v": (1, 2, 8, 16), "sinks": (2,)}, "sinks"),
-        ("rmsnorm", {"x": (8, 16)}, "FusedRmsNorm"),
     ],
 )
 def test_what_has_no_body_says_so(op, shapes, what):

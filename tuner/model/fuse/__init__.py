@@ -2,8 +2,8 @@
 
 `fuse` opens matrix products, convolutions and attentions (`opening.py`, `attention.py`), writes activations as one node
 each (`activations.py`), lets products take in what follows them (`epilogue.py`), and closes them: each is then a plugin
-of ours and a model-local function in one (`tilewright.tuner.model.bodies`). Layer norms become one node of ONNX's
-(`norms.py`). The rules are `onnxscript.rewriter`'s.
+of ours and a model-local function in one (`tilewright.tuner.model.bodies`). So is an RMS norm (`rms_norms.py`); layer
+norms become one node of ONNX's (`norms.py`). The rules are `onnxscript.rewriter`'s.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import onnx_ir.passes.common as passes
 from onnxscript.rewriter import pattern
 
 from tilewright.tuner.model import bodies
-from tilewright.tuner.model.fuse import activations, attention, epilogue, halves, norms, ranks
+from tilewright.tuner.model.fuse import activations, attention, epilogue, halves, norms, ranks, rms_norms
 from tilewright.tuner.model.fuse.opening import OpenConv, OpenGemm, OpenMatMul, close, is_open, register_constants
 from tilewright.tuner.model.fuse.outcome import FusionReport, Log, Match, Miss
-from tilewright.tuner.model.graph import fused_nodes, unique_names
+from tilewright.tuner.model.graph import fused_nodes, is_fused, unique_names
 
 __all__ = ["fuse", "FusionReport", "Match", "Miss"]
 
@@ -34,6 +34,7 @@ def fuse(model: ir.Model) -> FusionReport:
     ranks.lower_constants(model)
     halves.join_slices(model)
     norms.apply(model, log)
+    rms_norms.apply(model, log)
     attention.apply(model, log)
     for rules in (
         pattern.RewriteRuleSet([rule.rule(log) for rule in (OpenMatMul, OpenGemm, OpenConv)]),
@@ -46,7 +47,7 @@ def fuse(model: ir.Model) -> FusionReport:
     log.settle()
     epilogue.note_gates(model, log)
     activations.spell_out(model)
-    ends = {node.name or "": _end(node) for node in model.graph if is_open(node)}
+    ends = {node.name or "": _end(node) for node in model.graph if is_open(node) or is_fused(node)}
     close(model)
     bodies.attach_bodies(model)
     for clean in (passes.RemoveUnusedNodesPass(), passes.RemoveUnusedOpsetsPass()):
@@ -56,7 +57,7 @@ def fuse(model: ir.Model) -> FusionReport:
 
 
 def _end(node: ir.Node) -> str:
-    """Why the chain of an open node goes no further."""
+    """Why the chain of a node goes no further."""
     value = node.outputs[0]
     if value.is_graph_output():
         return "its result is an output of the model"

@@ -58,7 +58,7 @@ def _read(node: ir.Node) -> _Norm | None:
     kind, shape = dtype_name(found.x), static_shape(found.x)
     if shape is None or kind not in _TYPES or not 0 <= found.axis < len(shape):
         return None
-    while (user := _only_user(found.last)) is not None:
+    while (user := only_user(found.last)) is not None:
         if user.op_type == "Cast" and dtype_name(found.last) == "fp32" and dtype_name(user.outputs[0]) == kind:
             if found.scale is not None or found.bias is not None:
                 break  # they are fp32, and so is the norm
@@ -83,7 +83,7 @@ def _quotient(node: ir.Node) -> _Norm | None:
     for index in (0, 1) if node.op_type == "Mul" else (0,):
         root, nodes = node.inputs[1 - index], [node]
         if node.op_type == "Mul":
-            inverse = _made_by(root, "Reciprocal")
+            inverse = made_by(root, "Reciprocal")
             if inverse is None:
                 continue
             nodes.insert(0, inverse)
@@ -98,20 +98,17 @@ def _quotient(node: ir.Node) -> _Norm | None:
 
 def _deviation(root: ir.Value | None) -> _Norm | None:
     """√(mean(d²) + ε)."""
-    sqrt = _made_by(root, "Sqrt")
-    added = None if sqrt is None else _made_by(sqrt.inputs[0], "Add")
+    sqrt = made_by(root, "Sqrt")
+    added = None if sqrt is None else made_by(sqrt.inputs[0], "Add")
     if sqrt is None or added is None:
         return None
     for index in (0, 1):
-        epsilon, mean = scalar(added.inputs[index]), _mean(added.inputs[1 - index])
+        epsilon, mean = scalar(added.inputs[index]), averaging(added.inputs[1 - index])
         if epsilon is None or epsilon < 0 or mean is None:
             continue
-        squares, axis = mean.inputs[0], _axis(mean)
-        square = None if squares is None else squares.producer()
-        if square is None or square.domain != "" or axis is None:
-            continue
-        by = square.inputs[1] if len(square.inputs) == 2 else None
-        if not ((square.op_type == "Pow" and scalar(by) == 2) or (square.op_type == "Mul" and square.inputs[0] is by)):
+        squares, axis = mean.inputs[0], first_axis(mean)
+        square = squaring(squares)
+        if square is None or axis is None:
             continue
         centred = _centred(square.inputs[0])
         if centred is not None and centred.axis == axis:
@@ -121,27 +118,37 @@ def _deviation(root: ir.Value | None) -> _Norm | None:
 
 def _centred(value: ir.Value | None) -> _Norm | None:
     """x - mean(x), which exporters cast to fp32."""
-    cast = _made_by(value, "Cast")
+    cast = made_by(value, "Cast")
     if cast is not None and dtype_name(cast.outputs[0]) == "fp32":
         value = cast.inputs[0]
     else:
         cast = None
-    less = _made_by(value, "Sub")
-    mean = None if less is None else _mean(less.inputs[1])
+    less = made_by(value, "Sub")
+    mean = None if less is None else averaging(less.inputs[1])
     if less is None or mean is None or mean.inputs[0] is not less.inputs[0]:
         return None
-    x, axis = less.inputs[0], _axis(mean)
+    x, axis = less.inputs[0], first_axis(mean)
     if x is None or axis is None:
         return None
     return _Norm(x, axis, 0.0, [mean, less, *([] if cast is None else [cast])])
 
 
-def _mean(value: ir.Value | None) -> ir.Node | None:
-    node = _made_by(value, "ReduceMean")
+def squaring(value: ir.Value | None) -> ir.Node | None:
+    """The node that a value is the square of some other by."""
+    node = None if value is None else value.producer()
+    if node is None or node.domain != "" or len(node.inputs) != 2:
+        return None
+    base, by = node.inputs
+    return node if (node.op_type == "Pow" and scalar(by) == 2) or (node.op_type == "Mul" and base is by) else None
+
+
+def averaging(value: ir.Value | None) -> ir.Node | None:
+    """The node that a value is a mean by, which keeps its axes."""
+    node = made_by(value, "ReduceMean")
     return node if node is not None and node.attributes.get_int("keepdims", 1) == 1 else None
 
 
-def _axis(mean: ir.Node) -> int | None:
+def first_axis(mean: ir.Node) -> int | None:
     """The first axis of a mean over the last ones; None if it is over others."""
     shape = None if mean.inputs[0] is None else static_shape(mean.inputs[0])
     axes = constant(mean.inputs[1]) if len(mean.inputs) > 1 else None
@@ -164,7 +171,8 @@ def _parameter(node: ir.Node, value: ir.Value, shape: tuple[int, ...], axis: int
     return other if fits and all(size == 1 for size in lead) else None
 
 
-def _only_user(value: ir.Value) -> ir.Node | None:
+def only_user(value: ir.Value) -> ir.Node | None:
+    """The one node that reads a value, of the same graph, if nothing else does."""
     users = list(value.uses())
     if value.is_graph_output() or len(users) != 1 or users[0].node.domain != "":
         return None
@@ -181,7 +189,8 @@ def _by_themselves(nodes: list[ir.Node]) -> bool:
     ) and all(node.graph is last.graph for node in inner)
 
 
-def _made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
+def made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
+    """The node that makes a value, if it is of this operator."""
     node = None if value is None else value.producer()
     return node if node is not None and node.domain == "" and node.op_type == operator else None
 

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from tests.tuner.model.fused_nets import dtypes, fused, node, operators, output
 from tests.tuner.model.graphs import model_of, normal, relative_error, results
-from tilewright.tuner.model.fuse import norms
+from tilewright.tuner.model.fuse import norms, rms_norms
 from tilewright.tuner.model.graph import DTYPES, constant, dtype_name
 from tilewright.tuner.model.precision.half import STAYS, converted, lower
 from tilewright.tuner.model.precision.quantise import apply_precision
@@ -75,7 +75,8 @@ def test_rows_of_which_everything_is_masked_stay_finite() -> None:
 
 
 def test_a_decomposed_norm_is_one_island(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "apply", lambda *_: None)  # as over axes that the operator doesn't have
+    for rules in (norms, rms_norms):
+        monkeypatch.setattr(rules, "apply", lambda *_: None)  # as over axes that neither takes
     mixed = apply_precision(attention_block(-1e9), {}, base="fp16")
     kinds = dtypes(mixed)
     island = ("mean", "centred", "squares", "variance", "safe", "deviation", "normed", "scaled", "h")
