@@ -77,7 +77,7 @@ class ModelWorkloads:
 
     @property
     def flops(self) -> int:
-        """Of products, convolutions and attentions, as far as they can be counted."""
+        """Of products, convolutions, attentions and fused norms, as far as they can be counted."""
         return sum(layer.flops for layer in self.layers) + sum(each.flops or 0 for each in self.unsupported)
 
     @property

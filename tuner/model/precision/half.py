@@ -7,8 +7,8 @@ outputs keep their data types, with the cast inside.
 Rules, in this order:
 
 1. A fused node takes the lower type: its kernel adds up in fp32. Its scales stay fp32; and so does a result that only
-   nodes which stay fp32 and residuals read: the residual stream of a transformer between its norms, where roundings of
-   all layers would add up. A graph output leaves the kernel in its own type.
+   nodes which stay fp32, residuals and fused norms read: the residual stream of a transformer between its norms, where
+   roundings of all layers would add up. A graph output leaves the kernel in its own type.
 2. Operators of `STAYS`, those with subgraphs, and those of unknown domains stay fp32, each for the reason given.
 3. A node with a one-element constant that the type can only hold as 0 or a denormal number (the 1e-6 of a norm) stays;
    and so does one whose constants pass the range, or vanish where it multiplies or divides by them (`kept.py`).
@@ -52,6 +52,8 @@ from tilewright.tuner.model.precision.kept import (
     EXACT_SOURCES,
     FUSED_FP32,
     MOVING,
+    NORM,
+    STREAMS,
     Kept,
     kept,
     limits,
@@ -176,7 +178,7 @@ class _Lowering:
         self._kinds: dict[ir.Node, str] = {}
         self._exact: set[ir.Node] = set()  # nodes that need fp32, and are not only without the lower type
         self._wide: set[ir.Value] = set()
-        self._stream: set[ir.Value] = set()  # what residuals take in fp32
+        self._stream: set[ir.Value] = set()  # what residuals and norms take in fp32
         self._absorbing: set[ir.Value] = set()  # what attentions take in fp32
         self._versions: dict[tuple[ir.Value, str, bool], ir.Value] = {}
         self._home: dict[ir.Value, str] = {value: "fp32" for value in self.graph.inputs if dtype_name(value) == "fp32"}
@@ -204,17 +206,23 @@ class _Lowering:
         self._outputs()
 
     def _stays_wide(self, value: ir.Value) -> bool:
-        """Whether a layer's result is read by nodes that stay fp32, and by none that do not, but for residuals."""
+        """Whether a layer's result is read by nodes that stay fp32, or is a sum that norms read, or part of one; and by
+        none that take the lower type, but for residuals and norms."""
         users = [(node, index) for node, index in value.uses()]
         if value.is_graph_output():
             return not users
-        stays = [node for node, index in users if not self._is_residual(node, index)]
+        stays = [node for node, index in users if not self._takes_stream(node, index)]
+        if any(is_fused(node) and op_of(node) == NORM for node, _ in users):
+            layers = [value.producer(), *(node for node, index in users if self._takes_stream(node, index))]
+            if any(node is not None and "residual" in plugin_inputs(node) for node in layers):
+                return all(node in self._exact for node in stays)
         # A step that quantises takes the lower type through a cast, which costs nothing inside it.
         steps = [node for node in stays if node.op_type == "QuantizeLinear"]
         return len(stays) > len(steps) and all(node in self._exact for node in stays)
 
-    def _is_residual(self, node: ir.Node, index: int) -> bool:
-        return is_fused(node) and _plugin_names(node)[index] == "residual" and op_of(node) in ("gemm", "conv2d")
+    def _takes_stream(self, node: ir.Node, index: int) -> bool:
+        """Whether a node takes an input in fp32 for nothing but its bytes, and gives the lower type all the same."""
+        return is_fused(node) and _plugin_names(node)[index] in STREAMS.get(op_of(node), ())
 
     def _convert(self, node: ir.Node, kind: str) -> None:
         wanted = list(self._wanted(node, kind))
@@ -250,7 +258,7 @@ class _Lowering:
             for index, name in enumerate(names):
                 value = node.inputs[index]
                 if self._is_ours(value):
-                    wide = value in self._stream and self._is_residual(node, index)
+                    wide = value in self._stream and self._takes_stream(node, index)
                     wide |= name == "bias" and value in self._absorbing
                     yield index, "fp32" if name in FUSED_FP32 or wide else kind
             return
@@ -280,7 +288,7 @@ class _Lowering:
             node.attributes["precision"] = ir.AttrString("precision", "default")
         if dtype_name(out) != "fp32":
             return
-        given = "fp32" if out in self._wide and op_of(node) != "rmsnorm" else kind
+        given = "fp32" if out in self._wide else kind
         node.attributes["out_dtype"] = ir.AttrString("out_dtype", "default" if given == operand else given)
         for value in node.outputs:
             self._set(value, given if value is out else kind)

@@ -72,6 +72,11 @@ FUSED_FP32 = frozenset(
 )
 """Inputs of fused nodes that stay fp32."""
 
+NORM = "rmsnorm"
+
+STREAMS: Mapping[str, tuple[str, ...]] = {"gemm": ("residual",), "conv2d": ("residual",), NORM: ("x", "residual")}
+"""Inputs of fused nodes, by op, that they take in fp32 where what makes them is fp32, whatever they compute in."""
+
 MARGIN = 2
 """How often the largest number seen has to fit into the range: other inputs have larger ones."""
 
@@ -216,7 +221,7 @@ def _vanishes(node: ir.Node, index: int, array: Array, smallest: float) -> bool:
         return bool(np.any((array != 0) & (np.abs(array) < smallest)))
     factor = node.op_type in ("Mul", "MatMul", "Gemm", "Conv") and node.domain == "" and index < 2
     if is_fused(node):
-        factor = node.inputs[index] in [plugin_inputs(node).get(name) for name in ("b", "w")]
+        factor = node.inputs[index] in [plugin_inputs(node).get(name) for name in ("b", "w", "weight")]
     return factor and bool(0 < max(float(array.max()), -float(array.min())) < smallest)
 
 
@@ -262,17 +267,22 @@ def _ranges(nodes: Iterable[ir.Node], large: Mapping[str, float], target: str, f
             continue
         read: Iterable[ir.Value | None] = node.inputs
         if is_fused(node):
-            # A residual is read in fp32 where it is fp32.
-            given = plugin_inputs(node)
-            read = [each for name, each in given.items() if name != "residual" or op_of(node) not in ("gemm", "conv2d")]
+            streams = STREAMS.get(op_of(node), ())
+            read = [each for name, each in plugin_inputs(node).items() if name not in streams or not _computed(each)]
         made = list(node.outputs)
-        if is_fused(node) and op_of(node) != "rmsnorm":
+        if is_fused(node):
             found.wide.update(value for value in node.outputs if _named(value) in large)
             made = []
         names = [_named(value) for value in (*read, *made) if value is not None and dtype_name(value) == "fp32"]
         most = max((large[name] for name in names if name in large), default=0.0)
         if most:
             found.reasons[node] = f"its numbers come to {most:.4g}, and {target} ends at {limits(target)[0]:.4g}"
+
+
+def _computed(value: ir.Value) -> bool:
+    """Whether a node makes a value that stays fp32 where its numbers are large."""
+    node = value.producer()
+    return node is not None and (node.domain != "" or node.op_type not in _ANY)
 
 
 def _integers(nodes: Iterable[ir.Node], target: str, found: Kept) -> None:

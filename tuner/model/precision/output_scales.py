@@ -45,7 +45,7 @@ MOVED: Mapping[str, frozenset[str]] = {
 """Operators that commute with quantisation, by the type that ONNX's schema and ONNX Runtime have them for. (Relu
 commutes as well, but is in the layer already where there is one.)"""
 
-PRODUCERS = ("gemm", "conv2d")
+PRODUCERS = ("gemm", "conv2d", "rmsnorm")
 """Ops whose plugins take `out_scale`."""
 
 
@@ -222,7 +222,8 @@ class _Folding:
             moved = (base + grid.zero * np.float64(grid.scale)).astype(np.float32)
             inputs["bias"] = self.edit.constant(moved, f"{node.name}_bias")
             self.biases.add(inputs["bias"])
-        fused = make_fused(op_of(node), inputs, settings, name=node.name or "")
+        outputs = [ir.Value() for _ in node.outputs]
+        fused = make_fused(op_of(node), inputs, settings, name=node.name or "", outputs=outputs)
         fused.metadata_props.update(node.metadata_props)
         fused.outputs[0].type = ir.TensorType(DTYPES[grid.dtype])
         self.edit.replace(node, fused)
@@ -253,6 +254,8 @@ def shiftable(node: ir.Node, scale: float) -> bool:
     """Whether a layer can give its result shifted by 128 steps of a scale: behind ReLU, or a clamp that ends where the
     integers do, and with a constant bias or none."""
     inputs, settings = plugin_inputs(node), plugin_settings(node)
+    if "activation" not in settings:
+        return False  # a norm
     word, *parameters = activation_name(settings["activation"]).split(":")
     cut = word == "clamp" and float(parameters[0]) == 0 and float(parameters[1]) >= 255 * scale * (1 - 2.0**-20)
     if settings.get("gated", "none") != "none" or not (word == "relu" or cut):

@@ -5,8 +5,8 @@ Rules, each of which gives the reason that a layer stays at the base precision:
 - *First*: a layer that reads a graph input through nothing but shape operators and fixed scaling. Its input has few
   channels, so there is little time to gain, and pixels or samples have 8 bits of their own: rounded once more they lose
   what all that follows builds on.
-- *Last*: a layer behind which no other fused node, convolution or matrix product comes. No later layer averages its
-  error away, and a quantised activation right before the logits moves them directly.
+- *Last*: a layer behind which no other one, convolution or matrix product comes; norms don't count. No later layer
+  averages its error away, and a quantised activation right before the logits moves them directly.
 - *Softmax and norms* are no layers of int8 or fp8: the integers of a softmax have no room for its small numbers, which
   decide sums over many keys; a norm divides by a statistic, which an error of the largest value shifts as a whole.
 - What `quantise.eligible` refuses: products of two activations, operators that are no plugin of ours, shapes that the
@@ -58,14 +58,15 @@ def first_layers(model: ir.Model) -> set[str]:
 
 
 def last_layers(model: ir.Model) -> set[str]:
-    """Names of the fused nodes behind which no other, and no matrix product, comes."""
+    """Names of the fused nodes behind which no other, but for norms, and no matrix product comes."""
     before_heavy: set[ir.Value] = set()
     found = set()
     for node in reversed(list(model.graph)):
         leads = any(value in before_heavy for value in node.outputs)
         if is_fused(node) and not leads:
             found.add(node.name or "")
-        if leads or is_fused(node) or (node.domain != "" or node.op_type in _HEAVY):
+        layer = op_of(node) in ACTIVATIONS if is_fused(node) else node.domain != "" or node.op_type in _HEAVY
+        if leads or layer:
             before_heavy.update(value for value in node.inputs if value is not None)
     return found
 

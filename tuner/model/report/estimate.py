@@ -1,8 +1,8 @@
 """How long a whole model should take on a device: a sum over its nodes, each with what its time is based on.
 
     fused nodes                     the tuner's results, as the caller gives them; without one as the next line
-    MatMul, Gemm, Conv, Attention   the prediction (docs/prediction.md) of the default configuration of the problem that
-                                    the node is, at its data type; nothing is compiled
+    MatMul, Gemm, Conv, Attention,  the prediction (docs/prediction.md) of the default configuration of the problem that
+    RMSNormalization                the node is, at its data type; nothing is compiled
     where no kernel takes it        the roofline of its FLOPs and bytes, and a launch
     all others                      bytes read and written over the bandwidth of device memory, and a launch
     views, and what depends on      nothing

@@ -1,8 +1,9 @@
 """The problem that a node is, fused or not: what `estimate` predicts the time of.
 
 A node that no rule has fused is seen as the plugin that would take its place, with what ONNX gives the node itself: a
-bias or a residual of `Gemm`, a bias of `Conv`, the mask and the past of `Attention`. Only times are predicted of these
-problems, so values don't matter: `alpha` and `beta` are left out, and so is which keys a causal mask hides.
+bias or a residual of `Gemm`, a bias of `Conv`, the mask and the past of `Attention`, the scale of `RMSNormalization`.
+Only times are predicted of these problems, so values don't matter: `alpha` and `beta` are left out, and so is which
+keys a causal mask hides.
 """
 
 from __future__ import annotations
@@ -143,4 +144,13 @@ def _attention(node: ir.Node, inputs: Inputs) -> Operands | None:
     return "attention", arrays, settings
 
 
-_READERS = {"MatMul": _matmul, "Gemm": _gemm, "Conv": _conv, "Attention": _attention}
+def _norm(node: ir.Node, inputs: Inputs) -> Operands | None:
+    x, scale = inputs[0], _at(inputs, 1)
+    if x is None or scale is None or not x[0] or scale[0] != x[0][-1:]:
+        return None
+    if node.attributes.get_int("axis", -1) not in (-1, len(x[0]) - 1):
+        return None
+    return "rmsnorm", {"x": x, "weight": scale}, {"out_dtype": dtype_name(node.outputs[0])}
+
+
+_READERS = {"MatMul": _matmul, "Gemm": _gemm, "Conv": _conv, "Attention": _attention, "RMSNormalization": _norm}

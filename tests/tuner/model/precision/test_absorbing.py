@@ -26,6 +26,8 @@ CONSTANTS: dict[str, np.ndarray] = {
     "back": np.array([1, 8, 6, 6]),
     "flat": np.array([1, -1]),
     "cells": normal(7, 6, 16),
+    "last": np.array([-1]),
+    "eps": np.array(1e-5, np.float32),
 }
 
 TOKENS, IMAGE = (2, 6, 16), (1, 4, 8, 8)
@@ -35,6 +37,17 @@ CONV = [node("Conv", ["x", "filters", "f_bias"], ["c"], name="conv"), node("Relu
 
 TAKEN: dict[str, Made] = {
     "LayerNormalization": LAYER_NORM,
+    "an RMS norm": (
+        [
+            node("Mul", ["x", "x"], ["s"], name="square"),
+            node("ReduceMean", ["s", "last"], ["m"], name="mean"),
+            node("Add", ["m", "eps"], ["a"], name="add"),
+            node("Sqrt", ["a"], ["r"], name="root"),
+            node("Div", ["x", "r"], ["q"], name="div"),
+            node("Mul", ["q", "gain"], ["v"], name="mul"),
+        ],
+        TOKENS,
+    ),
     "a decomposed norm": (
         [
             node("Sigmoid", ["x"], ["n"], name="norm"),

@@ -272,14 +272,17 @@ def test_a_pinned_constant_stays() -> None:
     assert DTYPES["fp16"] == gemm.inputs[0].dtype  # type: ignore[union-attr]
 
 
-def stream(*, read_by: str = "LayerNormalization") -> ir.Model:
+def stream(*, read_by: str = "LayerNormalization", opset: int = 21) -> ir.Model:
     """Two residual blocks between norms: x (2, 6, 16) → y."""
     nodes = []
     h = "x"
     for index in range(2):
         nodes += [
             node(
-                read_by, [h, *(["gain"] if read_by == "LayerNormalization" else [])], [f"n{index}"], name=f"norm{index}"
+                read_by,
+                [h, *(["gain"] if read_by.endswith("Normalization") else [])],
+                [f"n{index}"],
+                name=f"norm{index}",
             ),
             node("MatMul", [f"n{index}", "w"], [f"m{index}"], name=f"mm{index}"),
             node("Add", [f"m{index}", f"n{index}" if index == 0 else h], [f"h{index}"], name=f"add{index}"),
@@ -292,6 +295,7 @@ def stream(*, read_by: str = "LayerNormalization") -> ir.Model:
         {"x": (2, 6, 16)},
         ["y"],
         {name: constants[name] for name in constants if name == "w" or len(nodes[0].input) > 1},
+        opset=opset,
     )
 
 
@@ -311,6 +315,32 @@ def test_the_residual_stream_between_norms_stays_fp32() -> None:
     assert dtypes(narrow)["h0"] == "fp16"
     bf16 = apply_precision(stream(read_by="Sigmoid"), {}, base="bf16")
     assert dtypes(bf16)["h0"] == "bf16"
+
+
+@pytest.mark.parametrize("base", ["fp16", "bf16"])
+def test_fused_norms_read_the_stream_in_fp32_and_give_half_precision(base: str) -> None:
+    model = stream(read_by="RMSNormalization", opset=23)
+    mixed = apply_precision(model, {}, base=base)
+    kinds = dtypes(mixed)
+    assert kinds["h0"] == kinds["h1"] == kinds["y"] == "fp32"
+    assert kinds["n0"] == kinds["n1"] == base
+    layers = {each.name: each for each in mixed.graph}
+    assert "Cast" not in [each.op_type for each in mixed.graph if each.name != "x_" + base + "_Cast"]
+    assert [dtype_name(value) for value in layers["norm1"].inputs if value is not None] == ["fp32", base]
+    assert [dtype_name(value) for value in layers["mm1"].inputs if value is not None] == [base, base, "fp32"]
+    feed = {"x": normal(9, 2, 6, 16)}
+    assert relative_error(output(mixed, feed), output(model, feed)) < (2e-3 if base == "fp16" else 2e-2)
+
+
+def test_what_a_norm_reads_alone_is_no_stream() -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"], name="mm"),
+        node("RMSNormalization", ["h", "gain"], ["n"], name="norm"),
+        node("MatMul", ["n", "w"], ["y"], name="last"),
+    ]
+    model = fused(nodes, {"x": (6, 16)}, ["y"], {"w": normal(0, 16, 16) / 4, "gain": normal(1, 16)}, opset=23)
+    kinds = dtypes(apply_precision(model, {}, base="fp16"))
+    assert (kinds["h"], kinds["n"]) == ("fp16", "fp16")
 
 
 @pytest.mark.parametrize(("opset", "kept"), [(20, "fp32"), (21, "bf16")])

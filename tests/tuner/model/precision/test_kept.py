@@ -104,6 +104,8 @@ def test_factors_that_vanish() -> None:
     feed = {"x": np.float32(1e4) * normal(1, 2, 3)}
     lowered = apply_precision(layer, {}, base="fp16")
     assert relative_error(output(lowered, feed), output(layer, feed)) < 1e-6
+    norm = fused([node("RMSNormalization", ["x", "c"], ["y"])], {"x": (2, 3)}, ["y"], {"c": tiny}, opset=23)
+    assert relative_error(output(apply_precision(norm, {}, base="fp16"), feed), output(norm, feed)) < 1e-6
 
 
 def squares() -> ir.Model:
@@ -144,6 +146,40 @@ def test_a_layer_whose_result_is_large_gives_it_in_fp32() -> None:
     assert kinds["r"] == "fp32"
     assert [each.dtype for each in first.inputs if each is not None][:2] == [ir.DataType.FLOAT16] * 2
     assert [each.dtype for each in second.inputs if each is not None][:2] == [ir.DataType.FLOAT] * 2
+
+
+def test_a_norm_of_large_numbers_takes_them_in_fp32() -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"], name="first"),
+        node("RMSNormalization", ["h", "gain"], ["n"], name="norm"),
+        node("MatMul", ["n", "w"], ["y"], name="second"),
+    ]
+    constants = {"w": np.abs(normal(0, 16, 16)), "gain": normal(1, 16)}
+    model = fused(nodes, {"x": (4, 16)}, ["y"], constants, opset=23)
+    feed = {"x": np.random.default_rng(0).uniform(9e3, 2e4, (4, 16)).astype(np.float32)}
+    mixed = apply_precision(model, {}, base="fp16", extremes={"h": (0, 3e5)})
+    kinds = dtypes(mixed)
+    assert (kinds["h"], kinds["n"]) == ("fp32", "fp16")
+    assert relative_error(output(mixed, feed), output(model, feed)) < 2e-3
+    # What the model is given may be as large, and no node keeps that in fp32: the norm does.
+    alone = fused(nodes[1:2], {"h": (4, 16)}, ["n"], {"gain": constants["gain"]}, opset=23)
+    feed = {"h": np.float32(1e5) * normal(2, 4, 16)}
+    mixed = apply_precision(alone, {}, base="fp16", extremes={"h": (-4e5, 4e5)})
+    assert relative_error(output(mixed, feed), output(alone, feed)) < 2e-3
+
+
+def test_a_norm_whose_result_is_large_gives_it_in_fp32() -> None:
+    nodes = [
+        node("RMSNormalization", ["x", "gain"], ["n"], name="norm"),
+        node("MatMul", ["n", "w"], ["y"], name="mm"),
+    ]
+    constants = {"w": normal(0, 16, 16) / 16, "gain": np.float32(5e4) * (1 + np.abs(normal(1, 16)) / 9)}
+    model = fused(nodes, {"x": (4, 16)}, ["y"], constants, opset=23)
+    feed = {"x": normal(2, 4, 16)}
+    assert np.abs(output(model, feed)).max() < 6e4
+    mixed = apply_precision(model, {}, base="fp16", extremes={"n": (-2e5, 2e5)})
+    assert dtypes(mixed)["n"] == "fp32"
+    assert relative_error(output(mixed, feed), output(model, feed)) < 2e-3
 
 
 def test_masks_are_not_large() -> None:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.tuner.model.fused_nets import convolutions, dtypes, every_layer, fused, node, operators, output, plan_of
-from tests.tuner.model.graphs import normal
+from tests.tuner.model.graphs import normal, relative_error
 from tilewright.tuner.model.graph import fused_nodes
 from tilewright.tuner.model.precision.quantise import LayerPrecision, apply_precision
 
@@ -61,6 +61,27 @@ def test_the_integers_are_the_same(what: str) -> None:
     assert operators(folded).count("QuantizeLinear") == 0
     assert dtypes(folded)["r0"] == "int8"
     np.testing.assert_array_equal(output(folded, feed), output(apart, feed))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_norm_gives_integers_to_all_that_read_it(kind: str) -> None:
+    nodes = [
+        node("RMSNormalization", ["x", "gain"], ["n"], name="norm"),
+        node("MatMul", ["n", "w0"], ["a"], name="left"),
+        node("MatMul", ["n", "w1"], ["b"], name="right"),
+        node("Mul", ["a", "b"], ["y"], name="mul"),
+    ]
+    constants = {"gain": 1 + normal(0, 32) / 4, "w0": normal(1, 32, 32) / 8, "w1": normal(2, 32, 32) / 8}
+    model = fused(nodes, {"x": (4, 6, 32)}, ["y"], constants, opset=23)
+    feed = {"x": normal(3, 4, 6, 32)}
+    scale = 3 / 127 if kind == "int8" else 3 / 448
+    plan = {name: LayerPrecision(kind, {"a": scale}) for name in ("left", "right")}
+    folded, apart = (apply_precision(model, plan, base="fp32", fold=fold) for fold in (True, False))
+    assert operators(apart) == ["FusedRmsNormWeight", "QuantizeLinear", *["FusedGemmAScaleBScale"] * 2, "Mul"]
+    assert operators(folded) == ["FusedRmsNormWeightOutScale", *["FusedGemmAScaleBScale"] * 2, "Mul"]
+    np.testing.assert_array_equal(output(folded, feed), output(apart, feed))
+    half = apply_precision(model, plan, base="fp16")
+    assert relative_error(output(half, feed), output(apart, feed)) < 5e-2
 
 
 def test_in_half_precision_only_the_base_type_is_skipped() -> None:

@@ -57,6 +57,21 @@ def test_a_result_that_is_an_output_and_goes_on_is_not_last() -> None:
     assert last_layers(model) == {"out"}
 
 
+def test_a_norm_averages_no_error_away() -> None:
+    # As the last norm of an encoder.
+    nodes = [
+        node("MatMul", ["x", "w"], ["h"], name="first"),
+        node("Relu", ["h"], ["r"], name="relu"),
+        node("MatMul", ["r", "w"], ["m"], name="second"),
+        node("RMSNormalization", ["m", "gain"], ["y"], name="norm"),
+    ]
+    model = fused(nodes, {"x": (4, 16)}, ["y"], {"w": normal(1, 16, 16), "gain": normal(2, 16)}, opset=23)
+    assert last_layers(model) == {"second", "norm"}
+    reasons = layers_to_quantise(model, "int8")[1]
+    assert reasons["second"] == LAST
+    assert "norms are not quantised" in reasons["norm"]
+
+
 def test_embeddings_are_no_input_of_a_first_layer() -> None:
     nodes = [
         node("Gather", ["table", "ids"], ["e"], name="embed"),

@@ -13,6 +13,7 @@ from tests.tuner.model.graphs import model_of, normal, value
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
 from tilewright.kernels.ops.gemm.problem import GemmProblem
+from tilewright.kernels.ops.rmsnorm.problem import RmsNormProblem
 from tilewright.kernels.problem import Problem
 from tilewright.tuner.model.graph import make_fused
 from tilewright.tuner.model.report.node_problem import problem_of
@@ -47,6 +48,16 @@ def test_matmul() -> None:
 def test_gemm(c: tuple[int, ...], options: dict[str, str]) -> None:
     found = problem("Gemm", {"a": (16, 7), "b": (24, 16), "c": c}, transA=1, transB=1, alpha=0.5)
     assert found == GemmProblem(M=7, N=24, K=16, dtype="fp32", a_layout="col", b_layout="col", **options)  # type: ignore[arg-type]
+
+
+def test_rms_norm() -> None:
+    def found(shape: tuple[int, ...], **attributes: Any) -> Problem | None:
+        return problem("RMSNormalization", {"x": (2, 7, 16), "w": shape}, dtype="fp16", opset=23, **attributes)
+
+    assert found((16,)) == RmsNormProblem(M=14, N=16, dtype="fp16", weight="fp16")
+    assert found((16,), axis=2) == found((16,))
+    assert found((7, 16), axis=1) is None
+    assert found((1,)) is None
 
 
 def test_conv() -> None:
