@@ -8,6 +8,9 @@ before it multiplies by the weight as well. What squares in half precision is le
 there, and their quotients 0.
 
 What a norm shares with others, as two norms of one value share the root, stays as long as somebody reads it.
+
+A norm of a sum that no product has taken in, as that of the stream and a norm behind a layer, becomes one with a
+residual, which gives the sum as well (`take_sums`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,18 @@ import onnx_ir as ir
 from tilewright.tuner.model.fuse.norms import averaging, first_axis, made_by, only_user, squaring
 from tilewright.tuner.model.fuse.opening import as_vector, refusal, register_constants
 from tilewright.tuner.model.fuse.outcome import Log
-from tilewright.tuner.model.graph import dtype_name, is_constant, make_fused, scalar, static_shape
+from tilewright.tuner.model.graph import (
+    dtype_name,
+    fused_nodes,
+    is_constant,
+    is_fused,
+    make_fused,
+    op_of,
+    plugin_inputs,
+    plugin_settings,
+    scalar,
+    static_shape,
+)
 
 OP = "rmsnorm"
 OPERATOR = "RMSNormalization"
@@ -71,6 +85,42 @@ def apply(model: ir.Model, log: Log) -> None:
             _write(model, found)
             log.match(_PATTERN, found.nodes[-1].name or "")
     register_constants(model)
+
+
+def take_sums(model: ir.Model, log: Log) -> None:
+    """Lets norms take in the sums that they read, where those are left: products come first, which save more."""
+    for node in fused_nodes(model):
+        if op_of(node) != OP or "residual" in plugin_inputs(node):
+            continue
+        inputs = plugin_inputs(node)
+        added = made_by(inputs["x"], "Add")
+        if added is None or added.graph is not model.graph:
+            continue
+        if "weight" in inputs and not is_constant(inputs["weight"]):
+            continue  # it may be computed from the sum
+        first, second = added.inputs
+        if first is None or second is None or first is second:
+            continue
+        like = inputs["x"]
+        if any(static_shape(each) != static_shape(like) or each.dtype != like.dtype for each in (first, second)):
+            continue
+        # The sum that the norm gives has the residual's type, in half precision, too.
+        x, residual = sorted((second, first), key=_streams)
+        inputs = {**inputs, "x": x, "residual": residual}
+        settings = plugin_settings(node)
+        if refusal(OP, inputs, settings) is not None:
+            continue
+        old = [node.outputs[0], added.outputs[0]]
+        new = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in old]
+        made = make_fused(OP, inputs, settings, name=node.name or "", outputs=new)
+        ir.convenience.replace_nodes_and_values(model.graph, added, [added, node], [made], old, new)
+        log.match(f"{_PATTERN} + residual", made.name or "")
+
+
+def _streams(value: ir.Value) -> tuple[bool, int]:
+    """How much a value looks like the residual stream: a sum that a norm gives is one, and else what others read."""
+    node = value.producer()
+    return node is not None and is_fused(node) and value is not node.outputs[0], len(value.uses())
 
 
 def _read(node: ir.Node) -> _Norm | None:

@@ -59,10 +59,12 @@ def absorb(value: ir.Value, factors: Array) -> Found:
     if shape is None:
         return "its shape is not known"
     what = f"{node.op_type} {node.name!r}"
+    if is_fused(node):
+        if value is not node.outputs[0]:
+            return f"{what} gives it beside its result"
+        return _fused(node, shape, factors)
     if sum(bool(out.uses()) for out in node.outputs) > 1:
         return f"{what} has several results"
-    if is_fused(node):
-        return _fused(node, shape, factors)
     step = _STEPS.get(node.op_type) if node.domain == "" else None
     return f"{what} can't take factors" if step is None else step(node, shape, factors)
 

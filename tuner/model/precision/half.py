@@ -197,7 +197,8 @@ class _Lowering:
             self._kinds[node] = kind
             if kind == "fp32" and (target == "fp32" or numbers or _loses(node, target, beside)):
                 self._exact.add(node)
-        self._wide = {node.outputs[0] for node in nodes if is_fused(node) and self._stays_wide(node.outputs[0])}
+        given = [value for node in nodes if is_fused(node) for value in node.outputs]
+        self._wide = {value for value in given if self._stays_wide(value)}
         self._wide |= {value for found in self._kept.values() for value in found.wide}
         self._stream = stays | self._wide
         self._absorbing = {value for found in self._kept.values() for value in found.absorbing}
@@ -208,13 +209,16 @@ class _Lowering:
     def _stays_wide(self, value: ir.Value) -> bool:
         """Whether a layer's result is read by nodes that stay fp32, or is a sum that norms read, or part of one; and by
         none that take the lower type, but for residuals and norms."""
-        users = [(node, index) for node, index in value.uses()]
+        maker, users = value.producer(), [(node, index) for node, index in value.uses()]
+        assert maker is not None
+        stays = [node for node, index in users if not self._takes_stream(node, index)]
+        if value is not maker.outputs[0]:  # the sum that a norm has made
+            return (bool(users) or value.is_graph_output()) and all(node in self._exact for node in stays)
         if value.is_graph_output():
             return not users
-        stays = [node for node, index in users if not self._takes_stream(node, index)]
         if any(is_fused(node) and op_of(node) == NORM for node, _ in users):
-            layers = [value.producer(), *(node for node, index in users if self._takes_stream(node, index))]
-            if any(node is not None and "residual" in plugin_inputs(node) for node in layers):
+            added = [node for node, _ in users if is_fused(node) and plugin_inputs(node).get("residual") is value]
+            if added or "residual" in plugin_inputs(maker):
                 return all(node in self._exact for node in stays)
         # A step that quantises takes the lower type through a cast, which costs nothing inside it.
         steps = [node for node in stays if node.op_type == "QuantizeLinear"]
@@ -260,6 +264,8 @@ class _Lowering:
                 if self._is_ours(value):
                     wide = value in self._stream and self._takes_stream(node, index)
                     wide |= name == "bias" and value in self._absorbing
+                    # A norm's sum has the residual's type.
+                    wide |= name == "residual" and any(each in self._wide for each in node.outputs[1:])
                     yield index, "fp32" if name in FUSED_FP32 or wide else kind
             return
         slots = _slots(node, self.opset)
@@ -282,16 +288,19 @@ class _Lowering:
 
     def _fused(self, node: ir.Node, kind: str) -> None:
         """Writes the attributes that go with the new types."""
-        out = node.outputs[0]
-        operand = dtype_name(next(iter(plugin_inputs(node).values())))
+        out, *more = node.outputs
+        inputs = plugin_inputs(node)
+        operand = dtype_name(next(iter(inputs.values())))
+        for value in more:
+            if dtype_name(value) == "fp32":
+                self._set(value, dtype_name(inputs["residual"]))
         if "precision" in node.attributes and operand != "fp32":
             node.attributes["precision"] = ir.AttrString("precision", "default")
         if dtype_name(out) != "fp32":
             return
         given = "fp32" if out in self._wide else kind
         node.attributes["out_dtype"] = ir.AttrString("out_dtype", "default" if given == operand else given)
-        for value in node.outputs:
-            self._set(value, given if value is out else kind)
+        self._set(out, given)
 
     def _version(self, value: ir.Value, want: str, user: ir.Node) -> ir.Value:
         """A value in a data type: itself, a constant or a cast that is there already, or a new one."""

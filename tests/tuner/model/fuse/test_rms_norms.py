@@ -315,6 +315,74 @@ def test_what_is_no_norm_is_left_without_a_word(form: Callable[[Norm, str], str]
     assert report.misses == ()
 
 
+SUMMED = "FusedRmsNormResidualWeight"
+
+
+def weighted(n: Norm, x: str) -> str:
+    return str(n.g("Mul", n.normed(x), n.c(WEIGHT)))
+
+
+def test_a_norm_takes_in_the_sum_it_reads_and_gives_it() -> None:
+    """As Gemma's, which has norms behind its layers as well."""
+    n = Norm()
+    stream = n.g.input("x", *SHAPE)
+    after = weighted(n, str(n.g("Sigmoid", stream)))
+    stream = n.g("Add", stream, after)
+    after = weighted(n, str(n.g("Tanh", weighted(n, stream))))
+    stream = n.g("Add", after, stream)
+    model, report = fused(n.g, weighted(n, stream), stream)
+    assert [node.op_type for node in model.graph] == ["Sigmoid", WEIGHTED, SUMMED, "Tanh", WEIGHTED, SUMMED]
+    assert report.counts() == {"rms_norm": 4, "rms_norm + residual": 2}
+    first, last = (node for node in model.graph if node.op_type == SUMMED)
+    assert plugin_inputs(first)["residual"] is model.graph.inputs[0]
+    assert plugin_inputs(last)["residual"] is first.outputs[1]
+    assert [value.name for value in model.graph.outputs] == [value.name for value in last.outputs]
+    assert problem_of(first).to_dict()["residual_out"] is True
+    assert report.ends[first.name or ""].startswith("its result goes to Tanh")
+
+
+def test_one_norm_of_several_takes_the_sum() -> None:
+    n = Norm()
+    stream = n.g("Add", n.g.input("x", *SHAPE), n.g.input("y", *SHAPE))
+    model, _ = fused(n.g, weighted(n, stream), n.normed(stream))
+    assert sorted(node.op_type for node in model.graph) == [PLAIN, SUMMED]
+
+
+def a_bias(n: Norm) -> str:
+    return str(n.g("Add", n.g.input("x", *SHAPE), n.g.input("b", WIDTH)))
+
+
+def twice_the_same(n: Norm) -> str:
+    x = n.g.input("x", *SHAPE)
+    return str(n.g("Add", x, x))
+
+
+def in_another_type(n: Norm) -> str:
+    return n.wide(str(n.g("Add", n.g.input("x", *SHAPE, dtype="fp16"), n.g.input("y", *SHAPE, dtype="fp16"))))
+
+
+@pytest.mark.parametrize("form", [a_bias, twice_the_same])
+def test_sums_that_are_none_with_a_residual_stay(form: Callable[[Norm], str]) -> None:
+    n = Norm()
+    model, _ = fused(n.g, weighted(n, form(n)))
+    assert [node.op_type for node in model.graph] == ["Add", WEIGHTED]
+
+
+def test_a_sum_stays_where_the_weight_may_be_computed_from_it() -> None:
+    n = Norm()
+    stream = n.g("Add", n.g.input("x", *SHAPE), n.g.input("y", *SHAPE))
+    weight = n.g("ReduceMax", stream, n.g.shape(0, 1), keepdims=0)
+    model, _ = fused(n.g, str(n.g("Mul", n.normed(stream), weight)))
+    assert [node.op_type for node in model.graph] == ["Add", "ReduceMax", WEIGHTED]
+
+
+def test_a_norm_of_a_sum_in_half_precision() -> None:
+    n = Norm("fp16")
+    y = n.back(weighted(n, in_another_type(n)))
+    model, _ = fused(n.g, y, within=2e-3)
+    assert [node.op_type for node in model.graph] == [SUMMED]
+
+
 def test_a_norm_between_products() -> None:
     """The product before takes what is added to it, as it did; the norm reads the sum."""
     n = Norm()

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.tuner.model.fused_nets import fused, node, output, single
-from tests.tuner.model.graphs import normal
+from tests.tuner.model.graphs import normal, results
 from tilewright.tuner.model.edit import Editor
 from tilewright.tuner.model.graph import fused_nodes, static_shape
 from tilewright.tuner.model.precision.absorbing import absorb, along, carry_out, reduced
@@ -132,6 +132,27 @@ def test_the_up_half_of_gated_columns_takes_them_whatever_the_activation() -> No
         assert not isinstance(changes, str), changes
         carry_out(Editor(model), changes)
         np.testing.assert_allclose(output(model, {"a": arrays["a"]}), before / factors, rtol=1e-4, atol=1e-6)
+
+
+def test_a_norm_that_gives_its_sum_divides_its_result_alone() -> None:
+    nodes = [
+        node("Sigmoid", ["x"], ["s"], name="side"),
+        node("Add", ["x", "s"], ["h"], name="add"),
+        node("RMSNormalization", ["h", "gain"], ["v"], name="norm"),
+        node("Neg", ["h"], ["stream"], name="neg"),
+    ]
+    model = fused(nodes, {"x": TOKENS}, ["v", "stream"], {"gain": CONSTANTS["gain"]}, opset=23)
+    feed = {"x": normal(9, *TOKENS)}
+    before = results(model, feed)
+    (norm,) = fused_nodes(model)
+    factors = factors_for(norm.outputs[0])
+    assert absorb(norm.outputs[1], factors) == "FusedRmsNormResidualWeight 'norm' gives it beside its result"
+    changes = absorb(norm.outputs[0], factors)
+    assert not isinstance(changes, str), changes
+    carry_out(Editor(model), changes)
+    after = results(model, feed)
+    np.testing.assert_allclose(after[0], before[0] / factors, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(after[1], before[1])
 
 
 REFUSED: dict[str, tuple[Made, str]] = {

@@ -332,6 +332,65 @@ def test_fused_norms_read_the_stream_in_fp32_and_give_half_precision(base: str) 
     assert relative_error(output(mixed, feed), output(model, feed)) < (2e-3 if base == "fp16" else 2e-2)
 
 
+def norms_around(*outputs: str) -> ir.Model:
+    """Two layers with a norm before and one behind, as Gemma's: x (6, 16) → y."""
+    nodes = [node("Sigmoid", ["x"], ["h0"], name="embed")]
+    for index in range(2):
+        nodes += [
+            node("RMSNormalization", [f"h{index}", "gain"], [f"n{index}"], name=f"before{index}"),
+            node("MatMul", [f"n{index}", "w"], [f"m{index}"], name=f"mm{index}"),
+            node("RMSNormalization", [f"m{index}", "gain"], [f"a{index}"], name=f"behind{index}"),
+            node("Add", [f"h{index}", f"a{index}"], [f"h{index + 1}"], name=f"add{index}"),
+        ]
+    nodes += [
+        node("RMSNormalization", ["h2", "gain"], ["n2"], name="final"),
+        node("MatMul", ["n2", "w"], ["y"], name="head"),
+    ]
+    constants = {"w": normal(0, 16, 16) / 4, "gain": normal(1, 16)}
+    return fused(nodes, {"x": (6, 16)}, ["y", *outputs], constants, opset=23)
+
+
+@pytest.mark.parametrize("base", ["fp16", "bf16"])
+def test_sums_of_norms_stay_fp32(base: str) -> None:
+    model = norms_around()
+    mixed = apply_precision(model, {}, base=base)
+    kinds = dtypes(mixed)
+    assert [kinds[f"h{index}"] for index in (1, 2)] == ["fp32", "fp32"]
+    assert {kinds[name] for name in ("n0", "m0", "a0", "n1", "m1", "a1", "n2")} == {base}
+    layers = {each.name: each for each in mixed.graph}
+    for name in ("before1", "final"):
+        taken = [dtype_name(value) for value in layers[name].inputs if value is not None]
+        assert taken == [base, "fp32", base], name
+    feed = {"x": normal(9, 6, 16)}
+    assert relative_error(output(mixed, feed), output(model, feed)) < (2e-3 if base == "fp16" else 2e-2)
+
+
+def test_a_sum_that_takes_the_lower_type_elsewhere_has_it() -> None:
+    nodes = [
+        node("Sigmoid", ["x"], ["s"], name="left"),
+        node("Tanh", ["x"], ["t"], name="right"),
+        node("Add", ["s", "t"], ["h"], name="add"),
+        node("RMSNormalization", ["h", "gain"], ["n"], name="norm"),
+        node("Sigmoid", ["h"], ["g"], name="gate"),
+        node("Mul", ["n", "g"], ["y"], name="mul"),
+    ]
+    model = fused(nodes, {"x": (6, 16)}, ["y"], {"gain": normal(1, 16)}, opset=23)
+    assert "FusedRmsNormResidualWeight" in operators(model)
+    mixed = apply_precision(model, {}, base="fp16")
+    assert dtypes(mixed)["h"] == "fp16"
+    feed = {"x": normal(9, 6, 16)}
+    assert relative_error(output(mixed, feed), output(model, feed)) < 2e-3
+
+
+def test_a_sum_that_is_an_output_keeps_its_type() -> None:
+    model = norms_around("h2")
+    mixed = apply_precision(model, {}, base="fp16")
+    assert [dtype_name(value) for value in mixed.graph.outputs] == ["fp32", "fp32"]
+    feed = {"x": normal(9, 6, 16)}
+    for got, wanted in zip(results(mixed, feed), results(model, feed), strict=True):
+        assert relative_error(got, wanted) < 2e-3
+
+
 def test_what_a_norm_reads_alone_is_no_stream() -> None:
     nodes = [
         node("MatMul", ["x", "w"], ["h"], name="mm"),

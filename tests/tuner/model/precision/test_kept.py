@@ -168,6 +168,24 @@ def test_a_norm_of_large_numbers_takes_them_in_fp32() -> None:
     assert relative_error(output(mixed, feed), output(alone, feed)) < 2e-3
 
 
+def test_a_large_sum_of_small_numbers_is_given_in_fp32() -> None:
+    nodes = [
+        node("Relu", ["x"], ["r"], name="relu"),
+        node("Abs", ["x"], ["a"], name="abs"),
+        node("Add", ["r", "a"], ["h"], name="add"),
+        node("RMSNormalization", ["h", "gain"], ["n"], name="norm"),
+        node("Mul", ["n", "h"], ["y"], name="mul"),
+    ]
+    model = fused(nodes, {"x": (4, 16)}, ["y"], {"gain": normal(1, 16)}, opset=23)
+    feed = {"x": np.random.default_rng(0).uniform(3e4, 5e4, (4, 16)).astype(np.float32)}
+    seen = {"x": (0, 3e4), "r": (0, 3e4), "a": (0, 3e4), "h": (0, 1e5), "y": (-2e5, 2e5)}
+    mixed = apply_precision(model, {}, base="fp16", extremes=seen)
+    assert dtypes(mixed)["h"] == "fp32"
+    norm = next(each for each in mixed.graph if each.name == "norm")
+    assert [dtype_name(value) for value in norm.inputs if value is not None] == ["fp16", "fp32", "fp16"]
+    assert relative_error(output(mixed, feed), output(model, feed)) < 2e-3
+
+
 def test_a_norm_whose_result_is_large_gives_it_in_fp32() -> None:
     nodes = [
         node("RMSNormalization", ["x", "gain"], ["n"], name="norm"),

@@ -84,6 +84,26 @@ def test_a_norm_gives_integers_to_all_that_read_it(kind: str) -> None:
     assert relative_error(output(half, feed), output(apart, feed)) < 5e-2
 
 
+def test_a_norm_that_gives_its_sum_as_well() -> None:
+    nodes = [
+        node("Sigmoid", ["x"], ["s"], name="side"),
+        node("Add", ["x", "s"], ["h"], name="add"),
+        node("RMSNormalization", ["h", "gain"], ["n"], name="norm"),
+        node("MatMul", ["n", "w"], ["m"], name="mm"),
+        node("Add", ["m", "h"], ["y"], name="out"),
+    ]
+    constants = {"gain": 1 + normal(0, 32) / 4, "w": normal(1, 32, 32) / 8}
+    model = fused(nodes, {"x": (4, 6, 32)}, ["y"], constants, opset=23)
+    feed = {"x": normal(3, 4, 6, 32)}
+    plan = {"mm": LayerPrecision("int8", {"a": 3 / 127})}
+    folded, apart = (apply_precision(model, plan, base="fp32", fold=fold) for fold in (True, False))
+    assert "FusedRmsNormResidualWeightOutScale" in operators(folded)
+    np.testing.assert_array_equal(output(folded, feed), output(apart, feed))
+    half = apply_precision(model, plan, base="fp16")
+    assert (dtypes(half)["n"], dtypes(half)["h"]) == ("int8", "fp32")
+    assert relative_error(output(half, feed), output(apart, feed)) < 5e-2
+
+
 def test_in_half_precision_only_the_base_type_is_skipped() -> None:
     model, feed = EXACT["through MaxPool"], {"x": normal(9, *X)}
     plan = {name: each for name, each in every_layer(model, [feed]).items() if name == "behind"}
