@@ -107,3 +107,5 @@ def test_transformers_fuse_every_attention(name, tmp_path):
             node for node in fused_nodes(prepared.fused) if node.attributes.get_string("gated", "none") == "halves"
         ]
         assert len(gated) == 2
+        norms = [node for node in fused_nodes(prepared.fused) if op_of(node) == "rmsnorm"]
+        assert len(norms) == 5

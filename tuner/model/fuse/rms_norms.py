@@ -193,7 +193,7 @@ def _quotient(node: ir.Node) -> _Norm | None:
             break
     if found is None or value is None or is_constant(value):
         return None  # a constant over the root is a factor of what comes next
-    if uncast(value) is not found.x:
+    if _uncast(value) is not found.x:
         raise _LeftError(f"it divides {value.name!r} by a mean of squares of {found.x.name!r}")
     shape, axis = static_shape(found.x), first_axis(found.mean)
     if shape is None:
@@ -251,11 +251,11 @@ def _mean(value: ir.Value | None) -> _Deviation | None:
             continue
         x = square.inputs[0]
         assert x is not None
-        return _Deviation(uncast(x), mean, epsilon)
+        return _Deviation(_uncast(x), mean, epsilon)
     return None
 
 
-def uncast(value: ir.Value) -> ir.Value:
+def _uncast(value: ir.Value) -> ir.Value:
     """A value, or of one that was cast from half precision to fp32 what it was."""
     cast = made_by(value, "Cast")
     source = None if cast is None else cast.inputs[0]

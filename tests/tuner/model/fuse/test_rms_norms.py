@@ -11,6 +11,7 @@ import pytest
 
 from tests.tuner.model.fuse.forms import Graph, fused, only_fused
 from tests.tuner.model.graphs import normal, relative_error, results
+from tilewright.kernels.tensorrt.catalogue import plugin_attributes
 from tilewright.tuner.model.fuse import FusionReport, fuse
 from tilewright.tuner.model.graph import fused_nodes, plugin_inputs, plugin_settings
 from tilewright.tuner.model.workloads import problem_of
@@ -136,6 +137,7 @@ def test_a_norm_is_one_node(form: Callable[[Norm, str], str], dtype: str) -> Non
     out = before.graph.outputs[0]
     assert node.outputs[0].name == out.name
     assert node.name == next(each.name for each in before.graph if each.outputs[0] is out)
+    assert set(node.attributes) == {*plugin_attributes(WEIGHTED), "plugin_namespace", "plugin_version"}
     settings = plugin_settings(node)
     assert settings["eps"] == float(np.float32(1e-5))
     assert settings["out_dtype"] == "default"
