@@ -30,7 +30,7 @@ from tilewright.tuner.requests import (
 )
 from tilewright.tuner.runner import Compiler, Outcome, Runner, is_past
 from tilewright.tuner.timing import BUDGET_S, CLEARLY_SLOWER
-from tilewright.tuning_db.errors import UsageError
+from tilewright.tuning_db.errors import UsageError, WorkerError
 from tilewright.tuning_db.record import Provenance, Resources, Status, Times
 
 MEASURE_TIMEOUT_S = 60.0
@@ -90,6 +90,10 @@ class _Candidate:
         """What has to be compiled before it is known what becomes of the candidate."""
         return [future for future in (self.code, self.ragged) if future is not None and not future.done()]
 
+    def failed(self) -> Future[CompileReply] | None:
+        """What will never be compiled, because the machine failed or no worker is left; None where nothing is."""
+        return next((future for future in (self.code, self.ragged) if future is not None and _has_failed(future)), None)
+
 
 class GpuRunner(Runner):
     """Measures on `gpus`, all of one board; by default on the one that `device.live` names.
@@ -122,12 +126,17 @@ class GpuRunner(Runner):
         self, kernel: Kernel[Any, Any], problem: Problem, configs: Sequence[Config], deadline: float | None = None
     ) -> Iterator[tuple[Config, Outcome]]:
         candidates = [self._compile(kernel, problem, config) for config in configs]
-        measuring: dict[Future[MeasureReply], _Candidate] = {}
+        measuring: dict[Future[Any], _Candidate] = {}
         while candidates or measuring:
             if is_past(deadline):
                 self._withdraw(candidates)
                 candidates = []
             for candidate in list(candidates):
+                failed = candidate.failed()
+                if failed is not None:
+                    candidates.remove(candidate)
+                    measuring[failed] = candidate  # which raises it, when all that is finished beside it is taken
+                    continue
                 compiled = self._compiled(candidate)
                 if compiled is None:
                     continue
@@ -145,7 +154,8 @@ class GpuRunner(Runner):
                     left = min(max(0.0, deadline - time.monotonic()), MEASURE_TIMEOUT_S)
                 pending: list[Future[Any]] = [*measuring, *compiling]
                 wait(pending, left, FIRST_COMPLETED)
-            for future in [each for each in measuring if each.done()]:
+            # One that the machine failed ends the run: what is finished beside it is kept before.
+            for future in sorted((each for each in measuring if each.done()), key=_has_failed):
                 candidate, reply = measuring.pop(future), future.result()
                 self._heed(reply)
                 if reply.get("busy") and not is_past(deadline):
@@ -239,7 +249,13 @@ class GpuRunner(Runner):
             "give_up_above_us": None if best is None else best * self._effort.clearly_slower,
             "budget_s": self._effort.budget_s,
         }
-        return self._workers.submit(request, MEASURE_TIMEOUT_S)
+        try:
+            return self._workers.submit(request, MEASURE_TIMEOUT_S)
+        except WorkerError as error:
+            # No worker is left, and one may have finished another candidate before: that comes first.
+            none_left: Future[MeasureReply] = Future()
+            none_left.set_exception(error)
+            return none_left
 
     def _measured(
         self, kernel: Kernel[Any, Any], problem: Problem, candidate: _Candidate, reply: MeasureReply
@@ -276,3 +292,8 @@ class GpuRunner(Runner):
             resources=Resources(**resources) if resources else None,
             message=str(reply.get("message", "")),
         )
+
+
+def _has_failed(future: Future[Any]) -> bool:
+    """Whether there is an error in place of a reply."""
+    return future.done() and (future.cancelled() or future.exception() is not None)

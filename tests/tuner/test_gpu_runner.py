@@ -23,7 +23,7 @@ from tilewright.tuner.gpu_runner import MEASURE_TIMEOUT_S, Effort, GpuRunner, eq
 from tilewright.tuner.runner import Compiler
 from tilewright.tuner.timing import BUDGET_S, CLEARLY_SLOWER
 from tilewright.tuner.tune import autotune
-from tilewright.tuning_db.errors import UsageError, WorkerError
+from tilewright.tuning_db.errors import MachineError, UsageError, WorkerError
 from tilewright.tuning_db.record import Provenance, Status
 from tilewright.tuning_db.store import TuningDB
 
@@ -364,6 +364,60 @@ def test_the_last_comparison_is_within_the_trial_that_may_overrun(runner: GpuRun
 
 
 # Several GPUs
+
+
+FULL = MachineError("the machine failed the worker: no space left on device")
+
+
+class FailingPool(FakePool):
+    """One whose answers may be errors: from the future, or raised at once where a pool knows by then."""
+
+    def __init__(self, answer: Any, at_once: bool = False) -> None:
+        super().__init__(answer)
+        self.at_once = at_once
+
+    def submit(self, request: dict[str, Any], timeout: float) -> Future[dict[str, Any]]:
+        future: Future[dict[str, Any]] = Future()
+        answer = self.answer(request)
+        if isinstance(answer, Exception):
+            if self.at_once:
+                raise answer
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
+        return future
+
+
+def kept_of(compilers: FakePool, workers: FakePool, blocks: tuple[int, ...], error: type[Exception]) -> set[int]:
+    """The configurations with an outcome, by BLOCK_M, of a run on two GPUs that ends in an error."""
+    gpus = [replace(DEVICE, live=f"cuda:{ordinal}") for ordinal in (0, 1)]
+    runner = GpuRunner(Compiler(compilers, DEVICE), DEVICE, gpus, workers)  # type: ignore[arg-type]
+    kept: list[int] = []
+    outcomes = runner.run(GEMM, PROBLEM, [GemmConfig(block, 64, 32) for block in blocks])
+    with pytest.raises(error):
+        kept.extend(config.BLOCK_M for config, _ in outcomes)  # one after another, up to the error
+    return set(kept)
+
+
+def test_what_is_measured_beside_one_that_the_machine_failed_is_kept() -> None:
+    workers = FailingPool(lambda request: FULL if request["config"]["BLOCK_M"] == 64 else measured(request))
+    assert kept_of(FakePool(compiled), workers, (64, 128), MachineError) == {128}
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_what_is_measured_beside_a_compilation_that_the_machine_failed_is_kept(ragged: bool) -> None:
+    def full(request: dict[str, Any]) -> Any:
+        of_ragged = request["problem"] != PROBLEM.to_dict()
+        return FULL if request["config"]["BLOCK_M"] == 64 and of_ragged == ragged else compiled(request)
+
+    # One is measured, one was refused by the compiler, and the GPU that is free is for the one in between.
+    assert kept_of(FailingPool(full), FakePool(measured), (128, 64, 256), MachineError) == {128, 256}
+
+
+def test_what_is_measured_when_no_worker_is_left_is_kept() -> None:
+    gone = WorkerError("a worker process can't be started")
+    workers = FailingPool(lambda request: gone if request["config"]["BLOCK_M"] == 64 else measured(request), True)
+    assert kept_of(FakePool(compiled), workers, (128, 64), WorkerError) == {128}
 
 
 TWO_OF_A_KIND = (
