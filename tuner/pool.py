@@ -108,6 +108,8 @@ class Worker:
                 raise self.given_up
             if self._process is not None and self._ended():
                 self._bury()
+                if self.given_up is not None:
+                    raise self.given_up
             reason = ""
             for _ in range(START_ATTEMPTS):
                 try:
@@ -128,6 +130,8 @@ class Worker:
                     reason = last or f"it {manner}"
                 except OSError as error:
                     reason = str(error)
+                if self.given_up is not None:
+                    raise self.given_up  # the process that was killed is there still
             self.given_up = WorkerError(f"a worker process can't be started ({' '.join(self._command)}): {reason}")
             raise self.given_up
 
@@ -135,10 +139,11 @@ class Worker:
         """The worker's reply, or one that says why there is none.
 
         It comes within about `timeout` seconds of the process being ready. `killed` is True in it if somebody else has
-        killed the process (SIGKILL), or its ptxas, which may be no fault of the request.
+        killed the process (SIGKILL), or its ptxas, which may be no fault of the request. A request whose process can't
+        be killed has the status `timeout`, and the worker is given up.
 
         Raises:
-            WorkerError: the process can't be started or killed, or the worker is closed.
+            WorkerError: the process can't be started, or the worker is closed.
             MachineError: the machine failed the task, which says nothing about what was asked.
         """
         status, who = _FAULTS.get(str(request.get("do")), (Status.RUNTIME_ERROR, "the worker"))
@@ -176,6 +181,9 @@ class Worker:
                     reply: Reply = message["reply"]
                     return reply
                 fault = message["error"]
+            if self.given_up is not None:
+                # It may do to the next GPU what it did to this one: so it is not for another worker to try.
+                status, killed, fault = Status.TIMEOUT, False, f"no answer: {self.given_up}"
             failure: Reply = {"status": status, "message": fault}
             if killed:
                 failure["killed"] = True
@@ -289,7 +297,10 @@ class Worker:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def _bury(self) -> int:
-        """Kills the process and all it started, and reaps it; its exit status as `subprocess` gives it."""
+        """Kills the process and all it started, and reaps it; its exit status as `subprocess` gives it.
+
+        One that outlives that keeps what it holds, such as a GPU: the worker is given up.
+        """
         with self._fate:
             process = self._process
             if process is None:
@@ -302,9 +313,10 @@ class Worker:
             try:
                 return process.wait(KILL_SECONDS)
             except subprocess.TimeoutExpired:
-                raise WorkerError(
+                self.given_up = WorkerError(
                     f"worker process {process.pid} outlives SIGKILL by {KILL_SECONDS:g} s: the driver hangs"
-                ) from None
+                )
+                return -signal.SIGKILL
 
 
 class Pool:
@@ -425,7 +437,7 @@ class Pool:
             try:
                 reply = worker.request(job.request, job.timeout)
             except WorkerError as error:
-                self._give_up(job, error)
+                self._give_up(error, job)
                 return
             except Exception as error:  # noqa: BLE001 - belongs to who asked, such as a request that is no JSON
                 job.fail(error)
@@ -433,6 +445,9 @@ class Pool:
                 killed = reply.get("killed") and reply["status"] == Status.COMPILE_ERROR
                 if not (killed and self._put_back(job)):
                     job.future.set_result(reply)
+            if worker.given_up is not None:
+                self._give_up(worker.given_up)
+                return
 
     def _take(self) -> _Job | None:
         """The next job, waited for; None when the pool is closed."""
@@ -455,13 +470,13 @@ class Pool:
             self._changed.notify()
             return True
 
-    def _give_up(self, job: _Job, error: WorkerError) -> None:
-        """One worker fewer: the job goes to another one, or every job fails with the last."""
-        failed = [job]
+    def _give_up(self, error: WorkerError, job: _Job | None = None) -> None:
+        """One worker fewer: the job that it could not begin goes to another, or every job fails with the last."""
+        failed = [job] if job is not None else []
         with self._changed:
             self._serving -= 1
             if not self._closed and self._serving:
-                self._waiting.appendleft(job)
+                self._waiting.extendleft(failed)
                 self._changed.notify()
                 return
             if not self._closed:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tilewright.tuner.pool import MOST_JOBS, Pool, Worker
+from tilewright.tuner.pool import KILL_SECONDS, MOST_JOBS, Pool, Worker
 from tilewright.tuner.temporary import PREFIX
 from tilewright.tuner.worker import LAST_WORD_SECONDS
 from tilewright.tuning_db.env import compiling_environment
@@ -200,6 +200,59 @@ def test_nonsense_for_a_reply_is_a_fault(nonsense: str) -> None:
             assert reply["status"] == ("compile_error" if starts == 1 else "runtime_error")
             assert "sent what is no reply: b" in reply["message"]
             assert pool.starts == starts
+
+
+@pytest.fixture
+def undead(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The processes that seemed to outlive SIGKILL: the first to be waited for after it."""
+    found: list[subprocess.Popen[bytes]] = []
+    wait = subprocess.Popen.wait
+
+    def never_at_first(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if timeout == KILL_SECONDS and not found:
+            found.append(process)
+            raise subprocess.TimeoutExpired(process.args, timeout)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", never_at_first)
+    yield found
+    for process in found:
+        wait(process, PROMPT_S)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [{"do": "measure", "fault": "hang"}, {"do": "measure", "fault": "die", "signal": "SIGKILL"}],
+    ids=lambda request: request["fault"],
+)
+def test_a_request_whose_process_outlives_sigkill_costs_one_worker_and_no_other(
+    undead: list[subprocess.Popen[bytes]], tmp_path: Path, request_: dict[str, Any]
+) -> None:
+    with Pool(2, command=FAULTY) as pool:
+        pool.start()
+        reply = ask(pool, timeout=0.5, pids=str(tmp_path / "pids"), **request_)
+        (process,) = undead
+        reason = f"worker process {process.pid} outlives SIGKILL by {KILL_SECONDS:g} s: the driver hangs"
+        assert reply == {"status": "timeout", "message": f"no answer: {reason}"}
+        assert [str(error) for error in pool.lost] == [reason]
+        # What it holds is not to be had: the other worker does the rest, and nothing is started in its place.
+        pids = {ask(pool, **SAY)["pid"] for _ in range(3)}
+        assert len(pids) == 1
+        assert process.pid not in pids
+        assert pool.starts == 2
+
+
+def test_the_last_worker_whose_process_outlives_sigkill_fails_all_that_waits(
+    undead: list[subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    with Pool(1, command=FAULTY) as pool:
+        pool.start()
+        hung = pool.submit({"do": "measure", "fault": "hang", "pids": str(tmp_path / "pids")}, 0.5)
+        waiting = pool.submit(SAY, 30)
+        assert hung.result(PROMPT_S)["status"] == "timeout"
+        with pytest.raises(WorkerError, match="outlives SIGKILL by 30 s: the driver hangs"):
+            waiting.result(PROMPT_S)
+        assert len(undead) == len(pool.lost) == pool.starts == 1
 
 
 # --- starting ---------------------------------------------------------------------------------------------------------
