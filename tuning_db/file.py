@@ -210,6 +210,23 @@ def open_file(path: Path, *, read_only: bool = False, immutable: bool = False, s
         return DatabaseFile(path, connection, read_only=False, set_aside=set_aside, scratch=scratch)
 
 
+def open_in_memory() -> DatabaseFile:
+    """An empty database that no file holds, this process's own: of one that is killed nothing is left behind.
+
+    Raises:
+        DatabaseError: there is no memory for it.
+    """
+    path = Path(":memory:")
+    with explained(path, scratch=True):
+        connection = _connect(path, "mode=memory")
+        try:
+            schema.migrate(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return DatabaseFile(path, connection, read_only=False, scratch=True)
+
+
 @contextmanager
 def explained(path: Path, *, note_damage: bool = False, scratch: bool = False) -> Iterator[None]:
     """Turn errors of SQLite and of the file system into ours: one line, with the path and what to do.

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from tilewright.tuning_db import strict_json as is_
 from tilewright.tuning_db.errors import DatabaseCorruptError, ExportFileError, UsageError
-from tilewright.tuning_db.file import DatabaseFile, open_file
+from tilewright.tuning_db.file import DatabaseFile, open_file, open_in_memory
 from tilewright.tuning_db.record import (
     Environment,
     Key,
@@ -317,12 +317,12 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def read_export(
-    stream: BinaryIO, name: str, staging: Path, objection: Objection = lambda record: None
+    stream: BinaryIO, name: str, staging: Path | None, objection: Objection = lambda record: None
 ) -> tuple[str, DatabaseFile]:
     """Read an export, all of it, into a fresh database file of its own at `staging`, from where it can be merged in one
     transaction: a pipe may take its time, and a broken line may be the last. Gives the device's key and the open file.
 
-    However long the stream, a line and a page of records are in memory at a time.
+    However long the stream, a line and a page of records are in memory at a time; without `staging` all of it is.
 
     Raises:
         ExportFileError: it is no export, or one line of it is wrong; the message has `name`, the line and the value.
@@ -331,7 +331,7 @@ def read_export(
     """
     lines = _Lines(stream, name)
     header = lines.header()
-    file = open_file(staging, scratch=True)
+    file = open_in_memory() if staging is None else open_file(staging, scratch=True)
     try:
         runs: dict[int, int] = {}
         for _ in range(header["runs"]):

@@ -87,7 +87,7 @@ def check(target: Path, source: DatabaseFile, device: str, objection: Objection 
 
 
 def _check_apart(target: Path, source: Path) -> None:
-    if target.exists() and target.samefile(source):
+    if target.exists() and source.exists() and target.samefile(source):
         raise UsageError(f"{source} can't be merged into itself")
 
 

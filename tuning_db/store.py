@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -236,10 +235,9 @@ class TuningDB:
         except ValueError as error:
             raise ExportFileError(f"{source}: {error}") from None
         stream.seek(0)
-        with TemporaryDirectory(prefix="tilewright-import-") as staging:
-            device, file = read_export(stream, source, Path(staging) / "entries.sqlite", objection)
-            with closing(file), TuningDB(device, file) as arriving:
-                return self.merge(arriving)
+        device, file = read_export(stream, source, None, objection)
+        with closing(file), TuningDB(device, file) as arriving:
+            return self.merge(arriving)
 
     def get(self, key: Key, config: str) -> Record | None:
         """The outcome of one configuration under one key, measured before predicted."""

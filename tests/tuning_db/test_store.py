@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sqlite3
+import tempfile
 import threading
 from contextlib import closing
 from dataclasses import replace
@@ -234,6 +235,22 @@ def test_what_is_no_outcome_is_not_brought(
         assert said in str(caught.value)
         assert "\n" not in str(caught.value)
         assert target.entries(key) == {}
+
+
+def test_outcomes_are_brought_without_a_temporary_file(
+    db: TuningDB, run_id: int, make_record, key: Key, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is no obstacle, and a process that is killed meanwhile leaves nothing behind."""
+    db.add(make_record('{"x":1}'), run_id)
+    with TuningDB.open(key.device, tmp_path / "other") as target:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        seen: list[Path] = []
+        entries = db.entries(key).values()
+        assert target.bring(entries, "there", lambda record: seen.extend(Path.cwd().iterdir())).added == 1
+        assert seen == []
+        assert target.entries(key) == db.entries(key)
 
 
 def test_an_objection_keeps_an_outcome_out(db: TuningDB, run_id: int, make_record, key: Key, tmp_path: Path) -> None:
