@@ -84,13 +84,13 @@ def test_outliers_move_neither_median_nor_deciles() -> None:
     assert dirty.p90_us == pytest.approx(clean.p90_us, rel=0.01)
 
 
-@pytest.mark.parametrize("count", [10, 40, 160])
+@pytest.mark.parametrize("count", [3, 4, 6, 10, 40, 160])
 def test_uncertainty_is_the_scatter_of_medians(count: int) -> None:
     random = np.random.default_rng(1)
     trials = [statistics(list(50 * (1 + 0.02 * random.standard_normal(count)))) for _ in range(2000)]
     scatter = float(np.std([times.median_us for times in trials])) / 50
     stated = float(np.mean([uncertainty(times) for times in trials]))
-    assert stated == pytest.approx(scatter, rel=0.25)
+    assert stated == pytest.approx(scatter, rel=0.15)
 
 
 # One configuration
@@ -233,6 +233,21 @@ def test_rounds_take_equally_many_samples_and_keep_to_the_budget(monkeypatch: py
     assert found[1].settled
     assert gpu.seconds < timing.MOST_SETTLE_S + timing.WINDOW_S + 0.1 + 8 * CHUNK * 2.1e-3
     assert time_rounds([]) == []
+
+
+@pytest.mark.parametrize(("time_us", "noise", "samples"), [(100_000, 0.01, 3), (50_000, 0.01, 6), (1000, 0.004, 10)])
+def test_the_best_of_four_rarely_beats_a_default_that_is_as_fast(time_us: float, noise: float, samples: int) -> None:
+    """In at most about 5 % of all comparisons, whatever ends the sampling: a budget that is spent, or the precision."""
+    gpu = Simulation()
+    beaten, runs, counts = 0, 300, []
+    for _ in range(runs):
+        default, *others = (
+            found.times for found in time_rounds([gpu.kernel(time_us, noise) for _ in range(5)], now=gpu.now)
+        )
+        beaten += min(others, key=lambda times: times.median_us).beats(default)
+        counts.append(default.samples)
+    assert np.median(counts) == samples
+    assert beaten / runs < 0.08
 
 
 def test_one_seed_gives_one_result() -> None:
