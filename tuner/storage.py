@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from tilewright.tuner.patience import KEEPALIVE, patient_connect
 from tilewright.tuning_db.errors import StorageError
 from tilewright.tuning_db.text import one_line
 
@@ -34,6 +35,9 @@ ATTEMPTS = 8
 
 CONNECT_S = 10
 """To reach a server, where the URL doesn't say."""
+
+CLOSE_S = 5.0
+"""For the heartbeat under way to end, as a run does: one that hangs is left behind."""
 
 DRIVERS = "install the one for it (for postgresql+psycopg:// it is pip install 'psycopg[binary]')"
 
@@ -115,7 +119,7 @@ class Storage:
         """Ends the heartbeats and closes the connections; a second call does nothing."""
         self._ended.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(CLOSE_S)
         self.rdb.remove_session()
         self.rdb.engine.dispose()
 
@@ -132,6 +136,8 @@ class Storage:
             with self._changed:
                 trials = sorted(self._beating)
             for trial in trials:
+                if self._ended.is_set():
+                    break
                 # The next beat may find a server that is back; if not, the search's own calls fail and say so.
                 with contextlib.suppress(*self._errors):
                     self.rdb.record_heartbeat(trial)
@@ -159,21 +165,31 @@ class Storage:
         if sqlite and url.database in (None, "", ":memory:"):
             raise StorageError(f"the storage {self.name} is in memory, which no other process sees: name a file")
         options: dict[str, Any] = {}
+        driver = url.get_driver_name() if url.get_backend_name() == "postgresql" else ""
         if sqlite:
             options["timeout"] = 30  # seconds to wait for another process's transaction
-        elif url.get_backend_name() == "postgresql" and url.get_driver_name() in ("psycopg", "psycopg2"):
+        elif driver in ("psycopg", "psycopg2"):
             # Heartbeats are kept without a time zone: the same one for every host, whatever its own is. From a database
             # without an encoding (SQL_ASCII) texts would come as bytes.
-            wanted = {"options": "-c timezone=utc", "client_encoding": "utf8", "connect_timeout": CONNECT_S}
+            wanted = {
+                "options": "-c timezone=utc",
+                "client_encoding": "utf8",
+                "connect_timeout": CONNECT_S,
+                **KEEPALIVE,
+            }
             options |= {option: value for option, value in wanted.items() if option not in url.query}
-        # Optuna's storage leaves connections open where it can't be made: until the tables are right, without a pool.
-        unpooled = {"poolclass": NullPool, "connect_args": options}
+        arguments: dict[str, Any] = {"connect_args": options}
         try:
-            engine = create_engine(url, **unpooled)
+            engine = create_engine(url, poolclass=NullPool, **arguments)
         except NoSuchModuleError:
             raise StorageError(f"the storage {self.name} is of no kind that SQLAlchemy knows") from None
         except ImportError as error:
             raise StorageError(f"the storage {self.name} needs a Python driver ({error}): {DRIVERS}") from None
+        if driver == "psycopg":
+            arguments = {"creator": patient_connect(engine, url, options)}
+            engine = create_engine(url, poolclass=NullPool, **arguments)
+        # Optuna's storage leaves connections open where it can't be made: until the tables are right, without a pool.
+        unpooled = {"poolclass": NullPool, **arguments}
         with engine.connect():
             pass
         # AssertionError: Optuna's, of a version that another process is about to write.
@@ -191,7 +207,7 @@ class Storage:
                 if attempt == ATTEMPTS - 1:
                     raise
                 time.sleep(random.uniform(0.02, 0.1) * 2**attempt)
-        return self._storage(url, {"pool_pre_ping": True, "connect_args": options}, made=True)
+        return self._storage(url, {"pool_pre_ping": True, **arguments}, made=True)
 
     def _storage(self, url: URL, arguments: dict[str, Any], made: bool) -> optuna.storages.RDBStorage:
         # Optuna formats the URL as a template.

@@ -161,6 +161,23 @@ def test_the_end_of_a_process_withdraws_its_claims(url: str) -> None:
         assert len(second.ask(2, 2)) == 2
 
 
+def test_a_storage_that_has_failed_is_not_asked_to_withdraw_the_claims(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt may take as long as the one that failed."""
+    asked: list[int] = []
+
+    def fails() -> None:
+        with Storage(url) as storage, opened(storage) as search:
+            search.ask(3, 1000)
+            monkeypatch.setattr(storage.rdb, "set_trial_user_attr", lambda trial, *_: asked.append(trial))
+            raise StorageError("the storage failed: no answer")
+
+    with pytest.raises(StorageError, match="no answer"):
+        fails()
+    assert asked == []
+
+
 def test_what_is_published_is_not_tried_and_counts(two: tuple[SharedSearch, SharedSearch]) -> None:
     first, second = two
     known = {config: entry(config, None if config.x == 2 else 3.0) for config in CONFIGS[:20]}

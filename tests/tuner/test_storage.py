@@ -143,6 +143,32 @@ def test_heartbeats_survive_a_storage_that_fails_for_a_while(tmp_path: Path, mon
         assert set(calls) == {7}
 
 
+def test_a_heartbeat_that_hangs_does_not_keep_a_run_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(storage_module, "CLOSE_S", 0.1)
+    storage = Storage(f"sqlite:///{tmp_path / 'studies.sqlite'}")
+    hangs, answer, calls = threading.Event(), threading.Event(), []
+
+    def hang(trial: int) -> None:
+        calls.append(trial)
+        if threading.current_thread() is not threading.main_thread():
+            hangs.set()
+            answer.wait(20)
+
+    monkeypatch.setattr(storage.rdb, "record_heartbeat", hang)
+    storage.beat(7)
+    storage.beat(8)
+    assert hangs.wait(30)
+    (thread,) = (each for each in threading.enumerate() if each.name == "heartbeats")
+    storage.close()
+    assert thread.is_alive()
+    answer.set()
+    thread.join(30)
+    assert sorted(calls) == [7, 7, 8]  # after its end, none is begun
+
+
 def test_a_tuning_database_is_no_storage_and_stays_as_it_is(tmp_path: Path) -> None:
     with TuningDB.open("a10-72sm", tmp_path) as database:
         path = database.path
