@@ -114,8 +114,8 @@ def _decile_range(samples: int) -> float:
 
 
 def _normal_quantile(share: float) -> float:
-    """Below how many σ of a normal distribution a share of it lies, by bisection. To import what `statistics` has for it
-    takes longer than a program's first lookup."""
+    """Below how many σ of a normal distribution a share of it lies, by bisection: to import what `statistics` has for
+    it takes longer than a program's first lookup."""
     low, high = -9.0, 9.0
     for _ in range(54):
         middle = (low + high) / 2

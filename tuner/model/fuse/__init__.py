@@ -1,9 +1,10 @@
 """Fusing: chains of a model's graph → nodes that are one kernel each.
 
 `fuse` opens matrix products, convolutions and attentions (`opening.py`, `attention.py`), writes activations as one node
-each (`activations.py`), lets products take in what follows them (`epilogue.py`), and closes them: each is then a plugin
-of ours and a model-local function in one (`tilewright.tuner.model.bodies`). So is an RMS norm (`rms_norms.py`); layer
-norms become one node of ONNX's (`norms.py`). The rules are `onnxscript.rewriter`'s.
+each (`activations.py`), lets products take in what follows them (`epilogue.py`), or puts it before them where it moves
+their rows (`rows.py`), and closes them: each is then a plugin of ours and a model-local function in one
+(`tilewright.tuner.model.bodies`). So is an RMS norm (`rms_norms.py`); layer norms become one node of ONNX's
+(`norms.py`). The rules are `onnxscript.rewriter`'s.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import onnx_ir.passes.common as passes
 from onnxscript.rewriter import pattern
 
 from tilewright.tuner.model import bodies
-from tilewright.tuner.model.fuse import activations, attention, epilogue, halves, norms, ranks, rms_norms
+from tilewright.tuner.model.fuse import activations, attention, epilogue, halves, norms, ranks, rms_norms, rows
 from tilewright.tuner.model.fuse.opening import OpenConv, OpenGemm, OpenMatMul, close, is_open, register_constants
 from tilewright.tuner.model.fuse.outcome import FusionReport, Log, Match, Miss
 from tilewright.tuner.model.graph import fused_nodes, is_fused, unique_names
@@ -42,7 +43,10 @@ def fuse(model: ir.Model) -> FusionReport:
     ):
         rules.apply_to_model(model)
         register_constants(model)
-    while epilogue.rules(log).apply_to_model(model):
+    growing = True
+    while growing:
+        # Both, each time: what one does makes room for the other.
+        growing = any([rows.move_before(model), epilogue.rules(log).apply_to_model(model)])
         register_constants(model)
     log.settle()
     epilogue.note_gates(model, log)

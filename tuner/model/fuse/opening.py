@@ -52,6 +52,12 @@ def opened(op: Any, kind: str, inputs: Mapping[str, ir.Value], settings: Mapping
     return value
 
 
+def reopened(node: ir.Node, inputs: Mapping[str, ir.Value]) -> ir.Node:
+    """A node like an open one, of other values in the same places; in no graph yet."""
+    values = [inputs[name] for name in node.attributes[_TAKES].as_strings()]
+    return ir.node(node.op_type, values, dict(node.attributes), domain=OPEN, name=node.name)
+
+
 def refusal(kind: str, inputs: Mapping[str, ir.Value], settings: Mapping[str, Any]) -> str | None:
     """None, or why no plugin takes these."""
     for name, value in inputs.items():
