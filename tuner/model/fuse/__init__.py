@@ -48,6 +48,8 @@ def fuse(model: ir.Model) -> FusionReport:
         # Both, each time: what one does makes room for the other.
         growing = any([rows.move_before(model), epilogue.rules(log).apply_to_model(model)])
         register_constants(model)
+        # What nobody reads any more would count as a use of what it reads, and end a chain.
+        passes.RemoveUnusedNodesPass()(model)
     log.settle()
     epilogue.note_gates(model, log)
     activations.spell_out(model)

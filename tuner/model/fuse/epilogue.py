@@ -7,13 +7,17 @@ A chain grows by one step at a time, while the product's result goes nowhere els
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase, RewriteRuleSet, Var
 
+from tilewright.tuner.model.fuse.layout import RESHAPES, typed
 from tilewright.tuner.model.fuse.opening import (
+    FLOATS,
     OPEN,
     as_vector,
     inputs_of,
@@ -24,7 +28,7 @@ from tilewright.tuner.model.fuse.opening import (
     settings_of,
 )
 from tilewright.tuner.model.fuse.outcome import Log
-from tilewright.tuner.model.graph import constant, is_constant, static_shape
+from tilewright.tuner.model.graph import constant, dtype_name, is_constant, static_shape
 
 KINDS = ("gemm", "conv2d")
 ACTIVATION = "activation"
@@ -66,7 +70,7 @@ class _Step(RewriteRuleClassBase):
 
 
 class Bias(_Step):
-    """+ a constant along the columns of a matrix, or the channels of an image."""
+    """+ a vector along the columns of a matrix, or the channels of an image; two vectors are added first."""
 
     def __init__(self, log: Log, kind: str, first: bool) -> None:
         super().__init__(log, kind, "bias")
@@ -82,17 +86,44 @@ class Bias(_Step):
             return "the shape of its result is not known"
         axis = -1 if self._kind == "gemm" else -3
         vector = as_vector(other, shape[axis], axis)
+        if vector is None and is_spread(other, shape, axis):
+            vector = _like(other, shape[axis])
         if vector is None:
             return f"what is added, {other.name!r} of shape {static_shape(other)}, is no bias of {shape[axis]}"
         if settings.get(ACTIVATION, "none") != "none" or "gated" in settings:
             return "it is added after the activation or the gate"
         if "bias" in inputs:
             both = [constant(value) for value in (inputs["bias"], vector)]
-            if both[0] is None or both[1] is None:
-                return "there is a bias already, and the two are not both constant"
-            inputs["bias"] = new_constant(both[0] + both[1], f"{inputs['bias'].name}_and_{other.name}")
+            if both[0] is not None and both[1] is not None:
+                inputs["bias"] = new_constant(both[0] + both[1], f"{inputs['bias'].name}_and_{other.name}")
+            else:
+                inputs["bias"] = _like(vector, shape[axis])  # `rewrite` adds the two
             return inputs, settings
         return with_bias(inputs, vector), settings
+
+    def rewrite(self, op: Any, product: ir.Value, **bound: ir.Value) -> ir.Value:
+        node, other = product.producer(), bound["other"]
+        assert node is not None
+        grown = self._grown(node, **bound)
+        assert not isinstance(grown, str)
+        inputs, settings = grown
+        if not is_constant(inputs["bias"]) and inputs["bias"] is not other:
+            inputs["bias"] = self._computed(op, node, other, static_shape(inputs["bias"]) or ())
+        self._log.match(self.name, node.name or "")
+        return opened(op, self._kind, inputs, settings, node.name or "")
+
+    def _computed(self, op: Any, product: ir.Node, other: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+        """What is added as a vector, and what the product adds already with it."""
+        name, value = f"{product.name}_bias", other
+        if static_shape(value) != shape:
+            while (node := value.producer()) is not None and node.op_type in RESHAPES and node.domain == "":
+                assert node.inputs[0] is not None
+                value = node.inputs[0]
+        if static_shape(value) != shape:
+            target = new_constant(np.array(shape, np.int64), f"{name}_shape")
+            value = typed(op.Reshape(value, target), other.type, shape, f"{name}_Reshape")
+        already = inputs_of(product).get("bias")
+        return value if already is None else typed(op.Add(value, already), other.type, shape, f"{name}_Add")
 
 
 class Residual(_Step):
@@ -260,6 +291,25 @@ def _parts(node: ir.Node) -> tuple[ir.Node, list[ir.Value]] | None:
 
 def _used_once(value: ir.Value) -> bool:
     return len(value.uses()) <= 1 and not value.is_graph_output()
+
+
+def is_spread(value: ir.Value, shape: Sequence[int], axis: int) -> bool:
+    """Whether a computed value is a vector along an axis, counted from the end, of a larger result, seen with other
+    axes of 1: as of a time embedding (1, C, 1, 1) in a batch of one. One of the result's own shape is a residual."""
+    own = static_shape(value)
+    return (
+        own is not None
+        and dtype_name(value) in FLOATS
+        and not is_constant(value)
+        and -axis <= len(own) <= len(shape)
+        and own != tuple(shape)
+        and own[axis] == shape[axis] == math.prod(own)
+    )
+
+
+def _like(value: ir.Value, length: int) -> ir.Value:
+    """A vector of a value's type, to ask with."""
+    return ir.Value(name=value.name, type=value.type, shape=ir.Shape((length,)))
 
 
 def with_bias(inputs: dict[str, ir.Value], bias: ir.Value) -> dict[str, ir.Value]:

@@ -18,7 +18,6 @@ from functools import partial
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as passes
 
 from tilewright.tuner.model.edit import Editor
 from tilewright.tuner.model.fuse.layout import (
@@ -50,9 +49,6 @@ def move_before(model: ir.Model) -> bool:
     for node in list(model.graph):
         while is_open(node) and node.op_type == "gemm" and (product := mover.below(node)) is not None:
             node, moved = product, True
-    if moved:
-        # What nobody reads any more would count as a use of what it reads, and end a chain.
-        passes.RemoveUnusedNodesPass()(model)
     return moved
 
 

@@ -300,6 +300,55 @@ def test_chains_of_a_convolution(attributes, size):
     assert plugin_settings(found[0])["activation"] == "clamp:0:6"
 
 
+@pytest.mark.parametrize("order", [("q", "t"), ("t", "q")])
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_computed_vector_is_a_bias(order, constant):
+    """A time embedding, in a batch of one; with the convolution's own bias it is added to that first."""
+    nodes = [
+        make("Conv", ["x", "f", *(["b"] if constant else [])], ["q"], name="conv"),
+        make("Sin", ["e"], ["s"]),
+        make("Unsqueeze", ["s", "two"], ["u"]),
+        make("Unsqueeze", ["u", "three"], ["t"]),
+        make("Add", order, ["p"]),
+        make("Relu", ["p"], ["y"]),
+    ]
+    constants = {"f": FILTERS, "two": np.array([2]), "three": np.array([3])}
+    _, found, model = fused(
+        nodes, {"x": (1, 8, 9, 9), "e": (1, 16)}, {**constants, **({"b": normal(8, 16)} if constant else {})}
+    )
+    assert [node.op_type for node in found] == ["FusedConv2dBias"]
+    assert plugin_settings(found[0])["activation"] == "relu"
+    left = ["FusedConv2dBias", "Reshape", "Sin", *(["Add"] if constant else [])]
+    assert sorted(node.op_type for node in model.graph) == sorted(left)
+
+
+def test_a_vector_for_each_image_is_no_bias():
+    nodes = [conv(), make("Add", ["p", "t"], ["y"])]
+    report, found, _ = fused(nodes, {**IMAGE, "t": (2, 16, 1, 1)}, {"f": FILTERS})
+    assert [node.op_type for node in found] == ["FusedConv2d"]
+    assert "of shape (2, 16, 1, 1), is no bias of 16" in report.misses[0].reason
+
+
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (1, 1, 24)])
+def test_a_computed_vector_is_added_to_the_columns(shape):
+    nodes = [product(), make("Add", ["p", "b"], ["q"]), make("Add", ["q", "t"], ["y"])]
+    _, found, model = fused(nodes, {"x": (1, 6, 16), "t": shape}, {"w": W, "b": B})
+    assert [node.op_type for node in found] == ["FusedGemmBias"]
+    assert sorted(node.op_type for node in model.graph)[:2] == ["Add", "FusedGemmBias"]
+
+
+def test_a_row_added_to_a_row_is_a_residual():
+    nodes = [product(), make("Add", ["p", "b"], ["q"]), make("Add", ["q", "r"], ["y"])]
+    _, _, model = fused(nodes, {"x": (1, 16), "r": (1, 24)}, {"w": W, "b": B})
+    assert [node.op_type for node in model.graph] == ["FusedGemmBiasResidual"]
+
+
+def test_a_column_is_no_bias_of_columns():
+    nodes = [product(), make("Add", ["p", "t"], ["y"])]
+    _, _, model = fused(nodes, {"x": (24, 16), "t": (24, 1)}, {"w": W})
+    assert [node.op_type for node in model.graph] == ["FusedGemm", "Add"]
+
+
 def test_two_convolutions_that_meet_are_one_with_the_others_result():
     nodes = [
         conv(),

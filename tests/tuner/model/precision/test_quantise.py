@@ -70,6 +70,29 @@ def test_turned_operands_have_the_scales_of_their_columns(turned: str) -> None:
     np.testing.assert_allclose(output(mixed, {"a": inputs["a"]}), wanted, rtol=1e-5, atol=1e-4)
 
 
+def test_rows_of_more_dimensions_meet_turned_weights() -> None:
+    """As a `Gemm` is whose rows were reshaped."""
+    a, b = normal(0, 2, 3, 16), normal(1, 24, 16)
+    mixed = apply_precision(
+        single("gemm", {"a": a, "b": b}, ("a",), trans_b=1), {"layer": LayerPrecision("int8", {"a": 0.03})}, base="fp32"
+    )
+    columns = np.abs(b).max(axis=1) / np.float32(127)
+    wanted = np.float32(0.03) * columns * (on_int8(a, 0.03) @ np.rint(b.T / columns).astype(np.int64))
+    np.testing.assert_allclose(output(mixed, {"a": a}), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["gemm", "conv2d"])
+def test_a_computed_bias_is_added_as_it_is(op: str) -> None:
+    x, w = (normal(0, 5, 48), normal(1, 48, 24)) if op == "gemm" else (normal(0, 1, 48, 6, 6), normal(1, 24, 48, 1, 1))
+    names, bias = ("a", "b") if op == "gemm" else ("x", "w"), normal(2, 24)
+    model = single(op, {names[0]: x, names[1]: w, "bias": bias}, (names[0], "bias"))
+    mixed = apply_precision(model, {"layer": LayerPrecision("int8", {names[0]: 0.03})}, base="fp32")
+    along = bias if op == "gemm" else bias[:, None, None]
+    without = output(mixed, {names[0]: x, "bias": np.zeros_like(bias)})
+    np.testing.assert_allclose(output(mixed, {names[0]: x, "bias": bias}), without + along, rtol=1e-5, atol=1e-5)
+    assert len(mixed.graph.inputs) == 2
+
+
 @pytest.mark.parametrize("groups", [1, 4, 16])
 def test_a_convolution_has_a_scale_for_each_filter(groups: int) -> None:
     x, w = (
