@@ -14,7 +14,17 @@ import onnx_ir.passes.common as passes
 from onnxscript.rewriter import pattern
 
 from tilewright.tuner.model import bodies
-from tilewright.tuner.model.fuse import activations, attention, epilogue, halves, norms, ranks, rms_norms, rows
+from tilewright.tuner.model.fuse import (
+    activations,
+    attention,
+    epilogue,
+    halves,
+    norms,
+    packed,
+    ranks,
+    rms_norms,
+    rows,
+)
 from tilewright.tuner.model.fuse.opening import OpenConv, OpenGemm, OpenMatMul, close, is_open, register_constants
 from tilewright.tuner.model.fuse.outcome import FusionReport, Log, Match, Miss
 from tilewright.tuner.model.graph import fused_nodes, is_fused, unique_names
@@ -37,6 +47,7 @@ def fuse(model: ir.Model) -> FusionReport:
     norms.apply(model, log)
     rms_norms.apply(model, log)
     attention.apply(model, log)
+    packed.unpack(model)
     for rules in (
         pattern.RewriteRuleSet([rule.rule(log) for rule in (OpenMatMul, OpenGemm, OpenConv)]),
         *activations.rules(),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from tilewright.tuner.model.edit import Editor
 from tilewright.tuner.model.fuse.opening import FLOATS, new_constant
 from tilewright.tuner.model.graph import constant, dtype_name, is_constant, scalar, static_shape
 
@@ -226,7 +227,9 @@ def _followed(node: ir.Node) -> ir.Value:
     return first
 
 
-Step = tuple[str, Shape]  # Reshape, Transpose or Expand, and its shape or order
+Step = tuple[
+    str, Shape
+]  # Reshape, Transpose or Expand, and its shape or order; Gather, and the place on the first axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +325,39 @@ class Maker:
         for word, numbers in steps:
             value = self.once((value, word, numbers), lambda v=value, w=word, n=numbers: node(op, w, v, n, name))  # type: ignore[misc]
         return value
+
+
+class Placer:
+    """Makes what plans say outside of a rule, each step of a value once and right behind what it is made of."""
+
+    def __init__(self, editor: Editor) -> None:
+        self._editor = editor
+        self._made: dict[tuple[ir.Value, Step], ir.Value] = {}
+
+    def follow(self, value: ir.Value, steps: Sequence[Step], base: str) -> ir.Value:
+        """The value that steps make of another, which is no constant."""
+        for step in steps:
+            if (value, step) not in self._made:
+                self._made[value, step] = self._step(value, step, base)
+            value = self._made[value, step]
+        return value
+
+    def _step(self, value: ir.Value, step: Step, base: str) -> ir.Value:
+        (word, numbers), before = step, static_shape(value) or ()
+        assert value.dtype is not None
+        inputs, attributes, shape = [value], {}, numbers
+        if word == "Transpose":
+            attributes = {"perm": list(numbers)}
+            shape = tuple(before[axis] for axis in numbers)
+        elif word == "Gather":
+            inputs.append(self._editor.constant(np.array(numbers[0], np.int64), f"{base}_place"))
+            shape = before[1:]
+        else:
+            inputs.append(self._editor.constant(np.array(numbers, np.int64), f"{base}_shape"))
+        made = self._editor.node(word, inputs, value, value.dtype, base=f"{base}_{word}", attributes=attributes)
+        made.outputs[0].shape = ir.Shape(shape)
+        self._editor.after(value, made)
+        return made.outputs[0]
 
 
 def node(op: Any, word: str, source: ir.Value, numbers: Shape, name: str) -> ir.Value:

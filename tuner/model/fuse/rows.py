@@ -16,16 +16,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-import numpy as np
 import onnx_ir as ir
 
 from tilewright.tuner.model.edit import Editor
 from tilewright.tuner.model.fuse.layout import (
     RESHAPES,
     Layout,
+    Placer,
     Plan,
     Shape,
-    Step,
     plan,
     regrouped,
     sources,
@@ -53,11 +52,11 @@ def move_before(model: ir.Model) -> bool:
 
 
 class _Mover:
-    """Makes what comes before products, each step of a value once: products of one input go on having one."""
+    """Puts moves before products."""
 
     def __init__(self, model: ir.Model) -> None:
         self._editor = Editor(model)
-        self._made: dict[tuple[ir.Value, Step], ir.Value] = {}
+        self._placer = Placer(self._editor)
 
     def below(self, product: ir.Node) -> ir.Node | None:
         """A product in the place of itself and of the one move behind it; None if there is none, or it is to stay."""
@@ -73,35 +72,15 @@ class _Mover:
         made = reopened(
             product,
             {
-                which: self._follow(plans[which], f"{name}_{which}") if which in plans else value
+                which: self._placer.follow(plans[which].source, plans[which].steps, f"{name}_{which}")
+                if which in plans
+                else value
                 for which, value in inputs.items()
             },
         )
         self._editor.replace(move, made)
         self._editor.graph.remove(product, safe=True)
         return made
-
-    def _follow(self, planned: Plan, base: str) -> ir.Value:
-        value = planned.source
-        for step in planned.steps:
-            if (value, step) not in self._made:
-                self._made[value, step] = self._step(value, step, base)
-            value = self._made[value, step]
-        return value
-
-    def _step(self, value: ir.Value, step: Step, base: str) -> ir.Value:
-        word, numbers = step
-        assert value.dtype is not None
-        inputs, attributes, shape = [value], {}, numbers
-        if word == "Transpose":
-            attributes = {"perm": list(numbers)}
-            shape = tuple((static_shape(value) or ())[axis] for axis in numbers)
-        else:
-            inputs.append(self._editor.constant(np.array(numbers, np.int64), f"{base}_shape"))
-        node = self._editor.node(word, inputs, value, value.dtype, base=f"{base}_{word}", attributes=attributes)
-        node.outputs[0].shape = ir.Shape(shape)
-        self._editor.after(value, node)
-        return node.outputs[0]
 
 
 def _move_behind(product: ir.Node) -> ir.Node | None:
