@@ -20,7 +20,7 @@ from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model import flow
 from tilewright.tuner.model.edit import Editor
 from tilewright.tuner.model.flow import optimise, plan
-from tilewright.tuner.model.fuse import norms
+from tilewright.tuner.model.fuse import norms, rms_norms
 from tilewright.tuner.model.graph import fused_nodes, plugin_inputs
 from tilewright.tuner.model.output_folder import RESUME
 from tilewright.tuner.model.precision import lower as precision
@@ -224,7 +224,8 @@ def twice(made):
 
 def test_a_model_that_default_options_refuse_is_not_written(tmp_path, monkeypatch):
     """ONNX Runtime fuses a norm that is written out, and fails where a cast is before it (1.32)."""
-    monkeypatch.setattr(norms, "apply", lambda *_: None)
+    for rules in (norms, rms_norms):
+        monkeypatch.setattr(rules, "apply", lambda *_: None)
     nodes = [*NORM[:-1], node("Div", "d root", "q"), node("Mul", "q scale", "s"), node("Add", "s bias", "y")]
     slice_ = node("Slice", "w_x zero one zero", "m")
     arrays = {
