@@ -227,9 +227,8 @@ def _followed(node: ir.Node) -> ir.Value:
     return first
 
 
-Step = tuple[
-    str, Shape
-]  # Reshape, Transpose or Expand, and its shape or order; Gather, and the place on the first axis
+Step = tuple[str, Shape]
+"""Reshape, Transpose or Expand, and its shape or order; Gather, and the place on the first axis."""
 
 
 @dataclass(frozen=True, slots=True)
