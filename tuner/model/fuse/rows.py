@@ -8,7 +8,8 @@ activation or the residual that is added:
 - Attention, `Transpose`, `Reshape`, `Gemm`, `Reshape`, `Transpose`, as of `torch.nn.MultiheadAttention`, which computes
   with the sequence first. The two transposes become one, or none.
 
-A reshape moves no data. A transpose does, so it comes before a product only where there are fewer of them afterwards.
+A reshape moves no data: it comes before a product where that makes no second one. A transpose does, so it comes before
+only where there are fewer of them afterwards.
 """
 
 from __future__ import annotations
@@ -126,7 +127,10 @@ def _plans(product: ir.Node, move: ir.Node) -> Mapping[str, Plan] | None:
         plans[which] = min((plan(source) for source in found), key=lambda one: one.cost)
         before += found[0].moves
     after = sum(each.cost[0] for each in plans.values())
-    return plans if after < before + (not turns) else None
+    if turns:
+        return plans if after < before else None
+    # A reshape is no gain by itself: it may become one other, and no more.
+    return plans if after <= before and sum(len(each.steps) for each in plans.values()) <= 1 else None
 
 
 def _rearranged(move: ir.Node, columns: int, layout: Layout) -> Layout | None:

@@ -103,6 +103,12 @@ def test_a_residual_of_the_product_is_moved_too():
     assert plugin_settings(node)["activation"] == "relu"
 
 
+def test_one_reshape_does_not_become_two():
+    g = Graph()
+    added = g("Add", gemm(g, g.input("x", B * S, K)), g.input("r", B * S, N))
+    leaves(g, g("Relu", g.reshape(added, B, S, N)), left=["FusedGemmBiasResidual", "Relu", "Reshape"])
+
+
 def test_halves_of_a_reshaped_product_are_a_gate():
     g = Graph()
     gate, up = g(
