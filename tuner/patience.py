@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL, Engine
 
 ANSWER_S = 30.0
-"""For a server to answer one call: as long as a process waits for another's transaction in a SQLite file."""
+"""For a server to answer one call, or to go on with its answer: as long as a process waits for another's transaction in
+a SQLite file."""
 
 KEEPALIVE = {
     "keepalives": 1,
@@ -46,7 +47,9 @@ def patient_connect(engine: Engine, url: URL, options: Mapping[str, Any]) -> Cal
                 while True:
                     # Nothing is ready ten times a second: psycopg asks so that Ctrl-C is heard.
                     ready = yield state
-                    if not ready and time.monotonic() >= deadline:
+                    if ready:  # a long answer comes in pieces
+                        deadline = time.monotonic() + ANSWER_S
+                    elif time.monotonic() >= deadline:
                         self.close()  # what is still to come would be taken for the answer to the next call
                         raise psycopg.OperationalError(f"the server gave no answer in {ANSWER_S:g} s")
                     state = gen.send(ready)

@@ -45,6 +45,14 @@ def test_what_takes_its_time_is_waited_for(server: str) -> None:
         assert ask(storage, "SELECT 7 FROM pg_sleep(0.5)") == 7
 
 
+def test_an_answer_that_comes_in_pieces_is_waited_for(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    notices = "DO $$ BEGIN FOR i IN 1..5 LOOP RAISE NOTICE 'x'; PERFORM pg_sleep(0.6); END LOOP; END $$"
+    with Storage(server) as storage, storage.rdb.engine.connect() as connection:
+        monkeypatch.setattr(patience, "ANSWER_S", 2.0)
+        connection.exec_driver_sql(notices)  # for 3 s in all
+        assert connection.exec_driver_sql("SELECT 7").scalar() == 7
+
+
 def test_a_server_that_is_cut_off_is_noticed_unless_the_url_says_otherwise(server: str) -> None:
     def options(url: str) -> dict[str, str]:
         with Storage(url) as storage, storage.rdb.engine.connect() as connection:

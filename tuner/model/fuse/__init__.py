@@ -65,6 +65,7 @@ def fuse(model: ir.Model) -> FusionReport:
     epilogue.note_gates(model, log)
     activations.spell_out(model)
     rms_norms.take_sums(model, log)
+    log.settle()
     ends = {node.name or "": _end(node) for node in model.graph if is_open(node) or is_fused(node)}
     close(model)
     bodies.attach_bodies(model)

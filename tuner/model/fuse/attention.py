@@ -34,10 +34,11 @@ from tilewright.tuner.model.fuse.layout import (
     transposed,
 )
 from tilewright.tuner.model.fuse.masks import Bands
+from tilewright.tuner.model.fuse.norms import only_user
 from tilewright.tuner.model.fuse.opening import in_main_graph, is_open, refusal, register_constants
 from tilewright.tuner.model.fuse.outcome import Log
 from tilewright.tuner.model.fuse.scores import Mask, UnmatchedError, Weights, read_scores, read_weights
-from tilewright.tuner.model.graph import constant, static_shape
+from tilewright.tuner.model.graph import constant, dtype_name, static_shape
 
 Labels = tuple[str, ...]
 
@@ -289,20 +290,22 @@ def _splits(count: int, leads: Shape, places: tuple[Shape, ...], queries: ir.Val
 
 
 def _drop_casts(model: ir.Model) -> None:
-    """Takes off the cast of an attention's result and the model's own back, where nothing else sees what is between."""
+    """Takes off the cast of an attention's result to fp32 and the model's own back, where nothing else sees what is
+    between. (A cast to what holds less rounds, and stays.)"""
     for node in [node for node in model.graph if is_open(node)]:
         value = node.outputs[0]
-        there = _only_cast(value)
-        back = None if there is None else _only_cast(there.outputs[0])
+        there = _only_cast(value) if dtype_name(value) in ("fp16", "bf16") else None
+        if there is None or dtype_name(there.outputs[0]) != "fp32":
+            continue
+        back = _only_cast(there.outputs[0])
         if back is not None and back.outputs[0].dtype == value.dtype:
             ir.convenience.replace_nodes_and_values(model.graph, back, [back], [], back.outputs, [value])
 
 
 def _only_cast(value: ir.Value) -> ir.Node | None:
-    """The `Cast` that alone uses a value."""
-    users = [user for user, _ in value.uses()]
-    one = len(users) == 1 and not value.is_graph_output() and (users[0].domain, users[0].op_type) == ("", "Cast")
-    return users[0] if one else None
+    """The `Cast` of the same graph that alone uses a value."""
+    user = only_user(value)
+    return user if user is not None and user.op_type == "Cast" else None
 
 
 def apply(model: ir.Model, log: Log) -> None:

@@ -202,7 +202,8 @@ def _quotient(node: ir.Node) -> _Norm | None:
         raise _LeftError(f"its mean of a value of shape {shape} is not over the last axis alone")
     kind = dtype_name(found.mean.outputs[0])
     if kind != "fp32":
-        raise _LeftError(f"it squares in {kind}, and the kernel in fp32: what overflows there does not here")
+        why = ": what overflows there does not here" if kind in _HALVES else ""
+        raise _LeftError(f"it squares in {kind}, and the kernel in fp32{why}")
     if found.weight is None:
         return _Norm(found.x, found.epsilon, [node])
     weight = as_vector(found.weight, shape[-1])
@@ -214,6 +215,20 @@ def _quotient(node: ir.Node) -> _Norm | None:
 def _inverse(value: ir.Value | None) -> _Deviation | None:
     """1 / √(mean(x²) + ε), maybe times a weight."""
     cast = made_by(value, "Cast")
+    node = made_by(value if cast is None else cast.inputs[0], "Mul")
+    if node is None:
+        return _reciprocal(value)
+    for index in (0, 1):
+        factor, weight = node.inputs[index], node.inputs[1 - index]
+        found = _reciprocal(factor) if is_constant(weight) else None
+        if found is not None:
+            return replace(found, weight=weight)
+    return None
+
+
+def _reciprocal(value: ir.Value | None) -> _Deviation | None:
+    """1 / √(mean(x²) + ε)."""
+    cast = made_by(value, "Cast")
     if cast is not None:  # to the type of what it multiplies
         value = cast.inputs[0]
     if (node := made_by(value, "Reciprocal")) is not None:
@@ -222,12 +237,6 @@ def _inverse(value: ir.Value | None) -> _Deviation | None:
         return _root(node.inputs[1]) if scalar(node.inputs[0]) == 1 else None
     if (node := made_by(value, "Pow")) is not None:
         return _mean(node.inputs[0]) if scalar(node.inputs[1]) == -0.5 else None
-    if (node := made_by(value, "Mul")) is not None:
-        for index in (0, 1):
-            factor, weight = node.inputs[index], node.inputs[1 - index]
-            found = _inverse(factor) if is_constant(weight) else None
-            if found is not None and found.weight is None:
-                return replace(found, weight=weight)
     return None
 
 

@@ -46,7 +46,7 @@ def move_before(model: ir.Model) -> bool:
     """
     mover = _Mover(model)
     moved = False
-    for node in list(model.graph):
+    for node in reversed(list(model.graph)):  # a move that comes before one product may lie behind another now
         while is_open(node) and node.op_type == "gemm" and (product := mover.below(node)) is not None:
             node, moved = product, True
     return moved

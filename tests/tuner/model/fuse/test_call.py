@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from onnx import helper
 
 from benchmarks.models.architecture import samples, write
 from tests.tuner.model.fuse.forms import (
@@ -25,7 +26,7 @@ from tests.tuner.model.fuse.forms import (
 from tests.tuner.model.graphs import relative_error, results
 from tilewright.tuner.model.folding.fold import fold
 from tilewright.tuner.model.fuse import fuse
-from tilewright.tuner.model.graph import fused_nodes, plugin_inputs, plugin_settings, static_shape
+from tilewright.tuner.model.graph import DTYPES, fused_nodes, plugin_inputs, plugin_settings, static_shape
 from tilewright.tuner.model.reading.read import read_model
 
 
@@ -201,6 +202,29 @@ def test_what_is_cast_for_others_stays_cast(to):
     outputs = [g("Cast", out, to=10), g("Relu", out) if to == "fp32 as well" else g("Cast", out, to=10)]
     model, _ = fused(g, *outputs, within=1e-3)
     assert operators(model).count("Cast") == (2 if to == "fp32 as well" else 3)
+
+
+@pytest.mark.parametrize("to", [10, 17, 6], ids=["fp16", "fp8e4m3", "int32"])
+def test_a_cast_that_rounds_stays_and_so_does_the_one_back(to):
+    g = Graph(23)
+    q, k, v = (g.input(name, B, H, S, D) for name in "qkv")
+    out = g("Mul", g("Attention", q, k, v), g.array(30.0))  # so that int32 has what to keep
+    attended = g("Attention", q, k, v)
+    model, _ = fused(g, out, g("Cast", g("Cast", attended, to=to), to=1), within=1e-1 if to != 10 else 1e-3)
+    assert operators(model).count("Cast") == 2
+
+
+def test_a_cast_in_a_branch_stays_there():
+    g = Graph()
+    out = fp16_but_its_weights(g)
+    there = helper.make_node("Cast", [out], ["branched"], "branch_cast", to=10)
+    result = helper.make_tensor_value_info("branched", int(DTYPES["fp16"]), [B, H, S, D])
+    other = helper.make_node("Cast", [out], ["otherwise"], "other_cast", to=10)
+    otherwise = helper.make_tensor_value_info("otherwise", int(DTYPES["fp16"]), [B, H, S, D])
+    branches = [helper.make_graph([there], "then", [], [result]), helper.make_graph([other], "else", [], [otherwise])]
+    chosen = g("If", g.array(True, np.bool_), then_branch=branches[0], else_branch=branches[1])
+    model, _ = fused(g, chosen, within=1e-3)
+    only_fused(model, "FusedAttentionBias")
 
 
 def test_values_that_are_rounded_to_fp16_first_are_read_behind_that():

@@ -9,7 +9,7 @@ from onnx import helper
 
 from tests.tuner.model.fuse.forms import Graph, fused, only_fused, operators
 from tests.tuner.model.graphs import model_of, normal, relative_error, results
-from tilewright.tuner.model.fuse import fuse
+from tilewright.tuner.model.fuse import fuse, rows
 from tilewright.tuner.model.graph import fused_nodes, plugin_inputs, plugin_settings, static_shape
 
 B, S, K, N = 2, 6, 16, 24
@@ -101,6 +101,25 @@ def test_a_residual_of_the_product_is_moved_too():
     assert operators(model) == ["FusedGemmBiasResidual"]
     assert plugin_inputs(node)["residual"].name == "r"
     assert plugin_settings(node)["activation"] == "relu"
+
+
+def test_a_long_chain_is_done_in_one_walk():
+    g = Graph()
+    x = g.input("x", 2, 6, 8)
+    for _ in range(8):
+        x = g.reshape(g("Gemm", g.reshape(x, 12, 8), g.array(np.eye(8) + 0.01), g.array(np.ones(8))), 2, 6, 8)
+    model = g.model(g("Relu", x))
+    walks = []
+
+    def counted(model, original=rows.move_before):
+        walks.append(original(model))
+        return walks[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "move_before", counted)
+        fuse(model)
+    assert walks == [True, False]
+    assert operators(model).count("Reshape") == 0
 
 
 def test_one_reshape_does_not_become_two():
