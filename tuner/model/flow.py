@@ -182,15 +182,22 @@ def optimise(
     calibration, evaluation = data.split(EVALUATION)
     names = [*request.files, *request.engine_files]
     check_output(request.output, names, request.model)
-    with Judge(prepared.original, evaluation.feeds) as reference:
+    with Judge(prepared.original, evaluation.feeds, fused=prepared.fused) as reference:
         reference.work_out()
         check_reading(request, prepared, evaluation, tell)
         fused_errors = check_fusing(request, prepared, reference)
+        masked = sum(rows.count for rows in reference.masked())
+        if masked:
+            warned(
+                f"{masked} rows of the inputs that errors are measured on see no key, as padding in front of a "
+                "sequence: they are left out of the errors"
+            )
         apart = [row.output for row in fused_errors.outputs if (row.relative or 0.0) > READING_ERROR and not row.logits]
         if apart:
+            cause = ", or an output makes something of those rows" if masked else ""
             warned(
                 f"{listed(apart)}: differs by more than {READING_ERROR:.0%} when {request.model.name} is computed in "
-                "another order: the model amplifies rounding, and lower precision more so"
+                f"another order: the model amplifies rounding, and lower precision more so{cause}"
             )
         _check_loads(request, prepared.fused, request.files[0], evaluation, warned)
         key = resume_key(request, prepared.source, data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from examples.model import images
 from tests.tuner.model.files import node, proto, saved, tensor, value
+from tests.tuner.model.fuse.forms import LEAST, B, Graph, S, attend, scores, triangle
 from tests.tuner.model.graphs import normal
 from tests.tuner.model.networks import written
 from tilewright.kernels.devices import resolve_device
@@ -571,3 +573,24 @@ def test_an_engine_that_can_not_be_built_takes_nothing_from_the_model(tmp_path, 
     absent = Request.parse(tmp_path / "m.onnx", tmp_path, resolve_device("sm_86"))
     assert flow._engine(absent, tmp_path / "model.fp16.onnx", tmp_path / RESUME, lines.append) == []
     assert len(lines) == len(asked) == 1
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_rows_that_see_no_key_are_told_of(tmp_path, monkeypatch, pooled):
+    """Padding in front of a causal sequence; and an output that reads it, which is then another."""
+    g = Graph()
+    both = g("And", g.array(triangle(1) == 0, bool), g.input("mask", B, 1, 1, S, dtype="bool"))
+    out = attend(g, g("Add", scores(g), g("Where", both, g.array(0.0), g.array(LEAST))))
+    ir.save(g.model(g("ReduceMean", out, g.shape(2), keepdims=0) if pooled else out), tmp_path / "causal.onnx")
+    feed = g.feeds()
+    feed["mask"] = np.ones((B, 1, 1, S), bool)
+    feed["mask"][1, ..., :2] = False
+    np.savez(tmp_path / "data.npz", **{name: np.concatenate([array] * 2) for name, array in feed.items()})
+    monkeypatch.setattr(flow, "_optimised", lambda *_: None)
+    listener = Listener()
+    asked = request(tmp_path / "causal.onnx", tmp_path / "out", calibration=tmp_path / "data.npz", precision="fp32")
+    optimise(asked, warn=listener.warn)
+    rows = "2 rows of the inputs that errors are measured on see no key, .*: they are left out of the errors"
+    reading = ".*differs by more than 1% .*, or an output makes something of those rows"
+    for line, wanted in zip(listener.warnings, [rows, *([reading] if pooled else [])], strict=True):
+        assert re.fullmatch(wanted, line)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
+from tests.tuner.model.fuse.forms import LEAST, B, Graph, S, attend, scores, triangle
 from tests.tuner.model.networks import written
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model.flow import optimise
 from tilewright.tuner.model.graph import fused_nodes
-from tilewright.tuner.model.prepare import _known_before, prepare
+from tilewright.tuner.model.prepare import _known_before, check_fusing, prepare
 from tilewright.tuner.model.request import Request
-from tilewright.tuning_db.errors import ModelError
+from tilewright.tuner.model.verify.judge import Judge
+from tilewright.tuning_db.errors import ModelError, RunError
 
 
 def test_results_of_fused_nodes_keep_their_names(tmp_path):
@@ -53,3 +58,32 @@ def test_what_reading_changed_is_no_result(tmp_path):
     ):
         optimise(Request.parse(tmp_path / "old.onnx", tmp_path / "build", resolve_device("sm_86"), precision="fp32"))
     assert not (tmp_path / "build").exists()
+
+
+def left_padded(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """A causal attention with a mask of padding, and a feed whose second entry has padding in front."""
+    g = Graph()
+    both = g("And", g.array(triangle(1) == 0, bool), g.input("mask", B, 1, 1, S, dtype="bool"))
+    out = attend(g, g("Add", scores(g), g("Where", both, g.array(0.0), g.array(LEAST))))
+    ir.save(g.model(out), folder / "causal.onnx")
+    feed = g.feeds()
+    feed["mask"] = np.ones((B, 1, 1, S), bool)
+    feed["mask"][1, ..., :2] = False
+    return folder / "causal.onnx", feed
+
+
+def test_rows_that_see_no_key_are_left_out(tmp_path: Path) -> None:
+    """They are the mean of other values there, and nothing to refuse data for; what differs beside them is."""
+    model, feed = left_padded(tmp_path)
+    request = Request.parse(model, None, resolve_device("sm_86"))
+    prepared = prepare(request, lambda _: None)
+    with Judge(prepared.original, [feed], fused=prepared.fused) as judge:
+        (row,) = check_fusing(request, prepared, judge).outputs
+        assert row.relative is not None
+        assert row.relative < 1e-5
+        assert [rows.count for rows in judge.masked()] == [2]
+    with (
+        Judge(prepared.original, [feed]) as judge,
+        pytest.raises(RunError, match="its fused form computes something else, which is a defect of Tilewright"),
+    ):
+        check_fusing(request, prepared, judge)

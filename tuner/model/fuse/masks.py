@@ -16,7 +16,7 @@ and not of all. No other row ever reads it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,6 +67,22 @@ class Band:
         if self.right is not None:
             found |= {"causal": 1} if self.right == 0 else {"window_right": self.right}
         return found
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Band:
+        """That of a plugin's settings, all of them given."""
+        left, right = settings["window_left"], 0 if settings["causal"] else settings["window_right"]
+        return cls(None if left < 0 else left, None if right < 0 else right)
+
+    def seen(self, queries: int, keys: int) -> Array:
+        """Which keys each query sees, of shape (Sq, Skv): the last query stands at the last key."""
+        distance = np.arange(keys) - (np.arange(queries)[:, None] + keys - queries)
+        seen = np.ones((queries, keys), bool)
+        if self.left is not None:
+            seen &= distance >= -self.left
+        if self.right is not None:
+            seen &= distance <= self.right
+        return seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +158,7 @@ def _parted(mask: Mask, planned: Plan, shape: Shape) -> tuple[Band, Mask | None]
         array = _times(array, mask.factor)
     found = band(array, *shape[2:])
     if found is not None:
-        array = np.where(_seen(found, *shape[2:]), array, np.zeros((), array.dtype))
+        array = np.where(found.seen(*shape[2:]), array, np.zeros((), array.dtype))
     if not array.any():
         return found or Band(), None
     if found is None and mask.kind == "add" and mask.factor == 1:
@@ -167,19 +183,9 @@ def band(array: Array, queries: int, keys: int) -> Band | None:
         return None
     low, high = int(distance[seen].min()), int(distance[seen].max())
     found = Band(None if low <= distance.min() else -low, None if high >= distance.max() else high)
-    if low > 0 or high < 0 or not np.array_equal(seen, _seen(found, queries, keys)):
+    if low > 0 or high < 0 or not np.array_equal(seen, found.seen(queries, keys)):
         return None
     return found
-
-
-def _seen(found: Band, queries: int, keys: int) -> Array:
-    distance = np.arange(keys) - (np.arange(queries)[:, None] + keys - queries)
-    seen = np.ones((queries, keys), bool)
-    if found.left is not None:
-        seen &= distance >= -found.left
-    if found.right is not None:
-        seen &= distance <= found.right
-    return seen
 
 
 def _narrowed(array: Array) -> Array:

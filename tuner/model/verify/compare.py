@@ -12,6 +12,8 @@ Outputs that hardly depend on the input make every cosine near 1 and every relat
 weights gives cosines of 0.9998 between *different* inputs. Centred measures see what depends on the input alone. The
 original's mean is taken from both, so that an error that is the same for every input counts as well.
 
+Rows of padding that see no key in any attention are left out (`masked_rows.py`), and so is what is not finite.
+
 Both models run in ONNX Runtime with its optimisations off. One feed's values are held at a time, and sums over them.
 """
 
@@ -31,6 +33,7 @@ from tilewright.tuner.model.graph import elements, static_shape
 from tilewright.tuner.model.messages import legible, quoted
 from tilewright.tuner.model.verify.error_budget import Budget
 from tilewright.tuner.model.verify.error_sums import LayerError, LayerSums, OutputError, OutputSums
+from tilewright.tuner.model.verify.masked_rows import MaskedRows, masked_rows, maskings
 from tilewright.tuning_db.errors import ModelError, RunError
 
 Array = np.ndarray[Any, Any]
@@ -163,9 +166,17 @@ class Reference:
         original: the model, or its file.
         feeds: what both get: arrays by input name.
         run: `session.run`, or another way to run a model.
+        fused: what fusing made of the original: the rows that its attentions hide altogether are left out.
     """
 
-    def __init__(self, original: ir.Model | Path, feeds: Feeds, *, run: Runner | None = None) -> None:
+    def __init__(
+        self,
+        original: ir.Model | Path,
+        feeds: Feeds,
+        *,
+        run: Runner | None = None,
+        fused: ir.Model | None = None,
+    ) -> None:
         if not feeds:
             raise ModelError("there are no inputs to compare the models on: give at least one sample")
         self._model, self._feeds, self._run = original, feeds, run or _run
@@ -178,6 +189,8 @@ class Reference:
         self._batch = _batch(graph)
         self._sizes = _sizes(graph)
         self._kept: tempfile.SpooledTemporaryFile[bytes] | None = None
+        self._fused = fused
+        self._masked: list[MaskedRows] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -209,14 +222,16 @@ class Reference:
         sums = [OutputSums(axis) for *_, axis in rows]
         inputs = 0
         wanted = list(dict.fromkeys(there for _, _, there, _ in rows))
-        for ours, others in zip(self._originals(), self._run(changed, self._feeds, wanted), strict=True):
+        values = zip(self._originals(), self._run(changed, self._feeds, wanted), self.masked(), strict=True)
+        for ours, others, masked in values:
             batched = [self._batch > 1 and ours[here].shape[:1] == (self._batch,) for _, here, _, _ in rows]
             inputs += self._batch if all(batched) else 1
             for (output, here, there, _), total, apart in zip(rows, sums, batched, strict=True):
                 if here == output and ours[here].shape != others[there].shape:
                     kind = SizeError if output in self._unsized else ModelError
                     raise kind(_differently_shaped(output, ours[here], others[there]))
-                total.add(*_same_size(output, ours[here], others[there]), apart)
+                a, b = _same_size(output, ours[here], others[there])
+                total.add(a, b, apart, masked.of(a.shape))
         found = [
             total.row(output, here, here != output) for (output, here, _, _), total in zip(rows, sums, strict=True)
         ]
@@ -248,6 +263,21 @@ class Reference:
                 raise
             self._kept = kept
 
+    def masked(self) -> list[MaskedRows]:
+        """The rows of each feed that are left out.
+
+        Raises:
+            RunError: ONNX Runtime failed.
+        """
+        if self._masked is None:
+            found = [] if self._fused is None else maskings(self._fused)
+            if self._fused is None or not found:
+                self._masked = [MaskedRows()] * len(self._feeds)
+            else:
+                biases = list(dict.fromkeys(masking.bias for masking in found))
+                self._masked = [masked_rows(found, each) for each in self._run(self._fused, self._feeds, biases)]
+        return self._masked
+
     def _names(self) -> list[str]:
         return list(dict.fromkeys([*self._outputs, *(logits.value for logits in self._logits.values())]))
 
@@ -264,12 +294,11 @@ class Reference:
         for group in _groups(layers, self._sizes):
             sums = {name: LayerSums() for name in group}
             here = list(dict.fromkeys(group.values()))
-            pairs = zip(
-                self._run(self._model, self._feeds, here), self._run(changed, self._feeds, list(group)), strict=True
-            )
-            for ours, others in pairs:
+            both = self._run(self._model, self._feeds, here), self._run(changed, self._feeds, list(group))
+            for ours, others, masked in zip(*both, self.masked(), strict=True):
                 for name, total in sums.items():
-                    total.add(*_same_size(name, ours[group[name]], others[name]))
+                    a, b = _same_size(name, ours[group[name]], others[name])
+                    total.add(a, b, masked.of(a.shape))
             yield from (total.row(name, group[name]) for name, total in sums.items())
 
 

@@ -13,7 +13,8 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class OutputError:
-    """The errors of one graph output, or of the logits behind one. None is what can't be said: nothing to divide by."""
+    """The errors of one graph output, or of the logits behind one. None is what can't be said: nothing to divide by.
+    What is left out, as padding is, counts nowhere."""
 
     output: str  # name of the graph output
     value: str  # name of what was compared, in the original: the output itself, or its logits
@@ -53,9 +54,12 @@ class LayerSums:
         self.untold = False  # there were elements, and not one to compare
         self._finite = self._elements = 0
 
-    def add(self, a: Array, b: Array) -> tuple[Array, Array]:
-        """Adds a pair of one shape; both as fp64, with zeros where either is not finite."""
+    def add(self, a: Array, b: Array, left_out: Array | None = None) -> tuple[Array, Array]:
+        """Adds a pair of one shape; both as fp64, with zeros where either is not finite, and where `left_out`, which
+        goes together with that shape, is true."""
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if left_out is not None:
+            a, b = np.where(left_out, 0.0, a), np.where(left_out, 0.0, b)
         self.exact &= bool(np.array_equal(a, b, equal_nan=True))
         fine_a, fine_b = np.isfinite(a), np.isfinite(b)
         self.bad_original += int(a.size - np.count_nonzero(fine_a))
@@ -102,44 +106,58 @@ class OutputSums:
         self.first: Array | None = None
         self.total = self.least = self.most = np.zeros(0)
         self.squares = 0.0
+        self.counts: Array = np.zeros((), np.int64)  # inputs in which an element counts
         self.varied = False  # in size, from input to input: then there is no mean of elements
 
-    def add(self, a: Array, b: Array, batched: bool) -> None:
+    def add(self, a: Array, b: Array, batched: bool, left_out: Array | None = None) -> None:
+        """Adds a pair of one shape, as `LayerSums.add`; `batched`: their first dimension counts inputs."""
         floating = a.dtype.kind == "f" or a.dtype.kind == "V"
-        a, b = self.sums.add(a, b)
+        a, b = self.sums.add(a, b, left_out)
+        counted = np.True_ if left_out is None else np.broadcast_to(~left_out, a.shape)
         if floating:
-            self._agree(a, b)
+            self._agree(a, b, counted)
         samples = a if batched else a[None]
         if self.first is None:
             self.first = samples[0].copy()
-            self.total, self.least, self.most = (np.zeros_like(self.first) for _ in range(3))
+            self.total = np.zeros_like(self.first)
+            self.least, self.most = np.full_like(self.first, math.inf), np.full_like(self.first, -math.inf)
         self.count += len(samples)
         self.varied |= samples.shape[1:] != self.first.shape
         if self.varied:
             return
         shifted = samples - self.first
+        if left_out is None:
+            self.counts = self.counts + len(samples)
+            least, most = shifted.min(axis=0), shifted.max(axis=0)
+        else:
+            counted = counted if batched else counted[None]
+            self.counts = self.counts + counted.sum(axis=0)
+            least = shifted.min(axis=0, where=counted, initial=math.inf)
+            most = shifted.max(axis=0, where=counted, initial=-math.inf)
+            shifted = np.where(counted, shifted, 0.0)
         self.total += shifted.sum(axis=0)
         self.squares += _dot(shifted, shifted)
-        self.least = np.minimum(self.least, shifted.min(axis=0))
-        self.most = np.maximum(self.most, shifted.max(axis=0))
+        self.least, self.most = np.minimum(self.least, least), np.maximum(self.most, most)
 
-    def _agree(self, a: Array, b: Array) -> None:
+    def _agree(self, a: Array, b: Array, counted: Array) -> None:
         if self.axis == -1:  # (N, classes, 1, 1) has its classes in the second dimension
             while a.ndim > 2 and a.shape[-1] == 1:
                 a, b = a[..., 0], b[..., 0]
+                counted = counted[..., 0] if counted.ndim else counted
         if a.ndim < 2 or a.shape[self.axis] < 2:
             return
+        counted = np.broadcast_to(counted, a.shape).all(axis=self.axis)
         same = a.argmax(axis=self.axis) == b.argmax(axis=self.axis)
-        self.rows += same.size
-        self.agreed += int(np.count_nonzero(same))
+        self.rows += int(np.count_nonzero(counted))
+        self.agreed += int(np.count_nonzero(same & counted))
 
     def row(self, output: str, value: str, logits: bool) -> OutputError:
         sums = self.sums
         centred_largest, centred_squares = 0.0, 0.0
         if self.count > 1 and self.total.size and not self.varied:
-            mean = self.total / self.count
+            mean = self.total / np.maximum(self.counts, 1)
             centred_largest = float(np.maximum(self.most - mean, mean - self.least).max())
-            centred_squares = max(0.0, self.squares - self.count * _dot(mean, mean))
+            centred_squares = max(0.0, self.squares - float(np.sum(self.counts * mean * mean)))
         centred = centred_largest > 0.0
         lengths = math.sqrt(sums.squares) * math.sqrt(sums.changed_squares)
         return OutputError(

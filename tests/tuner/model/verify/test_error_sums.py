@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_dtypes
@@ -42,6 +43,37 @@ def test_the_formulas(batched: bool) -> None:
     assert row.sqnr_db == pytest.approx(10 * np.log10((centred**2).sum() / (noise**2).sum()), rel=1e-9)
     assert row.top1 == (one.argmax(-1) == other.argmax(-1)).mean()
     assert not row.exact
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_is_left_out_counts_nowhere(batched: bool) -> None:
+    """The errors are those of what is left, in which an element's mean is over the inputs that have it."""
+    a, b = samples((4, 7), 5)
+    random = np.random.default_rng(1)
+    left_out = [random.random((4, 1)) < 0.3 for _ in a]
+    left_out[0][:2] = True  # of what comes first, too
+    for each in left_out:
+        each[0] = True  # in every input
+    sums = OutputSums(-1)
+    for ours, other, without in zip(a, b, left_out, strict=True):
+        spoiled = np.where(without, random.choice([1e6, math.nan]), other)
+        sums.add(np.where(without, 1e5, ours), spoiled, batched, without)
+    row = sums.row("out", "out", False)
+    counted = np.stack([np.broadcast_to(~without, (4, 7)) for without in left_out])
+    one, other = np.stack(a).astype(np.float64), np.stack(b).astype(np.float64)
+    axes: tuple[int, ...] = (0, 1) if batched else (0,)
+    mean = np.ma.MaskedArray(one, ~counted).mean(axis=axes, keepdims=True)
+    centred, noise = (one - mean)[counted].compressed(), (other - one)[counted]
+    one, other = one[counted], other[counted]
+    assert row.relative == pytest.approx(np.abs(noise).max() / np.abs(one).max(), rel=1e-12)
+    assert row.centred_relative == pytest.approx(np.abs(noise).max() / np.abs(centred).max(), rel=1e-9)
+    assert row.cosine == pytest.approx(np.vdot(one, other) / np.linalg.norm(one) / np.linalg.norm(other), rel=1e-12)
+    assert row.sqnr_db == pytest.approx(10 * np.log10((centred**2).sum() / (noise**2).sum()), rel=1e-9)
+    agreed = np.concatenate(
+        [(x.argmax(-1) == y.argmax(-1))[~out[:, 0]] for x, y, out in zip(a, b, left_out, strict=True)]
+    )
+    assert row.top1 == agreed.mean()
+    assert row.bad_changed == row.bad_original == 0
 
 
 def test_centring_sees_what_cosine_does_not() -> None:
