@@ -225,7 +225,8 @@ class Operation:
                 return traced(self, arrays, outs, options)
             # Having broken a graph it reads on in the functions that are called now, and what it can't read there is an
             # error of its own: with torch 2.11 in place of ours, that says what is wrong with a call.
-            if "torch._dynamo" in sys.modules and sys.modules[_READERS].get_eval_frame_callback():
+            reader = sys.modules.get(_READERS)
+            if reader is not None and reader.get_eval_frame_callback():
                 from tilewright.kernels.torch_ops import eagerly
 
                 return eagerly(self, arrays, outs, options)  # type: ignore[no-any-return]

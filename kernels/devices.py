@@ -19,7 +19,6 @@ _BOARDS = {device.board: device for device in CATALOGUE}
 _ARCH = re.compile(r"(?:sm|compute)?_?(?:(\d{1,2})\.(\d)|(\d{2,3}))[af]?")
 _LIVE = re.compile(r"cuda(?::(\d+))?")
 
-
 _SPELLINGS = {
     normalise(spelling): device for device in CATALOGUE for spelling in (device.board, device.name, *device.aliases)
 }

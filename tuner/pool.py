@@ -42,7 +42,7 @@ from tilewright.tuner.requests import (
 from tilewright.tuner.temporary import WorkerFolder, remove_abandoned
 from tilewright.tuning_db.env import compiling_environment
 from tilewright.tuning_db.errors import MachineError, UsageError, WorkerError
-from tilewright.tuning_db.record import Status
+from tilewright.tuning_db.record import Status, read_json
 
 COMMAND = (sys.executable, "-P", "-m", "tilewright.tuner.worker")
 """Starts a worker. -P: the working directory may hold modules of anybody's, under any name."""
@@ -307,16 +307,16 @@ class Worker:
                 return 0
             self._signal()
             self._process = None
-            for pipe in (process.stdin, process.stdout, process.stderr):
-                assert pipe is not None
-                pipe.close()
-            try:
-                return process.wait(KILL_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.given_up = WorkerError(
-                    f"worker process {process.pid} outlives SIGKILL by {KILL_SECONDS:g} s: the driver hangs"
-                )
-                return -signal.SIGKILL
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
+        try:
+            return process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.given_up = WorkerError(
+                f"worker process {process.pid} outlives SIGKILL by {KILL_SECONDS:g} s: the driver hangs"
+            )
+            return -signal.SIGKILL
 
 
 class Pool:
@@ -510,7 +510,7 @@ class _NonsenseError(Exception):
 
 def _parse(line: bytes, serial: int) -> dict[str, Any]:
     try:
-        message: dict[str, Any] = json.loads(line)
+        message: dict[str, Any] = read_json(line.decode())
         failed = "error" in message or "machine" in message
         if message["id"] == serial and (failed or message["reply"]["status"] in set(Status)):
             return message

@@ -185,8 +185,8 @@ class SharedSearch:
     ) -> None:
         from tilewright.tuning_db.errors import StorageError
 
-        if isinstance(error, StorageError):
-            return  # to withdraw may take as long again, and what is left under way others retry in a minute
+        if isinstance(error, StorageError) and not self._storage.answers:
+            return  # to withdraw would take as long again, and what is left under way others retry in a minute
         try:
             for trial in sorted(self._mine):
                 self._end(trial, {WITHDRAWN: True}, None)

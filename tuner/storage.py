@@ -53,6 +53,7 @@ class Storage:
     Attributes:
         name: the URL without user, password and options.
         rdb: Optuna's storage.
+        answers: whether the last error, if there was one, was an answer: not that of a server that gives none.
 
     Raises:
         StorageError: it can't be opened: a malformed URL, no driver, no server, no access, or another Optuna's tables.
@@ -66,6 +67,7 @@ class Storage:
         parsed = self._parsed(url)
         self.name = _without_secrets(parsed)
         self._errors = _error_types()
+        self.answers = True
         with self.explained("can't be opened"):
             self.rdb = self._opened(parsed)
         self._beating: set[int] = set()
@@ -80,7 +82,9 @@ class Storage:
             yield
         except self._errors as error:
             # Optuna's own error says only that there was one; its cause has the reason.
-            reason = str(getattr(error.__cause__ or error, "orig", None) or error.__cause__ or error)
+            cause = error.__cause__ or error
+            self.answers = not isinstance(cause, _no_answer())
+            reason = str(getattr(cause, "orig", None) or cause)
             if isinstance(error, KeyError):  # whose text is in quotes
                 reason = f"{reason.strip(chr(39))} (was the study deleted? the same command begins another)"
             raise StorageError(f"the storage {self.name} {what}: {self._shown(reason)}") from None
@@ -252,6 +256,13 @@ def _error_types() -> tuple[type[Exception], ...]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return (SQLAlchemyError, StorageInternalError, KeyError)
+
+
+def _no_answer() -> tuple[type[Exception], ...]:
+    """What SQLAlchemy raises when a connection is lost, can't be made or waits in vain, as for a lock."""
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    return (OperationalError, InterfaceError)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from tilewright.tuner.search import Candidates, Evidence, Search
 from tilewright.tuner.shared import MOST_LOST, Claim, SharedSearch
 from tilewright.tuner.storage import Storage
 from tilewright.tuner.suites import Workload
-from tilewright.tuning_db.errors import ProblemError
+from tilewright.tuning_db.errors import ProblemError, StorageError
 from tilewright.tuning_db.record import Environment, Key, Record, Status
 from tilewright.tuning_db.store import TuningDB
 
@@ -298,8 +298,17 @@ class TuningRun:
             given_up = [(claim, _lost(claim.lost)) for claim in claims if claim.lost >= MOST_LOST]
             for claim, outcome in given_up:
                 self._tell(job, search, claim, outcome)
+            failure: StorageError | None = None
             for config, outcome in self._try(job, list(by_config)):
-                self._tell(job, search, by_config[config], outcome)
+                try:
+                    if failure is None:
+                        self._tell(job, search, by_config[config], outcome)
+                    else:  # what the GPUs were at is kept here: the next run tells the others
+                        self._keep(job.key, config, outcome)
+                except StorageError as error:
+                    failure = error
+            if failure is not None:
+                raise failure
             search.withdraw(claims)
         self._bring(job, search)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tilewright.kernels.tensorrt.expressions import Number, Sizes, evaluate, from_plain, to_plain
 from tilewright.tuning_db.errors import UsageError
+from tilewright.tuning_db.record import read_json
 
 FORMAT = "tilewright launch plan 1"
 
@@ -68,7 +69,7 @@ class LaunchPlan:
             UsageError: it is no such text.
         """
         try:
-            values = json.loads(text)
+            values = read_json(text)
             if values["format"] != FORMAT:
                 raise UsageError(f"this launch plan is of format {values['format']!r}, not {FORMAT!r}: make it again")
             x, y, z = (from_plain(number) for number in values["grid"])

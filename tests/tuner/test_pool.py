@@ -188,6 +188,7 @@ READY = """print('{"id": 0, "reply": {"status": "ok"}}', flush=True); input()\n"
         """print('{"id": 1}')""",
         """print('{"id": 1, "reply": {"status": "splendid"}}')""",
         """print('{"id": 2, "reply": {"status": "ok"}}')""",
+        "print('[' * 100_000)",
         """print('{"id": 1, "reply": {"status": "ok"}}\\\\n{}')""",
         r"sys.stdout.buffer.write(b'\xff\x00\n')",
     ],

@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from tests.tuner.postgres import PASSWORD, postgres
 from tests.tuner.shared_runs import CONFIGS, KEY, RACED, TRIALS, entry, opened
@@ -29,6 +30,7 @@ from tilewright.tuner import storage as storage_module
 from tilewright.tuner.shared import MOST_LOST, Claim, SharedSearch, _under_way
 from tilewright.tuner.storage import Storage
 from tilewright.tuner.tune import autotune
+from tilewright.tuner.tuning_run import BATCH_PER_JOB
 from tilewright.tuning_db.errors import ExportFileError, StorageError, UsageError
 from tilewright.tuning_db.record import Record, Status, canonical_json
 from tilewright.tuning_db.store import TuningDB
@@ -161,21 +163,29 @@ def test_the_end_of_a_process_withdraws_its_claims(url: str) -> None:
         assert len(second.ask(2, 2)) == 2
 
 
-def test_a_storage_that_has_failed_is_not_asked_to_withdraw_the_claims(
-    url: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "withdrawn"),
+    [
+        (OperationalError("SELECT 1", None, Exception("no answer")), 0),
+        (IntegrityError("SELECT 1", None, Exception("no answer")), 3),
+    ],
+)
+def test_a_storage_that_gives_no_answer_is_not_asked_to_withdraw_the_claims(
+    url: str, monkeypatch: pytest.MonkeyPatch, error: Exception, withdrawn: int
 ) -> None:
-    """Each attempt may take as long as the one that failed."""
+    """Each attempt may take as long as the one that failed; one that answers gets the claims back."""
     asked: list[int] = []
 
     def fails() -> None:
         with Storage(url) as storage, opened(storage) as search:
             search.ask(3, 1000)
             monkeypatch.setattr(storage.rdb, "set_trial_user_attr", lambda trial, *_: asked.append(trial))
-            raise StorageError("the storage failed: no answer")
+            with storage.explained():
+                raise error
 
     with pytest.raises(StorageError, match="no answer"):
         fails()
-    assert asked == []
+    assert len(asked) == withdrawn
 
 
 def test_what_is_published_is_not_tried_and_counts(two: tuple[SharedSearch, SharedSearch]) -> None:
@@ -318,6 +328,20 @@ def hosts_of(folder: Path, host: str) -> set[str]:
     """The hosts whose outcomes came into a host's file; those of the best few were measured anew there since."""
     with TuningDB.open(BOARD.key, folder / host / "db", read_only=True) as database:
         return {environment.host for _, environment in database.runs().values()}
+
+
+def test_a_storage_that_fails_loses_nothing_that_is_under_way(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise StorageError("the storage failed: no answer")
+
+    monkeypatch.setattr(SharedSearch, "tell", fails)
+    with pytest.raises(StorageError, match="no answer"):
+        run(tmp_path, url, "alpha", trials=8)
+    measurements = measured(tmp_path / "alpha" / "journal")
+    assert len(measurements) == BATCH_PER_JOB > 1
+    assert set(records_of(tmp_path, "alpha")) == set(measurements)
 
 
 def test_who_comes_late_has_the_outcomes_and_measures_nothing_but_the_best(tmp_path: Path, url: str) -> None:

@@ -90,7 +90,7 @@ def test_the_standard_error_is_right_for_few_samples_too(samples: int) -> None:
 
 @pytest.mark.parametrize("samples", [3, 5, 10, 21, 60])
 def test_the_best_of_four_that_are_as_fast_seldom_beats_another(samples: int) -> None:
-    """In at most about 5 % of all cases; of as many with a twentieth less time and a noise of 1 %, most do."""
+    """In less than 5.5 % of all cases; of as many with a twentieth less time and a noise of 1 %, most do."""
     random = np.random.default_rng(0)
     beaten = {1.0: 0, 0.95: 0}
     for factor, _ in itertools.product(beaten, range(1000)):
@@ -98,7 +98,7 @@ def test_the_best_of_four_that_are_as_fast_seldom_beats_another(samples: int) ->
         p10, median, p90 = np.quantile(drawn, (0.1, 0.5, 0.9), axis=1)
         default, *others = (Times(*each, samples) for each in zip(median, p10, p90, strict=True))
         beaten[factor] += min(others, key=lambda times: times.median_us).beats(default)
-    assert beaten[1.0] < 80
+    assert beaten[1.0] < 55
     assert beaten[0.95] > 700
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from tilewright.tuner.model.write import DATA_FILE
 from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.errors import UsageError
+from tilewright.tuning_db.record import read_json
 
 RESUME = ".resume"
 """What a run that goes on finds here: scales, plans, the lock, and which files are of runs."""
@@ -155,7 +156,7 @@ def output_folder(path: Path, names: Sequence[str], model: Path) -> Iterator[Out
 def _names(resume: Path) -> set[str]:
     """The names of files that runs have written; none where there is no note of it."""
     try:
-        return set(map(str, json.loads((resume / _NAMES).read_text())))
+        return set(map(str, read_json((resume / _NAMES).read_text())))
     except (OSError, ValueError, TypeError):
         return set()
 

@@ -122,17 +122,18 @@ class Conv2dProblem(FusedProblem):
         for name in ("C", "K"):
             if getattr(self, name) % self.groups:
                 raise ProblemError(f"{name}={getattr(self, name)} must be divisible by groups={self.groups}")
-        for length, size, taps, dilation in (
-            ("H", self.H + self.pad_top + self.pad_bottom, self.R, self.dilation_h),
-            ("W", self.W + self.pad_left + self.pad_right, self.S, self.dilation_w),
+        for length, size, pads, taps, dilation in (
+            ("H", self.H, (self.pad_top, self.pad_bottom), self.R, self.dilation_h),
+            ("W", self.W, (self.pad_left, self.pad_right), self.S, self.dilation_w),
         ):
-            if size < dilation * (taps - 1) + 1:
+            whole = f"{length}={size} with padding {pads[0]} and {pads[1]}"
+            if size + sum(pads) < dilation * (taps - 1) + 1:
                 raise ProblemError(
-                    f"{length}={size} with padding is less than the {dilation * (taps - 1) + 1} that {taps} taps "
-                    f"with dilation {dilation} reach"
+                    f"{whole} is less than the {dilation * (taps - 1) + 1} that {taps} taps with dilation {dilation} "
+                    "reach"
                 )
-            if size >= 2**31:
-                raise ProblemError(f"{length}={size} with padding passes 32 bits")
+            if size + sum(pads) >= 2**31:
+                raise ProblemError(f"{whole} passes 32 bits")
 
     @property
     def P(self) -> int:  # noqa: N802 - the field's name

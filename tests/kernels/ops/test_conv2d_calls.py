@@ -386,7 +386,7 @@ class Fake:
         (UnsupportedProblemError, "x is int64 and must be fp16", {"x": X.astype(np.int64)}),
         (ProblemError, "x is int32 and must be one of fp16", {"x": X.astype(np.int32), "w": W.astype(np.int32)}),
         (ProblemError, "x is uint8 and must be one of fp16", {"x": X.astype(np.uint8), "w": W.astype(np.uint8)}),
-        (ProblemError, "W=2 with padding is less than the 3 that 3 taps", {"x": X[:, :, :2].copy()}),
+        (ProblemError, "W=2 with padding 0 and 0 is less than the 3 that 3 taps", {"x": X[:, :, :2].copy()}),
         (ProblemError, "bias is (5,) and must be (4,)", {"bias": np.ones(5, np.float16)}),
         (ProblemError, "bias is (1,) and must be (4,)", {"bias": np.ones(1, np.float16)}),
         (UnsupportedError, "bias must be contiguous; its stride is 2", {"bias": np.ones(8, np.float16)[::2]}),

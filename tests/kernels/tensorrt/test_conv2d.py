@@ -132,7 +132,12 @@ def test_code_for_all_sizes_is_right_for_each(last, groups):
         ("FusedConv2d", [((1, 8, 8, 8), "fp16"), ((8, 4, 1, 1), "fp16")], {}, "x has 8 channels and w 4"),
         ("FusedConv2d", [((1, 8, 8, 8), "fp16"), ((8, 8, 1, 1), "fp16")], {"activation": ""}, "activation=''"),
         ("FusedConv2d", [((1, 8, 8, 8), "fp16"), ((8, 8, 1, 1), "bf16")], {}, "x is fp16 and w is bf16"),
-        ("FusedConv2d", [((1, 8, 2, 2), "fp16"), ((8, 8, 3, 3), "fp16")], {}, "H=2 with padding is less than the 3"),
+        (
+            "FusedConv2d",
+            [((1, 8, 2, 2), "fp16"), ((8, 8, 3, 3), "fp16")],
+            {},
+            "H=2 with padding 0 and 0 is less than",
+        ),
         (
             "FusedConv2d",
             [((1, 8, 8, 8), "fp16"), ((8, 8, 1, 1), "fp16")],

@@ -38,6 +38,7 @@ def test_a_file_holds_a_plan():
     [
         ("", "this is no launch plan: JSONDecodeError"),
         ("[]", "this is no launch plan: TypeError"),
+        ("[" * 100_000, "this is no launch plan: ValueError"),
         ("{}", "this is no launch plan: KeyError: 'format'"),
         (json.dumps({**json.loads(PLAN.to_json()), "format": "x"}), "of format 'x', not 'tilewright launch plan 1'"),
         (json.dumps({**json.loads(PLAN.to_json()), "grid": [1]}), "this is no launch plan: ValueError"),

@@ -50,8 +50,11 @@ def test_what_killed_runs_had_begun_is_removed(tmp_path: Path) -> None:
         assert all((tmp_path / name).exists() for name in theirs)
 
 
-def test_a_folder_without_a_note_of_its_files_is_somebody_elses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("note", [None, "{", "[" * 100_000, "1"])
+def test_a_folder_without_a_note_of_its_files_is_somebody_elses(tmp_path: Path, note: str | None) -> None:
     (tmp_path / RESUME).mkdir()
+    if note is not None:
+        (tmp_path / RESUME / "files.json").write_text(note)
     (tmp_path / "README.md").write_text("precious")
     with pytest.raises(UsageError, match=r"its README.md was not written by autotune, and would be replaced"):
         output_folder(tmp_path, NAMES, tmp_path / "m.onnx").__enter__()

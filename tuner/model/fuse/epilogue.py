@@ -34,6 +34,8 @@ KINDS = ("gemm", "conv2d")
 ACTIVATION = "activation"
 NO_HALVES = "the split is not into halves of the columns"
 
+ADDED_TO_ITSELF = "the result is added to itself"
+
 
 class _Step(RewriteRuleClassBase):
     """One step of a chain: what the open node becomes, or why it can't."""
@@ -84,12 +86,16 @@ class Bias(_Step):
         other, shape = bound["other"], static_shape(product.outputs[0])
         if shape is None:
             return "the shape of its result is not known"
+        if other is product.outputs[0]:
+            return ADDED_TO_ITSELF
         axis = -1 if self._kind == "gemm" else -3
         vector = as_vector(other, shape[axis], axis)
         if vector is None and is_spread(other, shape, axis):
             vector = _like(other, shape[axis])
         if vector is None:
-            return f"what is added, {other.name!r} of shape {static_shape(other)}, is no bias of {shape[axis]}"
+            along = "columns" if self._kind == "gemm" else "channels"
+            what = f"{other.name!r} of shape {static_shape(other)}"
+            return f"what is added, {what}, is no vector along the {shape[axis]} {along} of {shape}"
         if settings.get(ACTIVATION, "none") != "none" or "gated" in settings:
             return "it is added after the activation or the gate"
         if "bias" in inputs:
@@ -142,7 +148,7 @@ class Residual(_Step):
         if static_shape(other) != shape:
             return f"what is added, {other.name!r}, has the shape {static_shape(other)}, and the result {shape}"
         if other is product.outputs[0]:
-            return "the result is added to itself"
+            return ADDED_TO_ITSELF
         if "residual" in inputs:
             return "there is a residual already"
         if settings.get(ACTIVATION, "none") != "none" and "gated" not in settings:

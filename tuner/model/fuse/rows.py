@@ -92,8 +92,8 @@ def _move_behind(product: ir.Node) -> ir.Node | None:
         return None
     ((move, _),) = uses
     before, after = static_shape(out), static_shape(move.outputs[0])
-    if move.domain != "" or move.graph is not product.graph or before is None or after is None or min(after) < 1:
-        return None
+    if move.domain != "" or move.graph is not product.graph or before is None or not after or min(after) < 1:
+        return None  # a scalar has no columns
     if move.op_type in RESHAPES:
         return move if after[-1] == before[-1] else None
     if move.op_type == "Transpose":

@@ -322,11 +322,17 @@ def test_a_computed_vector_is_a_bias(order, constant):
     assert sorted(node.op_type for node in model.graph) == sorted(left)
 
 
+def test_a_result_that_is_added_to_itself_is_said_to_be():
+    report, found, _ = fused([conv(), make("Add", ["p", "p"], ["y"])], IMAGE, {"f": FILTERS})
+    assert [node.op_type for node in found] == ["FusedConv2d"]
+    assert {miss.reason for miss in report.misses} == {"the result is added to itself"}
+
+
 def test_a_vector_for_each_image_is_no_bias():
     nodes = [conv(), make("Add", ["p", "t"], ["y"])]
     report, found, _ = fused(nodes, {**IMAGE, "t": (2, 16, 1, 1)}, {"f": FILTERS})
     assert [node.op_type for node in found] == ["FusedConv2d"]
-    assert "of shape (2, 16, 1, 1), is no bias of 16" in report.misses[0].reason
+    assert "of shape (2, 16, 1, 1), is no vector along the 16 channels of (2, 16, " in report.misses[0].reason
 
 
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (1, 1, 24)])

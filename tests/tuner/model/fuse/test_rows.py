@@ -46,6 +46,18 @@ def test_reshapes_around_products_go(turned):
     assert [node.outputs[0].name for node in (first, second)] == [hidden, "v7"]
 
 
+@pytest.mark.parametrize(
+    ("operator", "attributes"), [("Squeeze", {}), ("ReduceMean", {"keepdims": 0}), ("ReduceSum", {"keepdims": 0})]
+)
+def test_a_scalar_is_made_of_a_product(operator, attributes):
+    """The score of a regressor."""
+    g = Graph()
+    product = gemm(g, g.input("x", 1 if operator == "Squeeze" else B, K), columns=1)
+    model, _ = fused(g, g(operator, product, **attributes))
+    assert operators(model) == ["FusedGemmBias", operator]
+    assert static_shape(model.graph.outputs[0]) == ()
+
+
 def test_a_reshape_further_up_is_undone():
     """The rows are reshaped where they are read: the reshape in front stays, for what else reads it."""
     g = Graph()
