@@ -113,7 +113,7 @@ class OutputSums:
         """Adds a pair of one shape, as `LayerSums.add`; `batched`: their first dimension counts inputs."""
         floating = a.dtype.kind == "f" or a.dtype.kind == "V"
         a, b = self.sums.add(a, b, left_out)
-        counted = np.True_ if left_out is None else np.broadcast_to(~left_out, a.shape)
+        counted: Array = np.ones((), bool) if left_out is None else np.broadcast_to(~left_out, a.shape)
         if floating:
             self._agree(a, b, counted)
         samples = a if batched else a[None]
@@ -146,10 +146,10 @@ class OutputSums:
                 counted = counted[..., 0] if counted.ndim else counted
         if a.ndim < 2 or a.shape[self.axis] < 2:
             return
-        counted = np.broadcast_to(counted, a.shape).all(axis=self.axis)
+        rows = np.broadcast_to(counted, a.shape).all(axis=self.axis)
         same = a.argmax(axis=self.axis) == b.argmax(axis=self.axis)
-        self.rows += int(np.count_nonzero(counted))
-        self.agreed += int(np.count_nonzero(same & counted))
+        self.rows += int(np.count_nonzero(rows))
+        self.agreed += int(np.count_nonzero(same & rows))
 
     def row(self, output: str, value: str, logits: bool) -> OutputError:
         sums = self.sums

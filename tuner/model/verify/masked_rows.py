@@ -62,7 +62,8 @@ class Masking:
         """The rows, of shape (B, Sq), whose keys are all hidden in some head."""
         batch, queries, keys = self.shape
         hidden = (bias <= LOW) | ~self.band.seen(queries, keys)
-        return np.broadcast_to(hidden.all(axis=-1).any(axis=1), (batch, queries))
+        rows = np.asarray(hidden.all(axis=-1))
+        return np.broadcast_to(rows.any(axis=1), (batch, queries))
 
 
 def maskings(model: ir.Model) -> list[Masking]:
