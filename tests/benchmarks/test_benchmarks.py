@@ -21,7 +21,7 @@ BENCHMARKS = {
         *("--space", "benchmarks/replay/convolution__RTX_Titan.npz"),
     ],
     "compile_rate": ["--configs", "2", "--rounds", "1"],
-    "model_memory": ["--megabytes", "32"],
+    "model_memory": ["--megabytes", "16"],
     "search_quality": [
         *("--space", "benchmarks/replay/pnpoly__RTX_3060_laptop.npz", "--budget", "12", "--seeds", "2"),
         *("--strategy", "random", "--strategy", "tilewright"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from random import Random
 
 import pytest
 
@@ -78,6 +79,23 @@ NARROWED = [
 
 @pytest.mark.parametrize(("kernel", "problem", "device"), NARROWED, ids=lambda value: getattr(value, "board", None))
 def test_narrowed_axes_leave_out_nothing_useful(kernel, problem, device):
+    """Those that are next to useful ones, along one axis, and all of the coarse ones."""
+    space = kernel.space
+    narrowed = space.narrow(problem, device, space.axes)
+    left_out = {name: set(values) - set(narrowed[name]) for name, values in space.axes.items()}
+    assert any(left_out.values())
+    coarse = space.configs(problem, device, coarse=True)
+    for config in Random(0).sample(coarse, min(len(coarse), 200)):
+        for name, values in left_out.items():
+            for value in values:
+                other = replace(config, **{name: value})
+                assert space.useful(problem, other, device) or space.fits(problem, other, device)
+    assert coarse == replace(space, narrow=None).configs(problem, device, coarse=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "problem", "device"), NARROWED, ids=lambda value: getattr(value, "board", None))
+def test_narrowed_axes_leave_out_nothing_useful_at_all(kernel, problem, device):
     for coarse in (False, True):
         whole = replace(kernel.space, narrow=None).configs(problem, device, coarse=coarse)
         assert kernel.space.configs(problem, device, coarse=coarse) == whole
