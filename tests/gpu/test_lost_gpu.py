@@ -119,9 +119,9 @@ def test_where_there_is_no_gpu_nothing_is_lost(tmp_path: Path, error: str) -> No
 @pytest.mark.parametrize(
     ("limit", "does", "arguments"),
     [
-        ("", "cupy.wait()", ["--timeout", "2"]),
+        pytest.param("", "cupy.wait()", ["--timeout", "2"], marks=pytest.mark.slow),
         ("@pytest.mark.timeout(2)", "cupy.wait()", []),
-        ("@pytest.mark.timeout(2, 'signal')", "cupy.wait()", []),
+        pytest.param("@pytest.mark.timeout(2, 'signal')", "cupy.wait()", [], marks=pytest.mark.slow),
         ("@pytest.mark.timeout(2)", "cupy.endless = True", []),  # whoever looks after it waits
     ],
 )
