@@ -181,7 +181,7 @@ def _error_lines(rows: Sequence[OutputError]) -> list[str]:
         said = f"{row.relative:.1e} of its largest value" if row.relative is not None else without
         lines.append(
             f"error of {legible(row.value)}: {said}"
-            + (f", and {row.bad_changed} NaN or infinite that were not so before" if row.bad_changed else "")
+            + (f", and {row.bad_changed} NaN or infinite otherwise than before" if row.bad_changed else "")
         )
     others = ordered[ERRORS_TOLD:]
     if others:

@@ -96,7 +96,7 @@ class Made:
     """What a run made."""
 
     report: parts.ModelReport
-    met: bool  # whether the errors are inside the budget, if there is one, and nothing new is NaN or infinite
+    met: bool  # whether the errors are inside the budget, if there is one, and NaN and infinities the original's
     lines: tuple[str, ...]  # the end of what people are told
 
     @property
@@ -305,7 +305,7 @@ def _error_warnings(request: Request, name: str, comparison: Comparison) -> list
     if spoiled:
         ranges = {"fp32": "", "bf16": ": --precision fp32 has the digits"}
         kind = ranges.get(request.precision, ": --precision bf16 or fp32 has the range")
-        return [f"{listed(spoiled)} of {name} has NaN or infinities that the original has not{kind}"]
+        return [f"{listed(spoiled)} of {name} has other NaN or infinities than the original{kind}"]
     far = [row.output for row in comparison.outputs if not row.logits and (row.relative or 0.0) > LARGE_ERROR]
     if request.budget is not None or not far:
         return []
@@ -315,7 +315,7 @@ def _error_warnings(request: Request, name: str, comparison: Comparison) -> list
 
 
 def _spoiled(comparison: Comparison) -> list[str]:
-    """The outputs with NaN or infinities that the original's have not."""
+    """The outputs with other NaN or infinities than the original's."""
     return list(dict.fromkeys(row.output for row in comparison.outputs if row.bad_changed))
 
 

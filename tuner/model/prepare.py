@@ -110,7 +110,7 @@ def check_reading(request: Request, prepared: Prepared, data: Samples, tell: Cal
         found = reference.compare(prepared.original)
     for output in found.outputs:
         if output.bad_changed:
-            how = f"has {output.bad_changed} NaN or infinities where the file's has none"
+            how = f"has {output.bad_changed} NaN or infinities otherwise than the file's"
         elif (output.relative or 0.0) > READING_ERROR:
             how = f"differs by {output.relative:.1e} of its largest value"
         else:
@@ -137,7 +137,7 @@ def check_fusing(request: Request, prepared: Prepared, reference: Judge) -> Comp
     for name, row in itertools.islice(apart.items(), JUDGED):
         before = reference.compare(prepared.fused, layers=_known_before(nodes[name], prepared), lowered=False).layers
         if all(not each.bad_changed and (each.relative or 0.0) <= EQUAL_INPUTS for each in before):
-            bad = f", and has {row.bad_changed} NaN or infinities" if row.bad_changed else ""
+            bad = f", and has {row.bad_changed} other NaN or infinities" if row.bad_changed else ""
             raise RunError(
                 f"{wrong}{quoted(name)} differs by {row.relative or 0.0:.1e} of its largest value{bad}; nothing was "
                 "written"

@@ -13,7 +13,7 @@ def test_the_worst_errors_are_told() -> None:
     assert _error_lines([row("y", 0.00123456)]) == ["error of y: 1.2e-03 of its largest value"]
     rows = [row("small", 1e-6), row("large", 0.5), row("none", None), row("broken", 0.01, bad=2), row("middle", 0.1)]
     assert _error_lines(rows) == [
-        "error of broken: 1.0e-02 of its largest value, and 2 NaN or infinite that were not so before",
+        "error of broken: 1.0e-02 of its largest value, and 2 NaN or infinite otherwise than before",
         "error of none: zeros before, no more",
         "error of large: 5.0e-01 of its largest value",
         "error of other outputs (2): at most 1.0e-01",

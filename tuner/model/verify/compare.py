@@ -64,17 +64,17 @@ class Comparison:
 
     @property
     def finite(self) -> bool:
-        """Whether the changed model gave no NaN or infinity but where the original has the same."""
+        """Whether NaN and infinities are the original's, of which NaN may have become a number."""
         return not any(row.bad_changed for row in self._all)
 
     def breaches(self, budget: Budget) -> tuple[str, ...]:
-        """What of a budget is not met, a line each. NaN and infinities that the original has not break any budget.
+        """What of a budget is not met, a line each. Other NaN and infinities than the original's break any budget.
 
         Every output is judged, and the logits behind it; top-1 agreement of logits and probabilities alone, and where
         no softmax tells which those are, of the first output that has classes.
         """
         found = [
-            f"{legible(row.value)}: NaN or infinite: {row.bad_changed} elements that are not so in the original"
+            f"{legible(row.value)}: NaN or infinite: {row.bad_changed} elements that are not so in both"
             for row in self._all
             if row.bad_changed
         ]

@@ -27,7 +27,7 @@ class OutputError:
     sqnr_db: float | None  # None for one input, without any error, and where sizes depend on the input
     top1: float | None  # None of what has no classes: integers, vectors
     bad_original: int  # NaN and infinities; they are left out of the errors
-    bad_changed: int  # those that the original has not, or others, at their place
+    bad_changed: int  # those that the original has not, or others, at their place, and infinities that became numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +66,10 @@ class LayerSums:
         self._finite += int(np.count_nonzero(fine_a & fine_b))
         self._elements += a.size
         self.untold = bool(self._elements) and not self._finite
-        if not fine_b.all():
-            same = (a == b) | (np.isnan(a) & np.isnan(b))  # as masked logits, which are -∞ in both
-            self.bad_changed += int(np.count_nonzero(~fine_b & ~same))
         if not (fine_a.all() and fine_b.all()):
+            same = (a == b) | (np.isnan(a) & np.isnan(b))  # as masked logits, which are -∞ in both
+            # A NaN that became a number is no fault; an infinity that did is no longer a mask.
+            self.bad_changed += int(np.count_nonzero((~fine_b | np.isinf(a)) & ~same))
             both = fine_a & fine_b
             a, b = np.where(both, a, 0.0), np.where(both, b, 0.0)
         if a.size:
@@ -112,10 +112,10 @@ class OutputSums:
     def add(self, a: Array, b: Array, batched: bool, left_out: Array | None = None) -> None:
         """Adds a pair of one shape, as `LayerSums.add`; `batched`: their first dimension counts inputs."""
         floating = a.dtype.kind == "f" or a.dtype.kind == "V"
-        a, b = self.sums.add(a, b, left_out)
         counted: Array = np.ones((), bool) if left_out is None else np.broadcast_to(~left_out, a.shape)
         if floating:
-            self._agree(a, b, counted)
+            self._agree(np.asarray(a, np.float64), np.asarray(b, np.float64), counted)
+        a, b = self.sums.add(a, b, left_out)
         samples = a if batched else a[None]
         if self.first is None:
             self.first = samples[0].copy()
@@ -146,10 +146,11 @@ class OutputSums:
                 counted = counted[..., 0] if counted.ndim else counted
         if a.ndim < 2 or a.shape[self.axis] < 2:
             return
-        rows = np.broadcast_to(counted, a.shape).all(axis=self.axis)
-        same = a.argmax(axis=self.axis) == b.argmax(axis=self.axis)
-        self.rows += int(np.count_nonzero(rows))
-        self.agreed += int(np.count_nonzero(same & rows))
+        # A row of the original with NaN in it has no largest element, nor has one of nothing but -∞.
+        told = np.broadcast_to(counted, a.shape).all(axis=self.axis) & (a.max(axis=self.axis) > -math.inf)
+        same = a.argmax(axis=self.axis) == np.where(np.isnan(b), -math.inf, b).argmax(axis=self.axis)
+        self.rows += int(np.count_nonzero(told))
+        self.agreed += int(np.count_nonzero(same & told))
 
     def row(self, output: str, value: str, logits: bool) -> OutputError:
         sums = self.sums

@@ -277,7 +277,7 @@ def test_nothing_that_can_be_told_is_no_excuse() -> None:
 def test_numbers_that_are_none_break_any_budget(bad: float) -> None:
     found = outcome({"y": bad})
     assert not found.finite
-    assert found.breaches(Budget())[0].startswith("y: NaN or infinite: 50 elements that are not so in the original")
+    assert found.breaches(Budget())[0].startswith("y: NaN or infinite: 50 elements that are not so in both")
     assert not found.within(Budget(max=1e9))
 
 
@@ -288,7 +288,8 @@ def test_what_is_no_number_in_both_is_no_difference(bad: float) -> None:
     row = normal(0, 1, 5)
     row[0, 1] = bad
     elsewhere, opposite = np.roll(row, 1, axis=1), np.where(np.isfinite(row), row, -row)
-    for changed, count in ((row, 0), (elsewhere, 1), (opposite, 0 if np.isnan(bad) else 1)):
+    # Infinities count where they were as well as where they are now; NaN that became a number doesn't.
+    for changed, count in ((row, 0), (elsewhere, 1 if np.isnan(bad) else 2), (opposite, 0 if np.isnan(bad) else 1)):
         found = compare(*models, feeds(1), run=stub({id(models[0]): [{"y": row}], id(models[1]): [{"y": changed}]}, []))
         (error,) = found.outputs
         assert (error.bad_original, error.bad_changed) == (1, count)

@@ -128,6 +128,26 @@ def test_numbers_that_are_none_are_counted_and_left_out() -> None:
     assert not row.exact
 
 
+def test_agreement_is_of_what_is_not_masked() -> None:
+    """-∞ where a class is masked: a zero in its place would be the largest of negative logits, in both models."""
+    a = np.array([[-1.0, -2.0, -np.inf], [-3.0, -2.0, -np.inf], [-5.0, -np.inf, -4.0]])
+    b = np.array([[-2.0, -1.0, -np.inf], [-3.0, -2.0, -np.inf], [np.nan, -np.inf, -4.0]])
+    assert errors([a], [b]).top1 == 2 / 3
+    # Of a row with NaN, or of nothing but -∞, there is no largest: no class is told.
+    a[0], a[1, 0] = -np.inf, np.nan
+    assert errors([a], [b]).top1 == 1.0
+    assert errors([a[:2]], [b[:2]]).top1 is None
+
+
+@pytest.mark.parametrize(("bad", "number", "count"), [(-np.inf, -65504.0, 1), (np.inf, 1.0, 1), (np.nan, 0.0, 0)])
+def test_an_infinity_that_becomes_a_number_is_counted(bad: float, number: float, count: int) -> None:
+    """A mask that masks nothing any more; NaN, as of rows that see nothing, may become a number."""
+    a = [np.array([[1.0, bad, 3.0]]), np.array([[1.0, 2.0, 3.0]])]
+    b = [np.array([[1.0, number, 3.0]]), a[1]]
+    row = errors(a, b)
+    assert (row.bad_original, row.bad_changed) == (1, count)
+
+
 @pytest.mark.parametrize(
     ("array", "axis", "wanted"),
     [
