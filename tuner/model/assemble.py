@@ -172,13 +172,15 @@ def _error_lines(rows: Sequence[OutputError]) -> list[str]:
     """The errors of the outputs, the worst first; the others' as one."""
 
     def error(row: OutputError) -> float:
-        return math.inf if row.relative is None else row.relative
+        return row.error if row.discrete or row.relative is not None else math.inf
 
     ordered = sorted(rows, key=lambda row: (row.bad_changed, error(row)), reverse=True)
     lines = []
     for row in ordered[:ERRORS_TOLD]:
         without = "nothing but NaN and infinities to compare" if row.bad_original else "zeros before, no more"
         said = f"{row.relative:.1e} of its largest value" if row.relative is not None else without
+        if row.discrete:
+            said = f"{row.error:.1%} of its elements differ"
         lines.append(
             f"error of {legible(row.value)}: {said}"
             + (f", and {row.bad_changed} NaN or infinite otherwise than before" if row.bad_changed else "")

@@ -8,6 +8,7 @@ when it is started again: tuned configurations are in the device's database, sca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,8 +39,10 @@ from tilewright.tuner.tune import planned, tune
 from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunError, UsageError
 
 EVALUATION = 8
-"""Of the inputs, how many the errors are measured on; scales never see them."""
+"""Of the inputs, how many the errors are measured on at the least; scales never see them."""
 
+MOST_EVALUATION = 128
+"""And at the most, of many a quarter: more tell a share of rows to more digits, and every plan tried runs on each."""
 
 LARGE_ERROR = 0.1
 """Relative error of an output from which on it is warned of, where no budget bounds it."""
@@ -145,7 +148,7 @@ def plan(request: Request, tell: Callable[[str], None] = _nothing) -> Planned:
     """
     prepared = prepare(request, tell)
     data = load_data(request.calibration, prepared.original, count=request.samples)
-    data.split(EVALUATION)
+    data.split(_evaluation(data))
     return Planned(request, prepared.workloads, prepared.fusion, data, prepared.defaults)
 
 
@@ -179,7 +182,7 @@ def optimise(
         warned(data.warning)
     if prepared.defaults:
         warned(_default_line(request, prepared.defaults))
-    calibration, evaluation = data.split(EVALUATION)
+    calibration, evaluation = data.split(_evaluation(data))
     names = [*request.files, *request.engine_files]
     check_output(request.output, names, request.model)
     with Judge(prepared.original, evaluation.feeds, fused=prepared.fused) as reference:
@@ -192,13 +195,15 @@ def optimise(
                 f"{masked} rows of the inputs that errors are measured on see no key, as padding in front of a "
                 "sequence: they are left out of the errors"
             )
-        apart = [row.output for row in fused_errors.outputs if (row.relative or 0.0) > READING_ERROR and not row.logits]
+        apart = [row.output for row in fused_errors.outputs if row.error > READING_ERROR and not row.logits]
         if apart:
             cause = ", or an output makes something of those rows" if masked else ""
             warned(
                 f"{listed(apart)}: differs by more than {READING_ERROR:.0%} when {request.model.name} is computed in "
                 f"another order: the model amplifies rounding, and lower precision more so{cause}"
             )
+        if (few := _few_rows(request, fused_errors)) is not None:
+            warned(few)
         _check_loads(request, prepared.fused, request.files[0], evaluation, warned)
         key = resume_key(request, prepared.source, data)
         way = _Way(request, prepared, calibration, evaluation, reference, fused_errors, tuple(warnings), key)
@@ -306,12 +311,35 @@ def _error_warnings(request: Request, name: str, comparison: Comparison) -> list
         ranges = {"fp32": "", "bf16": ": --precision fp32 has the digits"}
         kind = ranges.get(request.precision, ": --precision bf16 or fp32 has the range")
         return [f"{listed(spoiled)} of {name} has other NaN or infinities than the original{kind}"]
-    far = [row.output for row in comparison.outputs if not row.logits and (row.relative or 0.0) > LARGE_ERROR]
-    if request.budget is not None or not far:
-        return []
-    return [
-        f"{listed(far)} of {name} is off by more than {LARGE_ERROR:.0%} of its largest value: --max-error bounds that"
-    ]
+    advice = "--max-error bounds that" if request.budget is None else f"{request.budget} bounds nothing of that"
+    far = [row for row in comparison.unbounded(request.budget) if not row.logits and row.error > LARGE_ERROR]
+    sized, discrete = ([row.output for row in far if row.discrete is kind] for kind in (False, True))
+    found = []
+    if sized:
+        found.append(f"{listed(sized)} of {name} is off by more than {LARGE_ERROR:.0%} of its largest value: {advice}")
+    if discrete:
+        found.append(f"{listed(discrete)} of {name} differs in more than {LARGE_ERROR:.0%} of its integers: {advice}")
+    return found
+
+
+def _evaluation(data: Samples) -> int:
+    """How many of the inputs errors are measured on, where there are twice as many."""
+    return min(max(len(data) // 4, EVALUATION), MOST_EVALUATION)
+
+
+def _few_rows(request: Request, comparison: Comparison) -> str | None:
+    """What is said where a bound on top-1 agreement lets no row differ, since there are so few."""
+    limit = None if request.budget is None else request.budget.top1
+    if limit is None or limit == 1.0 or not comparison.classes:
+        return None
+    fewest = min(comparison.classes, key=lambda row: row.rows)
+    needed = math.ceil(round(1.0 / (1.0 - limit), 6))
+    if fewest.rows >= needed:
+        return None
+    return (
+        f"top1={limit:g} is judged on {fewest.rows} rows of {quoted(fewest.value)}, none of which may differ: "
+        f"it takes {needed} to tell it, so give more inputs, with --samples"
+    )
 
 
 def _spoiled(comparison: Comparison) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from tilewright.tuner.model.reading.read import DEFAULTS, FILE_OPSET, read_model
 from tilewright.tuner.model.reading.source import Source
 from tilewright.tuner.model.request import Request
 from tilewright.tuner.model.verify.compare import Comparison, Reference
+from tilewright.tuner.model.verify.error_sums import LayerError, OutputError
 from tilewright.tuner.model.verify.judge import Judge
 from tilewright.tuner.model.workloads import ModelWorkloads, workloads
 from tilewright.tuning_db.errors import ModelError, RunError
@@ -111,8 +113,8 @@ def check_reading(request: Request, prepared: Prepared, data: Samples, tell: Cal
     for output in found.outputs:
         if output.bad_changed:
             how = f"has {output.bad_changed} NaN or infinities otherwise than the file's"
-        elif (output.relative or 0.0) > READING_ERROR:
-            how = f"differs by {output.relative:.1e} of its largest value"
+        elif output.error > READING_ERROR:
+            how = _apart(output)
         else:
             continue
         opset = prepared.original.opset_imports[""]
@@ -131,18 +133,24 @@ def check_fusing(request: Request, prepared: Prepared, reference: Judge) -> Comp
     """
     wrong = f"{request.model}: its fused form computes something else, which is a defect of Tilewright: "
     found = reference.compare(prepared.fused, layers=prepared.shared_names, lowered=False)
-    apart = {row.value: row for row in found.layers if row.bad_changed or (row.relative or 0.0) > READING_ERROR}
+    apart = {row.value: row for row in found.layers if row.bad_changed or row.error > READING_ERROR}
     nodes = {node.outputs[0].name: node for node in prepared.checked}
     # Behind those whatever differs may differ for what they give.
     for name, row in itertools.islice(apart.items(), JUDGED):
         before = reference.compare(prepared.fused, layers=_known_before(nodes[name], prepared), lowered=False).layers
-        if all(not each.bad_changed and (each.relative or 0.0) <= EQUAL_INPUTS for each in before):
+        if all(not each.bad_changed and each.error <= EQUAL_INPUTS for each in before):
             bad = f", and has {row.bad_changed} other NaN or infinities" if row.bad_changed else ""
-            raise RunError(
-                f"{wrong}{quoted(name)} differs by {row.relative or 0.0:.1e} of its largest value{bad}; nothing was "
-                "written"
-            )
+            raise RunError(f"{wrong}{quoted(name)} {_apart(row)}{bad}; nothing was written")
     return found
+
+
+def _apart(row: OutputError | LayerError) -> str:
+    """How far a value is off, in words."""
+    if isinstance(row, OutputError) and row.discrete:
+        return f"has other values in {row.error:.1%} of its elements"
+    if math.isinf(row.error):
+        return f"has values up to {row.max_abs:.1e} where all were zeros"
+    return f"differs by {row.error:.1e} of its largest value"
 
 
 def _known_before(node: ir.Node, prepared: Prepared) -> dict[str, str]:

@@ -20,3 +20,5 @@ def test_the_worst_errors_are_told() -> None:
     ]
     assert _error_lines([row("none", None)]) == ["error of none: zeros before, no more"]
     assert _error_lines([row("y", None, before=9)]) == ["error of y: nothing but NaN and infinities to compare"]
+    ids = OutputError("ids", "ids", False, False, None, None, 700.0, None, None, 0.75, 0, 0, discrete=True)
+    assert _error_lines([ids]) == ["error of ids: 25.0% of its elements differ"]

@@ -28,6 +28,8 @@ from tilewright.tuner.model.output_folder import RESUME
 from tilewright.tuner.model.precision import lower as precision
 from tilewright.tuner.model.prepare import Prepared, prepare
 from tilewright.tuner.model.request import Request
+from tilewright.tuner.model.verify.compare import Comparison
+from tilewright.tuner.model.verify.error_sums import OutputError
 from tilewright.tuner.tune import TuningOptions
 from tilewright.tuning_db.errors import MissingDependencyError, ModelError, RunError, UsageError
 
@@ -343,6 +345,47 @@ def test_a_large_error_without_a_budget_is_warned_of(tmp_path):
         made, listener = run(asked)
     assert json.loads(made.document)["warnings"] == listener.warnings
     assert "is off by more than 0% of its largest value: --max-error bounds that" in listener.warnings[-1]
+
+
+def test_what_a_budget_does_not_bound_is_warned_of(tmp_path):
+    """top1 says nothing of boxes beside logits, nor max of class ids."""
+
+    def row(name: str, error: float, **fields: object) -> OutputError:
+        return replace(OutputError(name, name, False, False, error, None, error, 1.0, 9.0, None, 0, 0), **fields)
+
+    ids = row("ids", 0.0, relative=None, top1=0.5, discrete=True)
+    found = Comparison(8, (row("logits", 0.2, top1=1.0, rows=8), row("boxes", 0.3, judged=False), ids), ())
+
+    def warned(budget: str | None, comparison: Comparison = found) -> list[str]:
+        return flow._error_warnings(request(tmp_path / "m.onnx", None, max_error=budget), "m", comparison)
+
+    sized = "of m is off by more than 10% of its largest value"
+    assert warned("top1=0.5") == [f"'boxes' {sized}: top1=0.5 bounds nothing of that"]
+    assert warned("max=0.4") == ["'ids' of m differs in more than 10% of its integers: max=0.4 bounds nothing of that"]
+    assert warned("max=0.4,top1=0.5") == []
+    assert [line.split(" of m ")[0] for line in warned(None)] == ["'logits', 'boxes'", "'ids'"]
+    # Beside zeros any error is infinite.
+    assert warned(None, Comparison(8, (row("y", 0.1, relative=None),), ())) == [f"'y' {sized}: --max-error bounds that"]
+
+
+def test_errors_are_measured_on_a_quarter_of_many_inputs(tmp_path):
+    """And where that is too few for a share of rows, it is said once."""
+    data = [flow._evaluation(range(count)) for count in (2, 32, 33, 36, 400, 10_000)]  # type: ignore[arg-type]
+    assert data == [8, 8, 8, 9, 100, 128]
+    row = OutputError("y", "y", False, False, 0.0, None, 0.0, 1.0, None, 1.0, 0, 0, rows=8)
+
+    def said(budget: str | None, rows: int) -> str | None:
+        found = Comparison(rows, (replace(row, rows=rows),), ())
+        return flow._few_rows(request(tmp_path / "m.onnx", None, max_error=budget), found)
+
+    assert said("top1=0.99", 8) == (
+        "top1=0.99 is judged on 8 rows of 'y', none of which may differ: it takes 100 to tell it, so give more inputs, "
+        "with --samples"
+    )
+    assert said("top1=0.9", 9)
+    assert [said("top1=0.99", 100), said("top1=0.9", 10), said("top1=1", 8), said("max=0.1", 8), said(None, 8)] == [
+        None
+    ] * 5
 
 
 @pytest.mark.parametrize("failing", ["write_model", "write_readme", "write_page"])

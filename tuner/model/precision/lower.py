@@ -301,7 +301,7 @@ def error_of(comparison: Comparison) -> float:
     """The largest relative error of an output or its logits: what plans are compared by. Infinite if any is NaN."""
     if not comparison.finite:
         return math.inf
-    return max((row.relative for row in comparison.outputs if row.relative is not None), default=0.0)
+    return max((row.error for row in comparison.outputs), default=0.0)
 
 
 def _precisions(plan: Plan, quantised: Quantised | None, base: str) -> dict[str, LayerPrecision]:

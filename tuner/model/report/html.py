@@ -6,6 +6,7 @@ page's own policy forbids scripts and anything from elsewhere.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from tilewright.tuner.model.report.document import LayerTimes, ModelReport, layer_times
@@ -132,11 +133,12 @@ def _tiles(report: ModelReport) -> str:
     ]
     if report.errors:
         last = report.errors[-1]
-        worst = max((row.relative for row in last.comparison.outputs if row.relative is not None), default=None)
+        sized = [row for row in last.comparison.outputs if not row.discrete]
+        worst = max((row.error for row in sized if row.relative is not None or math.isinf(row.error)), default=None)
         words = "met" if not last.breaches else "not met"
         kind = "good" if not last.breaches else "bad"
         budget = f'budget {esc(last.budget)}: <span class="{kind}">{words}</span>' if last.budget else "no budget given"
-        shown = "none to tell" if worst is None else digits(worst)
+        shown = "none to tell" if worst is None else "no zeros any more" if math.isinf(worst) else digits(worst)
         tiles.append((f"largest relative error, {last.model}", esc(shown), budget))
     boxes = (
         f'<div class="tile"><div class="name">{esc(title)}</div><div class="value">{value}</div>'

@@ -9,6 +9,7 @@ from tilewright.tuner.model.report.page_parts import Cell, digits_of, folded, na
 from tilewright.tuner.model.report.svg import Point, scatter
 from tilewright.tuner.model.report.svg import escaped as esc
 from tilewright.tuner.model.report.units import digits, share_text, time_text
+from tilewright.tuner.model.verify.error_sums import OutputError
 
 
 def precision_section(part: PrecisionPart | None) -> str:
@@ -74,12 +75,14 @@ def errors_section(errors: Sequence[ErrorPart]) -> str:
         for line in part.breaches:
             parts.append(f'<p class="note-box failed">{esc(line)}</p>')
         if part.budget and not part.breaches:
-            parts.append(f'<p class="good">Within {esc(part.budget)}.</p>')
+            judged = [row.value for row in part.comparison.classes] if "top1=" in part.budget else []
+            of = f"; top-1 is judged of {', '.join(judged)}" if judged else ""
+            parts.append(f'<p class="good">Within {esc(part.budget + of)}.</p>')
         head = ("output", "", "relative", "centred", "max |e|", "cosine", "SQNR dB", "top-1", "NaN, Inf")
         rows = (
             [
                 name(row.value),
-                text(f"logits of {row.output}" if row.logits else "exact" if row.exact else ""),
+                text(_kind(row)),
                 number(digits_of(row.relative)),
                 number(digits_of(row.centred_relative)),
                 number(digits(row.max_abs)),
@@ -102,6 +105,14 @@ def errors_section(errors: Sequence[ErrorPart]) -> str:
         )
         parts.append(folded("Layer by layer", table(("value", "relative", "SQNR dB", "NaN, Inf"), layers)))
     return "".join(parts)
+
+
+def _kind(row: OutputError) -> str:
+    """What is to be known of a row of outputs."""
+    if row.logits:
+        return f"logits of {row.output}"
+    kinds = {"exact": row.exact, "integers": row.discrete, "the same for every input": row.constant}
+    return ", ".join(kind for kind, so in kinds.items() if so)
 
 
 def _bad(original: int, changed: int) -> Cell:

@@ -6,11 +6,13 @@ With a of the original, b of the changed model, e = b - a, and m the mean of a o
     centred relative   max|e| / max|a - m|
     cosine             Σ a·b / √(Σ a² · Σ b²)
     SQNR               10 · log₁₀(Σ (a - m)² / Σ e²)   dB; of layers, a² in place of (a - m)²
-    top-1              share of rows whose largest element stands at the same place
+    top-1              share of rows whose largest element stands at the same place; of integers and booleans the share
+                       of equal elements, and nothing else
 
 Outputs that hardly depend on the input make every cosine near 1 and every relative error small: a network with careless
 weights gives cosines of 0.9998 between *different* inputs. Centred measures see what depends on the input alone. The
-original's mean is taken from both, so that an error that is the same for every input counts as well.
+original's mean is taken from both, so that an error that is the same for every input counts as well. Of an output that
+is the same for every input, m is 0.
 
 Rows of padding that see no key in any attention are left out (`masked_rows.py`), and so is what is not finite.
 
@@ -19,10 +21,11 @@ Both models run in ONNX Runtime with its optimisations off. One feed's values ar
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,8 +73,8 @@ class Comparison:
     def breaches(self, budget: Budget) -> tuple[str, ...]:
         """What of a budget is not met, a line each. Other NaN and infinities than the original's break any budget.
 
-        Every output is judged, and the logits behind it; top-1 agreement of logits and probabilities alone, and where
-        no softmax tells which those are, of the first output that has classes.
+        Every output is judged, and the logits behind it; top-1 agreement of logits, probabilities and integers alone,
+        and where no softmax tells which are logits, of the first output that has classes and of others of its shape.
         """
         found = [
             f"{legible(row.value)}: NaN or infinite: {row.bad_changed} elements that are not so in both"
@@ -94,21 +97,21 @@ class Comparison:
                 continue
             for row in self.outputs:
                 value = getattr(row, field)
-                if row.exact:
+                if row.discrete or row.relative == 0.0:
                     continue
                 if value is None:
-                    found.append(
-                        f"{legible(row.value)}: {name} can't be told ({self.inputs} input(s)), wanted {_limit(limit)}"
-                    )
+                    why = "zeros in the original" if math.isinf(row.error) else f"{self.inputs} input(s)"
+                    found.append(f"{legible(row.value)}: {name} can't be told ({why}), wanted {_limit(limit)}")
                 elif (value > limit) if upper else (value < limit):
-                    found.append(f"{legible(row.value)}: {_missed(name, value, upper, limit)}")
+                    apart = row.constant and name in ("centred", "sqnr")
+                    why = "; not centred, as it doesn't depend on the input" if apart else ""
+                    found.append(f"{legible(row.value)}: {_missed(name, value, upper, limit)}{why}")
         if budget.top1 is not None:
-            judged = self._classes()
-            if not judged:
+            if not self.classes:
                 found.append(f"no output has classes: top1={_limit(budget.top1)} can't be told; leave it out")
             found += [
                 f"{legible(row.value)}: {_missed('top1', row.top1, False, budget.top1)}"
-                for row in judged
+                for row in self.classes
                 if row.top1 is not None and row.top1 < budget.top1
             ]
         return tuple(found)
@@ -116,6 +119,19 @@ class Comparison:
     def within(self, budget: Budget) -> bool:
         """Whether all of a budget is met."""
         return not self.breaches(budget)
+
+    @property
+    def classes(self) -> tuple[OutputError, ...]:
+        """What a bound on top-1 agreement is one on."""
+        return tuple(row for row in self.outputs if row.judged and row.top1 is not None)
+
+    def unbounded(self, budget: Budget | None) -> tuple[OutputError, ...]:
+        """The outputs that no limit of a budget is on."""
+        if budget is None:
+            return self.outputs
+        sized = any(limit is not None for limit in (budget.max, budget.centred, budget.cosine, budget.sqnr))
+        agreeing = self.classes if budget.top1 is not None else ()
+        return tuple(row for row in self.outputs if row not in agreeing and (row.discrete or not sized))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, in one order."""
@@ -125,11 +141,6 @@ class Comparison:
     def _all(self) -> Iterator[OutputError | LayerError]:
         yield from self.outputs
         yield from self.layers
-
-    def _classes(self) -> list[OutputError]:
-        having = [row for row in self.outputs if row.top1 is not None]
-        named = {row.output for row in having if row.logits}
-        return [row for row in having if row.output in named] or having[:1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +193,10 @@ class Reference:
         self._model, self._feeds, self._run = original, feeds, run or _run
         graph = _graph_of(original)
         self._outputs = [_name(output) for output in graph.graph.outputs]
-        self._logits = {
-            output: logits for output, logits in logits_of(graph).items() if logits.value not in self._outputs
-        }
+        made = logits_of(graph)
+        self._logits = {output: logits for output, logits in made.items() if logits.value not in self._outputs}
+        self._classes = {*made, *(logits.value for logits in made.values())}
+        self._shapes = {_name(output): output.shape for output in graph.graph.outputs}
         self._unsized = {_name(output) for output in graph.graph.outputs if static_shape(output) is None}
         self._batch = _batch(graph)
         self._sizes = _sizes(graph)
@@ -235,7 +247,15 @@ class Reference:
         found = [
             total.row(output, here, here != output) for (output, here, _, _), total in zip(rows, sums, strict=True)
         ]
-        return Comparison(inputs, tuple(found), tuple(self._layers(changed, layers or {})))
+        return Comparison(inputs, self._judged(found), tuple(self._layers(changed, layers or {})))
+
+    def _judged(self, rows: Sequence[OutputError]) -> tuple[OutputError, ...]:
+        """The rows, with what top-1 agreement is judged of; see `Comparison.breaches`."""
+        having = [row for row in rows if row.top1 is not None and not row.discrete]
+        told = {row.output for row in having if row.output in self._classes}
+        if having and not told:
+            told = {row.output for row in having if self._shapes[row.output] == self._shapes[having[0].output]}
+        return tuple(replace(row, judged=row.discrete or row.output in told) for row in rows)
 
     def work_out(self) -> None:
         """Runs the original, unless that is done: what it can't do shows before anything else is.

@@ -20,14 +20,26 @@ class OutputError:
     value: str  # name of what was compared, in the original: the output itself, or its logits
     logits: bool  # whether it is the logits behind the output
     exact: bool  # every element is equal
-    relative: float | None
+    relative: float | None  # None, as all but agreement, of integers and booleans: a class 700 is not far from class 3
     centred_relative: float | None  # None for one input, too, and where sizes depend on the input
     max_abs: float
     cosine: float | None
     sqnr_db: float | None  # None for one input, without any error, and where sizes depend on the input
-    top1: float | None  # None of what has no classes: integers, vectors
+    top1: float | None  # share of rows, of integers and booleans of elements; None of what has no classes: vectors
     bad_original: int  # NaN and infinities; they are left out of the errors
     bad_changed: int  # those that the original has not, or others, at their place, and infinities that became numbers
+    rows: int = 0  # that top-1 agreement is a share of
+    judged: bool = True  # whether a bound on top-1 agreement is one on this
+    discrete: bool = False  # integers or booleans
+    constant: bool = False  # the same for every input: there is nothing to centre, and what is centred isn't
+
+    @property
+    def error(self) -> float:
+        """The error as one number, as models are ranked by it: the relative one, or the share of integers that differ;
+        infinite beside an original of zeros, and 0 where there is nothing to compare."""
+        if self.discrete:
+            return 0.0 if self.top1 is None else 1.0 - self.top1
+        return _told(self.relative, self.max_abs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +53,12 @@ class LayerError:
     sqnr_db: float | None  # not centred
     bad_original: int
     bad_changed: int
+    max_abs: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """As of an output."""
+        return _told(self.relative, self.max_abs)
 
 
 class LayerSums:
@@ -91,6 +109,7 @@ class LayerSums:
             sqnr_db=_decibel(self.squares, self.error_squares),
             bad_original=self.bad_original,
             bad_changed=self.bad_changed,
+            max_abs=self.largest_error,
         )
 
 
@@ -101,7 +120,8 @@ class OutputSums:
         self.sums = LayerSums()
         self.axis = axis
         self.count = 0  # inputs
-        self.rows = self.agreed = 0  # of classes
+        self.rows = self.agreed = 0  # of classes; of integers, elements
+        self.discrete = False
         # Element by element over the inputs, of a - first: near the mean, so that squares don't cancel.
         self.first: Array | None = None
         self.total = self.least = self.most = np.zeros(0)
@@ -111,9 +131,13 @@ class OutputSums:
 
     def add(self, a: Array, b: Array, batched: bool, left_out: Array | None = None) -> None:
         """Adds a pair of one shape, as `LayerSums.add`; `batched`: their first dimension counts inputs."""
-        floating = a.dtype.kind == "f" or a.dtype.kind == "V"
         counted: Array = np.ones((), bool) if left_out is None else np.broadcast_to(~left_out, a.shape)
-        if floating:
+        if a.dtype.kind in "biu":  # compared as they are: fp64 has no room for all of int64
+            self.discrete = True
+            counted = np.broadcast_to(counted, a.shape)
+            self.rows += int(np.count_nonzero(counted))
+            self.agreed += int(np.count_nonzero((a == b) & counted))
+        elif a.dtype.kind in "fV":
             self._agree(np.asarray(a, np.float64), np.asarray(b, np.float64), counted)
         a, b = self.sums.add(a, b, left_out)
         samples = a if batched else a[None]
@@ -154,11 +178,22 @@ class OutputSums:
 
     def row(self, output: str, value: str, logits: bool) -> OutputError:
         sums = self.sums
-        centred_largest, centred_squares = 0.0, 0.0
+        top1 = self.agreed / self.rows if self.rows else None
+        if self.discrete:
+            counts = (sums.bad_original, sums.bad_changed, self.rows)
+            exact = self.agreed == self.rows
+            return OutputError(
+                *(output, value, logits, exact, None, None, sums.largest_error, None, None, top1, *counts),
+                discrete=True,
+            )
+        centred_largest, centred_squares, constant = 0.0, 0.0, False
         if self.count > 1 and self.total.size and not self.varied:
             mean = self.total / np.maximum(self.counts, 1)
             centred_largest = float(np.maximum(self.most - mean, mean - self.least).max())
             centred_squares = max(0.0, self.squares - float(np.sum(self.counts * mean * mean)))
+            constant = centred_largest <= 0.0
+        if constant:
+            centred_largest, centred_squares = sums.largest, sums.squares
         centred = centred_largest > 0.0
         lengths = math.sqrt(sums.squares) * math.sqrt(sums.changed_squares)
         return OutputError(
@@ -171,15 +206,24 @@ class OutputSums:
             max_abs=sums.largest_error,
             cosine=max(-1.0, min(1.0, sums.products / lengths)) if lengths else None,
             sqnr_db=_decibel(centred_squares, sums.error_squares),
-            top1=self.agreed / self.rows if self.rows else None,
+            top1=top1,
             bad_original=sums.bad_original,
             bad_changed=sums.bad_changed,
+            rows=self.rows,
+            constant=constant,
         )
 
 
 def _dot(a: Array, b: Array) -> float:
     """Σ a·b, pairwise: BLAS's is quicker, less exact, and depends on how many threads it takes."""
     return float(np.sum(a * b))
+
+
+def _told(relative: float | None, max_abs: float) -> float:
+    """A relative error as a number: where there is nothing to divide by, any error is infinite."""
+    if relative is None:
+        return math.inf if max_abs > 0.0 else 0.0
+    return relative
 
 
 def _ratio(error: float, largest: float) -> float | None:

@@ -122,9 +122,9 @@ def test_fields_of_version_4() -> None:
         "Comparison": ("inputs", "outputs", "layers"),
         "OutputError": (
             *("output", "value", "logits", "exact", "relative", "centred_relative", "max_abs", "cosine"),
-            *("sqnr_db", "top1", "bad_original", "bad_changed"),
+            *("sqnr_db", "top1", "bad_original", "bad_changed", "rows", "judged", "discrete", "constant"),
         ),
-        "LayerError": ("value", "original", "exact", "relative", "sqnr_db", "bad_original", "bad_changed"),
+        "LayerError": ("value", "original", "exact", "relative", "sqnr_db", "bad_original", "bad_changed", "max_abs"),
         "MemoryPart": ("before", "after"),
         "Memory": ("weights", "peak_bytes", "peak_node", "interface_bytes", "unknown_values"),
         "EstimatePart": ("before", "after", "roofs", "stands_for"),

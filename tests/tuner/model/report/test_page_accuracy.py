@@ -49,6 +49,15 @@ def test_infinities_that_the_original_has_are_not_red() -> None:
     assert Page(errors_section([part])).rows[1][-1] == "3 / 0"
 
 
+def test_the_page_says_what_agreement_is_judged_of() -> None:
+    ids = OutputError("ids", "ids", False, False, None, None, 700.0, None, None, 0.75, 0, 0, discrete=True)
+    other = OutputError("h", "h", False, False, 0.1, 0.1, 0.1, 1.0, 9.0, 0.5, 0, 0, judged=False, constant=True)
+    part = replace(sample().errors[0], budget="top1=0.7", comparison=Comparison(1, (ids, other), ()))
+    markup = errors_section([part])
+    assert "Within top1=0.7; top-1 is judged of ids." in markup
+    assert [row[1] for row in Page(markup).rows[1:]] == ["integers", "the same for every input"]
+
+
 def test_random_data_is_warned_of() -> None:
     random, given = sample().errors
     assert "Random inputs: real ones may give other errors" in errors_section([random])

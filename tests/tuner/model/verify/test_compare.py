@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -329,7 +330,7 @@ def test_a_breach_by_a_hair_is_told_with_all_digits() -> None:
 def test_a_missed_limit_never_looks_as_if_it_were_met(
     measures: dict[str, float | None], budget: Budget, line: str
 ) -> None:
-    row = OutputError("y", "y", False, False, 0.0, 0.0, 0.0, 1.0, 40.0, 1.0, 0, 0)
+    row = OutputError("y", "y", False, False, 0.001, 0.0, 0.1, 1.0, 40.0, 1.0, 0, 0)
     assert Comparison(4, (replace(row, **measures),), ()).breaches(budget) == (f"y: {line}",)
 
 
@@ -347,6 +348,80 @@ def test_agreement_is_asked_of_logits_where_there_are_some() -> None:
     assert found.outputs[0].top1 is not None
     assert found.outputs[0].top1 < 1.0
     assert found.within(Budget(top1=1.0))
+
+
+def several(outputs: Mapping[str, tuple[Array, Array]], nodes: Sequence[Any] = ()) -> Comparison:
+    """Of what two models gave, with the inputs of a run in front."""
+    made = nodes or [helper.make_node("Relu", [f"x_{name}"], [name]) for name in outputs]
+    inputs = dict.fromkeys(("x",), (1, 1)) if nodes else {f"x_{name}": a.shape[1:] for name, (a, _) in outputs.items()}
+    models = [model_of(made, inputs, list(outputs), {}) for _ in range(2)]
+    count = len(next(iter(outputs.values()))[0])
+    here, there = (
+        [{name: pair[side][row] for name, pair in outputs.items()} for row in range(count)] for side in (0, 1)
+    )
+    return compare(*models, [{}] * count, run=stub({id(models[0]): here, id(models[1]): there}, []))
+
+
+def test_heads_of_one_shape_are_judged_alike() -> None:
+    """The start and the end of an answer; a vector of another size is no row of classes because the first has some."""
+    a = normal(0, 8, 1, 5)
+    wide = normal(1, 8, 1, 7)
+    found = several({"start": (a, a), "end": (a, -a), "hidden": (wide, -wide)})
+    assert [row.judged for row in found.outputs] == [True, True, False]
+    (line,) = found.breaches(Budget(top1=0.9))
+    assert line.startswith("end: top1=0")
+    assert [row.output for row in found.unbounded(Budget(top1=0.9))] == ["hidden"]
+    assert found.unbounded(Budget(cosine=0.9)) == ()
+    assert found.unbounded(None) == found.outputs
+
+
+def test_logits_that_are_an_output_themselves_are_told_by_the_softmax() -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["hidden"]),
+        helper.make_node("Neg", ["x"], ["l"]),
+        helper.make_node("Softmax", ["l"], ["p"]),
+    ]
+    models = [model_of(nodes, {"x": (1, 5)}, ["hidden", "l", "p"], {}) for _ in range(2)]
+    rows = [{name: normal(index, 1, 5) for name in ("hidden", "l", "p")} for index in range(4)]
+    other = [{**row, "hidden": -row["hidden"]} for row in rows]
+    found = compare(*models, feeds(4), run=stub({id(models[0]): rows, id(models[1]): other}, []))
+    assert [row.value for row in found.classes] == ["l", "p"]
+    assert found.within(Budget(top1=1.0))
+
+
+def test_integers_are_bound_by_agreement_alone() -> None:
+    """A class 700 in place of class 3 is one answer that differs, and no error of 697."""
+    ids = np.arange(32).reshape(8, 1, 4)
+    other = ids.copy()
+    other[0, 0, 3] += 700
+    logits = normal(0, 8, 1, 5)
+    found = several({"ids": (ids, other), "logits": (logits, logits)})
+    assert found.within(Budget(max=0.0, centred=0.0, cosine=1.0, sqnr=200.0, top1=0.96))
+    assert found.breaches(Budget(top1=0.97)) == ("ids: top1=0.96875, wanted at least 0.97",)
+    assert [row.output for row in found.unbounded(Budget(max=0.1))] == ["ids"]
+    assert several({"ids": (ids, ids)}).within(Budget(top1=1.0))
+
+
+def test_an_output_that_is_the_same_for_every_input_is_judged_without_centring() -> None:
+    a = np.repeat(normal(0, 1, 1, 5), 8, axis=0)
+    found = several({"y": (a, a * np.float32(1.001))})
+    assert found.within(Budget(sqnr=59.0, centred=0.002))
+    (line,) = found.breaches(Budget(sqnr=61.0))
+    assert re.fullmatch(r"y: sqnr=\S+, wanted at least 61; not centred, as it doesn't depend on the input", line)
+    zeros = np.zeros_like(a)
+    assert several({"y": (zeros, a)}).breaches(Budget(sqnr=1.0, max=9.0)) == (
+        "y: max can't be told (zeros in the original), wanted 9",
+        "y: sqnr can't be told (zeros in the original), wanted 1",
+    )
+
+
+def test_what_has_no_error_meets_every_limit() -> None:
+    """NaN that became a number makes it no exact copy."""
+    a = normal(0, 1, 1, 5)
+    a[0, 0, 0] = np.nan
+    found = several({"y": (a, np.nan_to_num(a))})
+    assert not found.outputs[0].exact
+    assert found.within(Budget(sqnr=20.0, cosine=1.0, centred=0.0))
 
 
 def test_agreement_of_what_has_no_classes_is_a_breach() -> None:

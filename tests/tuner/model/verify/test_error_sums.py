@@ -117,6 +117,32 @@ def test_an_original_of_zeros_has_no_relative_error() -> None:
     assert row.relative is None
     assert row.cosine is None
     assert row.max_abs == 1.0
+    assert row.error == math.inf
+    layer = LayerSums()
+    layer.add(zeros[0], zeros[0] + 1)
+    assert layer.row("y", "y").error == math.inf
+
+
+def test_one_number_stands_for_the_error() -> None:
+    a, b = samples((2, 3), 2)
+    assert errors(a, b).error == errors(a, b).relative
+    nothing = [np.full((2, 3), np.nan)]
+    assert errors(nothing, nothing).error == 0.0
+    ids = [np.arange(10)]
+    assert errors(ids, [np.where(ids[0] < 3, 99, ids[0])]).error == pytest.approx(0.3)
+
+
+def test_integers_are_compared_as_they_are() -> None:
+    """fp64 has no room for 2⁶⁰ + 1."""
+    ids = np.full((2, 3), 2**60)
+    row = errors([ids], [ids + np.array([0, 0, 1])])
+    assert (row.top1, row.rows, row.exact, row.discrete) == (2 / 3, 6, False, True)
+    assert (row.relative, row.centred_relative, row.cosine, row.sqnr_db) == (None, None, None, None)
+    assert errors([ids], [ids]).exact
+    assert errors([np.array([True, False])], [np.array([True, True])]).top1 == 0.5
+    sums = OutputSums(-1)
+    sums.add(ids, ids + np.array([[0], [1]]), False, np.array([[False], [True]]))
+    assert sums.row("y", "y", False).exact
 
 
 def test_numbers_that_are_none_are_counted_and_left_out() -> None:
@@ -157,7 +183,8 @@ def test_an_infinity_that_becomes_a_number_is_counted(bad: float, number: float,
         (np.zeros((3, 5, 4, 4), np.float32), 1, 1.0),
         (np.zeros((3, 1), np.float32), -1, None),
         (np.zeros(5, np.float32), -1, None),
-        (np.zeros((3, 5), np.int64), -1, None),
+        (np.zeros((3, 5), np.int64), -1, 1.0),
+        (np.zeros(5, np.bool_), -1, 1.0),
     ],
 )
 def test_what_has_classes(array: Array, axis: int, wanted: float | None) -> None:
