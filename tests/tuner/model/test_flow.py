@@ -365,7 +365,9 @@ def test_what_a_budget_does_not_bound_is_warned_of(tmp_path):
     assert warned("max=0.4,top1=0.5") == []
     assert [line.split(" of m ")[0] for line in warned(None)] == ["'logits', 'boxes'", "'ids'"]
     # Beside zeros any error is infinite.
-    assert warned(None, Comparison(8, (row("y", 0.1, relative=None),), ())) == [f"'y' {sized}: --max-error bounds that"]
+    zeros = Comparison(8, (row("y", 0.1, relative=None),), ())
+    assert warned(None, zeros) == [f"'y' {sized}: --max-error bounds that"]
+    assert precision.error_of(zeros) == np.inf
 
 
 def test_errors_are_measured_on_a_quarter_of_many_inputs(tmp_path):

@@ -9,11 +9,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from tests.tuner.model.files import node, proto, saved, tensor
 from tests.tuner.model.fuse.forms import LEAST, B, Graph, S, attend, scores, triangle
 from tests.tuner.model.networks import written
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model.flow import optimise
-from tilewright.tuner.model.graph import fused_nodes
+from tilewright.tuner.model.graph import fused_nodes, plugin_inputs
 from tilewright.tuner.model.prepare import _known_before, check_fusing, prepare
 from tilewright.tuner.model.request import Request
 from tilewright.tuner.model.verify.judge import Judge
@@ -85,5 +86,22 @@ def test_rows_that_see_no_key_are_left_out(tmp_path: Path) -> None:
     with (
         Judge(prepared.original, [feed]) as judge,
         pytest.raises(RunError, match="its fused form computes something else, which is a defect of Tilewright"),
+    ):
+        check_fusing(request, prepared, judge)
+
+
+def test_what_is_made_of_zeros_is_an_error(tmp_path: Path) -> None:
+    """There is nothing to divide by: any error beside an original of zeros is one."""
+    weights = [tensor("w", np.zeros((3, 4), np.float32))]
+    saved(proto([node("MatMul", "x w", "y")], tensors=weights), tmp_path / "zeros.onnx")
+    request = Request.parse(tmp_path / "zeros.onnx", None, resolve_device("sm_86"))
+    prepared = prepare(request, lambda _: None)
+    (layer,) = fused_nodes(prepared.fused)
+    weight = plugin_inputs(layer)["b"]
+    weight.const_value = ir.tensor(np.ones((3, 4), np.float32), name=weight.name)
+    feed = {"x": np.ones((2, 3), np.float32)}
+    with (
+        Judge(prepared.original, [feed]) as judge,
+        pytest.raises(RunError, match=r"Tilewright: 'y' has values up to 3\.0e\+00 where all were zeros; nothing was"),
     ):
         check_fusing(request, prepared, judge)
