@@ -95,6 +95,8 @@ class Comparison:
         for name, field, upper, limit in limits:
             if limit is None:
                 continue
+            if all(row.discrete for row in self.outputs) and not all(row.exact for row in self.outputs):
+                found.append(f"all outputs are integers: {name}={_limit(limit)} can't be told; give top1")
             for row in self.outputs:
                 value = getattr(row, field)
                 if row.discrete or row.relative == 0.0:

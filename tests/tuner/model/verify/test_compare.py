@@ -399,7 +399,11 @@ def test_integers_are_bound_by_agreement_alone() -> None:
     assert found.within(Budget(max=0.0, centred=0.0, cosine=1.0, sqnr=200.0, top1=0.96))
     assert found.breaches(Budget(top1=0.97)) == ("ids: top1=0.96875, wanted at least 0.97",)
     assert [row.output for row in found.unbounded(Budget(max=0.1))] == ["ids"]
-    assert several({"ids": (ids, ids)}).within(Budget(top1=1.0))
+    assert several({"ids": (ids, ids)}).within(Budget(top1=1.0, max=0.0))
+    # Where there is nothing else, a limit that bounds nothing is not met.
+    alone = several({"ids": (ids, other)})
+    assert alone.within(Budget(top1=0.9))
+    assert alone.breaches(Budget(max=9.0)) == ("all outputs are integers: max=9 can't be told; give top1",)
 
 
 def test_an_output_that_is_the_same_for_every_input_is_judged_without_centring() -> None:
