@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from typing import Any
 
@@ -35,6 +36,16 @@ kept whatever happens: it is that of few specialisations."""
 _lock = threading.Lock()
 _plans: dict[tuple[Any, ...], tuple[Plan, Choice]] = {}
 _call_caches: list[dict[tuple[Any, ...], Any]] = []
+
+
+def _begin_anew() -> None:
+    """In a child that was forked: a thread that prepares a plan is not there, and would hold the lock for ever."""
+    global _lock
+    _lock = threading.Lock()
+
+
+# The locks of `runtime` are of a GPU, which no forked child can use once its parent has.
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 Constants = tuple[tuple[str, float], ...]

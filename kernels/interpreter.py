@@ -28,6 +28,7 @@ import dataclasses
 import functools
 import inspect
 import operator
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -67,6 +68,19 @@ _POINTEE: dict[Any, Any] = {stored: dtype for dtype, stored in _RAW.items()} | {
 _lock = threading.Lock()
 # In a launch: of each array the first byte, one past the last, and whether it may be written.
 _memory: list[tuple[int, int, bool]] | None = None
+# What the launch that runs patched, of Triton's.
+_patched: Any = None
+
+
+def _begin_anew() -> None:
+    """In a child that was forked: a launch of another thread does not go on there, and would hold the lock for ever."""
+    global _lock, _memory
+    _lock, _memory = threading.Lock(), None
+    if _patched is not None:
+        _patched.restore()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def interpret(fn: Any, grid: tuple[int, int, int], args: Mapping[str, Any]) -> None:
@@ -179,10 +193,10 @@ def _root(error: BaseException) -> BaseException:
 
 @contextmanager
 def _launching(arrays: list[_Array]) -> Iterator[None]:
-    global _memory
+    global _memory, _patched
     # The interpreter patches the modules it finds in the globals of the function it is about to run. `tl.core` is named
     # here too because Triton's own device functions use it.
-    scope = shipped._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    _patched = scope = shipped._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     # Triton 3.6 has int(array of one element), which NumPy 2.3 warns about and 2.4 refuses.
     scope.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
     _memory = [(*_extent(array), array.flags.writeable) for array in arrays]

@@ -167,6 +167,41 @@ def test_a_warm_call_takes_no_lock(gpu):
     assert answers == ["plan 1"]
 
 
+FORKED = """
+import os, signal, threading
+from tilewright.kernels import GemmProblem, dispatch
+from tilewright.kernels.ops.gemm.launch import GEMM
+
+begun, go_on, prepare = threading.Event(), threading.Event(), dispatch._prepare
+
+def waiting(*args):
+    begun.set()
+    assert go_on.wait(60)
+    return prepare(*args)
+
+dispatch._prepare = waiting
+thread = threading.Thread(target=lambda: dispatch.plan_for(GEMM, GemmProblem(16, 16, 16), -1))
+thread.start()
+begun.wait(60)
+child = os.fork()
+if not child:
+    signal.alarm(30)  # ends a child that hangs
+    dispatch._prepare = prepare
+    dispatch.plan_for(GEMM, GemmProblem(16, 16, 16), -1)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+go_on.set()
+thread.join()
+assert len(dispatch._plans) == 1
+"""
+
+
+def test_a_child_forked_while_a_plan_is_made_makes_its_own():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", FORKED], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
 def test_forgetting_empties_plans_and_the_caches_of_calls(gpu):
     calls = call_cache()
     calls["a call"] = "its plan"

@@ -500,6 +500,47 @@ def test_patching_twice_changes_nothing_and_names_are_restored():
     assert interpreter._memory is None
 
 
+FORKED = """
+import os, signal, threading
+import numpy as np
+from tilewright.kernels import interpreter, rmsnorm
+
+begun, go_on, check = threading.Event(), threading.Event(), interpreter._check_access
+
+def waiting(*args, **options):
+    begun.set()
+    assert go_on.wait(60)
+    check(*args, **options)
+
+watched = (interpreter.tl, interpreter.tl.core, interpreter.tl.math, interpreter.tl.tensor)
+call, results = lambda: rmsnorm(np.full((1, 16), 2.0, np.float32), eps=1e-9).sum(), []
+call()
+names = [dict(vars(owner)) for owner in watched]
+interpreter._check_access = waiting
+thread = threading.Thread(target=lambda: results.append(call()))
+thread.start()
+begun.wait(60)
+child = os.fork()
+if not child:
+    signal.alarm(30)  # ends a child that hangs
+    interpreter._check_access = check
+    assert [dict(vars(owner)) for owner in watched] == names
+    assert call() == 16
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+go_on.set()
+thread.join()
+assert results == [16]
+assert [dict(vars(owner)) for owner in watched] == names
+"""
+
+
+def test_a_child_forked_in_the_middle_of_a_launch_has_its_own():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", FORKED], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
 def test_a_kernel_that_raises_names_program_and_cause():
     with pytest.raises(RunError, match=r"refusing_kernel failed .* \(0, 0, 0\): AssertionError: too wide"):
         interpret(refusing_kernel, (2, 1, 1), {"y": np.zeros(1, dtype=np.int32), "WIDTH": 3})
