@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import array_api_compat
@@ -152,8 +152,15 @@ class CupyKind(ArrayKind):
     """CuPy, and the library that launches for all others."""
 
     def __init__(self) -> None:
-        self._cupy = require_cupy()
-        self._current_stream = self._cupy.cuda.get_current_stream
+        require_cupy()
+
+    @cached_property
+    def _cupy(self) -> Any:
+        return require_cupy()
+
+    @cached_property
+    def _current_stream(self) -> Any:
+        return self._cupy.cuda.get_current_stream
 
     def look(self, arrays: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         signatures: list[Any] = []
@@ -318,8 +325,8 @@ def check_tensor(torch: Any, name: str | None, tensor: Any) -> None:
         )
 
 
-_IN_CUDA = (2, 13)
-"""DLPack's device types of a GPU's memory and of managed memory (`DLDeviceType` in dlpack.h)."""
+_IN_CUDA, _ON_HOST = (2, 13), 1
+"""DLPack's device types of a GPU's memory and of managed memory, and of the host's (`DLDeviceType` in dlpack.h)."""
 
 
 class DlpackKind(CupyKind):
@@ -332,46 +339,88 @@ class DlpackKind(CupyKind):
 
     foreign = True
 
+    def __init__(self) -> None:
+        """Without CuPy: an array of the same class may be on the host."""
+
     def pointer(self, array: Any) -> int:
         return super().pointer(self.adopt(array))
 
+    def on_host(self, array: Any) -> ArrayKind | None:
+        return _the(DlpackHostKind, "DLPack, on the host") if _place(array) == _ON_HOST else None
+
     def adopt(self, array: Any) -> Any:
         other = hasattr(array, "__cuda_array_interface__")
-        if hasattr(array, "__dlpack__"):
-            name = type(array).__name__
+        place = _place(array)
+        if place is not None:
+            name = _a(type(array))
+            if place not in _IN_CUDA and not other:
+                raise UnsupportedError(
+                    f"{name} is not in a GPU's memory (DLPack's device type is {int(place)}): move it there"
+                )
+            cupy = self._cupy
             try:
-                place = array.__dlpack_device__()[0] if hasattr(array, "__dlpack_device__") else _IN_CUDA[0]
                 if place in _IN_CUDA:
-                    return self._cupy.from_dlpack(array)
-            except self._cupy.cuda.runtime.CUDARuntimeError:  # of an earlier kernel, perhaps
+                    return cupy.from_dlpack(array)
+            except cupy.cuda.runtime.CUDARuntimeError:  # of an earlier kernel, perhaps
                 raise
             except (BufferError, RuntimeError, TypeError, ValueError) as error:
                 if not other:
-                    raise UnsupportedError(f"CuPy can't take a {name} by DLPack: {error}") from error
-            else:
-                if not other:
-                    raise UnsupportedError(
-                        f"a {name} is not in a GPU's memory (DLPack's device type is {int(place)}): move it there"
-                    )
+                    raise UnsupportedError(f"CuPy can't take {name} by DLPack: {error}") from error
         if not other:
-            raise UnsupportedError(
-                f"{type(array).__name__} is no array: pass NumPy, CuPy, torch or JAX arrays, or any with DLPack"
-            )
+            raise UnsupportedError(_no_array(type(array)))
         if hasattr(array, "block_until_ready"):
             array.block_until_ready()
         return self._cupy.asarray(array)
 
     def give_back(self, array: Any, like: Any) -> Any:
-        if array_api_compat.is_array_api_obj(like):
-            return array_api_compat.array_namespace(like).from_dlpack(array)
-        return array
+        return _in_namespace(array, like)
+
+
+class DlpackHostKind(NumpyKind):
+    """Any other array in host memory with DLPack, seen through NumPy without a copy: for the interpreter."""
+
+    foreign = True
+
+    def adopt(self, array: Any) -> Any:
+        try:
+            return np.from_dlpack(array)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise UnsupportedError(f"NumPy can't take {_a(type(array))} by DLPack: {error}") from error
+
+    def give_back(self, array: Any, like: Any) -> Any:
+        return _in_namespace(array, like)
+
+
+def _place(array: Any) -> Any:
+    """DLPack's device type of an array's memory, a GPU's where it doesn't say; None without DLPack."""
+    if not hasattr(array, "__dlpack__"):
+        return None
+    try:
+        return array.__dlpack_device__()[0] if hasattr(array, "__dlpack_device__") else _IN_CUDA[0]
+    except (BufferError, RuntimeError, TypeError, ValueError):  # of an array that is gone: its exchange says so
+        return _IN_CUDA[0]
+
+
+def _in_namespace(array: Any, like: Any) -> Any:
+    """An array as one of the library of `like`, where that has the array API; else itself."""
+    if array_api_compat.is_array_api_obj(like):
+        return array_api_compat.array_namespace(like).from_dlpack(array)
+    return array
+
+
+def _a(cls: type) -> str:
+    return f"{'an' if cls.__name__[0] in 'AEIOUaeiou' else 'a'} {cls.__name__}"
+
+
+def _no_array(cls: type) -> str:
+    return f"{_a(cls)} is no array: pass NumPy, CuPy, torch or JAX arrays, or any with DLPack"
 
 
 def kind_of(array: Any) -> ArrayKind:
     """The kind of an array.
 
     Raises:
-        MissingDependencyError: it is in a GPU's memory and CuPy is not installed.
+        MissingDependencyError: it is CuPy's, and finds no driver or GPU.
         UnsupportedError: it is no array.
     """
     cls = type(array)
@@ -396,9 +445,7 @@ def _kind_of_type(cls: type) -> ArrayKind:
     if "torch" in roots:
         return _the(TorchKind, "torch")
     if not (hasattr(cls, "__cuda_array_interface__") or hasattr(cls, "__dlpack__")):
-        raise UnsupportedError(
-            f"{cls.__module__}.{cls.__name__} is no array: pass NumPy, CuPy, torch or JAX arrays, or any with DLPack"
-        )
+        raise UnsupportedError(_no_array(cls))
     return _the(DlpackKind, roots[0])
 
 

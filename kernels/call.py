@@ -239,7 +239,8 @@ class Operation:
         except UnsupportedError:
             kind = _kind(self.inputs[0], arrays[0])  # raises with the name
         if kind.foreign:
-            return self._adopted(kind, arrays, outs, options)
+            host = kind.on_host(arrays[0]) if interpreted() else None
+            return self._adopted(host or kind, arrays, outs, options)
         try:
             # Arrays of another library need no look of their own: their signatures are never equal to the kind's, if
             # they can be taken at all.
@@ -257,7 +258,7 @@ class Operation:
         return call.run(kind, arrays, outs, arguments)
 
     def _adopted(self, kind: ArrayKind, arrays: Arrays, outs: Arrays, options: Options) -> Arrays:
-        """The call with arrays seen through CuPy, or NumPy: once, not at every use."""
+        """The call with arrays seen through CuPy, or NumPy, as `kind` does: once, not at every use."""
         arrays = self._with_numbers(arrays)
         self._refuse_libraries(kind_of(arrays[0]), arrays, outs)
 

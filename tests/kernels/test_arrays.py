@@ -463,15 +463,51 @@ def test_what_dlpack_does_not_exchange_is_waited_for(cupy, monkeypatch, error):
         kind_of(DlpackOnly()).adopt(DlpackOnly())
 
 
-def test_an_array_in_host_memory_is_refused_with_its_name(cupy):
-    class OnHost(DlpackOnly):
-        def __dlpack_device__(self):
-            return (1, 0)
+class OnHost:
+    """An array of NumPy's in a library that forwards DLPack and nothing else."""
 
-    with pytest.raises(UnsupportedError, match=r"^a OnHost is not in a GPU's memory \(DLPack's device type is 1\)"):
-        kind_of(OnHost()).adopt(OnHost())
-    with pytest.raises(UnsupportedError, match=r"^x: a OnHost is not in a GPU's memory"):
-        rmsnorm(OnHost())
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_an_array_in_host_memory_is_refused_where_nothing_is_interpreted(without_cupy, monkeypatch):
+    array = OnHost(np.ones((2, 16), np.float32))
+    with pytest.raises(UnsupportedError, match=r"^an OnHost is not in a GPU's memory \(DLPack's device type is 1\)"):
+        kind_of(array).adopt(array)
+    monkeypatch.setattr(call, "interpreted", lambda: False)
+    with pytest.raises(UnsupportedError, match=r"^x: an OnHost is not in a GPU's memory"):
+        rmsnorm(array)
+
+
+def test_the_interpreter_sees_arrays_on_the_host_with_dlpack_as_numpys(monkeypatch):
+    x, w = np.full((2, 16), 2, np.float32), np.arange(16, dtype=np.float32)
+    np.testing.assert_array_equal(rmsnorm(OnHost(x), OnHost(w)), rmsnorm(x, w))
+
+    def refusing(self, **_):
+        raise BufferError("no such type")
+
+    monkeypatch.setattr(OnHost, "__dlpack__", refusing)
+    with pytest.raises(UnsupportedError, match=r"^x: NumPy can't take an OnHost by DLPack: no such type$"):
+        rmsnorm(OnHost(x))
+
+
+def test_an_array_that_is_gone_says_so_itself(cupy, monkeypatch):
+    class Gone(DlpackOnly):
+        def __dlpack_device__(self):
+            raise RuntimeError("deleted")
+
+    def refusing(array):
+        array.__dlpack_device__()
+
+    monkeypatch.setattr(cupy, "from_dlpack", refusing)
+    with pytest.raises(UnsupportedError, match=r"^x: CuPy can't take a Gone by DLPack: deleted$"):
+        rmsnorm(Gone())
 
 
 def test_foreign_libraries_have_kinds_of_their_own(cupy):
@@ -483,8 +519,9 @@ def test_foreign_libraries_have_kinds_of_their_own(cupy):
 
 
 def test_what_has_no_array_in_it_is_refused(cupy):
-    for value in (3, "x", None, [1.0], object()):
-        with pytest.raises(UnsupportedError, match=rf"^builtins.{type(value).__name__} is no array: pass NumPy, CuPy"):
+    named = {"an int": 3, "a str": "x", "a NoneType": None, "a list": [1.0], "an object": object()}
+    for name, value in named.items():
+        with pytest.raises(UnsupportedError, match=rf"^{name} is no array: pass NumPy, CuPy"):
             kind_of(value)
 
 
@@ -496,7 +533,8 @@ def without_cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)  # its import fails
 
 
-def test_a_gpu_array_without_cupy_says_what_to_install(without_cupy):
+def test_a_gpu_array_without_cupy_says_what_to_install(without_cupy, monkeypatch):
+    monkeypatch.setattr(Foreign, "__cuda_array_interface__", {})
     with pytest.raises(MissingDependencyError) as raised:
         gemm(Foreign(), Foreign())
     assert str(raised.value) == (

@@ -288,7 +288,7 @@ F = np.float32
          {"q": Q[:, :2], "config": AttentionConfig(16, 16, PACK=True)}),
         (IllegalConfigError, "B of shared memory are over", {"config": AttentionConfig(128, 256, num_stages=9)}),
         (IllegalConfigError, "512 registers a thread for", {"config": AttentionConfig(512, 16, num_warps=1)}),
-        (UnsupportedError, "builtins.list is no array", {"k": [[1.0]]}),
+        (UnsupportedError, "a list is no array", {"k": [[1.0]]}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
