@@ -93,3 +93,7 @@ __all__ = [
     "CompileError",
     "LaunchError",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

@@ -22,3 +22,20 @@ print("optuna" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[]", "True"]
+
+
+def test_importing_the_command_imports_nothing_that_only_a_subcommand_needs() -> None:
+    script = """
+import sys
+import tilewright.tuner.cli
+print(sorted({"rich", "importlib.metadata", "tilewright.tuning_db.lookup"} & set(sys.modules)))
+"""
+    # Without the finder of an editable install, which imports more.
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]"]
+
+
+def test_it_lists_its_public_names() -> None:
+    listed = dir(tilewright.tuner)
+    assert [name for name in listed if not name.startswith("__")] == sorted(tilewright.tuner.__all__)
+    assert {"__doc__", "__file__", "__all__"} <= set(listed)

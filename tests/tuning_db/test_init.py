@@ -26,3 +26,9 @@ print(sorted(heavy & set(sys.modules)))
         pass
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_it_lists_its_public_names() -> None:
+    listed = dir(tilewright.tuning_db)
+    assert [name for name in listed if not name.startswith("__")] == sorted(tilewright.tuning_db.__all__)
+    assert {"__doc__", "__file__", "__all__"} <= set(listed)
