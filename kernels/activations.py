@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from tilewright.tuning_db.errors import ProblemError
+from tilewright.tuning_db.text import did_you_mean
 
 Array = np.ndarray[Any, Any]
 
@@ -86,7 +87,9 @@ def _canonical(name: str) -> str:
             f"activation={_OF_A_GATE[word]!r} with gated='halves' or 'interleaved'"
         )
     if word not in ACTIVATIONS:
-        raise ProblemError(f"unknown activation {name!r}; the names are {', '.join(ACTIVATIONS)}")
+        known = (*ACTIVATIONS, *ALIASES)
+        near = did_you_mean(word.lower(), known)
+        raise ProblemError(f"unknown activation {name!r}{near} (activations: {', '.join(known)})")
     _, defaults, required = ACTIVATIONS[word]
     most = required + len(defaults)
     if not required <= len(given) <= most:

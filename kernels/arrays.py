@@ -472,6 +472,14 @@ def _lasting_scalar(cupy: Any, ordinal: int, value: float) -> tuple[int, Any]:
     return int(array.data.ptr), array
 
 
+def another(name: str) -> str:
+    """What to pass in place of an array that kernels can't take: nobody would see a result that is in a copy."""
+    return "pass a contiguous array, and copy the result from it" if name in _RESULTS else "pass a copy"
+
+
+_RESULTS = ("out", "residual_out")
+
+
 def empty(cupy: Any, shape: tuple[int, ...], wanted: np.dtype[Any]) -> Any:
     """An array of CuPy's on the current GPU, of fp8 too, which CuPy views memory as and makes no array of."""
     if wanted.isbuiltin == 1:
@@ -490,7 +498,7 @@ def require_cupy() -> Any:
         import cupy
     except ImportError:
         raise MissingDependencyError(
-            "running a kernel on a GPU needs CuPy: pip install cupy-cuda13x (or cupy-cuda12x, by your driver)"
+            'running a kernel on a GPU needs CuPy: pip install "tilewright[cuda13]" (or [cuda12], by your driver)'
         ) from None
     try:
         count = cupy.cuda.runtime.getDeviceCount()

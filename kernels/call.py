@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tilewright.kernels.arrays import NOWHERE, ArrayKind, View, kind_of
+from tilewright.kernels.arrays import NOWHERE, ArrayKind, View, another, kind_of
 from tilewright.kernels.constants import checked_number, is_real
 from tilewright.kernels.dispatch import Constants, call_cache, plan_for
 from tilewright.kernels.dtypes import array_dtype_text, dtype
@@ -149,7 +149,7 @@ def _view(name: str, array: Any, known: Sequence[str]) -> View:
     size = int(dtype(view.dtype).bytes)
     if view.pointer % size:
         raise UnsupportedError(
-            f"{name} starts {view.pointer % size} B past a multiple of its elements' {size} B: pass a copy"
+            f"{name} starts {view.pointer % size} B past a multiple of its elements' {size} B: {another(name)}"
         )
     return view
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from dataclasses import replace
 from typing import Any
 
 from tilewright.kernels.call_log import note
@@ -141,7 +142,8 @@ def _packed(
 def _interpreted(
     kernel: Kernel[Any, Any], problem: Problem, config: Config | None, constants: Constants
 ) -> tuple[Plan, Choice]:
-    device = catalogue_device(INTERPRETED_BOARD)
+    board = catalogue_device(INTERPRETED_BOARD)
+    device = replace(board, board=f"{board.board}, whose limits the interpreter has")  # in messages
     if config is None:
         config = default_config(kernel, problem, device)
     else:

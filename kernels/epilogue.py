@@ -71,8 +71,7 @@ class FusedProblem(Problem):
         """Writes the canonical spellings, and checks them.
 
         Raises:
-            ProblemError: dtypes that can't be, or don't go together.
-            UsageError: no such activation.
+            ProblemError: dtypes that can't be, or don't go together; or no such activation.
         """
         put = object.__setattr__  # frozen: set once, as the problem is made
         put(self, "activation", activation_name(self.activation))

@@ -158,7 +158,9 @@ def probe() -> Probe:
     except ModuleNotFoundError as error:
         if error.name != "cupy":
             return Probe(missing=f"CuPy, whose import fails: {one_line(error)}")
-        return Probe(missing="CuPy, which is not installed: pip install cupy-cuda13x (or cupy-cuda12x, by your driver)")
+        return Probe(
+            missing='CuPy, which is not installed: pip install "tilewright[cuda13]" (or [cuda12], by your driver)'
+        )
     except (ImportError, OSError, RuntimeError) as error:
         return Probe(missing=f"CuPy, whose import fails: {one_line(error)}")
     try:

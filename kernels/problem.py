@@ -30,13 +30,18 @@ class _Value:
         return {field.name: getattr(self, field.name) for field in _fields(type(self))}  # type: ignore[arg-type]  # a class is hashable
 
     def check_types(self) -> None:
-        """Does nothing if every field is of a type that it may have: for a value made in Python, as `from_dict` checks.
+        """Checks that every field is of a type that it may have, for a value made in Python, as `from_dict` checks. Of
+        NumPy's integers it makes Python's.
 
         Raises:
             ProblemError: one isn't; the message has its value.
         """
         for name, kinds in field_types(type(self)).items():  # type: ignore[arg-type]  # a class is hashable
-            _check_type(name, getattr(self, name), kinds)
+            value = getattr(self, name)
+            if isinstance(value, np.integer) and int in kinds:
+                value = int(value)
+                object.__setattr__(self, name, value)  # frozen: the canonical spelling is set once
+            _check_type(name, value, kinds)
 
     def to_json(self) -> str:
         """Canonical JSON: equal values give equal texts, in every process."""

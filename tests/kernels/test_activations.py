@@ -152,7 +152,7 @@ def test_parameters_have_one_spelling(given, canonical):
     [
         ("swiglu", "activation 'swiglu' is silu of a gate: where an op takes `gated`, activation='silu' with gated='"),
         ("geglu", "activation 'geglu' is gelu of a gate"),
-        ("ReLU", "unknown activation 'ReLU'; the names are none, relu, relu2, "),
+        ("ReLU", "unknown activation 'ReLU'; did you mean relu? (activations: none, relu, relu2, "),
         ("", "activation='' is no name: leave it out, or say 'none'"),
         ("clamp", "activation 'clamp' has 0 parameters; clamp takes 2"),
         ("clamp:1", "activation 'clamp:1' has 1 parameters; clamp takes 2"),

@@ -538,7 +538,7 @@ def test_a_gpu_array_without_cupy_says_what_to_install(without_cupy, monkeypatch
     with pytest.raises(MissingDependencyError) as raised:
         gemm(Foreign(), Foreign())
     assert str(raised.value) == (
-        "running a kernel on a GPU needs CuPy: pip install cupy-cuda13x (or cupy-cuda12x, by your driver)"
+        'running a kernel on a GPU needs CuPy: pip install "tilewright[cuda13]" (or [cuda12], by your driver)'
     )
     assert isinstance(raised.value, ImportError)
 

@@ -117,6 +117,8 @@ def test_an_array_that_is_not_aligned_to_its_elements_is_refused():
     shifted = np.frombuffer(bytes(129), np.uint8)[1:].view(np.float32).reshape(4, 8)
     with pytest.raises(UnsupportedError, match=r"^a starts \d B past a multiple of its elements' 4 B: pass a copy$"):
         gemm(shifted, np.zeros((8, 4), np.float32))
+    with pytest.raises(UnsupportedError, match=r"^out starts .* 4 B: pass a contiguous array, and copy "):
+        gemm(np.zeros((4, 4), np.float32), np.zeros((4, 8), np.float32), out=shifted)
     memory = np.zeros(136, np.uint8)
     start = -memory.ctypes.data % 4
     for step in (4, 1, 2):  # aligned to elements first: what is known of such calls holds for no other

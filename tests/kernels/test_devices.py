@@ -105,7 +105,7 @@ def test_without_cupy_there_are_no_live_devices(machine: Machine) -> None:
 def test_cuda_without_cupy_says_how_to_install_it(machine: Machine) -> None:
     machine.lacks_cupy()
     text = message_of("cuda:0", MissingDependencyError)
-    assert "pip install cupy-cuda13x" in text
+    assert 'pip install "tilewright[cuda13]" (or [cuda12], by your driver)' in text
 
 
 def test_cuda_without_a_driver_quotes_cupy() -> None:

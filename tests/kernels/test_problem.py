@@ -114,18 +114,19 @@ def test_blanks_and_spellings_of_a_typed_problem():
         ("M=4,N=5,K=6,b_scale=column,b_scale_dtype=fp16", "b_scale_dtype='fp16': scales are fp32, those of groups"),
         ("M=4,N=5,K=6,b_zero=true", "b_zero is for weights of b_dtype int8 or int4"),
         ("M=4,N=5,K=6,batch=2,b_dtype=int4,b_zero=true", "are for one B, not one in each of batch=2"),
-        ("M=4,N=5,K=6,b_scale=row", "b_scale='row' must be tensor or column or group"),
-        ("M=4,N=5,K=6,a_scale=column", "a_scale='column' must be tensor or row"),
+        ("M=4,N=5,K=6,b_scale=row", "b_scale='row' must be 'tensor', 'column', 'group' or None"),
+        ("M=4,N=5,K=6,a_scale=column", "a_scale='column' must be 'tensor', 'row' or None"),
         ("M=4,N=5,K=6,gated=halves", "gated='halves' needs an even N, not 5"),
-        ("M=4,N=6,K=6,gated=thirds", "gated='thirds' must be halves or interleaved"),
+        ("M=4,N=6,K=6,gated=thirds", "gated='thirds' must be 'halves', 'interleaved' or None"),
         ("M=4,N=5,K=6,bias_axis=m", "bias_axis='m' needs a bias"),
-        ("M=4,N=5,K=6,bias=fp32,bias_axis=k", "bias_axis='k' must be n or m"),
+        ("M=4,N=5,K=6,bias=fp32,bias_axis=k", "bias_axis='k' must be 'n' or 'm'"),
         ("M=4,N=5,K=6,groups=-1", "groups=-1 must be from 0 to 1024"),
         ("M=4,N=5,K=6,groups=2,batch=2", "groups=2 are pieces of one A: batch=2 must be 1"),
         ("M=4,N=5,K=6,bias=int8", "bias='int8': gemm takes"),
         ("M=4,N=5,K=6,out_dtype=x", "out_dtype='x': gemm takes"),
-        ("M=4,N=5,K=6,a_layout=diagonal", "a_layout='diagonal' must be row or col"),
+        ("M=4,N=5,K=6,a_layout=diagonal", "a_layout='diagonal' must be 'row' or 'col'"),
         ("M=4,N=5,K=6,precision=tf32", "precision='tf32' is for dtype=fp32; fp16 has only one"),
+        ("M=4,N=5,K=6,precision=fast", "precision='fast' must be ieee or tf32"),
         ("M=4,N=5,K=6,dtype=fp32,precision=fp16", "precision='fp16' must be ieee or tf32"),
         ("M=4,N=5,K=6,a_broadcast=true", "a_broadcast needs batch > 1"),
         ("M=4,N=5,K=6,batch=2,residual_broadcast=true", "residual_broadcast needs a residual and batch > 1"),
@@ -383,3 +384,12 @@ def test_rows_count_for_alignment_only_where_columns_are_read():
     assert GEMM.distance(row, replace(row, M=65)) is not None
     assert GEMM.distance(column, replace(column, M=65)) is None
     assert GEMM.distance(column, replace(column, M=80)) is not None
+
+
+def test_numpys_integers_are_pythons() -> None:
+    problem = GemmProblem(np.int64(64), 64, np.uint16(32), group_size=np.int32(0))
+    assert problem == GemmProblem(64, 64, 32)
+    assert {type(value) for value in (problem.M, problem.K, problem.group_size)} == {int}
+    assert problem.to_json() == GemmProblem(64, 64, 32).to_json()
+    with pytest.raises(ProblemError, match=r"^N=.*64.* must be int$"):
+        GemmProblem(64, np.float32(64), 32)

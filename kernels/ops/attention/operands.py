@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from tilewright.kernels.arrays import View
+from tilewright.kernels.arrays import View, another
 from tilewright.kernels.dtypes import dtype
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.attention.space import AttentionConfig
@@ -229,9 +229,11 @@ def _check_strides(views: Mapping[str, View]) -> bool:
         if name == "lse" and not gapless:
             raise UnsupportedError(f"lse must be contiguous; its strides are {steps} for shape {shape}")
         if shape[-1] > 1 and steps[-1] != 1:
-            raise UnsupportedError(f"{name} has strides {steps}: its last dimension must be contiguous; pass a copy")
+            raise UnsupportedError(
+                f"{name} has strides {steps}: its last dimension must be contiguous; {another(name)}"
+            )
         if any(step < 0 for step in steps):
-            raise UnsupportedError(f"{name} has negative strides {steps}: pass a copy")
+            raise UnsupportedError(f"{name} has negative strides {steps}: {another(name)}")
         if name == "out":
             refuse_self_overlap(name, view)  # before anything is compiled
         dense = dense and gapless

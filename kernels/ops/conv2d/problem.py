@@ -102,10 +102,10 @@ class Conv2dProblem(FusedProblem):
                 "dtype='int8' with neither x_scale nor w_scale gives the bare sums, in int32: another out_dtype, and "
                 "whatever is fused to them, needs one of these"
             )
+        if self.precision not in (None, "ieee", "tf32"):
+            raise ProblemError(f"precision={self.precision!r} must be ieee or tf32")
         if self.dtype == "fp32":
-            put(self, "precision", "ieee" if self.precision is None else self.precision)
-            if self.precision not in ("ieee", "tf32"):
-                raise ProblemError(f"precision={self.precision!r} must be ieee or tf32")
+            put(self, "precision", self.precision or "ieee")
         elif self.precision is not None:
             raise ProblemError(f"precision={self.precision!r} is for dtype=fp32; {self.dtype} has only one")
 

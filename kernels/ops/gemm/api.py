@@ -108,10 +108,11 @@ def gemm(
         `out`, or a new array of the library that `a` is of.
 
     Raises:
-        ProblemError: shapes or dtypes that don't go together; the message has them.
-        UnsupportedError: an operand with neither rows nor columns contiguous, or a dtype this GPU lacks.
+        ProblemError: shapes, dtypes or options that don't go together, or an unknown activation; the message has them.
+        UnsupportedError: what is no array, an operand with neither rows nor columns contiguous, or a dtype this GPU
+            lacks.
         IllegalConfigError: `config` breaks a limit of the problem or the GPU.
-        UsageError: an option that can't be one, as an unknown activation or a `group_size` that is no integer.
+        UsageError: an option of a type that it can't have, as a `group_size` that is no integer.
         MissingDependencyError: CuPy or a GPU is needed and absent.
         CompileError, LaunchError: the compiler or the driver refused the configuration.
         PackError, NotPackedError: this process's pack can't be used, or lacks the problem (docs/packs.md).

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tilewright.kernels.arrays import View
+from tilewright.kernels.arrays import View, another
 from tilewright.kernels.ops.gemm.packing import packed_rows
 from tilewright.kernels.ops.gemm.problem import SCALE_DTYPES, check_words
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError
@@ -199,12 +199,12 @@ def matrix_of(name: str, view: View, batch: tuple[int, ...]) -> Matrix:
     if not contiguous or stride < length:
         raise UnsupportedError(
             f"{name} has strides {view.strides} for shape {view.shape}: rows or columns must be contiguous and not "
-            f"overlap; pass a copy"
+            f"overlap; {another(name)}"
         )
     lead = view.shape[:-2]
     own = tuple(0 if size == 1 else step for size, step in zip(lead, view.strides[:-2], strict=True))
     if any(step < 0 for step in own):
-        raise UnsupportedError(f"{name} has negative strides {view.strides}: pass a copy")
+        raise UnsupportedError(f"{name} has negative strides {view.strides}: {another(name)}")
     return Matrix(layout, stride, (0,) * (len(batch) - len(lead)) + own, stride == length)
 
 

@@ -79,8 +79,8 @@ def check_words(**fields: str | None) -> None:
     """
     for name, value in fields.items():
         if value not in WORDS[name]:
-            words = " or ".join(word for word in WORDS[name] if word is not None)
-            raise ProblemError(f"{name}={value!r} must be {words}")
+            *words, last = sorted(map(repr, WORDS[name]), key="None".__eq__)  # None last
+            raise ProblemError(f"{name}={value!r} must be {', '.join(words)} or {last}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +141,10 @@ class GemmProblem(FusedProblem):
         put = object.__setattr__  # frozen: canonical spellings are set once, here
         if self.dtype not in INPUT_DTYPES:
             raise refused("dtype", self.dtype, "gemm", INPUT_DTYPES)
+        if self.precision not in (None, "ieee", "tf32"):
+            raise ProblemError(f"precision={self.precision!r} must be ieee or tf32")
         if self.dtype == "fp32":
-            put(self, "precision", "ieee" if self.precision is None else self.precision)
-            if self.precision not in ("ieee", "tf32"):
-                raise ProblemError(f"precision={self.precision!r} must be ieee or tf32")
+            put(self, "precision", self.precision or "ieee")
         elif self.precision is not None:
             raise ProblemError(f"precision={self.precision!r} is for dtype=fp32; {self.dtype} has only one")
         if self.b_dtype == self.dtype:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tilewright.kernels.arrays import View
+from tilewright.kernels.arrays import View, another
 from tilewright.kernels.call import New, Operation, Prepared
 from tilewright.kernels.constants import checked_constant
 from tilewright.kernels.dtypes import wanted_dtype
@@ -185,7 +185,7 @@ def _row_stride(name: str, view: View) -> int:
     if step < n or (n > 1 and view.strides[-1] != 1):
         raise UnsupportedError(
             f"{name} has strides {view.strides} for shape {view.shape}: rows must be contiguous, and at one distance "
-            f"that does not let them overlap; pass a copy"
+            f"that does not let them overlap; {another(name)}"
         )
     return step
 

@@ -477,7 +477,7 @@ def test_splits_that_get_no_work_add_nothing(channels):
         ({"w_layout": "rsck"}, "w_layout='rsck' must be krsc or kcrs"),
         ({"w_scale": "row"}, "w_scale='row' must be tensor, channel or none"),
         ({"precision": "tf32"}, "precision='tf32' is for dtype=fp32"),
-        ({"dtype": "fp32", "precision": "fast"}, "precision='fast' must be ieee or tf32"),
+        ({"precision": "fast"}, "precision='fast' must be ieee or tf32"),
         ({"out_dtype": "int32"}, "out_dtype='int32' is the bare sum of dtype='int8'"),
         ({"dtype": "int8", "bias": "fp32", "out_dtype": "int32"}, "out_dtype='int32' is the bare sum"),
         (

@@ -457,7 +457,7 @@ class Fake:
             {"a": np.stack([A] * 2), "out": np.broadcast_to(np.ones((4, 6), np.float16), (2, 4, 6))},
         ),
         (ProblemError, "out is fp32 and out_dtype='fp16'", {"out": np.ones((4, 6), np.float32), "out_dtype": "fp16"}),
-        (ProblemError, "unknown activation 'swosh'; the names are none, relu", {"activation": "swosh"}),
+        (ProblemError, "unknown activation 'swosh'; did you mean swish?", {"activation": "swosh"}),
         (
             ProblemError,
             "unknown out_dtype='float16': gemm takes fp16, bf16, fp32, fp8e4m3, fp8e5m2, int8; float16 is fp16 here",

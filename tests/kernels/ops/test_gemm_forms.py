@@ -500,10 +500,10 @@ F32 = np.float32
         (ProblemError, "b_scale is (6,) and must be (2, 6)", {"b": W4, "b_scale": np.ones(6, F32), "group_size": 32}),
         (ProblemError, "group_size=-1 must be 32, 64 or 128", {"b": W4, "b_scale": np.ones(6, F32), "group_size": -1}),
         (ProblemError, "group_size=0 must be 32, 64 or 128", {"b": W4, "b_scale": np.ones(6, F32), "group_size": 0}),
-        (ProblemError, "bias_axis='M' must be n or m", {"bias": np.ones(4, F32), "bias_axis": "M"}),
+        (ProblemError, "bias_axis='M' must be 'n' or 'm'", {"bias": np.ones(4, F32), "bias_axis": "M"}),
         (
             ProblemError,
-            "gated='half' must be halves or interleaved",
+            "gated='half' must be 'halves', 'interleaved' or None",
             {"gated": "half", "residual": np.ones((4, 6), F32)},
         ),
         (ProblemError, "gated='halves' needs an even N, not 5", {"b": B[:, :5], "gated": "halves", "out": A[:, :2]}),
@@ -563,7 +563,7 @@ F32 = np.float32
             {"a": np.stack([A] * 3), "b": np.stack([W4] * 3), "b_zero": W4[0]},
         ),
         (ProblemError, "gated='halves' needs an even N, not 5", {"b": B[:, :5], "gated": "halves"}),
-        (ProblemError, "gated='both' must be halves or interleaved", {"gated": "both"}),
+        (ProblemError, "gated='both' must be 'halves', 'interleaved' or None", {"gated": "both"}),
         (
             ProblemError,
             "residual is (4, 6) and must broadcast to (4, 3)",
