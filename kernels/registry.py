@@ -23,10 +23,8 @@ def find_kernel(name: str) -> Kernel[Any, Any]:
         UsageError: what is no text can't be one.
     """
     if not isinstance(name, str):
-        raise UsageError(f"{name=} must be the name of a kernel: {', '.join(kernel.name for kernel in KERNELS)}")
+        raise UsageError(f"{name=} must be the name of an op: {', '.join(kernel.name for kernel in KERNELS)}")
     by_name = {kernel.name: kernel for kernel in KERNELS}
     if name in by_name:
         return by_name[name]
-    raise UnknownKernelError(
-        f"unknown kernel {shown(name)}{did_you_mean(name, by_name)} (kernels: {', '.join(by_name)})"
-    )
+    raise UnknownKernelError(f"unknown op {shown(name)}{did_you_mean(name, by_name)} (ops: {', '.join(by_name)})")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import traceback
 from dataclasses import dataclass
-from importlib.metadata import version as package_version
 from typing import Any, NoReturn
 
 import click
@@ -31,6 +30,7 @@ from tilewright.tuner.commands.model import ModelOptions, model_options, run_mod
 from tilewright.tuner.commands.options import (
     Asked,
     Group,
+    WholeNumber,
     calls_option,
     db_option,
     jobs_option,
@@ -128,7 +128,7 @@ def _end(line: str, status: int) -> NoReturn:
 @calls_option
 @click.option(
     "--trials",
-    type=click.IntRange(min=1),
+    type=WholeNumber(min=1),
     metavar="N",
     help="Configurations to try per workload, those of earlier runs included; 12 by default, 48 on a live GPU.",
 )
@@ -141,7 +141,7 @@ def _end(line: str, status: int) -> NoReturn:
 @jobs_option
 @click.option(
     "--workers",
-    type=click.IntRange(min=1),
+    type=WholeNumber(min=1),
     default=1,
     metavar="N",
     help="Measuring processes, each with a GPU of the same board to itself; 1 by default.",
@@ -157,7 +157,7 @@ def _end(line: str, status: int) -> NoReturn:
 @json_option
 @click.option("--quiet", is_flag=True, help="No progress; only the result.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error; also of a subcommand that follows.")
-@click.version_option(package_version("tilewright"), prog_name="autotune")
+@click.version_option(package_name="tilewright", prog_name="autotune")
 @click.pass_context
 def cli(
     context: click.Context,
@@ -193,8 +193,7 @@ def cli(
                 parameter.name != "debug"
                 and context.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
             ):
-                option = parameter.opts[0]
-                raise click.UsageError(f"{option} is no option of {context.invoked_subcommand}, or goes after it")
+                raise click.UsageError(_misplaced(parameter.opts[0], context.invoked_subcommand))
         return
     if device is None:
         raise click.UsageError("--device is missing: name an arch (sm_86), a board (rtx3090) or a live GPU (cuda:0)")
@@ -212,6 +211,16 @@ def cli(
     else:
         asked = Asked(kernels, problems, suites, calls)
         run_tuning(context, device, asked, options, as_json=as_json, quiet=quiet)
+
+
+def _misplaced(option: str, name: str) -> str:
+    """What to say of an option of `autotune` before the name of a subcommand."""
+    command = cli.commands[name]
+    group = isinstance(command, click.Group)
+    commands = list(command.commands.values()) if isinstance(command, click.Group) else [command]
+    if any(option in parameter.opts for each in commands for parameter in each.params):
+        return f"{option} goes after {'the subcommand of ' if group else ''}{name}"
+    return f"{option} is no option of {name}"
 
 
 for command in (

@@ -1,6 +1,6 @@
 """The entry point of the command `autotune`: Ctrl-C and SIGTERM are one line from the first moment on.
 
-The command itself takes several times as long to import as this, in which it can catch nothing.
+The command itself takes some twenty times as long to import as this, in which it can catch nothing.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ class TuningOptions:
             raise UsageError(f"{timeout=} must be more than 0 seconds, as a number")
         if self.storage is not None and self.retune:
             raise UsageError(
-                "retune and storage exclude each other: what others have tried in a storage is not tried again"
+                "retune and storage (--retune, --storage) exclude each other: what others have tried in a storage is "
+                "not tried again"
             )
 
 
@@ -233,7 +234,7 @@ def resolve_workloads(
         kernels = [kernels]
     if isinstance(problems, str | Problem | Workload):
         problems = [problems]
-    chosen = [find_kernel(name) for name in kernels] if kernels else []
+    chosen = list({kernel.name: kernel for kernel in map(find_kernel, kernels or ())}.values())
     if problems is None:
         names = {kernel.name for kernel in chosen}
         problems = [workload for workload in SUITES["default"] if not names or workload.op in names]
@@ -241,7 +242,8 @@ def resolve_workloads(
     for problem in problems:
         if isinstance(problem, str):
             if len(chosen) > 1:
-                raise UsageError(f"the problem {problem!r} needs one kernel to belong to, not {len(chosen)}")
+                ops = ", ".join(kernel.name for kernel in chosen)
+                raise UsageError(f"the problem {problem!r} is of one op: name it alone, not {ops}")
             problem = _parsed(problem, chosen[0] if chosen else None)
         elif not isinstance(problem, Problem | Workload):
             raise UsageError(

@@ -70,8 +70,10 @@ def database_dir(override: str | os.PathLike[str] | None = None) -> Path:
             raise UsageError(f"the folder of the databases (--db) must be a path, as a text; got {override!r}")
         if not name:
             raise UsageError("the folder of the databases (--db) is empty: name one, or leave it out")
-    chosen = override or os.environ.get(DB_DIR)
-    return _expanded(chosen, "the folder of the databases") if chosen else _user_data_dir()
+    if override is not None:
+        return _expanded(override, "the folder of the databases")
+    chosen = os.environ.get(DB_DIR)
+    return _expanded(chosen, DB_DIR) if chosen else _user_data_dir()
 
 
 def _user_data_dir() -> Path:
@@ -113,7 +115,12 @@ def no_database_folder(folder: Path) -> str | None:
     that of somebody who has not tuned yet."""
     if not _is(folder.is_file):
         return None
-    return f"{folder} is a file, where the folder of databases should be ({DB_DIR}): nothing that was tuned is found"
+    return f"{a_file_for_a_folder(folder)} ({DB_DIR}): nothing that was tuned is found"
+
+
+def a_file_for_a_folder(folder: Path) -> str:
+    """What a message begins with where there is a file of the name of the folder of the databases."""
+    return f"{folder} is a file, where the folder of databases should be"
 
 
 def _is(asked: Callable[[], bool]) -> bool:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tilewright.tuning_db import schema, shapes
-from tilewright.tuning_db.env import refuse_if_frozen
+from tilewright.tuning_db.env import a_file_for_a_folder, refuse_if_frozen
 from tilewright.tuning_db.errors import (
     DatabaseAccessError,
     DatabaseCorruptError,
@@ -263,6 +263,8 @@ def explained(path: Path, *, note_damage: bool = False, scratch: bool = False) -
     except TimeoutError as error:
         raise DatabaseAccessError(f"{path}: {_ACCESS[sqlite3.SQLITE_BUSY]}") from error
     except OSError as error:
+        if path.parent.is_file():
+            raise DatabaseAccessError(f"{a_file_for_a_folder(path.parent)}: {elsewhere}") from error
         raise DatabaseAccessError(f"{path} can't be used ({error.strerror or error}): {elsewhere}") from error
 
 

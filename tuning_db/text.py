@@ -12,6 +12,11 @@ def shown(value: object) -> str:
     return words if len(words) <= 80 else f"{words[:60]}… ({len(words)} characters)"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: `1 trial`, `2 trials`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def one_line(said: object) -> str:
     """What an error, or a library, says, without the line ends and the indents in it."""
     return " ".join(str(said).split())

@@ -252,7 +252,7 @@ def test_what_is_named_is_measured_before_the_others(tmp_path: Path) -> None:
         ("{", "is no list of configurations: JSONDecodeError"),
         ("[1]", "is no list of configurations: TypeError"),
         ('[{"op": "gemm"}]', "is no list of configurations: KeyError('configs')"),
-        ('[{"op": "gem", "problem": {}, "configs": []}]', "unknown kernel 'gem'"),
+        ('[{"op": "gem", "problem": {}, "configs": []}]', "unknown op 'gem'"),
         ('[{"op": "gemm", "problem": {"M": 1}, "configs": [{"BLOCK": 1}]}]', "GemmConfig has no field 'BLOCK'"),
     ],
 )
@@ -420,7 +420,7 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
         (["gemm"], [], [], "--op gemm needs a --problem"),
         (["gemm", "gemm"], ["M=1,N=16,K=16"], [], "1 problems need one --op for all, or one each, not 2"),
         ([], [], ["bert-base uo"], "no workload is named 'bert-base uo'; did you mean 'bert-base up'?"),
-        (["gem"], ["M=1"], [], "unknown kernel 'gem'; did you mean gemm?"),
+        (["gem"], ["M=1"], [], "unknown op 'gem'; did you mean gemm?"),
         ([], ["M=1,N=16"], [], "GemmProblem is missing K"),
     ],
 )

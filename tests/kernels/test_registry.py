@@ -21,14 +21,14 @@ def test_a_kernel_goes_by_the_name_of_its_problems() -> None:
 
 
 def test_an_unknown_kernel_names_the_nearest() -> None:
-    known = rf"\(kernels: {', '.join(kernel.name for kernel in KERNELS)}\)"
-    with pytest.raises(UnknownKernelError, match=rf"unknown kernel 'gem'; did you mean gemm\? {known}"):
+    known = rf"\(ops: {', '.join(kernel.name for kernel in KERNELS)}\)"
+    with pytest.raises(UnknownKernelError, match=rf"unknown op 'gem'; did you mean gemm\? {known}"):
         find_kernel("gem")
-    with pytest.raises(UnknownKernelError, match=r"unknown kernel 'zzz' \(kernels"):
+    with pytest.raises(UnknownKernelError, match=r"unknown op 'zzz' \(ops"):
         find_kernel("zzz")
 
 
 @pytest.mark.parametrize("name", [3, None, b"gemm"])
 def test_what_is_no_text_is_no_kernels_name(name: Any) -> None:
-    with pytest.raises(UsageError, match=r"^name=.* must be the name of a kernel: gemm, conv2d, attention, rmsnorm$"):
+    with pytest.raises(UsageError, match=r"^name=.* must be the name of an op: gemm, conv2d, attention, rmsnorm$"):
         find_kernel(name)

@@ -15,6 +15,7 @@ import pytest
 
 from tests.tuner.commands.test_exchange import fill, record
 from tests.tuner.commands.test_tune import SMALL
+from tilewright.tuner import cli
 from tilewright.tuning_db.env import compiling_environment
 
 COMMAND = (sys.executable, "-c", "from tilewright.tuner.cli import main; main()")
@@ -28,7 +29,7 @@ COMMAND = (sys.executable, "-c", "from tilewright.tuner.cli import main; main()"
         (("--device", "cuda:-1"), "no GPU is called 'cuda:-1': the first is cuda:0; `autotune devices` lists boards"),
         (("--device", "sm_86", "--problem", ""), "the text of a GemmProblem is empty: write NAME=VALUE, with commas"),
         (("--device", "sm_70"), "sm_7"),
-        (("--device", "sm_86", "--kernel", "gem"), "unknown kernel 'gem'; did you mean gemm?"),
+        (("--device", "sm_86", "--kernel", "gem"), "unknown op 'gem'; did you mean gemm?"),
         (("--device", "sm_86", "--suite", "bert"), "unknown suite 'bert'"),
         (("--device", "sm_86", "--suite", "resnet"), "unknown suite 'resnet'; did you mean resnet50?"),
         (("--device", "sm_86", "--suite", "llama3-8b", "--kernel", "conv2d"), "there is nothing to do"),
@@ -40,20 +41,26 @@ COMMAND = (sys.executable, "-c", "from tilewright.tuner.cli import main; main()"
         (("--device", "sm_86", "--problem", "M=1,N=1,K=1,activation=gulu"), "unknown activation 'gulu'"),
         (("--device", "sm_86", "--problem", "M=1,N=1,K=1,dtype=fp8e4m3"), "fp8e4m3 needs sm_89 or newer"),
         (("--device", "sm_75", "--problem", "M=1,N=1,K=1,dtype=bf16"), "bf16 needs sm_80 or newer"),
-        (("--device", "sm_86", "--trials", "0"), "Invalid value for '--trials': 0 is not in the range"),
-        (("--device", "sm_86", "--trials", "many"), "'many' is not a valid integer"),
+        (("--device", "sm_86", "--trials", "0"), "'--trials': '0' must be a whole number, at least 1"),
+        (("--device", "sm_86", "--trials", "many"), "'many' must be a whole number, at least 1"),
         (("--device", "sm_86", "--timeout", "0"), "Invalid value for '--timeout': 0.0 is not in the range"),
-        (("--device", "sm_86", "--jobs", "-2"), "Invalid value for '--jobs': -2 is not in the range"),
-        (("--device", "sm_86", "--workers", "0"), "Invalid value for '--workers': 0 is not in the range"),
+        (("--device", "sm_86", "--jobs", "-2"), "Invalid value for '--jobs': '-2' must be a whole number, at least 1"),
+        (("--device", "sm_86", "--workers", "0"), "Invalid value for '--workers': '0' must be a whole number"),
         (("--device", "sm_86", "--workers", "2"), "workers=2 need a GPU each, and rtx3090 is not here"),
         (("--device",), "--device"),
         ((), "--device is missing"),
         (("--devise", "sm_86"), "--devise"),
         (("tune",), "tune"),
         (("show",), "--device"),
-        (("--device", "sm_86", "show"), "--device is no option of show, or goes after it"),
-        (("--json", "devices"), "--json is no option of devices"),
-        (("--db", "/tmp/x", "show", "--device", "a10"), "--db is no option of show, or goes after it"),
+        (("--device", "sm_86", "show"), "--device goes after show (see"),
+        (("--device", "sm_86", "devices"), "--device is no option of devices (see"),
+        (("--json", "devices"), "--json goes after devices (see"),
+        (("--device", "sm_86", "db", "path"), "--device goes after the subcommand of db (see"),
+        (("--quiet", "db", "path"), "--quiet is no option of db (see"),
+        (("show", "--debug"), "--debug goes before the subcommand: autotune --debug show … (see"),
+        (("db", "path", "--debug"), "--debug goes before the subcommand: autotune --debug db path … (see"),
+        (("show", "--retune"), "No such option"),
+        (("--db", "/tmp/x", "show", "--device", "a10"), "--db goes after show (see"),
         (("--device", "sm_86", "--timeout", "nan"), "timeout=nan must be more than 0"),
         (("--device", "sm_86", "--db", ""), "--db"),
         (("--device", "sm_86", "--db", "~nobody-of-that-name/x"), "~nobody-of-that-name/x"),
@@ -62,7 +69,7 @@ COMMAND = (sys.executable, "-c", "from tilewright.tuner.cli import main; main()"
 def test_a_mistake_is_one_line_and_status_2(autotune, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     db = tmp_path / "db"
     extra = ("--db", str(db)) if arguments[:1] == ("--device",) and "--db" not in arguments else ()
-    if "show" in arguments or len(arguments) == 1:
+    if {"show", "db", "devices"} & {*arguments} or len(arguments) == 1:
         extra = ()
     status, out, err = autotune(*arguments, *extra)
     assert status == 2
@@ -77,6 +84,7 @@ def test_a_database_that_cannot_be_used_is_one_line(autotune, tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     status, _, err = autotune(*SMALL, "--quiet", "--db", tmp_path / "file")
     assert (status, err.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'file'} is a file, where the folder of databases should be: " in err
     assert "--db" in err
 
 
@@ -238,6 +246,13 @@ def test_sigterm_ends_the_run_and_its_workers(tmp_path: Path) -> None:
     assert err.strip().splitlines()[-1].startswith("autotune: terminated: finished trials are kept")
     assert "Traceback" not in err
     assert not _processes_of(tmp_path)
+
+
+def test_help_cuts_no_summary_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for group in (cli.cli, cli.db.db):
+        for name, command in group.commands.items():
+            assert len(command.short_help or "") in range(10, 50), name
 
 
 def test_version(autotune) -> None:

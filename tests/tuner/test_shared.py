@@ -452,7 +452,7 @@ def test_what_other_tools_add_to_a_study_is_passed_over(two: tuple[SharedSearch,
 
 
 def test_retuning_what_others_have_tried_is_refused(tmp_path: Path, url: str) -> None:
-    with pytest.raises(UsageError, match="retune and storage exclude each other"):
+    with pytest.raises(UsageError, match=r"retune and storage \(--retune, --storage\) exclude each other"):
         run(tmp_path, url, "one", retune=True)
     assert not (tmp_path / "one" / "db").exists()
 

@@ -324,12 +324,18 @@ def test_what_can_be_asked_for() -> None:
     for op in ("gemm", "conv2d", "attention"):
         of_op = tuple(workload for workload in SUITES["default"] if workload.op == op)
         assert resolve_workloads(DEVICE, [op]) == of_op != ()
+    assert resolve_workloads(DEVICE, ["gemm", "gemm"], [SMALL]) == resolve_workloads(DEVICE, ["gemm"], [SMALL])
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"kernels": ["gem"]}, UnknownKernelError, "unknown kernel 'gem'; did you mean gemm?"),
+        ({"kernels": ["gem"]}, UnknownKernelError, "unknown op 'gem'; did you mean gemm?"),
+        (
+            {"kernels": ["gemm", "conv2d"], "problems": [SMALL]},
+            UsageError,
+            "is of one op: name it alone, not ",
+        ),
         ({"problems": []}, UsageError, "there is nothing to do"),
         ({"problems": ["M=64,N=64"]}, ProblemError, "missing K"),
         ({"problems": ["M=64,N=64,K=0"]}, ProblemError, "K=0 must be from 1"),

@@ -94,7 +94,7 @@ def test_a_ptxas_that_somebody_killed_gets_a_second_try(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"op": "gem"}, f"unknown kernel 'gem'; did you mean gemm? (kernels: {', '.join(k.name for k in KERNELS)})"),
+        ({"op": "gem"}, f"unknown op 'gem'; did you mean gemm? (ops: {', '.join(k.name for k in KERNELS)})"),
         ({"problem": {"M": 0, "N": 1, "K": 1}}, "M=0 must be from 1 to 2147483647"),
         ({"config": {"BLOCK_M": 16}}, "GemmConfig is missing BLOCK_N, BLOCK_K"),
         ({"problem": None}, "TypeError: 'NoneType' object is not iterable"),

@@ -37,8 +37,7 @@ def test_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_home_that_there_is_not_is_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     named = {env.DB_DIR: env.database_dir, env.PACK: env.pack_file, env.SHIPPED: env.shipped_dir}[name]
     monkeypatch.setenv(name, "~nobody-at-all/x")
-    what = "the folder of the databases" if name == env.DB_DIR else name
-    with pytest.raises(UsageError, match=rf"^{what} '~nobody-at-all/x' can't be found: "):
+    with pytest.raises(UsageError, match=rf"^{name} '~nobody-at-all/x' can't be found: "):
         named()
 
 
@@ -154,3 +153,8 @@ def test_a_misspelt_lock_is_no_open_one(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(env.FROZEN, "ture")
     with pytest.raises(UsageError, match="TILEWRIGHT_FROZEN='ture' is neither on nor off: set it to 1, or to 0"):
         env.frozen()
+
+
+def test_a_home_that_there_is_not_is_told_without_a_variable_too() -> None:
+    with pytest.raises(UsageError, match=r"^the folder of the databases '~nobody-at-all/x' can't be found: "):
+        env.database_dir("~nobody-at-all/x")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tilewright.tuning_db.text import did_you_mean, one_line, printable, shown
+from tilewright.tuning_db.text import counted, did_you_mean, one_line, printable, shown
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,10 @@ def test_values_are_one_short_line(value: object, said: str) -> None:
 
 def test_what_is_said_becomes_a_line() -> None:
     assert one_line(ValueError("first\n second\t third\n\nlast\n")) == "first second third last"
+
+
+def test_one_is_no_plural() -> None:
+    assert [counted(number, "trial") for number in (0, 1, 2)] == ["0 trials", "1 trial", "2 trials"]
 
 
 def test_lines_command_no_terminal() -> None:

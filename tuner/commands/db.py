@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from tilewright.tuner.commands.ending import EXIT_FAILED, EXIT_USAGE
-from tilewright.tuner.commands.options import Group, db_option, json_option
+from tilewright.tuner.commands.options import Group, WholeNumber, db_option, json_option
 from tilewright.tuner.commands.output import new_table, print_json, print_table, say
 from tilewright.tuning_db.errors import DatabaseAccessError, DatabaseError, UsageError
 from tilewright.tuning_db.file import open_file, path_for
@@ -22,7 +22,7 @@ from tilewright.tuning_db.upkeep import Overview
 _device = click.option("--device", metavar="NAME", help="As for autotune itself; by default every database there is.")
 
 
-@click.group(cls=Group, invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True, short_help="Look after the tuning databases.")
 @click.pass_context
 def db(context: click.Context) -> None:
     """Look after the tuning databases."""
@@ -85,7 +85,7 @@ def _own_and_shipped(device: str | None, folder: str | None) -> tuple[list[Path]
     return there, shipped
 
 
-@db.command()
+@db.command(short_help="Print the folder, or the file of a device.")
 @_device
 @db_option
 def path(device: str | None, db: str | None) -> None:
@@ -98,7 +98,7 @@ def path(device: str | None, db: str | None) -> None:
     click.echo(os.fsencode(found))  # its very bytes, of which some may be no text
 
 
-@db.command()
+@db.command(short_help="Show what the databases hold.")
 @_device
 @db_option
 @json_option
@@ -163,7 +163,7 @@ def _fields(view: Overview) -> dict[str, Any]:
     }
 
 
-@db.command()
+@db.command(short_help="Check every page and record.")
 @_device
 @db_option
 @json_option
@@ -194,12 +194,12 @@ def check(context: click.Context, device: str | None, db: str | None, as_json: b
         context.exit(EXIT_FAILED)
 
 
-@db.command()
+@db.command(short_help="Remove what nothing asks for any more.")
 @click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
 @db_option
 @click.option(
     "--older-than",
-    type=click.IntRange(0, 36_500),
+    type=WholeNumber(min=0, max=36_500),
     metavar="DAYS",
     help="Measured results of other revisions that are older go too.",
 )

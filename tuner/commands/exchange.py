@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from tilewright.tuner.commands.options import Command, db_option, json_option
+from tilewright.tuner.commands.options import Command, WholeNumber, db_option, json_option
 from tilewright.tuner.commands.output import let_go_of_stdout, print_json, say
 from tilewright.tuner.temporary import WorkerFolder, remove_abandoned
 from tilewright.tuning_db.atomic import whole_file
@@ -28,12 +28,12 @@ from tilewright.tuning_db.upkeep import overview, refuse_other_devices
 STREAM = "-"
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Write records to a file or stdout.")
 @click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
 @click.option("--kernel", "kernels", multiple=True, metavar="OP", help="Only records of this op; repeatable.")
 @click.option(
     "--best",
-    type=click.IntRange(min=1),
+    type=WholeNumber(min=1),
     metavar="N",
     help="Only the N fastest measured configurations of each problem and toolchain, and the default.",
 )
@@ -103,7 +103,7 @@ def _say_what_is_stale(path: Path) -> None:
         say(f"{stale} of them are of other kernels or another timing protocol than these: answered as transferred only")
 
 
-@click.command("import", cls=Command)
+@click.command("import", cls=Command, short_help="Read what was exported.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE…")
 @db_option
 @json_option
@@ -157,7 +157,7 @@ def _opened(name: str, stack: ExitStack) -> BinaryIO:
         raise UsageError(f"{name} can't be read: {error.strerror}") from None
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Read database files of another machine.")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE…")
 @db_option
 @json_option

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tilewright.tuning_db.record import Key, Record
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="List the boards, and the GPUs here.")
 @json_option
 def devices(as_json: bool) -> None:
     """List the boards that can be named, and the GPUs that are here."""
@@ -32,12 +32,12 @@ def devices(as_json: bool) -> None:
         print_json({"devices": [_device_fields(device) | {"reference": device.key in reference} for device in listed]})
         return
     numbers = ("SMs", "boost MHz", "GB/s", "L2 MiB", "shared/block KiB", "fp16 TFLOP/s")
-    table = new_table(("board", "arch", "name"), numbers, ("",))
+    table = new_table(("board", "arch", "name"), numbers, ("note",))
     notes: dict[str, list[str]] = {}
     for device in (*live_devices(), *CATALOGUE):
         remarks = [device.live] if device.live else []
         if not device.live and REFERENCE_BOARDS.get(device.arch) == device.board:
-            remarks.append(f"what {device.sm} means")
+            remarks.append(f"reference board of {device.sm}")
         if device.note:
             notes.setdefault(device.note, []).append(device.board)
         table.add_row(
@@ -63,7 +63,7 @@ def _device_fields(device: Device) -> dict[str, Any]:
     return {**fields, "arch": device.sm, "key": device.key}
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="List the suites of workloads.")
 @json_option
 def suites(as_json: bool) -> None:
     """List the suites that can be named, and how many workloads of each op they have."""
@@ -87,7 +87,7 @@ def suites(as_json: bool) -> None:
     print_table(table)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Show the best results of a device.")
 @click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
 @db_option
 @json_option

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from tilewright.tuner.commands.db import warn_of_no_shipped_folder
 from tilewright.tuner.commands.ending import EXIT_FAILED
+from tilewright.tuner.commands.options import WholeNumber
 from tilewright.tuner.commands.output import new_table, print_table
 from tilewright.tuning_db.errors import UsageError
 from tilewright.tuning_db.text import printable, shown
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tilewright.tuner.model.request import Request
     from tilewright.tuner.tune import TuningOptions
 
@@ -232,7 +234,7 @@ def model_options(command: Any) -> Any:
             ),
             click.option(
                 "--samples",
-                type=click.IntRange(min=2, max=MOST_SAMPLES),
+                type=WholeNumber(min=2, max=MOST_SAMPLES),
                 metavar="N",
                 help="Calibration inputs to use at the most; 32 by default.",
             ),

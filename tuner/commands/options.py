@@ -9,6 +9,7 @@ import click
 
 from tilewright.tuner.pool import MOST_JOBS
 from tilewright.tuning_db.env import DB_DIR
+from tilewright.tuning_db.text import shown
 
 if TYPE_CHECKING:
     from tilewright.tuner.suites import Workload
@@ -19,7 +20,13 @@ class _Once(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As `click.Command` does."""
-        *_, given = self.make_parser(ctx).parse_args(args=list(args))
+        try:
+            *_, given = self.make_parser(ctx).parse_args(args=list(args))
+        except click.NoSuchOption as error:
+            if error.option_name != "--debug":
+                raise
+            name = ctx.command_path.removeprefix(ctx.find_root().command_path)
+            raise click.UsageError(f"--debug goes before the subcommand: autotune --debug{name} …", ctx) from None
         for option in given:
             once = isinstance(option, click.Option) and not (option.multiple or option.is_flag)
             if once and given.count(option) > 1 and not ctx.resilient_parsing:
@@ -37,14 +44,26 @@ class Group(_Once, click.Group):
     command_class = Command
 
 
-class Jobs(click.IntRange):
+class WholeNumber(click.IntRange):
+    """As `click.IntRange`, in words."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As `click.IntRange` does."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            limits = f"at least {self.min}" if self.max is None else f"from {self.min} to {self.max}"
+            self.fail(f"{shown(str(value))} must be a whole number, {limits}", param, ctx)
+
+
+class Jobs(WholeNumber):
     """A number of compiling processes."""
 
     def __init__(self) -> None:
         super().__init__(min=1)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As `click.IntRange` does."""
+        """As `WholeNumber` does."""
         jobs = super().convert(value, param, ctx)
         if jobs > MOST_JOBS:
             why = f"each is a process with a compiler in it, and there may be {MOST_JOBS} of them"

@@ -10,50 +10,89 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from rich.console import Console, ConsoleDimensions
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
 
 from tilewright.tuning_db.text import printable
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-class PlainTable(Table):
+NARROWEST = 24
+"""Of a column of text that a terminal folds, unless all its cells are shorter."""
+
+_GAP = 2  # between columns
+
+
+class PlainTable:
     """A table whose cells are shown as they are: what is on record may come from anywhere, and is no markup."""
 
-    def add_row(self, *cells: Any, **options: Any) -> None:
-        """As `Table.add_row`, of texts."""
-        super().add_row(*(Text(printable(str(cell))) for cell in cells), **options)
+    def __init__(self, columns: Sequence[str], numbers: Sequence[str], more: Sequence[str]) -> None:
+        self._rows: list[tuple[str, ...]] = [(*columns, *numbers, *more)]
+        self._texts = [index for index, name in enumerate(self._rows[0]) if name not in numbers]
+
+    @property
+    def row_count(self) -> int:
+        """Without the heading."""
+        return len(self._rows) - 1
+
+    def add_row(self, *cells: Any) -> None:
+        """A row of texts."""
+        self._rows.append(tuple(printable(str(cell)) for cell in cells))
+
+    def __rich__(self) -> Table:
+        return self.fitted(None)[0]
+
+    def fitted(self, room: int | None) -> tuple[Table, int]:
+        """The table, and its width: as it is, or folded to fit in `room`, if it can."""
+        from rich.cells import cell_len
+        from rich.table import Table
+        from rich.text import Text
+
+        widths = [max(map(cell_len, column)) for column in zip(*self._rows, strict=True)]
+        gaps = _GAP * (len(widths) - 1)
+        while room is not None and sum(widths) + gaps > room:
+            widest = max(self._texts, key=lambda index: widths[index])
+            if widths[widest] <= NARROWEST:
+                break
+            widths[widest] -= 1
+        names, *rows = self._rows
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for index, (name, width) in enumerate(zip(names, widths, strict=True)):
+            justify: Literal["left", "right"] = "left" if index in self._texts else "right"
+            table.add_column(name, justify=justify, width=width, overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        return table, sum(widths) + gaps
 
 
 def new_table(columns: Sequence[str], numbers: Sequence[str] = (), more: Sequence[str] = ()) -> PlainTable:
     """An empty table: columns of text, then of numbers, then of text again."""
-    table = PlainTable(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        table.add_column(name, no_wrap=True)
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in more:
-        table.add_column(name, no_wrap=True)
-    return table
+    return PlainTable(columns, numbers, more)
 
 
-def print_table(table: Table) -> None:
-    """Prints every cell whole: a terminal that is too narrow for a row breaks it, and nothing is cut."""
+def print_table(table: PlainTable) -> None:
+    """Prints every cell whole: a terminal that is too narrow for a row has its texts folded, a file has whole rows."""
+    from rich.console import Console, ConsoleDimensions
+
     console = Console()
-    unbounded = console.options.update(max_width=10_000)
     width, height = console.size
+    shown, wanted = table.fitted(width if console.is_terminal else None)
     # Both: with one of them alone, a terminal that calls itself dumb has 80 columns whatever is asked for.
-    console.size = ConsoleDimensions(max(width, Measurement.get(console, unbounded, table).maximum), height)
-    console.print(table, crop=False)
+    console.size = ConsoleDimensions(max(width, wanted), height)
+    if console.is_terminal:
+        console.print(shown, crop=False)
+        return
+    with console.capture() as captured:
+        console.print(shown, crop=False)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
 
 
 def say(line: str) -> None:
     """One line on stderr, as it is."""
-    Console(stderr=True).print(printable(line), markup=False, highlight=False, soft_wrap=True)
+    click.echo(printable(line), err=True)
 
 
 def print_json(document: Any) -> None:

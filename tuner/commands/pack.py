@@ -18,9 +18,10 @@ from tilewright.tuner.commands.options import (
 )
 from tilewright.tuner.commands.output import export_command, print_json, say
 from tilewright.tuning_db.errors import UsageError
+from tilewright.tuning_db.text import counted
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Compile what programs run into one file.")
 @click.option("--device", required=True, metavar="NAME", help="As for autotune itself.")
 @click.option("--output", required=True, metavar="FILE", help="The pack to write.")
 @click.option("--kernel", "kernels", multiple=True, metavar="OP", help="Only problems of this op; repeatable.")
@@ -89,9 +90,8 @@ def pack(
         return
     counts = ", ".join(f"{count} {provenance}" for provenance, count in packed.counts().items() if count)
     size = f"{packed.bytes / 2**20:.1f} MiB"
-    click.echo(
-        f"{output}: {len(packed.entries)} problems of {packed.device} ({counts}), {packed.kernels} kernels, {size}"
-    )
+    problems_of, kernels_of = counted(len(packed.entries), "problem"), counted(packed.kernels, "kernel")
+    click.echo(f"{output}: {problems_of} of {packed.device} ({counts}), {kernels_of}, {size}")
     click.echo(f"SHA-256 {packed.sha256}")
     say(f"Programs use it once you `{export_command(PACK, Path(output))}`, and nothing else with {FROZEN}=1")
 

@@ -12,15 +12,14 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBars
-from rich.table import Table
 
 from tilewright.kernels.device import Device
-from tilewright.tuner.commands.output import export_command, new_table
+from tilewright.tuner.commands.output import PlainTable, export_command, new_table
 from tilewright.tuner.config_text import short_config
 from tilewright.tuner.results import Progress, Result, Results
 from tilewright.tuning_db.env import DB_DIR
 from tilewright.tuning_db.record import Provenance
-from tilewright.tuning_db.text import printable
+from tilewright.tuning_db.text import counted, printable
 
 
 class ProgressView:
@@ -95,7 +94,7 @@ def one_line(result: Result) -> str:
     """A result in a line of a log."""
     if result.time_us is None:
         return _failure(result)
-    where = "from the cache" if result.cached else f"{result.trials} trials"
+    where = "from the cache" if result.cached else counted(result.trials, "trial")
     return f"{result.time_us:.1f} µs {result.provenance}, {short_config(result.config)} ({where})"
 
 
@@ -105,7 +104,7 @@ def _failure(result: Result) -> str:
     return f"{result.status}: {result.message}{known}"
 
 
-def results_table(results: Results) -> Table:
+def results_table(results: Results) -> PlainTable:
     """The final table of a run; why a workload has no time is in `failure_lines`, for it may be long."""
     numbers = ("time µs", "TFLOP/s", "% of roofline", "registers", "spills", "shared B")
     table = new_table(("workload", "configuration"), numbers, ("provenance",))
@@ -143,7 +142,7 @@ def describe_device(device: Device) -> str:
 def closing_lines(results: Results, default_folder: Path | None) -> list[str]:
     """What was done and where it was saved, and what to do next. Programs look in `default_folder` unless told; None
     for nowhere."""
-    done = f"{results.compiled} kernels compiled or found compiled in {results.elapsed_s:.1f} s"
+    done = f"{counted(results.compiled, 'kernel')} compiled or found compiled in {results.elapsed_s:.1f} s"
     if results.compiled:
         done += f" ({results.compiled / results.elapsed_s:.1f}/s)"
     if not any(result.trials or result.config for result in results.results):

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 
 from tilewright.tuner.commands.db import warn_of_no_shipped_folder
 from tilewright.tuner.commands.ending import EXIT_FAILED
@@ -16,6 +15,8 @@ from tilewright.tuning_db.errors import UsageError
 from tilewright.tuning_db.text import printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tilewright.tuner.commands.options import Asked
     from tilewright.tuner.results import Results
     from tilewright.tuner.tune import TuningOptions
@@ -25,6 +26,8 @@ def run_tuning(
     context: click.Context, device: str, asked: Asked, options: TuningOptions, *, as_json: bool, quiet: bool
 ) -> None:
     """Tunes what is asked for, and ends with 1 if no workload has a configuration."""
+    from rich.console import Console
+
     from tilewright.kernels.devices import resolve_device
     from tilewright.tuner.commands import report
     from tilewright.tuner.suites.workload import distinct

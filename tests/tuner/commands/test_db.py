@@ -227,7 +227,7 @@ def test_a_file_under_the_name_of_another_board_is_refused(autotune, counted, tm
     [
         (("prune",), "Missing option '--device'"),
         (("prune", "--device", "a10"), "a10-72sm.sqlite: nothing to prune"),
-        (("prune", "--device", "a10", "--older-than", "800000"), "800000 is not in the range 0<=x<=36500"),
+        (("prune", "--device", "a10", "--older-than", "800000"), "'800000' must be a whole number, from 0 to 36500"),
         (("prune", "--device", "a10", "--older-than", "-1"), "--older-than"),
         (("stats", "--device", "rtx309"), "no device is called"),
         (("mend",), "No such command 'mend'"),

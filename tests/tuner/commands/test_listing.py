@@ -18,7 +18,11 @@ def test_devices_lists_every_board(autotune) -> None:
 
     status, out, _ = autotune("devices")
     assert status == 0
-    assert {device.board for device in CATALOGUE} <= {line.split()[0] for line in out.splitlines()}
+    header, *rows = out.splitlines()
+    assert {device.board for device in CATALOGUE} <= {line.split()[0] for line in rows}
+    assert header.endswith("  note")
+    (reference,) = [line for line in rows if line.endswith("reference board of sm_86")]
+    assert reference.startswith("rtx3090 ")
 
 
 @pytest.mark.smoke

@@ -40,7 +40,7 @@ def test_what_is_repeatable_and_what_is_a_flag_may_be_repeated(autotune, tmp_pat
     status, out, _ = autotune("db", "stats", "--db", tmp_path, "--json", "--json")
     assert (status, out.count("databases")) == (0, 1)
     status, _, err = autotune("--device", "a10", "--kernel", "gemm", "--kernel", "gem", "--quiet", "--quiet")
-    assert (status, "unknown kernel 'gem'" in err) == (2, True)
+    assert (status, "unknown op 'gem'" in err) == (2, True)
 
 
 def test_the_help_has_the_defaults(autotune) -> None:

@@ -1,32 +1,54 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from tilewright.tuner.commands.output import export_command, new_table, print_json, print_table, say, settle_streams
+from tilewright.tuner.commands.output import (
+    NARROWEST,
+    PlainTable,
+    export_command,
+    new_table,
+    print_json,
+    print_table,
+    say,
+    settle_streams,
+)
 
 
-def test_a_narrow_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setenv("COLUMNS", "10")
+def a_table() -> PlainTable:
     table = new_table(("first",), ("number",), ("last",))
-    table.add_row("a long name of something", "12345", "and more")
-    print_table(table)
-    header, row = capsys.readouterr().out.splitlines()
+    table.add_row("a-long-name-of-something " * 4, "12345", "and more")
+    table.add_row("short", "1", "")
+    return table
+
+
+def test_what_is_no_terminal_gets_whole_rows_without_blanks_at_their_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10")
+    print_table(a_table())
+    header, row, last = capsys.readouterr().out.splitlines()
     assert header.split() == ["first", "number", "last"]
-    assert row.split("  ")[0] == "a long name of something"
-    assert row.rstrip().endswith("12345  and more")
+    assert row == "a-long-name-of-something " * 4 + "   12345  and more"
+    assert last == f"{'short':<100}       1"
 
 
-def test_a_dumb_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, whatever it is
-    table = new_table(("first",), ("number",))
-    table.add_row("x" * 300, "12345")
-    print_table(table)
-    assert "x" * 300 in capsys.readouterr().out
+@pytest.mark.parametrize(("kind", "columns", "lines"), [("xterm", 60, 6), ("dumb", 80, 4), ("xterm", 10, 6)])
+def test_a_terminal_folds_long_texts_and_cuts_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys, kind: str, columns: int, lines: int
+) -> None:
+    for name, value in {"TERM": kind, "FORCE_COLOR": "1", "NO_COLOR": "1", "COLUMNS": str(columns)}.items():
+        monkeypatch.setenv(name, value)
+    print_table(a_table())
+    printed = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines()]
+    assert len(printed) == lines
+    assert max(map(len, printed)) <= max(columns, NARROWEST + len("  number  and more"))
+    assert sum(line.count("a-long-name-of-something") for line in printed) == 4
+    assert "12345  and more" in printed[1]
 
 
 def test_a_cell_is_neither_markup_nor_a_command_of_a_terminal(capsys) -> None:

@@ -19,7 +19,7 @@ def test_what_is_on_record_is_packed(autotune, tmp_path: Path) -> None:
     assert status == 0
     digest = hashlib.sha256(output.read_bytes()).hexdigest()
     line, hash_line = out.splitlines()
-    assert line.startswith(f"{output}: 1 problems of rtx3090-82sm (1 measured), 1 kernels, ")
+    assert line.startswith(f"{output}: 1 problem of rtx3090-82sm (1 measured), 1 kernel, ")
     assert hash_line == f"SHA-256 {digest}"
     assert f"`export TILEWRIGHT_PACK='{output}'`" in err
     (entry,) = Pack(output).entries

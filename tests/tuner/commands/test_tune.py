@@ -86,7 +86,7 @@ def test_a_storage_is_shared_and_one_that_cannot_be_opened_is_one_line(autotune,
     for arguments, said in (
         (("--storage", missing), f"the storage {missing} can't be opened: unable to open database file"),
         (("--storage", "redis://:secret@host/0"), "the storage redis://host/0 is of no kind that SQLAlchemy knows"),
-        (("--storage", url, "--retune"), "retune and storage exclude each other"),
+        (("--storage", url, "--retune"), "retune and storage (--retune, --storage) exclude each other"),
     ):
         status, out, err = autotune(*SMALL, "--db", tmp_path / "three", *arguments)
         assert (status, out) == (2, "")
