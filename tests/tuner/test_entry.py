@@ -13,6 +13,8 @@ INTERRUPTED = """
 import os, signal, sys
 from importlib.metadata import EntryPoint
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which a background job's parent may have ignored
+
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
         if name == sys.argv[1]:
