@@ -3,7 +3,8 @@
 A plan gives every layer one of a few kinds, from the fewest bits to the most. The search tries, in this order,
 
 1. all layers in the fewest bits, and all in the most: if the first will do, that is the answer;
-2. each layer alone in the fewest bits: the noise that it adds to the outputs;
+2. each layer alone in the fewest bits: the noise that it adds to the outputs. One that makes them NaN or infinite is
+   not tried in these any more;
 3. by halving, how much noise may be let in: of a noise, the layers that save the most time while adding no more than
    that. Noise of different layers is nearly independent, so it adds up as power does, and which layers those are is a
    knapsack problem;
@@ -127,14 +128,20 @@ def search(
         return book.outcome({})
     floor = book.tried(high)
     noise = {layer: book.tried({**high, layer: low[layer]}).error for layer in free}
-    power = {layer: max(error * error - floor.error * floor.error, 0.0) for layer, error in noise.items()}
+    # NaN and infinities have no power, and add up to nothing. Where the most bits make them as well, there is no floor.
+    least_error = floor.error if math.isfinite(floor.error) else 0.0
+    power = {
+        layer: max(error * error - least_error * least_error, 0.0)
+        for layer, error in noise.items()
+        if math.isfinite(error)
+    }
     plan: dict[str, str] = dict(high)
     least, most = 0.0, sum(power.values())
-    allowed = max(power.values())
+    allowed = max(power.values(), default=0.0)
     before = len(book)
     # What has been tried costs nothing, and does not count.
     while len(book) < before + HALVINGS and most > least * (1 + 1 / _CAPACITY):
-        chosen = _knapsack({layer: (power[layer], saved_us.get(layer, 0.0)) for layer in free}, allowed)
+        chosen = _knapsack({layer: (power[layer], saved_us.get(layer, 0.0)) for layer in power}, allowed)
         asked = {**high, **{layer: low[layer] for layer in chosen}}
         if book.met(asked):
             least, plan = allowed, asked
@@ -147,7 +154,7 @@ def search(
             (layer for layer in free if plan[layer] == high[layer]), key=lambda layer: -saved_us.get(layer, 0.0)
         )
         for layer in raised[:MOST_RETURNS]:
-            for kind in layers[layer][:-1]:
+            for kind in layers[layer][0 if layer in power else 1 : -1]:
                 if book.met({**plan, layer: kind}):
                     plan[layer] = kind
                     break

@@ -99,6 +99,41 @@ def test_kinds_between_the_fewest_and_the_most_bits_are_tried():
     assert found.chosen.plan == {"a": "fp8"}
 
 
+@pytest.mark.parametrize("wild", [("a",), ("a", "c"), tuple(NOISE)])
+def test_layers_that_make_infinities_stay_in_more_bits(wild):
+    model = Model(0.04)
+
+    def evaluate(plan):
+        found = model(plan)
+        broken = any(plan[layer] == "int8" for layer in wild)
+        return Evaluation(found.time_us, math.inf, False) if broken else found
+
+    found = search(LAYERS, TIMES, evaluate)
+    assert found.met
+    tame = {layer: TIMES[layer] for layer in NOISE if layer not in wild}
+    most = 20 - sum(TIMES.values()) + sum(TIMES[layer] for layer in wild)
+    assert {found.chosen.plan[layer] for layer in wild} == {"fp16"}
+    # "b" has more noise than the budget lets in; all others that are left fit together.
+    assert found.chosen.evaluation.time_us == most + tame.get("b", 0.0)
+    # Each was tried alone and with all others: never again.
+    assert all(sum(plan[layer] == "int8" for plan in model.asked) == 2 for layer in wild)
+
+
+def test_infinities_in_the_most_bits_are_no_floor():
+    """Layers that each make a model finite again, as 8 bits do of what fp16 has no room for."""
+
+    def evaluate(plan):
+        low = [layer for layer, kind in plan.items() if kind == "int8"]
+        error = math.hypot(*(NOISE[layer] for layer in low)) if "a" in low else math.inf
+        return Evaluation(20 - sum(TIMES[layer] for layer in low), error, error <= 0.04)
+
+    found = search(LAYERS, TIMES, evaluate)
+    assert found.met
+    assert found.chosen.plan["a"] == "int8"
+    nothing = search(LAYERS, TIMES, lambda plan: Evaluation(1.0, math.inf, False))
+    assert not nothing.met
+
+
 def test_a_damaged_study_is_set_aside_and_told(tmp_path):
     file = tmp_path / "precision.sqlite"
     file.write_bytes(b"no database, but as long as a page of one" * 100)
