@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tilewright.tuner.model.graph import DTYPES, constant, op_of, plugin_inputs, plugin_settings, static_shape
-from tilewright.tuner.model.precision.quantise import ACTIVATIONS, LARGEST, QUANTISED, WEIGHTS, LayerPrecision
+from tilewright.tuner.model.precision.quantise import ACTIVATIONS, LARGEST, QUANTISED, WEIGHTS, LayerPrecision, depth_of
 
 Array = np.ndarray[Any, Any]
 
@@ -48,19 +48,13 @@ class LayerData:
         shape = static_shape(self.weight)
         assert shape is not None
         self.shape = shape
+        self.depth = depth_of(node)
         self.groups = self.settings["groups"] if self.op == "conv2d" else 1
 
     @property
     def is_matrix(self) -> bool:
         """Whether the weights are one matrix, or one for each group, and not one for each place of a batch."""
         return self.op == "conv2d" or all(length == 1 for length in self.shape[:-2])
-
-    @property
-    def depth(self) -> int:
-        """Products in one sum."""
-        if self.op == "conv2d":
-            return int(np.prod(self.shape[1:]))
-        return self.shape[-1 if self.settings["trans_b"] else -2]
 
     @property
     def channels(self) -> int:

@@ -67,6 +67,9 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {"gemm": ("a",), "conv2d": ("x",), 
 
 WEIGHTS: Mapping[str, str] = {"gemm": "b", "conv2d": "w"}
 
+DEEPEST = (2**31 - 1) // 128**2
+"""Products of int8 that a sum in int32 has room for, whatever they are: of more it may wrap around."""
+
 _SMALLEST = float(np.finfo(np.float32).tiny)
 _CHUNK = 1 << 24
 """Weights converted at a time, so that a large matrix needs no second one in fp32."""
@@ -108,6 +111,15 @@ def channel_axis(node: ir.Node) -> int:
     b = plugin_inputs(node)["b"]
     assert b.shape is not None
     return len(b.shape) - (2 if plugin_settings(node)["trans_b"] else 1)
+
+
+def depth_of(node: ir.Node) -> int:
+    """The products in each sum of a layer with weights: K, or C/groups·R·S."""
+    shape = static_shape(plugin_inputs(node)[WEIGHTS[op_of(node)]])
+    assert shape is not None
+    if op_of(node) == "conv2d":
+        return math.prod(shape[1:])
+    return shape[-1 if plugin_settings(node)["trans_b"] else -2]
 
 
 def channel_scales(weights: Array, axis: int, kind: str) -> Array:
@@ -206,6 +218,8 @@ def eligible(node: ir.Node, kind: str) -> str | None:
         operation.problem(ordered, attributes)
     except UsageError as error:
         return str(error)
+    if kind == "int8" and op in WEIGHTS and depth_of(node) > DEEPEST:
+        return f"its sums are of {depth_of(node)} products, and int32 has room for {DEEPEST} of int8"
     return None
 
 

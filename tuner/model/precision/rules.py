@@ -10,7 +10,7 @@ Rules, each of which gives the reason that a layer stays at the base precision:
 - *Softmax and norms* are no layers of int8 or fp8: the integers of a softmax have no room for its small numbers, which
   decide sums over many keys; a norm divides by a statistic, which an error of the largest value shifts as a whole.
 - What `quantise.eligible` refuses: products of two activations, operators that are no plugin of ours, shapes that the
-  kernel does not take.
+  kernel does not take, sums of int8 that its int32 has no room for.
 
 Activations of layers joined by operators that quantisation commutes with (`output_scales.MOVED`) get one scale, the
 largest of theirs, so that one step serves all.

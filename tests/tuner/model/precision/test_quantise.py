@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -291,6 +293,27 @@ def test_what_kernels_can_not_take_has_a_reason(model: ir.Model, kind: str, reas
     names = ("q", "k", "v") if "q" in plugin_inputs(layer(model, "layer")) else ("a",)
     with pytest.raises(UsageError, match=f"node 'layer' can't be {kind}"):
         apply_precision(model, {"layer": LayerPrecision(kind, dict.fromkeys(names, 1.0))}, base="fp32")
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "settings"),
+    [
+        ("gemm", lambda depth: {"a": (1, depth), "b": (depth, 16)}, {}),
+        ("gemm", lambda depth: {"a": (1, depth), "b": (16, depth)}, {"trans_b": 1}),
+        ("conv2d", lambda depth: {"x": (1, depth // 2, 2, 1), "w": (16, depth // 2, 2, 1)}, {}),
+        ("conv2d", lambda depth: {"x": (1, 2 * depth, 1, 1), "w": (16, depth, 1, 1)}, {"groups": 2}),
+    ],
+)
+def test_sums_that_int32_has_no_room_for_are_not_int8(
+    op: str, shapes: Callable[[int], dict[str, tuple[int, ...]]], settings: dict[str, int]
+) -> None:
+    def reason(depth: int, kind: str) -> str | None:
+        arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes(depth).items()}
+        return eligible(layer(single(op, arrays, tuple(arrays)[:1], **settings), "layer"), kind)
+
+    assert reason(131_072, "int8") == "its sums are of 131072 products, and int32 has room for 131071 of int8"
+    assert reason(131_056, "int8") is None  # 16 less: rows are of whole 16 bytes
+    assert reason(131_072, "fp8") is None
 
 
 def test_quantised_layers_and_other_nodes_have_a_reason_too() -> None:
