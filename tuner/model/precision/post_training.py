@@ -11,11 +11,13 @@ In this order, each step on the model that the one before left:
 
 How near is the signal-to-quantisation-noise ratio, 10·log10(Σ c² / Σ (ŷ - y)²) in dB, over what the model's last
 layers give: before a softmax, which hides errors of everything but the largest. c is y less its mean over the inputs:
-what all inputs have in common is no signal.
+what all inputs have in common is no signal. What of y is not finite, as of a mask, is left out; a model that gives NaN
+or infinity elsewhere has -∞ dB.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +107,7 @@ def quantise(
     plain, corrected = (
         scored.of(apply_precision(model, plan, base="fp32", weights=weights, shifts=each)) for each in ({}, shifts)
     )
-    if corrected < plain:
+    if corrected <= plain:
         shifts = {}
     tell(f"{kind}: {max(plain, corrected):.1f} dB with weights rounded by their inputs and biases corrected")
     return Quantisation(kind, plan, reasons, best, scores, weights, shifts, report)
@@ -122,7 +124,9 @@ class Score:
         self._wanted = list(run(model, feeds, self._names))
         first, *others = self._wanted
         # Of one input, or some that are the same, all there is would be the mean.
-        self._alike = all(np.array_equal(first[name], other[name]) for other in others for name in self._names)
+        self._alike = all(
+            np.array_equal(first[name], other[name], equal_nan=True) for other in others for name in self._names
+        )
         zeros = dict.fromkeys(self._names, 0.0)
         self._signal = self._squares((wanted, zeros) for wanted in self._wanted)
 
@@ -130,20 +134,27 @@ class Score:
         """The signal-to-quantisation-noise ratio of a model that has the same values; without `shifts` a part of the
         noise that is the same for all feeds counts for nothing."""
         noise = self._squares(zip(run(model, self._feeds, self._names), self._wanted, strict=True), shifts=shifts)
+        if not np.isfinite(noise):
+            return -math.inf
         return 10 * float(np.log10(max(self._signal, 1e-300) / max(noise, 1e-300)))
 
     def _squares(self, pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]], *, shifts: bool = False) -> float:
         """Σ (a - b)², each difference less its mean over the feeds unless `shifts` count or all feeds give the same."""
         sums: dict[str, Array] = {}
+        counts: dict[str, Array] = {}
         squares = 0.0
-        for a, b in pairs:
+        for (a, b), wanted in zip(pairs, self._wanted, strict=True):
             for name in self._names:
-                difference = a[name].astype(np.float64) - b[name]
+                told = np.isfinite(wanted[name])
+                difference = np.subtract(a[name].astype(np.float64), b[name], out=np.zeros(told.shape), where=told)
+                if not np.isfinite(difference).all():
+                    return math.inf
                 squares += float(np.square(difference).sum())
-                sums[name] = sums[name] + difference if name in sums else difference
+                sums[name] = sums.get(name, 0.0) + difference
+                counts[name] = counts.get(name, 0) + told
         if shifts or self._alike:
             return squares
-        return squares - sum(float(np.square(each).sum()) for each in sums.values()) / len(self._feeds)
+        return squares - sum(float((np.square(sums[name]) / np.maximum(counts[name], 1)).sum()) for name in self._names)
 
 
 def _spread(total: int, count: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from tests.tuner.model.fused_nets import FEEDS, block, convolutions, decibels, fused, node, output, plan_of
@@ -70,6 +71,58 @@ def test_what_all_inputs_have_in_common_is_no_signal() -> None:
         assert score.of(louder, shifts=False) == pytest.approx(20, abs=1e-3)
     assert Score(plain, feeds).of(moved, shifts=False) > 60
     assert Score(plain, feeds).of(moved) < -50
+
+
+def test_what_is_not_finite_in_the_original_is_left_out() -> None:
+    """As a mask on the logits; some of it in every feed, some in one."""
+    weights = normal(0, 16, 16)
+    nodes = [
+        node("MatMul", ["x", "w"], ["m"], name="mm"),
+        node("Add", ["m", "mask"], ["masked"], name="add"),
+        node("Identity", ["masked"], ["y"], name="same"),
+    ]
+    mask = np.zeros((4, 16), np.float32)
+    mask[:, 3], mask[0, 0] = -np.inf, np.nan
+
+    def net(factor: float, mask: np.ndarray) -> ir.Model:
+        constants = {"w": weights * np.float32(factor), "mask": mask}
+        return fused(nodes, {"x": (4, 16)}, ["y"], constants)
+
+    feeds = [{"x": normal(1 + index, 4, 16)} for index in range(3)]
+    feeds[0]["x"][2, 0] = np.inf  # this row is not finite in one feed
+    score = Score(net(1, mask), feeds)
+    assert score.of(net(1.1, mask), shifts=False) == pytest.approx(20, abs=1e-3)
+    assert score.of(net(1, mask)) > 200
+    worse = mask.copy()
+    worse[1, 1] = -np.inf
+    assert score.of(net(1, worse)) == -np.inf
+
+
+@pytest.mark.parametrize("fill", [-np.inf, np.nan])
+def test_methods_and_shifts_are_chosen_beside_a_mask(fill: float) -> None:
+    def net(mask: np.ndarray) -> ir.Model:
+        nodes = [
+            node("MatMul", ["x", "w0"], ["a"], name="first"),
+            node("Relu", ["a"], ["b"], name="relu"),
+            node("MatMul", ["b", "w1"], ["c"], name="middle"),
+            node("Add", ["c", "bias"], ["d"], name="bias"),
+            node("Relu", ["d"], ["e"], name="relu2"),
+            node("MatMul", ["e", "w2"], ["f"], name="last"),
+            node("Add", ["f", "mask"], ["y"], name="masked"),
+        ]
+        constants = {f"w{index}": normal(index, 32, 32) for index in range(3)}
+        return fused(nodes, {"x": (8, 32)}, ["y"], {**constants, "bias": normal(4, 32), "mask": mask})
+
+    mask = np.zeros(32, np.float32)
+    feeds = [{"x": normal(index, 8, 32)} for index in range(8)]
+    plain = quantise(net(mask), feeds, "int8", smoothing=False)
+    mask[5] = fill
+    lines: list[str] = []
+    masked = quantise(net(mask), feeds, "int8", smoothing=False, tell=lines.append)
+    assert np.isfinite(list(masked.scores.values())).all()
+    assert masked.scores[masked.method] == max(masked.scores.values())  # type: ignore[index]
+    assert masked.method == plain.method
+    assert not any("nan" in line for line in lines)
 
 
 def test_inputs_that_are_all_the_same_are_told_apart_from_nothing() -> None:
