@@ -12,8 +12,8 @@ Rules, in this order:
 2. Operators of `STAYS`, those with subgraphs, and those of unknown domains stay fp32, each for the reason given.
 3. A node with a one-element constant that the type can only hold as 0 or a denormal number (the 1e-6 of a norm) stays;
    and so does one whose constants pass the range, or vanish where it multiplies or divides by them (`kept.py`).
-4. What comes near the range's end on calibration data stays: what makes such a value, and what reads it. A fused node
-   only gives it in fp32.
+4. What comes near the range's end on calibration data stays, and what comes no further than its denormal numbers: what
+   makes such a value, and what reads it. A fused node only gives it in fp32.
 5. What computes with integers stays, from a cast of wider ones on, and up to a cast to some.
 6. An arithmetic node next to one that stays, fed by it, stays as well: the pieces of a decomposed norm are one island,
    with casts around it and none inside.

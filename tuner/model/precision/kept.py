@@ -1,6 +1,7 @@
 """Nodes that stay fp32 for the numbers they compute with, whatever their operators: see rules 3 to 5 of `half.py`.
 
-- **Range**: a value that came near the range's end on the calibration data is computed in fp32, and read so.
+- **Range**: a value that came near the range's end on the calibration data, or no further than where the type begins to
+  lose digits, is computed in fp32, and read so.
 - **Constants**: so is what has a constant beyond the range, or one that the type has next to no digits of where it
   multiplies or divides. Masks are none of these: a large negative number that is added to scores, or stands in their
   place, on the way to a softmax, does there what any number does that is large enough; so does one that was seen there.
@@ -78,7 +79,8 @@ STREAMS: Mapping[str, tuple[str, ...]] = {"gemm": ("residual",), "conv2d": ("res
 """Inputs of fused nodes, by op, that they take in fp32 where what makes them is fp32, whatever they compute in."""
 
 MARGIN = 2
-"""How often the largest number seen has to fit into the range: other inputs have larger ones."""
+"""How often the largest number seen has to fit into the range, and the smallest normal one into it: other inputs have
+larger ones, and smaller."""
 
 
 def limits(dtype: str) -> tuple[float, float]:
@@ -111,15 +113,18 @@ def kept(
     nodes = [node for node in model.graph if not _has_subgraphs(node)]
     masks = _constants(nodes, target, pinned, found)
     _absorbing(nodes, target, found)
-    limit = limits(target)[0] / MARGIN
-    large = {name: max(high, -low) for name, (low, high) in extremes.items() if max(high, -low) > limit}
-    if large:
+    largest, smallest = limits(target)
+    limit, least = largest / MARGIN, smallest * MARGIN
+    seen = {name: max(high, -low) for name, (low, high) in extremes.items()}
+    seen = {name: most for name, most in seen.items() if most > limit or 0 < most < least}
+    if seen:
         values = {_named(value): value for value in (*model.graph.inputs, *(v for node in nodes for v in node.outputs))}
-        for name in large:
+        for name, most in seen.items():
             # What is large below 0 alone, and reaches nothing but softmaxes, is a mask.
-            if extremes[name][1] <= limit and name in values and _to_softmaxes([values[name]], model.graph) is not None:
+            below = most > limit and extremes[name][1] <= limit
+            if below and name in values and _to_softmaxes([values[name]], model.graph) is not None:
                 masks.add(name)
-        _ranges(nodes, {name: most for name, most in large.items() if name not in masks}, target, found)
+        _ranges(nodes, {name: most for name, most in seen.items() if name not in masks}, target, found)
     _integers(nodes, target, found)
     return found
 
@@ -260,8 +265,9 @@ def _is_bias_of_attention(node: ir.Node, value: ir.Value | None) -> bool:
     return is_fused(node) and op_of(node) == "attention" and plugin_inputs(node).get("bias") is value
 
 
-def _ranges(nodes: Iterable[ir.Node], large: Mapping[str, float], target: str, found: Kept) -> None:
-    """Keeps what makes or reads values that come near the range's end."""
+def _ranges(nodes: Iterable[ir.Node], seen: Mapping[str, float], target: str, found: Kept) -> None:
+    """Keeps what makes or reads values that come near the range's end, or not out of its beginning."""
+    largest, smallest = limits(target)
     for node in nodes:
         if node.op_type in _ANY and node.domain == "":
             continue
@@ -271,12 +277,14 @@ def _ranges(nodes: Iterable[ir.Node], large: Mapping[str, float], target: str, f
             read = [each for name, each in plugin_inputs(node).items() if name not in streams or not _computed(each)]
         made = list(node.outputs)
         if is_fused(node):
-            found.wide.update(value for value in node.outputs if _named(value) in large)
+            found.wide.update(value for value in node.outputs if _named(value) in seen)
             made = []
         names = [_named(value) for value in (*read, *made) if value is not None and dtype_name(value) == "fp32"]
-        most = max((large[name] for name in names if name in large), default=0.0)
-        if most:
-            found.reasons[node] = f"its numbers come to {most:.4g}, and {target} ends at {limits(target)[0]:.4g}"
+        most = max((seen[name] for name in names if name in seen), default=0.0)
+        if most >= smallest * MARGIN:
+            found.reasons[node] = f"its numbers come to {most:.4g}, and {target} ends at {largest:.4g}"
+        elif most:
+            found.reasons[node] = f"its numbers only come to {most:.4g}, and {target} loses digits below {smallest:.4g}"
 
 
 def _computed(value: ir.Value) -> bool:

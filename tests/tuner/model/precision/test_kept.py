@@ -137,6 +137,40 @@ def test_values_near_the_ranges_end_are_computed_and_read_in_fp32() -> None:
     assert not kept(model, "bf16", {"s": (0, 160e3)}).reasons
 
 
+def test_values_that_vanish_are_computed_and_read_in_fp32() -> None:
+    """Squares of numbers around 1e-4, which come back to 1."""
+    nodes = [
+        node("Mul", ["x", "small"], ["n"], name="scale"),
+        node("Mul", ["n", "n"], ["s"], name="square"),
+        node("Mul", ["s", "large"], ["t"], name="back"),
+        node("Mul", ["t", "large"], ["u"], name="again"),
+        node("MatMul", ["u", "w"], ["y"], name="mm"),
+    ]
+    constants = {"small": np.array(1e-4, np.float32), "large": np.array(1e4, np.float32), "w": normal(0, 16, 16)}
+    model = fused(nodes, {"x": (4, 16)}, ["y"], constants)
+    feed = {"x": normal(1, 4, 16)}
+    assert relative_error(output(apply_precision(model, {}, base="fp16"), feed), output(model, feed)) > 0.1
+    seen = {"x": (-3, 3), "n": (-3e-4, 3e-4), "s": (0, 9e-8), "t": (0, 9e-4), "u": (0, 9)}
+    mixed = apply_precision(model, {}, base="fp16", extremes=seen)
+    assert relative_error(output(mixed, feed), output(model, feed)) < 2e-3
+    assert dtypes(mixed)["s"] == "fp32"
+    reasons = {each.name: reason for each, reason in kept(model, "fp16", seen).reasons.items()}
+    assert reasons == dict.fromkeys(
+        ("square", "back"), "its numbers only come to 9e-08, and fp16 loses digits below 6.104e-05"
+    )
+    assert not kept(model, "bf16", seen).reasons
+    # Twice the least normal number is room for smaller ones; what is 0 throughout stays so.
+    for most, stays in ((1.2e-4, True), (1.3e-4, False), (0.0, False)):
+        assert bool(kept(model, "fp16", {"s": (-most, 0.0)}).reasons) == stays
+
+
+def test_a_layer_whose_result_vanishes_gives_it_in_fp32() -> None:
+    mixed = apply_precision(squares(), {}, base="fp16", extremes={"r": (0, 1e-6)})
+    assert dtypes(mixed)["r"] == "fp32"
+    first, second = (each for each in mixed.graph if each.op_type.startswith("Fused"))
+    assert [dtype_name(each.inputs[0]) for each in (first, second) if each.inputs[0] is not None] == ["fp16", "fp32"]
+
+
 def test_a_layer_whose_result_is_large_gives_it_in_fp32() -> None:
     model = squares()
     mixed = apply_precision(model, {}, base="fp16", extremes={"r": (0, 40000)})
