@@ -145,14 +145,13 @@ class _Chooser:
         kinds = kinds_for(self._kind, self._device)
         quantised = self._fastest([self._quantised(kind) for kind in kinds if kind in QUANTISED])
         floats = [kind for kind in kinds if kind in FLOATS]
+        base = self._base(floats, budget)
         if quantised is None:
             # Between float types layers are told apart as well: those that need the most bits keep them.
-            base = floats[-1]
             choices = {
                 layer: [kind for kind in floats if layer not in self._kept(None, kind)] for layer in self._layers
             }
         else:
-            base = self._base(floats, budget)
             stays = self._kept(quantised, base)
             choices = {
                 layer: [*([quantised.kind] if layer in quantised.plan else []), "fp32" if layer in stays else base]
@@ -174,7 +173,8 @@ class _Chooser:
             progress=lambda done, most: self._tell(f"precision: {done} plans tried, at most {most}"),
         )
         plan = _precisions(outcome.chosen.plan, quantised, base)
-        part = self._part(plan, base, quantised, outcome, f"the fastest inside {budget}")
+        reason = f"the fastest inside {budget}" if outcome.met else f"nothing tried is inside {budget}: this is nearest"
+        part = self._part(plan, base, quantised, outcome, reason)
         return Lowered(self._made(plan, base, quantised), part, outcome)
 
     def _base(self, floats: Sequence[str], budget: Budget) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
+from tests.tuner.model.fused_nets import dtypes
 from tests.tuner.model.networks import written
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model.calibration.data import load_data
@@ -108,6 +109,23 @@ def test_a_bound_below_half_precision_takes_more_bits_everywhere(case):
     found, error = case.lower("auto", "1e-5")
     assert set(kinds(found).values()) == {"fp32"}
     assert any("fp16 alone is outside" in line for line in case.lines)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16"])
+def test_a_loose_bound_is_met_with_nothing_in_more_bits(case, kind):
+    """What is no layer as well: a bound that the whole model meets makes the same of it as none."""
+    found, error = case.lower(kind, "0.5")
+    free, _ = case.lower(kind)
+    assert error <= 0.5
+    assert found.part.base == kind
+    assert dtypes(found.model) == dtypes(free.model)
+
+
+def test_where_nothing_is_inside_the_bound_no_layer_is_said_to_be(case):
+    found, _ = case.lower("int8", "1e-12")
+    assert not found.outcome.met
+    reasons = {layer.node: layer.reason for layer in found.part.layers}
+    assert reasons["block"] == reasons["hidden"] == "nothing tried is inside max=1e-12: this is nearest"
 
 
 def test_auto_takes_the_fastest_inside_the_bound(case):
