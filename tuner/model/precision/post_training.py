@@ -41,6 +41,9 @@ METHODS = (Method.MINMAX, Method.ENTROPY, Method.PERCENTILE, Method.MSE)
 SCORED = 16
 """Calibration inputs on which methods are compared, spread over all of them."""
 
+STEPS = 16
+"""Activations smoothed, runs of the model and layers rounded from one line of progress to the next."""
+
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
@@ -83,7 +86,17 @@ def quantise(
         UsageError: no such kind.
         ModelError, RunError: see `observe` and `session.run`.
     """
-    report = smooth(model, feeds, kind=kind, seed=seed) if smoothing else SmoothingReport()
+
+    def progress(words: str) -> Callable[[int, int], None]:
+        def told(done: int, most: int) -> None:
+            if done % STEPS == 0:
+                tell(f"{kind}: {done} of {most} {words}")
+
+        return told
+
+    report = SmoothingReport()
+    if smoothing:
+        report = smooth(model, feeds, kind=kind, seed=seed, progress=progress("activations looked at for smoothing"))
     values = values_to_calibrate(model, kind)
     if not values:
         plan, reasons = default_plan(model, kind, {})
@@ -91,7 +104,7 @@ def quantise(
     tell(f"{kind}: {len(report.smoothed)} activations smoothed")
     shifted = set(values_to_shift(model)) if kind == "int8" else set()
     targets = {name: "uint8" if name in shifted else QUANTISED[kind] for name in values}
-    observers = observe(model, feeds, values, methods=methods)
+    observers = observe(model, feeds, values, methods=methods, progress=progress("runs for scales"))
     scored = Score(model, [feeds[index] for index in _spread(len(feeds), SCORED)])
     plans, scores = {}, {}
     for method in methods:
@@ -101,15 +114,19 @@ def quantise(
         scores[method] = scored.of(apply_precision(model, plans[method][0], base="fp32"), shifts=False)
     best = max(scores, key=lambda method: scores[method])
     plan, reasons = plans[best]
-    tell(f"{kind}: scales by {best}, {scores[best]:.1f} dB on calibration data")
-    weights = round_weights(model, plan, feeds, seed=seed) if rounding else {}
+    tell(f"{kind}: scales by {best}, {scores[best]:.1f} dB on calibration data, shifts of means left out")
+    weights = round_weights(model, plan, feeds, seed=seed, progress=progress("layers rounded")) if rounding else {}
     shifts = measure_shifts(model, plan, feeds, weights=weights)
     plain, corrected = (
         scored.of(apply_precision(model, plan, base="fp32", weights=weights, shifts=each)) for each in ({}, shifts)
     )
     if corrected <= plain:
         shifts = {}
-    tell(f"{kind}: {max(plain, corrected):.1f} dB with weights rounded by their inputs and biases corrected")
+    means = "corrected" if shifts else "as they were"
+    tell(
+        f"{kind}: {max(plain, corrected):.1f} dB, shifts of means counted, with weights rounded by their inputs and "
+        f"biases {means}"
+    )
     return Quantisation(kind, plan, reasons, best, scores, weights, shifts, report)
 
 

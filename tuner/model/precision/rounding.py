@@ -179,13 +179,13 @@ def round_weights(
     feeds: Sequence[Feed],
     *,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, most: None,
 ) -> dict[str, Weights]:
     """Quantised weights of the int8 and fp8 layers of a plan, for `apply_precision`.
 
     `model` is the fused model in floating point, run over `feeds` for the inputs of the layers, of which `seed` draws
-    the rows that are looked at; `progress` is called with the name of each layer that is done. Layers whose weights are
-    a batch of matrices are left out.
+    the rows that are looked at; `progress` is called with the layers done and how many there are. Layers whose weights
+    are a batch of matrices are left out.
 
     Raises:
         ModelError, RunError: see `session.run`.
@@ -203,8 +203,7 @@ def round_weights(
         for name in group:
             node, data, precision = layers[name]
             result[name] = _rounded(node, data, precision.kind, moments.pop(name))
-            if progress is not None:
-                progress(name)
+            progress(len(result), len(layers))
     return result
 
 

@@ -22,7 +22,7 @@ fuses it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,12 +84,18 @@ class _Site:
 
 
 def smooth(
-    model: ir.Model, feeds: Sequence[Feed], *, kind: str = "int8", alphas: Sequence[float] = ALPHAS, seed: int = 0
+    model: ir.Model,
+    feeds: Sequence[Feed],
+    *,
+    kind: str = "int8",
+    alphas: Sequence[float] = ALPHAS,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, most: None,
 ) -> SmoothingReport:
     """Smooths a fused fp32 model in place, for the layers that the rules of `rules.py` quantise.
 
-    `feeds` is calibration data; `seed` draws the rows on which errors are compared. Calibrate afterwards: activations
-    have other ranges then.
+    `feeds` is calibration data; `seed` draws the rows on which errors are compared; `progress` is called with the
+    activations looked at and how many there are. Calibrate afterwards: activations have other ranges then.
 
     Raises:
         ModelError, RunError: see `session.run`.
@@ -98,8 +104,9 @@ def smooth(
     sites = _sites(model, kind, report)
     _observe(model, sites, feeds, seed)
     edit = Editor(model)
-    for site in sites:
+    for done, site in enumerate(sites, 1):
         _smooth(edit, site, kind, alphas, report)
+        progress(done, len(sites))
     edit.tidy()
     attach_bodies(model)
     return report

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from tests.tuner.model.fused_nets import FEEDS, block, convolutions, decibels, fused, node, output, plan_of
 from tests.tuner.model.graphs import normal, relative_error
 from tilewright.tuner.model.calibration.calibrate import Method
+from tilewright.tuner.model.precision import post_training
 from tilewright.tuner.model.precision.post_training import Score, quantise
 from tilewright.tuner.model.precision.quantise import apply_precision
 from tilewright.tuner.model.precision.smoothing import SmoothingReport
@@ -30,7 +33,23 @@ def test_it_is_nearer_than_rounding_to_nearest(kind: str) -> None:
     assert found.method in found.scores
     assert found.scores[found.method] == max(found.scores.values())  # type: ignore[index]
     assert found.reasons.keys() == {"embed", "head"}
-    assert len(lines) == 3
+    assert [line.partition(": ")[2] for line in lines[1:3]] == ["16 of 32 runs for scales", "32 of 32 runs for scales"]
+    assert "shifts of means left out" in lines[3]  # the two are not one measure
+    assert "shifts of means counted, with weights rounded by their inputs and biases" in lines[4]
+    assert len(lines) == 5
+
+
+def test_long_steps_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(post_training, "STEPS", 2)
+    lines: list[str] = []
+    quantise(block(), FEEDS[:2], "int8", methods=(Method.MINMAX,), tell=lines.append)
+    told = [line for line in lines if re.match(r"int8: \d+ of \d+ ", line)]
+    assert told == [
+        "int8: 2 of 3 activations looked at for smoothing",
+        "int8: 2 of 2 runs for scales",
+        "int8: 2 of 4 layers rounded",
+        "int8: 4 of 4 layers rounded",
+    ]
 
 
 def test_steps_can_be_left_out() -> None:

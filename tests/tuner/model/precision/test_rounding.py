@@ -144,9 +144,10 @@ def test_layers_are_done_in_groups_that_fit(monkeypatch: pytest.MonkeyPatch) -> 
     model = convolutions()
     feeds = [{"x": normal(index, 2, 3, 16, 16)} for index in range(4)]
     plan = every_layer(model, feeds)
-    done: list[str] = []
-    weights = round_weights(model, plan, feeds, progress=done.append)
-    assert done == list(weights) == list(plan)
+    done: list[tuple[int, int]] = []
+    weights = round_weights(model, plan, feeds, progress=lambda *counts: done.append(counts))
+    assert list(weights) == list(plan)
+    assert done == [(count, len(plan)) for count in range(1, len(plan) + 1)]
     monkeypatch.setattr(rounding, "GROUP_BYTES", 1)  # one layer at a time
     alone = round_weights(model, plan, feeds)
     assert alone.keys() == weights.keys()
