@@ -430,8 +430,11 @@ def _create(path: Path) -> None:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             schema.migrate(connection)
+            # Closing would empty the WAL into the file as well, and say nothing where that fails.
+            if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                raise DatabaseAccessError(f"{fresh} is held by another process: {_ELSEWHERE}")
         finally:
-            connection.close()  # the last connection: it empties the WAL into the file and removes it
+            connection.close()  # the last connection: it removes the WAL
         fresh.replace(path)
     except BaseException:  # a full disk, say
         remove()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import re
 import resource
@@ -12,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,6 +116,30 @@ def test_what_a_killed_initialisation_left_is_no_obstacle(tmp_path: Path) -> Non
     with TuningDB.open(DEVICE, tmp_path) as db:
         assert db.set_aside is None
     assert names(tmp_path) == [f"{DEVICE}.sqlite", f"{DEVICE}.sqlite.lock"]
+
+
+@pytest.mark.parametrize(
+    ("busy", "said"), [(False, "the disk is full: free some space"), (True, "is held by another process")]
+)
+def test_a_fresh_file_that_did_not_get_out_of_its_log_is_none(
+    tmp_path: Path, busy: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that has room for the log alone: closing the last connection says nothing of it."""
+
+    class Full(sqlite3.Connection):
+        def execute(self, sql: str, *given: Any) -> sqlite3.Cursor:
+            if "wal_checkpoint" not in sql:
+                return super().execute(sql, *given)
+            if busy:
+                return super().execute("SELECT 1, 16, 0")
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Full))
+    with pytest.raises(DatabaseAccessError, match=said):
+        file.open_file(tmp_path / "d.sqlite")
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
 
 
 def test_another_journal_mode_is_put_back(filled: Path) -> None:
@@ -250,6 +276,7 @@ def test_a_link_to_what_is_not_there_is_told_and_stays(filled: Path, key: Key) -
 UNPRIVILEGED = """
 import os, sqlite3, sys
 from pathlib import Path
+from typing import Any
 from tilewright.tuning_db import DatabaseAccessError, Key, TuningDB
 folder = Path(sys.argv[1])
 TuningDB.open("a10-72sm", folder.parent / "other").close()  # imports what another user may be unable to read
