@@ -15,7 +15,7 @@ from typing import Any
 from tilewright.kernels.arrays import require_cupy
 from tilewright.kernels.compile import triton_version
 from tilewright.kernels.lookup import code_hash
-from tilewright.kernels.tensorrt.catalogue import NAMESPACE, OPERATIONS
+from tilewright.kernels.tensorrt.catalogue import NAMESPACE, OPERATIONS, VERSION, plugins
 from tilewright.kernels.tensorrt.context import Tactics, current
 from tilewright.kernels.tensorrt.library import tensorrt
 from tilewright.kernels.tensorrt.registration import register
@@ -69,8 +69,8 @@ def build_engine(
 
     Raises:
         MissingDependencyError: no TensorRT is installed, or one without a builder; or there is no GPU.
-        UsageError: no such file or folder, a model that TensorRT can't read, inputs without a profile, a device that
-            isn't here.
+        UsageError: no such file or folder, a model that TensorRT can't read or whose fused nodes it doesn't take for
+            plugins, inputs without a profile, a device that isn't here.
         TilewrightError: what a plugin raised, where one could not be built.
         RunError: TensorRT could not build the engine; the message is its first error.
     """
@@ -143,6 +143,7 @@ def _build(
         _raise_failure(tactics)
         found = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)]
         raise UsageError(f"TensorRT can't read {source}: {_first(found + errors)}")
+    _check_plugins(trt, source, network)
     config = builder.create_builder_config()
     if workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
@@ -155,15 +156,38 @@ def _build(
     tactics.take_failure()  # one that TensorRT has got over
     provenance = _provenance(trt, source, bytes(serialized), profiles, implementation, tactics)
     beside = _beside(path)
-    beside.unlink(missing_ok=True)  # of an earlier engine: whoever is killed here leaves none beside the new one
     with whole_file(path) as stream:
         stream.write(bytes(serialized))
+        stream.flush()  # a full disk leaves the earlier engine what is said of it
+        beside.unlink(missing_ok=True)  # of that one: whoever is killed from here on leaves none beside the new one
     with whole_file(beside) as stream:
         stream.write(json.dumps(provenance, indent=1).encode())
     if cache is not None:
         with whole_file(cache) as stream:
             stream.write(bytes(config.get_timing_cache().serialize()))
     return Engine(path, beside, provenance)
+
+
+def _check_plugins(trt: Any, source: Path, network: Any) -> None:
+    """Does nothing for a network in which every fused node is a plugin. Another parser may take one for its body: for a
+    slow one, or, as it goes by the name alone, for another node's. Where the package onnx is missing nobody counts.
+
+    Raises:
+        UsageError: some are none.
+    """
+    try:
+        import onnx
+    except ImportError:
+        return
+    nodes = onnx.load(source, load_external_data=False).graph.node
+    ours = [node for node in nodes if node.domain.partition(".")[0] == NAMESPACE and node.op_type in plugins()]
+    layers = [network.get_layer(index).type for index in range(network.num_layers)]
+    found = layers.count(trt.LayerType.PLUGIN_V3)
+    if found < len(ours):
+        raise UsageError(
+            f"TensorRT {trt.__version__} took {found} of the {len(ours)} fused nodes of {source} for plugins: each must"
+            f" have the attributes plugin_namespace={NAMESPACE!r} and plugin_version={VERSION!r}"
+        )
 
 
 def _current_gpu() -> str:

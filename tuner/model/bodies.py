@@ -6,12 +6,17 @@ A body computes in fp32 whatever the tensors are, as the kernels do, in the orde
 
 Functions are found by domain and name, and a fused node's name is its plugin's. So nodes of one plugin with different
 attributes, data types or ranks have different domains, `tilewright.` and a hash of the body. (Functions may have an
-overload as well; the domain is what every reader of functions goes by, where overloads came late.)
+overload as well, which came late: fewer readers know it.)
+
+TensorRT's parser finds plugins first, and where they are not registered functions: by the name alone, of which it takes
+the first in the file (`importLocalFunctions` in onnx-tensorrt's ModelImporter.cpp, TensorRT 11). So that it fails there
+and doesn't compute by another node's body, the first function of a name that several have is one that it can't build.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -322,9 +327,24 @@ def body(node: ir.Node, opset: int) -> ir.Function:
     return function
 
 
+def _guard(body: ir.Function) -> ir.Function:
+    """What readers that go by names alone take for every body of this name. No node has its domain, and none could: it
+    is of an operator on texts, which TensorRT has no type for."""
+    op = Writer()
+    inputs = [ir.Value(name=value.name) for value in body.inputs]
+    outputs = [op("StringNormalizer", inputs[0]) for _ in body.outputs]
+    for node, output, value in zip(op.nodes, outputs, body.outputs, strict=True):
+        node.name = "register_the_plugins_of_tilewright_or_inline_functions"  # which the parser's error names
+        output.name = value.name
+    graph = ir.Graph(inputs, outputs, nodes=op.nodes, opset_imports=dict(body.opset_imports), name="guard")
+    attributes = [ir.Attr(attribute.name, attribute.type, None) for attribute in body.attributes.values()]
+    return ir.Function(NAMESPACE, body.name, graph=graph, attributes=attributes)
+
+
 def attach_bodies(model: ir.Model) -> None:
     """Gives every fused node of the main graph the domain of its body, and the model these functions and no others of
-    ours. Data types and shapes of the nodes' outputs are set on the way.
+    ours, but for the guards of names that several of them have. Data types and shapes of the nodes' outputs are set on
+    the way.
 
     Raises:
         ModelError: the shape of a fused node's input is unknown.
@@ -335,11 +355,17 @@ def attach_bodies(model: ir.Model) -> None:
     for domain in [domain for domain in model.opset_imports if domain.partition(".")[0] == NAMESPACE]:
         del model.opset_imports[domain]
     opset = model.opset_imports[""]
+    bodies: dict[Any, ir.Function] = {}
     for node in fused_nodes(model):
         infer_outputs(node)
         function = body(node, opset)
         node.domain = function.domain
-        model.functions.setdefault(function.identifier(), function)
+        bodies.setdefault(function.identifier(), function)
+    shared = Counter(function.name for function in bodies.values())
+    named = {function.name: function for function in bodies.values()}
+    guards = [_guard(named[name]) for name, count in shared.items() if count > 1]
+    for function in (*guards, *bodies.values()):
+        model.functions[function.identifier()] = function
         model.opset_imports[function.domain] = 1
     if fused_nodes(model):
         # Model-local functions came with version 8.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, IntEnum
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +23,17 @@ class ILogger:
 
 
 class Network:
-    def __init__(self, inputs: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, inputs: dict[str, tuple[int, ...]], layers: Sequence[str]) -> None:
+        self._layers = [SimpleNamespace(type=layer) for layer in layers]
+        self.num_layers = len(layers)
         self._inputs = [SimpleNamespace(name=name, shape=shape) for name, shape in inputs.items()]
         self.num_inputs = len(inputs)
 
     def get_input(self, index: int) -> Any:
         return self._inputs[index]
+
+    def get_layer(self, index: int) -> Any:
+        return self._layers[index]
 
 
 class Fake:
@@ -39,10 +45,11 @@ class Fake:
         "Flag", {"STRONGLY_TYPED": 1, "PREFER_AOT_PYTHON_PLUGINS": 2, "PREFER_JIT_PYTHON_PLUGINS": 3}
     )
     MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
+    LayerType = SimpleNamespace(PLUGIN_V3="plugin")
     TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
 
-    def __init__(self, inputs: dict[str, tuple[int, ...]], fails: str = "") -> None:
-        self.inputs, self.fails = inputs, fails
+    def __init__(self, inputs: dict[str, tuple[int, ...]], fails: str = "", layers: Sequence[str] = ()) -> None:
+        self.inputs, self.fails, self.layers = inputs, fails, layers
         self.did: list[tuple[Any, ...]] = []
 
     def _add_profile(self, profile: Any) -> int:
@@ -68,7 +75,7 @@ class Fake:
 
     def _network(self, flags: int) -> Network:
         self._log("flags", flags)
-        return Network(self.inputs)
+        return Network(self.inputs, self.layers)
 
     def OnnxParser(self, network: Any, logger: Any) -> Any:  # noqa: N802
         error = SimpleNamespace(desc=lambda: "node 3:\n  no such op")

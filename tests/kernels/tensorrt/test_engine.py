@@ -3,9 +3,12 @@ but for the one test that asks the real bindings."""
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
+import onnx
 import pytest
 
 from tests.kernels.tensorrt import stubs
@@ -22,7 +25,7 @@ PROFILE = {"x": ((1, 512), (64, 512), (512, 512))}
 @pytest.fixture
 def model(tmp_path):
     path = tmp_path / "model.onnx"
-    path.write_bytes(b"a model")
+    path.write_bytes(onnx.ModelProto(producer_name="test").SerializeToString())
     return path
 
 
@@ -33,10 +36,10 @@ def build(model, monkeypatch):
     monkeypatch.setattr(engine, "register", lambda device, **given: asked.append((device, given)))
     monkeypatch.setattr(engine, "_current_gpu", lambda: "cuda:0")
 
-    def build(fails="", inputs=None, live="cuda:0", **given):
+    def build(fails="", inputs=None, live="cuda:0", layers=(), **given):
         device = replace(resolve_device("rtx3090"), live=live)
         monkeypatch.setattr(engine, "current", lambda: Tactics(Target(device, "12.8", 8)))
-        fake = Fake(inputs or {"x": (-1, 512), "mask": (1, 1)}, fails)
+        fake = Fake(inputs or {"x": (-1, 512), "mask": (1, 1)}, fails, layers)
         monkeypatch.setattr(engine, "tensorrt", lambda: fake)
         given = {"profiles": PROFILE} | given
         return build_engine(model, model.with_name("model.engine"), **given), fake, asked
@@ -125,6 +128,42 @@ def test_places_that_can_not_be_written_are_known_before_the_build(build, model)
     assert not model.with_name("model.engine").exists()
     with pytest.raises(UsageError, match="there is no folder"):
         build_engine(model, model.parent / "none" / "model.engine")
+
+
+def test_every_fused_node_must_be_a_plugin(build, model):
+    """Not one that TensorRT has made of its body, which it finds by the name alone."""
+    nodes = [
+        onnx.helper.make_node("FusedGemm", ["a", "b"], ["c"], domain="tilewright.0123abcd"),
+        onnx.helper.make_node("FusedGemm", ["c", "b"], ["d"], domain="tilewright"),
+        onnx.helper.make_node("Relu", ["d"], ["e"]),
+        onnx.helper.make_node("FusedGemm", ["e", "b"], ["f"], domain="elsewhere"),
+    ]
+    model.write_bytes(onnx.ModelProto(graph=onnx.GraphProto(node=nodes)).SerializeToString())
+    assert build(layers=["plugin", "plugin", "activation"])[0].path.exists()
+    model.with_name("model.engine").unlink()
+    with pytest.raises(UsageError, match=r"11.4.0 took 1 of the 2 fused nodes of .*model.onnx for plugins: each"):
+        build(layers=["plugin", "matrix", "activation"])
+    assert not model.with_name("model.engine").exists()
+
+
+def test_a_full_disk_leaves_an_engine_and_what_it_was_made_of(build, monkeypatch):
+    made, _, _ = build()
+    before = made.path.read_bytes(), made.provenance_path.read_bytes()
+    whole_file = engine.whole_file
+
+    class Full(io.BytesIO):
+        def flush(self):
+            raise UsageError("the disk is full")
+
+    @contextmanager
+    def full(path):
+        with whole_file(path):
+            yield Full()
+
+    monkeypatch.setattr(engine, "whole_file", full)
+    with pytest.raises(UsageError, match="the disk is full"):
+        build()
+    assert (made.path.read_bytes(), made.provenance_path.read_bytes()) == before
 
 
 def test_no_engine_lies_beside_what_another_was_made_of(build, model, monkeypatch):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx.inliner
+import onnx.reference
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -237,7 +239,7 @@ def test_nodes_that_agree_share_a_body_and_others_do_not():
     attach_bodies(model)
     first, second, third = (node.domain for node in nodes)
     assert first == second != third
-    assert {function.domain for function in model.functions.values()} == {first, third}
+    assert [function.domain for function in model.functions.values()] == ["tilewright", first, third]
     x = normal(3, 8, 16)
     w = normal(0, 16, 16).astype(np.float64)
     wanted = np.tanh(np.maximum(np.maximum(x @ w, 0) @ w, 0) @ w)
@@ -247,6 +249,31 @@ def test_nodes_that_agree_share_a_body_and_others_do_not():
     attach_bodies(model)
     assert len(model.functions) == 1
     assert set(model.opset_imports) == {"", first}
+
+
+def test_readers_that_go_by_the_name_alone_find_a_function_that_they_can_not_run():
+    """The first of a name, as TensorRT's parser takes it; every other reader goes by the domain as well."""
+    x, weights, nodes = value("x", (8, 16)), value("w", (16, 16)), []
+    weights.const_value = ir.tensor(normal(0, 16, 16), name="w")
+    for index, name in enumerate(("relu", "tanh")):
+        inputs = {"a": nodes[-1].outputs[0] if nodes else x, "b": weights}
+        nodes.append(make_fused("gemm", inputs, {"activation": name}, name=f"n{index}"))
+        nodes[-1].outputs[0].name = f"y{index}"
+    graph = ir.Graph([x], nodes[1].outputs, nodes=nodes, initializers=[weights], opset_imports={"": 21}, name="two")
+    model = ir.Model(graph, ir_version=10)
+    attach_bodies(model)
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    first = {}
+    for function in proto.functions:
+        first.setdefault(function.name, function)
+    assert [node.op_type for node in first["FusedGemm"].node] == ["StringNormalizer"]  # TensorRT has no texts
+    assert "register_the_plugins" in first["FusedGemm"].node[0].name
+    inlined = onnx.inliner.inline_local_functions(proto)
+    assert {node.op_type for node in inlined.graph.node} == {"MatMul", "Relu", "Tanh"}
+    feeds = {"x": normal(3, 8, 16)}
+    (given,) = onnx.reference.ReferenceEvaluator(inlined).run(None, feeds)
+    assert np.allclose(results(model, feeds)[0], given, atol=1e-5)
 
 
 def test_the_bytes_of_a_body_are_the_same_every_time():

@@ -28,9 +28,13 @@ def readme(report: ModelReport) -> str:
         lines += ["In ONNX Runtime:", "", *_block(onnxruntime_lines(models[-1].file)), ""]
     if engines:
         lines += [f"In TensorRT, on a {_code(report.device.name)}:", "", *_block(tensorrt_lines(engines[-1].file)), ""]
+    elif models:
+        lines += [*_engine_text(report.device.name, models[-1].file), ""]
     if models or engines:
         lines += ["`feeds` has an array for each input:", "", *_tensors(report.model.inputs), ""]
         lines += ["and the outputs are:", "", *_tensors(report.model.outputs), ""]
+    if models:
+        lines += [*_inlined_text(models[-1].file), ""]
     lines += [
         f"Time of one run: {time_text(before.time_us)} before ({before.provenance}), {time_text(after.time_us)} after "
         f"({after.provenance}): {factor_text(before.time_us, after.time_us)}. Before is {BASELINE}.",
@@ -70,6 +74,47 @@ def tensorrt_lines(file: str) -> tuple[str, str, str]:
         f"runner = plugins.Runner({json.dumps(file)})",
         "outputs = runner(feeds)",
     )
+
+
+def engine_lines(file: str) -> tuple[str, str]:
+    """What builds the engine of a model, whose shapes are fixed."""
+    return (
+        "import tilewright.kernels.tensorrt as plugins",
+        f"plugins.build_engine({json.dumps(file)}, {json.dumps(_renamed(file, '.engine'))})",
+    )
+
+
+def inlined_lines(file: str) -> tuple[str, str, str]:
+    """What writes a model without its functions, beside it: its weights may be in a third file."""
+    return (
+        "import onnx, onnx.inliner",
+        f"model = onnx.load({json.dumps(file)}, load_external_data=False)",
+        f"onnx.save(onnx.inliner.inline_local_functions(model), {json.dumps(_renamed(file, '.inlined.onnx'))})",
+    )
+
+
+def _renamed(file: str, ending: str) -> str:
+    return file.removesuffix(".onnx") + ending
+
+
+def _engine_text(device: str, file: str) -> list[str]:
+    return [
+        f"On the {_code(device)}, with TensorRT, this builds the engine; shapes are fixed, so it takes no profiles:",
+        "",
+        *_block(engine_lines(file)),
+        "",
+        "The kernels in it are chosen by the tuning database of that machine. Tune there before, or bring the records: "
+        "`autotune export` here, `autotune import` there. The command that made this does all of it there at once.",
+    ]
+
+
+def _inlined_text(file: str) -> list[str]:
+    return [
+        "What doesn't know ONNX's functions needs another file, which these lines make. So does TensorRT where this "
+        "package's plugins are not registered, as in `trtexec`: it finds functions by name alone, and so wrong ones.",
+        "",
+        *_block(inlined_lines(file)),
+    ]
 
 
 def _caution(*provenances: str) -> list[str]:

@@ -8,20 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
 from tests.tuner.model.graphs import normal
 from tests.tuner.model.reports import changed, sample
 from tilewright.tuner.model.report.document import TensorPart
-from tilewright.tuner.model.report.readme import onnxruntime_lines, readme, tensorrt_lines, write_readme
+from tilewright.tuner.model.report.readme import (
+    engine_lines,
+    inlined_lines,
+    onnxruntime_lines,
+    readme,
+    tensorrt_lines,
+    write_readme,
+)
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def test_the_three_lines_load_and_run_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ir.save(changed(), tmp_path / "model.int8.onnx")
-    (code, _) = BLOCK.findall(readme(sample()))
+    (code, _, _) = BLOCK.findall(readme(sample()))
     assert len(code.splitlines()) == 3
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"feeds": {"x": normal(0, 64, 256)}}
@@ -35,7 +43,19 @@ def test_the_engine_has_its_lines_only_where_there_is_one() -> None:
     assert 'plugins.Runner("model.engine")' in readme(report)
     without = replace(report, artefacts=report.artefacts[:2])
     assert "TensorRT, on" not in readme(without)
-    assert len(BLOCK.findall(readme(without))) == 1
+    (_, build, _) = BLOCK.findall(readme(without))
+    assert build.endswith('plugins.build_engine("model.int8.onnx", "model.int8.engine")\n')
+    assert "`autotune import`" in readme(without)
+    assert "build_engine" not in readme(report)
+
+
+def test_the_lines_that_inline_functions_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ir.save(changed(), tmp_path / "model.int8.onnx")
+    monkeypatch.chdir(tmp_path)
+    exec(BLOCK.findall(readme(sample()))[-1], {})
+    inlined = onnx.load("model.int8.inlined.onnx")
+    assert not inlined.functions
+    assert not any(node.op_type.startswith("Fused") for node in inlined.graph.node)
 
 
 def test_the_engine_s_lines_are_python_and_name_what_there_is() -> None:
@@ -90,6 +110,7 @@ def test_names_stay_in_their_cell(name: str) -> None:
 
 
 def test_file_names_are_python_texts() -> None:
+    compile("\n".join([*engine_lines('a"b\\c.onnx'), *inlined_lines('a"b\\c.onnx')]), "README", "exec")
     for lines in (onnxruntime_lines('a"b\\c.onnx'), tensorrt_lines('a"b\\c.onnx')):
         compile("\n".join(lines), "README", "exec")
         assert eval(lines[1].partition("(")[2].removesuffix(")")) == 'a"b\\c.onnx'
