@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
+from tilewright.kernels.catalogue import CATALOGUE
 from tilewright.kernels.compile import ptxas_version, triton_version
 from tilewright.kernels.device import Device
 from tilewright.kernels.lookup import TIMING_PROTOCOL, code_hash, config_defaults, prediction_protocol
+from tilewright.kernels.prediction import MODEL
 from tilewright.kernels.problem import Config
 from tilewright.kernels.registry import KERNELS
 from tilewright.tuning_db import lookup
 from tilewright.tuning_db.errors import ProblemError
-from tilewright.tuning_db.record import Record, Status
+from tilewright.tuning_db.record import Provenance, Record, Status
 from tilewright.tuning_db.upkeep import Revision
 
 _KERNELS = {kernel.name: kernel for kernel in KERNELS}
+_BOARDS = {device.board: device for device in CATALOGUE}
+_PREDICTIONS = MODEL.partition("-")[0] + "-"  # how protocols of predictions begin, whatever their revision
 
 
 def is_current(revision: Revision, arch: int) -> bool:
@@ -61,21 +68,41 @@ def is_answerable(record: Record) -> bool:
 
 
 def objection(record: Record) -> str | None:
-    """Why a record from elsewhere can't be one of these kernels; None for one that can, or that is of another revision,
-    whose fields nobody here knows."""
-    kernel = _KERNELS.get(record.key.op)
-    if kernel is None or record.key.kernel_hash != code_hash(kernel):
+    """Why a record from elsewhere can't be one of its board, or of these kernels; None for one that can. Fields of
+    problems and configurations of another revision nobody here knows."""
+    key, device = record.key, _device(record.key.device)
+    if device is not None and key.arch != device.arch:
+        return f"arch={key.arch} must be {device.arch}, as {key.device} is"
+    measured = record.provenance is Provenance.MEASURED
+    if key.protocol == TIMING_PROTOCOL if not measured else key.protocol.startswith(_PREDICTIONS):
+        other = Provenance.PREDICTED if measured else Provenance.MEASURED
+        return f"provenance={record.provenance} must be {other}, as protocol={key.protocol} is"
+    kernel = _KERNELS.get(key.op)
+    if kernel is None or key.kernel_hash != code_hash(kernel):
         return None
     try:
-        problem = kernel.problem.from_json(record.key.problem)
+        problem = kernel.problem.from_json(key.problem)
         config = kernel.space.config.from_json(record.config)
     except ProblemError as error:
         return str(error)
-    for name, text, value in (("problem", record.key.problem, problem), ("config", record.config, config)):
+    for name, text, value in (("problem", key.problem, problem), ("config", record.config, config)):
         if value.to_json() != text:
             return f"{name}={text} is not written out: {value.to_json()}"
-    if record.status is Status.OK and not is_answerable(record):
+    if record.status is not Status.OK:
+        return None
+    if not is_answerable(record):
         resources = record.resources
         lack = "it has no resources" if resources is None else f"{resources.spill_bytes} B a thread spill"
         return f"status=ok can't be answered: {lack}"
-    return None
+    limit = None if device is None else kernel.space.fits(problem, config, device)
+    return None if limit is None else f"status=ok can't be of {key.device}: {limit}"
+
+
+@functools.lru_cache(maxsize=8)
+def _device(key: str) -> Device | None:
+    """The device of a key, such as `h200-132sm`, or a slice of it, which has other SMs; None of a board that nobody
+    here knows."""
+    board, _, sms = key.rpartition("-")
+    known = _BOARDS.get(board)
+    count = sms.removesuffix("sm")
+    return known if known is None or not count.isdecimal() else replace(known, sms=int(count))

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.tuner.commands.test_exchange import DEVICE, PROBLEM, record
+from tilewright import tuning_db
+from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.lookup import prediction_protocol
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.space import GemmConfig
+from tilewright.kernels.registry import find_kernel
 from tilewright.tuner.installation import (
     default_text,
     is_answerable,
@@ -16,7 +21,9 @@ from tilewright.tuner.installation import (
     objection,
     present_form,
 )
-from tilewright.tuning_db.record import Resources, Status, canonical_json
+from tilewright.tuning_db.record import Provenance, Resources, Status, canonical_json
+from tilewright.tuning_db.rows import row_to_record
+from tilewright.tuning_db.shipped_records import open_shipped
 from tilewright.tuning_db.upkeep import Revision
 
 RECORD = record(3.0)
@@ -60,6 +67,62 @@ def test_what_is_ok_must_be_an_answer() -> None:
         assert objection(outcome) == reason
         assert objection(replace(outcome, status=Status.OUT_OF_RESOURCES, times=None)) is None
     assert is_answerable(RECORD)
+
+
+def test_a_record_of_a_known_board_has_its_arch() -> None:
+    """Another board's lookup, which goes by the arch, would answer it."""
+    for changes in ({}, {"kernel_hash": "of old"}, {"op": "unheard of"}):
+        key = replace(RECORD.key, arch=90, **changes)
+        assert objection(replace(RECORD, key=key)) == "arch=90 must be 86, as rtx3090-82sm is"
+        assert objection(replace(RECORD, key=replace(key, device="rtx3090-8sm"))) is not None  # a slice of it
+        assert objection(replace(RECORD, key=replace(key, device="unheard-of-82sm"))) is None
+
+
+def test_what_is_measured_was_timed_and_what_is_predicted_was_not() -> None:
+    guessed = replace(RECORD, provenance=Provenance.PREDICTED)
+    by_model = replace(RECORD.key, protocol=prediction_protocol(GEMM))
+    assert objection(replace(guessed, key=by_model)) is None
+    said = f"provenance=measured must be predicted, as protocol={by_model.protocol} is"
+    assert objection(replace(RECORD, key=by_model)) == said
+    assert objection(guessed) == "provenance=predicted must be measured, as protocol=cold-l2-2 is"
+    of_old = replace(RECORD.key, protocol="roofline-1-0123abcd", kernel_hash="of old")
+    assert str(objection(replace(RECORD, key=of_old))).startswith("provenance=measured must be predicted")
+    unheard = replace(RECORD.key, protocol="another")
+    assert objection(replace(RECORD, key=unheard)) is objection(replace(guessed, key=unheard)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [
+        ({"num_warps": 1 << 40}, "num_warps=1099511627776 is over the 32 of a block"),
+        ({"BLOCK_M": 3}, "BLOCK_M=3 must be a power of two"),
+        ({"BLOCK_M": 1 << 40}, "registers a thread for its part of the tile are over the"),
+        ({"BLOCK_M": 0}, "BLOCK_M=0 must be an integer of at least 1"),
+    ],
+)
+def test_what_is_ok_can_run_on_its_board(changes: dict[str, int], limit: str) -> None:
+    fields = GemmConfig.from_json(RECORD.config).to_dict() | changes
+    impossible = replace(RECORD, config=canonical_json(fields))
+    reason = str(objection(impossible))
+    assert reason.startswith("status=ok can't be of rtx3090-82sm: ")
+    assert limit in reason
+    # What was tried and failed may have been anything, and so may what ran on a board that nobody here knows.
+    assert objection(replace(impossible, status=Status.INVALID, times=None)) is None
+    assert objection(replace(impossible, key=replace(RECORD.key, device="unheard-of-82sm"))) is None
+    assert objection(replace(impossible, key=replace(RECORD.key, kernel_hash="of old"))) is None
+
+
+def test_no_record_that_is_shipped_is_refused() -> None:
+    """Those of the present revision and those of earlier ones, had they been of this one."""
+    (path,) = (Path(tuning_db.__file__).parent / "shipped").glob("*.sqlite")
+    with closing(open_shipped(path)) as file:
+        shipped = [row_to_record(row) for row in file.rows("SELECT * FROM records")]
+    assert shipped
+    for each in shipped:
+        assert objection(each) is None
+        kernel = find_kernel(each.key.op)
+        config = kernel.space.config.from_json(each.config)
+        assert kernel.space.fits(kernel.problem.from_json(each.key.problem), config, resolve_device("h200")) is None
 
 
 def test_a_record_of_others_may_be_anything() -> None:
