@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
-from tilewright.tuning_db import UsageError
+from tilewright.tuning_db import UsageError, atomic
 from tilewright.tuning_db.atomic import whole_file
 
 
@@ -88,3 +89,37 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
         whole_file(tmp_path / "absent/out"),
     ):
         pass
+
+
+def test_what_a_killed_writer_left_goes_and_what_others_write_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a.pack"
+    for name in (".a.pack.0123abcd.part", ".b.pack.0123abcd.part", ".a.pack.notes.part"):
+        (tmp_path / name).write_bytes(b"half")
+    with whole_file(path) as first:
+        first.write(b"first")
+        with whole_file(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        ".a.pack.notes.part",
+        ".b.pack.0123abcd.part",
+        "a.pack",
+    ]
+
+
+def test_a_file_that_another_removes_before_it_is_locked_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed = []
+
+    def flock(stream: BinaryIO, operation: int) -> None:
+        if not removed:
+            removed.append(stream.name)
+            Path(stream.name).unlink()
+
+    monkeypatch.setattr(atomic.fcntl, "flock", flock)
+    with whole_file(tmp_path / "a.pack") as stream:
+        stream.write(b"whole")
+    assert removed
+    assert [each.name for each in tmp_path.iterdir()] == ["a.pack"]
