@@ -224,7 +224,8 @@ class Pack:
             self._members, text = self._directory()
             manifest = is_.read_object(text)
             if manifest.get("format") == FORMAT and _is_newer(manifest.get("version")):
-                raise PackError(f"{path} is a newer Tilewright's (version {manifest['version']}): upgrade tilewright")
+                newer = shown(manifest["version"])
+                raise PackError(f"{path} is a newer Tilewright's (version {newer}): upgrade tilewright")
             is_.check_fields(manifest, _FIELDS)
             self._entries = _once(((entry.op, entry.problem), entry) for entry in map(_entry, manifest["entries"]))
             self._kernels = _once((kernel["specialization"], kernel) for kernel in map(_kernel, manifest["kernels"]))

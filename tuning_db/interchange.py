@@ -363,7 +363,9 @@ class _Lines:
             raise self._error(f"format={shown(values.get('format'))}: this is no file of `autotune export`")
         version = values.get("version")
         if isinstance(version, int) and version > VERSION:
-            raise self._error(f"{version=} is a newer Tilewright's: upgrade tilewright (this one reads {VERSION})")
+            raise self._error(
+                f"version={shown(version)} is a newer Tilewright's: upgrade tilewright (this one reads {VERSION})"
+            )
         self._check(values, _HEADER)
         return values
 

@@ -1,8 +1,8 @@
 """JSON from elsewhere, read with suspicion: what files that people pass around are checked with.
 
 Python's own reader takes the last of two equal names, numbers that are not finite (NaN, 1e999), texts that can't be
-stored (half a surrogate pair) and, until the stack is full, any depth. Here each is refused with a reason that has the
-value.
+stored (half a surrogate pair), integers of thousands of digits and, until the stack is full, any depth. Here each is
+refused with a reason that has the value.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from tilewright.tuning_db.text import shown
 LARGEST_INTEGER = 2**63 - 1
 """Of SQLite's and of every C integer that these numbers become."""
 
+MOST_DIGITS = 1000
+"""Of an integer that is read at all: Python takes time with the square of their number, and refuses over 4300."""
+
 Check = Callable[[Any], str | None]
 """None for a value that may stand there, else what it must be, as in `a positive number`."""
 
@@ -29,7 +32,11 @@ def read_object(text: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_object, parse_float=_finite, parse_constant=_no_number
+            text.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_no_number,
         )
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {text[error.start]:#04x} at {error.start} is no UTF-8") from None
@@ -141,6 +148,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{shown(twice)} is given twice")
     return values
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"{digits[:20]}… is an integer of {len(digits)} digits: at most {MOST_DIGITS}")
+    return int(digits)
 
 
 def _finite(digits: str) -> float:

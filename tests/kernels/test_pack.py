@@ -133,6 +133,7 @@ def kernel_of(manifest: dict) -> dict:
     [
         (lambda m: m.update(format="zip"), "format='zip' must be one of tilewright-pack"),
         (lambda m: m.update(version=2), "is a newer Tilewright's (version 2): upgrade tilewright"),
+        (lambda m: m.update(version=10**400), "0… (401 characters)): upgrade tilewright"),
         (lambda m: m.update(version="1"), "version='1' must be an integer from 1 to 1"),
         (lambda m: m.pop("arch"), "arch is missing"),
         (lambda m: m.update(more=1), "'more' is no field"),

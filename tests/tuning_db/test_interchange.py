@@ -160,6 +160,7 @@ GOOD_HEADER = {"format": "tilewright-records", "version": 1, "device": "a10-72sm
     [
         (HEADER, {"format": "cubin"}, ":1: format='cubin': this is no file of `autotune export`"),
         (HEADER, {"version": 2}, ":1: version=2 is a newer Tilewright's: upgrade tilewright"),
+        (HEADER, {"version": 10**900}, f":1: version=1{'0' * 59}… (901 characters) is a newer Tilewright's: upgrade"),
         (HEADER, {"version": 0}, ":1: version=0 must be an integer of at least 1"),
         (HEADER, {"version": "1"}, ":1: version='1' must be an integer"),
         (HEADER, {"device": ""}, ":1: device='' must be a board and its SM count, as rtx3090-82sm"),
