@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
 from tilewright.tuning_db.env import compiling_environment
@@ -46,16 +47,22 @@ def test_the_walk_through(tmp_path: Path) -> None:
 
 
 def test_python_calls_of_the_page(tmp_path: Path) -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    inlining, snippet = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     environment = {**compiling_environment(), "TILEWRIGHT_DB_DIR": str(tmp_path / "db"), "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, str(ROOT / "examples" / "model.py")], cwd=tmp_path, env=environment, check=True)
     snippet = "from tilewright.tuner.tune import TuningOptions\n" + snippet.replace(
         'calibration="images.npz"', 'calibration="images.npz", tuning=TuningOptions(trials=1)'
     )
     done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", snippet + inlining],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     time, provenance, met = done.stdout.split()
     assert float(time) > 0
     assert (provenance, met) == ("predicted", "True")
+    assert not onnx.load(tmp_path / "build" / "model.inlined.onnx").functions
