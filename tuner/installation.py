@@ -94,7 +94,10 @@ def objection(record: Record) -> str | None:
         resources = record.resources
         lack = "it has no resources" if resources is None else f"{resources.spill_bytes} B a thread spill"
         return f"status=ok can't be answered: {lack}"
-    limit = None if device is None else kernel.space.fits(problem, config, device)
+    axes = kernel.space.axes
+    if device is None or all(value in axes.get(name, (value,)) for name, value in config.to_dict().items()):
+        return None  # what fits may be less one day than it was when this ran
+    limit = kernel.space.fits(problem, config, device)
     return None if limit is None else f"status=ok can't be of {key.device}: {limit}"
 
 

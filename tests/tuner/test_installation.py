@@ -112,6 +112,16 @@ def test_what_is_ok_can_run_on_its_board(changes: dict[str, int], limit: str) ->
     assert objection(replace(impossible, key=replace(RECORD.key, kernel_hash="of old"))) is None
 
 
+def test_what_a_search_tries_may_have_run_before_the_limits_were_what_they_are() -> None:
+    axes = GEMM.space.axes
+    large = GemmConfig.from_json(RECORD.config).to_dict() | {
+        name: max(axes[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages")
+    }
+    problem, config = GEMM.problem.from_json(RECORD.key.problem), GemmConfig(**large)
+    assert GEMM.space.fits(problem, config, resolve_device("rtx3090")) is not None
+    assert objection(replace(RECORD, config=config.to_json())) is None
+
+
 def test_no_record_that_is_shipped_is_refused() -> None:
     """Those of the present revision and those of earlier ones, had they been of this one."""
     (path,) = (Path(tuning_db.__file__).parent / "shipped").glob("*.sqlite")

@@ -145,8 +145,8 @@ def check_fusing(request: Request, prepared: Prepared, reference: Judge) -> Comp
 
 
 def _difference(row: LayerError) -> float:
-    """The relative error of a value; where the original has nothing but zeros, which terms that cancel may have come to,
-    the largest number in their place."""
+    """The relative error of a value; where the original has nothing but zeros, as of terms that cancel, the largest
+    number in their place."""
     return row.max_abs if math.isinf(row.error) else row.error
 
 
