@@ -28,6 +28,10 @@ from tilewright.tuning_db.errors import ModelError, UsageError
 
 ROOT = Path(__file__).parents[2]
 NAMES = tuple(known.name for known in ARCHITECTURES)
+MANY_NODES = {"densenet121", "inception_v2", "shufflenet"}
+"""They take the longest, and have nothing that the others lack."""
+
+QUICK = [pytest.param(name, marks=pytest.mark.slow) if name in MANY_NODES else name for name in NAMES]
 VISIBLE = 0.05
 """What zeroing a layer must do to the logits, relative: ten times the bar of fp16 and far above that of fp32."""
 
@@ -70,7 +74,7 @@ def check_figures(name: str, *, full: bool) -> None:
     assert found.half_noise < 0.01
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_logits_depend_on_the_input_and_activations_stay_within_bounds(name: str) -> None:
     check_figures(name, full=False)
 
@@ -82,7 +86,7 @@ def test_so_they_do_at_full_size(name: str) -> None:
     check_figures(name, full=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_models_are_sound_and_repeat_to_the_byte(name: str) -> None:
     model = small(name)
     onnx.checker.check_model(model, full_check=True)
@@ -202,7 +206,9 @@ def check_controls(name: str, every: int) -> None:
     np.testing.assert_array_equal(again, expected)
 
 
-@pytest.mark.parametrize("name", [known.name for known in ARCHITECTURES if known.opset != 23])
+@pytest.mark.parametrize(
+    "name", [known.name for known in ARCHITECTURES if known.opset != 23 and known.name not in MANY_NODES]
+)
 def test_a_layer_without_weights_is_seen_at_the_logits(name: str) -> None:
     check_controls(name, EVERY)
 
