@@ -5,6 +5,7 @@ The command itself takes some twenty times as long to import as this, in which i
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from typing import NoReturn
@@ -27,6 +28,7 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _end(how: str, status: int) -> NoReturn:
-    if sys.stderr is not None:
-        print(f"\nautotune: {how}: nothing was begun", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        if sys.stderr is not None:
+            print(f"\nautotune: {how}: nothing was begun", file=sys.stderr)
     sys.exit(status)

@@ -299,14 +299,18 @@ class TuningRun:
             for claim, outcome in given_up:
                 self._tell(job, search, claim, outcome)
             failure: StorageError | None = None
+            under_way = len(self._gpus) or self._jobs
             for config, outcome in self._try(job, list(by_config)):
-                try:
-                    if failure is None:
+                if failure is None:
+                    try:
                         self._tell(job, search, by_config[config], outcome)
-                    else:  # what the GPUs were at is kept here: the next run tells the others
-                        self._keep(job.key, config, outcome)
-                except StorageError as error:
-                    failure = error
+                    except StorageError as error:
+                        failure = error
+                elif under_way:  # what was under way is kept here: the next run tells the others
+                    under_way -= 1
+                    self._keep(job.key, config, outcome)
+                if failure is not None and not under_way:
+                    break
             if failure is not None:
                 raise failure
             search.withdraw(claims)

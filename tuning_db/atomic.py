@@ -75,7 +75,7 @@ def _remove_abandoned(path: Path) -> None:
     with suppress(OSError):
         for each in path.parent.iterdir():
             if name.fullmatch(each.name):
-                with suppress(OSError), each.open("rb") as stream:
+                with suppress(OSError), each.open("r+b") as stream:
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     each.unlink()
 

@@ -19,8 +19,6 @@ from tilewright.tuning_db.errors import UsageError
 from tilewright.tuning_db.text import printable, shown
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from tilewright.tuner.model.request import Request
     from tilewright.tuner.tune import TuningOptions
 
@@ -90,6 +88,8 @@ def run_model(
     )
     _check_paths(request)
     warn_of_no_shipped_folder()
+    from rich.console import Console
+
     errors = Console(stderr=True)
 
     def tell(line: str) -> None:

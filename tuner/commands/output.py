@@ -78,10 +78,11 @@ def print_table(table: PlainTable) -> None:
 
     console = Console()
     width, height = console.size
-    shown, wanted = table.fitted(width if console.is_terminal else None)
+    terminal = sys.stdout.isatty()  # a console that is told to have colours takes itself for one
+    shown, wanted = table.fitted(width if terminal else None)
     # Both: with one of them alone, a terminal that calls itself dumb has 80 columns whatever is asked for.
     console.size = ConsoleDimensions(max(width, wanted), height)
-    if console.is_terminal:
+    if terminal:
         console.print(shown, crop=False)
         return
     with console.capture() as captured:

@@ -42,7 +42,8 @@ EVALUATION = 8
 """Of the inputs, how many the errors are measured on at the least; scales never see them."""
 
 MOST_EVALUATION = 128
-"""And at the most, of many a quarter: more tell a share of rows to more digits, and every plan tried runs on each."""
+"""And at the most, of many a quarter, unless a bound on top-1 agreement takes more to tell: every plan tried runs on
+each."""
 
 LARGE_ERROR = 0.1
 """Relative error of an output from which on it is warned of, where no budget bounds it."""
@@ -148,7 +149,7 @@ def plan(request: Request, tell: Callable[[str], None] = _nothing) -> Planned:
     """
     prepared = prepare(request, tell)
     data = load_data(request.calibration, prepared.original, count=request.samples)
-    data.split(_evaluation(data))
+    data.split(_evaluation(request, data))
     return Planned(request, prepared.workloads, prepared.fusion, data, prepared.defaults)
 
 
@@ -182,7 +183,7 @@ def optimise(
         warned(data.warning)
     if prepared.defaults:
         warned(_default_line(request, prepared.defaults))
-    calibration, evaluation = data.split(_evaluation(data))
+    calibration, evaluation = data.split(_evaluation(request, data))
     names = [*request.files, *request.engine_files]
     check_output(request.output, names, request.model)
     with Judge(prepared.original, evaluation.feeds, fused=prepared.fused) as reference:
@@ -322,23 +323,30 @@ def _error_warnings(request: Request, name: str, comparison: Comparison) -> list
     return found
 
 
-def _evaluation(data: Samples) -> int:
+def _evaluation(request: Request, data: Samples) -> int:
     """How many of the inputs errors are measured on, where there are twice as many."""
-    return min(max(len(data) // 4, EVALUATION), MOST_EVALUATION)
+    return min(max(len(data) // 4, EVALUATION), max(MOST_EVALUATION, _needed(request) or 0))
+
+
+def _needed(request: Request) -> int | None:
+    """Rows of which one may differ inside a bound on top-1 agreement; None without one, or of 1, which none may."""
+    limit = None if request.budget is None else request.budget.top1
+    return None if limit is None or limit == 1.0 else math.ceil(round(1.0 / (1.0 - limit), 6))
 
 
 def _few_rows(request: Request, comparison: Comparison) -> str | None:
     """What is said where a bound on top-1 agreement lets no row differ, since there are so few."""
-    limit = None if request.budget is None else request.budget.top1
-    if limit is None or limit == 1.0 or not comparison.classes:
+    needed = _needed(request)
+    if needed is None or not comparison.classes:
         return None
+    assert request.budget is not None
     fewest = min(comparison.classes, key=lambda row: row.rows)
-    needed = math.ceil(round(1.0 / (1.0 - limit), 6))
     if fewest.rows >= needed:
         return None
+    what = "elements" if fewest.discrete else "rows"
     return (
-        f"top1={limit:g} is judged on {fewest.rows} rows of {quoted(fewest.value)}, none of which may differ: "
-        f"it takes {needed} to tell it, so give more inputs, with --samples"
+        f"top1={request.budget.top1:g} is judged on {fewest.rows} {what} of {quoted(fewest.value)}, none of which may "
+        f"differ: it takes {needed} to tell it, so give more inputs, with --samples"
     )
 
 

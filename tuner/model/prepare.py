@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -133,28 +132,22 @@ def check_fusing(request: Request, prepared: Prepared, reference: Judge) -> Comp
     """
     wrong = f"{request.model}: its fused form computes something else, which is a defect of Tilewright: "
     found = reference.compare(prepared.fused, layers=prepared.shared_names, lowered=False)
-    apart = {row.value: row for row in found.layers if row.bad_changed or _difference(row) > READING_ERROR}
+    apart = {row.value: row for row in found.layers if row.bad_changed or row.error > READING_ERROR}
     nodes = {node.outputs[0].name: node for node in prepared.checked}
     # Behind those whatever differs may differ for what they give.
     for name, row in itertools.islice(apart.items(), JUDGED):
         before = reference.compare(prepared.fused, layers=_known_before(nodes[name], prepared), lowered=False).layers
-        if all(not each.bad_changed and _difference(each) <= EQUAL_INPUTS for each in before):
+        if all(not each.bad_changed and each.error <= EQUAL_INPUTS for each in before):
             bad = f", and has {row.bad_changed} other NaN or infinities" if row.bad_changed else ""
             raise RunError(f"{wrong}{quoted(name)} {_apart(row)}{bad}; nothing was written")
     return found
-
-
-def _difference(row: LayerError) -> float:
-    """The relative error of a value; where the original has nothing but zeros, as of terms that cancel, the largest
-    number in their place."""
-    return row.max_abs if math.isinf(row.error) else row.error
 
 
 def _apart(row: OutputError | LayerError) -> str:
     """How far a value is off, in words."""
     if isinstance(row, OutputError) and row.discrete:
         return f"has other values in {row.error:.1%} of its elements"
-    if math.isinf(row.error):
+    if row.relative is None:
         return f"has values up to {row.max_abs:.1e} where all were zeros"
     return f"differs by {row.error:.1e} of its largest value"
 

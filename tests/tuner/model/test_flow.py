@@ -364,16 +364,20 @@ def test_what_a_budget_does_not_bound_is_warned_of(tmp_path):
     assert warned("max=0.4") == ["'ids' of m differs in more than 10% of its integers: max=0.4 bounds nothing of that"]
     assert warned("max=0.4,top1=0.5") == []
     assert [line.split(" of m ")[0] for line in warned(None)] == ["'logits', 'boxes'", "'ids'"]
-    # Beside zeros any error is infinite.
-    zeros = Comparison(8, (row("y", 0.1, relative=None),), ())
+    # Beside zeros it is the number itself.
+    zeros = Comparison(8, (row("y", 0.2, relative=None),), ())
     assert warned(None, zeros) == [f"'y' {sized}: --max-error bounds that"]
-    assert precision.error_of(zeros) == np.inf
+    assert precision.error_of(zeros) == 0.2
 
 
 def test_errors_are_measured_on_a_quarter_of_many_inputs(tmp_path):
     """And where that is too few for a share of rows, it is said once."""
-    data = [flow._evaluation(range(count)) for count in (2, 32, 33, 36, 400, 10_000)]  # type: ignore[arg-type]
-    assert data == [8, 8, 8, 9, 100, 128]
+
+    def kept(count: int, budget: str | None = None) -> int:
+        return flow._evaluation(request(tmp_path / "m.onnx", None, max_error=budget), range(count))  # type: ignore[arg-type]
+
+    assert [kept(count) for count in (2, 32, 33, 36, 400, 10_000)] == [8, 8, 8, 9, 100, 128]
+    assert [kept(count, "top1=0.999") for count in (400, 4000, 10_000)] == [100, 1000, 1000]
     row = OutputError("y", "y", False, False, 0.0, None, 0.0, 1.0, None, 1.0, 0, 0, rows=8)
 
     def said(budget: str | None, rows: int) -> str | None:

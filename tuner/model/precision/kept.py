@@ -66,6 +66,7 @@ _MASKING = (
 """Operators on a mask's way to the softmax."""
 
 _ANY = frozenset(("Cast", "Shape", "Size"))
+_SUMS = frozenset(("Add", "Concat", "Max", "Min", "Sub", "Sum", "Where"))
 """Operators that take a value in whatever type it is."""
 
 FUSED_FP32 = frozenset(
@@ -119,6 +120,8 @@ def kept(
     seen = {name: most for name, most in seen.items() if most > limit or 0 < most < least}
     if seen:
         values = {_named(value): value for value in (*model.graph.inputs, *(v for node in nodes for v in node.outputs))}
+        for name in [name for name, most in seen.items() if most < least and _is_lost(values.get(name), seen)]:
+            del seen[name]
         for name, most in seen.items():
             # What is large below 0 alone, and reaches nothing but softmaxes, is a mask.
             below = most > limit and extremes[name][1] <= limit
@@ -279,12 +282,29 @@ def _ranges(nodes: Iterable[ir.Node], seen: Mapping[str, float], target: str, fo
         if is_fused(node):
             found.wide.update(value for value in node.outputs if _named(value) in seen)
             made = []
+        if node.op_type in _SUMS and node.domain == "" and not any(_named(value) in seen for value in made):
+            # As `_is_lost`; others may read it as well.
+            read = [each for each in read if each is not None and seen.get(_named(each), 0.0) >= smallest * MARGIN]
         names = [_named(value) for value in (*read, *made) if value is not None and dtype_name(value) == "fp32"]
         most = max((seen[name] for name in names if name in seen), default=0.0)
         if most >= smallest * MARGIN:
             found.reasons[node] = f"its numbers come to {most:.4g}, and {target} ends at {largest:.4g}"
         elif most:
             found.reasons[node] = f"its numbers only come to {most:.4g}, and {target} loses digits below {smallest:.4g}"
+
+
+def _is_lost(value: ir.Value | None, seen: Mapping[str, float]) -> bool:
+    """Whether a small value is nothing but a term of sums that are not small: there its last digits are lost anyway."""
+    uses = () if value is None else value.uses()
+    return (
+        bool(uses)
+        and value is not None
+        and not value.is_graph_output()
+        and all(
+            node.op_type in _SUMS and node.domain == "" and not any(_named(each) in seen for each in node.outputs)
+            for node, _ in uses
+        )
+    )
 
 
 def _computed(value: ir.Value) -> bool:

@@ -6,7 +6,6 @@ page's own policy forbids scripts and anything from elsewhere.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from tilewright.tuner.model.report.document import LayerTimes, ModelReport, layer_times
@@ -133,12 +132,13 @@ def _tiles(report: ModelReport) -> str:
     ]
     if report.errors:
         last = report.errors[-1]
-        sized = [row for row in last.comparison.outputs if not row.discrete]
-        worst = max((row.error for row in sized if row.relative is not None or math.isinf(row.error)), default=None)
+        sized = [row for row in last.comparison.outputs if not row.discrete and not row.untold]
+        worst = max((row.error for row in sized), default=None)
+        spoiled = any(row.relative is None for row in sized)
         words = "met" if not last.breaches else "not met"
         kind = "good" if not last.breaches else "bad"
         budget = f'budget {esc(last.budget)}: <span class="{kind}">{words}</span>' if last.budget else "no budget given"
-        shown = "none to tell" if worst is None else "no zeros any more" if math.isinf(worst) else digits(worst)
+        shown = "none to tell" if worst is None else "no zeros any more" if spoiled else digits(worst)
         tiles.append((f"largest relative error, {last.model}", esc(shown), budget))
     boxes = (
         f'<div class="tile"><div class="name">{esc(title)}</div><div class="value">{value}</div>'

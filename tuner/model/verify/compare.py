@@ -14,14 +14,13 @@ weights gives cosines of 0.9998 between *different* inputs. Centred measures see
 original's mean is taken from both, so that an error that is the same for every input counts as well. Of an output that
 is the same for every input, m is 0.
 
-Rows of padding that see no key in any attention are left out (`masked_rows.py`), and so is what is not finite.
+What is not finite is left out, and so are rows of padding that see no key (`masked_rows.py`).
 
 Both models run in ONNX Runtime with its optimisations off. One feed's values are held at a time, and sums over them.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -36,7 +35,7 @@ from tilewright.tuner.model.graph import elements, static_shape
 from tilewright.tuner.model.messages import legible, quoted
 from tilewright.tuner.model.verify.error_budget import Budget
 from tilewright.tuner.model.verify.error_sums import LayerError, LayerSums, OutputError, OutputSums
-from tilewright.tuner.model.verify.masked_rows import MaskedRows, masked_rows, maskings
+from tilewright.tuner.model.verify.masked_rows import MaskedRows, RowPlaces
 from tilewright.tuning_db.errors import ModelError, RunError
 
 Array = np.ndarray[Any, Any]
@@ -82,9 +81,9 @@ class Comparison:
             if row.bad_changed
         ]
         found += [
-            f"{legible(row.value)}: NaN or infinite all over in both: there is nothing to compare"
+            f"{legible(row.value)}: {_of_nothing(row)}: there is nothing to compare"
             for row in self.outputs
-            if row.bad_original and row.relative is None and not row.bad_changed
+            if row.untold and not row.bad_changed
         ]
         limits = (
             ("max", "relative", True, budget.max),
@@ -102,7 +101,8 @@ class Comparison:
                 if row.discrete or row.relative == 0.0:
                     continue
                 if value is None:
-                    why = "zeros in the original" if math.isinf(row.error) else f"{self.inputs} input(s)"
+                    zeros = row.relative is None and row.max_abs > 0.0
+                    why = "zeros in the original" if zeros else f"{self.inputs} input(s)"
                     found.append(f"{legible(row.value)}: {name} can't be told ({why}), wanted {_limit(limit)}")
                 elif (value > limit) if upper else (value < limit):
                     apart = row.constant and name in ("centred", "sqnr")
@@ -245,7 +245,7 @@ class Reference:
                     kind = SizeError if output in self._unsized else ModelError
                     raise kind(_differently_shaped(output, ours[here], others[there]))
                 a, b = _same_size(output, ours[here], others[there])
-                total.add(a, b, apart, masked.of(a.shape))
+                total.add(a, b, apart, masked.of(here, a.shape))
         found = [
             total.row(output, here, here != output) for (output, here, _, _), total in zip(rows, sums, strict=True)
         ]
@@ -292,12 +292,12 @@ class Reference:
             RunError: ONNX Runtime failed.
         """
         if self._masked is None:
-            found = [] if self._fused is None else maskings(self._fused)
-            if self._fused is None or not found:
+            places = None if self._fused is None else RowPlaces(self._fused)
+            if self._fused is None or places is None or not places.maskings:
                 self._masked = [MaskedRows()] * len(self._feeds)
             else:
-                biases = list(dict.fromkeys(masking.bias for masking in found))
-                self._masked = [masked_rows(found, each) for each in self._run(self._fused, self._feeds, biases)]
+                biases = list(dict.fromkeys(masking.bias for masking in places.maskings))
+                self._masked = [places.masked(each) for each in self._run(self._fused, self._feeds, biases)]
         return self._masked
 
     def _names(self) -> list[str]:
@@ -320,7 +320,7 @@ class Reference:
             for ours, others, masked in zip(*both, self.masked(), strict=True):
                 for name, total in sums.items():
                     a, b = _same_size(name, ours[group[name]], others[name])
-                    total.add(a, b, masked.of(a.shape))
+                    total.add(a, b, masked.of(group[name], a.shape))
             yield from (total.row(name, group[name]) for name, total in sums.items())
 
 
@@ -348,6 +348,10 @@ def compare(
     """
     with Reference(original, feeds, run=run) as reference:
         return reference.compare(changed, layers=layers)
+
+
+def _of_nothing(row: OutputError) -> str:
+    return "NaN or infinite all over in both" if row.bad_original else "no row of it sees a key"
 
 
 def _same_size(name: str, a: Array, b: Array) -> tuple[Array, Array]:

@@ -34,9 +34,15 @@ class OutputError:
     constant: bool = False  # the same for every input: there is nothing to centre, and what is centred isn't
 
     @property
+    def untold(self) -> bool:
+        """Whether there are elements, and not one to compare."""
+        told = self.exact or self.max_abs > 0.0 or self.relative is not None
+        return not told and not (self.discrete and self.top1 is not None)
+
+    @property
     def error(self) -> float:
         """The error as one number, as models are ranked by it: the relative one, or the share of integers that differ;
-        infinite beside an original of zeros, and 0 where there is nothing to compare."""
+        beside an original of zeros the largest number in their place, and 0 where there is nothing to compare."""
         if self.discrete:
             return 0.0 if self.top1 is None else 1.0 - self.top1
         return _told(self.relative, self.max_abs)
@@ -81,7 +87,8 @@ class LayerSums:
         self.exact &= bool(np.array_equal(a, b, equal_nan=True))
         fine_a, fine_b = np.isfinite(a), np.isfinite(b)
         self.bad_original += int(a.size - np.count_nonzero(fine_a))
-        self._finite += int(np.count_nonzero(fine_a & fine_b))
+        told = fine_a & fine_b if left_out is None else fine_a & fine_b & ~left_out
+        self._finite += int(np.count_nonzero(told))
         self._elements += a.size
         self.untold = bool(self._elements) and not self._finite
         if not (fine_a.all() and fine_b.all()):
@@ -181,7 +188,7 @@ class OutputSums:
         top1 = self.agreed / self.rows if self.rows else None
         if self.discrete:
             counts = (sums.bad_original, sums.bad_changed, self.rows)
-            exact = self.agreed == self.rows
+            exact = self.agreed == self.rows and not sums.untold
             return OutputError(
                 *(output, value, logits, exact, None, None, sums.largest_error, None, None, top1, *counts),
                 discrete=True,
@@ -220,10 +227,8 @@ def _dot(a: Array, b: Array) -> float:
 
 
 def _told(relative: float | None, max_abs: float) -> float:
-    """A relative error as a number: where there is nothing to divide by, any error is infinite."""
-    if relative is None:
-        return math.inf if max_abs > 0.0 else 0.0
-    return relative
+    """A relative error as a number: where there is nothing to divide by, the largest number in the place of zeros."""
+    return max_abs if relative is None else relative
 
 
 def _ratio(error: float, largest: float) -> float | None:

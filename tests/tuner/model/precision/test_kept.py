@@ -202,6 +202,21 @@ def test_a_norm_of_large_numbers_takes_them_in_fp32() -> None:
     assert relative_error(output(mixed, feed), output(alone, feed)) < 2e-3
 
 
+def test_a_small_term_of_a_sum_that_is_not_small_is_nothing_to_keep() -> None:
+    """A branch that a LayerScale makes small: what it loses, the sum loses too. Read by others, it is."""
+    nodes = [
+        node("Tanh", ["x"], ["t"], name="tanh"),
+        node("Mul", ["t", "scale"], ["s"], name="small"),
+        node("Add", ["x", "s"], ["y"], name="sum"),
+    ]
+    constants = {"scale": np.array(7e-5, np.float32)}
+    seen = {"x": (-3.0, 3.0), "t": (-1.0, 1.0), "s": (-7e-5, 7e-5), "y": (-3.0, 3.0)}
+    assert not kept(model_of(nodes, {"x": (4, 16)}, ["y"], constants), "fp16", seen).reasons
+    again = [*nodes, node("Mul", ["s", "big"], ["z"], name="back")]
+    model = model_of(again, {"x": (4, 16)}, ["y", "z"], constants | {"big": np.array(1e4, np.float32)})
+    assert {each.name for each in kept(model, "fp16", seen | {"z": (-0.7, 0.7)}).reasons} == {"small", "back"}
+
+
 def test_a_large_sum_of_small_numbers_is_given_in_fp32() -> None:
     nodes = [
         node("Relu", ["x"], ["r"], name="relu"),

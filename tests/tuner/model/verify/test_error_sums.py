@@ -117,10 +117,10 @@ def test_an_original_of_zeros_has_no_relative_error() -> None:
     assert row.relative is None
     assert row.cosine is None
     assert row.max_abs == 1.0
-    assert row.error == math.inf
+    assert row.error == 1.0
     layer = LayerSums()
     layer.add(zeros[0], zeros[0] + 1)
-    assert layer.row("y", "y").error == math.inf
+    assert layer.row("y", "y").error == 1.0
 
 
 def test_one_number_stands_for_the_error() -> None:
