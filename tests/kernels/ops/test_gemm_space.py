@@ -149,7 +149,9 @@ def test_no_problem_is_left_without_a_configuration(device):
     for m, n, k in ((1, 1, 1), (1, 4096, 4096), (17, 31, 33), (4096, 16, 4096)):
         for kind in INPUT_DTYPES:
             problem = GemmProblem(m, n, k, dtype=kind)
-            tried = (config for config in SPACE.product() if useful(problem, config, device) is None)
+            # Narrowed axes leave out nothing useful (`test_space.py`): the whole product takes minutes to look through.
+            space = replace(SPACE, axes={**AXES, **SPACE.narrow(problem, device, AXES)})
+            tried = (config for config in space.product() if useful(problem, config, device) is None)
             assert any(fits(problem, config, device) is None for config in tried)
 
 

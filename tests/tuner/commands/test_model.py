@@ -119,7 +119,7 @@ def test_names_are_neither_markup_nor_commands(autotune, tmp_path: Path, model_d
         (("--model", "m.onnx", "--output", "o", "--suite", "bert"), "--suite does not go with --model"),
         (("--model", "m.onnx", "--output", "o", "--problem", "M=1,N=1,K=1"), "--problem does not go with --model"),
         (("--model", "m.onnx", "--output", "o", "--precision", "int3"), "int3"),
-        (("--model", "m.onnx", "--output", "o", "--samples", "300000000"), "2<=x<=65536"),
+        (("--model", "m.onnx", "--output", "o", "--samples", "300000000"), "must be a whole number, from 2 to 65536"),
         (("--model", "nowhere.onnx", "--output", "o"), "nowhere.onnx"),
     ],
 )
