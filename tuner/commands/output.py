@@ -78,7 +78,8 @@ def print_table(table: PlainTable) -> None:
 
     console = Console()
     width, height = console.size
-    terminal = sys.stdout.isatty()  # a console that is told to have colours takes itself for one
+    # A console that is told to have colours takes itself for a terminal.
+    terminal = sys.stdout is not None and sys.stdout.isatty()
     shown, wanted = table.fitted(width if terminal else None)
     # Both: with one of them alone, a terminal that calls itself dumb has 80 columns whatever is asked for.
     console.size = ConsoleDimensions(max(width, wanted), height)

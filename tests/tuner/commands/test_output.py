@@ -44,6 +44,9 @@ def test_a_terminal_folds_long_texts_and_cuts_nothing(
     for name, value in {"TERM": kind, "FORCE_COLOR": "1", "NO_COLOR": "1", "COLUMNS": str(columns)}.items():
         monkeypatch.setenv(name, value)
     print_table(a_table())
+    assert len(capsys.readouterr().out.splitlines()) == 3  # colours make no terminal of a pipe
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_table(a_table())
     printed = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines()]
     assert len(printed) == lines
     assert max(map(len, printed)) <= max(columns, NARROWEST + len("  number  and more"))
