@@ -306,7 +306,7 @@ class TuningRun:
                         self._tell(job, search, by_config[config], outcome)
                     except StorageError as error:
                         failure = error
-                elif under_way:  # what was under way is kept here: the next run tells the others
+                else:  # what was under way is kept here: the next run tells the others
                     under_way -= 1
                     self._keep(job.key, config, outcome)
                 if failure is not None and not under_way:
