@@ -177,7 +177,9 @@ def _error_lines(rows: Sequence[OutputError]) -> list[str]:
     ordered = sorted(rows, key=lambda row: (row.bad_changed, error(row)), reverse=True)
     lines = []
     for row in ordered[:ERRORS_TOLD]:
-        without = "nothing but NaN and infinities to compare" if row.bad_original else "zeros before, no more"
+        without = "zeros before, no more"
+        if row.untold:
+            without = f"nothing but {'NaN and infinities' if row.bad_original else 'rows that see no key'} to compare"
         said = f"{row.relative:.1e} of its largest value" if row.relative is not None else without
         if row.discrete:
             said = f"{row.error:.1%} of its elements differ"

@@ -8,7 +8,8 @@ from tilewright.tuner.model.verify.error_sums import OutputError
 
 def test_the_worst_errors_are_told() -> None:
     def row(name: str, relative: float | None, bad: int = 0, before: int = 0) -> OutputError:
-        return OutputError(name, name, False, False, relative, None, 0.0, None, None, None, before, bad)
+        most = 0.0 if before else 1.0
+        return OutputError(name, name, False, False, relative, None, most, None, None, None, before, bad)
 
     assert _error_lines([row("y", 0.00123456)]) == ["error of y: 1.2e-03 of its largest value"]
     rows = [row("small", 1e-6), row("large", 0.5), row("none", None), row("broken", 0.01, bad=2), row("middle", 0.1)]
@@ -20,5 +21,7 @@ def test_the_worst_errors_are_told() -> None:
     ]
     assert _error_lines([row("none", None)]) == ["error of none: zeros before, no more"]
     assert _error_lines([row("y", None, before=9)]) == ["error of y: nothing but NaN and infinities to compare"]
+    masked = OutputError("y", "y", False, False, None, None, 0.0, None, None, None, 0, 0)
+    assert _error_lines([masked]) == ["error of y: nothing but rows that see no key to compare"]
     ids = OutputError("ids", "ids", False, False, None, None, 700.0, None, None, 0.75, 0, 0, discrete=True)
     assert _error_lines([ids]) == ["error of ids: 25.0% of its elements differ"]

@@ -111,7 +111,8 @@ def _engine_text(device: str, file: str) -> list[str]:
 def _inlined_text(file: str) -> list[str]:
     return [
         "What doesn't know ONNX's functions needs another file, which these lines make. So does TensorRT where this "
-        "package's plugins are not registered, as in `trtexec`: it finds functions by name alone, and so wrong ones.",
+        "package's plugins are not registered, as in `trtexec`: it finds functions by name alone, and refuses a "
+        "file in which several have one.",
         "",
         *_block(inlined_lines(file)),
     ]
