@@ -13,6 +13,7 @@ import math
 import onnx_ir as ir
 from onnxscript import optimizer
 
+from tilewright.tuner.model.folding.quantised import constant_steps
 from tilewright.tuner.model.graph import static_shape
 from tilewright.tuner.model.messages import fault, quiet
 from tilewright.tuning_db.errors import ModelError
@@ -67,8 +68,10 @@ def fold_constants(model: ir.Model, budget: Budget) -> bool:
         ModelError: a node can't be what it says, as with an axis out of range.
     """
 
+    steps = constant_steps(model)
+
     def should_fold(node: ir.Node) -> bool:
-        return _is_bounded(node, budget)
+        return _is_bounded(node, budget, also=node in steps)
 
     with quiet():
         try:
@@ -108,7 +111,8 @@ def nbytes(value: ir.Value | None) -> int | None:
     return math.prod(shape) * value.dtype.bitwidth // 8
 
 
-def _is_bounded(node: ir.Node, budget: Budget) -> bool:
+def _is_bounded(node: ir.Node, budget: Budget, *, also: bool) -> bool:
+    """Whether a node is folded: `also` says that its work is known to be in proportion."""
     if node.domain != "" or len(node.outputs) != 1:
         return False
     inputs = [nbytes(value) for value in node.inputs if value is not None]
@@ -120,7 +124,7 @@ def _is_bounded(node: ir.Node, budget: Budget) -> bool:
         # Of the input's values alone; at most an index of 8 bytes for each dimension of each element.
         shape = static_shape(node.inputs[0]) if node.inputs[0] is not None else None
         size = None if shape is None else 8 * len(shape) * math.prod(shape)
-    if size is None or not _is_cheap(node, read, size):
+    if size is None or not (also or _is_cheap(node, read, size)):
         return False
     return budget.allows(size, read)
 

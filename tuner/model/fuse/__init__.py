@@ -21,6 +21,7 @@ from tilewright.tuner.model.fuse import (
     halves,
     norms,
     packed,
+    quantised,
     ranks,
     rms_norms,
     rows,
@@ -44,6 +45,7 @@ def fuse(model: ir.Model) -> FusionReport:
     activations.constants_last(model)
     ranks.lower_constants(model)
     halves.join_slices(model)
+    quantised.move_relu(model)
     norms.apply(model, log)
     rms_norms.apply(model, log)
     attention.apply(model, log)

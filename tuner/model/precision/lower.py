@@ -1,8 +1,9 @@
 """The precision of every layer: by rule, or by a search inside an error budget.
 
-Without a budget all layers that the rules let get the precision that was asked for (`rules.py`, `kept.py`); with one,
-as many as keep the errors inside it, the cheapest loss of speed first (`budget.py`). What 8-bit layers need comes from
-`post_training.py`, and is kept for a run that is killed.
+Layers that the model came with in 8 bits compute in them (`given.py`), and then no other is quantised: somebody has
+decided which they are. Without a budget all layers that the rules let get the precision that was asked for
+(`rules.py`, `kept.py`); with one, as many as keep the errors inside it, the cheapest loss of speed first (`budget.py`).
+What 8-bit layers need comes from `post_training.py`, and is kept for a run that is killed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tilewright.kernels.dtypes import dtype
 from tilewright.tuner.model.calibration.data import Samples
 from tilewright.tuner.model.graph import copy_of, fused_nodes
 from tilewright.tuner.model.precision.budget import Evaluation, Outcome, Plan, search
+from tilewright.tuner.model.precision.given import Given, given_layers
 from tilewright.tuner.model.precision.half import HALVES
 from tilewright.tuner.model.precision.kept import kept
 from tilewright.tuner.model.precision.post_training import quantise
@@ -42,6 +44,8 @@ UNCHANGED = 1e-4
 
 CHECKED = 2
 """Calibration inputs on which that is checked."""
+
+GIVEN = "the model came with it in 8 bits"
 
 MEASURE = "largest error of an output over its largest value"
 
@@ -125,24 +129,31 @@ class _Chooser:
         self._fused, self._device, self._kind = fused, device, kind
         self._calibration, self._reference = calibration, reference
         self._key, self._resume, self._tell = key, resume, tell
-        self._layers = [node.name or "" for node in fused_nodes(fused)]
+        self._given = Given() if kind == "fp32" else given_layers(fused, device)
+        self._all = [node.name or "" for node in fused_nodes(fused)]
+        self._layers = [name for name in self._all if name not in self._given.plan]
+        self._kinds = kinds_for(kind, device)
+        if self._given.plan:
+            self._kinds = tuple(each for each in self._kinds if each in FLOATS)
+            tell(f"the model has {len(self._given.plan)} of {len(self._all)} layers in 8 bits, and no other gets them")
         # By the kind of precision that the model's ranges were moved for; "" of the model as it was fused.
         self._extremes: dict[str, dict[str, tuple[float, float]]] = {}
         self._reasons: dict[tuple[str, str], dict[str, str]] = {}
 
     def by_rule(self) -> Lowered:
         """Every layer as low as the rules let it be."""
-        quantised = None if self._kind in FLOATS else self._quantised(self._kind)
-        base, plan = (self._kind, {}) if quantised is None else ("fp16", dict(quantised.plan))
+        base = self._kind if self._kind in FLOATS else "fp16"
+        quantised = self._quantised(self._kind) if self._kind in self._kinds and self._kind not in FLOATS else None
+        plan = {} if quantised is None else dict(quantised.plan)
         plan |= {layer: LayerPrecision("fp32") for layer in self._kept(quantised, base) if layer not in plan}
         return Lowered(self._made(plan, base, quantised), self._part(plan, base, quantised, None), None)
 
     def by_search(self, budget: Budget) -> Lowered:
         """As low as the budget lets it be."""
+        kinds = self._kinds
         if not self._layers:
-            base = self._base([kind for kind in kinds_for(self._kind, self._device) if kind in FLOATS], budget)
+            base = self._base([kind for kind in kinds if kind in FLOATS], budget)
             return Lowered(self._made({}, base, None), self._part({}, base, None, None), None)
-        kinds = kinds_for(self._kind, self._device)
         quantised = self._fastest([self._quantised(kind) for kind in kinds if kind in QUANTISED])
         floats = [kind for kind in kinds if kind in FLOATS]
         base = self._base(floats, budget)
@@ -208,7 +219,7 @@ class _Chooser:
                 found = quantise(model, self._calibration.feeds, kind, smoothing=False, tell=self._tell)
             known = Quantised.of(found, model)
             known.save(file, self._key)
-        self._tell(f"{kind}: {len(known.plan)} of {len(self._layers)} layers")
+        self._tell(f"{kind}: {len(known.plan)} of {len(self._all)} layers")
         return known
 
     def _changed(self, model: ir.Model) -> float:
@@ -217,11 +228,21 @@ class _Chooser:
             return error_of(reference.compare(model))
 
     def _made(self, plan: Mapping[str, LayerPrecision], base: str, quantised: Quantised | None) -> ir.Model:
-        seen = self._seen(quantised)
+        seen, given = self._seen(quantised), self._given
+        # Steps that the model came with may be of a type that the device has not.
+        fold = [each for each in QUANTISED.values() if self._device.arch >= dtype(each).min_arch]
         if quantised is None:
-            return apply_precision(self._fused, plan, base=base, extremes=seen)
+            return apply_precision(
+                self._fused, {**plan, **given.plan}, base=base, weights=given.weights, extremes=seen, fold=fold
+            )
         return apply_precision(
-            quantised.model, plan, base=base, weights=quantised.weights, shifts=quantised.shifts, extremes=seen
+            quantised.model,
+            plan,
+            base=base,
+            weights=quantised.weights,
+            shifts=quantised.shifts,
+            extremes=seen,
+            fold=fold,
         )
 
     def _seen(self, quantised: Quantised | None) -> dict[str, tuple[float, float]]:
@@ -271,10 +292,13 @@ class _Chooser:
         outcome: Outcome | None,
         chosen_for: str = "asked for",
     ) -> PrecisionPart:
-        rules = {} if quantised is None else quantised.reasons
-        half = next((kind for kind in kinds_for(self._kind, self._device) if kind in HALVES), "fp32")
+        given = self._given
+        rules = given.reasons if quantised is None else quantised.reasons
+        rules = {**rules, **dict.fromkeys(given.plan, GIVEN)}
+        half = next((kind for kind in self._kinds if kind in HALVES), "fp32")
         stays = self._kept(quantised, half)
-        kinds = {name: plan[name].kind if name in plan else base for name in self._layers}
+        plan = {**plan, **given.plan}
+        kinds = {name: plan[name].kind if name in plan else base for name in self._all}
         layers = tuple(
             LayerPlan(name, kind, stays[name] if kind == "fp32" and name in stays else rules.get(name, chosen_for))
             for name, kind in kinds.items()

@@ -12,8 +12,8 @@ many with data of a byte moved instead of more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -31,10 +31,10 @@ from tilewright.tuner.model.graph import (
     op_of,
     plugin_inputs,
     plugin_settings,
-    scalar,
     static_shape,
 )
-from tilewright.tuner.model.precision.zeros import LOWEST, SHIFTED
+from tilewright.tuner.model.precision.steps import QUANTISE, Grid, dequantised, drop_pairs, grid_of, quantise_step
+from tilewright.tuner.model.precision.zeros import LOWEST
 
 MOVED: Mapping[str, frozenset[str]] = {
     "int8": frozenset(
@@ -49,34 +49,30 @@ PRODUCERS = ("gemm", "conv2d", "rmsnorm")
 """Ops whose plugins take `out_scale`."""
 
 
-class Grid(NamedTuple):
-    """What a value is quantised to."""
-
-    scale: float
-    dtype: str
-    zero: int = 0  # the integer that 0 becomes; see `zeros.py`
-
-
-def grid_of(node: ir.Node) -> Grid | None:
-    """The grid of a quantise step with one scale, and one zero point or none; None of any other node."""
-    if node.op_type != "QuantizeLinear" or node.domain != "":
-        return None
-    scale = scalar(node.inputs[1])
-    zero = scalar(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else 0.0
-    dtype = dtype_name(node.outputs[0])
-    if scale is None or dtype not in MOVED or node.outputs[0].is_graph_output():
-        return None
-    if zero != 0 and (zero != LOWEST or dtype != "int8"):
-        return None
-    return Grid(scale, dtype, int(zero))
+def root_of(value: ir.Value, dtype: str) -> ir.Value:
+    """The value that another is made of by operators with one data input that quantisation commutes with."""
+    node = value.producer()
+    while node is not None and node.domain == "" and node.op_type in MOVED[dtype] - {"Concat", "Gather"}:
+        source = node.inputs[0]
+        if source is None or is_constant(source):
+            break
+        value, node = source, source.producer()
+    return value
 
 
 class _Folding:
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, types: Collection[str]) -> None:
+        self.types = types
         self.edit = Editor(model)
         self.graph = model.graph
+        self.opset = model.opset_imports[""]
         self.biases: set[ir.Value] = set()
         self._wanted: dict[ir.Value, Grid | None] = {}
+
+    def _step_to(self, node: ir.Node) -> Grid | None:
+        """The grid of a quantise step that layers, and operators on integers, can give; None of any other node."""
+        grid = grid_of(node) if node.op_type == QUANTISE else None
+        return grid if grid is not None and grid.dtype in MOVED and grid.dtype in self.types else None
 
     def wanted(self, value: ir.Value) -> Grid | None:
         """The one grid on which everything that reads a value wants it, if there is one."""
@@ -93,8 +89,8 @@ class _Folding:
         """The grid on which a node wants an input."""
         if node.graph is not self.graph:
             return None
-        if node.op_type == "QuantizeLinear":
-            return grid_of(node) if index == 0 else None
+        if node.op_type == QUANTISE:
+            return self._step_to(node) if index == 0 else None
         if node.domain != "" or len(node.outputs) != 1 or (index > 0 and node.op_type != "Concat"):
             return None
         grid = self.wanted(node.outputs[0])
@@ -138,23 +134,25 @@ class _Folding:
     def pays(self, group: list[ir.Node]) -> bool:
         """Whether fewer elements are quantised by steps of their own when a group works on integers."""
         inner = {node.outputs[0] for node in group}
-        before = sum(elements(value) or 0 for value in inner if any(grid_of(node) for node, _ in value.uses()))
+        before = sum(elements(value) or 0 for value in inner if any(self._step_to(node) for node, _ in value.uses()))
         after = 0
         for value in {value for node in group for value in _data(node)} - inner:
             grid = self.wanted(group[0].outputs[0])
-            shared = any(grid_of(node) == grid for node, _ in value.uses())
+            shared = any(self._step_to(node) == grid for node, _ in value.uses())
             if not self.folds(value, grid) and not shared:
                 after += elements(value) or 0
         return after < before or (after == before and any(node.op_type not in _FREE for node in group))
 
     def folds(self, value: ir.Value, grid: Grid | None) -> bool:
-        """Whether the layer that makes a value can give it on the grid."""
-        node = value.producer()
+        """Whether what makes a value can give it on the grid: a layer, or a step that has it from there."""
+        node, known = value.producer(), dequantised(value)
+        if known is not None and known[1] == grid:
+            return True
         if grid is None or node is None or not is_fused(node) or self.wanted(value) != grid:
             return False
         if op_of(node) not in PRODUCERS or "out_scale" in plugin_inputs(node):
             return False
-        return grid.zero == 0 or shiftable(node, grid.scale)
+        return grid.zero == 0 or _can_shift_to(node, grid)
 
     def take_over(self, group: list[ir.Node]) -> None:
         """Lets the operators of a group work on integers."""
@@ -172,29 +170,19 @@ class _Folding:
             self._drop_steps(out)
 
     def _on_grid(self, value: ir.Value, grid: Grid) -> ir.Value:
-        """The integers of a value: of a step that is there already, or of a new one; layers are folded later."""
+        """The integers of a value: those that it was made of, of a step that is there already, or of a new one; layers
+        are folded later."""
+        known = dequantised(value)
+        if known is not None and known[1] == grid:
+            return known[0]
         for node, index in value.uses():
-            if index == 0 and grid_of(node) == grid:
+            if index == 0 and self._step_to(node) == grid:
                 return node.outputs[0]
-        scale = self.edit.constant(_fp32(grid.scale), f"{value.name}_scale")
-        zero = [self.edit.constant(np.array(grid.zero, np.int8), f"{value.name}_zero")] if grid.zero else []
-        dtype = DTYPES[grid.dtype]
-        step = self.edit.node(
-            "QuantizeLinear",
-            [value, scale, *zero],
-            value,
-            dtype,
-            base=f"{value.name}_{grid.dtype}",
-            attributes={"output_dtype": int(dtype)},
-        )
-        if grid.zero:
-            step.metadata_props[SHIFTED] = ""
-        self.edit.after(value, step)
-        return step.outputs[0]
+        return quantise_step(self.edit, value, grid, self.opset).outputs[0]
 
     def _drop_steps(self, value: ir.Value) -> None:
         """Removes the steps that quantise a value, which is on their grid now."""
-        for node in {node for node, _ in value.uses() if node.op_type == "QuantizeLinear" and node.domain == ""}:
+        for node in {node for node, _ in value.uses() if node.op_type == QUANTISE and node.domain == ""}:
             node.outputs[0].replace_all_uses_with(value)
             self.graph.remove(node, safe=True)
 
@@ -202,7 +190,7 @@ class _Folding:
         """Lets a layer give its result on the grid that all its readers want, if they want one."""
         out = node.outputs[0]
         steps = {user for user, _ in out.uses()}
-        grids = {grid_of(user) for user in steps}
+        grids = {self._step_to(user) for user in steps}
         if not steps or len(grids) != 1 or None in grids or out.is_graph_output():
             return
         grid = grids.pop()
@@ -213,7 +201,7 @@ class _Folding:
         settings = {**plugin_settings(node), "out_dtype": grid.dtype}
         inputs = {**plugin_inputs(node), "out_scale": scale}
         if grid.zero:
-            # What is below -128 becomes -128, which stands for 0: saturation is the ReLU.
+            # Behind ReLU -128 stands for 0, and what is below becomes that: saturation is the ReLU.
             settings["activation"] = "none"
             own = constant(inputs.get("bias"))
             shape = static_shape(out) or ()
@@ -264,12 +252,22 @@ def shiftable(node: ir.Node, scale: float) -> bool:
     return bias is None or (is_constant(bias) and len(bias.shape or ()) == 1)
 
 
-def fold_output_scales(model: ir.Model) -> set[ir.Value]:
-    """Takes quantise steps into the layers before them, in place. Values that are quantised must be fp32.
+def _can_shift_to(node: ir.Node, grid: Grid) -> bool:
+    """Whether a layer can give its result on a grid with a zero point: nothing but a bias comes before rounding."""
+    if grid.zero == LOWEST and shiftable(node, grid.scale):
+        return True
+    settings, bias = plugin_settings(node), plugin_inputs(node).get("bias")
+    plain = settings.get("activation") == "none" and settings.get("gated", "none") == "none"
+    return plain and (bias is None or (is_constant(bias) and len(bias.shape or ()) == 1))
+
+
+def fold_output_scales(model: ir.Model, types: Collection[str] = tuple(MOVED)) -> set[ir.Value]:
+    """Takes quantise steps to data types into the layers before them, in place. Values that are quantised must be fp32.
 
     Gives the biases that have a shift in them now, which half precision would round too coarsely.
     """
-    folding = _Folding(model)
+    drop_pairs(model)
+    folding = _Folding(model, types)
     for group in folding.movers():
         if folding.pays(group):
             folding.take_over(group)

@@ -14,7 +14,7 @@ QDQ form. (Integer quantisation: Jacob et al., arXiv:1712.05877; e4m3: Micikevic
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,9 +43,9 @@ from tilewright.tuner.model.graph import (
     static_shape,
 )
 from tilewright.tuner.model.precision.half import HALVES, lower
-from tilewright.tuner.model.precision.output_scales import fold_output_scales
-from tilewright.tuner.model.precision.zeros import LOWEST, SHIFTED, shift_by_bias, spell_out
-from tilewright.tuner.model.reading.convert import OPSET
+from tilewright.tuner.model.precision.output_scales import MOVED, fold_output_scales
+from tilewright.tuner.model.precision.steps import Grid, make_signed, quantise_step, spell_out_zeros
+from tilewright.tuner.model.precision.zeros import shift_by_bias
 from tilewright.tuning_db.errors import ModelError, UsageError
 
 Array = np.ndarray[Any, Any]
@@ -78,8 +78,8 @@ _CHUNK = 1 << 24
 @dataclass(frozen=True, slots=True)
 class LayerPrecision:
     """What a layer computes in: `fp32`, `fp16`, `bf16`, `int8` or `fp8`. The last two have the scale of each activation
-    by the plugin's name for it: q = round(x / scale) + zero. Zero is 0, or -128 for int8 activations that are never
-    negative; see `zeros.py`."""
+    by the plugin's name for it: q = round(x / scale) + zero. Zero is 0, or of int8 what the model came with, or -128
+    for activations that are never negative; see `zeros.py`."""
 
     kind: str
     scales: Mapping[str, float] = field(default_factory=dict)
@@ -92,8 +92,10 @@ class LayerPrecision:
             if not _SMALLEST <= scale < math.inf:
                 raise UsageError(f"the scale of {name}, {scale}, must be a positive finite number of fp32")
         for name, zero in self.zeros.items():
-            if name not in self.scales or zero not in (0, LOWEST) or (zero and self.kind != "int8"):
-                raise UsageError(f"zero={zero} of {name} in {self.kind} must be 0, or {LOWEST} of an int8 activation")
+            if name not in self.scales or not -128 <= zero <= 127 or (zero and self.kind != "int8"):
+                raise UsageError(
+                    f"zero={zero} of {name} in {self.kind} must be 0, or -128 to 127 of an int8 activation"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +267,7 @@ class _Quantising:
 
     def __init__(self, model: ir.Model, weights: Mapping[str, Weights], shifts: Mapping[str, Array]) -> None:
         self.edit = Editor(model)
+        self.opset = model.opset_imports[""]
         self.given, self.shifts = weights, shifts
         self.pinned: set[ir.Value] = set()  # biases that stay fp32
         self._steps: dict[tuple[ir.Value, float, int, str], ir.Value] = {}
@@ -330,26 +333,14 @@ class _Quantising:
         """The quantised value: of a step that is there already, or of a new one."""
         key = (value, float(np.float32(scale)), zero, kind)
         if key not in self._steps:
-            dtype, source = DTYPES[QUANTISED[kind]], value
+            source = value
             if dtype_name(value) != "fp32":
                 cast = self.edit.node(
                     "Cast", [value], value, DTYPES["fp32"], base=f"{value.name}_fp32", attributes={"to": 1}
                 )
                 self.edit.after(value, cast)
                 source = cast.outputs[0]
-            amount = self.edit.constant(np.asarray(scale, np.float32), f"{value.name}_scale")
-            shift = [self.edit.constant(np.array(zero, np.int8), f"{value.name}_zero")] if zero else []
-            step = self.edit.node(
-                "QuantizeLinear",
-                [source, amount, *shift],
-                value,
-                dtype,
-                base=f"{value.name}_{QUANTISED[kind]}",
-                attributes={"output_dtype": int(dtype)},
-            )
-            if zero:
-                step.metadata_props[SHIFTED] = ""
-            self.edit.after(source, step)
+            step = quantise_step(self.edit, source, Grid(scale, QUANTISED[kind], zero), self.opset)
             self._steps[key] = step.outputs[0]
         return self._steps[key]
 
@@ -415,7 +406,7 @@ def apply_precision(
     weights: Mapping[str, Weights] | None = None,
     shifts: Mapping[str, Array] | None = None,
     extremes: Mapping[str, tuple[float, float]] | None = None,
-    fold: bool = True,
+    fold: bool | Collection[str] = True,
 ) -> ir.Model:
     """A new model of mixed precision. The one given stays as it is, and shares the constants that did not change.
 
@@ -423,7 +414,8 @@ def apply_precision(
     int8 and fp8 layers, by node name, where they are not to be rounded to nearest (`rounding.py`), and `shifts` what is
     taken off their biases (`correction.py`). `extremes` are the least and largest numbers of values, by name, that were
     seen on calibration data: what comes near the base's range stays fp32 (`kept.py`). With `fold`, layers whose result
-    is only wanted quantised give it so themselves (`output_scales.py`). Graph inputs and outputs keep their data types.
+    is only wanted quantised give it so themselves (`output_scales.py`), of data types that `fold` names if it is no
+    bool: steps that a model came with may be of one that the device has not. Graph inputs and outputs keep their types.
 
     Raises:
         UsageError: the plan does not fit the model; see `check_plan`.
@@ -434,9 +426,7 @@ def apply_precision(
     mixed.functions.clear()  # of fused nodes; they are made anew
     for domain in [domain for domain in mixed.opset_imports if domain.startswith("tilewright")]:
         del mixed.opset_imports[domain]
-    if any(precision.kind in QUANTISED for precision in plan.values()):
-        # Steps say their type by `output_dtype`. From 20, a quantised file's opset, to 21 operators only gain types.
-        mixed.opset_imports[""] = max(mixed.opset_imports[""], OPSET)
+    make_signed(mixed)
     quantising = _Quantising(mixed, weights or {}, shifts or {})
     for node in fused_nodes(mixed):
         precision = plan.get(node.name or "")
@@ -444,9 +434,9 @@ def apply_precision(
             quantising.layer(node, precision)
     quantising.edit.tidy()
     if fold:
-        quantising.pinned.update(fold_output_scales(mixed))
+        quantising.pinned.update(fold_output_scales(mixed, tuple(MOVED) if fold is True else fold))
     targets = {name: precision.kind for name, precision in plan.items() if precision.kind not in QUANTISED}
-    targets |= dict.fromkeys(spell_out(mixed), "fp32")
+    targets |= dict.fromkeys(spell_out_zeros(mixed), "fp32")
     lower(mixed, targets, base, pinned=frozenset(quantising.pinned), extremes=extremes or {})
     Editor(mixed).tidy()
     attach_bodies(mixed)

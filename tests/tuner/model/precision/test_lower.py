@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
 from tests.tuner.model.fused_nets import dtypes
 from tests.tuner.model.networks import written
+from tests.tuner.model.qdq import quantised
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model.calibration.data import load_data
 from tilewright.tuner.model.folding.fold import fold
 from tilewright.tuner.model.fuse import fuse
 from tilewright.tuner.model.graph import copy_of, fused_nodes, plugin_inputs
 from tilewright.tuner.model.precision import lower as module
-from tilewright.tuner.model.precision.lower import Lowered, error_of, kinds_for, lower
+from tilewright.tuner.model.precision.lower import GIVEN, Lowered, error_of, kinds_for, lower
 from tilewright.tuner.model.reading.read import read_model
 from tilewright.tuner.model.verify.compare import Reference
 from tilewright.tuner.model.verify.error_budget import Budget
@@ -26,8 +29,11 @@ DEVICE = resolve_device("sm_86")
 class Case:
     """The network of the example, fused, with data for calibration and for errors."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str | None = None) -> None:
         model, data = written(folder)
+        if dtype is not None:
+            made = onnx.load(model)
+            onnx.save(quantised(made, {"image": np.load(data)["image"][:2]}, dtype=dtype), model)
         self.original = read_model(model)
         self.fused = copy_of(self.original)
         fold(self.fused)
@@ -183,3 +189,33 @@ def test_layers_near_the_end_of_the_range_stay_fp32(case, kind, budget):
     assert kinds(found)["block"] == ("fp32" if kind == "fp16" else "int8")
     if kind == "fp16":
         assert "and fp16 ends at 6.55e+04" in reasons["block"]
+
+
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "int8", "auto"])
+def test_layers_that_are_in_8_bits_stay_so(tmp_path: Path, kind: str) -> None:
+    case = Case(tmp_path, "int8")
+    found, error = case.lower(kind, "0.1" if kind == "auto" else None)
+    assert kinds(found) == dict.fromkeys(("stem", "block", "hidden", "head"), "int8")
+    assert {layer.reason for layer in found.part.layers} == {GIVEN}
+    assert found.part.calibration is None
+    assert error < 0.05
+    for node in fused_nodes(found.model):
+        assert {"x_scale", "w_scale"} <= set(plugin_inputs(node)) or {"a_scale", "b_scale"} <= set(plugin_inputs(node))
+    assert case.lines[0] == "the model has 4 of 4 layers in 8 bits, and no other gets them"
+
+
+def test_fp32_is_fp32_of_a_model_in_8_bits_too(tmp_path: Path) -> None:
+    case = Case(tmp_path, "int8")
+    found, error = case.lower("fp32")
+    assert found.model is case.fused
+    assert error <= 1e-6
+
+
+def test_steps_of_a_type_that_the_device_has_not_stay(tmp_path: Path) -> None:
+    case = Case(tmp_path, "fp8e4m3")
+    found, _ = case.lower("fp16")
+    assert set(kinds(found).values()) == {"fp16"}
+    assert {layer.reason for layer in found.part.layers} == {"the model has it quantised, and fp8e4m3 needs sm_89"}
+    assert not any(name.endswith("out_scale") for node in fused_nodes(found.model) for name in plugin_inputs(node))
+    found, _ = case.lower("fp16", device="sm_89")
+    assert set(kinds(found).values()) == {"fp8"}

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from tests.tuner.model.fused_nets import decibels, dtypes, fused, node, operators, output, perceptron, single
-from tests.tuner.model.graphs import model_of, normal, relative_error
+from tests.tuner.model.graphs import model_of, normal
 from tilewright.tuner.model.calibration.calibrate import Method
 from tilewright.tuner.model.graph import dtype_name, fused_nodes, plugin_inputs, plugin_settings
 from tilewright.tuner.model.precision.correction import measure_shifts
@@ -247,25 +247,6 @@ def test_weights_are_rounded_for_what_the_layer_reads() -> None:
     assert (full == wanted).mean() > (cut == wanted).mean()
 
 
-@pytest.mark.parametrize("kind", [np.int8, np.int16])
-@pytest.mark.parametrize("activation", ["Sigmoid", "Relu"])
-def test_steps_of_the_model_s_own_are_left(activation: str, kind: type) -> None:
-    nodes = [
-        node("MatMul", ["x", "w"], ["m"], name="first"),
-        node(activation, ["m"], ["r"], name="act"),
-        node("QuantizeLinear", ["r", "scale", "zero"], ["q"], name="quantise"),
-        node("DequantizeLinear", ["q", "scale", "zero"], ["d"], name="dequantise"),
-        node("MatMul", ["d", "w"], ["y"], name="last"),
-    ]
-    constants = {"w": normal(0, 8, 8), "scale": np.array(4 / 255, np.float32), "zero": np.array(LOWEST, kind)}
-    model = fused(nodes, {"x": (4, 8)}, ["y"], constants)
-    feed = {"x": normal(1, 4, 8)}
-    for base in ("fp32", "fp16"):
-        mixed = apply_precision(model, {}, base=base)
-        assert "Sub" not in operators(mixed)
-        assert relative_error(output(mixed, feed), output(model, feed)) < 2e-2
-
-
 def test_chains_of_any_length_are_gone_through() -> None:
     nodes = [node("MatMul", ["x", "w"], ["v0"], name="first"), node("Relu", ["v0"], ["r0"], name="act")]
     nodes += [
@@ -290,9 +271,9 @@ def test_no_graph_takes_long() -> None:
     assert values_to_shift(model) == []
 
 
-@pytest.mark.parametrize(("kind", "zeros"), [("int8", {"a": 3}), ("fp8", {"a": LOWEST}), ("int8", {"b": LOWEST})])
+@pytest.mark.parametrize(("kind", "zeros"), [("int8", {"a": 128}), ("fp8", {"a": LOWEST}), ("int8", {"b": LOWEST})])
 def test_zeros_that_can_not_be_are_refused(kind: str, zeros: dict[str, int]) -> None:
-    with pytest.raises(UsageError, match="must be 0, or -128"):
+    with pytest.raises(UsageError, match="must be 0, or -128 to 127"):
         LayerPrecision(kind, {"a": 1.0}, zeros)
 
 
