@@ -8,12 +8,21 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tilewright.kernels.problem import Config, Problem
 from tilewright.tuning_db.env import compiling_environment
+
+
+def archs(*wanted: int, smoke: Collection[int] = ()) -> list[Any]:
+    """Parameters of a test for archs: those whose tensor cores are reached by `mma.sync`, as those of sm_86 are, and
+    are not sm_86, are marked slow."""
+    marks = {arch: [pytest.mark.slow] for arch in (80, 89, 120)} | {arch: [pytest.mark.smoke] for arch in smoke}
+    return [pytest.param(arch, marks=marks.get(arch, [])) for arch in wanted]
 
 
 class Compiler:

@@ -27,7 +27,6 @@ from tilewright.tuning_db.errors import CompileError, UsageError
 from tilewright.tuning_db.record import Resources
 
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
-COMMON = (86, pytest.param(90, marks=pytest.mark.smoke))
 
 
 def compiled(arch, jobs, **environment):
@@ -67,7 +66,7 @@ def ptxas_says(log):
     return int(re.findall(r"Used (\d+) registers", log)[-1]), *map(int, frames[-1])
 
 
-@pytest.mark.parametrize("arch", COMMON)
+@pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.smoke), pytest.param(90, marks=pytest.mark.slow)])
 def test_resources_are_what_ptxas_says(arch, tmp_path):
     # 64×128 fp32 sums in 2 warps are 128 registers a thread, twice as many operands pass through: it spills.
     spilling = GemmConfig(64, 128, 64, num_warps=2, num_stages=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.compiling import compiled, described
+from tests.kernels.compiling import archs, compiled, described
 from tests.kernels.conformance import Guarded, check
 from tilewright.kernels import KERNELS, resolve_device
 from tilewright.kernels.runtime import InterpretedPlan
@@ -88,10 +88,10 @@ def compiles(arch, features):
             assert launch["over"] is None or not tried(*feature, f"sm_{arch}"), f"{described(reply)}: {launch['over']}"
 
 
-@pytest.mark.parametrize("turn", range(5), ids=[f"sm_{arch}" for arch in OTHERS])
-def test_features_compile_without_spills(turn):
+@pytest.mark.parametrize("arch", archs(*OTHERS))
+def test_features_compile_without_spills(arch):
     """Every other feature for one arch in turn, beside all of them for sm_90; the whole matrix is marked slow."""
-    compiles(OTHERS[turn], FEATURES[turn::10])
+    compiles(arch, FEATURES[OTHERS.index(arch) :: 10])
 
 
 @pytest.mark.smoke

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.kernels.compiling import assert_clean, assert_specialised, compiled, described
+from tests.kernels.compiling import archs, assert_clean, assert_specialised, compiled, described
 from tilewright.kernels import resolve_device
 from tilewright.kernels.compile import HIDDEN_POINTERS
 from tilewright.kernels.ops.attention.launch import ATTENTION
@@ -27,7 +27,7 @@ def attention_on(arch, jobs):
     return compiled(arch, [("attention", problem, config) for problem, config in jobs])
 
 
-@pytest.mark.parametrize("arch", [80, pytest.param(86, marks=pytest.mark.smoke), 89, 90, 100, 120])
+@pytest.mark.parametrize("arch", archs(*ARCHS, smoke=(86,)))
 def test_keys_are_copied_ahead_and_multiplied_on_tensor_cores(arch):
     prefill, decode, projected = attention_on(arch, [(PREFILL, None), (DECODE, None), (PROJECTED, None)])
     tensor = {90: "wgmma", 100: "tcgen05"}.get(arch, "mma.sync")
@@ -223,7 +223,7 @@ def defaults(arch, rows):
                 yield problem, None
 
 
-@pytest.mark.parametrize("arch", [80, pytest.param(86, marks=pytest.mark.smoke)])
+@pytest.mark.parametrize("arch", archs(80, 86, smoke=(86,)))
 def test_packed_prefill_of_paged_keys_does_not_spill(arch):
     packed = AttentionProblem(
         4, 32, 1024, 4096, 128, Hkv=8, dtype="bf16", varlen=True, page_size=16, kv_lens=True, causal=True

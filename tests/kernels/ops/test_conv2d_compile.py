@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.compiling import assert_clean, compiled, described
+from tests.kernels.compiling import archs, assert_clean, compiled, described
 from tests.kernels.conformance import covering, every_value
 from tilewright.kernels import resolve_device
 from tilewright.kernels.compile import HIDDEN_POINTERS
@@ -31,7 +31,7 @@ TENSOR = {90: "wgmma", 100: "tcgen05"}
 # Instructions
 
 
-@pytest.mark.parametrize("arch", [pytest.param(arch, marks=pytest.mark.smoke if arch == 86 else ()) for arch in ARCHS])
+@pytest.mark.parametrize("arch", archs(*ARCHS, smoke=(86,)))
 def test_channels_in_nhwc_are_copied_asynchronously_and_multiplied_on_tensor_cores(arch: int) -> None:
     forty = replace(TAPS, C=40)  # 80 bytes a pixel, which is 16 five times
     problems = [(TAPS, WIDE), (replace(TAPS, N=1, bias="fp32", residual="fp16"), None), (forty, None), (INT8, WIDE)]

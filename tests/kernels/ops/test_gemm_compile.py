@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.kernels.compiling import assert_clean, assert_specialised, compiled, described
+from tests.kernels.compiling import archs, assert_clean, assert_specialised, compiled, described
 from tests.kernels.conformance import every_value, pairwise
 from tilewright.kernels import GemmConfig, GemmProblem, resolve_device
 from tilewright.kernels.ops.gemm.launch import GEMM
@@ -31,10 +31,7 @@ def unit_of(arch, rows=128):
     return {90: "wgmma", 100: "tcgen05"}.get(arch, "mma.sync") if rows >= 64 else "mma.sync"
 
 
-SMOKE = [
-    *(arch for arch in ARCHS if arch not in (86, 90)),
-    *(pytest.param(arch, marks=pytest.mark.smoke) for arch in (86, 90)),
-]
+SMOKE = archs(*ARCHS, smoke=(86, 90))
 
 
 # Instructions
@@ -55,7 +52,7 @@ def test_int8_is_multiplied_as_int8(arch):
         assert tuple(name for name in OF_TENSOR_CORES if found[name]) in expected, described(reply)
 
 
-@pytest.mark.parametrize("arch", [89, pytest.param(90, marks=pytest.mark.smoke), 120])
+@pytest.mark.parametrize("arch", [89, *archs(90, 120, smoke=(90,))])
 def test_scaled_fp8_is_multiplied_as_fp8(arch):
     problem = GemmProblem(
         4096,
@@ -125,7 +122,7 @@ def test_gated_pairs_cost_no_exchange_between_threads(arch, gated):
     assert reply["over"] is None, described(reply)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", archs(*ARCHS))
 def test_descriptors_are_the_tensor_memory_accelerator_from_sm_90_on(arch):
     tile = GemmConfig(128, 128, 64, num_warps=8, num_stages=3, TMA=True)
     problems = [

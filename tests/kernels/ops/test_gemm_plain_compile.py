@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from tests.kernels import compiling
-from tests.kernels.compiling import assert_clean, described
+from tests.kernels.compiling import archs, assert_clean, described
 from tests.kernels.conformance import every_value
 from tilewright.kernels import GemmConfig, GemmProblem, resolve_device
 from tilewright.kernels.ops.gemm.launch import GEMM
@@ -30,7 +30,7 @@ def compiled(arch, jobs):
 # Instructions
 
 
-@pytest.mark.parametrize("arch", [75, 80, pytest.param(86, marks=pytest.mark.smoke), COMMON[1], 89, 100, 120])
+@pytest.mark.parametrize("arch", archs(*ARCHS, smoke=(86, 90)))
 def test_aligned_operands_are_copied_asynchronously_and_multiplied_on_tensor_cores(arch):
     kinds = [] if arch == 75 else ["bf16", *(["fp8e4m3"] if arch >= 89 else [])]
     problems = [

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.kernels.compiling import archs
 from tests.kernels.tensorrt import jobs, stubs, variants
 from tests.kernels.tensorrt.lives import Job, check, defaults, lead
 from tests.kernels.tensorrt.records import put
@@ -23,7 +24,7 @@ LAYER = jobs.gemm("fp16")
 
 
 @needs_bindings
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", archs(*ARCHS))
 def test_the_contract(arch, tmp_path):
     """Every op, with data types that change from arch to arch, and some tactics of each."""
     chosen = jobs.some(arch)
@@ -66,7 +67,7 @@ def test_the_contract_of_every_plugin(arch, tmp_path):
 
 
 @needs_bindings
-@pytest.mark.parametrize("arch", [86, 90])
+@pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.slow), 90])
 def test_the_contract_of_layers_whose_best_takes_memory(arch, tmp_path):
     """Splits and descriptors, which predictions and defaults take here, are nothing that TensorRT launches."""
     answers = lead(f"sm_{arch}", jobs.static(), tactics=2, TILEWRIGHT_DB_DIR=str(tmp_path))
