@@ -24,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tilewright.kernels.activations import activation_name
+from tilewright.kernels.ops.gemm.packing import RUN
 from tilewright.kernels.tensorrt.catalogue import NAMESPACE
 from tilewright.tuner.model.graph import (
     DTYPES,
@@ -145,16 +146,55 @@ class _Body:
         return self.op("QuantizeLinear", y, scale, output_dtype=int(DTYPES[kind]))  # type: ignore[no-any-return]
 
 
-def _gemm(body: _Body, kind: str) -> ir.Value:
-    body.refuse("b_zero")
+def _weights(body: _Body) -> ir.Value:
+    """Integer weights under an A of half precision, dequantised: fp32 (N, K)."""
     op, settings = body.op, body.settings
-    if settings["group_size"] or settings["weights"] != "none":
-        raise UnsupportedError("there is no ONNX body of weights with scales for groups, or packed ones")
+    given = static_shape(body.given["b"]) or ()
+    if len(given) != 2:
+        raise UnsupportedError(f"there is no ONNX body of quantised weights of shape {given}")
+    a = static_shape(body.given["a"]) or ()
+    depth, size = a[-2 if settings["trans_a"] else -1], settings["group_size"]
+    columns = body.inputs["b"]
+    if not settings["trans_b"]:
+        columns, given = op("Transpose", columns, perm=[1, 0]), given[::-1]
+    values = op("Cast", columns, to=int(DTYPES["int32"]))
+    packed = settings["weights"] == "int4"
+    if packed:  # `kernels.ops.gemm.packing` says how
+        runs = op("Reshape", values, op.array([given[0], -1, 1, RUN // 2], "int64"))
+        unsigned, sixteen = op("Mod", runs, op.array(256, "int32")), op.array(16, "int32")
+        nibbles = op("Concat", op("Mod", unsigned, sixteen), op("Div", unsigned, sixteen), axis=2)
+        values = op("Reshape", nibbles, op.array([given[0], -1], "int64"))
+        values = op("Slice", values, *(op.array([number], "int64") for number in (0, depth, 1)))
+
+    def along(name: str) -> ir.Value:
+        """Scales or zero points, one for each weight, or for each column."""
+        value, shape = body.inputs[name], static_shape(body.given[name]) or ()
+        if len(shape) < 2:
+            return op("Reshape", value, op.array([-1, 1], "int64"))  # type: ignore[no-any-return]
+        repeated = op("Expand", op("Unsqueeze", value, op.array([1], "int64")), op.array([1, size, 1], "int64"))
+        rows = op("Reshape", repeated, op.array([-1, given[0]], "int64"))
+        cut = op("Slice", rows, *(op.array([number], "int64") for number in (0, depth, 0)))
+        return op("Transpose", cut, perm=[1, 0])  # type: ignore[no-any-return]
+
+    if "b_zero" in body.given:
+        values = op("Sub", values, op("Cast", along("b_zero"), to=int(DTYPES["int32"])))
+    elif packed:
+        values = op("Sub", values, op.array(8, "int32"))
+    values = op.cast(values, "int32", "fp32")
+    if "b_scale" not in body.given:
+        return values
+    return op("Mul", values, op.cast(along("b_scale"), body.kinds["b_scale"], "fp32"))  # type: ignore[no-any-return]
+
+
+def _gemm(body: _Body, kind: str) -> ir.Value:
+    op, settings = body.op, body.settings
     turned = {name: bool(settings[f"trans_{name}"]) for name in ("a", "b")}
+    weights = settings["group_size"] or settings["weights"] != "none" or "b_zero" in body.given
     operands = {
         "a": body.operand("a", None),
-        "b": body.operand("b", body.rank("b") - (2 if turned["b"] else 1)),
+        "b": _weights(body) if weights else body.operand("b", body.rank("b") - (2 if turned["b"] else 1)),
     }
+    turned["b"] |= bool(weights)
     if body.rank("a") == body.rank("b") == 2 and any(turned.values()):
         y = op("Gemm", operands["a"], operands["b"], transA=int(turned["a"]), transB=int(turned["b"]))
     else:

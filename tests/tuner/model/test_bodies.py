@@ -23,7 +23,7 @@ from tilewright.tuner.model.bodies import attach_bodies, body
 from tilewright.tuner.model.graph import DTYPES, dtype_name, fused_nodes, make_fused, plugin_tensors, static_shape
 from tilewright.tuning_db.errors import UnsupportedError
 
-WITHOUT_BODY = ("b_zero", "alibi_slopes", "sinks")
+WITHOUT_BODY = ("alibi_slopes", "sinks")
 JOBS = {
     name: job
     for name, job in variants.jobs().items()
@@ -148,6 +148,40 @@ def test_forms_of_gemm(fields, settings):
     model = alone("gemm", inputs, {}, **settings)
     wanted = find_kernel("gemm").reference(problem, problem.inputs(0))["out"]
     (got,) = run(model, arrays)
+    assert compare(got.reshape(wanted.shape), wanted, find_kernel("gemm").tolerance(problem)["out"]) is None
+
+
+@pytest.mark.parametrize("layout", ["row", "col"])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(("kind", "group"), [("int4", 0), ("int4", 32), ("int8", 0), ("int8", 32)])
+def test_quantised_weights(kind, group, zero, layout):
+    from tilewright.kernels import GemmProblem
+
+    problem = GemmProblem(
+        M=33,
+        N=48,
+        K=80,
+        dtype="fp16",
+        b_dtype=kind,
+        b_layout=layout,
+        b_scale="group" if group else "column",
+        group_size=group,
+        b_zero=zero,
+        gated="halves",
+        activation="silu",
+    )
+    arrays = {name: array.reshape(array.shape[-2:]) for name, array in problem.inputs(0).items()}
+    if layout == "col":
+        arrays["b"] = np.ascontiguousarray(arrays["b"].T)
+    if not group:
+        arrays |= {name: array.reshape(-1) for name, array in arrays.items() if name in ("b_scale", "b_zero")}
+    arrays |= {name: array.view(np.int8) for name, array in arrays.items() if array.dtype == np.uint8}
+    dtypes = {np.dtype(np.float16): "fp16", np.dtype(np.float32): "fp32", np.dtype(np.int8): "int8"}
+    inputs = {name: value(name, array.shape, dtypes[array.dtype]) for name, array in arrays.items()}
+    settings = {"weights": "int4"} if kind == "int4" else {}
+    settings |= {"group_size": group, "trans_b": int(layout == "col"), "gated": "halves", "activation": "silu"}
+    wanted = find_kernel("gemm").reference(problem, problem.inputs(0))["out"]
+    (got,) = run(alone("gemm", inputs, {}, **settings), arrays)
     assert compare(got.reshape(wanted.shape), wanted, find_kernel("gemm").tolerance(problem)["out"]) is None
 
 

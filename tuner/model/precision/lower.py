@@ -229,11 +229,14 @@ class _Chooser:
 
     def _made(self, plan: Mapping[str, LayerPrecision], base: str, quantised: Quantised | None) -> ir.Model:
         seen, given = self._seen(quantised), self._given
-        # Steps that the model came with may be of a type that the device has not.
-        fold = [each for each in QUANTISED.values() if self._device.arch >= dtype(each).min_arch]
         if quantised is None:
             return apply_precision(
-                self._fused, {**plan, **given.plan}, base=base, weights=given.weights, extremes=seen, fold=fold
+                self._fused,
+                {**plan, **given.plan},
+                base=base,
+                weights=given.weights,
+                extremes=seen,
+                device=self._device,
             )
         return apply_precision(
             quantised.model,
@@ -242,7 +245,7 @@ class _Chooser:
             weights=quantised.weights,
             shifts=quantised.shifts,
             extremes=seen,
-            fold=fold,
+            device=self._device,
         )
 
     def _seen(self, quantised: Quantised | None) -> dict[str, tuple[float, float]]:

@@ -14,7 +14,7 @@ QDQ form. (Integer quantisation: Jacob et al., arXiv:1712.05877; e4m3: Micikevic
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tilewright.kernels import dtypes
+from tilewright.kernels.device import Device
 from tilewright.kernels.tensorrt.catalogue import OPERATIONS, find_plugin, plugin_name
 from tilewright.kernels.tensorrt.operation import Tensor
 from tilewright.tuner.model.bodies import attach_bodies
@@ -45,6 +46,7 @@ from tilewright.tuner.model.graph import (
 from tilewright.tuner.model.precision.half import HALVES, lower
 from tilewright.tuner.model.precision.output_scales import MOVED, fold_output_scales
 from tilewright.tuner.model.precision.steps import Grid, make_signed, quantise_step, spell_out_zeros
+from tilewright.tuner.model.precision.weight_only import take_integers
 from tilewright.tuner.model.precision.zeros import shift_by_bias
 from tilewright.tuning_db.errors import ModelError, UsageError
 
@@ -406,16 +408,18 @@ def apply_precision(
     weights: Mapping[str, Weights] | None = None,
     shifts: Mapping[str, Array] | None = None,
     extremes: Mapping[str, tuple[float, float]] | None = None,
-    fold: bool | Collection[str] = True,
+    device: Device | None = None,
+    fold: bool = True,
 ) -> ir.Model:
     """A new model of mixed precision. The one given stays as it is, and shares the constants that did not change.
 
     `plan` is by node name; `base` (fp32, fp16 or bf16) is the data type of all else. `weights` are quantised weights of
     int8 and fp8 layers, by node name, where they are not to be rounded to nearest (`rounding.py`), and `shifts` what is
     taken off their biases (`correction.py`). `extremes` are the least and largest numbers of values, by name, that were
-    seen on calibration data: what comes near the base's range stays fp32 (`kept.py`). With `fold`, layers whose result
-    is only wanted quantised give it so themselves (`output_scales.py`), of data types that `fold` names if it is no
-    bool: steps that a model came with may be of one that the device has not. Graph inputs and outputs keep their types.
+    seen on calibration data: what comes near the base's range stays fp32 (`kept.py`). `device` is the
+    one whose data types steps and weights that the model came with may have in a kernel; None: any. With `fold`, layers
+    whose result is only wanted quantised give it so themselves (`output_scales.py`). Products in half precision read
+    quantised weights as they are (`weight_only.py`). Graph inputs and outputs keep their types.
 
     Raises:
         UsageError: the plan does not fit the model; see `check_plan`.
@@ -434,10 +438,12 @@ def apply_precision(
             quantising.layer(node, precision)
     quantising.edit.tidy()
     if fold:
-        quantising.pinned.update(fold_output_scales(mixed, tuple(MOVED) if fold is True else fold))
+        types = [each for each in MOVED if device is None or device.arch >= dtypes.dtype(each).min_arch]
+        quantising.pinned.update(fold_output_scales(mixed, types))
     targets = {name: precision.kind for name, precision in plan.items() if precision.kind not in QUANTISED}
     targets |= dict.fromkeys(spell_out_zeros(mixed), "fp32")
     lower(mixed, targets, base, pinned=frozenset(quantising.pinned), extremes=extremes or {})
+    take_integers(mixed, device)
     Editor(mixed).tidy()
     attach_bodies(mixed)
     return mixed

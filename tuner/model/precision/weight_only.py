@@ -1,0 +1,148 @@
+"""Products whose weights alone are quantised: the kernel reads the integers, and activations stay in half precision.
+
+`DequantizeLinear` of constants in front of a product, as tools write weights of 4 and 8 bits, would be computed anew
+for every input, to numbers of twice or four times the bytes, which is what such weights are there to avoid. The plugin
+has them as they are: B stands for b_scale · (b - b_zero), with a scale for each column or for each group of rows of a
+column, and 4-bit integers packed two in a byte (`tilewright.kernels.pack_int4`). Nothing is rounded that was not
+before, and the numbers are not rounded to half precision any more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from tilewright.kernels import pack_int4
+from tilewright.kernels.device import Device
+from tilewright.kernels.tensorrt.catalogue import find_plugin
+from tilewright.tuner.model.edit import Editor
+from tilewright.tuner.model.graph import (
+    constant,
+    dtype_name,
+    fused_nodes,
+    make_fused,
+    op_of,
+    plugin_inputs,
+    plugin_settings,
+    plugin_tensors,
+    static_shape,
+)
+from tilewright.tuner.model.precision.half import HALVES
+from tilewright.tuner.model.precision.steps import DEQUANTISE
+from tilewright.tuning_db.errors import ModelError, UnsupportedError, UsageError
+
+Array = np.ndarray[Any, Any]
+
+_STORED = {
+    ir.DataType.INT8: (8, 0),
+    ir.DataType.UINT8: (8, -128),
+    ir.DataType.INT4: (4, 8),
+    ir.DataType.UINT4: (4, 0),
+}
+"""Bits of a weight, and what is added to it: int8 and 0 to 15 is what kernels have."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Quantised weights of a product, K rows of N columns: scales · (values - zeros)."""
+
+    values: Array  # (K, N), int8, or 0 to 15 of 4 bits
+    bits: int
+    group: int  # rows that share a scale; 0: all
+    scales: Array  # (⌈K/group⌉, N), (N,) or ()
+    zeros: Array | None  # as scales; None: 0, or 8 of 4 bits
+
+
+def take_integers(model: ir.Model, device: Device | None) -> None:
+    """Lets products in half precision read the integers of their weights, in place, where a kernel does; `device` is
+    the one that it must have a kernel for, None any."""
+    edit = Editor(model)
+    for node in fused_nodes(model):
+        inputs = plugin_inputs(node)
+        if op_of(node) != "gemm" or dtype_name(inputs["a"]) not in HALVES or {"a_scale", "b_scale"} & set(inputs):
+            continue
+        weights = _weights_of(inputs["b"], bool(plugin_settings(node)["trans_b"]))
+        if weights is not None:
+            _replace(edit, node, weights, device)
+    edit.tidy()
+
+
+def _replace(edit: Editor, node: ir.Node, weights: _Weights, device: Device | None) -> None:
+    """Puts a product of the integers in a product's place, if there is a kernel for it."""
+    settings = {**plugin_settings(node), "trans_b": 1, "group_size": weights.group}
+    packed = weights.bits == 4
+    if packed:
+        settings["weights"] = "int4"
+    if settings["out_dtype"] == "default":
+        settings["out_dtype"] = dtype_name(node.outputs[0])
+    columns = pack_int4(weights.values).T if packed else weights.values.T
+    # TensorRT has packed weights as int8 as well.
+    given = {"b": columns.view(np.int8), "b_scale": weights.scales}
+    if weights.zeros is not None:
+        given["b_zero"] = weights.zeros.astype(np.int8)
+    known = plugin_inputs(node)
+    base = f"{known['b'].name}_weights"
+    made = {name: edit.constant(np.ascontiguousarray(array), base) for name, array in given.items()}
+    order = find_plugin(node.op_type).operation
+    inputs = {"a": known["a"], **made, **{name: value for name, value in known.items() if name not in ("a", "b")}}
+    fused = make_fused("gemm", inputs, settings, name=node.name or "")
+    try:
+        tensors, attributes = plugin_tensors(fused), plugin_settings(fused)
+        order.check_static(tensors, attributes)
+        problem = order.problem(tensors, attributes)
+        refused = device is not None and order.kernel.supported(problem, device) is not None
+    except (ModelError, UnsupportedError, UsageError):
+        refused = True
+    if refused:
+        for index in range(len(fused.inputs)):
+            fused.replace_input_with(index, None)  # a value remembers who uses it
+        return
+    fused.metadata_props.update(node.metadata_props)
+    edit.replace(node, fused)
+
+
+def _weights_of(value: ir.Value, turned: bool) -> _Weights | None:
+    """The integers that a product's B is made of, which is (N, K) if it is `turned`; None if it is made of none, or in
+    a way that no kernel has."""
+    node = value.producer()
+    while node is not None and node.domain == "" and node.op_type in ("Cast", "Transpose", "Identity"):
+        source = node.inputs[0]
+        if source is None or (node.op_type == "Cast" and dtype_name(node.outputs[0]) not in (*HALVES, "fp32")):
+            return None
+        if node.op_type == "Transpose":
+            turned = not turned
+        node = source.producer()
+    if node is None or node.op_type != DEQUANTISE or node.domain != "":
+        return None
+    integers, scale, *rest = (*node.inputs, None)[:3]
+    zero = rest[0] if rest else None
+    if integers is None or scale is None or integers.dtype not in _STORED or len(static_shape(integers) or ()) != 2:
+        return None
+    arrays = constant(integers), constant(scale), None if zero is None else constant(zero)
+    if arrays[0] is None or arrays[1] is None or (zero is not None and arrays[2] is None):
+        return None
+    depth = 1 if turned else 0  # the axis of K
+    axis, block = node.attributes.get_int("axis", 1) % 2, node.attributes.get_int("block_size", 0)
+    if (block and axis != depth) or (not block and arrays[1].size > 1 and axis == depth):
+        return None
+    bits, more = _STORED[integers.dtype]
+    values = _rows(arrays[0].astype(np.int16), turned) + more
+    scales = _rows(arrays[1], turned) if block else arrays[1].reshape(-1 if arrays[1].size > 1 else ())
+    if not block or dtype_name(scale) not in ("fp32", *HALVES):
+        scales = scales.astype(np.float32)
+    neutral = 8 if bits == 4 else 0
+    zeros = np.full(scales.shape, more, np.int16)
+    if arrays[2] is not None:
+        given = arrays[2].astype(np.int16)
+        zeros = (_rows(given, turned) if block else given.reshape(scales.shape)) + more
+    if not block:  # of groups as of columns, there is one for each
+        zeros = np.broadcast_to(zeros.reshape(-1), (values.shape[1],))
+    plain = bool((zeros == neutral).all())
+    return _Weights(values.astype(np.uint8 if bits == 4 else np.int8), bits, block, scales, None if plain else zeros)
+
+
+def _rows(array: Array, turned: bool) -> Array:
+    return array.T if turned else array
