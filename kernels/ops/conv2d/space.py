@@ -208,6 +208,10 @@ def fits(problem: Conv2dProblem, config: Conv2dConfig, device: Device) -> str | 
     )
     if max(ends) >= 2**31:
         return f"positions in {problem.pixels} pixels by {problem.K} channels pass 32 bits"
+    # Between the channels of a block lie all taps, if they don't follow each other.
+    channels = min(config.BLOCK_K, problem.group_channels)
+    if not config.FOLD and problem.w_layout == "kcrs" and (channels - 1) * problem.R * problem.S >= 2**31:
+        return f"{channels} channels of w, {problem.R}×{problem.S} taps apart, pass 32 bits"
     rows = math.ceil(problem.P / config.ROWS) * config.ROWS
     for name, size, stride, taps in (
         ("rows", rows, problem.stride_h, reach[0]),

@@ -253,7 +253,14 @@ def fits(problem: GemmProblem, config: GemmConfig, device: Device) -> str | None
     ends = (problem.M + config.BLOCK_M, problem.N + config.BLOCK_N, problem.K + config.BLOCK_K * config.SPLIT_K)
     if max(*ends, config.GROUP_M * tiles_n) >= 2**31:
         return f"positions in {problem.M}×{problem.N}×{problem.K} with GROUP_M={config.GROUP_M} pass 32 bits"
-    return over_grid(tiles_m * tiles_n * problem.batch, SPLIT_K=config.SPLIT_K)
+    # Tile rows that no group uses have places too, which are compared with the end of the rows.
+    if tiles_m * config.BLOCK_M >= 2**31:
+        return f"{tiles_m} tile rows of BLOCK_M={config.BLOCK_M} for groups={problem.groups} pass 32 bits"
+    count = tiles_m * tiles_n * problem.batch
+    # A block that goes on from tile to tile counts one step past the last.
+    if config.PERSISTENT and count + device.sms * device.blocks_per_sm >= 2**31:
+        return f"{count} tiles, and the step of a PERSISTENT block past the last, pass 32 bits"
+    return over_grid(count, SPLIT_K=config.SPLIT_K)
 
 
 def takes_flat(problem: GemmProblem) -> bool:

@@ -193,6 +193,12 @@ def test_what_does_not_fit_says_why(config: Conv2dConfig, limit: str) -> None:
             {"stride_w": 2**31 - 1, "S": 3},
             "1 columns of the result, 2147483647 apart in x, and taps that reach 2 further pass 32 bits",
         ),
+        (
+            {"H": 12000, "W": 12000, "R": 12000, "S": 12000, "w_layout": "kcrs"},
+            "16 channels of w, 12000×12000 taps apart, pass 32 bits",
+        ),
+        ({"H": 12000, "W": 12000, "R": 12000, "S": 12000, "w_layout": "krsc"}, None),
+        ({"H": 11965, "W": 11965, "R": 11965, "S": 11965, "w_layout": "kcrs"}, None),
         ({"N": 2**25, "H": 7, "W": 7, "K": 2**20}, "tiles are over the grid's 2147483647"),
     ],
     ids=str,

@@ -62,6 +62,31 @@ def test_limits_are_of_the_problem_and_device_too():
     assert "32 bits" in fits(GemmProblem(16, 16, 2**31 - 1), GemmConfig(16, 16, 16), A100)
 
 
+def test_tile_rows_that_no_group_uses_have_places_in_32_bits_too():
+    # Of groups that are all empty the last tile row has its place after those of all others.
+    last, groups, tile = 2**31 - 1, 1024, GemmConfig(128, 16, 16)
+    fitting = GemmProblem(last - 128 * groups, 16, 16, groups=groups)
+    assert fits(fitting, tile, A100) is None
+    assert (fitting.M // 128 + groups) * 128 <= last
+    assert fits(replace(fitting, M=fitting.M + 1), tile, A100) == (
+        "16777216 tile rows of BLOCK_M=128 for groups=1024 pass 32 bits"
+    )
+    assert fits(replace(fitting, M=fitting.M + 1, groups=0), tile, A100) is None
+
+
+def test_the_step_of_a_persistent_block_past_the_last_tile_is_counted_in_32_bits():
+    step = A100.sms * A100.blocks_per_sm
+    tile = GemmConfig(16, 16, 16)
+    many = GemmProblem(16, 16, 16, batch=2**31 - step)
+    assert fits(many, tile, A100) is None
+    assert fits(replace(many, batch=many.batch - 1), replace(tile, PERSISTENT=True), A100) is None
+    assert fits(many, replace(tile, PERSISTENT=True), A100) == (
+        f"{many.batch} tiles, and the step of a PERSISTENT block past the last, pass 32 bits"
+    )
+    (launch,) = GEMM.launches(SQUARE, replace(TILE, num_warps=2, PERSISTENT=True))
+    assert launch.blocks_per_sm * A100.sms <= step
+
+
 @pytest.mark.parametrize("kind", INPUT_DTYPES)
 def test_wide_loads_need_every_length_and_pointer_aligned(kind):
     size = {"fp16": 2, "bf16": 2, "fp32": 4}.get(kind, 1)
