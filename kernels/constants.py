@@ -27,14 +27,18 @@ class Limits:
     least: float
     most: float
     wanted: str
+    zero: bool = False  # whether 0 is one too, below the least
 
 
 # Attention multiplies both by log2(e), in fp32.
 _MOST_FACTOR = LARGEST / math.log2(math.e)
 _FACTOR = Limits(SMALLEST, _MOST_FACTOR, f"a number above 0, of fp32, from {SMALLEST:.3g} to {_MOST_FACTOR:.3g}")
 
+# A GPU's root (rsqrt.approx.ftz) of a mean of squares and eps takes what is less than a normal number for 0.
+_EPS = Limits(SMALLEST, LARGEST, f"a finite number of at least 0, of fp32: 0, or from {SMALLEST:.3g} up", zero=True)
+
 LIMITS: Mapping[str, Limits] = {
-    "EPS": Limits(0.0, LARGEST, "a finite number of at least 0, of fp32"),
+    "EPS": _EPS,
     "WEIGHT_OFFSET": Limits(-LARGEST, LARGEST, "a finite number of fp32"),
     "SCALE": _FACTOR,
     "SOFTCAP": _FACTOR,
@@ -51,7 +55,8 @@ def checked_constant(name: str, value: Any) -> float:
     limits = LIMITS[name.upper()]
     if is_symbolic(value):
         value = float(value)
-    if not is_real(value) or not limits.least <= as_float(value) <= limits.most:
+    taken = is_real(value) and limits.least <= as_float(value) <= limits.most
+    if not (taken or (limits.zero and is_real(value) and value == 0)):
         raise UsageError(f"{name.lower()}={value!r} must be {limits.wanted}")
     return as_float(value)
 

@@ -31,6 +31,13 @@ def test_the_limits_themselves_are_taken_and_nothing_beyond(name: str) -> None:
             checked_constant(name, word)
 
 
+def test_eps_is_0_or_what_a_gpu_does_not_take_for_it() -> None:
+    assert checked_constant("eps", 0) == checked_constant("eps", -0.0) == checked_constant("eps", np.float32(0)) == 0
+    for value in (1e-38, np.float32(1e-40), 5e-324, Fraction(1, 10**400)):
+        with pytest.raises(UsageError, match=r"^eps=.* must be .* of fp32: 0, or from 1\.18e-38 up$"):
+            checked_constant("eps", value)
+
+
 @pytest.mark.parametrize("name", ["SCALE", "SOFTCAP"])
 def test_what_attention_multiplies_by_log2_e_stays_in_fp32(name: str) -> None:
     assert np.isfinite(np.float32(LIMITS[name].most * math.log2(math.e)))

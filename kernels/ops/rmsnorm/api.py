@@ -44,14 +44,14 @@ def rmsnorm(
         x: (..., N), of fp16, bf16 or fp32. Rows contiguous, and all at one distance from the next.
         weight: (N,), of any of these, or None for none.
         residual: as `x`, of any of these, or None.
-        eps: a number of at least 0, compiled in; rows of zeros are NaN if it is 0.
+        eps: 0, or a number of at least 1.18e-38, compiled in; rows of zeros are NaN if it is 0.
         weight_offset: a number added to the weight, compiled in: 1 for models that keep weight - 1. Without a weight it
             counts for nothing.
         out_dtype: the result's dtype, by its canonical name or as a library has it; by default that of `x`. "int8"
             needs `out_scale`.
         out_scale: scale of a quantised result (int8, fp8): a number above 0, or an fp32 array of one element on the
             GPU, which is not looked at, or "row" for one of each row that takes its largest element to the type's
-            largest number (1 of a row of zeros).
+            largest number (1 of a row of zeros, or of next to nothing: docs/rmsnorm.md).
         out: array as `x` to write to, of `out_dtype`; it may be `x` or `residual`.
         residual_out: array as `x` to write h to, of the residual's dtype; it may be `residual` or `x`.
         return_residual: whether h is a result; `residual_out` says so too.

@@ -66,8 +66,9 @@ def row_factors(total, highest, N, row_scale_ptrs, rows, M, EPS: tl.constexpr, k
             scale = highest * root * (1.0 / 448.0)
         else:
             scale = highest * root * (1.0 / 57344.0)
-        # `LEAST_SCALE` of the problem: a row of zeros, or of so little that the quotient passes fp32.
-        scale = tl.where(scale < 1e-30, 1.0, scale)
+        # `LEAST_SCALE` of the problem: a row of zeros, or of so little that the quotient passes fp32, whose largest
+        # number but one is the factor here: rounding can't hide one that does. False of a root of infinity or NaN.
+        scale = tl.where((scale < 1e-30) | (root > scale * 3.4028233e38), 1.0, scale)
         tl.store(row_scale_ptrs, scale, mask=rows < M)
         root = tl.math.div_rn(root, scale)
     return root[:, None]

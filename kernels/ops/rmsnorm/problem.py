@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from tilewright.kernels.constants import LARGEST
 from tilewright.kernels.device import Device
 from tilewright.kernels.dtypes import dtype, refused
 from tilewright.kernels.epilogue import ROUNDOFF, FusedProblem, epilogue_reference, rounded, unsupported_dtype
@@ -132,8 +133,9 @@ class RmsNormProblem(FusedProblem):
 
 
 LEAST_SCALE = 1e-30
-"""A row's scale that is less is 1, as that of a row of zeros: the reciprocal of what is near it is no fp32 number once
-it is multiplied with that of the norm."""
+"""A row's scale that is less is 1, as that of a row of zeros. So is one by which 1 / √(mean + eps) can't be divided in
+fp32: h is multiplied by the quotient, which is largest / max|h · weight|. That takes eps below 1e-17, for with a scale
+that is no less 1 / √(mean + eps) is over 3e8."""
 
 
 def reference(
@@ -143,14 +145,15 @@ def reference(
     h = arrays["x"].astype(np.float64)
     if problem.residual is not None:
         h = h + arrays["residual"].astype(np.float64)
-    y = h / np.sqrt(np.mean(h * h, axis=1, keepdims=True) + eps)
+    root = np.sqrt(np.mean(h * h, axis=1, keepdims=True) + eps)
+    y = h / root
     if problem.weight is not None:
         y = y * (weight_offset + arrays["weight"].astype(np.float64))
     if not problem.row_scale:
         return {"out": epilogue_reference(problem, y, arrays)} | ({"residual_out": h} if problem.residual_out else {})
     highest = np.max(np.abs(y), axis=1)
     scale = highest / dtype(problem.output_dtype).largest
-    scale = np.where(scale < LEAST_SCALE, 1.0, scale)
+    scale = np.where((scale < LEAST_SCALE) | (scale * root[:, 0] < 1 / LARGEST), 1.0, scale)
     out = epilogue_reference(problem, y, {"out_scale": scale[:, None]})
     return {"out": out} | ({"residual_out": h} if problem.residual_out else {}) | {"row_scale": scale}
 

@@ -15,7 +15,7 @@ from tests.kernels.conformance import SIZES, assert_every_pair, pairwise
 from tests.kernels.ops.rmsnorm_cases import RESULTS, WALKS, conforms, near, norm, random_array, run
 from tilewright.kernels import RmsNormConfig, RmsNormProblem, rmsnorm
 from tilewright.kernels.ops.rmsnorm.launch import RMSNORM
-from tilewright.kernels.ops.rmsnorm.problem import INPUT_DTYPES
+from tilewright.kernels.ops.rmsnorm.problem import INPUT_DTYPES, reference
 
 # Every dtype, result, layout and size, in pairs
 
@@ -222,6 +222,21 @@ def test_rows_of_next_to_nothing_are_rows_of_zeros(config, kind):
     assert (scale[[0, 2]] == 1).all()
     most = 127 if kind == "int8" else 448
     np.testing.assert_allclose(quantised[1].astype(float), most * np.array([1, 0, 0.5, -0.25, 1] * 6), atol=1)
+
+
+@pytest.mark.parametrize("config", [RmsNormConfig(2, 16), RmsNormConfig(2, 64)], ids=["walk", "whole rows"])
+@pytest.mark.parametrize(("kind", "most"), [("int8", 127), ("fp8e4m3", 448), ("fp8e5m2", 57344)])
+def test_a_row_whose_scaling_passes_fp32_has_scale_1(config, kind, most):
+    # h is multiplied by most / max|h · weight|, which is more than fp32 has in the second row, and less in the first.
+    row = np.array([1, -0.5, 0.25, 0.125] * 5, np.float32)
+    x, w = np.stack([4 * row, row]) * np.float32(1e-17), np.full(20, most * 1.5e-22, np.float32)
+    problem = RmsNormProblem(M=2, N=20, dtype="fp32", weight="fp32", out_dtype=kind, row_scale=True)
+    expected = reference(problem, {"x": x, "weight": w}, eps=0.0)
+    quantised, scale = rmsnorm(x, w, eps=0.0, out_dtype=kind, out_scale="row", config=config)
+    assert scale[1] == expected["row_scale"][1] == 1
+    assert (quantised[1].astype(float) == 0).all()
+    near(scale[:, 0] / expected["row_scale"], np.ones(2))
+    np.testing.assert_allclose(quantised[0].astype(float), most * row, rtol=0.04, atol=0.51)
 
 
 @pytest.mark.smoke

@@ -45,7 +45,8 @@ DEFECTS = {
         "h if factor is None else h * factor",
     ),
     "scale of the last tile": ("heights = tl.maximum(heights, height(h, factor))", "heights = height(h, factor)"),
-    "scale of a row of zeros": ("tl.where(scale < 1e-30, 1.0, scale)", "scale + 0.0"),
+    "scale of a row of next to nothing": ("(scale < 1e-30) | ", ""),
+    "scale by which the root can't be divided": (" | (root > scale * 3.4028233e38)", ""),
     "not divided by the scale": ("root = tl.math.div_rn(root, scale)", "root = root * 1.0"),
     "out_scale ignored": ("to_output(y, out_scale_ptr,", "to_output(y, None,"),
 }  # fmt: skip
@@ -71,6 +72,11 @@ def special_numbers(config):
     out, scale = rmsnorm(x, w, out_dtype="int8", out_scale="row", config=config)
     assert (out[2] == 0).all()
     assert scale[2] == 1
+    # The scale is below `LEAST_SCALE`; and it is not, but what h would be multiplied by passes fp32.
+    for tiny, light, eps in ((1e-32, 1, 1e-6), (1e-16, 1e-22, 0.0)):
+        out, scale = rmsnorm(tiny * x, light * w, eps=eps, out_dtype="int8", out_scale="row", config=config)
+        assert (out[:2] == 0).all()
+        assert (scale[:2] == 1).all()
 
 
 def shown():
