@@ -139,6 +139,9 @@ def test_names():
         ("leaky_relu:1e-1", "leaky_relu:0.1"),
         ("clamp:0.0:6.0", "clamp:0:6"),
         ("clamp:-1:1", "clamp:-1:1"),
+        ("clamp:+0.:1E+1", "clamp:0:10"),
+        ("clamp:-3.40282347e+38:1e-05", "clamp:-3.40282347e+38:1e-05"),
+        ("leaky_relu:1.4e-45", "leaky_relu:1.4e-45"),
         ("clamp:0:0.123456789", "clamp:0:0.123456789"),
     ],
 )
@@ -158,7 +161,15 @@ def test_parameters_have_one_spelling(given, canonical):
         ("clamp:1", "activation 'clamp:1' has 1 parameters; clamp takes 2"),
         ("leaky_relu:1:2", "activation 'leaky_relu:1:2' has 2 parameters; leaky_relu takes 0 to 1"),
         ("relu:1", "activation 'relu:1' has 1 parameters; relu takes 0"),
-        ("clamp:a:b", "its parameters must be finite numbers of fp32, as in clamp:0:6"),
+        ("clamp:a:b", "its parameters must be finite numbers of fp32 in plain digits, as in clamp:0:6"),
+        # What Python reads as a number all the same, and as another one than may have been meant.
+        *(
+            (
+                f"leaky_relu:{text}",
+                f"activation {f'leaky_relu:{text}'!r}: its parameters must be finite numbers of fp32",
+            )
+            for text in ("1_0", " 0.1", "0.1 ", "0.1\n", "٣", "0x1", "1e", "e5", ".", "", "+-1")
+        ),
         ("leaky_relu:1e39", "its parameters must be finite numbers of fp32"),
         ("clamp:0:3.403e38", "its parameters must be finite numbers of fp32"),
         ("leaky_relu:nan", "its parameters must be finite numbers"),
@@ -171,6 +182,21 @@ def test_names_that_are_none(name, message):
         activation_name(name)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_every_number_of_fp32_is_a_parameter_as_it_is_written():
+    numbers = np.random.default_rng(6).integers(0, 2**32, 2000, np.uint32).view(np.float32)
+    for number in numbers[np.isfinite(numbers)]:
+        # As NumPy and Python write it, and as a name has it.
+        for text in (str(number), repr(float(number)), f"{number:.9g}"):
+            assert np.float32(activation_name(f"leaky_relu:{text}").partition(":")[2]) == number
+
+
+def test_gelu_by_erf_is_as_near_as_is_documented():
+    x = np.linspace(-20, 20, 40001).astype(np.float32)
+    expected = activation("gelu_erf")(x.astype(np.float64))
+    error = np.abs(on_device("gelu_erf", x) - expected)
+    assert (error <= 5e-7 + 2 * ULP * np.abs(expected)).all()
 
 
 def test_softplus_keeps_its_digits_where_it_is_small():
