@@ -237,6 +237,7 @@ class Operation:
         try:
             kind = kind_of(arrays[0])
         except UnsupportedError:
+            self.refuse_absent(arrays)  # None is no array either, and is said to be missing
             kind = _kind(self.inputs[0], arrays[0])  # raises with the name
         if kind.foreign:
             host = kind.on_host(arrays[0]) if interpreted() else None

@@ -156,7 +156,8 @@ def test_signatures_are_not_kept_without_end(monkeypatch):
         (ProblemError, "factor is (2,) of fp32: a number, or one element of fp32", {"factor": np.ones(2, np.float32)}),
         (ProblemError, "factor is (1,) of fp16: a number, or", {"factor": np.ones(1, np.float16)}),
         (UnsupportedError, "a float is no array", {"y": 1.0}),
-        (UnsupportedError, "x: a NoneType is no array", {"x": None}),
+        (UnsupportedError, "x: a float is no array", {"x": 1.0}),
+        (ProblemError, "x is missing", {"x": None}),
         (UsageError, "config={} can't be a dict", {"options": (False, {})}),
         (ProblemError, "out may not share memory with x", {"out": X}),
         (ProblemError, "extra may not share memory with y", {"y": Y, "extra": Y[0, :2], "options": (True, None)}),
@@ -211,6 +212,12 @@ def test_what_is_missing_is_named():
         run(op)
     out, _ = run(op, y=Y)
     np.testing.assert_array_equal(out, X)
+    # The first one too, of which the library would be.
+    with pytest.raises(ProblemError, match=r"^x is missing$"):
+        run(op, x=None, y=Y)
+    for arrays, name in (((None, X), "a"), ((X, None), "b"), ((None, None), "a")):
+        with pytest.raises(ProblemError, match=rf"^{name} is missing$"):
+            gemm(*arrays)
 
 
 @pytest.mark.parametrize("factor", [1e39, float("nan"), float("inf"), 10**400, np.float64(-1e300)])

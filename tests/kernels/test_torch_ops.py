@@ -128,12 +128,13 @@ def test_numbers_that_change_are_compiled_again_and_not_mixed_up() -> None:
         ),
         (lambda x, w: gemm(x, "w"), r"^b: a str is no array"),
         (lambda x, w: gemm(x, None), r"b is missing"),
+        (lambda x, w: gemm(None, w), r"^a is missing"),
         (lambda x, w: gemm(x.long(), w), r"arrays of dtype int64 are not supported"),
         (lambda x, w: gemm(x, w, bias=torch.zeros(32)[::2]), r"bias must be contiguous"),
         (lambda x, w: gemm(x, w, alpha=True), r"^alpha=True must be a real number"),
         (lambda x, w: gemm(x, w, activation=3), r"activation"),
     ],
-    ids=["shapes", "activation", "gradient", "text", "absent", "dtype", "gaps", "flag", "type"],
+    ids=["shapes", "activation", "gradient", "text", "absent", "first absent", "dtype", "gaps", "flag", "type"],
 )
 def test_what_is_refused_is_refused_with_the_same_words(call: Any, wanted: str) -> None:
     """While it compiles, and in the eager run that takes its place."""

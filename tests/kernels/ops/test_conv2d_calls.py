@@ -421,7 +421,7 @@ class Fake:
         (ProblemError, "precision='tf32' is for dtype=fp32", {"precision": "tf32"}),
         (ProblemError, "x is a numpy.ndarray and w a ", {"w": Fake()}),
         (UnsupportedError, "a list is no array", {"w": [[1.0]]}),
-        (UnsupportedError, "a NoneType is no array", {"x": None}),
+        (ProblemError, "x is missing", {"x": None}),
         (IllegalConfigError, "BLOCK_N=48 must be a power of two", {"config": Conv2dConfig(16, 48, 16)}),
         (IllegalConfigError, "the smallest tile of a fp16 dot is 16×16×16", {"config": Conv2dConfig(8, 16, 16)}),
         (UsageError, "config must be a Conv2dConfig, or a GemmConfig for", {"config": {"BLOCK_M": 16}}),

@@ -471,7 +471,7 @@ class Fake:
         (ProblemError, "a is a numpy.ndarray and b a ", {"b": Fake()}),
         (UnsupportedError, "a list is no array", {"b": [[1.0]]}),
         (UnsupportedError, "a float is no array", {"bias": 1.0}),
-        (UnsupportedError, "a NoneType is no array", {"a": None}),
+        (ProblemError, "a is missing", {"a": None}),
         (IllegalConfigError, "BLOCK_M=24 must be a power of two", {"config": GemmConfig(24, 16, 16)}),
         (IllegalConfigError, "B of shared memory are over", {"config": GemmConfig(256, 256, 256, num_warps=16)}),
         (UsageError, "config must be a GemmConfig, not {'BLOCK_M': 16}", {"config": {"BLOCK_M": 16}}),
