@@ -189,22 +189,22 @@ def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
         raise UnsupportedProblemError(
             f"b is {views['b'].shape}: scales of groups and zero points are for one B, not one in each of a batch"
         )
-    if inner < len(batch):
-        indices = outer_indices(views, batch, len(batch) - inner)
-        rows = views["a"].shape[:-1]
-        if result.a_scale == "row" and views["a_scale"].shape not in (rows, (*rows, 1)):
-            raise ProblemError(f"a_scale is {views['a_scale'].shape} and must be {rows}")
-        return LoopedCall(Output(shape, result.output_dtype), indices, result.a_scale == "row", options)
-
-    count = math.prod(batch)
+    outer = len(batch) - inner
+    count = math.prod(batch[outer:])
     steps = dict.fromkeys(matrices, 0)
     # The innermost batch dimension that is longer than 1 gives the merged batch its stride.
-    for position in range(len(batch) - 1, -1, -1):
+    for position in range(len(batch) - 1, outer - 1, -1):
         if batch[position] > 1:
             steps = {name: matrix.batch[position] for name, matrix in matrices.items()}
             break
     if result.a_scale == "row":
-        check_row_scales(views, 1 if steps["a"] == 0 else count)
+        # Of every matrix of A that a loop goes to, and of those that are merged there one, or as many as there are.
+        looped = math.prod(views["a"].shape[:-2][: -inner or None])
+        check_row_scales(views, looped * (1 if steps["a"] == 0 else count))
+    if outer:
+        indices = outer_indices(views, batch, outer)
+        return LoopedCall(Output(shape, result.output_dtype), indices, result.a_scale == "row", options)
+
     if count > 1 and m * count < 2**31 and bias_axis == "n" and folds(matrices, steps, m):
         # One B for all: the batch is more rows of A.
         m, count = m * count, 1
@@ -249,7 +249,7 @@ def result_dtype(views: dict[str, View], activation: Any, gated: str | None, out
 
 
 def check_row_scales(views: dict[str, View], matrices: int) -> None:
-    """Does nothing if there is a scale for each row of as many matrices as A has in memory.
+    """Does nothing if there is a scale for each row of as many matrices of A as a call reads.
 
     Raises:
         ProblemError: there are fewer.

@@ -18,6 +18,7 @@ from tests.kernels.conformance import Guarded, assert_close, check, pairwise
 from tests.kernels.ops.gemm_cases import conforms, gemm_problems, out_for, run
 from tilewright.kernels import GemmConfig, GemmProblem, call, gemm, resolve_device
 from tilewright.kernels.kernel import Tolerance
+from tilewright.kernels.ops.gemm import api
 from tilewright.kernels.ops.gemm.default import default
 from tilewright.kernels.ops.gemm.grouped import grouped_gemm
 from tilewright.kernels.ops.gemm.launch import FLATTEN_WARPS, GEMM
@@ -306,6 +307,22 @@ def test_row_scales_follow_their_rows_through_batches(problems):
     single = random_array((1, 17, 33))
     several = random_array((4, 33, 9))
     near(gemm(single, several, a_scale=scale[:1]), (single.astype(float) @ several) * scale[:1, :, None])
+
+
+def test_row_scales_of_a_matrix_that_a_loop_repeats_are_those_of_one():
+    single, b = random_array((17, 33)), random_array((2, 1, 33, 9))
+    scale, a = random_array((17,)), np.broadcast_to(single, (3, 17, 33))
+    expected = np.broadcast_to((single.astype(float) @ b) * scale[:, None], (2, 3, 17, 9))
+    for each in (scale[None], scale[None, :, None]):
+        near(gemm(a, b, a_scale=each), expected)
+    # For all of them, which no kernel reads: of the call as a whole, and before anything is kept of it.
+    before = len(api._GEMM._calls)
+    for shape, weights in (((3,), (2, 1)), ((2, 1, 3), (2, 1, 1)), ((2, 1, 3), (1, 4, 1)), ((2, 3), (2, 1))):
+        a = np.broadcast_to(random_array((*shape[:-1], 1, 17, 33)), (*shape, 17, 33))
+        with pytest.raises(UnsupportedError) as raised:
+            gemm(a, random_array((*weights, 33, 9)), a_scale=np.ones((*shape, 17), np.float32))
+        assert str(raised.value) == f"a of shape {a.shape} repeats one matrix and has a_scale for all: pass a copy"
+    assert len(api._GEMM._calls) == before
 
 
 def test_weights_in_rows_and_columns_give_the_same():
