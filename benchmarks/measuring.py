@@ -18,6 +18,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from tilewright.tuning_db.version import installed_version
+
 Row = tuple[str, float]
 
 
@@ -52,7 +54,8 @@ def environment() -> dict[str, Any]:
         "load_before": os.getloadavg()[0],
         "platform": platform.platform(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("tilewright", "triton", "numpy")},
+        "tilewright": installed_version(),
+        **{name: version(name) for name in ("triton", "numpy")},
     }
 
 

@@ -106,6 +106,16 @@ def _end(line: str, status: int) -> NoReturn:
     exit_with(f"autotune: {line}", status)
 
 
+def _say_version(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    """As `click.version_option`, but for a checkout, which no metadata tell the version of."""
+    if not asked or context.resilient_parsing:
+        return
+    from tilewright.tuning_db.version import installed_version
+
+    click.echo(f"autotune, version {installed_version()}")
+    context.exit()
+
+
 @click.group(cls=Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--device", metavar="NAME", help="Architecture (sm_86), board (rtx3090, a10, h200, …) or live GPU (cuda:0)."
@@ -157,7 +167,14 @@ def _end(line: str, status: int) -> NoReturn:
 @json_option
 @click.option("--quiet", is_flag=True, help="No progress; only the result.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error; also of a subcommand that follows.")
-@click.version_option(package_name="tilewright", prog_name="autotune")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_say_version,
+    help="Show the version and exit.",
+)
 @click.pass_context
 def cli(
     context: click.Context,

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from tilewright.tuning_db.env import database_dir, refuse_compiler_switches, ref
 from tilewright.tuning_db.errors import ProblemError, RunError, UsageError
 from tilewright.tuning_db.record import Provenance, Resources, Status
 from tilewright.tuning_db.store import TuningDB
+from tilewright.tuning_db.version import installed_version
 
 PackedConstants = Mapping[str, Sequence[float]]
 """By name, the values to pack beside the default of each constexpr that callers choose: `{"EPS": [1e-5]}`."""
@@ -142,7 +142,7 @@ def build_pack(
         facts = Facts(
             device=device.key,
             arch=device.arch,
-            tilewright=version("tilewright"),
+            tilewright=installed_version(),
             triton=triton_version(),
             ptxas=ptxas_version(device.arch),
             revisions={task.kernel.name: code_hash(task.kernel) for task in tasks},

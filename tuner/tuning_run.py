@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 from tilewright.kernels.compile import ptxas_version, triton_version
@@ -35,6 +34,7 @@ from tilewright.tuner.suites import Workload
 from tilewright.tuning_db.errors import ProblemError, StorageError
 from tilewright.tuning_db.record import Environment, Key, Record, Status
 from tilewright.tuning_db.store import TuningDB
+from tilewright.tuning_db.version import installed_version
 
 SHARED_POLL_S = 1.0
 """Between two looks at what others in a storage have under way, when nothing is left to begin."""
@@ -497,7 +497,7 @@ def _make_runner(compiler: Compiler, device: Device, gpus: Sequence[Device]) -> 
 def _environment(device: Device, runner: Runner) -> Environment:
     driver, cuda = driver_versions() if device.live else ("", "")
     return Environment(
-        tilewright=version("tilewright"),
+        tilewright=installed_version(),
         triton=triton_version(),
         ptxas=ptxas_version(device.arch),
         python=platform.python_version(),

@@ -1,12 +1,22 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks.measuring import board_environment
+from benchmarks.measuring import board_environment, environment
+from tilewright.tuning_db.version import NOT_INSTALLED
+
+
+def test_a_checkout_that_is_not_installed_is_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(distribution: str) -> str:
+        raise PackageNotFoundError(distribution)
+
+    monkeypatch.setattr("tilewright.tuning_db.version.version", absent)
+    assert environment()["tilewright"] == NOT_INSTALLED
 
 
 class NvmlError(Exception):

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -257,6 +258,15 @@ def test_help_cuts_no_summary_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_version(autotune) -> None:
     assert autotune("--version")[1].startswith("autotune, version 0.")
+
+
+def test_a_checkout_that_is_not_installed_has_a_version_too(autotune, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(distribution: str) -> str:
+        raise PackageNotFoundError(distribution)
+
+    monkeypatch.setattr("importlib.metadata.version", absent)
+    monkeypatch.setattr("tilewright.tuning_db.version.version", absent)
+    assert autotune("--version")[:2] == (0, "autotune, version 0+unknown\n")
 
 
 def test_ctrl_c_is_one_line_status_130_and_leaves_no_process(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,16 @@ def test_a_descriptors_name_leads_to_the_file_it_had(choices, tmp_path: Path, mo
         packed = build_pack(DEVICE, Path(f"/dev/fd/{stream.fileno()}"), problems=choices, db=tmp_path)
     assert packed.sha256 == hashlib.sha256((tmp_path / "p").read_bytes()).hexdigest()
     assert Pack(tmp_path / "p").entries == packed.entries
+
+
+def test_a_checkout_that_is_not_installed_packs_too(choices, tmp_path: Path, monkeypatch) -> None:
+    def absent(distribution: str) -> str:
+        raise PackageNotFoundError(distribution)
+
+    monkeypatch.setattr(FakePool, "reply", staticmethod(lambda request: built()))
+    monkeypatch.setattr("tilewright.tuning_db.version.version", absent)
+    build_pack(DEVICE, tmp_path / "p", problems=choices, db=tmp_path)
+    assert Pack(tmp_path / "p").facts.tilewright == "0+unknown"
 
 
 def test_what_is_told_is_of_what_was_packed(choices, tmp_path: Path, monkeypatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +28,10 @@ from tilewright.tuning_db.store import TuningDB
 from tilewright.tuning_db.upkeep import check
 
 LIVE = replace(DEVICE, live="cuda:0")
+
+
+def absent(distribution: str) -> str:
+    raise PackageNotFoundError(distribution)
 
 
 @pytest.fixture
@@ -168,16 +173,18 @@ def test_a_plateau_of_another_space_is_none(
     assert len(begun) == 1
 
 
-def test_a_run_on_a_gpu_notes_the_driver(
+def test_a_run_on_a_gpu_notes_the_driver_and_any_that_no_version_is_known(
     tmp_path: Path, measured: type[CountingRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning_run, "driver_versions", lambda: ("580.65.06", "13.0"))
+    monkeypatch.setattr("tilewright.tuning_db.version.version", absent)
     for device, noted in ((LIVE, ("580.65.06", "13.0")), (DEVICE, ("", ""))):
         folder = tmp_path / (device.live or "absent")
         autotune(device, problems=[SMALL], trials=1, jobs=1, db=folder)
         with TuningDB.open(device.key, folder, read_only=True) as database:
             ((_, environment),) = database.runs().values()
         assert (environment.driver, environment.cuda) == noted
+        assert environment.tilewright == "0+unknown"
 
 
 @pytest.fixture
