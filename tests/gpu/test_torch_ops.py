@@ -10,7 +10,8 @@ import pytest
 
 from tilewright.tuning_db.env import compiling_environment
 
-pytestmark = pytest.mark.gpu
+LIMIT_S = 240.0
+"""Of a process: less than a test's own limit, which costs the process that the tests run in."""
 
 COMPILED = """
 import sys, torch
@@ -36,6 +37,19 @@ with torch.no_grad():
 """
 
 
+def finished(program: str, *arguments: str, limit_s: float = LIMIT_S) -> subprocess.CompletedProcess[str]:
+    """What a process of its own came to, in which Inductor compiles by itself: its pool of compilers would be as many
+    again as there are processors, for each of the tests at a time."""
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=compiling_environment() | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+    )
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize(
     "name",
@@ -46,7 +60,13 @@ with torch.no_grad():
 )
 def test_compiled_calls_give_what_eager_ones_do(torch: Any, name: str, mode: str) -> None:
     """Each in a process of its own: compilers and pools of graphs stay for good."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED, name, mode], env=compiling_environment(), capture_output=True, text=True
-    )
+    done = finished(COMPILED, name, mode)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_a_process_has_no_pool_of_compilers_and_a_limit(pytestconfig: pytest.Config) -> None:
+    assert float(pytestconfig.getini("timeout")) > LIMIT_S
+    told = finished("import os, sys; print(os.environ['TORCHINDUCTOR_COMPILE_THREADS'], sys.argv[1])", "of_rows")
+    assert told.stdout.split() == ["1", "of_rows"]
+    with pytest.raises(subprocess.TimeoutExpired):
+        finished("import time; time.sleep(60)", limit_s=0.1)
