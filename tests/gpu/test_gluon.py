@@ -11,7 +11,7 @@ from benchmarks.gluon_attention import GluonAttentionConfig, gluon_attention
 from benchmarks.gluon_gemm import GluonGemmConfig, gluon_gemm
 from tilewright.kernels.device import Device
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]  # barriers that don't meet wait for ever
 
 SHAPES = [(4096, 1024, 512), (1000, 520, 200), (128, 128, 64), (64, 8, 8), (8192, 768, 768)]
 # B, H, Hkv, Sq, Skv, D

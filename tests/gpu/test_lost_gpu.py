@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu import test_gluon, test_specialised
 from tilewright.tuner.measure import EXIT_AFTER_FAULT
 
 ILLEGAL = "cudaErrorIllegalAddress: an illegal memory access was encountered"
@@ -122,6 +123,7 @@ def test_where_there_is_no_gpu_nothing_is_lost(tmp_path: Path, error: str) -> No
         pytest.param("", "cupy.wait()", ["--timeout", "2"], marks=pytest.mark.slow),
         ("@pytest.mark.timeout(2)", "cupy.wait()", []),
         pytest.param("@pytest.mark.timeout(2, 'signal')", "cupy.wait()", [], marks=pytest.mark.slow),
+        pytest.param("@pytest.mark.timeout(2, func_only=True)", "cupy.wait()", [], marks=pytest.mark.slow),
         ("@pytest.mark.timeout(2)", "cupy.endless = True", []),  # whoever looks after it waits
     ],
 )
@@ -133,6 +135,14 @@ def test_a_kernel_that_never_ends_costs_its_worker_alone(
     assert "crashed while running 'test_some.py::test_hung'" in done.stdout
     reported = 3 if does == "cupy.endless = True" else 2  # its own report too, as it passed
     assert f"1 failed, {reported} passed" in done.stdout
+
+
+def test_what_waits_at_barriers_is_not_waited_for_for_long() -> None:
+    launching = test_specialised.test_every_launch_gives_the_same_bits_and_they_are_right
+    for marks in (test_gluon.pytestmark, launching.pytestmark):  # type: ignore[attr-defined]
+        limits = {mark.name: mark.args for mark in marks}
+        assert "gpu" in limits
+        assert 40 <= limits["timeout"][0] <= 60
 
 
 def test_alone_it_ends_the_run(tmp_path: Path) -> None:
