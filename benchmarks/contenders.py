@@ -216,8 +216,8 @@ def _library_int8(torch: Any, problem: GemmProblem) -> list[Contender]:
     once = _compiled(torch, "gelu_tanh", False)
 
     def compiled(arrays: Arrays) -> Any:
-        scale = arrays["a_scale"] * arrays["b_scale"]
-        return once(product(arrays), arrays["bias"], None, scale, _kind(torch, problem.output_dtype))
+        scales = arrays["a_scale"], arrays["b_scale"]
+        return once(product(arrays), arrays["bias"], None, scales, _kind(torch, problem.output_dtype))
 
     return [
         Contender("torch._int_mm", "library", product),
@@ -277,8 +277,9 @@ def _jiterated(torch: Any, name: str, parameters: str, body: str, eager: Callabl
 
 @functools.cache
 def _compiled(torch: Any, activation: str, gated: bool) -> Callable[..., Any]:
-    """The whole epilogue over a bare product in one kernel, in fp32, by torch.compile: on a GPU, Triton's. Sizes are
-    arguments of it, so that what one case has compiled serves the next; on a processor it runs as it is."""
+    """The whole epilogue over a bare product in one kernel, in fp32, by torch.compile: on a GPU, Triton's. Each case's
+    sizes are constants of a kernel of its own: of sizes that are arguments Inductor states no divisibility, so that a
+    kernel reads element by element and divides for every one's column. On a processor it runs as it is."""
     functional = torch.nn.functional
     activations: dict[str, Callable[[Any], Any]] = {
         "none": lambda y: y,
@@ -290,8 +291,8 @@ def _compiled(torch: Any, activation: str, gated: bool) -> Callable[..., Any]:
     }
     act = activations[activation]
 
-    def epilogue(y: Any, bias: Any, residual: Any = None, scale: Any = None, kind: Any = None) -> Any:
-        sums = y.float() if scale is None else y.float() * scale
+    def epilogue(y: Any, bias: Any, residual: Any = None, scales: Any = None, kind: Any = None) -> Any:
+        sums = y.float() if scales is None else y.float() * (scales[0] * scales[1])
         sums = sums if bias is None else sums + bias.float()
         if gated:
             g, u = sums.chunk(2, dim=-1)
@@ -301,7 +302,7 @@ def _compiled(torch: Any, activation: str, gated: bool) -> Callable[..., Any]:
 
     if not torch.cuda.is_available():
         return epilogue
-    made: Callable[..., Any] = torch.compile(epilogue, dynamic=True)
+    made: Callable[..., Any] = torch.compile(epilogue, dynamic=False)
     return made
 
 
@@ -413,9 +414,10 @@ def _library_convolutions(torch: Any, problem: Conv2dProblem, *, flat: bool) -> 
     whole = _compiled(torch, name, False)
 
     def compiled(arrays: Arrays) -> Any:
-        of = images(arrays)
-        bias = of.get("bias")
-        return whole(bare(arrays), None if bias is None else bias[:, None, None], of.get("residual"))
+        y, bias, residual = bare(arrays), arrays.get("bias"), arrays.get("residual")
+        if flat:  # by the kernel that has been compiled for the GEMM's rows
+            return whole(y.permute(0, 2, 3, 1).flatten(0, 2), bias, residual)
+        return whole(y, None if bias is None else bias[:, None, None], residual)
 
     found = [
         Contender("cuDNN", "library", bare),

@@ -63,8 +63,8 @@ ENERGY_S = 1.0
 SETTLE_S = 0.3
 """Of the loop before it counts: the power limit acts some tens of milliseconds late."""
 
-RECOMPILE_LIMIT = 64
-"""Of one function's variants under torch.compile: the epilogues of all cases need 15, and torch's own limit is 8."""
+RECOMPILE_LIMIT = 256
+"""Of one function's variants under torch.compile: one for each case at the most, and torch's own limit is 8."""
 
 PATIENCE_S = 0.5
 """For the energy counter to move: one that stands still is none."""
@@ -325,6 +325,7 @@ def never_eager(torch: Any) -> None:
     be of something else.
     """
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 

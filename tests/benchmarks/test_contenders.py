@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import contenders
-from benchmarks.cases import Case, cases, computes_all, smaller
+from benchmarks.cases import INT8, Case, cases, computes_all, smaller
 from benchmarks.contenders import arrays_of, libraries
 from benchmarks.torch_board import never_eager
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
@@ -63,22 +63,27 @@ def test_every_way_is_right(torch: Any, case: Case) -> None:
     assert ran
 
 
-def test_every_epilogue_of_a_run_is_compiled(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_epilogue_of_a_run_is_compiled_for_its_sizes(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole cases in their order, as in a run, without memory and without code: Dynamo decides all the same."""
     compiled = contenders._compiled.__wrapped__  # other tests' have been left as they are, and are kept
+    graphs: list[tuple[Any, ...]] = []
+
+    def without_kernels(graph: Any, inputs: list[Any]) -> Any:
+        graphs.append(tuple(inputs))
+        return graph.forward
 
     @functools.cache
     def without_code(torch: Any, activation: str, gated: bool) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
-            patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+            patch.setattr(torch, "compile", partial(torch.compile, backend=without_kernels))
             return compiled(torch, activation, gated)
 
     monkeypatch.setattr(contenders, "_compiled", without_code)
     torch._dynamo.reset()
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     # Both are put back at the end, whatever they were set to.
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False), torch.no_grad():
+    limits = {"recompile_limit": 8, "accumulated_recompile_limit": 8, "fail_on_recompile_limit_hit": False}
+    with torch._dynamo.config.patch(limits), torch.no_grad():
         never_eager(torch)
         for case in cases():
             arrays = arrays_of(torch, case, "meta")
@@ -86,4 +91,30 @@ def test_every_epilogue_of_a_run_is_compiled(torch: Any, monkeypatch: pytest.Mon
                 if "compiled elementwise" in contender.name:
                     contender.call(arrays)
     torch._dynamo.reset()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before > 8, "torch's own limit would have done"
+    assert len(graphs) > 8, "torch's own limit would have done"
+    sizes = {type(size) for graph in graphs for each in graph for size in getattr(each, "shape", [each])}
+    assert sizes == {int}, "sizes are arguments of a kernel"
+
+
+def test_scales_are_applied_within_the_compiled_kernel(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(each for each in cases() if each.family is INT8)
+    given: list[Any] = []
+    monkeypatch.setattr(contenders, "_compiled", lambda torch, activation, gated: lambda *parts: given.extend(parts))
+    arrays = arrays_of(torch, case, "meta")
+    (way,) = (each for each in libraries(torch, case) if "compiled elementwise" in each.name)
+    way.call(arrays)
+    _, bias, _, scales, kind = given
+    assert (bias, scales, kind) == (arrays["bias"], (arrays["a_scale"], arrays["b_scale"]), torch.bfloat16)
+
+
+def test_products_of_int8_are_scaled(torch: Any) -> None:
+    case = smaller(next(each for each in cases() if each.family is INT8))
+    problem: Any = case.problem
+    torch.manual_seed(0)
+    sums = torch.randint(-9999, 9999, (problem.M, problem.N), dtype=torch.int32)
+    a_scale, b_scale, bias = torch.rand(()) / 4096, torch.rand(problem.N), torch.randn(problem.N)
+    epilogue = contenders._compiled(torch, problem.activation, False)
+    found = epilogue(sums, bias, None, (a_scale, b_scale), torch.float32)
+    whole = sums.double() * a_scale.double() * b_scale.double() + bias.double()
+    wanted = torch.nn.functional.gelu(whole, approximate="tanh")
+    assert float((found - wanted).abs().max()) < 1e-5
