@@ -18,6 +18,7 @@ from tilewright.kernels import attention, conv2d, gemm
 from tilewright.kernels.activations import activation_name
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
+from tilewright.kernels.ops.gemm.packing import unpack_int4
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.problem import Config
 
@@ -26,13 +27,19 @@ Call = Callable[[Arrays], Any]
 
 OURS, DEFAULT = "tilewright", "tilewright, default"
 
+CHECK = "check"
+"""The role of what our result is held against and that competes with nothing."""
+
+CHECKED_COLUMNS = 4096
+"""Of weights that are unpacked at a time, to fp32: all of the largest case's would be 2 GB."""
+
 
 @dataclass(frozen=True, slots=True)
 class Contender:
     """A way to compute a case, or with the role `library` at least its product."""
 
     name: str
-    role: str  # "ours", "library", "separate" or "fused"
+    role: str  # "ours", "library", "separate", "fused" or "check"
     call: Call
 
 
@@ -82,6 +89,27 @@ def libraries(torch: Any, case: Case) -> list[Contender]:
     return found
 
 
+def checks(torch: Any, case: Case) -> list[Contender]:
+    """What tells whether our result is right, where none of the library's ways computes it."""
+    problem = case.problem
+    if not isinstance(problem, GemmProblem) or problem.b_dtype != "int4":
+        return []
+    assert problem.b_scale == "group"
+    assert not any((problem.b_zero, problem.bias, problem.residual, problem.gated))
+    assert activation_name(problem.activation) == "none"
+
+    def dequantised(arrays: Arrays) -> Any:
+        a, parts = arrays["a"].float(), []
+        for start in range(0, problem.N, CHECKED_COLUMNS):
+            columns = slice(start, start + CHECKED_COLUMNS)
+            signed = unpack_int4(arrays["packed"][:, columns], problem.K).float() - 8
+            scales = arrays["b_scale"][:, columns].float().repeat_interleave(problem.group_size, 0)
+            parts.append(a @ (signed * scales))
+        return torch.cat(parts, 1)
+
+    return [Contender("torch, dequantised weights", CHECK, dequantised)]
+
+
 # GEMM
 
 
@@ -103,11 +131,13 @@ def _gemm_arrays(torch: Any, problem: GemmProblem, device: str) -> dict[str, Any
     if problem.a_scale is not None:
         arrays["a_scale"] = torch.full((), unit, device=device)
     if problem.b_dtype == "int4":
-        # Packed along K; what the weights are is of no account to anybody's time.
+        # Packed along K; what the weights are is of no account to anybody's time. Scales differ, so that one of another
+        # group is a difference.
         packed = torch.randint(0, 256, (k // 2, n), dtype=torch.uint8, device=device)
         arrays["packed"] = packed.t().contiguous().t() if problem.b_layout == "col" else packed
         groups = k // problem.group_size
-        arrays["b_scale"] = torch.full((groups, n), 0.01, device=device).to(_kind(torch, problem.b_scale_dtype))
+        scales = 0.005 + 0.01 * torch.rand(groups, n, device=device)
+        arrays["b_scale"] = scales.to(_kind(torch, problem.b_scale_dtype))
     elif problem.b_scale == "column":
         arrays["b_scale"] = torch.full((n,), unit, device=device)
     elif problem.b_scale == "tensor":

@@ -30,7 +30,7 @@ from rich.console import Console
 from benchmarks.cases import FAMILIES, Case, cases, computes_all, held_against_all
 from benchmarks.charts import plots
 from benchmarks.comparison_report import geometric_mean, held_to_copy, markdown
-from benchmarks.contenders import DEFAULT, OURS, Contender
+from benchmarks.contenders import CHECK, DEFAULT, OURS, Contender
 from benchmarks.rehearsal import RehearsalBoard
 from benchmarks.torch_board import Timed, TorchBoard
 from tilewright.kernels.device import Device
@@ -262,14 +262,14 @@ def _compared(board: Board, case: Case, peaks: Mapping[str, float]) -> dict[str,
             row["of_copy"] = row["gbs"] / peaks["copy_gbs"]
             row["of_matmul"] = row["tflops"] / peaks["matmul_tflops"]
         default = found.get(DEFAULT)
-        if default is not None and not default.error:
+        if default is not None and not default.error and "error" not in row:
             row["default_ratio"] = ours.median_us / default.median_us
     return row
 
 
 def rate(row: dict[str, Any], case: Case, roles: Mapping[str, str], found: Mapping[str, Timed]) -> None:
     """Adds to a case's row what ours is held against, and the best of the library's ways to the very result; and an
-    error where ours is apart from all that compute it."""
+    error where ours is apart from all that compute it, or from its own default configuration's."""
     ours = found[OURS]
     apart = [
         timed.difference
@@ -278,6 +278,13 @@ def rate(row: dict[str, Any], case: Case, roles: Mapping[str, str], found: Mappi
     ]
     if not ours.error and apart and not any(difference <= DIFFERENT for difference in apart):
         row["error"] = f"the result differs from every way of the library's, by {min(apart):.2g} of the largest element"
+        return
+    default = found.get(DEFAULT, Timed(error="none"))
+    if not (ours.error or default.error or default.difference is None or default.difference <= DIFFERENT):
+        row["error"] = (
+            f"the results of two configurations, the chosen and the default, differ by {default.difference:.2g} of the "
+            "largest element"
+        )
         return
     for name, rated in (("against", case), ("best", held_against_all(case))):
         row[name] = None if ours.error else best_rival(rated, roles, found)
@@ -291,7 +298,7 @@ def best_rival(case: Case, roles: Mapping[str, str], found: Mapping[str, Timed])
     rivals = [
         name
         for name, timed in found.items()
-        if roles[name] != "ours"
+        if roles[name] not in ("ours", CHECK)
         and not timed.error
         and (timed.difference is None or timed.difference <= DIFFERENT)  # NaN is neither
         and (computes_all(case, roles[name]) if against == "whole" else roles[name] == against)

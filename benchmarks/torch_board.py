@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import tempfile
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.cases import Case, computes_all
-from benchmarks.contenders import Call, Contender, arrays_of, libraries, ours
+from benchmarks.contenders import CHECK, Call, Contender, arrays_of, checks, libraries, ours
 from benchmarks.measuring import board_environment, environment, median_us, revision
 from tilewright.kernels import gemm
 from tilewright.kernels.arrays import require_cupy
@@ -51,7 +52,7 @@ REPLAYS = 4
 """Of a graph in one step of a closed loop, between two waits."""
 
 COMPARED = 1 << 24
-"""Elements of two results that are compared at the most."""
+"""Elements of two results that are compared at a time: in fp32 64 MiB of each."""
 
 TURN_S = 120.0
 """How long a case waits for tuning runs on the same GPU."""
@@ -78,7 +79,7 @@ class Timed(NamedTuple):
     p90_us: float = 0.0
     samples: int = 0
     error: str = ""  # why there are no times
-    difference: float | None = None  # max |result - ours| / max |ours|; None where results don't compare
+    difference: float | None = None  # max |result - ours| / max |ours|; None where they are not of one function
 
 
 class TorchGpu(Gpu):
@@ -187,10 +188,12 @@ class TorchBoard:
         }
 
     def contenders(self, case: Case) -> list[Contender]:
-        """Ours as looked up, ours by default, and the library's."""
+        """Ours as looked up, ours by default, and the library's; and what ours is checked by where nothing of the
+        library's computes it."""
         kernel = find_kernel(case.op)
         default = kernel.default(case.problem, self.device)
-        return [ours(self.torch, case), ours(self.torch, case, default), *libraries(self.torch, case)]
+        own = ours(self.torch, case), ours(self.torch, case, default)
+        return [*own, *libraries(self.torch, case), *checks(self.torch, case)]
 
     def compare(self, case: Case, contenders: Sequence[Contender]) -> tuple[dict[str, Timed], str]:
         """What came of each, timed in turns; and the method, `replay` or `events`."""
@@ -201,21 +204,8 @@ class TorchBoard:
         torch, gpu = self.torch, self.gpu
         with torch.cuda.stream(gpu.torch_stream), torch.no_grad():
             arrays = [arrays_of(torch, case)]
-            found: dict[str, Timed] = {}
-            differences: dict[str, float | None] = {}
-            ours_result: Any = None
-            for contender in contenders:
-                try:
-                    result = contender.call(arrays[0])
-                    torch.cuda.synchronize()
-                    ours_result = result if ours_result is None else ours_result
-                    comparable = computes_all(case, contender.role)
-                    differences[contender.name] = _difference(ours_result, result) if comparable else None
-                    del result
-                except Exception as error:  # noqa: BLE001 - whatever a library refuses a case with, others go on
-                    found[contender.name] = Timed(error=_one_line(error))
-            del ours_result
-            running = [each for each in contenders if each.name not in found]
+            found = checked(torch, case, contenders, arrays[0])
+            running = [each for each in contenders if not found[each.name].error and each.role != CHECK]
             footprint = case.problem.bytes_moved()
             floor_us = roofline_us(case.problem.flops(), footprint, case.problem.unit, self.device)
             copies = replay_copies(floor_us, footprint, self.device.l2_bytes) or 0
@@ -228,7 +218,7 @@ class TorchBoard:
                     found[contender.name] = Timed(error=_one_line(error))
             timings = time_rounds(list(samplers.values()))
         for name, timing in zip(samplers, timings, strict=True):
-            found[name] = Timed(**dataclasses.asdict(timing.times), difference=differences[name])
+            found[name] = Timed(**dataclasses.asdict(timing.times), difference=found[name].difference)
         samplers.clear()
         arrays.clear()
         torch.cuda.empty_cache()
@@ -401,11 +391,41 @@ def driver_launch(plan: Plan, names: Sequence[str], addresses: Sequence[int]) ->
     return alone
 
 
-def _difference(ours_result: Any, result: Any) -> float | None:
+def checked(torch: Any, case: Case, contenders: Sequence[Contender], arrays: Any) -> dict[str, Timed]:
+    """What each comes to when it is called once: an error, or, where it computes the very function, how far its result
+    is from ours, the first's."""
+    found: dict[str, Timed] = {}
+    ours_result: Any = None
+    for contender in contenders:
+        try:
+            result = contender.call(arrays)
+            torch.cuda.synchronize()
+            ours_result = result if ours_result is None else ours_result
+            comparable = computes_all(case, contender.role)
+            found[contender.name] = Timed(difference=difference(ours_result, result) if comparable else None)
+            del result
+        except Exception as error:  # noqa: BLE001 - whatever a library refuses a case with, others go on
+            found[contender.name] = Timed(error=_one_line(error))
+    return found
+
+
+def difference(ours_result: Any, result: Any) -> float:
+    """max |result - ours| / max |ours| over all elements, of torch's tensors; infinite where one has a NaN or an
+    infinity that the other has not, and 0 where both are the same."""
     if result.dim() == 4 and ours_result.dim() == 2:
         result = result.permute(0, 2, 3, 1)  # of images, where ours are the rows of a GEMM
-    one, other = ours_result.reshape(-1)[:COMPARED].float(), result.reshape(-1)[:COMPARED].float()
-    return float((one - other).abs().max() / one.abs().max())
+    if result.numel() != ours_result.numel():
+        raise ValueError(f"a result of {tuple(result.shape)}, where ours is of {tuple(ours_result.shape)}")
+    largest = apart = 0.0
+    pairs = zip(ours_result.reshape(-1).split(COMPARED), result.reshape(-1).split(COMPARED), strict=True)
+    for one, other in ((one.float(), other.float()) for one, other in pairs):
+        same = (one == other) | (one.isnan() & other.isnan())
+        gap = float((one - other).abs_().masked_fill_(same, 0.0).max())  # infinities that are the same have none
+        if not math.isfinite(gap):
+            return math.inf
+        apart = max(apart, gap)
+        largest = max(largest, float(one.abs().nan_to_num_(0.0, 0.0, 0.0).max()))
+    return apart / largest if largest else math.inf if apart else 0.0
 
 
 def _copy(source: Any, target: Any, _: int) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import contenders
-from benchmarks.cases import INT8, Case, cases, computes_all, smaller
-from benchmarks.contenders import arrays_of, libraries
-from benchmarks.torch_board import never_eager
+from benchmarks import contenders, torch_board
+from benchmarks.cases import INT8, WEIGHTS, Case, cases, computes_all, smaller
+from benchmarks.contenders import CHECK, Contender, arrays_of, checks, libraries
+from benchmarks.torch_board import Timed, checked, difference, never_eager
 from tilewright.kernels.ops.conv2d.problem import Conv2dProblem
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.registry import find_kernel
@@ -118,3 +118,60 @@ def test_products_of_int8_are_scaled(torch: Any) -> None:
     whole = sums.double() * a_scale.double() * b_scale.double() + bias.double()
     wanted = torch.nn.functional.gelu(whole, approximate="tanh")
     assert float((found - wanted).abs().max()) < 1e-5
+
+
+def test_packed_weights_are_checked_against_dequantised_ones(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders, "CHECKED_COLUMNS", 24)
+    case = smaller(next(each for each in cases() if each.family is WEIGHTS))
+    torch.manual_seed(0)
+    arrays = arrays_of(torch, case, "cpu")
+    assert len(arrays["b_scale"].unique()) > 1
+    named = {"a": arrays["a"][None], "b": arrays["packed"][None], "b_scale": arrays["b_scale"][None]}
+    inputs = {name: (array.float() if array.is_floating_point() else array).numpy() for name, array in named.items()}
+    wanted = find_kernel(case.op).reference(case.problem, inputs)["out"][0]
+    (check,) = checks(torch, case)
+    assert check.role == CHECK
+    assert np.abs(check.call(arrays).numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
+    assert not [each for other in cases() if other.family is not WEIGHTS for each in checks(torch, other)]
+
+
+def test_each_is_called_once_and_held_against_the_first(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    case = next(each for each in cases() if each.family is WEIGHTS)
+
+    def refused(arrays: Any) -> Any:
+        raise RuntimeError("not\nhere")
+
+    ways = {
+        "ours": ("ours", lambda arrays: arrays["a"]),
+        "product": ("library", lambda arrays: 3 * arrays["a"]),  # of other weights: of another function
+        "refused": ("separate", refused),
+        "cut": ("separate", lambda arrays: arrays["a"][:1]),
+        "check": (CHECK, lambda arrays: 1.25 * arrays["a"]),
+    }
+    called = [Contender(name, role, call) for name, (role, call) in ways.items()]
+    assert checked(torch, case, called, {"a": torch.tensor([1.0, -4.0])}) == {
+        "ours": Timed(difference=0.0),
+        "product": Timed(),
+        "refused": Timed(error="RuntimeError: not here"),
+        "cut": Timed(error="ValueError: a result of (1,), where ours is of (2,)"),
+        "check": Timed(difference=0.25),
+    }
+
+
+def test_results_are_compared_to_the_last_element(torch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_board, "COMPARED", 4)
+    nan, inf = float("nan"), float("inf")
+    ours = torch.tensor([1.0, -8.0, 2.0, 0.5, nan, 3.0, inf, 4.0, 5.0, -1.0])
+    assert difference(ours, ours.clone()) == 0.0
+    for place, value, apart in (
+        *((9, 1.0, 0.25), (0, 5.0, 0.5), (9, -1.5, 0.0625)),
+        *((9, nan, inf), (4, 0.0, inf), (9, -inf, inf), (6, 4.0, inf), (6, -inf, inf), (6, nan, inf)),
+    ):
+        other = ours.clone()
+        other[place] = value
+        assert difference(ours, other) == apart, (place, value)
+    zeros = torch.zeros(6)
+    assert (difference(zeros, zeros), difference(zeros, zeros + 1)) == (0.0, inf)
+    images = torch.arange(24.0).view(1, 2, 3, 4)
+    assert difference(images.permute(0, 2, 3, 1).reshape(12, 2), images) == 0.0

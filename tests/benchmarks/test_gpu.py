@@ -16,9 +16,9 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import comparison_report, gpu, torch_board
-from benchmarks.cases import FAMILIES, LARGE, RESNET_32, SKINNY, UP, Case, as_convolution, cases, computes_all
+from benchmarks.cases import FAMILIES, LARGE, RESNET_32, SKINNY, UP, WEIGHTS, Case, as_convolution, cases, computes_all
 from benchmarks.comparison_report import markdown
-from benchmarks.contenders import DEFAULT, OURS, Contender
+from benchmarks.contenders import CHECK, DEFAULT, OURS, Contender
 from benchmarks.rehearsal import RehearsalBoard
 from benchmarks.torch_board import (
     ENERGY_S,
@@ -194,6 +194,36 @@ def test_a_result_that_no_way_of_the_librarys_shares_is_an_error_and_no_ratio(ap
     gpu.rate(row, BARE, roles, found | {"other": timed(11)._replace(difference=1e-3)})
     assert row["against"] == "other"
     assert "error" not in row
+
+
+@pytest.mark.parametrize("apart", [0.3, math.inf])
+def test_two_configurations_whose_results_differ_are_an_error_and_no_ratio(tmp_path: Path, apart: float) -> None:
+    class Differing(RehearsalBoard):
+        def compare(self, case: Case, contenders: Sequence[Contender]) -> tuple[dict[str, Timed], str]:
+            found, method = super().compare(case, contenders)
+            return found | {DEFAULT: found[DEFAULT]._replace(difference=apart)}, method
+
+    document = gpu.run(Differing("h200"), [BARE], math.inf, tmp_path)
+    (row,) = document["cases"]
+    said = (
+        f"the results of two configurations, the chosen and the default, differ by {apart:.2g} of the largest element"
+    )
+    assert (row["error"], row["ratio"]) == (said, None)
+    assert "default_ratio" not in row
+    assert document["families"][0]["met"] is False
+    assert said in (tmp_path / "gpu.md").read_text()
+
+
+def test_what_ours_is_checked_by_competes_with_nothing() -> None:
+    case = next(case for case in cases() if case.family is WEIGHTS)
+    roles = {OURS: "ours", "bare": "library", "dequantised": CHECK}
+    found = {OURS: timed(9), "bare": timed(18), "dequantised": Timed(difference=1e-3)}
+    row: dict[str, Any] = {}
+    gpu.rate(row, case, roles, found)
+    assert row == {"against": "bare", "ratio": 2.0, "best": None, "best_ratio": None}
+    row = {}
+    gpu.rate(row, case, roles, found | {"dequantised": Timed(difference=0.2)})
+    assert row == {"error": "the result differs from every way of the library's, by 0.2 of the largest element"}
 
 
 def test_a_killed_run_leaves_a_whole_document(tmp_path: Path) -> None:
