@@ -3,12 +3,14 @@
     python -m benchmarks.gluon --out DIR [--op gemm|attention] [--device cuda:0] [--minutes 4] [--db DIR]
 
 Goes through the cases of `benchmarks.gpu` that `benchmarks.gluon_gemm` and `benchmarks.gluon_attention` compute, by
-each of their configurations here, and times all in turns. `DIR/gluon.json` and `DIR/gluon.md` are written after every
+each of their configurations here, and times all in turns, once the kernels have been compiled in parallel, for half of
+the time at the most. `DIR/gluon.json` and `DIR/gluon.md` are written after every
 case. `--rehearse` makes times up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shlex
@@ -23,6 +25,7 @@ import click
 from benchmarks.cases import FEW, GELU, LARGE, PREFILL, PREFILL_OTHER, UP, Case, cases, held_against_all
 from benchmarks.comparison_report import geometric_mean, table
 from benchmarks.contenders import OURS, Call, Contender
+from benchmarks.gluon_ahead import compile_ahead, jobs_of
 from benchmarks.gluon_attention import GluonAttentionConfig, gluon_attention
 from benchmarks.gluon_gemm import GluonGemmConfig, gluon_gemm
 from benchmarks.gpu import Board, best_rival, refuse_another_run
@@ -33,6 +36,7 @@ from tilewright.kernels.device import Device
 from tilewright.kernels.devices import resolve_device
 from tilewright.kernels.ops.attention.problem import AttentionProblem
 from tilewright.kernels.ops.gemm.problem import GemmProblem
+from tilewright.kernels.problem import Problem
 from tilewright.tuning_db import env
 from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.errors import TilewrightError, UsageError
@@ -111,6 +115,7 @@ def run(board: Board, deadline: float, out: Path, chosen: Sequence[Case]) -> dic
         "cases": [],
         "left_out": [],
     }
+    _compile_ahead(board, chosen, max(0.0, deadline - time.monotonic()) / 4)
     for case in chosen:
         if time.monotonic() > deadline:
             document["left_out"].append(f"{case.family.name}: {case.name}")
@@ -124,14 +129,34 @@ def run(board: Board, deadline: float, out: Path, chosen: Sequence[Case]) -> dic
     return document
 
 
-def contenders(case: Case, device: Device) -> list[Contender]:
-    """The kernel in Gluon by each of its configurations."""
+def _compile_ahead(board: Board, chosen: Sequence[Case], seconds: float) -> None:
+    """Ours, and then those in Gluon, each for so many seconds at the most: what isn't is compiled in its turn."""
+    with contextlib.suppress(TilewrightError):
+        print(f"{board.prepare(chosen, seconds)} kernels of ours compiled ahead", flush=True)
+    if not board.simulated:
+        jobs = jobs_of([(case, configs(case, board.device)) for case in chosen], board.device.arch)
+        print(f"{compile_ahead(jobs, seconds)} of {len(jobs)} kernels in Gluon compiled ahead", flush=True)
+
+
+def configs(case: Case, device: Device) -> Sequence[GluonGemmConfig | GluonAttentionConfig]:
+    """What is tried of a case: all that the device has the shared memory for."""
     problem = case.problem
     if isinstance(problem, AttentionProblem):
-        fitting = [each for each in ATTENTION_CONFIGS if each.shared_bytes(problem.D) <= device.shared_per_block]
-        return [Contender(label(each), "ours", _attention(problem, each, device.sms)) for each in fitting]
+        return [each for each in ATTENTION_CONFIGS if each.shared_bytes(problem.D) <= device.shared_per_block]
+    return GEMM_CONFIGS
+
+
+def contenders(case: Case, device: Device) -> list[Contender]:
+    """The kernel in Gluon by each of its configurations."""
+    return [Contender(label(each), "ours", _call(case.problem, each, device.sms)) for each in configs(case, device)]
+
+
+def _call(problem: Problem, config: GluonGemmConfig | GluonAttentionConfig, sms: int) -> Call:
+    if isinstance(config, GluonAttentionConfig):
+        assert isinstance(problem, AttentionProblem)
+        return _attention(problem, config, sms)
     assert isinstance(problem, GemmProblem)
-    return [Contender(label(each), "ours", _gemm(problem, each, device.sms)) for each in GEMM_CONFIGS]
+    return _gemm(problem, config, sms)
 
 
 def _gemm(problem: GemmProblem, config: GluonGemmConfig, sms: int) -> Call:

@@ -349,11 +349,21 @@ def gluon_attention_kernel(
 def gluon_attention(q: Any, k: Any, v: Any, causal: bool, config: GluonAttentionConfig, programs: int) -> Any:
     """softmax(q·kᵀ / sqrt(D))·v of torch's arrays, q of (B, H, Sq, D), k and v of (B, Hkv, Skv, D), all of fp16 or bf16
     and dense, D of 64 or 128, on a GPU with so many multiprocessors. Causal: the last query stands at the last key."""
-    batch, heads, queries, dim = q.shape
-    kv_heads, keys = k.shape[1:3]
+    batch, heads, queries, _ = q.shape
     out = q.new_empty(q.shape)
     tiles = batch * heads * triton.cdiv(queries, GROUPS * ROWS.value)
-    gluon_attention_kernel[(min(programs, tiles),)](
+    arguments, options = launch_arguments(q, k, v, out, causal, config)
+    gluon_attention_kernel[(min(programs, tiles),)](*arguments, **options)
+    return out
+
+
+def launch_arguments(
+    q: Any, k: Any, v: Any, out: Any, causal: bool, config: GluonAttentionConfig
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the kernel is launched with."""
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    arguments = (
         *(_described(array, rows) for array, rows in ((q, ROWS.value), (k, config.BLOCK_N), (v, config.BLOCK_N),
                                                       (out, ROWS.value))),
         batch * heads,
@@ -361,13 +371,15 @@ def gluon_attention(q: Any, k: Any, v: Any, causal: bool, config: GluonAttention
         queries,
         keys,
         math.log2(math.e) / math.sqrt(dim),
-        STAGES=config.STAGES,
-        GROUP_H=config.GROUP_H,
-        CAUSAL=causal,
-        num_warps=4,
-        maxnreg=REGISTERS,
     )  # fmt: skip
-    return out
+    options = {
+        "STAGES": config.STAGES,
+        "GROUP_H": config.GROUP_H,
+        "CAUSAL": causal,
+        "num_warps": 4,
+        "maxnreg": REGISTERS,
+    }
+    return arguments, options
 
 
 def _described(array: Any, rows: int) -> TensorDescriptor:

@@ -236,10 +236,20 @@ def gluon_gemm_kernel(
 def gluon_gemm(a: Any, b: Any, bias: Any, activation: str, config: GluonGemmConfig, programs: int) -> Any:
     """activation(a·bᵀ + bias) of torch's arrays, a of (M, K), b of (N, K) and bias of (N,) or None, all of fp16 or bf16
     and dense, with rows of a multiple of 16 bytes, on a GPU with so many multiprocessors."""
-    (m, k), n = a.shape, len(b)
+    m, n = len(a), len(b)
     out = a.new_empty((m, n))
     tiles = triton.cdiv(m, config.rows) * triton.cdiv(n, config.BLOCK_N)
-    gluon_gemm_kernel[(min(programs, tiles),)](
+    arguments, options = launch_arguments(a, b, out, bias, activation, config)
+    gluon_gemm_kernel[(min(programs, tiles),)](*arguments, **options)
+    return out
+
+
+def launch_arguments(
+    a: Any, b: Any, out: Any, bias: Any, activation: str, config: GluonGemmConfig
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the kernel is launched with."""
+    (m, k), n = a.shape, len(b)
+    arguments = (
         _described(a, config.rows, config.BLOCK_K),
         _described(b, config.BLOCK_N, config.BLOCK_K),
         _described(out, config.BLOCK_M, config.BLOCK_N // config.PIECES),
@@ -247,15 +257,17 @@ def gluon_gemm(a: Any, b: Any, bias: Any, activation: str, config: GluonGemmConf
         m,
         n,
         k,
-        BLOCK_N=config.BLOCK_N,
-        STAGES=config.STAGES,
-        GROUP_M=config.GROUP_M,
-        COOPERATIVE=config.COOPERATIVE,
-        ACTIVATION=activation,
-        num_warps=4,
-        maxnreg=REGISTERS,
     )
-    return out
+    options = {
+        "BLOCK_N": config.BLOCK_N,
+        "STAGES": config.STAGES,
+        "GROUP_M": config.GROUP_M,
+        "COOPERATIVE": config.COOPERATIVE,
+        "ACTIVATION": activation,
+        "num_warps": 4,
+        "maxnreg": REGISTERS,
+    }
+    return arguments, options
 
 
 def _described(array: Any, rows: int, columns: int) -> TensorDescriptor:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 from click.testing import CliRunner
 
 from benchmarks import gluon
-from benchmarks.cases import PREFILL, PREFILL_OTHER, UP, cases
+from benchmarks.cases import PREFILL, PREFILL_OTHER, UP, Case, cases
 from benchmarks.contenders import OURS, Contender
 from benchmarks.gluon import (
     ATTENTION_CONFIGS,
@@ -23,6 +27,7 @@ from benchmarks.gluon import (
 from benchmarks.rehearsal import RehearsalBoard
 from benchmarks.torch_board import Timed
 from tilewright.kernels.devices import resolve_device
+from tilewright.tuning_db.errors import UsageError
 
 ONE, OTHER = (label(config) for config in GEMM_CONFIGS[:2])
 LIBRARY = [Contender(name, role, lambda arrays: None) for name, role in (("product", "library"), ("epilogue", "fused"))]
@@ -79,6 +84,29 @@ def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     assert document["cases"] == []
     assert len(document["left_out"]) == len(chosen_cases())
     assert "Left out for want of time: gemm, large: 4096 x 4096 x 4096 bf16;" in markdown(document)
+
+
+def test_all_that_is_launched_is_compiled_ahead_in_a_part_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Preparing(RehearsalBoard):
+        simulated = False
+
+        def prepare(self, chosen: Sequence[Case], seconds: float) -> int:
+            asked.append((len(chosen), seconds))
+            raise UsageError("no compiler")  # each is compiled in its turn, then
+
+    def compiled(jobs: Sequence[dict[str, Any]], seconds: float) -> int:
+        asked.append((len(jobs), seconds))
+        return len(jobs)
+
+    asked: list[tuple[int, float]] = []
+    monkeypatch.setattr(gluon, "compile_ahead", compiled)
+    document = gluon.run(Preparing("h200"), time.monotonic() + 400, tmp_path, [CASE])
+    assert [row["name"] for row in document["cases"]] == [CASE.name]
+    (ours, ours_s), (own, own_s) = asked
+    assert (ours, own) == (1, len(GEMM_CONFIGS))
+    assert 50 < ours_s == own_s <= 100
 
 
 def test_the_best_is_held_against_ours_and_what_computes_the_same() -> None:
