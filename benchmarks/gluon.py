@@ -5,7 +5,8 @@
 Goes through the cases of `benchmarks.gpu` that `benchmarks.gluon_gemm` and `benchmarks.gluon_attention` compute, by
 each of their configurations here, and times all in turns, once the kernels have been compiled in parallel, for half of
 the time at the most. `DIR/gluon.json` and `DIR/gluon.md` are written after every
-case. `--rehearse` makes times up.
+case. One that has no end in three minutes, as of kernels that wait at barriers for ever, ends the run with exit status
+1: what there is by then is in both files. `--rehearse` makes times up.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.gluon_ahead import compile_ahead, jobs_of
 from benchmarks.gluon_attention import GluonAttentionConfig, gluon_attention
 from benchmarks.gluon_gemm import GluonGemmConfig, gluon_gemm
 from benchmarks.gpu import Board, best_rival, refuse_another_run
+from benchmarks.limits import LIMIT_S, limited
 from benchmarks.rehearsal import RehearsalBoard
 from benchmarks.torch_board import Timed, TorchBoard
 from tilewright.kernels.activations import activation_name
@@ -114,15 +116,25 @@ def run(board: Board, deadline: float, out: Path, chosen: Sequence[Case]) -> dic
         "clocks_before": board.clocks(),
         "cases": [],
         "left_out": [],
+        "errors": [],
     }
-    _compile_ahead(board, chosen, max(0.0, deadline - time.monotonic()) / 4)
+
+    def hung(line: str) -> None:
+        document["errors"].append(line)
+        document["left_out"] += [f"{case.family.name}: {case.name}" for case in chosen[len(document["cases"]) :]]
+        _write(document, out)
+
+    seconds = max(0.0, deadline - time.monotonic()) / 4
+    with limited("compiling ahead", 2 * seconds + LIMIT_S, hung):
+        _compile_ahead(board, chosen, seconds)
     for case in chosen:
         if time.monotonic() > deadline:
             document["left_out"].append(f"{case.family.name}: {case.name}")
             continue
-        ours, *library = (each for each in board.contenders(case) if each.name == OURS or each.role != "ours")
-        found, method = board.compare(case, [ours, *contenders(case, board.device), *library])
-        document["cases"].append(rated(case, library, found) | {"method": method, "clocks": board.clocks()})
+        with limited(f"{case.family.name}: {case.name}", LIMIT_S, hung):
+            ours, *library = (each for each in board.contenders(case) if each.name == OURS or each.role != "ours")
+            found, method = board.compare(case, [ours, *contenders(case, board.device), *library])
+            document["cases"].append(rated(case, library, found) | {"method": method, "clocks": board.clocks()})
         _write(document, out)
     _write(document, out)
     print(markdown(document))
@@ -227,6 +239,8 @@ def markdown(document: Mapping[str, Any]) -> str:
         f"{name}: {timed['error']}": None for row in rows for name, timed in row["contenders"].items() if timed["error"]
     }
     lines += ["", *(f"- {failure}" for failure in failures)]
+    if document.get("errors"):
+        lines += ["", f"Not measured: {'; '.join(document['errors'])}."]
     if document["left_out"]:
         lines += ["", f"Left out for want of time: {'; '.join(document['left_out'])}."]
     return "\n".join(lines) + "\n"

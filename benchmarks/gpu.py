@@ -9,6 +9,7 @@ each case's contenders: our kernel as the database knows it, in its default conf
 and calls a second are measured in the same run.
 
 `DIR/gpu.json` is written as it goes, and again at the end with `gpu.md` and, where matplotlib is installed, two plots.
+A case that has no end in three minutes ends the run, with exit status 1: what there is by then is in both files.
 `--rehearse` goes through all of it without a GPU, on times that are made up from the roofline: it says so in every
 file, and nothing in them is a measurement.
 """
@@ -31,6 +32,7 @@ from benchmarks.cases import FAMILIES, Case, cases, computes_all, held_against_a
 from benchmarks.charts import plots
 from benchmarks.comparison_report import geometric_mean, held_to_copy, markdown
 from benchmarks.contenders import CHECK, DEFAULT, OURS, Contender
+from benchmarks.limits import LIMIT_S, limited
 from benchmarks.rehearsal import RehearsalBoard
 from benchmarks.torch_board import Timed, TorchBoard
 from tilewright.kernels.device import Device
@@ -189,16 +191,25 @@ def run(board: Board, chosen: Sequence[Case], deadline: float, out: Path, note: 
         "load": [],
         "errors": [],
     }
+
+    def hung(line: str) -> None:
+        document["errors"].append(line)
+        _write(document, chosen, out)
+        _write_page(document, out)
+
     # A board too small for the one, or a library without the other, is no reason to measure nothing.
     for name, measure in (("peaks", board.peaks), ("dispatch_us", lambda: dict(board.dispatch()))):
         try:
-            document[name] = measure()
+            with limited(name, LIMIT_S, hung):
+                document[name] = measure()
         except Exception as error:  # noqa: BLE001 - as in _compared
             document["errors"].append(f"{name}: {_one_line(error)}")
             console.print(f"no {document['errors'][-1]}")
     began = time.monotonic()
+    seconds = max(0.0, deadline - began) / 4
     try:
-        count = board.prepare(chosen, max(0.0, deadline - began) / 4)
+        with limited("compiling ahead", seconds + LIMIT_S, hung):
+            count = board.prepare(chosen, seconds)
     except TilewrightError as error:  # each is compiled in its turn, then
         console.print(f"nothing was compiled ahead: {error}")
     else:
@@ -207,21 +218,19 @@ def run(board: Board, chosen: Sequence[Case], deadline: float, out: Path, note: 
     for case in chosen:
         if time.monotonic() > deadline:
             break
-        row = _compared(board, case, document["peaks"])
-        document["cases"].append(row)
-        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f}"
-        best = row["contenders"].get(OURS, {}).get("median_us")
-        console.print(f"{case.family.name}: {case.name}: {_us(best)}, {ratio} of {row['against'] or 'nothing'}")
-        if case.family.name in LOADED and case.family.name not in loaded and row["ratio"] is not None:
-            loaded.add(case.family.name)
-            document["load"].append(_loaded(board, case, row))
+        with limited(f"{case.family.name}: {case.name}", LIMIT_S, hung):
+            row = _compared(board, case, document["peaks"])
+            document["cases"].append(row)
+            ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f}"
+            best = row["contenders"].get(OURS, {}).get("median_us")
+            console.print(f"{case.family.name}: {case.name}: {_us(best)}, {ratio} of {row['against'] or 'nothing'}")
+            if case.family.name in LOADED and case.family.name not in loaded and row["ratio"] is not None:
+                loaded.add(case.family.name)
+                document["load"].append(_loaded(board, case, row))
         _write(document, chosen, out)
     document["clocks_after"] = board.clocks()
     _write(document, chosen, out)
-    text = markdown(document)
-    with whole_file(out / "gpu.md") as stream:
-        stream.write(text.encode())
-    print(text)
+    print(_write_page(document, out))
     for path in plots(document, out):
         console.print(f"written to {path}")
     return document
@@ -370,6 +379,14 @@ def _write(document: dict[str, Any], chosen: Sequence[Case], out: Path) -> None:
     document["families"] = summary(document["cases"], document["left_out"])
     with whole_file(out / "gpu.json") as stream:
         stream.write((json.dumps(document, indent=1) + "\n").encode())
+
+
+def _write_page(document: dict[str, Any], out: Path) -> str:
+    """Writes what the document comes to; the text."""
+    text = markdown(document)
+    with whole_file(out / "gpu.md") as stream:
+        stream.write(text.encode())
+    return text
 
 
 if __name__ == "__main__":
