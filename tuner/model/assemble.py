@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from tilewright.tuner.model.request import REPORTS, Request
 from tilewright.tuner.model.verify.error_sums import OutputError
 from tilewright.tuner.model.workloads import ModelWorkloads, workloads
 from tilewright.tuner.results import Result
+from tilewright.tuning_db.version import installed_version
 
 ERRORS_TOLD = 3
 """Outputs whose errors are told one by one."""
@@ -50,7 +50,7 @@ def assemble(findings: Findings, folder: Path) -> parts.ModelReport:
     request, prepared, lowered = findings.request, findings.prepared, findings.lowered
     before, after, original = findings.before, findings.after, prepared.original
     return parts.ModelReport(
-        tilewright=version("tilewright"),
+        tilewright=installed_version(),
         model=_model_part(request, prepared),
         device=parts.DevicePart.of(request.device),
         fusion=_fusion_part(prepared),
