@@ -10,18 +10,21 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from tilewright.tuner.model.edit import Editor
+from tilewright.tuner.model.folding.quantised import TYPED_FROM
 from tilewright.tuner.model.graph import dtype_name, is_constant
 
 
 def move_relu(model: ir.Model) -> None:
     """Puts every ReLU that alone reads what a pair of steps gives in front of the pair, in place."""
-    edit = Editor(model)
+    edit, opset = Editor(model), model.opset_imports[""]
     for node in list(model.graph):
         pair = _pair_before(node) if node.op_type == "Relu" and node.domain == "" else None
         result = node.outputs[0]
         if pair is None or result.is_graph_output():
             continue
         quantise, dequantise = pair
+        if opset >= TYPED_FROM and any(value is not None for value in dequantise.inputs[2:]):
+            continue  # ONNX Runtime breaks such a step in front of an operator that moves numbers (1.32)
         y = quantise.inputs[0]
         assert y is not None
         relu = edit.node("Relu", [y], y, y.dtype or ir.DataType.FLOAT, base=f"{y.name}_relu")
@@ -52,6 +55,8 @@ def _pair_before(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
         return None
     places = [given.attributes.get_int("axis", 1) for given in (quantise, dequantise)]
     blocks = [given.attributes.get_int("block_size", 0) for given in (quantise, dequantise)]
+    if not quantise.attributes.get_int("saturate", 1):
+        return None
     same = list(quantise.inputs[1:]) == list(dequantise.inputs[1:]) and all(map(is_constant, quantise.inputs[1:]))
     if not same or places[0] != places[1] or any(blocks) or dtype_name(value) != dtype_name(node.outputs[0]):
         return None

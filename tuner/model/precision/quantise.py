@@ -27,6 +27,7 @@ from tilewright.kernels.tensorrt.catalogue import OPERATIONS, find_plugin, plugi
 from tilewright.kernels.tensorrt.operation import Tensor
 from tilewright.tuner.model.bodies import attach_bodies
 from tilewright.tuner.model.edit import Editor
+from tilewright.tuner.model.folding.quantised import drop_zero_points
 from tilewright.tuner.model.graph import (
     DTYPES,
     constant,
@@ -48,6 +49,7 @@ from tilewright.tuner.model.precision.output_scales import MOVED, fold_output_sc
 from tilewright.tuner.model.precision.steps import Grid, make_signed, quantise_step, spell_out_zeros
 from tilewright.tuner.model.precision.weight_only import take_integers
 from tilewright.tuner.model.precision.zeros import shift_by_bias
+from tilewright.tuner.model.reading.convert import OPSET
 from tilewright.tuning_db.errors import ModelError, UsageError
 
 Array = np.ndarray[Any, Any]
@@ -72,7 +74,9 @@ WEIGHTS: Mapping[str, str] = {"gemm": "b", "conv2d": "w"}
 DEEPEST = (2**31 - 1) // 128**2
 """Products of int8 that a sum in int32 has room for, whatever they are: of more it may wrap around."""
 
-_SMALLEST = float(np.finfo(np.float32).tiny)
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""The least scale."""
+
 _CHUNK = 1 << 24
 """Weights converted at a time, so that a large matrix needs no second one in fp32."""
 
@@ -91,7 +95,7 @@ class LayerPrecision:
         if self.kind not in KINDS:
             raise UsageError(f"precision {self.kind!r} must be one of {', '.join(KINDS)}")
         for name, scale in self.scales.items():
-            if not _SMALLEST <= scale < math.inf:
+            if not SMALLEST <= scale < math.inf:
                 raise UsageError(f"the scale of {name}, {scale}, must be a positive finite number of fp32")
         for name, zero in self.zeros.items():
             if name not in self.scales or not -128 <= zero <= 127 or (zero and self.kind != "int8"):
@@ -130,7 +134,7 @@ def channel_scales(weights: Array, axis: int, kind: str) -> Array:
     """max|w| / 127 (of fp8 / 448) of each channel, fp32; 1 for a channel of zeros."""
     others = tuple(index for index in range(weights.ndim) if index != axis)
     largest = np.maximum(weights.max(axis=others), -weights.min(axis=others)).astype(np.float64)
-    scales = np.maximum(largest / LARGEST[kind], _SMALLEST)
+    scales = np.maximum(largest / LARGEST[kind], SMALLEST)
     return np.where(largest == 0, 1.0, scales).astype(np.float32)
 
 
@@ -274,6 +278,7 @@ class _Quantising:
         self.pinned: set[ir.Value] = set()  # biases that stay fp32
         self._steps: dict[tuple[ir.Value, float, int, str], ir.Value] = {}
         self._weights: dict[tuple[ir.Value, int, str], tuple[ir.Value, Weights]] = {}
+        self._made: dict[int, ir.Value] = {}  # by the identity of what is kept above or by the caller
 
     def layer(self, node: ir.Node, precision: LayerPrecision) -> None:
         op, kind = op_of(node), precision.kind
@@ -364,7 +369,10 @@ class _Quantising:
         elif not np.isfinite(array).all():
             raise ModelError(f"node {node.name!r}: its weights {value.name!r} have infinite or NaN elements")
         weights = given or quantise_weights(array, axis, kind)
-        made = self.edit.constant(weights.values, f"{value.name}_{QUANTISED[kind]}", DTYPES[QUANTISED[kind]])
+        if id(weights) not in self._made:  # layers may share theirs
+            name = f"{value.name}_{QUANTISED[kind]}"
+            self._made[id(weights)] = self.edit.constant(weights.values, name, DTYPES[QUANTISED[kind]])
+        made = self._made[id(weights)]
         if given is None:
             self._weights[key] = (made, weights)
         return made, weights
@@ -430,6 +438,9 @@ def apply_precision(
     mixed.functions.clear()  # of fused nodes; they are made anew
     for domain in [domain for domain in mixed.opset_imports if domain.startswith("tilewright")]:
         del mixed.opset_imports[domain]
+    if any(dtype_name(value) == QUANTISED["fp8"] for node in mixed.graph for value in node.outputs):
+        # From 20, a quantised file's opset, to 21 operators only gain types, and Transpose that of fp8.
+        mixed.opset_imports[""] = max(mixed.opset_imports[""], OPSET)
     make_signed(mixed)
     quantising = _Quantising(mixed, weights or {}, shifts or {})
     for node in fused_nodes(mixed):
@@ -442,6 +453,7 @@ def apply_precision(
         quantising.pinned.update(fold_output_scales(mixed, types))
     targets = {name: precision.kind for name, precision in plan.items() if precision.kind not in QUANTISED}
     targets |= dict.fromkeys(spell_out_zeros(mixed), "fp32")
+    drop_zero_points(mixed)
     lower(mixed, targets, base, pinned=frozenset(quantising.pinned), extremes=extremes or {})
     take_integers(mixed, device)
     Editor(mixed).tidy()

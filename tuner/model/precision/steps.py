@@ -14,12 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from tilewright.tuner.model.edit import Editor
+from tilewright.tuner.model.folding.quantised import TYPED_FROM
 from tilewright.tuner.model.graph import DTYPES, dtype_name, scalar
 
 QUANTISE, DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
-
-TYPED_FROM = 21
-"""The opset that brought `output_dtype`: before, a zero point says the type."""
 
 _SIGNED = 128
 """What uint8 is more than int8."""
@@ -34,16 +32,18 @@ class Grid(NamedTuple):
 
 
 def grid_of(node: ir.Node) -> Grid | None:
-    """The grid of a step of either kind that has one scale, and one zero point or none; None of any other node, and of
-    a step whose integers the model gives."""
+    """The grid of a step of either kind that has one scale, and one zero point or none; None of any other node, of a
+    step that quantises to an output of the model, and of one to fp8 that makes NaN of what is beyond the range."""
     if node.op_type not in (QUANTISE, DEQUANTISE) or node.domain != "" or None in node.inputs[:2]:
+        return None
+    if not node.attributes.get_int("saturate", 1):
         return None
     integers = node.outputs[0] if node.op_type == QUANTISE else node.inputs[0]
     assert integers is not None
     scale = scalar(node.inputs[1])
     given = node.inputs[2] if len(node.inputs) > 2 else None
     zero = 0.0 if given is None else scalar(given)
-    if scale is None or zero is None or integers.is_graph_output():
+    if scale is None or zero is None or (node.op_type == QUANTISE and integers.is_graph_output()):
         return None
     return Grid(scale, dtype_name(integers), int(zero))
 
@@ -80,6 +80,9 @@ def make_signed(model: ir.Model) -> None:
         grid = grid_of(node) if node.op_type == QUANTISE else None
         if grid is None or grid.dtype != "uint8":
             continue
+        value = node.inputs[0]
+        if grid.zero != _SIGNED and (value is None or dtype_name(value) != "fp32"):
+            continue  # its zero point would not be spelled out
         readers = [user for user, _ in node.outputs[0].uses()]
         if any(user.op_type != DEQUANTISE or user.graph is not model.graph for user in readers):
             continue
@@ -99,8 +102,10 @@ def drop_pairs(model: ir.Model) -> None:
     these were."""
     for node in list(model.graph):
         grid = grid_of(node) if node.op_type == QUANTISE else None
+        if grid is None:
+            continue
         value = node.inputs[0]
-        known = dequantised(value) if grid is not None and value is not None else None
+        known = None if value is None else dequantised(value)
         if known is not None and known[1] == grid:
             node.outputs[0].replace_all_uses_with(known[0])
             model.graph.remove(node, safe=True)

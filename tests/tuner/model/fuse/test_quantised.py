@@ -8,14 +8,18 @@ import pytest
 
 from tests.tuner.model.fused_nets import node, operators, output
 from tests.tuner.model.graphs import model_of, normal
+from tilewright.tuner.model.folding.fold import fold
 from tilewright.tuner.model.fuse import fuse
 from tilewright.tuner.model.fuse.quantised import move_relu
 from tilewright.tuner.model.graph import plugin_settings
+from tilewright.tuner.model.session import check_default
 
 FEED = {"x": normal(0, 2, 8, 6, 6)}
 
 
-def layer(*behind: Any, last: str = "r", outputs: tuple[str, ...] = ("y",), axis: bool = False) -> ir.Model:
+def layer(
+    *behind: Any, last: str = "r", outputs: tuple[str, ...] = ("y",), axis: bool = False, opset: int = 20
+) -> ir.Model:
     """Convolution, two steps, ReLU, what is behind, and Neg."""
     along = {"axis": 1} if axis else {}
     nodes = [
@@ -32,7 +36,21 @@ def layer(*behind: Any, last: str = "r", outputs: tuple[str, ...] = ("y",), axis
         "scale": np.full(shape, 1 / 32, np.float32),
         "zero": np.full(shape, 0 if axis else 5, np.int8),
     }
-    return model_of(nodes, {"x": (2, 8, 6, 6)}, outputs, constants)
+    return model_of(nodes, {"x": (2, 8, 6, 6)}, outputs, constants, opset=opset)
+
+
+def test_relu_stays_where_onnx_runtime_would_break_the_steps() -> None:
+    """Of int8 with a zero point, from the opset on that has another way to say the type."""
+    model = layer(opset=21)
+    move_relu(model)
+    assert operators(model) == ["Conv", "QuantizeLinear", "DequantizeLinear", "Relu", "Neg"]
+    model = layer(node("MaxPool", ["r"], ["p"], kernel_shape=[2, 2]), last="p", axis=True, opset=21)
+    wanted = output(model, FEED)
+    fold(model)
+    fuse(model)
+    assert operators(model) == ["FusedConv2d", "QuantizeLinear", "DequantizeLinear", "MaxPool", "Neg"]
+    check_default(model, "moved", FEED)
+    np.testing.assert_array_equal(output(model, FEED), wanted)
 
 
 @pytest.mark.parametrize("axis", [False, True])

@@ -103,17 +103,14 @@ def steps(model: ir.Model) -> list[ir.Node]:
 def test_a_zero_point_and_padding_leave_a_layer_as_it_is() -> None:
     found, _, error = in_8_bits(quantised(network(pads=1), FEED, zero=-20))
     assert set(found.plan) == {"left", "right", "classifier"}
-    assert found.reasons == {
-        "first": "the model has it quantised, and with the zero point -20 of x it must have no padding (quantise "
-        "symmetrically)"
-    }
+    assert found.reasons == {"first": "with the zero point -20 of x it must have no padding (quantise symmetrically)"}
     assert error < 1e-5
 
 
 def test_a_device_without_the_type_has_none() -> None:
     found, _, error = in_8_bits(quantised(network(), FEED, dtype="fp8e4m3"), "sm_86")
     assert not found.plan
-    assert set(found.reasons.values()) == {"the model has it quantised, and fp8e4m3 needs sm_89"}
+    assert set(found.reasons.values()) == {"the model has it in fp8e4m3, which needs sm_89"}
     assert error < 1e-6
 
 
@@ -136,6 +133,119 @@ def test_a_scale_for_each_channel_of_activations_leaves_a_layer_as_it_is() -> No
     assert "left" not in found.plan
     assert "not one constant scale" in found.reasons["left"]
     assert error < 1e-6
+
+
+def small(*between: Any, last: str = "d", dtype: str = "int8", zero: Any = 0, opset: int = 21, **more: Any) -> Any:
+    """x → steps → what is between → product of weights on a grid, as it is read and fused."""
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "z"], ["q"], name="quantise"),
+        node("DequantizeLinear", ["q", "s", "z"], ["d"], name="dequantise"),
+        *between,
+        node("DequantizeLinear", ["w", "sw"], ["v"], axis=1, name="weights"),
+        node("MatMul", [last, "v"], ["y"], name="layer"),
+    ]
+    rng = np.random.default_rng(0)
+    columns = more.pop("columns", 16)
+    stored = ml_dtypes.float8_e4m3fn if dtype == "fp8e4m3" else np.int8
+    constants = {
+        "s": np.array(more.pop("scale", 1 / 16), np.float32),
+        "z": np.asarray(zero, stored),
+        "w": rng.integers(-127, 128, (columns, 24)).astype(stored),
+        "sw": (0.01 + rng.random(24) / 50).astype(np.float32),
+        **more,
+    }
+    used = {name for each in nodes for name in each.input}
+    return prepared(
+        ir.to_proto(
+            model_of(nodes, {"x": (8, 16)}, ["y"], {n: a for n, a in constants.items() if n in used}, opset=opset)
+        )
+    )
+
+
+@pytest.mark.parametrize("opset", [19, 21])
+@pytest.mark.parametrize("dtype", ["int8", "fp8e4m3"])
+def test_numbers_may_be_moved_between_step_and_layer(dtype: str, opset: int) -> None:
+    original, made = small(node("Transpose", ["d"], ["t"], perm=[1, 0]), last="t", columns=8, dtype=dtype, opset=opset)
+    found = given_layers(made, resolve_device("sm_89"))
+    assert set(found.plan) == {"layer"}
+    mixed = apply_precision(made, found.plan, base="fp16", weights=found.weights)
+    feed = {"x": normal(0, 8, 16)}
+    assert relative_error(output(mixed, feed), output(original, feed)) < 1e-3
+
+
+def test_parts_of_one_grid_are_joined_and_of_two_are_not() -> None:
+    other = [
+        node("QuantizeLinear", ["x", "other", "z"], ["r"], name="again"),
+        node("DequantizeLinear", ["r", "other", "z"], ["e"], name="back"),
+        node("Concat", ["d", "e"], ["j"], axis=1, name="join"),
+    ]
+    for scale, given in ((1 / 16, True), (1 / 8, False)):
+        original, made = small(*other, last="j", columns=32, other=np.array(scale, np.float32))
+        found = given_layers(made, resolve_device("sm_86"))
+        assert bool(found.plan) == given
+        assert given or "not one constant scale" in found.reasons["layer"]
+        mixed = apply_precision(made, found.plan, base="fp32", weights=found.weights)
+        feed = {"x": normal(0, 8, 16)}
+        assert relative_error(output(mixed, feed), output(original, feed)) < 1e-6
+
+
+def test_what_is_averaged_behind_the_step_leaves_a_layer_as_it_is() -> None:
+    _, made = small(node("Clip", ["d", "low", "high"], ["c"]), last="c", low=np.float32(-1), high=np.float32(1))
+    found = given_layers(made, resolve_device("sm_86"))
+    assert found.reasons == {"layer": "a is quantised in front of Clip, and not behind"}
+
+
+@pytest.mark.parametrize("scale", [0, -1, np.inf, 1e-39])
+def test_scales_that_are_none_leave_a_layer_as_it_is(scale: float) -> None:
+    found = given_layers(small(scale=scale)[1], resolve_device("sm_86"))
+    assert "is no positive normal number of fp32" in found.reasons["layer"]
+
+
+def test_integers_that_are_an_output_are_no_hindrance() -> None:
+    original, made = small()
+    for model in (original, made):
+        integers = next(each for each in model.graph if each.name == "quantise").outputs[0]
+        model.graph.outputs.append(integers)
+    found = given_layers(made, resolve_device("sm_86"))
+    mixed = apply_precision(made, found.plan, base="fp32", weights=found.weights)
+    feed = {"x": normal(0, 8, 16)}
+    for got, wanted in zip(results(mixed, feed), results(original, feed), strict=True):
+        assert relative_error(got, wanted) < 1e-6
+
+
+def test_layers_that_share_weights_share_the_integers() -> None:
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        node("QuantizeLinear", ["x", "t", "z"], ["r"]),
+        node("DequantizeLinear", ["r", "t", "z"], ["e"]),
+        node("DequantizeLinear", ["w", "s"], ["v"]),
+        node("MatMul", ["d", "v"], ["a"], name="first"),
+        node("MatMul", ["e", "v"], ["b"], name="second"),
+        node("Concat", ["a", "b"], ["y"], axis=1),
+    ]
+    constants = {
+        "s": np.array(1 / 16, np.float32),
+        "t": np.array(1 / 8, np.float32),
+        "z": np.array(0, np.int8),
+        "w": np.random.default_rng(0).integers(-127, 128, (16, 24), np.int8),
+    }
+    _, made = prepared(ir.to_proto(model_of(nodes, {"x": (8, 16)}, ["y"], constants)))
+    found = given_layers(made, resolve_device("sm_86"))
+    mixed = apply_precision(made, found.plan, base="fp16", weights=found.weights)
+    first, second = fused_nodes(mixed)
+    assert plugin_inputs(first)["b"] is plugin_inputs(second)["b"]
+
+
+def test_half_precision_has_its_grids_too() -> None:
+    for kind in ("int8", "fp8"):
+        array, made = rounded(kind, 0)
+        factors = np.exp(normal(1, len(array))).astype(np.float16)[:, None]
+        half = (array.astype(np.float16) * factors).astype(np.float16)
+        found = weights_on_grid(half, 0, kind)
+        np.testing.assert_array_equal(found.values.astype(np.float32), made.values.astype(np.float32))
+        np.testing.assert_allclose(found.scales, made.scales * factors[:, 0], rtol=5e-4)
+        assert weights_on_grid(normal(4, 24, 40).astype(np.float16), 0, kind) is None
 
 
 def test_a_model_without_steps_has_none() -> None:

@@ -201,7 +201,7 @@ def test_layers_that_are_in_8_bits_stay_so(tmp_path: Path, kind: str) -> None:
     assert error < 0.05
     for node in fused_nodes(found.model):
         assert {"x_scale", "w_scale"} <= set(plugin_inputs(node)) or {"a_scale", "b_scale"} <= set(plugin_inputs(node))
-    assert case.lines[0] == "the model has 4 of 4 layers in 8 bits, and no other gets them"
+    assert case.lines[0] == "the model came quantised: 4 of 4 layers are in 8 bits, and no other gets them"
 
 
 def test_fp32_is_fp32_of_a_model_in_8_bits_too(tmp_path: Path) -> None:
@@ -215,7 +215,9 @@ def test_steps_of_a_type_that_the_device_has_not_stay(tmp_path: Path) -> None:
     case = Case(tmp_path, "fp8e4m3")
     found, _ = case.lower("fp16")
     assert set(kinds(found).values()) == {"fp16"}
-    assert {layer.reason for layer in found.part.layers} == {"the model has it quantised, and fp8e4m3 needs sm_89"}
+    assert {layer.reason for layer in found.part.layers} == {"the model has it in fp8e4m3, which needs sm_89"}
     assert not any(name.endswith("out_scale") for node in fused_nodes(found.model) for name in plugin_inputs(node))
+    found, _ = case.lower("int8")  # which would quantise what is quantised
+    assert set(kinds(found).values()) == {"fp16"}
     found, _ = case.lower("fp16", device="sm_89")
     assert set(kinds(found).values()) == {"fp8"}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -155,3 +157,20 @@ def test_other_zero_points_stay(zero: Any) -> None:
     model = pair(zero=zero)
     assert spell_out_zeros(model) == []
     assert operators(model) == ["QuantizeLinear", "DequantizeLinear", "Neg"]
+
+
+def test_nodes_without_inputs_and_steps_that_make_nan_are_passed_by() -> None:
+    alone = node("Constant", [], ["k"], value=onnx.numpy_helper.from_array(np.float32(2), "k"), name="number")
+    model = pair(alone, node("Mul", ["d", "k"], ["m"], name="times"), last="m")
+    drop_pairs(model)
+    assert "Constant" in operators(model)
+    wide = model_of(
+        [
+            node("QuantizeLinear", ["x", "scale", "zero"], ["q"], saturate=0, name="quantise"),
+            node("DequantizeLinear", ["q", "scale", "zero"], ["y"], name="dequantise"),
+        ],
+        {"x": (4, 8)},
+        ["y"],
+        {"scale": np.array(1, np.float32), "zero": np.array(0, ml_dtypes.float8_e4m3fn)},
+    )
+    assert grid_of(step(wide, "quantise")) is None
