@@ -189,7 +189,9 @@ def _weights(body: _Body) -> ir.Value:
 def _gemm(body: _Body, kind: str) -> ir.Value:
     op, settings = body.op, body.settings
     turned = {name: bool(settings[f"trans_{name}"]) for name in ("a", "b")}
-    weights = settings["group_size"] or settings["weights"] != "none" or "b_zero" in body.given
+    # Not by `DequantizeLinear`, for which ONNX Runtime's optimisations would round A to 8 bits as well (1.32).
+    whole = body.kinds["b"] == "int8" and body.kinds["a"] in ("fp16", "bf16") and body.rank("b") == 2
+    weights = whole or settings["group_size"] or settings["weights"] != "none" or "b_zero" in body.given
     operands = {
         "a": body.operand("a", None),
         "b": _weights(body) if weights else body.operand("b", body.rank("b") - (2 if turned["b"] else 1)),

@@ -42,6 +42,9 @@ DTYPES: Mapping[str, ir.DataType] = {
 }
 """ONNX's data type of each canonical name."""
 
+TYPED_FROM = 21
+"""The opset that brought `output_dtype` of `QuantizeLinear`: before, a zero point says the type."""
+
 _NAMES = {kind: name for name, kind in DTYPES.items()}
 _MARKS = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
 

@@ -20,7 +20,6 @@ from onnxscript.rewriter.rules.common import (
 
 from tilewright.tuner.model.folding.affine import fold_affine
 from tilewright.tuner.model.folding.constants import Budget, fold_constants
-from tilewright.tuner.model.folding.quantised import drop_zero_points
 from tilewright.tuner.model.graph import static_shape, unique_names
 from tilewright.tuner.model.messages import fault, quiet
 from tilewright.tuning_db.errors import ModelError
@@ -56,7 +55,6 @@ def fold(model: ir.Model) -> FoldingReport:
     before = len(model.graph)
     outputs = [str(value.name) for value in model.graph.outputs]
     budget = Budget()
-    drop_zero_points(model)
     found: Counter[str] = Counter()
     found["unused"] += _lost(model, common.RemoveUnusedNodesPass())
     for _ in range(_ROUNDS):

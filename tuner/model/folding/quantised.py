@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import onnx_ir as ir
 
-from tilewright.tuner.model.graph import constant, dtype_name, is_constant, static_shape
+from tilewright.tuner.model.graph import dtype_name, is_constant, static_shape
 
 _LAYERS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _STEPS = ("QuantizeLinear", "DequantizeLinear")
@@ -35,34 +34,8 @@ _MOVES = frozenset(
 )
 _STORED = ("int8", "uint8", "int32", "fp8e4m3")
 
-
 _VECTOR = 1 << 16
 """Elements up to which a vector is none of weights that lie flat."""
-
-TYPED_FROM = 21
-"""The opset that brought `output_dtype`: before, a zero point says the type."""
-
-
-def drop_zero_points(model: ir.Model) -> None:
-    """Takes zero points that are 0 from steps, in place, where an attribute can say the type of the integers.
-
-    ONNX Runtime's optimisations give a step of int8 with a zero point, where they move it, one of uint8, and then the
-    model doesn't load (1.32).
-    """
-    if model.opset_imports[""] < TYPED_FROM:
-        return
-    for node in model.graph:
-        if node.op_type not in _STEPS or node.domain != "" or len(node.inputs) < 3:
-            continue
-        zero = constant(node.inputs[2])
-        if zero is None or np.any(zero.astype(np.float32) != 0):
-            continue
-        if node.op_type == "QuantizeLinear":
-            kind = node.inputs[2].dtype  # type: ignore[union-attr]
-            if kind is None:
-                continue
-            node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", int(kind))
-        node.resize_inputs(2)
 
 
 def constant_steps(model: ir.Model) -> set[ir.Node]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from tilewright.tuner.model.edit import Editor
-from tilewright.tuner.model.folding.quantised import TYPED_FROM
-from tilewright.tuner.model.graph import dtype_name, is_constant
+from tilewright.tuner.model.graph import TYPED_FROM, dtype_name, is_constant
 
 
 def move_relu(model: ir.Model) -> None:
@@ -23,8 +22,8 @@ def move_relu(model: ir.Model) -> None:
         if pair is None or result.is_graph_output():
             continue
         quantise, dequantise = pair
-        if opset >= TYPED_FROM and any(value is not None for value in dequantise.inputs[2:]):
-            continue  # ONNX Runtime breaks such a step in front of an operator that moves numbers (1.32)
+        if opset >= TYPED_FROM and any(user.op_type != "QuantizeLinear" for user, _ in result.uses()):
+            continue  # ONNX Runtime breaks steps of int8 in front of an operator that moves numbers (1.32)
         y = quantise.inputs[0]
         assert y is not None
         relu = edit.node("Relu", [y], y, y.dtype or ir.DataType.FLOAT, base=f"{y.name}_relu")

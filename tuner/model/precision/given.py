@@ -21,8 +21,8 @@ import onnx_ir as ir
 
 from tilewright.kernels.device import Device
 from tilewright.kernels.dtypes import dtype
-from tilewright.tuner.model.graph import DTYPES, constant, fused_nodes, is_constant, op_of, plugin_inputs
-from tilewright.tuner.model.precision.output_scales import MOVED, root_of
+from tilewright.tuner.model.graph import DTYPES, constant, fused_nodes, op_of, plugin_inputs
+from tilewright.tuner.model.precision.output_scales import MOVED
 from tilewright.tuner.model.precision.quantise import (
     ACTIVATIONS,
     QUANTISED,
@@ -34,7 +34,7 @@ from tilewright.tuner.model.precision.quantise import (
     channel_axis,
     eligible,
 )
-from tilewright.tuner.model.precision.steps import DEQUANTISE, Grid, grid_of
+from tilewright.tuner.model.precision.steps import DEQUANTISE, Grid, grid_of, quantised_constant
 
 Array = np.ndarray[Any, Any]
 
@@ -137,10 +137,8 @@ def _layer(
     if not SMALLEST <= grid.scale < math.inf:
         return f"the scale of {activation}, {grid.scale:g}, is no positive normal number of fp32"
     weight, inputs = WEIGHTS[op_of(node)], plugin_inputs(node)
-    if not is_constant(inputs[weight]) and root_of(inputs[weight], "int8").producer() is not None:
-        maker = root_of(inputs[weight], "int8").producer()
-        if maker is not None and maker.op_type == DEQUANTISE and is_constant(maker.inputs[0]):
-            return f"{weight} stays as it is: it has blocks or another type, or so much is not made constant"
+    if quantised_constant(inputs[weight]) is not None:
+        return f"{weight} stays as it is: it has blocks or another type, or so much is not made constant"
     reason = eligible(node, kind)
     if reason is not None:
         return reason

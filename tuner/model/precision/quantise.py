@@ -27,7 +27,6 @@ from tilewright.kernels.tensorrt.catalogue import OPERATIONS, find_plugin, plugi
 from tilewright.kernels.tensorrt.operation import Tensor
 from tilewright.tuner.model.bodies import attach_bodies
 from tilewright.tuner.model.edit import Editor
-from tilewright.tuner.model.folding.quantised import drop_zero_points
 from tilewright.tuner.model.graph import (
     DTYPES,
     constant,
@@ -46,7 +45,14 @@ from tilewright.tuner.model.graph import (
 )
 from tilewright.tuner.model.precision.half import HALVES, lower
 from tilewright.tuner.model.precision.output_scales import MOVED, fold_output_scales
-from tilewright.tuner.model.precision.steps import Grid, make_signed, quantise_step, spell_out_zeros
+from tilewright.tuner.model.precision.steps import (
+    Grid,
+    drop_fp8_zero_points,
+    make_signed,
+    quantise_step,
+    quantised_constant,
+    spell_out_zeros,
+)
 from tilewright.tuner.model.precision.weight_only import take_integers
 from tilewright.tuner.model.precision.zeros import shift_by_bias
 from tilewright.tuner.model.reading.convert import OPSET
@@ -243,6 +249,8 @@ def _form(inputs: Mapping[str, ir.Value], settings: Mapping[str, Any], op: str) 
     if op not in WEIGHTS:
         return None
     weight = WEIGHTS[op]
+    if quantised_constant(inputs[weight]) is not None:
+        return f"{weight} alone is quantised: activations stay in half precision"
     if not is_constant(inputs[weight]):
         return "both operands are activations: weights are what int8 and fp8 kernels have a scale per channel for"
     if settings.get("weights", "none") != "none" or settings.get("group_size") or "b_zero" in inputs:
@@ -441,7 +449,7 @@ def apply_precision(
     if any(dtype_name(value) == QUANTISED["fp8"] for node in mixed.graph for value in node.outputs):
         # From 20, a quantised file's opset, to 21 operators only gain types, and Transpose that of fp8.
         mixed.opset_imports[""] = max(mixed.opset_imports[""], OPSET)
-    make_signed(mixed)
+    make_signed(mixed, [node for node in fused_nodes(mixed) if node.name in plan])
     quantising = _Quantising(mixed, weights or {}, shifts or {})
     for node in fused_nodes(mixed):
         precision = plan.get(node.name or "")
@@ -452,10 +460,11 @@ def apply_precision(
         types = [each for each in MOVED if device is None or device.arch >= dtypes.dtype(each).min_arch]
         quantising.pinned.update(fold_output_scales(mixed, types))
     targets = {name: precision.kind for name, precision in plan.items() if precision.kind not in QUANTISED}
-    targets |= dict.fromkeys(spell_out_zeros(mixed), "fp32")
-    drop_zero_points(mixed)
+    targets |= dict.fromkeys(spell_out_zeros(mixed, constants=False), "fp32")
+    drop_fp8_zero_points(mixed)
     lower(mixed, targets, base, pinned=frozenset(quantising.pinned), extremes=extremes or {})
     take_integers(mixed, device)
+    spell_out_zeros(mixed)  # of weights that no kernel takes so
     Editor(mixed).tidy()
     attach_bodies(mixed)
     return mixed

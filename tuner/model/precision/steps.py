@@ -8,16 +8,21 @@ round((x + z·s) / s), the same integers but for ties, and s·(q - z) = s·q - s
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
 from tilewright.tuner.model.edit import Editor
-from tilewright.tuner.model.folding.quantised import TYPED_FROM
-from tilewright.tuner.model.graph import DTYPES, dtype_name, scalar
+from tilewright.tuner.model.graph import DTYPES, TYPED_FROM, constant, dtype_name, is_constant, scalar
 
 QUANTISE, DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
+
+_PROPAGATED = frozenset(
+    ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Slice", "Gather", "Expand")
+)
+"""Operators across which ONNX Runtime moves steps."""
 
 _SIGNED = 128
 """What uint8 is more than int8."""
@@ -59,6 +64,17 @@ def dequantised(value: ir.Value) -> tuple[ir.Value, Grid] | None:
     return integers, grid
 
 
+def quantised_constant(value: ir.Value | None) -> ir.Node | None:
+    """The dequantise step of constants that a value comes from, through casts and transposes; None if it comes from
+    none."""
+    node = None if value is None else value.producer()
+    while node is not None and node.domain == "" and node.op_type in ("Cast", "Transpose", "Identity"):
+        source = node.inputs[0]
+        node = None if source is None else source.producer()
+    found = node is not None and node.domain == "" and node.op_type == DEQUANTISE and is_constant(node.inputs[0])
+    return node if found else None
+
+
 def quantise_step(edit: Editor, value: ir.Value, grid: Grid, opset: int) -> ir.Node:
     """A new step that quantises an fp32 value, behind what makes it."""
     dtype = DTYPES[grid.dtype]
@@ -72,10 +88,14 @@ def quantise_step(edit: Editor, value: ir.Value, grid: Grid, opset: int) -> ir.N
     return step
 
 
-def make_signed(model: ir.Model) -> None:
+def make_signed(model: ir.Model, layers: Collection[ir.Node] = ()) -> None:
     """Turns steps to uint8 into steps to int8, in place, where nothing but dequantise steps reads the integers: each of
-    these, and the zero point, is 128 less. Kernels have int8 alone."""
-    edit = Editor(model)
+    these, and the zero point, is 128 less. Kernels have int8 alone. `layers` are those that will read integers.
+
+    ONNX Runtime's optimisations break steps of int8 with a zero point, and none of uint8, in front of operators that
+    move numbers, in models of opset 21 and up (1.32): there such steps stay.
+    """
+    edit, opset = Editor(model), model.opset_imports[""]
     for node in list(model.graph):
         grid = grid_of(node) if node.op_type == QUANTISE else None
         if grid is None or grid.dtype != "uint8":
@@ -88,6 +108,9 @@ def make_signed(model: ir.Model) -> None:
             continue
         if any(grid_of(user) != grid for user in readers):
             continue  # one that is read on another grid than it was written on
+        behind = {user for step in readers for user, _ in step.outputs[0].uses()}
+        if opset >= TYPED_FROM and any(user.op_type in _PROPAGATED for user in behind - set(layers)):
+            continue
         zero = edit.constant(np.array(grid.zero - _SIGNED, np.int8), f"{node.outputs[0].name}_zero")
         for step in (node, *readers):
             step.resize_inputs(3)
@@ -95,6 +118,25 @@ def make_signed(model: ir.Model) -> None:
         node.attributes.pop("output_dtype", None)
         node.outputs[0].type = ir.TensorType(DTYPES["int8"])
     edit.tidy()
+
+
+def drop_fp8_zero_points(model: ir.Model) -> None:
+    """Takes the zero points of steps of fp8, which are 0, from them, in place, where an attribute can say the type: see
+    `make_signed`."""
+    if model.opset_imports[""] < TYPED_FROM:
+        return
+    for node in model.graph:
+        if node.op_type not in (QUANTISE, DEQUANTISE) or node.domain != "" or len(node.inputs) < 3:
+            continue
+        zero = node.inputs[2]
+        array = constant(zero)
+        if zero is None or zero.dtype is None or array is None or not dtype_name(zero).startswith("fp8"):
+            continue
+        if np.any(array.astype(np.float32) != 0):
+            continue
+        if node.op_type == QUANTISE:
+            node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", int(zero.dtype))
+        node.resize_inputs(2)
 
 
 def drop_pairs(model: ir.Model) -> None:
@@ -112,8 +154,9 @@ def drop_pairs(model: ir.Model) -> None:
     Editor(model).tidy()
 
 
-def spell_out_zeros(model: ir.Model) -> list[str]:
-    """Turns steps of int8 with a zero point into a subtraction and a step without, in place.
+def spell_out_zeros(model: ir.Model, *, constants: bool = True) -> list[str]:
+    """Turns steps of int8 with a zero point into a subtraction and a step without, in place; those of constants only
+    with `constants`.
 
     Gives the names of the subtractions: they must be computed in fp32.
     """
@@ -124,6 +167,8 @@ def spell_out_zeros(model: ir.Model) -> list[str]:
         if grid is None or grid.dtype != "int8" or grid.zero == 0:
             continue
         quantises = node.op_type == QUANTISE
+        if not constants and is_constant(node.inputs[0]):
+            continue
         value = node.inputs[0] if quantises else node.outputs[0]
         if value is None or dtype_name(value) != "fp32":
             continue

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from tilewright.kernels import pack_int4
 from tilewright.kernels.device import Device
+from tilewright.kernels.ops.gemm.problem import GROUP_SIZES
 from tilewright.kernels.tensorrt.catalogue import find_plugin
 from tilewright.tuner.model.edit import Editor
 from tilewright.tuner.model.graph import (
@@ -31,7 +32,7 @@ from tilewright.tuner.model.graph import (
     static_shape,
 )
 from tilewright.tuner.model.precision.half import HALVES
-from tilewright.tuner.model.precision.steps import DEQUANTISE
+from tilewright.tuner.model.precision.steps import quantised_constant
 from tilewright.tuning_db.errors import ModelError, UnsupportedError, UsageError
 
 Array = np.ndarray[Any, Any]
@@ -43,6 +44,8 @@ _STORED = {
     ir.DataType.UINT4: (4, 0),
 }
 """Bits of a weight, and what is added to it: int8 and 0 to 15 is what kernels have."""
+
+LARGEST_GROUP = max(GROUP_SIZES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,32 +63,43 @@ def take_integers(model: ir.Model, device: Device | None) -> None:
     """Lets products in half precision read the integers of their weights, in place, where a kernel does; `device` is
     the one that it must have a kernel for, None any."""
     edit = Editor(model)
+    known: dict[tuple[ir.Node, bool], tuple[_Weights, dict[str, ir.Value]] | None] = {}
     for node in fused_nodes(model):
         inputs = plugin_inputs(node)
         if op_of(node) != "gemm" or dtype_name(inputs["a"]) not in HALVES or {"a_scale", "b_scale"} & set(inputs):
             continue
-        weights = _weights_of(inputs["b"], bool(plugin_settings(node)["trans_b"]))
-        if weights is not None:
-            _replace(edit, node, weights, device)
+        step = quantised_constant(inputs["b"])
+        if step is None:
+            continue
+        key = step, bool(plugin_settings(node)["trans_b"]) ^ _is_turned(inputs["b"])
+        if key not in known:  # products may share them
+            weights = _weights_of(*key)
+            known[key] = None if weights is None else (weights, _constants(edit, step, weights))
+        found = known[key]
+        if found is not None:
+            _replace(edit, node, *found, device)
     edit.tidy()
 
 
-def _replace(edit: Editor, node: ir.Node, weights: _Weights, device: Device | None) -> None:
-    """Puts a product of the integers in a product's place, if there is a kernel for it."""
-    settings = {**plugin_settings(node), "trans_b": 1, "group_size": weights.group}
-    packed = weights.bits == 4
-    if packed:
-        settings["weights"] = "int4"
-    if settings["out_dtype"] == "default":
-        settings["out_dtype"] = dtype_name(node.outputs[0])
-    columns = pack_int4(weights.values).T if packed else weights.values.T
+def _constants(edit: Editor, step: ir.Node, weights: _Weights) -> dict[str, ir.Value]:
+    """What the plugin reads in place of a step's result."""
+    columns = pack_int4(weights.values).T if weights.bits == 4 else weights.values.T
     # TensorRT has packed weights as int8 as well.
     given = {"b": columns.view(np.int8), "b_scale": weights.scales}
     if weights.zeros is not None:
         given["b_zero"] = weights.zeros.astype(np.int8)
+    base = f"{step.outputs[0].name}_weights"
+    return {name: edit.constant(np.ascontiguousarray(array), base) for name, array in given.items()}
+
+
+def _replace(edit: Editor, node: ir.Node, weights: _Weights, made: dict[str, ir.Value], device: Device | None) -> None:
+    """Puts a product of the integers in a product's place, if there is a kernel for it."""
+    settings = {**plugin_settings(node), "trans_b": 1, "group_size": weights.group}
+    if weights.bits == 4:
+        settings["weights"] = "int4"
+    if settings["out_dtype"] == "default":
+        settings["out_dtype"] = dtype_name(node.outputs[0])
     known = plugin_inputs(node)
-    base = f"{known['b'].name}_weights"
-    made = {name: edit.constant(np.ascontiguousarray(array), base) for name, array in given.items()}
     order = find_plugin(node.op_type).operation
     inputs = {"a": known["a"], **made, **{name: value for name, value in known.items() if name not in ("a", "b")}}
     fused = make_fused("gemm", inputs, settings, name=node.name or "")
@@ -104,21 +118,20 @@ def _replace(edit: Editor, node: ir.Node, weights: _Weights, device: Device | No
     edit.replace(node, fused)
 
 
-def _weights_of(value: ir.Value, turned: bool) -> _Weights | None:
-    """The integers that a product's B is made of, which is (N, K) if it is `turned`; None if it is made of none, or in
-    a way that no kernel has."""
-    node = value.producer()
-    while node is not None and node.domain == "" and node.op_type in ("Cast", "Transpose", "Identity"):
+def _is_turned(value: ir.Value) -> bool:
+    """Whether an odd number of transposes lies between a step and a value."""
+    turned, node = False, value.producer()
+    while node is not None and node.op_type in ("Cast", "Transpose", "Identity") and node.domain == "":
+        turned ^= node.op_type == "Transpose"
         source = node.inputs[0]
-        if source is None or (node.op_type == "Cast" and dtype_name(node.outputs[0]) not in (*HALVES, "fp32")):
-            return None
-        if node.op_type == "Transpose":
-            turned = not turned
-        node = source.producer()
-    if node is None or node.op_type != DEQUANTISE or node.domain != "":
-        return None
-    integers, scale, *rest = (*node.inputs, None)[:3]
-    zero = rest[0] if rest else None
+        node = None if source is None else source.producer()
+    return turned
+
+
+def _weights_of(node: ir.Node, turned: bool) -> _Weights | None:
+    """The integers that a step dequantises to a product's B, as (N, K) if it is `turned`; None if no kernel has them in
+    that way."""
+    integers, scale, zero = [*node.inputs, None][:3]
     if integers is None or scale is None or integers.dtype not in _STORED or len(static_shape(integers) or ()) != 2:
         return None
     arrays = constant(integers), constant(scale), None if zero is None else constant(zero)
@@ -129,7 +142,10 @@ def _weights_of(value: ir.Value, turned: bool) -> _Weights | None:
     if (block and axis != depth) or (not block and arrays[1].size > 1 and axis == depth):
         return None
     bits, more = _STORED[integers.dtype]
-    values = _rows(arrays[0].astype(np.int16), turned) + more
+    # (N, K) in memory: columns are packed one by one.
+    columns = np.empty(arrays[0].shape if turned else arrays[0].shape[::-1], np.uint8 if bits == 4 else np.int8)
+    np.add(_rows(arrays[0].astype(np.int16), not turned), more, out=columns, casting="unsafe")
+    values = columns.T
     scales = _rows(arrays[1], turned) if block else arrays[1].reshape(-1 if arrays[1].size > 1 else ())
     if not block or dtype_name(scale) not in ("fp32", *HALVES):
         scales = scales.astype(np.float32)
@@ -138,10 +154,16 @@ def _weights_of(value: ir.Value, turned: bool) -> _Weights | None:
     if arrays[2] is not None:
         given = arrays[2].astype(np.int16)
         zeros = (_rows(given, turned) if block else given.reshape(scales.shape)) + more
+    if block >= len(values):
+        block, scales, zeros = 0, scales[0].astype(np.float32), zeros[0]
+    elif block > LARGEST_GROUP and block % LARGEST_GROUP == 0:
+        groups, times = -(-len(values) // LARGEST_GROUP), block // LARGEST_GROUP
+        scales, zeros = (np.repeat(each, times, axis=0)[:groups] for each in (scales, zeros))
+        block = LARGEST_GROUP
     if not block:  # of groups as of columns, there is one for each
         zeros = np.broadcast_to(zeros.reshape(-1), (values.shape[1],))
     plain = bool((zeros == neutral).all())
-    return _Weights(values.astype(np.uint8 if bits == 4 else np.int8), bits, block, scales, None if plain else zeros)
+    return _Weights(values, bits, block, scales, None if plain else zeros)
 
 
 def _rows(array: Array, turned: bool) -> Array:

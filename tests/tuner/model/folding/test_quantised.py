@@ -8,7 +8,6 @@ import pytest
 from tests.tuner.model.folds import folded, node
 from tests.tuner.model.graphs import normal
 from tilewright.tuner.model.graph import constant
-from tilewright.tuner.model.session import check_default
 
 STEPS = [node("QuantizeLinear", "x sx zx", "q"), node("DequantizeLinear", "q sx zx", "d")]
 ARRAYS = {"sx": np.float32(1 / 16), "zx": np.int8(0)}
@@ -67,20 +66,6 @@ def test_scales_of_blocks_and_16_bits_stay() -> None:
         (wide, {"w": INTEGERS.astype(np.int16), "s": SCALES}),
     ):
         assert operators(nodes, arrays).count("DequantizeLinear") == 2
-
-
-@pytest.mark.parametrize("opset", [20, 21])
-def test_zero_points_of_0_go_where_an_attribute_says_the_type(opset: int) -> None:
-    """With them ONNX Runtime's optimisations make a model of which they can't load the types."""
-    nodes = [*STEPS, node("MaxPool", "d", "m", kernel_shape=[1]), node("Sigmoid", "m", "y")]
-    _, _, model = folded(nodes, (3, 4, 5), ARRAYS, opset=opset)
-    assert [len(each.inputs) for each in list(model.graph)[:2]] == [3 if opset == 20 else 2] * 2
-    check_default(model, "folded", {"x": normal(0, 3, 4, 5)})
-
-
-def test_other_zero_points_stay() -> None:
-    _, _, model = folded([*STEPS, node("Neg", "d", "y")], (3, 4), {**ARRAYS, "zx": np.int8(3)})
-    assert [len(each.inputs) for each in list(model.graph)[:2]] == [3, 3]
 
 
 def test_long_vectors_are_weights_that_lie_flat(monkeypatch: pytest.MonkeyPatch) -> None:

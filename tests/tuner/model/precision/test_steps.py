@@ -16,12 +16,14 @@ from tilewright.tuner.model.edit import Editor
 from tilewright.tuner.model.precision.steps import (
     Grid,
     dequantised,
+    drop_fp8_zero_points,
     drop_pairs,
     grid_of,
     make_signed,
     quantise_step,
     spell_out_zeros,
 )
+from tilewright.tuner.model.session import check_default
 
 FEED = {"x": normal(0, 4, 8)}
 THREE = np.int8(3)
@@ -174,3 +176,24 @@ def test_nodes_without_inputs_and_steps_that_make_nan_are_passed_by() -> None:
         {"scale": np.array(1, np.float32), "zero": np.array(0, ml_dtypes.float8_e4m3fn)},
     )
     assert grid_of(step(wide, "quantise")) is None
+
+
+def test_unsigned_integers_stay_where_onnx_runtime_would_break_signed_ones() -> None:
+    pooled = node("MaxPool", ["r"], ["m"], kernel_shape=[1], name="pool"), node("Sigmoid", ["m"], ["t"], name="act")
+    for opset, kind in ((20, "int8"), (21, "uint8")):
+        raised = node("Unsqueeze", ["d", "axis"], ["r"], name="raise")
+        model = pair(raised, *pooled, last="t", zero=np.uint8(128), opset=opset, axis=np.array([0]))
+        wanted = output(model, FEED)
+        make_signed(model)
+        assert dtypes(model)["q"] == kind
+        check_default(model, "signed", FEED)
+        np.testing.assert_array_equal(output(model, FEED), wanted)
+
+
+def test_steps_of_fp8_say_their_type_where_they_can() -> None:
+    for opset, inputs in ((19, 3), (21, 2)):
+        model = pair(zero=ml_dtypes.float8_e4m3fn(0), opset=opset)
+        wanted = output(model, FEED)
+        drop_fp8_zero_points(model)
+        assert [len(each.inputs) for each in list(model.graph)[:2]] == [inputs] * 2
+        np.testing.assert_array_equal(output(model, FEED), wanted)

@@ -139,6 +139,49 @@ def test_one_scale_for_all() -> None:
     assert relative_error(output(mixed, feed), output(original, feed)) < 1e-3
 
 
+def test_one_zero_point_for_all() -> None:
+    """Of int8, which TensorRT has no zero points of: here it is the kernel's."""
+    original, model = linear("int8", scale=np.array(0.03, np.float32), zero=True)
+    mixed = apply_precision(model, {}, base="fp16")
+    assert operators(mixed) == ["Cast", "FusedGemmBScaleBZero"]
+    feed = feed_of(model)
+    assert relative_error(output(mixed, feed), output(original, feed)) < 1e-3
+    spelled = apply_precision(model, {}, base="fp32")
+    assert operators(spelled) == ["DequantizeLinear", "Sub", "FusedGemm"]
+    assert relative_error(output(spelled, feed), output(original, feed)) < 1e-5
+
+
+@pytest.mark.parametrize(("group", "k", "made"), [(256, 400, 128), (160, 96, 0), (96, 96, 0)])
+def test_larger_blocks_are_said_in_those_that_kernels_have(group: int, k: int, made: int) -> None:
+    original, model = linear("uint4", group=group, zero=True, k=k)
+    mixed = apply_precision(model, {}, base="fp16")
+    assert plugin_settings(layer_of(mixed))["group_size"] == made
+    feed = feed_of(model)
+    assert relative_error(output(mixed, feed), output(original, feed)) < 1e-3
+
+
+def test_products_share_their_weights() -> None:
+    behind = node("Relu", ["m"], ["r"], name="act"), node("MatMul", ["r", "d"], ["y"], name="again")
+    integers = np.random.default_rng(1).integers(-8, 8, (K, K))
+    graph = helper.make_graph(
+        [
+            node("DequantizeLinear", ["w", "s"], ["d"], axis=0, block_size=32, name="dequantise"),
+            node("MatMul", ["x", "d"], ["m"], name="layer"),
+            *behind,
+        ],
+        "model",
+        [helper.make_tensor_value_info("x", 1, (4, K))],
+        [helper.make_tensor_value_info("y", 1, None)],
+        [tensor("w", "int4", integers), onnx.numpy_helper.from_array(np.full((3, K), 0.02, np.float32), "s")],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(made, strict_mode=True))
+    fuse(model)
+    first, second = fused_nodes(apply_precision(model, {}, base="fp16"))
+    for name in ("b", "b_scale"):
+        assert plugin_inputs(first)[name] is plugin_inputs(second)[name]
+
+
 def test_a_depth_that_fills_no_run_and_no_group() -> None:
     original, model = linear("uint4", group=32, zero=True, k=80)
     mixed = apply_precision(model, {}, base="fp16")
