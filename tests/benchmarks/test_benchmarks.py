@@ -31,6 +31,7 @@ BENCHMARKS = {
 OF_A_TEST_FILE = {
     "estimates",
     "gluon",
+    "gluon_ahead",
     "gpu",
     "heuristics",
     "landscape",

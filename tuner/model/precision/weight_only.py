@@ -161,7 +161,7 @@ def _weights_of(node: ir.Node, turned: bool) -> _Weights | None:
         scales, zeros = (np.repeat(each, times, axis=0)[:groups] for each in (scales, zeros))
         block = LARGEST_GROUP
     if not block:  # of groups as of columns, there is one for each
-        zeros = np.broadcast_to(zeros.reshape(-1), (values.shape[1],))
+        zeros = np.broadcast_to(zeros.reshape(-1), columns.shape[:1])
     plain = bool((zeros == neutral).all())
     return _Weights(values, bits, block, scales, None if plain else zeros)
 
