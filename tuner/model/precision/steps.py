@@ -8,6 +8,7 @@ round((x + z·s) / s), the same integers but for ties, and s·(q - z) = s·q - s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -48,7 +49,12 @@ def grid_of(node: ir.Node) -> Grid | None:
     scale = scalar(node.inputs[1])
     given = node.inputs[2] if len(node.inputs) > 2 else None
     zero = 0.0 if given is None else scalar(given)
-    if scale is None or zero is None or (node.op_type == QUANTISE and integers.is_graph_output()):
+    if (
+        scale is None
+        or zero is None
+        or not math.isfinite(zero)
+        or (node.op_type == QUANTISE and integers.is_graph_output())
+    ):
         return None
     return Grid(scale, dtype_name(integers), int(zero))
 

@@ -176,6 +176,7 @@ def test_nodes_without_inputs_and_steps_that_make_nan_are_passed_by() -> None:
         {"scale": np.array(1, np.float32), "zero": np.array(0, ml_dtypes.float8_e4m3fn)},
     )
     assert grid_of(step(wide, "quantise")) is None
+    assert grid_of(step(pair(zero=ml_dtypes.float8_e4m3fn(np.nan)), "quantise")) is None
 
 
 def test_unsigned_integers_stay_where_onnx_runtime_would_break_signed_ones() -> None:
