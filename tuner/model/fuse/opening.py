@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
+from tilewright.kernels.device import Device
 from tilewright.kernels.tensorrt.catalogue import find_plugin
 from tilewright.tuner.model import graph
 from tilewright.tuner.model.fuse.outcome import Log
@@ -58,8 +59,10 @@ def reopened(node: ir.Node, inputs: Mapping[str, ir.Value]) -> ir.Node:
     return ir.node(node.op_type, values, dict(node.attributes), domain=OPEN, name=node.name)
 
 
-def refusal(kind: str, inputs: Mapping[str, ir.Value], settings: Mapping[str, Any]) -> str | None:
-    """None, or why no plugin takes these."""
+def refusal(
+    kind: str, inputs: Mapping[str, ir.Value], settings: Mapping[str, Any], device: Device | None = None
+) -> str | None:
+    """None, or why no plugin takes these, or no kernel on a device if one is named."""
     for name, value in inputs.items():
         if static_shape(value) is None:
             return f"the shape of {name} is not known"
@@ -71,13 +74,13 @@ def refusal(kind: str, inputs: Mapping[str, ir.Value], settings: Mapping[str, An
         tensors, attributes = graph.plugin_tensors(node), graph.plugin_settings(node)
         operation = find_plugin(node.op_type).operation
         operation.check_static(tensors, attributes)
-        operation.problem(tensors, attributes)
+        problem = operation.problem(tensors, attributes)
+        return None if device is None else operation.kernel.supported(problem, device)
     except (ModelError, UnsupportedError, UsageError) as error:
         return str(error)
     finally:
         for index in range(len(node.inputs)):
             node.replace_input_with(index, None)  # a value remembers who uses it
-    return None
 
 
 def in_main_graph(context: Any) -> bool:

@@ -18,10 +18,9 @@ def move_relu(model: ir.Model) -> None:
     edit, opset = Editor(model), model.opset_imports[""]
     for node in list(model.graph):
         pair = _pair_before(node) if node.op_type == "Relu" and node.domain == "" else None
-        result = node.outputs[0]
-        if pair is None or result.is_graph_output():
+        if pair is None or node.outputs[0].is_graph_output():
             continue
-        quantise, dequantise = pair
+        (quantise, dequantise), result = pair, node.outputs[0]
         if opset >= TYPED_FROM and any(user.op_type != "QuantizeLinear" for user, _ in result.uses()):
             continue  # ONNX Runtime breaks steps of int8 in front of an operator that moves numbers (1.32)
         y = quantise.inputs[0]

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from tilewright.kernels.device import Device
 from tilewright.kernels.dtypes import dtype
 from tilewright.tuner.model.graph import DTYPES, constant, fused_nodes, op_of, plugin_inputs
-from tilewright.tuner.model.precision.output_scales import MOVED
+from tilewright.tuner.model.precision.output_scales import MOVED, data_of
 from tilewright.tuner.model.precision.quantise import (
     ACTIVATIONS,
     QUANTISED,
@@ -109,8 +109,7 @@ def _origin(value: ir.Value) -> _Origin:
             found.grids.add(grid_of(node))
         elif node is not None and node.domain == "" and node.op_type in MOVED["int8"] | _BEHIND:
             (found.movers if node.op_type in MOVED["int8"] else found.others).add(node.op_type)
-            data = node.inputs if node.op_type == "Concat" else node.inputs[:1]
-            waiting += [each for each in data if each is not None]
+            waiting += data_of(node)
         else:
             found.raw = True
     return found

@@ -119,7 +119,7 @@ class _Folding:
         first: dict[tuple[ir.Value, Grid | None], ir.Node] = {}
         for node in nodes:
             grid = self.wanted(node.outputs[0])
-            for value in (*_data(node), node.outputs[0]):
+            for value in (*data_of(node), node.outputs[0]):
                 other = first.setdefault((value, grid), node)
                 group[find(node)] = find(other)
         groups: dict[ir.Node, list[ir.Node]] = {}
@@ -136,7 +136,7 @@ class _Folding:
         inner = {node.outputs[0] for node in group}
         before = sum(elements(value) or 0 for value in inner if any(self._step_to(node) for node, _ in value.uses()))
         after = 0
-        for value in {value for node in group for value in _data(node)} - inner:
+        for value in {value for node in group for value in data_of(node)} - inner:
             grid = self.wanted(group[0].outputs[0])
             shared = any(self._step_to(node) == grid for node, _ in value.uses())
             if not self.folds(value, grid) and not shared:
@@ -161,7 +161,7 @@ class _Folding:
         inner = {node.outputs[0] for node in group}
         for node in group:
             for index, value in enumerate(node.inputs):
-                if value in _data(node) and value not in inner:
+                if value in data_of(node) and value not in inner:
                     assert value is not None
                     node.replace_input_with(index, self._on_grid(value, grid))
         for node in group:
@@ -222,7 +222,7 @@ _FREE = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"))
 """Operators that cost nothing, whatever the data type."""
 
 
-def _data(node: ir.Node) -> tuple[ir.Value, ...]:
+def data_of(node: ir.Node) -> tuple[ir.Value, ...]:
     """The inputs of a moving operator whose numbers it moves."""
     given = node.inputs if node.op_type == "Concat" else node.inputs[:1]
     return tuple(value for value in given if value is not None)

@@ -70,15 +70,17 @@ def dequantised(value: ir.Value) -> tuple[ir.Value, Grid] | None:
     return integers, grid
 
 
-def quantised_constant(value: ir.Value | None) -> ir.Node | None:
-    """The dequantise step of constants that a value comes from, through casts and transposes; None if it comes from
-    none."""
-    node = None if value is None else value.producer()
+def quantised_constant(value: ir.Value | None) -> tuple[ir.Node, bool] | None:
+    """The dequantise step of constants that a value comes from, through casts and transposes, and whether those turn
+    it, a matrix, around; None if it comes from none."""
+    node, turned = None if value is None else value.producer(), False
     while node is not None and node.domain == "" and node.op_type in ("Cast", "Transpose", "Identity"):
+        if node.op_type == "Transpose":
+            turned ^= list(node.attributes.get_ints("perm", [1, 0])) != [0, 1]
         source = node.inputs[0]
         node = None if source is None else source.producer()
     found = node is not None and node.domain == "" and node.op_type == DEQUANTISE and is_constant(node.inputs[0])
-    return node if found else None
+    return (node, turned) if node is not None and found else None
 
 
 def quantise_step(edit: Editor, value: ir.Value, grid: Grid, opset: int) -> ir.Node:

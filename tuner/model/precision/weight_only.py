@@ -18,8 +18,8 @@ import onnx_ir as ir
 from tilewright.kernels import pack_int4
 from tilewright.kernels.device import Device
 from tilewright.kernels.ops.gemm.problem import GROUP_SIZES
-from tilewright.kernels.tensorrt.catalogue import find_plugin
 from tilewright.tuner.model.edit import Editor
+from tilewright.tuner.model.fuse.opening import refusal
 from tilewright.tuner.model.graph import (
     constant,
     dtype_name,
@@ -28,12 +28,10 @@ from tilewright.tuner.model.graph import (
     op_of,
     plugin_inputs,
     plugin_settings,
-    plugin_tensors,
     static_shape,
 )
 from tilewright.tuner.model.precision.half import HALVES
 from tilewright.tuner.model.precision.steps import quantised_constant
-from tilewright.tuning_db.errors import ModelError, UnsupportedError, UsageError
 
 Array = np.ndarray[Any, Any]
 
@@ -68,10 +66,11 @@ def take_integers(model: ir.Model, device: Device | None) -> None:
         inputs = plugin_inputs(node)
         if op_of(node) != "gemm" or dtype_name(inputs["a"]) not in HALVES or {"a_scale", "b_scale"} & set(inputs):
             continue
-        step = quantised_constant(inputs["b"])
-        if step is None:
+        origin = quantised_constant(inputs["b"])
+        if origin is None:
             continue
-        key = step, bool(plugin_settings(node)["trans_b"]) ^ _is_turned(inputs["b"])
+        step, turned = origin
+        key = step, turned ^ bool(plugin_settings(node)["trans_b"])
         if key not in known:  # products may share them
             weights = _weights_of(*key)
             known[key] = None if weights is None else (weights, _constants(edit, step, weights))
@@ -100,32 +99,12 @@ def _replace(edit: Editor, node: ir.Node, weights: _Weights, made: dict[str, ir.
     if settings["out_dtype"] == "default":
         settings["out_dtype"] = dtype_name(node.outputs[0])
     known = plugin_inputs(node)
-    order = find_plugin(node.op_type).operation
     inputs = {"a": known["a"], **made, **{name: value for name, value in known.items() if name not in ("a", "b")}}
-    fused = make_fused("gemm", inputs, settings, name=node.name or "")
-    try:
-        tensors, attributes = plugin_tensors(fused), plugin_settings(fused)
-        order.check_static(tensors, attributes)
-        problem = order.problem(tensors, attributes)
-        refused = device is not None and order.kernel.supported(problem, device) is not None
-    except (ModelError, UnsupportedError, UsageError):
-        refused = True
-    if refused:
-        for index in range(len(fused.inputs)):
-            fused.replace_input_with(index, None)  # a value remembers who uses it
+    if refusal("gemm", inputs, settings, device) is not None:
         return
+    fused = make_fused("gemm", inputs, settings, name=node.name or "")
     fused.metadata_props.update(node.metadata_props)
     edit.replace(node, fused)
-
-
-def _is_turned(value: ir.Value) -> bool:
-    """Whether an odd number of transposes lies between a step and a value."""
-    turned, node = False, value.producer()
-    while node is not None and node.op_type in ("Cast", "Transpose", "Identity") and node.domain == "":
-        turned ^= node.op_type == "Transpose"
-        source = node.inputs[0]
-        node = None if source is None else source.producer()
-    return turned
 
 
 def _weights_of(node: ir.Node, turned: bool) -> _Weights | None:

@@ -160,6 +160,19 @@ def test_larger_blocks_are_said_in_those_that_kernels_have(group: int, k: int, m
     assert relative_error(output(mixed, feed), output(original, feed)) < 1e-3
 
 
+def test_a_transpose_that_turns_nothing() -> None:
+    original, model = linear("int4", group=32)
+    layer = layer_of(model)
+    turn = ir.node("Transpose", [layer.inputs[1]], {"perm": [0, 1]}, name="turn")
+    turn.outputs[0].name, turn.outputs[0].type, turn.outputs[0].shape = "t", layer.inputs[1].type, layer.inputs[1].shape
+    model.graph.insert_before(layer, turn)
+    layer.replace_input_with(1, turn.outputs[0])
+    mixed = apply_precision(model, {}, base="fp16")
+    assert "DequantizeLinear" not in operators(mixed)
+    feed = feed_of(model)
+    assert relative_error(output(mixed, feed), output(original, feed)) < 1e-3
+
+
 def test_products_share_their_weights() -> None:
     behind = node("Relu", ["m"], ["r"], name="act"), node("MatMul", ["r", "d"], ["y"], name="again")
     integers = np.random.default_rng(1).integers(-8, 8, (K, K))
