@@ -49,17 +49,6 @@ PRODUCERS = ("gemm", "conv2d", "rmsnorm")
 """Ops whose plugins take `out_scale`."""
 
 
-def root_of(value: ir.Value, dtype: str) -> ir.Value:
-    """The value that another is made of by operators with one data input that quantisation commutes with."""
-    node = value.producer()
-    while node is not None and node.domain == "" and node.op_type in MOVED[dtype] - {"Concat", "Gather"}:
-        source = node.inputs[0]
-        if source is None or is_constant(source):
-            break
-        value, node = source, source.producer()
-    return value
-
-
 class _Folding:
     def __init__(self, model: ir.Model, types: Collection[str]) -> None:
         self.types = types
@@ -241,14 +230,19 @@ def _layers(graph: ir.Graph) -> Iterator[ir.Node]:
 def shiftable(node: ir.Node, scale: float) -> bool:
     """Whether a layer can give its result shifted by 128 steps of a scale: behind ReLU, or a clamp that ends where the
     integers do, and with a constant bias or none."""
-    inputs, settings = plugin_inputs(node), plugin_settings(node)
+    settings = plugin_settings(node)
     if "activation" not in settings:
         return False  # a norm
     word, *parameters = activation_name(settings["activation"]).split(":")
     cut = word == "clamp" and float(parameters[0]) == 0 and float(parameters[1]) >= 255 * scale * (1 - 2.0**-20)
     if settings.get("gated", "none") != "none" or not (word == "relu" or cut):
         return False
-    bias = inputs.get("bias")
+    return _takes_shift(node)
+
+
+def _takes_shift(node: ir.Node) -> bool:
+    """Whether the bias of a layer is a constant of each channel, or could be one."""
+    bias = plugin_inputs(node).get("bias")
     return bias is None or (is_constant(bias) and len(bias.shape or ()) == 1)
 
 
@@ -256,9 +250,9 @@ def _can_shift_to(node: ir.Node, grid: Grid) -> bool:
     """Whether a layer can give its result on a grid with a zero point: nothing but a bias comes before rounding."""
     if grid.zero == LOWEST and shiftable(node, grid.scale):
         return True
-    settings, bias = plugin_settings(node), plugin_inputs(node).get("bias")
+    settings = plugin_settings(node)
     plain = settings.get("activation") == "none" and settings.get("gated", "none") == "none"
-    return plain and (bias is None or (is_constant(bias) and len(bias.shape or ()) == 1))
+    return plain and _takes_shift(node)
 
 
 def fold_output_scales(model: ir.Model, types: Collection[str] = tuple(MOVED)) -> set[ir.Value]:

@@ -432,10 +432,10 @@ def apply_precision(
     `plan` is by node name; `base` (fp32, fp16 or bf16) is the data type of all else. `weights` are quantised weights of
     int8 and fp8 layers, by node name, where they are not to be rounded to nearest (`rounding.py`), and `shifts` what is
     taken off their biases (`correction.py`). `extremes` are the least and largest numbers of values, by name, that were
-    seen on calibration data: what comes near the base's range stays fp32 (`kept.py`). `device` is the
-    one whose data types steps and weights that the model came with may have in a kernel; None: any. With `fold`, layers
-    whose result is only wanted quantised give it so themselves (`output_scales.py`). Products in half precision read
-    quantised weights as they are (`weight_only.py`). Graph inputs and outputs keep their types.
+    seen on calibration data: what comes near the base's range stays fp32 (`kept.py`). `device` is the one whose kernels
+    must have the data types of steps and weights that the model came with; None: any. With `fold`, layers whose result
+    is only wanted quantised give it so themselves (`output_scales.py`). Products in half precision read quantised
+    weights as they are (`weight_only.py`). Graph inputs and outputs keep their data types.
 
     Raises:
         UsageError: the plan does not fit the model; see `check_plan`.

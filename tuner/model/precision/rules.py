@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from tilewright.tuner.model.graph import fused_nodes, is_constant, is_fused, op_of, plugin_inputs, plugin_settings
 from tilewright.tuner.model.precision.kept import MOVING
-from tilewright.tuner.model.precision.output_scales import MOVED, PRODUCERS, root_of, shiftable
+from tilewright.tuner.model.precision.output_scales import MOVED, PRODUCERS, shiftable
 from tilewright.tuner.model.precision.quantise import ACTIVATIONS, QUANTISED, LayerPrecision, can_have_zero, eligible
 from tilewright.tuner.model.precision.zeros import LOWEST
 from tilewright.tuning_db.errors import UsageError
@@ -111,7 +111,7 @@ def values_to_shift(model: ir.Model) -> list[str]:
     readers: dict[ir.Value, list[tuple[ir.Node, ir.Value]]] = {}
     for node in chosen:
         for value in _activations(node).values():
-            readers.setdefault(root_of(value, "int8"), []).append((node, value))
+            readers.setdefault(_root(value, "int8"), []).append((node, value))
     made = _made_for(model, chosen)
     names: dict[str, None] = {}
     for root, group in readers.items():
@@ -148,7 +148,7 @@ def _read_as(model: ir.Model, chosen: Collection[ir.Node]) -> dict[ir.Value, ir.
         assert value is not None
         if node in layers:
             names = {name for name, each in plugin_inputs(node).items() if each is value}
-            return root_of(value, "int8") if names <= set(ACTIVATIONS[op_of(node)]) else None
+            return _root(value, "int8") if names <= set(ACTIVATIONS[op_of(node)]) else None
         moves = node.domain == "" and node.op_type in MOVED["int8"] and (index == 0 or node.op_type == "Concat")
         return found.get(node.outputs[0]) if moves and len(node.outputs) == 1 else None
 
@@ -179,14 +179,14 @@ def default_plan(
             name = value.name or ""
             if name not in ranges:
                 raise UsageError(f"node {node.name!r} reads {name!r}, which has no scale: calibrate it")
-            root = root_of(value, QUANTISED[kind])
+            root = _root(value, QUANTISED[kind])
             shared[root] = max(shared.get(root, 0.0), ranges[name])
     plan = {}
     for node in chosen:
         given = _activations(node)
         plan[node.name or ""] = LayerPrecision(
             kind,
-            {name: shared[root_of(value, QUANTISED[kind])] for name, value in given.items()},
+            {name: shared[_root(value, QUANTISED[kind])] for name, value in given.items()},
             {name: LOWEST for name, value in given.items() if value.name in shifted},
         )
     return plan, reasons
@@ -195,3 +195,14 @@ def default_plan(
 def _activations(node: ir.Node) -> dict[str, ir.Value]:
     inputs = plugin_inputs(node)
     return {name: inputs[name] for name in ACTIVATIONS[op_of(node)]}
+
+
+def _root(value: ir.Value, dtype: str) -> ir.Value:
+    """The value that another is made of by operators with one data input that quantisation commutes with."""
+    node = value.producer()
+    while node is not None and node.domain == "" and node.op_type in MOVED[dtype] - {"Concat", "Gather"}:
+        source = node.inputs[0]
+        if source is None or is_constant(source):
+            break
+        value, node = source, source.producer()
+    return value
