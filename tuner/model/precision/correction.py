@@ -24,13 +24,13 @@ import onnx_ir as ir
 from tilewright.tuner.model.calibration.feeds import Feed
 from tilewright.tuner.model.graph import constant, fused_nodes, op_of, plugin_inputs
 from tilewright.tuner.model.precision.layer_data import LayerData, activation_of, layer_input
+from tilewright.tuner.model.precision.output_scales import can_shift
 from tilewright.tuner.model.precision.quantise import (
     ACTIVATIONS,
     QUANTISED,
     WEIGHTS,
     LayerPrecision,
     Weights,
-    can_shift,
     channel_axis,
     dequantised,
     quantise_weights,

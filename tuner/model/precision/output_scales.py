@@ -237,11 +237,11 @@ def shiftable(node: ir.Node, scale: float) -> bool:
     cut = word == "clamp" and float(parameters[0]) == 0 and float(parameters[1]) >= 255 * scale * (1 - 2.0**-20)
     if settings.get("gated", "none") != "none" or not (word == "relu" or cut):
         return False
-    return _takes_shift(node)
+    return can_shift(node)
 
 
-def _takes_shift(node: ir.Node) -> bool:
-    """Whether the bias of a layer is a constant of each channel, or could be one."""
+def can_shift(node: ir.Node) -> bool:
+    """Whether a layer has, or can be given, a constant bias for each output channel."""
     bias = plugin_inputs(node).get("bias")
     return bias is None or (is_constant(bias) and len(bias.shape or ()) == 1)
 
@@ -252,7 +252,7 @@ def _can_shift_to(node: ir.Node, grid: Grid) -> bool:
         return True
     settings = plugin_settings(node)
     plain = settings.get("activation") == "none" and settings.get("gated", "none") == "none"
-    return plain and _takes_shift(node)
+    return plain and can_shift(node)
 
 
 def fold_output_scales(model: ir.Model, types: Collection[str] = tuple(MOVED)) -> set[ir.Value]:

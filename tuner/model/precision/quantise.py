@@ -44,7 +44,7 @@ from tilewright.tuner.model.graph import (
     static_shape,
 )
 from tilewright.tuner.model.precision.half import HALVES, lower
-from tilewright.tuner.model.precision.output_scales import MOVED, fold_output_scales
+from tilewright.tuner.model.precision.output_scales import MOVED, can_shift, fold_output_scales
 from tilewright.tuner.model.precision.steps import (
     Grid,
     drop_fp8_zero_points,
@@ -174,15 +174,6 @@ def dequantised(weights: Weights, axis: int) -> Array:
     shape = [1] * weights.values.ndim
     shape[axis] = -1
     return np.asarray(weights.values.astype(np.float32) * weights.scales.reshape(shape))
-
-
-def can_shift(node: ir.Node) -> bool:
-    """Whether a layer with weights has, or can be given, a bias for each output channel."""
-    inputs = plugin_inputs(node)
-    if "bias" not in inputs:
-        return True
-    bias = inputs["bias"]
-    return is_constant(bias) and bias.shape is not None and len(bias.shape) == 1
 
 
 def can_have_zero(node: ir.Node) -> bool:
