@@ -21,6 +21,7 @@ from tilewright.tuner.model.calibration.data import Samples, load_data
 from tilewright.tuner.model.fuse import FusionReport
 from tilewright.tuner.model.messages import legible, listed, quoted
 from tilewright.tuner.model.output_folder import OutputFolder, check_output, output_folder
+from tilewright.tuner.model.precision.given import Given, given_layers
 from tilewright.tuner.model.precision.lower import lower
 from tilewright.tuner.model.prepare import READING_ERROR, Prepared, check_fusing, check_reading, prepare
 from tilewright.tuner.model.report import document as parts
@@ -58,6 +59,7 @@ class Planned:
     fusion: FusionReport
     data: Samples
     defaults: list[str]  # inputs of the file that become constants
+    given: Given  # the layers that are in 8 bits already
 
     def lines(self) -> list[str]:
         """For people."""
@@ -70,6 +72,7 @@ class Planned:
             *([_default_line(request, self.defaults)] if self.defaults else []),
             *(f"not fused: {legible(left.operator)} {quoted(left.node)}: {left.reason}" for left in found.unsupported),
             f"precision: {request.precision}{budget}, on {len(self.data)} inputs ({self.data.origin})",
+            *([self.given.told(len(found.layers))] if self.given.found else []),
             f"to tune for {request.device.board}: {len(found.distinct())} distinct workloads"
             + (f", listed before they are lowered to {request.precision}" if self.before_lowering else ""),
             f"to write: {', '.join(request.files)}" + (f" in {request.output}" if request.output else ""),
@@ -150,7 +153,8 @@ def plan(request: Request, tell: Callable[[str], None] = _nothing) -> Planned:
     prepared = prepare(request, tell)
     data = load_data(request.calibration, prepared.original, count=request.samples)
     data.split(_evaluation(request, data))
-    return Planned(request, prepared.workloads, prepared.fusion, data, prepared.defaults)
+    given = Given() if request.precision == "fp32" else given_layers(prepared.fused, request.device)
+    return Planned(request, prepared.workloads, prepared.fusion, data, prepared.defaults, given)
 
 
 def optimise(

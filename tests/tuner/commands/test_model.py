@@ -17,6 +17,7 @@ import pytest
 
 from examples.model import images, network
 from tests.tuner.model.networks import written
+from tests.tuner.model.qdq import quantised
 
 ROOT = Path(__file__).parent.parent.parent.parent
 
@@ -64,6 +65,14 @@ def test_without_its_libraries_one_line_says_how_to_get_them(missing: str, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_says_what_came_quantised(autotune, tmp_path: Path) -> None:
+    model, data = written(tmp_path)
+    onnx.save(quantised(onnx.load(model), {"image": np.load(data)["image"][:2]}), model)
+    status, out, _ = autotune("--device", "sm_86", "--model", model, "--calibration", data, "--dry-run")
+    assert status == 0
+    assert "the model came quantised: 4 of 4 layers are in 8 bits, and no other gets them" in out.splitlines()
+
+
 def test_a_dry_run_says_what_would_be_done(autotune, tmp_path: Path) -> None:
     model, data = written(tmp_path)
     arguments = ("--device", "sm_86", "--model", model, "--calibration", data, "--dry-run")
@@ -71,6 +80,7 @@ def test_a_dry_run_says_what_would_be_done(autotune, tmp_path: Path) -> None:
     assert status == 0
     assert out.splitlines()[0].split() == ["workload", "op", "count", "GFLOP", "FLOPs", "bytes", "problem"]
     assert "of which 4 are fused" in out
+    assert "came quantised" not in out
     status, out, err = autotune(*arguments, "--json", "--quiet")
     assert (status, err) == (0, "")
     (documented,) = re.findall(

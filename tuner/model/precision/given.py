@@ -66,6 +66,15 @@ class Given:
     weights: dict[str, Weights] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)  # of layers of 8-bit activations that can't be one
 
+    @property
+    def found(self) -> bool:
+        """Whether the model came quantised."""
+        return bool(self.plan or self.reasons)
+
+    def told(self, layers: int) -> str:
+        """What people are told of a model of so many layers that came quantised."""
+        return f"the model came quantised: {len(self.plan)} of {layers} layers are in 8 bits, and no other gets them"
+
 
 def given_layers(model: ir.Model, device: Device) -> Given:
     """The layers of a fused model that compute in 8 bits because the model says so, for `apply_precision`."""

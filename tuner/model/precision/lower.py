@@ -133,10 +133,9 @@ class _Chooser:
         self._all = [node.name or "" for node in fused_nodes(fused)]
         self._layers = [name for name in self._all if name not in self._given.plan]
         self._kinds = kinds_for(kind, device)
-        if self._given.plan or self._given.reasons:
+        if self._given.found:
             self._kinds = tuple(each for each in self._kinds if each in FLOATS)
-            count = len(self._given.plan)
-            tell(f"the model came quantised: {count} of {len(self._all)} layers are in 8 bits, and no other gets them")
+            tell(self._given.told(len(self._all)))
         # By the kind of precision that the model's ranges were moved for; "" of the model as it was fused.
         self._extremes: dict[str, dict[str, tuple[float, float]]] = {}
         self._reasons: dict[tuple[str, str], dict[str, str]] = {}
