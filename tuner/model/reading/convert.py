@@ -134,6 +134,17 @@ def spell_out(model: onnx.ModelProto) -> None:
                 node.attribute.append(helper.make_attribute("axes", [0, 2, 3]))
 
 
+def typed_casts(model: onnx.ModelProto) -> None:
+    """Makes a `Cast` of every `CastLike` of the main graph whose type inference has found, in place: of a constant that
+    is a constant again."""
+    types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.output)}
+    for node in model.graph.node:
+        if node.op_type == "CastLike" and _is_standard(node) and types.get(node.output[0]):
+            node.op_type = "Cast"
+            del node.input[1:]
+            node.attribute.append(helper.make_attribute("to", types[node.output[0]]))
+
+
 def _has_groups(node: onnx.NodeProto) -> bool:
     whole = len(node.input) == 3 and len(node.output) == 1 and _attribute(node, "num_groups") is not None
     return node.op_type == "GroupNormalization" and _is_standard(node) and whole

@@ -2,9 +2,9 @@
 
 In this order: size and format; text; every tensor checked and the weights taken out; functions, names and order
 checked; sizes of the inputs bound; functions inlined, the model checked by onnx and its opset converted (`convert.py`);
-shapes inferred; the weights put back. Nothing in a file is executed, nothing outside the file's folder is read, and
-what a file can ask for in time and memory is bounded: `LARGEST_FILE`, `names.LARGEST_GRAPH`, `shapes.LARGEST_VALUE`,
-`constants.LARGEST_FOLDED`.
+ONNX Runtime's own operators written in standard ones (`contrib`); shapes inferred; the weights put back. Nothing in a
+file is executed, nothing outside the file's folder is read, and what a file can ask for in time and memory is bounded:
+`LARGEST_FILE`, `names.LARGEST_GRAPH`, `shapes.LARGEST_VALUE`, `constants.LARGEST_FOLDED`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import onnx_ir as ir
 from tilewright.tuner.model.folding.constants import Budget, fold_constants
 from tilewright.tuner.model.graph import scalar, unique_names
 from tilewright.tuner.model.messages import fault, quiet, quoted
-from tilewright.tuner.model.reading.convert import check, converted, inlined, opset_of, spell_out
+from tilewright.tuner.model.reading.contrib.rewrite import rewrite, set_apart
+from tilewright.tuner.model.reading.convert import check, converted, inlined, opset_of, spell_out, typed_casts
 from tilewright.tuner.model.reading.external import ExternalFiles
 from tilewright.tuner.model.reading.names import check_functions, check_operators, check_text, put_in_order
 from tilewright.tuner.model.reading.shapes import bind_shapes, check_outputs, check_sizes, infer_shapes, unknown_shapes
@@ -39,6 +40,10 @@ DEFAULTS = "tilewright inputs with defaults"
 FILE_OPSET = "tilewright opset of the file"
 """Among a read model's `meta`, the opset that the file has."""
 
+LEFT = "tilewright operators left"
+"""Among a read model's `meta`, nodes of ONNX Runtime's own operators that have standard forms, but not as they are used
+there: why, by the node's name."""
+
 _IR = 10  # the IR version of opset 21
 _FOLDED_FOR_SHAPES = 1 << 20  # bytes: shapes, masks and positions, no weights
 
@@ -49,10 +54,11 @@ def read_model(
     """The model in an ONNX file, with static shapes, functions inlined and an opset as of `convert.converted`.
 
     `shapes` gives inputs their shapes, `dims` named dimensions their sizes. Every value has a data type and a
-    static shape, but for what onnx can't infer: outputs of `com.microsoft` operators, and of those whose result's
-    size depends on values. Where shapes depend on constant arithmetic, that is folded. Every node has a name of its
-    own. Inputs that have a default become constants (`DEFAULTS`); the file's opset is noted (`FILE_OPSET`). Weights
-    are mapped, if external, else copied once: memory peaks at twice the file.
+    static shape, but for what onnx can't infer: outputs of `com.microsoft` operators that stay (`LEFT`, and those
+    without a standard form), and of those whose result's size depends on values. Where shapes depend on constant
+    arithmetic, that is folded. Every node has a name of its own. Inputs that have a default become constants
+    (`DEFAULTS`); the file's opset is noted (`FILE_OPSET`). Weights are mapped, if external, else copied once: memory
+    peaks at twice the file.
 
     Raises:
         ModelError: it is no ONNX file, broken, hostile or beyond what is supported; or an input has no size.
@@ -72,9 +78,13 @@ def read_model(
     bind_shapes(light, inputs, shapes or {}, dims or {})
     light = inlined(light)
     spell_out(light)
-    check(light)
     check_operators(light)
-    light = infer_shapes(converted(light))
+    set_apart(light)
+    check(light)
+    light = converted(light)
+    left = rewrite(light, weights)
+    light = infer_shapes(light)
+    typed_casts(light)
     try:
         with quiet():
             result = ir.from_proto(light)
@@ -89,6 +99,7 @@ def read_model(
     _check_repeatable(result)
     result.meta[DEFAULTS] = defaults
     result.meta[FILE_OPSET] = opset
+    result.meta[LEFT] = left
     return result
 
 

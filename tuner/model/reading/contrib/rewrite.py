@@ -1,0 +1,159 @@
+"""Which operators have standard forms, and putting those in their places: `rewrite`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+
+import onnx
+import onnx.shape_inference
+import onnx_ir as ir
+
+from tilewright.tuner.model.reading.contrib import block_weights, elementwise, norms, products
+from tilewright.tuner.model.reading.contrib.writer import Surroundings, UnsupportedError, Writer
+
+DOMAIN = "com.microsoft"
+
+FORMS: dict[str, Callable[[Writer], Sequence[str | None]]] = {
+    "BiasAdd": elementwise.bias_add,
+    "BiasGelu": elementwise.bias_gelu,
+    "BiasSplitGelu": elementwise.bias_split_gelu,
+    "EmbedLayerNormalization": norms.embed_layer_norm,
+    "FastGelu": elementwise.fast_gelu,
+    "FusedConv": products.fused_conv,
+    "FusedGemm": products.fused_gemm,
+    "FusedMatMul": products.fused_matmul,
+    "Gelu": elementwise.gelu,
+    "LayerNormalization": norms.layer_norm,
+    "MatMulNBits": block_weights.matmul_nbits,
+    "QuickGelu": elementwise.quick_gelu,
+    "SimplifiedLayerNormalization": norms.rms_norm,
+    "SkipLayerNormalization": norms.skip_layer_norm,
+    "SkipSimplifiedLayerNormalization": norms.skip_rms_norm,
+}
+"""The operators, and what writes each in standard ones."""
+
+_MISPLACED = {"SimplifiedLayerNormalization": None, "LayerNormalization": 17}
+"""What ONNX Runtime has among the standard operators, and the opset that brought it."""
+
+
+def set_apart(model: onnx.ModelProto) -> None:
+    """Gives operators that are only ONNX Runtime's its domain, in place: onnx's checker refuses them among the
+    standard ones."""
+    version = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    known = {name for name, since in _MISPLACED.items() if since is None or version < since}
+    found = [node for node in model.graph.node if node.domain in ("", "ai.onnx") and node.op_type in known]
+    for node in found:
+        node.domain = DOMAIN
+    if found and DOMAIN not in {entry.domain for entry in model.opset_import}:
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+
+
+def rewrite(model: onnx.ModelProto, weights: MutableMapping[str, ir.TensorProtocol]) -> dict[str, str]:
+    """Puts standard operators in the place of ONNX Runtime's own in the main graph, in place.
+
+    `weights` are the tensors that graph inputs stand in for (`weights.take_weights`); some are put in another form.
+
+    Returns:
+        By the name of a node that stays, why it does.
+    """
+    graph = model.graph
+    reasons: dict[str, str] = {}
+    read: set[str] = set()
+    while any(_has_form(node) for node in graph.node):
+        around = _surroundings(model, weights)
+        nodes: list[onnx.NodeProto] = []
+        reasons, before = {}, len(read)
+        for node in graph.node:
+            if not _has_form(node):
+                nodes.append(node)
+                continue
+            node.name = node.name or around.name(node.op_type)
+            try:
+                nodes += _written(node, around)
+            except UnsupportedError as error:
+                reasons[node.name] = str(error)
+                nodes.append(node)
+            else:
+                read |= {*node.input, node.name}
+        if len(read) == before:
+            break  # what some wait for, no other tells
+        rest = onnx.GraphProto(node=nodes)  # copies: what a field is cleared of is gone
+        graph.ClearField("node")
+        graph.node.extend(rest.node)
+        graph.input.extend(around.added)
+    _drop_unused(model, weights, read)
+    for node in graph.node:
+        if node.domain == DOMAIN and node.op_type in _MISPLACED:
+            node.domain = ""
+    return reasons
+
+
+def _has_form(node: onnx.NodeProto) -> bool:
+    return node.domain == DOMAIN and node.op_type in FORMS
+
+
+def _written(node: onnx.NodeProto, around: Surroundings) -> list[onnx.NodeProto]:
+    """The nodes in place of one, that give what it gave by the same names."""
+    write = Writer(node, around)
+    made = list(FORMS[node.op_type](write))
+    made += [None] * (len(node.output) - len(made))
+    for place, name in enumerate(node.output):
+        if name and made[place] is None:
+            raise UnsupportedError(f"its output {place} is used")
+    names: dict[str, str] = {}
+    own = {name for each in write.nodes for name in each.output}
+    copies = []
+    for name, result in zip(node.output, made, strict=False):
+        if not name or result is None:
+            continue
+        if result in own and result not in names:
+            names[result] = name
+        else:
+            copies.append(onnx.helper.make_node("Identity", [names.get(result, result)], [name]))
+    for each in write.nodes:
+        for field in (each.input, each.output):
+            for place, name in enumerate(field):
+                field[place] = names.get(name, name)
+    return [*write.nodes, *copies]
+
+
+def _surroundings(model: onnx.ModelProto, weights: MutableMapping[str, ir.TensorProtocol]) -> Surroundings:
+    graph = model.graph
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {}
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        tensor = value.type.tensor_type
+        if tensor.elem_type:
+            dims = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim)
+            types[value.name] = tensor.elem_type, dims if tensor.HasField("shape") else None
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    types |= {name: (tensor.data_type, tuple(tensor.dims)) for name, tensor in constants.items()}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.domain == "" and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+    taken = set(_names(graph))
+    opset = next(int(entry.version) for entry in model.opset_import if entry.domain == "")
+    return Surroundings(types, weights, constants, taken, opset)
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[str]:
+    """All names in a graph and in those inside it, of values and of nodes."""
+    yield from (each.name for each in (*graph.input, *graph.initializer))
+    for node in graph.node:
+        yield node.name
+        yield from (*node.input, *node.output)
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _names(inner)
+
+
+def _drop_unused(model: onnx.ModelProto, weights: MutableMapping[str, ir.TensorProtocol], names: set[str]) -> None:
+    """Lets go of those weights that nothing reads any more, now that they are in another form."""
+    graph = model.graph
+    used = set(_names(onnx.GraphProto(node=graph.node))) | {value.name for value in graph.output}
+    idle = (names & set(weights)) - used
+    for name in idle:
+        del weights[name]
+    rest = onnx.GraphProto(input=[value for value in graph.input if value.name not in idle])
+    graph.ClearField("input")
+    graph.input.extend(rest.input)
