@@ -23,9 +23,9 @@ OPSET = 21
 """What older models are converted to: the first opset with 4-bit types, and with 8-bit floats in every operator."""
 
 QUANTISED_OPSET = 20
-"""What older models with `QuantizeLinear` are converted to. From 21 on it has an attribute `output_dtype`, which ONNX
-Runtime's optimisations set to int8 where they move a node, and then make its zero point uint8: the model doesn't load
-(1.32)."""
+"""What older models with `QuantizeLinear`, or operators that will become it, are converted to. From 21 on it has an
+attribute `output_dtype`, which ONNX Runtime's optimisations set to int8 where they move a node, and then make its zero
+point uint8: the model doesn't load (1.32)."""
 
 _TYPED = {"Clip": (1, 2), "Pad": (2,)}
 """Inputs that were attributes before opset 11, of which the converter makes constants of fp32."""
@@ -100,7 +100,8 @@ def converted(model: onnx.ModelProto) -> onnx.ModelProto:
         if entry.domain == "ai.onnx":
             entry.domain = ""
     version = opset_of(model)
-    quantised = any(node.op_type == "QuantizeLinear" for graph in _graphs(model.graph) for node in graph.node)
+    names = {node.op_type for graph in _graphs(model.graph) for node in graph.node}
+    quantised = "QuantizeLinear" in names or any(name.startswith(("QLinear", "QGemm")) for name in names)
     target = QUANTISED_OPSET if quantised else OPSET
     if version >= target:
         return model

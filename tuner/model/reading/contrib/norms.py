@@ -8,6 +8,7 @@ import onnx
 from tilewright.tuner.model.reading.contrib.writer import UnsupportedError, Writer
 
 _FLOAT = int(onnx.TensorProto.FLOAT)
+_GROUPS_FROM = 21  # the opset in which a group norm has a factor for each channel
 _SMALL = 1e-12  # epsilon of most, where none is given
 
 
@@ -64,6 +65,43 @@ def embed_layer_norm(write: Writer) -> list[str | None]:
             zero = onnx.numpy_helper.from_array(np.zeros(1, np.int32))
             counts = write("ConstantOfShape", rows, value=zero)
     return [normal, counts, total]
+
+
+def group_norm(write: Writer) -> list[str | None]:
+    """`GroupNorm`: of `groups` of channels, which come last unless `channels_last` is 0; SiLU behind it where
+    `activation` is 1."""
+    return [_group_norm(write, write.input(0))]
+
+
+def skip_group_norm(write: Writer) -> list[str | None]:
+    """`SkipGroupNorm`: the group norm of input + skip + bias, and that sum."""
+    skip, bias = write.input(3), write.optional(4)
+    if write.rank(skip) == 2:  # (N, C), the same for every pixel
+        places = [1, 2] if write.attribute("channels_last", 1) else [2, 3]
+        skip = write("Unsqueeze", skip, write.integers(*places))
+    total = write("Add", write.input(0), skip)
+    if bias is not None:
+        if not write.attribute("channels_last", 1):
+            bias = write("Unsqueeze", bias, write.integers(1, 2))
+        total = write("Add", total, bias)
+    return [_group_norm(write, total), total]
+
+
+def _group_norm(write: Writer, x: str) -> str:
+    activation, groups = write.attribute("activation", 0), write.attribute("groups", 0)
+    if activation not in (0, 1) or groups < 1:
+        raise UnsupportedError(f"its attributes are activation={activation}, groups={groups}")
+    if write.around.opset < _GROUPS_FROM:
+        raise UnsupportedError(f"the model has opset {write.around.opset}: group norms are from {_GROUPS_FROM} on")
+    last = write.attribute("channels_last", 1)
+    if last:
+        x = write("Transpose", x, perm=[0, 3, 1, 2])
+    scale, bias = (write("CastLike", write.input(place), x) for place in (1, 2))
+    epsilon = write.attribute("epsilon", 1e-5)
+    made = write("GroupNormalization", x, scale, bias, num_groups=groups, epsilon=epsilon)
+    if activation:
+        made = write("Mul", made, write("Sigmoid", made))
+    return str(write("Transpose", made, perm=[0, 2, 3, 1]) if last else made)
 
 
 def _sum(write: Writer, bias: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,13 +31,23 @@ def fused_gemm(write: Writer) -> list[str]:
 
 def fused_conv(write: Writer) -> list[str]:
     """`FusedConv`: activation(Conv(X, W, B) + Z)."""
-    names = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
-    given = {name: write.attribute(name, None) for name in names}
-    made = write("Conv", write.input(0), write.input(1), write.optional(2), **given)
+    made = write("Conv", write.input(0), write.input(1), write.optional(2), **window(write))
     residual = write.optional(3)
     if residual is not None:
         made = write("Add", made, residual)
     return [_activated(write, made, write.attribute("activation_params", []))]
+
+
+def nhwc_conv(write: Writer) -> list[str]:
+    """`NhwcConv`: of X (N, H, W, C) with W (M, kH, kW, C / group)."""
+    x, w = (write("Transpose", write.input(place), perm=[0, 3, 1, 2]) for place in (0, 1))
+    return [write("Transpose", write("Conv", x, w, write.optional(2), **window(write)), perm=[0, 2, 3, 1])]
+
+
+def window(write: Writer) -> dict[str, Any]:
+    """The attributes of a convolution."""
+    names = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
+    return {name: write.attribute(name, None) for name in names}
 
 
 def _transposed(write: Writer, name: str, attribute: str) -> str:

@@ -8,7 +8,7 @@ import onnx
 import onnx.shape_inference
 import onnx_ir as ir
 
-from tilewright.tuner.model.reading.contrib import block_weights, elementwise, norms, products
+from tilewright.tuner.model.reading.contrib import block_weights, elementwise, norms, products, quantised
 from tilewright.tuner.model.reading.contrib.writer import Surroundings, UnsupportedError, Writer
 
 DOMAIN = "com.microsoft"
@@ -23,24 +23,44 @@ FORMS: dict[str, Callable[[Writer], Sequence[str | None]]] = {
     "FusedGemm": products.fused_gemm,
     "FusedMatMul": products.fused_matmul,
     "Gelu": elementwise.gelu,
+    "GroupNorm": norms.group_norm,
     "LayerNormalization": norms.layer_norm,
     "MatMulNBits": block_weights.matmul_nbits,
+    "NhwcConv": products.nhwc_conv,
+    "QGemm": quantised.gemm,
+    "QLinearAdd": quantised.add,
+    "QLinearAveragePool": quantised.average_pool,
+    "QLinearConcat": quantised.concat,
+    "QLinearConv": quantised.conv,
+    "QLinearGlobalAveragePool": quantised.global_average_pool,
+    "QLinearLeakyRelu": quantised.leaky_relu,
+    "QLinearMatMul": quantised.matmul,
+    "QLinearMul": quantised.multiply,
+    "QLinearSigmoid": quantised.sigmoid,
+    "QLinearSoftmax": quantised.softmax,
     "QuickGelu": elementwise.quick_gelu,
     "SimplifiedLayerNormalization": norms.rms_norm,
+    "SkipGroupNorm": norms.skip_group_norm,
     "SkipLayerNormalization": norms.skip_layer_norm,
     "SkipSimplifiedLayerNormalization": norms.skip_rms_norm,
 }
 """The operators, and what writes each in standard ones."""
 
-_MISPLACED = {"SimplifiedLayerNormalization": None, "LayerNormalization": 17}
-"""What ONNX Runtime has among the standard operators, and the opset that brought it."""
+_STANDARD: dict[str, int | None] = {
+    "LayerNormalization": 17,
+    "QLinearConv": None,
+    "QLinearMatMul": None,
+    "SimplifiedLayerNormalization": None,
+}
+"""Of those, what is found among the standard operators, and the opset from which it stays what it is: ONNX Runtime has
+two of its own there."""
 
 
 def set_apart(model: onnx.ModelProto) -> None:
-    """Gives operators that are only ONNX Runtime's its domain, in place: onnx's checker refuses them among the
-    standard ones."""
+    """Gives standard operators that have a form here ONNX Runtime's domain, in place, until they get it: of what is its
+    own among them onnx's checker knows nothing."""
     version = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    known = {name for name, since in _MISPLACED.items() if since is None or version < since}
+    known = {name for name, since in _STANDARD.items() if since is None or version < since}
     found = [node for node in model.graph.node if node.domain in ("", "ai.onnx") and node.op_type in known]
     for node in found:
         node.domain = DOMAIN
@@ -83,7 +103,7 @@ def rewrite(model: onnx.ModelProto, weights: MutableMapping[str, ir.TensorProtoc
         graph.input.extend(around.added)
     _drop_unused(model, weights, read)
     for node in graph.node:
-        if node.domain == DOMAIN and node.op_type in _MISPLACED:
+        if node.domain == DOMAIN and node.op_type in _STANDARD:
             node.domain = ""
     return reasons
 
@@ -148,12 +168,15 @@ def _names(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 def _drop_unused(model: onnx.ModelProto, weights: MutableMapping[str, ir.TensorProtocol], names: set[str]) -> None:
-    """Lets go of those weights that nothing reads any more, now that they are in another form."""
+    """Lets go of those weights and constants that nothing reads any more, now that they are in another form."""
     graph = model.graph
-    used = set(_names(onnx.GraphProto(node=graph.node))) | {value.name for value in graph.output}
-    idle = (names & set(weights)) - used
-    for name in idle:
+    idle = names - set(_names(onnx.GraphProto(node=graph.node))) - {value.name for value in graph.output}
+    rest = onnx.GraphProto(
+        input=[value for value in graph.input if value.name not in idle & set(weights)],
+        initializer=[tensor for tensor in graph.initializer if tensor.name not in idle],
+    )
+    for name in idle & set(weights):
         del weights[name]
-    rest = onnx.GraphProto(input=[value for value in graph.input if value.name not in idle])
-    graph.ClearField("input")
-    graph.input.extend(rest.input)
+    for field in ("input", "initializer"):
+        graph.ClearField(field)
+        getattr(graph, field).extend(getattr(rest, field))

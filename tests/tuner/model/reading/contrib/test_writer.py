@@ -1,0 +1,84 @@
+"""What forms are told of the node and of the values around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tilewright.tuner.model.reading.contrib.writer import Surroundings, UnsupportedError, Writer
+
+
+def around(**more: Any) -> Surroundings:
+    types: dict[str, tuple[int, tuple[int | None, ...] | None]] = {
+        "x": (TensorProto.FLOAT16, (2, None)),
+        "w": (TensorProto.FLOAT, (3, 4)),
+        "unranked": (TensorProto.FLOAT, None),
+    }
+    weights: dict[str, ir.TensorProtocol] = {"w": ir.tensor(np.ones((3, 4), np.float32))}
+    constants = {"c": numpy_helper.from_array(np.arange(3), "c")}
+    return Surroundings(types, weights, constants, {"x", "w", "c", "y", "y/Add"}, 21, **more)
+
+
+def writer(*inputs: str, **attributes: Any) -> Writer:
+    return Writer(helper.make_node("Gelu", list(inputs), ["y", "", "z"], name="n", **attributes), around())
+
+
+def test_nodes_are_named_after_the_result() -> None:
+    write = writer("x", "", "w")
+    first = write("Add", "x", None)
+    assert (first, write("Add", first, "w")) == ("y/Add_2", "y/Add_3")
+    assert [(node.name, list(node.input)) for node in write.nodes] == [("n/Add", ["x", ""]), ("n/Add", [first, "w"])]
+    assert len(write("Split", "x", outputs=3, axis=None)) == 3
+    assert not write.nodes[-1].attribute
+
+
+def test_inputs_and_outputs_may_be_left_out() -> None:
+    write = writer("x", "", "w")
+    assert (write.input(0), write.optional(1), write.optional(7)) == ("x", None, None)
+    assert [write.wants(place) for place in range(4)] == [True, False, True, False]
+    with pytest.raises(UnsupportedError, match="its input 1 is missing"):
+        write.input(1)
+
+
+def test_attributes_have_their_own_types() -> None:
+    write = writer("x", alpha=0.5, axes=[1, 2], activation="Relu", strange=b"\xff")
+    assert [write.attribute(name, None) for name in ("alpha", "axes", "activation", "other")] == [
+        0.5,
+        [1, 2],
+        "Relu",
+        None,
+    ]
+    assert isinstance(write.attribute("strange", ""), str)
+
+
+def test_what_is_known_of_values() -> None:
+    write = writer("x")
+    assert (write.rank("x"), write.dtype("x"), write.shape("w")) == (2, ir.DataType.FLOAT16, (3, 4))
+    for ask, name, message in (
+        (write.shape, "x", "the shape of 'x' is not known"),
+        (write.rank, "unranked", "the rank of 'unranked' is not known"),
+        (write.rank, "other", "the rank of 'other' is not known"),
+        (write.dtype, "other", "the data type of 'other' is not known"),
+        (write.constant, "x", "'x' is not a constant"),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            ask(name)
+    assert write.constant("w").sum() == 12
+    assert list(write.constant("c")) == [0, 1, 2]
+
+
+def test_constants_and_weights() -> None:
+    write = writer("x")
+    like = write.number(1.5, "x")
+    assert [node.op_type for node in write.nodes] == ["Constant", "CastLike"]
+    assert like == "y/CastLike"
+    write.integers(1, 2)
+    assert list(numpy_helper.to_array(write.nodes[-1].attribute[0].t)) == [1, 2]
+    name = write.weight(ir.tensor(np.zeros((5, 2), np.int8)))
+    assert write.around.weights[name].shape == (5, 2)
+    (added,) = write.around.added
+    assert (added.name, added.type.tensor_type.elem_type) == (name, TensorProto.INT8)

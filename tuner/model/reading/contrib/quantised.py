@@ -1,0 +1,129 @@
+"""Operators on quantised tensors (`QLinearConv` and its kin) → QDQ form: steps in front, the operator on floats, and a
+step behind it.
+
+That is what they stand for: scale · (integer - zero point) is what an integer means. Where a result lies at the very
+middle of two integers, it may become the other one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tilewright.tuner.model.reading.contrib.products import window
+from tilewright.tuner.model.reading.contrib.writer import UnsupportedError, Writer
+
+
+def conv(write: Writer) -> list[str]:
+    """`QLinearConv`: of int8 or uint8, with a scale for each output channel or one, and a bias of int32 whose scale is
+    that of x times that of w."""
+    if write.attribute("channels_last", 0):
+        raise UnsupportedError("its channels come last")
+    x, w = _number(write, 0), _number(write, 3, axis=0)
+    bias = write.optional(8)
+    made = write("Conv", x, w, _bias(write, bias, 1, 4) if bias else None, **window(write))
+    return [_integers(write, made, 6)]
+
+
+def matmul(write: Writer) -> list[str]:
+    """`QLinearMatMul`: b with a scale for each column, or one."""
+    return [_integers(write, write("MatMul", _number(write, 0), _number(write, 3, axis=-1)), 6)]
+
+
+def gemm(write: Writer) -> list[str]:
+    """`QGemm`: alpha · A' @ B' + C, of C in int32 with the scale of A times that of B; floats where no scale of the
+    result is given."""
+    c, alpha = write.optional(6), write.attribute("alpha", 1.0)
+    if c is not None and alpha != 1:
+        raise UnsupportedError(f"its alpha is {alpha:g}")
+    transposed = {name: write.attribute(name, 0) for name in ("transA", "transB")}
+    a, b = _number(write, 0), _number(write, 3, axis=0 if transposed["transB"] else 1)
+    made = write("Gemm", a, b, _bias(write, c, 1, 4) if c else None, alpha=alpha, **transposed)
+    return [made if write.optional(7) is None else _integers(write, made, 7)]
+
+
+def add(write: Writer) -> list[str]:
+    """`QLinearAdd`"""
+    return [_integers(write, write("Add", _number(write, 0), _number(write, 3)), 6)]
+
+
+def multiply(write: Writer) -> list[str]:
+    """`QLinearMul`"""
+    return [_integers(write, write("Mul", _number(write, 0), _number(write, 3)), 6)]
+
+
+def sigmoid(write: Writer) -> list[str]:
+    """`QLinearSigmoid`"""
+    return [_integers(write, write("Sigmoid", _number(write, 0)), 3)]
+
+
+def leaky_relu(write: Writer) -> list[str]:
+    """`QLinearLeakyRelu`"""
+    alpha = write.attribute("alpha", 0.01)
+    return [_integers(write, write("LeakyRelu", _number(write, 0), alpha=alpha), 3)]
+
+
+def softmax(write: Writer) -> list[str]:
+    """`QLinearSoftmax`: over one axis, as from opset 13 on."""
+    axis = write.attribute("axis", -1)
+    if write.attribute("opset", 13) < 13 and axis not in (-1, write.rank(write.input(0)) - 1):
+        raise UnsupportedError(f"it is over all axes from {axis} on")
+    return [_integers(write, write("Softmax", _number(write, 0), axis=axis), 3)]
+
+
+def average_pool(write: Writer) -> list[str]:
+    """`QLinearAveragePool`"""
+    _channels_first(write)
+    names = ("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides")
+    given = {name: write.attribute(name, None) for name in names}
+    return [_integers(write, write("AveragePool", _number(write, 0), **given), 3)]
+
+
+def global_average_pool(write: Writer) -> list[str]:
+    """`QLinearGlobalAveragePool`"""
+    _channels_first(write)
+    return [_integers(write, write("GlobalAveragePool", _number(write, 0)), 3)]
+
+
+def concat(write: Writer) -> list[str]:
+    """`QLinearConcat`: its inputs are the scale and zero point of the result, then those with theirs."""
+    count, odd = divmod(len(write.node.input) - 2, 3)
+    if odd or count < 1:
+        raise UnsupportedError(f"it has {len(write.node.input)} inputs")
+    parts = [_number(write, 2 + 3 * place) for place in range(count)]
+    return [_integers(write, write("Concat", *parts, axis=write.attribute("axis", None)), 0)]
+
+
+def _channels_first(write: Writer) -> None:
+    if write.attribute("channels_last", 0):
+        raise UnsupportedError("its channels come last")
+
+
+def _number(write: Writer, place: int, axis: int | None = None) -> str:
+    """What an input of integers means, with its scale and zero point behind it; `axis` is that of several scales."""
+    integers, scale, zero = write.input(place), write.input(place + 1), write.optional(place + 2)
+    return str(write("DequantizeLinear", integers, scale, zero, axis=_axis(write, integers, scale, axis)))
+
+
+def _axis(write: Writer, integers: str, scale: str, axis: int | None) -> int | None:
+    """The attribute of a step: none where there is one scale."""
+    shape = write.shape(scale)
+    if shape in ((), (1,)):
+        return None
+    if len(shape) != 1 or axis is None:
+        raise UnsupportedError(f"its scale {scale!r} has the shape {[*shape]}")
+    return axis if axis >= 0 else write.rank(integers) + axis
+
+
+def _bias(write: Writer, bias: str, x_scale: int, w_scale: int) -> str:
+    """A bias of int32 as a number; the places are those of the two scales."""
+    scales = [write.constant(write.input(place)).reshape(-1) for place in (x_scale, w_scale)]
+    scale = (scales[0] * scales[1]).astype(np.float32)
+    several = len(scale) > 1
+    given = write.array(scale if several else scale.reshape(()))
+    axis = write.rank(bias) - 1 if several else None
+    return str(write("DequantizeLinear", bias, given, axis=axis))
+
+
+def _integers(write: Writer, number: str, place: int) -> str:
+    """A number as integers, by the scale and the zero point of the result at these inputs."""
+    return str(write("QuantizeLinear", number, write.input(place), write.optional(place + 1)))
