@@ -16,14 +16,20 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from tilewright.tuner.model.folding.constants import Budget, fold_constants
 from tilewright.tuner.model.graph import scalar, unique_names
 from tilewright.tuner.model.messages import fault, quiet, quoted
 from tilewright.tuner.model.reading.contrib.rewrite import rewrite, set_apart
 from tilewright.tuner.model.reading.convert import check, converted, inlined, opset_of, spell_out, typed_casts
 from tilewright.tuner.model.reading.external import ExternalFiles
 from tilewright.tuner.model.reading.names import check_functions, check_operators, check_text, put_in_order
-from tilewright.tuner.model.reading.shapes import bind_shapes, check_outputs, check_sizes, infer_shapes, unknown_shapes
+from tilewright.tuner.model.reading.shapes import (
+    bind_shapes,
+    check_outputs,
+    check_sizes,
+    fold_for_shapes,
+    infer_shapes,
+    unknown_shapes,
+)
 from tilewright.tuner.model.reading.shapes import parse_shapes as parse_shapes
 from tilewright.tuner.model.reading.weights import put_back, take_weights
 from tilewright.tuner.model.write import write_model as write_model
@@ -45,7 +51,6 @@ LEFT = "tilewright operators left"
 there: why, by the node's name."""
 
 _IR = 10  # the IR version of opset 21
-_FOLDED_FOR_SHAPES = 1 << 20  # bytes: shapes, masks and positions, no weights
 
 
 def read_model(
@@ -92,7 +97,7 @@ def read_model(
         raise ModelError(f"{path} can't be read: {fault(error)}") from None
     put_back(result, weights)
     if unknown_shapes(result):
-        fold_constants(result, Budget(largest=_FOLDED_FOR_SHAPES, most=_FOLDED_FOR_SHAPES * 64))
+        fold_for_shapes(result)
     check_outputs(result)
     check_sizes(result)
     unique_names(result)

@@ -9,6 +9,7 @@ import onnx
 import onnx.helper
 import onnx_ir as ir
 
+from tilewright.tuner.model.folding.constants import Budget, fold_constants
 from tilewright.tuner.model.graph import DTYPES, static_shape
 from tilewright.tuner.model.messages import fault, listed, quoted
 from tilewright.tuning_db.errors import ModelError, UsageError
@@ -18,6 +19,8 @@ LARGEST_DIM = 2**31 - 1
 
 LARGEST_VALUE = 1 << 36
 """Bytes of one value, 64 GiB: what is larger is a damaged shape, or nothing that one GPU can hold."""
+
+_FOLDED_FOR_SHAPES = 1 << 20  # bytes: shapes, masks and positions, no weights
 
 _Shape = tuple[int, ...]
 
@@ -108,6 +111,15 @@ def unknown_shapes(model: ir.Model) -> list[str]:
     """The values of the main graph whose shape or type isn't known."""
     values = [output for node in model.graph for output in node.outputs if output.name]
     return [str(value.name) for value in values if static_shape(value) is None or value.dtype is None]
+
+
+def fold_for_shapes(model: ir.Model) -> None:
+    """Makes shapes known that follow from constants, in place.
+
+    Raises:
+        ModelError: a node can't be what it says.
+    """
+    fold_constants(model, Budget(largest=_FOLDED_FOR_SHAPES, most=_FOLDED_FOR_SHAPES * 64))
 
 
 def check_outputs(model: ir.Model) -> None:

@@ -8,7 +8,6 @@ import onnx
 from tilewright.tuner.model.reading.contrib.writer import UnsupportedError, Writer
 
 _FLOAT = int(onnx.TensorProto.FLOAT)
-_GROUPS_FROM = 21  # the opset in which a group norm has a factor for each channel
 _SMALL = 1e-12  # epsilon of most, where none is given
 
 
@@ -70,7 +69,7 @@ def embed_layer_norm(write: Writer) -> list[str | None]:
 def group_norm(write: Writer) -> list[str | None]:
     """`GroupNorm`: of `groups` of channels, which come last unless `channels_last` is 0; SiLU behind it where
     `activation` is 1."""
-    return [_group_norm(write, write.input(0))]
+    return [_group_norm(write, write.input(0), write.shape(write.input(0)))]
 
 
 def skip_group_norm(write: Writer) -> list[str | None]:
@@ -84,21 +83,24 @@ def skip_group_norm(write: Writer) -> list[str | None]:
         if not write.attribute("channels_last", 1):
             bias = write("Unsqueeze", bias, write.integers(1, 2))
         total = write("Add", total, bias)
-    return [_group_norm(write, total), total]
+    return [_group_norm(write, total, write.shape(write.input(0))), total]
 
 
-def _group_norm(write: Writer, x: str) -> str:
+def _group_norm(write: Writer, x: str, shape: tuple[int, ...]) -> str:
+    """Of x, whose shape is given, as exporters write it: onnx infers no shapes behind `GroupNormalization`."""
     activation, groups = write.attribute("activation", 0), write.attribute("groups", 0)
-    if activation not in (0, 1) or groups < 1:
-        raise UnsupportedError(f"its attributes are activation={activation}, groups={groups}")
-    if write.around.opset < _GROUPS_FROM:
-        raise UnsupportedError(f"the model has opset {write.around.opset}: group norms are from {_GROUPS_FROM} on")
     last = write.attribute("channels_last", 1)
-    if last:
-        x = write("Transpose", x, perm=[0, 3, 1, 2])
-    scale, bias = (write("CastLike", write.input(place), x) for place in (1, 2))
-    epsilon = write.attribute("epsilon", 1e-5)
-    made = write("GroupNormalization", x, scale, bias, num_groups=groups, epsilon=epsilon)
+    if len(shape) == 4 and last:
+        x, shape = write("Transpose", x, perm=[0, 3, 1, 2]), (shape[0], shape[3], shape[1], shape[2])
+    if len(shape) != 4 or activation not in (0, 1) or groups < 1 or shape[1] % groups:
+        raise UnsupportedError(f"its attributes are activation={activation}, groups={groups}, x is {[*shape]}")
+    apart = write("Reshape", x, write.integers(shape[0], groups, -1))
+    ones, zeros = (write("CastLike", write.array(np.full(groups, each, np.float32)), x) for each in (1, 0))
+    normal = write("InstanceNormalization", apart, ones, zeros, epsilon=write.attribute("epsilon", 1e-5))
+    made = write("Reshape", normal, write.integers(*shape))
+    for place, operator in ((1, "Mul"), (2, "Add")):
+        vector = write("CastLike", write.input(place), x)
+        made = write(operator, made, write("Reshape", vector, write.integers(shape[1], 1, 1)))
     if activation:
         made = write("Mul", made, write("Sigmoid", made))
     return str(write("Transpose", made, perm=[0, 2, 3, 1]) if last else made)

@@ -8,8 +8,12 @@ import onnx
 import onnx.shape_inference
 import onnx_ir as ir
 
+from tilewright.tuner.model.messages import fault, quiet
 from tilewright.tuner.model.reading.contrib import block_weights, elementwise, norms, products, quantised
 from tilewright.tuner.model.reading.contrib.writer import Surroundings, UnsupportedError, Writer
+from tilewright.tuner.model.reading.names import LARGEST_GRAPH
+from tilewright.tuner.model.reading.shapes import fold_for_shapes
+from tilewright.tuning_db.errors import ModelError
 
 DOMAIN = "com.microsoft"
 
@@ -75,11 +79,17 @@ def rewrite(model: onnx.ModelProto, weights: MutableMapping[str, ir.TensorProtoc
 
     Returns:
         By the name of a node that stays, why it does.
+
+    Raises:
+        ModelError: its shapes don't go together.
     """
     graph = model.graph
     reasons: dict[str, str] = {}
     read: set[str] = set()
-    while any(_has_form(node) for node in graph.node):
+    folded = False
+    for _ in range(max(10, LARGEST_GRAPH * 10 // len(graph.node))):
+        if not any(map(_has_form, graph.node)):
+            break
         around = _surroundings(model, weights)
         nodes: list[onnx.NodeProto] = []
         reasons, before = {}, len(read)
@@ -96,7 +106,18 @@ def rewrite(model: onnx.ModelProto, weights: MutableMapping[str, ir.TensorProtoc
             else:
                 read |= {*node.input, node.name}
         if len(read) == before:
-            break  # what some wait for, no other tells
+            if folded:
+                break
+            # What they wait for may follow from the arithmetic of shapes, which inference doesn't do.
+            known = onnx.shape_inference.infer_shapes(model, check_type=True)
+            with quiet():
+                worked = ir.from_proto(known)
+            fold_for_shapes(worked)
+            model.CopyFrom(ir.to_proto(worked))
+            graph = model.graph
+            folded = True
+            continue
+        folded = False
         rest = onnx.GraphProto(node=nodes)  # copies: what a field is cleared of is gone
         graph.ClearField("node")
         graph.node.extend(rest.node)
@@ -139,7 +160,11 @@ def _written(node: onnx.NodeProto, around: Surroundings) -> list[onnx.NodeProto]
 
 def _surroundings(model: onnx.ModelProto, weights: MutableMapping[str, ir.TensorProtocol]) -> Surroundings:
     graph = model.graph
-    inferred = onnx.shape_inference.infer_shapes(model).graph
+    try:
+        # With types checked, for of operators that are functions, such as GroupNormalization, nothing is inferred else.
+        inferred = onnx.shape_inference.infer_shapes(model, check_type=True).graph
+    except Exception as error:  # noqa: BLE001 - the C++ code raises several
+        raise ModelError(f"the model's shapes don't go together: {fault(error)}") from None
     types = {}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         tensor = value.type.tensor_type

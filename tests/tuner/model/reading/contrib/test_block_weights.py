@@ -110,9 +110,17 @@ def test_what_has_no_form_stays(change: dict[str, Any], message: str, tmp_path: 
     assert reason(made, tmp_path) == message
 
 
-def test_weights_that_are_computed_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("computed", [True, False])
+def test_weights_that_are_computed_stay(computed: bool, tmp_path: Path) -> None:
+    """Those of constants are constants."""
     given = weights(64, 8, 4, 32, "")
     made = model(64, 8, 4, 32, given)
     made.graph.node[0].input[2] = "t"
     made.graph.node.insert(0, onnx.helper.make_node("Abs", ["s"], ["t"]))
+    if not computed:
+        assert_same(made, {"x": normal(1, 2, 3, 64)}, tmp_path)
+        return
+    scale = next(each for each in made.graph.initializer if each.name == "s")
+    made.graph.input.append(onnx.helper.make_tensor_value_info("s", scale.data_type, scale.dims))
+    made.graph.initializer.remove(scale)
     assert reason(made, tmp_path) == "'t' is not a constant"

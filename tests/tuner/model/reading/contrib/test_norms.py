@@ -128,7 +128,7 @@ def test_group_norms_are_as_documented(last: int, tmp_path: Path) -> None:
 def test_what_a_group_norm_does_not_know(tmp_path: Path) -> None:
     text = """(float[2, 4, 4, 8] x) => (float[2, 4, 4, 8] y)
     { y = com.microsoft.GroupNorm<groups: int = 2, activation: int = 5>(x, g, b) }"""
-    assert reason(written(text, **VECTORS), tmp_path) == "its attributes are activation=5, groups=2"
+    assert reason(written(text, **VECTORS), tmp_path) == "its attributes are activation=5, groups=2, x is [2, 8, 4, 4]"
 
 
 def test_the_models_of_these_tests_run_in_onnx_runtime() -> None:

@@ -13,6 +13,7 @@ from tests.tuner.model.graphs import normal, results
 from tilewright.tuner.model.reading.contrib.rewrite import FORMS
 from tilewright.tuner.model.reading.names import _runtime_operators
 from tilewright.tuner.model.reading.read import LEFT
+from tilewright.tuning_db.errors import ModelError
 
 
 def test_every_operator_with_a_form_is_one_of_onnx_runtime() -> None:
@@ -82,3 +83,19 @@ def test_numbers_have_the_type_of_what_they_go_with(dtype: str, tmp_path: Path) 
     assert got.dtype == kind
     assert np.abs(got - x / (1 + np.exp(-1.702 * x.astype(np.float64)))).max() < 3e-3
     assert all(value.dtype != ir.DataType.UNDEFINED for node in made.graph for value in node.outputs)
+
+
+def test_ranks_may_follow_from_the_arithmetic_of_shapes(tmp_path: Path) -> None:
+    """Which inference doesn't do: a product whose operand is known when another product is written out."""
+    text = """(float[2, 3, 4] x) => (float[N, M, K] y)
+    { s = Shape(x)  one = Slice(s, zero, two)  shape = Concat<axis = 0>(one, minus)  r = Reshape(x, shape)
+      p = com.microsoft.FusedMatMul<transB: int = 1>(r, r)  s2 = Shape(p)  r2 = Reshape(p, s2)
+      y = com.microsoft.FusedMatMul<transA: int = 1>(r2, r2) }"""
+    numbers = {"zero": np.array([0]), "two": np.array([2]), "minus": np.array([-1])}
+    assert_same(written(text, **numbers), {"x": normal(0, 2, 3, 4)}, tmp_path)
+
+
+def test_shapes_that_do_not_go_together_are_one_line(tmp_path: Path) -> None:
+    text = "(float[2, 3] x, float[4] z) => (float[2, 3] y) { a = Add(x, z)  y = com.microsoft.Gelu(a) }"
+    with pytest.raises(ModelError, match="the model's shapes don't go together"):
+        read(written(text), tmp_path)
