@@ -9,7 +9,16 @@ import onnx.shape_inference
 import onnx_ir as ir
 
 from tilewright.tuner.model.messages import fault, quiet
-from tilewright.tuner.model.reading.contrib import block_weights, elementwise, norms, products, quantised
+from tilewright.tuner.model.reading.contrib import (
+    attention,
+    block_weights,
+    elementwise,
+    grouped_attention,
+    norms,
+    products,
+    quantised,
+    rotary,
+)
 from tilewright.tuner.model.reading.contrib.writer import Surroundings, UnsupportedError, Writer
 from tilewright.tuner.model.reading.names import LARGEST_GRAPH
 from tilewright.tuner.model.reading.shapes import fold_for_shapes
@@ -18,6 +27,7 @@ from tilewright.tuning_db.errors import ModelError
 DOMAIN = "com.microsoft"
 
 FORMS: dict[str, Callable[[Writer], Sequence[str | None]]] = {
+    "Attention": attention.attention,
     "BiasAdd": elementwise.bias_add,
     "BiasGelu": elementwise.bias_gelu,
     "BiasSplitGelu": elementwise.bias_split_gelu,
@@ -28,8 +38,10 @@ FORMS: dict[str, Callable[[Writer], Sequence[str | None]]] = {
     "FusedMatMul": products.fused_matmul,
     "Gelu": elementwise.gelu,
     "GroupNorm": norms.group_norm,
+    "GroupQueryAttention": grouped_attention.group_query_attention,
     "LayerNormalization": norms.layer_norm,
     "MatMulNBits": block_weights.matmul_nbits,
+    "MultiHeadAttention": attention.multi_head_attention,
     "NhwcConv": products.nhwc_conv,
     "QGemm": quantised.gemm,
     "QLinearAdd": quantised.add,
@@ -43,6 +55,7 @@ FORMS: dict[str, Callable[[Writer], Sequence[str | None]]] = {
     "QLinearSigmoid": quantised.sigmoid,
     "QLinearSoftmax": quantised.softmax,
     "QuickGelu": elementwise.quick_gelu,
+    "RotaryEmbedding": rotary.rotary_embedding,
     "SimplifiedLayerNormalization": norms.rms_norm,
     "SkipGroupNorm": norms.skip_group_norm,
     "SkipLayerNormalization": norms.skip_layer_norm,

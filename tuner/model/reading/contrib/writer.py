@@ -134,6 +134,10 @@ class Writer:
             return np.asarray(numpy_helper.to_array(self.around.constants[name]))
         raise UnsupportedError(f"{name!r} is not a constant")
 
+    def constant_or_none(self, name: str) -> Array | None:
+        """The array behind a weight or another constant, or None where it is none."""
+        return self.constant(name) if name in self.around.weights or name in self.around.constants else None
+
     def array(self, array: Array) -> str:
         """A small constant of its own data type."""
         name = self.around.name(f"{self._base}/constant")
@@ -156,6 +160,14 @@ class Writer:
         shape = [int(dim) for dim in tensor.shape.numpy()]
         self.around.added.append(helper.make_tensor_value_info(name, int(tensor.dtype), shape))
         return name
+
+    def shared(self, array: Array, base: str) -> str:
+        """A weight that other nodes may have made already: it is one for all of them."""
+        found = self.around.weights.get(base)
+        alike = found is not None and found.dtype == ir.DataType.from_numpy(array.dtype) and found.shape == array.shape
+        if found is not None and alike and np.array_equal(found.numpy(), array):
+            return base
+        return self.weight(ir.Tensor(np.ascontiguousarray(array), name=base))
 
     def _known(self, name: str) -> tuple[int | None, ...]:
         found = self.around.types.get(name)
