@@ -13,6 +13,7 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 from tests.tuner.model.graphs import relative_error, results
+from tilewright.tuner.model.folding.fold import fold
 from tilewright.tuner.model.fuse import fuse
 from tilewright.tuner.model.graph import fused_nodes
 from tilewright.tuner.model.reading.contrib.rewrite import DOMAIN
@@ -95,6 +96,7 @@ def held(
     assert not model.meta[LEFT]
     assert all(node.domain == "" for node in model.graph)
     compare(results(model, operator.feeds), expected, within)
+    fold(model)
     fuse(model)
     compare(results(model, operator.feeds), expected, within)
     return fused_nodes(model)
