@@ -14,7 +14,7 @@ from tilewright.tuner.model.fuse import FusionReport, fuse
 from tilewright.tuner.model.fuse.norms import LAYER_NORM
 from tilewright.tuner.model.graph import copy_of, dtype_name, fused_nodes
 from tilewright.tuner.model.messages import quoted
-from tilewright.tuner.model.reading.read import DEFAULTS, FILE_OPSET, read_model
+from tilewright.tuner.model.reading.read import DEFAULTS, FILE_OPSET, LEFT, OTHERWISE, read_model
 from tilewright.tuner.model.reading.source import Source
 from tilewright.tuner.model.request import Request
 from tilewright.tuner.model.verify.compare import Comparison, Reference
@@ -25,6 +25,9 @@ from tilewright.tuning_db.errors import ModelError, RunError
 
 READING_ERROR = 1e-2
 """Relative difference of outputs between a file and what was read of it that is no rounding."""
+
+COARSE_READING_ERROR = 1e-1
+"""The same of files in whose operators ONNX Runtime rounds to 8 bits where what was read doesn't, or otherwise."""
 
 JUDGED = 8
 """Fused nodes that differ, of which the inputs are looked at: each takes a run of both models."""
@@ -45,11 +48,13 @@ class Prepared:
     workloads: ModelWorkloads
     defaults: list[str]  # inputs of the file that are constants now
     opset: int  # of the file
+    reading_error: float  # between the file and what was read of it, that is no rounding
+    left: dict[str, str]  # why operators of ONNX Runtime's own stay, by the node
 
     @property
     def reasons(self) -> dict[str, str]:
         """Why nodes were not fused."""
-        return {miss.node: miss.reason for miss in self.fusion.misses}
+        return {miss.node: miss.reason for miss in self.fusion.misses} | self.left
 
     @property
     def shared_names(self) -> dict[str, str]:
@@ -83,16 +88,18 @@ def prepare(request: Request, tell: Callable[[str], None]) -> Prepared:
     source = Source.of(request.model, model)
     defaults: list[str] = model.meta[DEFAULTS]
     opset: int = model.meta[FILE_OPSET]
+    left: dict[str, str] = model.meta[LEFT]
+    reading_error = COARSE_READING_ERROR if model.meta[OTHERWISE] else READING_ERROR
     original = copy_of(model)
     tell(f"read {request.model}: {len(model.graph)} nodes")
     folding = fold(model)
     fusion = fuse(model)
-    found = workloads(model, {miss.node: miss.reason for miss in fusion.misses})
+    found = workloads(model, {miss.node: miss.reason for miss in fusion.misses} | left)
     tell(
         f"fused: {len(original.graph)} nodes became {fusion.nodes_after}, {len(found.layers)} of them fused, with "
         f"{found.coverage:.1%} of the operations"
     )
-    return Prepared(original, model, source, folding, fusion, found, defaults, opset)
+    return Prepared(original, model, source, folding, fusion, found, defaults, opset, reading_error, left)
 
 
 def check_reading(request: Request, prepared: Prepared, data: Samples, tell: Callable[[str], None]) -> None:
@@ -112,7 +119,7 @@ def check_reading(request: Request, prepared: Prepared, data: Samples, tell: Cal
     for output in found.outputs:
         if output.bad_changed:
             how = f"has {output.bad_changed} NaN or infinities otherwise than the file's"
-        elif output.error > READING_ERROR:
+        elif output.error > prepared.reading_error:
             how = _apart(output)
         else:
             continue

@@ -26,15 +26,31 @@ from tilewright.tuner.suites import Workload
 from tilewright.tuner.suites.workload import distinct
 
 UNCOUNTED = (
-    "Einsum",
-    "LSTM",
-    "GRU",
-    "RNN",
-    "DeformConv",
     "ConvInteger",
+    "DeformConv",
+    "DynamicQuantizeMatMul",
+    "Einsum",
+    "FusedConv",
+    "FusedGemm",
+    "FusedMatMul",
+    "GRU",
+    "GroupQueryAttention",
+    "LSTM",
+    "MatMulBnb4",
     "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "MatMulNBits",
+    "MoE",
+    "MultiHeadAttention",
+    "NhwcConv",
+    "PackedAttention",
+    "PackedMultiHeadAttention",
+    "QAttention",
+    "QGemm",
     "QLinearConv",
     "QLinearMatMul",
+    "QMoE",
+    "RNN",
 )
 """Operators that multiply matrices as well, and that no kernel here takes the place of."""
 

@@ -9,13 +9,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from tests.tuner.model.contrib import written as written_text
 from tests.tuner.model.files import node, proto, saved, tensor
 from tests.tuner.model.fuse.forms import LEAST, B, Graph, S, attend, scores, triangle
 from tests.tuner.model.networks import written
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model.flow import optimise
 from tilewright.tuner.model.graph import fused_nodes, plugin_inputs
-from tilewright.tuner.model.prepare import _known_before, check_fusing, prepare
+from tilewright.tuner.model.prepare import COARSE_READING_ERROR, READING_ERROR, _known_before, check_fusing, prepare
 from tilewright.tuner.model.request import Request
 from tilewright.tuner.model.verify.judge import Judge
 from tilewright.tuning_db.errors import ModelError, RunError
@@ -105,3 +106,28 @@ def test_what_is_made_of_zeros_is_an_error(tmp_path: Path) -> None:
         pytest.raises(RunError, match=r"Tilewright: 'y' has values up to 3\.0e\+00 where all were zeros; nothing was"),
     ):
         check_fusing(request, prepared, judge)
+
+
+@pytest.mark.parametrize(("level", "coarse"), [(4, True), (0, False)])
+def test_rounding_inside_of_the_files_operators_is_no_change(level: int, coarse: bool, tmp_path: Path) -> None:
+    """ONNX Runtime may take the inputs of `MatMulNBits` in 8 bits."""
+    rng = np.random.default_rng(0)
+    settings = f"K: int = 64, N: int = 32, bits: int = 4, block_size: int = 32, accuracy_level: int = {level}"
+    weights = {
+        "B": rng.integers(0, 256, (32, 2, 16), np.uint8),
+        "s": rng.uniform(0.01, 0.1, 64).astype(np.float32),
+    }
+    text = f"(float[8, 64] x) => (float[8, 32] y) {{ y = com.microsoft.MatMulNBits<{settings}>(x, B, s) }}"
+    path = saved(written_text(text, **weights), tmp_path / "m.onnx")
+    prepared = prepare(Request.parse(path, None, resolve_device("sm_86")), lambda _: None)
+    assert prepared.reading_error == (COARSE_READING_ERROR if coarse else READING_ERROR)
+
+
+def test_operators_that_stay_are_reported_with_the_reason(tmp_path: Path) -> None:
+    text = """(float[2, 4, 4] x) => (float[2, 4, 4] y)
+    { y = com.microsoft.FusedMatMul<transBatchA: int = 1>(x, x) }"""
+    path = saved(written_text(text), tmp_path / "m.onnx")
+    prepared = prepare(Request.parse(path, None, resolve_device("sm_86")), lambda _: None)
+    (left,) = prepared.workloads.unsupported
+    assert (left.operator, left.reason, left.flops) == ("FusedMatMul", "it transposes batch dimensions", None)
+    assert prepared.reasons[left.node] == left.reason

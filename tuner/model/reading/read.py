@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from tilewright.tuner.model.graph import scalar, unique_names
 from tilewright.tuner.model.messages import fault, quiet, quoted
-from tilewright.tuner.model.reading.contrib.rewrite import rewrite, set_apart
+from tilewright.tuner.model.reading.contrib.rewrite import rewrite, rounds_otherwise, set_apart
 from tilewright.tuner.model.reading.convert import check, converted, inlined, opset_of, spell_out, typed_casts
 from tilewright.tuner.model.reading.external import ExternalFiles
 from tilewright.tuner.model.reading.names import check_functions, check_operators, check_text, put_in_order
@@ -49,6 +49,9 @@ FILE_OPSET = "tilewright opset of the file"
 LEFT = "tilewright operators left"
 """Among a read model's `meta`, nodes of ONNX Runtime's own operators that have standard forms, but not as they are used
 there: why, by the node's name."""
+
+OTHERWISE = "tilewright rounded otherwise"
+"""Among a read model's `meta`, whether ONNX Runtime rounds in the file's operators where what was read doesn't."""
 
 _IR = 10  # the IR version of opset 21
 
@@ -87,6 +90,7 @@ def read_model(
     set_apart(light)
     check(light)
     light = converted(light)
+    otherwise = rounds_otherwise(light)
     left = rewrite(light, weights)
     light = infer_shapes(light)
     typed_casts(light)
@@ -105,6 +109,7 @@ def read_model(
     result.meta[DEFAULTS] = defaults
     result.meta[FILE_OPSET] = opset
     result.meta[LEFT] = left
+    result.meta[OTHERWISE] = otherwise
     return result
 
 

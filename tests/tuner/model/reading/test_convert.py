@@ -163,3 +163,18 @@ def test_onnx_runtime_loads_what_is_quantised_and_fused(base: str, kind: str | N
     assert made.opset_imports[""] == QUANTISED_OPSET
     onnx.checker.check_model(ir.to_proto(made), full_check=True)
     assert relative_error(as_it_is(ir.to_proto(made), feeds), as_it_is(file, feeds)) < (0.05 if kind else 0.02)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), ("n", 2)], ids=["known", "told"])
+def test_casts_of_a_type_that_is_known_are_casts(shape: tuple[int | str, ...], tmp_path: Path) -> None:
+    """So a constant that is cast like something is a constant."""
+    nodes = [node("CastLike", "c x", "d"), node("Add", "x d", "y")]
+    kind = TensorProto.FLOAT16
+    model = proto(
+        nodes, inputs=[value("x", shape, kind)], outputs=[value("y", None, kind)], tensors=[tensor("c", np.float32(2))]
+    )
+    read = read_model(saved(model, tmp_path / "m.onnx"), {}, {"n": 1} if "n" in shape else {})
+    assert [each.op_type for each in read.graph] == ["Cast", "Add"]
+    (got,) = results(read, {"x": np.ones((1, 2), np.float16)})
+    assert got.dtype == np.float16
+    assert (got == 3).all()

@@ -85,6 +85,16 @@ def set_apart(model: onnx.ModelProto) -> None:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
 
 
+def rounds_otherwise(model: onnx.ModelProto) -> bool:
+    """Whether ONNX Runtime rounds inside of an operator that has a form where the form doesn't: the results of
+    quantised ones to other integers now and then, the inputs of `MatMulNBits` to 8 bits where `accuracy_level` is 4."""
+    found = [node for node in model.graph.node if _has_form(node)]
+    coarse = any(
+        attribute.name == "accuracy_level" and attribute.i == 4 for node in found for attribute in node.attribute
+    )
+    return coarse or any(node.op_type.startswith("Q") and node.op_type != "QuickGelu" for node in found)
+
+
 def rewrite(model: onnx.ModelProto, weights: MutableMapping[str, ir.TensorProtocol]) -> dict[str, str]:
     """Puts standard operators in the place of ONNX Runtime's own in the main graph, in place.
 

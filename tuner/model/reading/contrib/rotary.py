@@ -87,7 +87,7 @@ def angles(
         if not interleaved:
             rows = write("Concat", rows, rows, axis=-1)
         made.append(write("Unsqueeze", rows, write.integers(heads_axis)))
-    return Angles(*made, width, interleaved)
+    return Angles(made[0], made[1], width, interleaved)
 
 
 def rotary_embedding(write: Writer) -> list[str]:
