@@ -24,7 +24,9 @@ LARGEST_FOLDED = 1 << 29
 MOST_FOLDED = 1 << 31
 """Bytes that a model grows by, 2 GiB."""
 
-_MOST_WORK = 1 << 26  # multiply-adds of a constant matrix product: a tenth of a second
+_MOST_WORK = 1 << 30  # multiply-adds of one constant matrix product: a tenth of a second
+_MOST_WORK_IN_ALL = 1 << 33
+_SLOWER = 32  # how much so NumPy multiplies what is not fp32 or fp64, without a library
 _MOST_LOOPED = 1 << 16  # elements of what onnx's reference implementation goes through one by one
 
 # Work in proportion to inputs and output, in NumPy, whatever the attributes and values. GatherElements isn't: an index
@@ -39,15 +41,16 @@ _STREAMING = frozenset(
     Squeeze Sub Sum Tan Tanh Tile Transpose Trilu Unsqueeze Where Xor
     """.split()  # noqa: SIM905 - one name a line would fill two screens
 )
-_LOOPED = frozenset({"Erf", "Pad", "ScatterND"})
+_LOOPED = frozenset({"Erf", "GatherND", "Pad", "ScatterND"})
 
 
 class Budget:
-    """What one model's folding may still add, in bytes. Each `allows` that says yes takes from it."""
+    """What one model's folding may still add, in bytes, and do, in multiply-adds. What is allowed is taken from it."""
 
     def __init__(self, largest: int | None = None, most: int | None = None) -> None:
         self.largest = LARGEST_FOLDED if largest is None else largest
         self.left = MOST_FOLDED if most is None else most
+        self.work_left = _MOST_WORK_IN_ALL
 
     def allows(self, size: int, inputs: int) -> bool:
         """Whether a tensor of `size` bytes may be made of ones of `inputs` bytes."""
@@ -55,6 +58,13 @@ class Budget:
         if (size > self.largest and growth) or growth > self.left:
             return False
         self.left -= growth
+        return True
+
+    def allows_work(self, work: int) -> bool:
+        """Whether so many multiply-adds may be done for one tensor."""
+        if work > min(_MOST_WORK, self.work_left):
+            return False
+        self.work_left -= work
         return True
 
 
@@ -124,17 +134,20 @@ def _is_bounded(node: ir.Node, budget: Budget, *, also: bool) -> bool:
         # Of the input's values alone; at most an index of 8 bytes for each dimension of each element.
         shape = static_shape(node.inputs[0]) if node.inputs[0] is not None else None
         size = None if shape is None else 8 * len(shape) * math.prod(shape)
-    if size is None or not (also or _is_cheap(node, read, size)):
+    if size is None or not (also or _is_cheap(node, read, size, budget)):
         return False
     return budget.allows(size, read)
 
 
-def _is_cheap(node: ir.Node, read: int, written: int) -> bool:
+def _is_cheap(node: ir.Node, read: int, written: int, budget: Budget) -> bool:
     if node.op_type in _STREAMING:
         return True
     if node.op_type in _LOOPED:
         return max(read, written) <= _MOST_LOOPED
     if node.op_type == "MatMul" and node.inputs[0] is not None:
         inner, outer = static_shape(node.inputs[0]), static_shape(node.outputs[0])
-        return bool(inner) and outer is not None and math.prod(outer) * inner[-1] <= _MOST_WORK  # type: ignore[index]
+        if not inner or outer is None:
+            return False
+        fast = node.inputs[0].dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+        return budget.allows_work(math.prod(outer) * inner[-1] * (1 if fast else _SLOWER))
     return False

@@ -20,6 +20,7 @@ from onnxscript.rewriter.rules.common import (
 
 from tilewright.tuner.model.folding.affine import fold_affine
 from tilewright.tuner.model.folding.constants import Budget, fold_constants
+from tilewright.tuner.model.folding.norms import fold_norms
 from tilewright.tuner.model.graph import static_shape, unique_names
 from tilewright.tuner.model.messages import fault, quiet
 from tilewright.tuning_db.errors import ModelError
@@ -137,6 +138,8 @@ def _fix_inner_outputs(model: ir.Model) -> None:
 def _fold_constants(model: ir.Model, budget: Budget) -> int:
     before = len(model.graph)
     fold_constants(model, budget)
+    if fold_norms(model, budget):
+        fold_constants(model, budget)
     _run(model, common.IdentityEliminationPass(), common.RemoveUnusedNodesPass())
     return before - len(model.graph)
 

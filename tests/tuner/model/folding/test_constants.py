@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from tests.tuner.model.files import proto, saved, tensor
 from tests.tuner.model.folds import node
-from tests.tuner.model.graphs import model_of, normal
+from tests.tuner.model.graphs import model_of, normal, relative_error, results
 from tilewright.tuner.model.folding import constants
 from tilewright.tuner.model.folding.fold import fold
 from tilewright.tuner.model.reading.read import read_model
@@ -50,6 +51,33 @@ def test_all_that_is_made_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> Non
     fold(model)
     # Ten of 1000 bytes; the others are one node.
     assert Counter(node.op_type for node in model.graph) == {"Sum": 1, "ConstantOfShape": 1}
+
+
+def positions() -> ir.Model:
+    """As DeBERTa projects its relative positions, anew for each layer: of nothing but weights."""
+    nodes = [node("LayerNormalization", "table g b", "normal", axis=-1)]
+    nodes += [node("MatMul", f"normal w{layer}", f"p{layer}") for layer in range(3)]
+    nodes += [node("Sum", "x p0 p1 p2", "y")]
+    arrays = {"table": normal(0, 4, 8), "g": normal(1, 8), "b": normal(2, 8)}
+    arrays |= {f"w{layer}": normal(3 + layer, 8, 6) for layer in range(3)}
+    return model_of(nodes, {"x": (4, 6)}, ["y"], arrays)
+
+
+def test_norms_and_products_of_weights_are_weights() -> None:
+    original, model = positions(), positions()
+    fold(model)
+    assert Counter(node.op_type for node in model.graph) == {"Sum": 1}
+    feeds = {"x": normal(9, 4, 6)}
+    assert relative_error(results(model, feeds)[0], results(original, feeds)[0]) < 1e-6
+
+
+@pytest.mark.parametrize(("name", "most", "left"), [("_MOST_WORK", 191, 3), ("_MOST_WORK_IN_ALL", 2 * 192, 1)])
+def test_products_of_weights_are_bounded(name: str, most: int, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each, of 4 · 8 · 6 multiply-adds, and all together."""
+    monkeypatch.setattr(constants, name, most)
+    model = positions()
+    fold(model)
+    assert Counter(node.op_type for node in model.graph) == {"Sum": 1, "MatMul": left}
 
 
 @pytest.mark.parametrize(
