@@ -28,6 +28,7 @@ from tilewright.tuner.model.fuse.opening import (
     settings_of,
 )
 from tilewright.tuner.model.fuse.outcome import Log
+from tilewright.tuner.model.fuse.step_weights import Pair
 from tilewright.tuner.model.graph import constant, dtype_name, is_constant, static_shape
 
 KINDS = ("gemm", "conv2d")
@@ -199,16 +200,33 @@ class Gate(_Step):
             return "a residual is added before the gate"
         if len(inputs["b"].shape or ()) != 2 or static_shape(inputs["b"]) != static_shape(inputs_up["b"]):
             return f"weights of shapes {inputs['b'].shape} and {inputs_up['b'].shape}"
-        if not (is_constant(inputs["b"]) and is_constant(inputs_up["b"])):
-            return "weights that are no constants"
         axis = 0 if settings.get("trans_b", 0) else 1
-        joined = {"a": inputs["a"], "b": _joined(inputs["b"], inputs_up["b"], axis)}
+        if is_constant(inputs["b"]) and is_constant(inputs_up["b"]):
+            weights = _joined(inputs["b"], inputs_up["b"], axis)
+        elif (pair := Pair.of(inputs["b"], inputs_up["b"], axis)) is not None:
+            weights = pair.stand_in()  # `rewrite` makes it
+        else:
+            return "weights that are no constants"
+        joined = {"a": inputs["a"], "b": weights}
         if "bias" in inputs or "bias" in inputs_up:
             biases = [one.get("bias") for one in (inputs, inputs_up)]
             if not all(bias is None or is_constant(bias) for bias in biases):
                 return "a bias that is no constant"
             joined["bias"] = _joined_biases(biases, joined["b"], axis)
         return joined, {**settings, "gated": "halves", ACTIVATION: activation}
+
+    def rewrite(self, op: Any, product: ir.Value, **bound: ir.Value) -> ir.Value:
+        node, up = product.producer(), bound["up"].producer()
+        assert node is not None
+        assert up is not None
+        grown = self._grown(node, **bound)
+        assert not isinstance(grown, str)
+        inputs, settings = grown
+        pair = Pair.of(inputs_of(node)["b"], inputs_of(up)["b"], 0 if settings.get("trans_b", 0) else 1)
+        if pair is not None:
+            inputs["b"] = pair.make(op)
+        self._log.match(self.name, node.name or "")
+        return opened(op, self._kind, inputs, settings, node.name or "")
 
 
 class SplitGate(_Step):
