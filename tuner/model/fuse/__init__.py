@@ -26,6 +26,7 @@ from tilewright.tuner.model.fuse import (
     rms_norms,
     rows,
 )
+from tilewright.tuner.model.fuse.moved_activations import move_activations
 from tilewright.tuner.model.fuse.opening import OpenConv, OpenGemm, OpenMatMul, close, is_open, register_constants
 from tilewright.tuner.model.fuse.outcome import FusionReport, Log, Match, Miss
 from tilewright.tuner.model.graph import fused_nodes, is_fused, unique_names
@@ -58,8 +59,8 @@ def fuse(model: ir.Model) -> FusionReport:
         register_constants(model)
     growing = True
     while growing:
-        # Both, each time: what one does makes room for the other.
-        growing = any([rows.move_before(model), epilogue.rules(log).apply_to_model(model)])
+        # All, each time: what one does makes room for another.
+        growing = any([rows.move_before(model), move_activations(model), epilogue.rules(log).apply_to_model(model)])
         register_constants(model)
         # What nobody reads any more would count as a use of what it reads, and end a chain.
         passes.RemoveUnusedNodesPass()(model)

@@ -213,7 +213,7 @@ class OpenGemm(_Opening):
 
 
 class OpenConv(_Opening):
-    """`Conv` in two dimensions → conv2d."""
+    """`Conv` in two dimensions → conv2d; in one, as that of images of one row."""
 
     title = "Conv"
 
@@ -225,12 +225,17 @@ class OpenConv(_Opening):
         assert x is not None
         assert w is not None
         x_shape, w_shape = static_shape(x), static_shape(w)
-        if x_shape is None or w_shape is None:
-            return "the shapes of its operands are not known"
-        if len(x_shape) != 4:
-            return f"{len(x_shape) - 2} spatial dimensions; the plugin takes 2"
-        strides = node.attributes.get_ints("strides", [1, 1])
-        dilations = node.attributes.get_ints("dilations", [1, 1])
+        if x_shape is None or w_shape is None or len(x_shape) != len(w_shape):
+            return f"its operands have the shapes {x_shape} and {w_shape}"
+        spatial = len(x_shape) - 2
+        if spatial not in (1, 2):
+            return f"{spatial} spatial dimensions; the plugin takes 1 and 2"
+        if spatial == 1:
+            x, w = _one_row(x, x_shape), _one_row(w, w_shape)  # `rewrite` makes them
+            x_shape, w_shape = (*x_shape[:2], 1, x_shape[2]), (*w_shape[:2], 1, w_shape[2])
+        missing = [1] * (2 - spatial)
+        strides = [*missing, *node.attributes.get_ints("strides", [1] * spatial)]
+        dilations = [*missing, *node.attributes.get_ints("dilations", [1] * spatial)]
         pads = self._pads(node, x_shape, w_shape, strides, dilations)
         settings = {
             "stride_h": strides[0],
@@ -245,6 +250,23 @@ class OpenConv(_Opening):
             inputs["bias"] = node.inputs[2]
         return "conv2d", inputs, settings
 
+    def rewrite(self, op: Any, out: ir.Value, **_: Any) -> ir.Value:
+        node = out.producer()
+        assert node is not None
+        spec = self._spec(node)
+        assert not isinstance(spec, str)
+        kind, inputs, settings = spec
+        name, shape = node.name or "", static_shape(out)
+        if node.inputs[0] is inputs["x"] or shape is None:
+            return opened(op, kind, inputs, settings, name)
+        for which, value in (("x", node.inputs[0]), ("w", node.inputs[1])):
+            assert value is not None
+            if not is_constant(inputs[which]):
+                inputs[which] = _reshaped(op, value, static_shape(inputs[which]) or (), f"{name}_{which}_Reshape")
+        row = opened(op, kind, inputs, settings, name)
+        row.type, row.shape = out.type, ir.Shape((*shape[:2], 1, shape[2]))
+        return _reshaped(op, row, shape, f"{name}_Reshape")
+
     def _pads(
         self,
         node: ir.Node,
@@ -258,7 +280,8 @@ class OpenConv(_Opening):
         if auto == "VALID":
             return [0, 0, 0, 0]
         if auto == "NOTSET":
-            return list(node.attributes.get_ints("pads", [0, 0, 0, 0]))
+            given = node.attributes.get_ints("pads", [])
+            return [0, given[0], 0, given[1]] if len(given) == 2 else list(given or [0, 0, 0, 0])
         begins, ends = [], []
         for axis in (0, 1):
             size, stride = x[2 + axis], strides[axis]
@@ -268,6 +291,25 @@ class OpenConv(_Opening):
             begins.append(less if auto == "SAME_UPPER" else more)
             ends.append(more if auto == "SAME_UPPER" else less)
         return begins + ends
+
+
+def _one_row(value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+    """(N, C, L) as (N, C, 1, L): of a constant a new one, of anything else a value to ask with."""
+    whole, name = (*shape[:2], 1, shape[2]), f"{value.name}_as_one_row"
+    array = constant(value)
+    if array is not None:
+        return new_constant(array.reshape(whole), name)
+    return ir.Value(name=name, type=value.type, shape=ir.Shape(whole))
+
+
+def _reshaped(op: Any, value: ir.Value, shape: tuple[int, ...], name: str) -> ir.Value:
+    """A `Reshape` by a rule's `op`, which gets the name."""
+    made: ir.Value = op.Reshape(value, new_constant(np.array(shape, np.int64), f"{name}_shape"))
+    made.type, made.shape = value.type, ir.Shape(shape)
+    node = made.producer()
+    assert node is not None
+    node.name = name
+    return made
 
 
 def scaled(value: ir.Value, factor: float) -> ir.Value:

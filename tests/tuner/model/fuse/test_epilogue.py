@@ -372,9 +372,9 @@ def test_two_convolutions_that_meet_are_one_with_the_others_result():
         ([make("MatMul", ["x", "w"], ["y"], name="n")], {"x": (16,)}, {"w": W}, "a vector is no matrix"),
         (
             [make("Conv", ["x", "f"], ["y"], name="n")],
-            {"x": (1, 8, 20)},
-            {"f": normal(0, 4, 8, 3)},
-            "1 spatial dimensions; the plugin takes 2",
+            {"x": (1, 8, 5, 5, 5)},
+            {"f": normal(0, 4, 8, 3, 3, 3)},
+            "3 spatial dimensions; the plugin takes 1 and 2",
         ),
         (
             [make("MatMul", ["x", "z"], ["y"], name="n")],

@@ -137,7 +137,7 @@ def test_a_long_chain_is_done_in_one_walk():
 def test_one_reshape_does_not_become_two():
     g = Graph()
     added = g("Add", gemm(g, g.input("x", B * S, K)), g.input("r", B * S, N))
-    leaves(g, g("Relu", g.reshape(added, B, S, N)), left=["FusedGemmBiasResidual", "Relu", "Reshape"])
+    leaves(g, g("Relu", g.reshape(added, B, S, N)), left=["FusedGemmBiasResidual", "Reshape"])
 
 
 def test_halves_of_a_reshaped_product_are_a_gate():
@@ -175,26 +175,26 @@ def leaves(g: Graph, *outputs: str, left: list[str]) -> ir.Model:
 def test_columns_that_are_taken_apart_stay_apart():
     g = Graph()
     value = g.reshape(gemm(g, g.input("x", B * S, K)), B, S, 4, N // 4)
-    leaves(g, g("Relu", value), left=["FusedGemmBias", "Relu", "Reshape"])
+    leaves(g, g("Relu", value), left=["FusedGemmBias", "Reshape"])
 
 
 def test_columns_that_become_rows_stay_behind():
     """A square, of which the wrong axis would fit."""
     g = Graph()
     value = g.transpose(g("MatMul", g.transpose(g.input("x", K, K), 1, 0), g.array(normal(0, K, K))), 1, 0)
-    leaves(g, g("Relu", value), left=["FusedGemm", "Relu", "Transpose", "Transpose"])
+    leaves(g, g("Relu", value), left=["FusedGemm", "Transpose", "Transpose"])
 
 
 def test_a_reshape_to_a_vector_leaves():
     g = Graph()
     model, _ = fused(g, g("Relu", g.reshape(gemm(g, g.input("x", 1, K)), N)))
-    assert operators(model) == ["FusedGemmBias", "Relu", "Reshape"]
+    assert operators(model) == ["FusedGemmBias", "Reshape"]
 
 
 def test_a_transpose_is_not_moved_from_behind_a_product_to_before_it():
     g = Graph()
     value = g.transpose(g("MatMul", g.input("x", B, S, K), g.array(normal(0, K, N))), 1, 0, 2)
-    leaves(g, g("Relu", value), left=["FusedGemm", "Relu", "Transpose"])
+    leaves(g, g("Relu", value), left=["FusedGemm", "Transpose"])
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -203,8 +203,8 @@ def test_the_transpose_of_a_residual_counts(first):
     g = Graph()
     x, r = g.input("x", *((B, S, K) if first else (S, B, K))), g.input("r", S, B, N)
     added = g("Add", g("MatMul", g.transpose(x, 1, 0, 2) if first else x, g.array(normal(0, K, N))), r)
-    left = ["FusedGemmResidual", "Transpose"] if first else ["FusedGemmResidual", "Relu", "Transpose"]
-    leaves(g, g("Relu", g.transpose(added, 1, 0, 2)), left=left)
+    model = leaves(g, g("Relu", g.transpose(added, 1, 0, 2)), left=["FusedGemmResidual", "Transpose"])
+    assert model.graph[-1].op_type == ("FusedGemmResidual" if first else "Transpose")
 
 
 def test_what_is_used_elsewhere_or_is_an_output_stays():
@@ -233,13 +233,13 @@ def test_products_of_a_matrix_each_stay():
     """As many rows as matrices: transposed, each row would meet the columns of another."""
     g = Graph()
     value = g("MatMul", g.transpose(g.input("x", 4, 4, K), 1, 0, 2), g.array(normal(0, 4, K, N)))
-    leaves(g, g("Relu", g.transpose(value, 1, 0, 2)), left=["FusedGemm", "Relu", "Transpose", "Transpose"])
+    leaves(g, g("Relu", g.transpose(value, 1, 0, 2)), left=["FusedGemm", "Transpose", "Transpose"])
 
 
 def test_rows_that_lie_in_columns_stay():
     g = Graph()
     value = g("Gemm", g.input("x", K, B * S), g.array(normal(0, K, N)), transA=1)
-    leaves(g, g("Relu", g.reshape(value, B, S, N)), left=["FusedGemm", "Relu", "Reshape"])
+    leaves(g, g("Relu", g.reshape(value, B, S, N)), left=["FusedGemm", "Reshape"])
 
 
 def test_a_reshape_inside_a_branch_stays_there():
