@@ -44,7 +44,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("arch", ["sm_86", "sm_90", "sm_120"])
+@pytest.mark.parametrize("arch", ["sm_86", "sm_90", pytest.param("sm_120", marks=pytest.mark.slow)])
 def test_the_instructions_are_those_that_were_measured_and_no_path_is_left(arch: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, arch], env=compiling_environment(), capture_output=True, text=True, check=False

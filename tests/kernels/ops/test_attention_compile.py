@@ -156,7 +156,7 @@ def test_estimated_shared_memory_is_never_over_the_real(arch):
     assert estimates_hold(arch, 3, seed=0) > 0.5
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", archs(80, 90))
 def test_a_bias_beside_paged_keys_is_copied_as_far_ahead_as_they_are(arch):
     paged = AttentionProblem(2, 4, 128, 512, 64, Hkv=2, bias="fp32", page_size=32, kv_lens=True)
     deep = AttentionConfig(128, 64, num_warps=4, num_stages=5)
