@@ -37,6 +37,9 @@ NO_HALVES = "the split is not into halves of the columns"
 
 ADDED_TO_ITSELF = "the result is added to itself"
 
+A_RESIDUAL = "what is added has the shape of the result"
+"""Why there is no bias, which is not told: the rule for residuals says what else there is."""
+
 
 class _Step(RewriteRuleClassBase):
     """One step of a chain: what the open node becomes, or why it can't."""
@@ -60,7 +63,8 @@ class _Step(RewriteRuleClassBase):
         reason = grown if isinstance(grown, str) else refusal(self._kind, *grown)
         if reason is None:
             return MatchResult()
-        self._log.miss(self.name, node.name or "", reason, after=context.root)
+        if reason != A_RESIDUAL:
+            self._log.miss(self.name, node.name or "", reason, after=context.root)
         return MatchResult().fail(reason)
 
     def rewrite(self, op: Any, product: ir.Value, **bound: ir.Value) -> ir.Value:
@@ -90,6 +94,8 @@ class Bias(_Step):
         if other is product.outputs[0]:
             return ADDED_TO_ITSELF
         axis = -1 if self._kind == "gemm" else -3
+        if static_shape(other) == shape and math.prod(shape) > shape[axis]:
+            return A_RESIDUAL
         vector = as_vector(other, shape[axis], axis)
         if vector is None and is_spread(other, shape, axis):
             vector = _like(other, shape[axis])

@@ -411,3 +411,10 @@ def test_the_report_is_plain():
         "ends": {"product_p": "its result is an output of the model"},
         "left": [],
     }
+
+
+def test_what_is_a_residual_is_not_called_a_bias_that_does_not_fit():
+    report, _, _ = fused(
+        [product(), make("Relu", ["p"], ["q"]), make("Add", ["q", "r"], ["y"])], {**X, "r": (6, 24)}, {"w": W}
+    )
+    assert [miss.reason for miss in report.misses] == ["it is added after the activation"]
