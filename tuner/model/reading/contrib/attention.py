@@ -128,7 +128,7 @@ def head_count(write: Writer, attribute: str) -> int:
     Raises:
         UnsupportedError: it isn't there, or no count.
     """
-    heads = write.attribute(attribute, None)
+    heads = write.attribute(attribute, None, int)
     if not isinstance(heads, int) or heads < 1:
         raise UnsupportedError(f"its attribute {attribute} is {heads}")
     return heads

@@ -34,7 +34,8 @@ def matmul_nbits(write: Writer) -> list[str]:
         raise UnsupportedError(f"the model has opset {write.around.opset}: blocks are from {BLOCKWISE_FROM} on")
     blocks = math.ceil(k / block)
     groups = write.optional(4)
-    if groups is not None and not np.array_equal(write.constant(groups).reshape(-1), np.arange(k) // block):
+    order = None if groups is None else write.constant(groups).reshape(-1)
+    if order is not None and not (len(order) == k and np.array_equal(order, np.arange(k) // block)):
         raise UnsupportedError("its rows are in an order of their own (g_idx)")
     scales = _sized(write.constant(write.input(2)), n * blocks, "scales").reshape(n, blocks)
     inputs = [

@@ -22,10 +22,11 @@ def fused_matmul(write: Writer) -> list[str]:
 
 def fused_gemm(write: Writer) -> list[str]:
     """`FusedGemm`: activation(alpha · A' @ B' + beta · C)."""
-    given = {name: write.attribute(name, None) for name in ("alpha", "beta", "transA", "transB")}
+    kinds = {"alpha": float, "beta": float, "transA": int, "transB": int}
+    given = {name: write.attribute(name, None, kind) for name, kind in kinds.items()}
     product = write("Gemm", write.input(0), write.input(1), write.optional(2), **given)
     names = [f"activation_{name}" for name in ("alpha", "beta", "gamma")]
-    parameters = [write.attribute(name, None) for name in names]
+    parameters = [write.attribute(name, None, float) for name in names]
     return [_activated(write, product, [each for each in parameters if each is not None])]
 
 
@@ -46,8 +47,8 @@ def nhwc_conv(write: Writer) -> list[str]:
 
 def window(write: Writer) -> dict[str, Any]:
     """The attributes of a convolution."""
-    names = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
-    return {name: write.attribute(name, None) for name in names}
+    kinds = {"auto_pad": str, "dilations": list, "group": int, "kernel_shape": list, "pads": list, "strides": list}
+    return {name: write.attribute(name, None, kind) for name, kind in kinds.items()}
 
 
 def _transposed(write: Writer, name: str, attribute: str) -> str:

@@ -7,10 +7,13 @@ middle of two integers, it may become the other one.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import onnx_ir as ir
 
 from tilewright.tuner.model.reading.contrib.products import window
-from tilewright.tuner.model.reading.contrib.writer import UnsupportedError, Writer
+from tilewright.tuner.model.reading.contrib.writer import Array, UnsupportedError, Writer
 
 
 def conv(write: Writer) -> list[str]:
@@ -38,7 +41,12 @@ def gemm(write: Writer) -> list[str]:
     transposed = {name: write.attribute(name, 0) for name in ("transA", "transB")}
     a, b = _number(write, 0), _number(write, 3, axis=0 if transposed["transB"] else 1)
     made = write("Gemm", a, b, _bias(write, c, 1, 4) if c else None, alpha=alpha, **transposed)
-    return [made if write.optional(7) is None else _integers(write, made, 7)]
+    scale, zero = write.optional(7), write.optional(8)
+    if scale is None and zero is None:
+        return [made]
+    if scale is None or zero is None:
+        raise UnsupportedError("its result has a scale or a zero point, and not both")
+    return [_integers(write, made, 7)]
 
 
 def add(write: Writer) -> list[str]:
@@ -73,8 +81,8 @@ def softmax(write: Writer) -> list[str]:
 def average_pool(write: Writer) -> list[str]:
     """`QLinearAveragePool`"""
     _channels_first(write)
-    names = ("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides")
-    given = {name: write.attribute(name, None) for name in names}
+    kinds = {"auto_pad": str, "ceil_mode": int, "count_include_pad": int, "kernel_shape": list, "pads": list}
+    given = {name: write.attribute(name, None, kind) for name, kind in (kinds | {"strides": list}).items()}
     return [_integers(write, write("AveragePool", _number(write, 0), **given), 3)]
 
 
@@ -89,8 +97,9 @@ def concat(write: Writer) -> list[str]:
     count, odd = divmod(len(write.node.input) - 2, 3)
     if odd or count < 1:
         raise UnsupportedError(f"it has {len(write.node.input)} inputs")
+    write.input(1)  # the only one that says of what kind the result is
     parts = [_number(write, 2 + 3 * place) for place in range(count)]
-    return [_integers(write, write("Concat", *parts, axis=write.attribute("axis", None)), 0)]
+    return [_integers(write, write("Concat", *parts, axis=write.attribute("axis", None, int)), 0)]
 
 
 def _channels_first(write: Writer) -> None:
@@ -100,8 +109,36 @@ def _channels_first(write: Writer) -> None:
 
 def _number(write: Writer, place: int, axis: int | None = None) -> str:
     """What an input of integers means, with its scale and zero point behind it; `axis` is that of several scales."""
-    integers, scale, zero = write.input(place), write.input(place + 1), write.optional(place + 2)
+    integers = write.input(place)
+    scale, zero = _step(write, place + 1, write.dtype(integers))
     return str(write("DequantizeLinear", integers, scale, zero, axis=_axis(write, integers, scale, axis)))
+
+
+def _step(write: Writer, place: int, integers: ir.DataType) -> tuple[str, str]:
+    """A scale and a zero point of one shape, as a step wants them: ONNX Runtime takes one with many here."""
+    scale, zero = write.input(place), write.optional(place + 1)
+    shape = write.shape(scale)
+    if zero is None:
+        return scale, write.array(np.zeros(shape, integers.numpy()))
+    other = write.shape(zero)
+    if other == shape:
+        return scale, zero
+    if math.prod(shape) != 1:
+        return scale, write.array(_spread(write.constant(zero), shape))
+    if math.prod(other) == 1:
+        return scale, write("Reshape", zero, write.integers(*shape))
+    return write.array(_spread(write.constant(scale), other)), zero
+
+
+def _spread(array: Array, shape: tuple[int, ...]) -> Array:
+    """One number as many.
+
+    Raises:
+        UnsupportedError: it is several.
+    """
+    if array.size != 1:
+        raise UnsupportedError(f"its scale and its zero point have the shapes {[*shape]} and {[*array.shape]}")
+    return np.full(shape, array.reshape(()))
 
 
 def _axis(write: Writer, integers: str, scale: str, axis: int | None) -> int | None:
@@ -117,7 +154,12 @@ def _axis(write: Writer, integers: str, scale: str, axis: int | None) -> int | N
 def _bias(write: Writer, bias: str, x_scale: int, w_scale: int) -> str:
     """A bias of int32 as a number; the places are those of the two scales."""
     scales = [write.constant(write.input(place)).reshape(-1) for place in (x_scale, w_scale)]
-    scale = (scales[0] * scales[1]).astype(np.float32)
+    if 0 in map(len, scales):
+        raise UnsupportedError("its scales are empty")
+    with np.errstate(over="ignore"):
+        scale = (scales[0] * scales[1]).astype(np.float32)
+    if not np.isfinite(scale).all():
+        raise UnsupportedError("the scale of its bias, that of x times that of w, is past fp32")
     several = len(scale) > 1
     given = write.array(scale if several else scale.reshape(()))
     axis = write.rank(bias) - 1 if several else None
@@ -126,4 +168,4 @@ def _bias(write: Writer, bias: str, x_scale: int, w_scale: int) -> str:
 
 def _integers(write: Writer, number: str, place: int) -> str:
     """A number as integers, by the scale and the zero point of the result at these inputs."""
-    return str(write("QuantizeLinear", number, write.input(place), write.optional(place + 1)))
+    return str(write("QuantizeLinear", number, *_step(write, place, write.dtype(write.input(0)))))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from tilewright.tuner.model.reading.contrib.writer import UnsupportedError, Writer
 
@@ -151,6 +152,8 @@ def consecutive(write: Writer, name: str, length: int) -> Array | str:
 def _positions(write: Writer, batch: int, length: int, rows: int) -> Array | str:
     name = write.input(1)
     shape = write.shape(name)
+    if write.dtype(name) != ir.DataType.INT64:
+        raise UnsupportedError(f"its positions are of type {write.dtype(name)}")
     if shape in ((), (1,)):
         places = consecutive(write, name, length)
     elif shape == (batch, length):

@@ -88,10 +88,26 @@ class Writer:
         """Whether the node has an output there."""
         return place < len(self.node.output) and bool(self.node.output[place])
 
-    def attribute(self, name: str, default: Any) -> Any:
-        """An attribute's value, texts decoded; `default` where it isn't given."""
-        found = self._attributes.get(name, default)
-        return found.decode("utf-8", "replace") if isinstance(found, bytes) else found
+    def attribute(self, name: str, default: Any, kind: type | None = None) -> Any:
+        """An attribute's value, texts decoded; `default` where it isn't given.
+
+        Args:
+            name: of the attribute.
+            default: what it is where it isn't given.
+            kind: int, float, str or list; the default's where that is not None.
+
+        Raises:
+            UnsupportedError: it is of another kind.
+        """
+        if name not in self._attributes:
+            return default
+        found = self._attributes[name]
+        found = found.decode("utf-8", "replace") if isinstance(found, bytes) else found
+        kind = type(default) if kind is None else kind
+        numbers = isinstance(found, list) and all(isinstance(each, int | float) for each in found)
+        if not (numbers if kind is list else isinstance(found, kind)):
+            raise UnsupportedError(f"its attribute {name} is {found!r:.40}, not of the kind {kind.__name__}")
+        return found
 
     def rank(self, name: str) -> int:
         """How many dimensions a value has.

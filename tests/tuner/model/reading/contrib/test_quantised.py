@@ -68,6 +68,24 @@ def test_a_product_of_integers_that_gives_floats(tmp_path: Path) -> None:
     assert_same(written(text, 14, **steps("uint8"), **more), {"x": normal(0, 5, 16)}, tmp_path)
 
 
+@pytest.mark.parametrize("scales", [(), (1,), (6,)])
+@pytest.mark.parametrize("zeros", [(), (1,), (6,)])
+def test_a_scale_and_a_zero_point_of_different_shapes(
+    scales: tuple[int, ...], zeros: tuple[int, ...], tmp_path: Path
+) -> None:
+    more = {"w": integers(6, 4, 3, 3), "ws": np.full(scales, 0.003, np.float32), "wz": np.full(zeros, 2, np.int8)}
+    more["b"] = np.arange(6, dtype=np.int32) * 100
+    assert_steps("QLinearConv(q, xs, xz, w, ws, wz, ys, yz, b)", (1, 4, 8, 8), (1, 6, 6, 6), "uint8", tmp_path, **more)
+
+
+def test_a_result_whose_zero_point_is_left_out_is_of_the_input_s_kind(tmp_path: Path) -> None:
+    text = """(float[1, 4, 6] x) => (int8[1, 4, 6] y)
+    { q = QuantizeLinear(x, xs, xz)  y = com.microsoft.QLinearSigmoid(q, xs, xz, ys) }"""
+    model = written(text, 14, **steps("int8"))
+    model.graph.node[-1].input.append("")  # ONNX Runtime crashes without
+    assert_same(model, {"x": normal(0, 1, 4, 6)}, tmp_path, 1.01 / 127)
+
+
 @pytest.mark.parametrize("kind", ["int8", "uint8"])
 @pytest.mark.parametrize(
     "call",
@@ -104,14 +122,20 @@ def test_pools_and_concatenation(call: str, shape: tuple[int, ...], tmp_path: Pa
         ("QGemm<alpha: float = 2.0>(q, xs, xz, w, ws, wz, c, ys, yz)", "its alpha is 2"),
         ("QLinearConcat<axis: int = 1>(ys, yz, q, xs)", "it has 4 inputs"),
         ("QLinearAdd(q, two, xz, q, xs, xz, ys, yz)", "its scale 'two' has the shape [2]"),
+        ("QLinearAdd(q, two, two_zeros, q, xs, xz, ys, yz)", "its scale 'two' has the shape [2]"),
+        ("QLinearAdd(q, xs, xz, q, xs, xz, two, three)", "its scale and its zero point have the shapes [2] and [3]"),
         ("QLinearAdd(q, xs)", "its input 3 is missing"),
+        ("QGemm(q, xs, xz, w, ws, wz, c, ys)", "its result has a scale or a zero point, and not both"),
+        ("QGemm(q, huge, xz, w, huge, wz, c)", "the scale of its bias, that of x times that of w, is past fp32"),
+        ("QGemm(q, huge, xz, w, none, wz, c)", "its scales are empty"),
     ],
 )
 def test_what_has_no_form_stays(call: str, message: str, tmp_path: Path) -> None:
     text = f"""(float[1, 2, 4, 6] x) => (uint8[N] y)
     {{ q = QuantizeLinear(x, xs, xz)  y = com.microsoft.{call} }}"""
     more = {"w": integers(16, 8), "ws": np.float32(0.003), "wz": np.int8(0), "c": np.zeros(8, np.int32)}
-    more["two"] = np.ones(2, np.float32)
+    more |= {"two": np.ones(2, np.float32), "two_zeros": np.ones(2, np.uint8), "three": np.ones(3, np.uint8)}
+    more |= {"huge": np.float32(1e30), "none": np.ones(0, np.float32)}
     assert reason(written(text, 14, **steps("uint8"), **more), tmp_path) == message
 
 

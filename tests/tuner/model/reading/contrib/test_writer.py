@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -46,13 +47,25 @@ def test_inputs_and_outputs_may_be_left_out() -> None:
 
 def test_attributes_have_their_own_types() -> None:
     write = writer("x", alpha=0.5, axes=[1, 2], activation="Relu", strange=b"\xff")
-    assert [write.attribute(name, None) for name in ("alpha", "axes", "activation", "other")] == [
-        0.5,
-        [1, 2],
-        "Relu",
-        None,
-    ]
+    kinds = {"alpha": float, "axes": list, "activation": str, "other": int}
+    assert [write.attribute(name, None, kind) for name, kind in kinds.items()] == [0.5, [1, 2], "Relu", None]
     assert isinstance(write.attribute("strange", ""), str)
+
+
+@pytest.mark.parametrize(
+    ("given", "default", "message"),
+    [
+        ("a", 0.5, "its attribute alpha is 'a', not of the kind float"),
+        (2, 0.5, "its attribute alpha is 2, not of the kind float"),
+        (2.0, 1, "its attribute alpha is 2.0, not of the kind int"),
+        ([1, 2], 1, "its attribute alpha is [1, 2], not of the kind int"),
+        ([1, 2], "", "its attribute alpha is [1, 2], not of the kind str"),
+        (["a", "b"], [], "its attribute alpha is [b'a', b'b'], not of the kind list"),
+    ],
+)
+def test_attributes_of_another_kind(given: Any, default: Any, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=re.escape(message)):
+        writer("x", alpha=given).attribute("alpha", default)
 
 
 def test_what_is_known_of_values() -> None:
