@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tilewright.tuner.model.request import Request
     from tilewright.tuner.tune import TuningOptions
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "auto")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "w8a16", "w4a16", "auto")
 MOST_SAMPLES = 65536
 """All are read once at the start, which of more would take hours. (A judgement.)"""
 

@@ -75,7 +75,7 @@ class Request:
         if precision == "auto" and budget is None:
             raise UsageError("--precision auto needs --max-error, the bound inside which it looks for the fastest")
         chosen = precision or "fp16"
-        kind = {"fp8": "fp8e4m3", "auto": "fp16"}.get(chosen, chosen)
+        kind = {"fp8": "fp8e4m3", "auto": "fp16", "w8a16": "int8", "w4a16": "int4"}.get(chosen, chosen)
         if device.arch < dtype(kind).min_arch:
             raise UnsupportedError(
                 f"--precision {chosen} needs sm_{dtype(kind).min_arch} or newer: {device.board} is {device.sm}"

@@ -32,6 +32,9 @@ def test_a_precision_that_the_device_lacks_is_refused(tmp_path):
     with pytest.raises(UnsupportedError, match=r"--precision fp8 needs sm_89 or newer: rtx3090 is sm_86"):
         request(tmp_path / "model.onnx", None, precision="fp8")
     assert request(tmp_path / "model.onnx", None, "sm_89", precision="fp8").precision == "fp8"
+    with pytest.raises(UnsupportedError, match=r"--precision w4a16 needs sm_80 or newer: t4 is sm_75"):
+        request(tmp_path / "model.onnx", None, "t4", precision="w4a16")
+    assert request(tmp_path / "model.onnx", None, precision="w4a16").files[1] == "model.w4a16.onnx"
 
 
 def test_an_output_that_is_a_file_or_can_not_be_made_is_refused(tmp_path):

@@ -2,7 +2,8 @@
 
 A plan gives every layer one of a few kinds, from the fewest bits to the most. The search tries, in this order,
 
-1. all layers in the fewest bits, and all in the most: if the first will do, that is the answer;
+1. all layers in the fewest bits, and all in the most: if the first will do, that is the answer. Where there are kinds
+   between, all in the ones before the most: if these will do, they are the most that is looked at;
 2. each layer alone in the fewest bits: the noise that it adds to the outputs. One that makes them NaN or infinite is
    not tried in these any more;
 3. by halving, how much noise may be let in: of a noise, the layers that save the most time while adding no more than
@@ -121,11 +122,14 @@ def search(
         raise UsageError("there are no layers whose precision could be chosen")
     book = _Book(layers, evaluate, study, name, progress)
     free = [layer for layer, kinds in layers.items() if len(kinds) > 1]
-    book.most = 2 + len(free) + HALVINGS + MOST_RETURNS
+    book.most = 3 + len(free) + HALVINGS + MOST_RETURNS
     low = {layer: kinds[0] for layer, kinds in layers.items()}
     high = {layer: kinds[-1] for layer, kinds in layers.items()}
     if book.met(low) or not free:
         return book.outcome({})
+    middle = {layer: kinds[max(0, len(kinds) - 2)] for layer, kinds in layers.items()}
+    if middle != low and book.met(middle):
+        high = middle  # more bits than these no layer needs
     floor = book.tried(high)
     noise = {layer: book.tried({**high, layer: low[layer]}).error for layer in free}
     # NaN and infinities have no power, and add up to nothing. Where the most bits make them as well, there is no floor.
@@ -154,7 +158,8 @@ def search(
             (layer for layer in free if plan[layer] == high[layer]), key=lambda layer: -saved_us.get(layer, 0.0)
         )
         for layer in raised[:MOST_RETURNS]:
-            for kind in layers[layer][0 if layer in power else 1 : -1]:
+            kinds = layers[layer]
+            for kind in kinds[0 if layer in power else 1 : kinds.index(high[layer])]:
                 if book.met({**plan, layer: kind}):
                     plan[layer] = kind
                     break

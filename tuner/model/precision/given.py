@@ -22,11 +22,11 @@ import onnx_ir as ir
 from tilewright.kernels.device import Device
 from tilewright.kernels.dtypes import dtype
 from tilewright.tuner.model.graph import DTYPES, constant, fused_nodes, op_of, plugin_inputs
+from tilewright.tuner.model.precision.grouped import SMALLEST
 from tilewright.tuner.model.precision.output_scales import MOVED, data_of
 from tilewright.tuner.model.precision.quantise import (
     ACTIVATIONS,
     QUANTISED,
-    SMALLEST,
     WEIGHTS,
     LayerPrecision,
     Weights,

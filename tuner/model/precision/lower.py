@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ from tilewright.tuner.model.calibration.data import Samples
 from tilewright.tuner.model.graph import copy_of, fused_nodes
 from tilewright.tuner.model.precision.budget import Evaluation, Outcome, Plan, search
 from tilewright.tuner.model.precision.given import Given, given_layers
+from tilewright.tuner.model.precision.grouped import WEIGHT_ONLY, GroupedWeights
 from tilewright.tuner.model.precision.half import HALVES
 from tilewright.tuner.model.precision.kept import kept
-from tilewright.tuner.model.precision.post_training import quantise
+from tilewright.tuner.model.precision.post_training import STEPS, quantise
 from tilewright.tuner.model.precision.quantise import QUANTISED, LayerPrecision, apply_precision
 from tilewright.tuner.model.precision.quantised_file import Quantised
 from tilewright.tuner.model.precision.ranges import extremes
-from tilewright.tuner.model.report.document import CalibrationPart, LayerPlan, ParetoPoint, PrecisionPart
+from tilewright.tuner.model.precision.rounding import round_groups
+from tilewright.tuner.model.precision.rules import weight_plan
+from tilewright.tuner.model.report.document import ROUNDING, CalibrationPart, LayerPlan, ParetoPoint, PrecisionPart
 from tilewright.tuner.model.report.estimate import estimate, predicted_us
 from tilewright.tuner.model.verify.compare import Comparison, Reference
 from tilewright.tuner.model.verify.error_budget import Budget
@@ -76,7 +79,7 @@ def lower(
     Args:
         fused: the model.
         device: it decides which kinds there are, and how long layers take.
-        kind: `fp32`, `fp16`, `bf16`, `int8`, `fp8`, or `auto`: whatever is fastest inside the budget.
+        kind: `fp32`, `fp16`, `bf16`, `int8`, `fp8`, `w8a16`, `w4a16`, or `auto`: whatever is fastest inside the budget.
         calibration: inputs that scales are measured on.
         reference: the original's outputs on other inputs, which errors are measured on.
         budget: of errors; None: as low as the rules let it be, whatever the error.
@@ -99,17 +102,21 @@ def lower(
 def kinds_for(kind: str, device: Device) -> tuple[str, ...]:
     """The kinds of precision that a request lets layers have, the fewest bits first.
 
-    fp8 has as many bits as int8 and another error: `auto` tries both, where the device has them.
+    fp8 has as many bits as int8 and another error, and weights of 4 bits are for products of few rows: `auto` tries
+    what the device has.
     """
     known = {
-        "auto": ("int8", "fp8", "fp16", "fp32"),
+        "auto": ("int8", "fp8", "w4a16", "w8a16", "fp16", "fp32"),
+        "w4a16": ("w4a16", "w8a16", "fp16", "fp32"),
+        "w8a16": ("w8a16", "fp16", "fp32"),
         "int8": ("int8", "fp16", "fp32"),
         "fp8": ("fp8", "fp16", "fp32"),
         "fp16": ("fp16", "fp32"),
         "bf16": ("bf16", "fp32"),
         "fp32": ("fp32",),
     }[kind]
-    return tuple(each for each in known if each != "fp8" or device.arch >= dtype("fp8e4m3").min_arch)
+    needs = {"fp8": "fp8e4m3", "w8a16": "int8", "w4a16": "int4"}
+    return tuple(each for each in known if device.arch >= dtype(needs.get(each, "fp16")).min_arch)
 
 
 class _Chooser:
@@ -139,11 +146,14 @@ class _Chooser:
         # By the kind of precision that the model's ranges were moved for; "" of the model as it was fused.
         self._extremes: dict[str, dict[str, tuple[float, float]]] = {}
         self._reasons: dict[tuple[str, str], dict[str, str]] = {}
+        self._eight: Quantised | None = None  # of 8 bits, for layers that 4 are too few for
 
     def by_rule(self) -> Lowered:
         """Every layer as low as the rules let it be."""
         base = self._kind if self._kind in FLOATS else "fp16"
-        quantised = self._quantised(self._kind) if self._kind in self._kinds and self._kind not in FLOATS else None
+        quantised = None
+        if self._kind in self._kinds and self._kind not in FLOATS:
+            quantised = self._weight_only(self._kind) if self._kind in WEIGHT_ONLY else self._quantised(self._kind)
         plan = {} if quantised is None else dict(quantised.plan)
         plan |= {layer: LayerPrecision("fp32") for layer in self._kept(quantised, base) if layer not in plan}
         return Lowered(self._made(plan, base, quantised), self._part(plan, base, quantised, None), None)
@@ -154,9 +164,11 @@ class _Chooser:
         if not self._layers:
             base = self._base([kind for kind in kinds if kind in FLOATS], budget)
             return Lowered(self._made({}, base, None), self._part({}, base, None, None), None)
-        quantised = self._fastest([self._quantised(kind) for kind in kinds if kind in QUANTISED])
+        quantised = self._fastest(self._candidates())
         floats = [kind for kind in kinds if kind in FLOATS]
         base = self._base(floats, budget)
+        if quantised is not None and quantised.kind in WEIGHT_ONLY and base not in HALVES:
+            quantised = None  # kernels unpack integers to half precision
         if quantised is None:
             # Between float types layers are told apart as well: those that need the most bits keep them.
             choices = {
@@ -165,8 +177,7 @@ class _Chooser:
         else:
             stays = self._kept(quantised, base)
             choices = {
-                layer: [*([quantised.kind] if layer in quantised.plan else []), "fp32" if layer in stays else base]
-                for layer in self._layers
+                layer: [*_kinds_of(layer, quantised), "fp32" if layer in stays else base] for layer in self._layers
             }
 
         def evaluate(plan: Plan) -> Evaluation:
@@ -196,6 +207,21 @@ class _Chooser:
             self._tell(f"{kind} alone is outside the error budget: what is no layer has more bits")
         return floats[-1]
 
+    def _candidates(self) -> list[Quantised]:
+        """All that layers may be quantised to. Where the kind asked for is left open, weights alone are only where that
+        takes less time than 8-bit layers, and than none, as for products of few rows."""
+        found = [self._quantised(kind) for kind in self._kinds if kind in QUANTISED]
+        lightest = next((kind for kind in self._kinds if kind in WEIGHT_ONLY), None)
+        if lightest is None:
+            return found
+        if found:
+            plain = self._weight_only(lightest, rounding=False)
+            models = [self._made({}, "fp16", None), *(self._made(each.plan, "fp16", each) for each in (plain, *found))]
+            half, alone, *others = (estimate(model, self._device).time_us for model in models)
+            if alone * SAME > min(half, *others):
+                return found
+        return [*found, self._weight_only(lightest)]
+
     def _fastest(self, found: Sequence[Quantised]) -> Quantised | None:
         """The kind whose model takes the least time with all layers in it; of equal ones that of the least error. One
         model has one kind: each moves ranges between layers in its own way."""
@@ -222,6 +248,30 @@ class _Chooser:
         self._tell(f"{kind}: {len(known.plan)} of {len(self._all)} layers")
         return known
 
+    def _weight_only(self, kind: str, *, rounding: bool = True) -> Quantised:
+        """The layers whose weights alone are quantised, and with `rounding` those by what they are multiplied by, from
+        the calibration data, or as an earlier run left them."""
+        plan, reasons = weight_plan(self._fused, kind, self._device)
+        stays = self._kept(None, "fp16")
+        plan = {layer: precision for layer, precision in plan.items() if layer not in stays}
+        found = Quantised(kind, self._fused, plan, reasons, "", 0.0, {}, {})
+        if not rounding:
+            return found
+        file = self._resume / f"{kind}.npz"
+        known = Quantised.load(file, self._key, self._fused)
+        if known is None:
+
+            def progress(done: int, most: int) -> None:
+                if done % STEPS == 0:
+                    self._tell(f"{kind}: {done} of {most} layers rounded")
+
+            weights = round_groups(self._fused, plan, self._calibration.feeds, progress=progress)
+            known = replace(found, method=ROUNDING if weights else "", grouped=weights)
+            known.save(file, self._key)
+        found = known
+        self._tell(f"{kind}: {len(plan)} of {len(self._all)} layers")
+        return found
+
     def _changed(self, model: ir.Model) -> float:
         """The error of a model, whose ranges were moved, before anything is rounded to 8 bits."""
         with Judge(self._fused, list(self._calibration.feeds[:CHECKED])) as reference:
@@ -243,18 +293,32 @@ class _Chooser:
             plan,
             base=base,
             weights=quantised.weights,
+            grouped=self._grouped(plan, quantised),
             shifts=quantised.shifts,
             extremes=seen,
             device=self._device,
         )
 
+    def _grouped(self, plan: Mapping[str, LayerPrecision], quantised: Quantised) -> Mapping[str, GroupedWeights]:
+        """The weights of layers whose weights alone are quantised, of those that have 8 bits instead of 4 as well."""
+        raised = [
+            layer
+            for layer, precision in plan.items()
+            if precision.kind == "w8a16" and quantised.grouped and quantised.plan[layer].kind == "w4a16"
+        ]
+        if not raised:
+            return quantised.grouped
+        if self._eight is None:
+            self._eight = self._weight_only("w8a16")
+        return {**quantised.grouped, **{layer: self._eight.grouped[layer] for layer in raised}}
+
     def _seen(self, quantised: Quantised | None) -> dict[str, tuple[float, float]]:
         """The least and largest numbers of values on the calibration data: they decide what fp16 has room for."""
         if self._kind == "fp32":
             return {}
-        key = "" if quantised is None else quantised.kind
+        model = self._fused if quantised is None else quantised.model
+        key = "" if quantised is None or model is self._fused else quantised.kind
         if key not in self._extremes:
-            model = self._fused if quantised is None else quantised.model
             self._extremes[key] = extremes(model, self._calibration.feeds)
         return self._extremes[key]
 
@@ -262,9 +326,9 @@ class _Chooser:
         """The layers that stay fp32 where others become `base`, and why."""
         if base == "fp32":
             return {}
-        key = ("" if quantised is None else quantised.kind, base)
+        model = self._fused if quantised is None else quantised.model
+        key = ("" if quantised is None or model is self._fused else quantised.kind, base)
         if key not in self._reasons:
-            model = self._fused if quantised is None else quantised.model
             reasons = kept(model, base, self._seen(quantised)).reasons
             self._reasons[key] = {node.name or "": reasons[node] for node in fused_nodes(model) if node in reasons}
         return self._reasons[key]
@@ -329,6 +393,12 @@ def error_of(comparison: Comparison) -> float:
     if not comparison.finite:
         return math.inf
     return max((row.error for row in comparison.outputs), default=0.0)
+
+
+def _kinds_of(layer: str, quantised: Quantised) -> list[str]:
+    """The quantised kinds that a layer may have, the fewest bits first."""
+    own = quantised.plan[layer].kind if layer in quantised.plan else None
+    return [] if own is None else [own, "w8a16"] if own == "w4a16" else [own]
 
 
 def _precisions(plan: Plan, quantised: Quantised | None, base: str) -> dict[str, LayerPrecision]:

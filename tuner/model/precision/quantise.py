@@ -43,6 +43,16 @@ from tilewright.tuner.model.graph import (
     scalar,
     static_shape,
 )
+from tilewright.tuner.model.precision.grouped import (
+    SMALLEST,
+    WEIGHT_ONLY,
+    GroupedWeights,
+    constants,
+    matrix_of,
+    put,
+    quantise_matrix,
+    refused,
+)
 from tilewright.tuner.model.precision.half import HALVES, lower
 from tilewright.tuner.model.precision.output_scales import MOVED, can_shift, fold_output_scales
 from tilewright.tuner.model.precision.steps import (
@@ -63,7 +73,7 @@ Array = np.ndarray[Any, Any]
 QUANTISED: Mapping[str, str] = {"int8": "int8", "fp8": "fp8e4m3"}
 """Kinds of precision that need scales, and the data type of each."""
 
-KINDS = ("fp32", *HALVES, *QUANTISED)
+KINDS = ("fp32", *HALVES, *QUANTISED, *WEIGHT_ONLY)
 BASES = ("fp32", *HALVES)
 
 LARGEST: Mapping[str, float] = {
@@ -80,18 +90,16 @@ WEIGHTS: Mapping[str, str] = {"gemm": "b", "conv2d": "w"}
 DEEPEST = (2**31 - 1) // 128**2
 """Products of int8 that a sum in int32 has room for, whatever they are: of more it may wrap around."""
 
-SMALLEST = float(np.finfo(np.float32).tiny)
-"""The least scale."""
-
 _CHUNK = 1 << 24
 """Weights converted at a time, so that a large matrix needs no second one in fp32."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPrecision:
-    """What a layer computes in: `fp32`, `fp16`, `bf16`, `int8` or `fp8`. The last two have the scale of each activation
-    by the plugin's name for it: q = round(x / scale) + zero. Zero is 0, or of int8 what the model came with, or -128
-    for activations that are never negative; see `zeros.py`."""
+    """What a layer computes in: `fp32`, `fp16`, `bf16`, `int8`, `fp8`, or the base with weights that alone are
+    quantised, `w8a16` or `w4a16` (`grouped.py`). `int8` and `fp8` have the scale of each activation by the plugin's
+    name for it: q = round(x / scale) + zero. Zero is 0, or of int8 what the model came with, or -128 for activations
+    that are never negative; see `zeros.py`."""
 
     kind: str
     scales: Mapping[str, float] = field(default_factory=dict)
@@ -390,6 +398,12 @@ def check_plan(model: ir.Model, plan: Mapping[str, LayerPrecision], base: str) -
         node = nodes.get(name)
         if node is None:
             raise UsageError(f"the plan has a node {name!r}, and the model has none of that name")
+        if precision.kind in WEIGHT_ONLY:
+            reason = refused(node, precision.kind, None)
+            if reason is None and base not in HALVES:
+                reason = f"its activations would be {base}"
+            if reason is not None:
+                raise UsageError(f"node {name!r} can't be {precision.kind}: {reason}")
         if precision.kind not in QUANTISED:
             continue
         reason = eligible(node, precision.kind)
@@ -413,6 +427,7 @@ def apply_precision(
     *,
     base: str,
     weights: Mapping[str, Weights] | None = None,
+    grouped: Mapping[str, GroupedWeights] | None = None,
     shifts: Mapping[str, Array] | None = None,
     extremes: Mapping[str, tuple[float, float]] | None = None,
     device: Device | None = None,
@@ -421,12 +436,13 @@ def apply_precision(
     """A new model of mixed precision. The one given stays as it is, and shares the constants that did not change.
 
     `plan` is by node name; `base` (fp32, fp16 or bf16) is the data type of all else. `weights` are quantised weights of
-    int8 and fp8 layers, by node name, where they are not to be rounded to nearest (`rounding.py`), and `shifts` what is
-    taken off their biases (`correction.py`). `extremes` are the least and largest numbers of values, by name, that were
-    seen on calibration data: what comes near the base's range stays fp32 (`kept.py`). `device` is the one whose kernels
-    must have the data types of steps and weights that the model came with; None: any. With `fold`, layers whose result
-    is only wanted quantised give it so themselves (`output_scales.py`). Products in half precision read quantised
-    weights as they are (`weight_only.py`). Graph inputs and outputs keep their data types.
+    int8 and fp8 layers, by node name, where they are not to be rounded to nearest (`rounding.py`), `grouped` those of
+    layers whose weights alone are, and `shifts` what is taken off the biases of the first (`correction.py`).
+    `extremes` are the least and largest numbers of values, by name, that were seen on calibration data: what comes near
+    the base's range stays fp32 (`kept.py`). `device` is the one whose kernels must have the data types of steps and
+    weights that the model came with; None: any. With `fold`, layers whose result is only wanted quantised give it so
+    themselves (`output_scales.py`). Products in half precision read quantised weights as they are (`weight_only.py`).
+    Graph inputs and outputs keep their data types.
 
     Raises:
         UsageError: the plan does not fit the model; see `check_plan`.
@@ -450,12 +466,43 @@ def apply_precision(
     if fold:
         types = [each for each in MOVED if device is None or device.arch >= dtypes.dtype(each).min_arch]
         quantising.pinned.update(fold_output_scales(mixed, types))
-    targets = {name: precision.kind for name, precision in plan.items() if precision.kind not in QUANTISED}
+    targets = {name: precision.kind for name, precision in plan.items() if precision.kind in BASES}
     targets |= dict.fromkeys(spell_out_zeros(mixed, constants=False), "fp32")
     drop_fp8_zero_points(mixed)
     lower(mixed, targets, base, pinned=frozenset(quantising.pinned), extremes=extremes or {})
     take_integers(mixed, device)
+    _put_weights(mixed, model, plan, grouped or {}, device)
     spell_out_zeros(mixed)  # of weights that no kernel takes so
     Editor(mixed).tidy()
     attach_bodies(mixed)
     return mixed
+
+
+def _put_weights(
+    mixed: ir.Model,
+    model: ir.Model,
+    plan: Mapping[str, LayerPrecision],
+    grouped: Mapping[str, GroupedWeights],
+    device: Device | None,
+) -> None:
+    """Gives the layers of a plan whose weights alone are quantised those of the fused model, in place; a layer that
+    stays fp32 for its numbers keeps them."""
+    kinds = {name: precision.kind for name, precision in plan.items() if precision.kind in WEIGHT_ONLY}
+    originals = {node.name or "": node for node in fused_nodes(model) if node.name in kinds}
+    edit = Editor(mixed)
+    known: dict[Any, tuple[GroupedWeights, dict[str, ir.Value]]] = {}
+    for node in fused_nodes(mixed):
+        name = node.name or ""
+        if name not in kinds or dtype_name(plugin_inputs(node)["a"]) not in HALVES:
+            continue
+        bits, original = WEIGHT_ONLY[kinds[name]], originals[name]
+        given = grouped.get(name)
+        if given is not None and given.bits != bits:
+            given = None
+        b = plugin_inputs(original)["b"]
+        key = id(given) if given is not None else (b, plugin_settings(original)["trans_b"], bits)
+        if key not in known:  # products may share them
+            weights = given or quantise_matrix(matrix_of(original), bits)
+            known[key] = weights, constants(edit, weights, f"{b.name}_{kinds[name]}")
+        put(edit, node, *known[key], device)
+    edit.tidy()

@@ -1,8 +1,8 @@
-"""All that the 8-bit layers of a model need, and the file that it is kept in for a run that was killed.
+"""All that the quantised layers of a model need, and the file that it is kept in for a run that was killed.
 
 The file is NumPy's `.npz`, written whole: weights and shifts as arrays, the rest as JSON; and the model itself, whose
-ranges were moved between layers, as ONNX beside it. Nothing in it is
-unpickled. It counts only under the key that it was written with.
+ranges were moved between layers, as ONNX beside it. Where weights alone are quantised no ranges are, and there is no
+second copy of it. Nothing in it is unpickled. It counts only under the key that it was written with.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,13 +19,14 @@ import numpy as np
 import onnx_ir as ir
 
 from tilewright.tuner.model.graph import DTYPES
+from tilewright.tuner.model.precision.grouped import WEIGHT_ONLY, GroupedWeights, group_of
 from tilewright.tuner.model.precision.post_training import Quantisation
 from tilewright.tuner.model.precision.quantise import QUANTISED, LayerPrecision, Weights
 from tilewright.tuner.model.write import write_model
 from tilewright.tuning_db.atomic import whole_file
 
 Array = np.ndarray[Any, Any]
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Quantised:
     decibel: float  # of the best method: `Quantisation.scores`
     weights: Mapping[str, Weights]
     shifts: Mapping[str, Array]
+    grouped: Mapping[str, GroupedWeights] = field(default_factory=dict)
 
     @classmethod
     def of(cls, found: Quantisation, model: ir.Model) -> Self:
@@ -54,7 +56,7 @@ class Quantised:
         Raises:
             UsageError: they can't be written.
         """
-        files = write_model(self.model, _model_file(file))
+        files = [] if self.kind in WEIGHT_ONLY else write_model(self.model, _model_file(file))
         for old in file.parent.glob(f"{file.stem}.*.data"):
             if old not in files:
                 old.unlink()
@@ -66,13 +68,17 @@ class Quantised:
             "method": self.method,
             "decibel": self.decibel,
             "reasons": dict(self.reasons),
-            "plan": {name: [dict(layer.scales), dict(layer.zeros)] for name, layer in self.plan.items()},
+            "plan": {name: [layer.kind, dict(layer.scales), dict(layer.zeros)] for name, layer in self.plan.items()},
         }
         arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
         for index, (name, weights) in enumerate(self.weights.items()):
             arrays[f"name.{index}"] = np.frombuffer(name.encode(), np.uint8)
             arrays[f"values.{index}"] = weights.values.view(np.uint8)
             arrays[f"scales.{index}"] = weights.scales
+        for index, (name, each) in enumerate(self.grouped.items()):
+            arrays[f"grouped.{index}"] = np.frombuffer(name.encode(), np.uint8)
+            arrays[f"integers.{index}"] = each.values  # int8 of 8 bits, uint8 of 4
+            arrays[f"steps.{index}"] = each.scales
         for index, (name, shift) in enumerate(self.shifts.items()):
             arrays[f"shifted.{index}"] = np.frombuffer(name.encode(), np.uint8)
             arrays[f"shift.{index}"] = shift
@@ -80,8 +86,9 @@ class Quantised:
             np.savez(stream, **arrays)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, file: Path, key: str) -> Self | None:
-        """What `save` wrote; None if there is no such file, it is damaged, or it was written under another key."""
+    def load(cls, file: Path, key: str, fused: ir.Model | None = None) -> Self | None:
+        """What `save` wrote; None if there is no such file, it is damaged, or it was written under another key.
+        `fused` is the model that it was found for, where that is not in the file."""
         try:
             # Opened here: NumPy leaves a file open that is no archive.
             with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
@@ -91,19 +98,27 @@ class Quantised:
                     return None
                 if any(_known_by(file.with_name(name)) != known for name, known in about["model"].items()):
                     return None
-                dtype = DTYPES[QUANTISED[about["kind"]]].numpy()
-                weights, shifts = {}, {}
+                weights, shifts, grouped = {}, {}, {}
                 for name in arrays.files:
                     word, _, index = name.partition(".")
                     if word == "name":
-                        values = arrays[f"values.{index}"].view(dtype)
+                        values = arrays[f"values.{index}"].view(DTYPES[QUANTISED[about["kind"]]].numpy())
                         weights[arrays[name].tobytes().decode()] = Weights(values, arrays[f"scales.{index}"])
+                    elif word == "grouped":
+                        values = arrays[f"integers.{index}"]
+                        bits = 4 if values.dtype == np.uint8 else 8
+                        grouped[arrays[name].tobytes().decode()] = GroupedWeights(
+                            values, bits, group_of(len(values), bits), arrays[f"steps.{index}"]
+                        )
                     elif word == "shifted":
                         shifts[arrays[name].tobytes().decode()] = arrays[f"shift.{index}"]
-            model = ir.load(_model_file(file))
+            model = fused if about["kind"] in WEIGHT_ONLY else ir.load(_model_file(file))
+            if model is None:
+                return None
             plans = about["plan"].items()
-            plan = {name: LayerPrecision(about["kind"], scales, zeros) for name, (scales, zeros) in plans}
-            return cls(about["kind"], model, plan, about["reasons"], about["method"], about["decibel"], weights, shifts)
+            plan = {name: LayerPrecision(kind, scales, zeros) for name, (kind, scales, zeros) in plans}
+            words = about["reasons"], about["method"], about["decibel"]
+            return cls(about["kind"], model, plan, *words, weights, shifts, grouped)
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, AttributeError):
             return None
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,17 @@ import onnx_ir as ir
 import scipy.linalg
 
 from tilewright.tuner.model.calibration.feeds import Feed
-from tilewright.tuner.model.graph import DTYPES, fused_nodes, op_of
+from tilewright.tuner.model.graph import fused_nodes, op_of
+from tilewright.tuner.model.precision.grouped import (
+    SMALLEST,
+    WEIGHT_ONLY,
+    GroupedWeights,
+    group_of,
+    matrix_of,
+    scales_of,
+    stored,
+    to_integers,
+)
 from tilewright.tuner.model.precision.layer_data import LayerData, activation_of, layer_input
 from tilewright.tuner.model.precision.quantise import (
     ACTIVATIONS,
@@ -96,6 +107,14 @@ class Moments:
             small = part.shape[2] <= SMALL
             product += np.einsum("gna,gnb->gab", part, part) if small else part.swapaxes(1, 2) @ part
 
+    def second(self, index: int) -> Array:
+        """Of one piece, in float64: E[x xᵀ], and `FLOOR`."""
+        assert self.sums is not None
+        assert self.origin is not None
+        piece = self.pieces[index]
+        mean = self.sums[:, piece] / self.count + self.origin[:, 0, piece]
+        return self.covariance(index) + mean[:, :, None] * mean[:, None, :]
+
     def covariance(self, index: int) -> Array:
         """Of one piece, in float64: E[x xᵀ] - E[x] E[x]ᵀ, and `FLOOR`."""
         assert self.sums is not None
@@ -114,9 +133,17 @@ def pieces_of(depth: int) -> tuple[slice, ...]:
     return tuple(slice(start, end) for start, end in itertools.pairwise(edges))
 
 
-def round_layer(matrix: Array, scales: Array, covariance: Array, kind: str, count: int) -> Array:
-    """Weights on the grid, for one H: `matrix` (groups, channels, depth), `scales` (groups, channels), `covariance`
-    (groups, depth, depth) of `count` rows. The result has the shape of `matrix` and the grid's data type."""
+def round_layer(
+    matrix: Array,
+    scales: Array,
+    covariance: Array,
+    to_nearest: Callable[[Array], Array],
+    count: int,
+    sections: Array | None = None,
+) -> Array:
+    """Weights on the grid, for one H: `matrix` (groups, channels, depth), `covariance` (groups, depth, depth) of
+    `count` rows, and `scales` (groups, channels); or (groups, sections, channels), and `sections` (depth,) says which
+    is whose. `to_nearest` rounds weights over their scales. The result has the shape of `matrix`."""
     depth = matrix.shape[2]
     diagonal = np.diagonal(covariance, axis1=1, axis2=2)
     level = diagonal.mean(axis=1)
@@ -127,7 +154,9 @@ def round_layer(matrix: Array, scales: Array, covariance: Array, kind: str, coun
     damping = (DAMPING * (1 + depth / count) * level)[:, None, None] * np.eye(depth)
     upper = _inverse_factors(h, damping).astype(np.float32)
     w = np.take_along_axis(matrix.astype(np.float32), order[:, None, :], 2)
-    spread = _spread(np.ascontiguousarray(w.swapaxes(1, 2)), scales, upper, kind).swapaxes(1, 2)
+    if sections is None:
+        scales, sections = scales[:, None], np.zeros(depth, np.intp)
+    spread = _spread(np.ascontiguousarray(w.swapaxes(1, 2)), scales, sections[order], upper, to_nearest).swapaxes(1, 2)
     result = np.empty(matrix.shape, spread.dtype)
     np.put_along_axis(result, order[:, None, :], spread, 2)
     return result
@@ -155,18 +184,19 @@ def _factors(h: Array) -> Array:
     return np.ascontiguousarray(factor.T)[None]
 
 
-def _spread(w: Array, scales: Array, upper: Array, kind: str) -> Array:
+def _spread(w: Array, scales: Array, sections: Array, upper: Array, to_nearest: Callable[[Array], Array]) -> Array:
     """Rounds weights (groups, depth, channels) one place of the depth after the other, and spreads each error over the
-    places behind. `w` is overwritten."""
-    result = np.empty(w.shape, DTYPES[QUANTISED[kind]].numpy())
-    depth = w.shape[1]
+    places behind. `w` is overwritten. Scales are (groups, sections, channels), sections (groups, depth)."""
+    result = np.empty(w.shape, to_nearest(w[:0, :0]).dtype)
+    depth, groups = w.shape[1], np.arange(len(w))
     for start in range(0, depth, BLOCK):
         end = min(start + BLOCK, depth)
         errors = np.empty((len(w), end - start, w.shape[2]), np.float32)
         for index in range(start, end):
-            on_grid = to_grid(w[:, index] / scales, kind)
+            steps = scales[groups, sections[:, index]]
+            on_grid = to_nearest(w[:, index] / steps)
             result[:, index] = on_grid
-            error = (w[:, index] - on_grid.astype(np.float32) * scales) / upper[:, index, index, None]
+            error = (w[:, index] - on_grid.astype(np.float32) * steps) / upper[:, index, index, None]
             errors[:, index - start] = error
             w[:, index + 1 : end] -= upper[:, index, index + 1 : end, None] * error[:, None]
         w[:, end:] -= upper[:, start:end, end:].swapaxes(1, 2) @ errors
@@ -207,6 +237,35 @@ def round_weights(
     return result
 
 
+def round_groups(
+    model: ir.Model,
+    plan: Mapping[str, LayerPrecision],
+    feeds: Sequence[Feed],
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, most: None,
+) -> dict[str, GroupedWeights]:
+    """Quantised weights of the `w8a16` and `w4a16` layers of a plan, for `apply_precision`; arguments as those of
+    `round_weights`. H is not centred here: nothing takes back a shift of the mean.
+
+    Raises:
+        ModelError, RunError: see `session.run`.
+    """
+    layers = {}
+    for node in fused_nodes(model):
+        precision = plan.get(node.name or "")
+        if precision is not None and precision.kind in WEIGHT_ONLY:
+            layers[node.name or ""] = (node, LayerData(node), precision)
+    result: dict[str, GroupedWeights] = {}
+    for group in _groups(layers):
+        moments = _observe(model, {name: layers[name] for name in group}, feeds, seed)
+        for name in group:
+            node, _, precision = layers[name]
+            result[name] = _rounded_groups(node, WEIGHT_ONLY[precision.kind], moments.pop(name))
+            progress(len(result), len(layers))
+    return result
+
+
 Layers = Mapping[str, tuple[ir.Node, LayerData, LayerPrecision]]
 
 
@@ -231,14 +290,21 @@ def _observe(model: ir.Model, layers: Layers, feeds: Sequence[Feed], seed: int) 
     for name, (node, _, _) in layers.items():
         readers.setdefault(activation_of(node).name or "", []).append(name)
     random = np.random.default_rng(seed)
+    units: dict[str, np.float32] = {}
     for values in run(model, feeds, list(readers)):
         for value, names in readers.items():
             for name in names:
                 node, data, precision = layers[name]
                 count = -(-max(ROWS, 2 * data.depth) // len(feeds))
-                rows = layer_input(data.rows(values[value], count, random), data.op, precision)
+                rows = data.rows(values[value], count, random)
                 # In steps of the grid: squares of very large or small numbers have no room in fp32.
-                moments[name].add(rows / np.float32(precision.scales[ACTIVATIONS[data.op][0]]))
+                if precision.kind in QUANTISED:
+                    rows = layer_input(rows, data.op, precision)
+                    unit = np.float32(precision.scales[ACTIVATIONS[data.op][0]])
+                else:
+                    rows = rows.astype(np.float32)
+                    unit = units.setdefault(name, np.abs(rows).max() / 128 or np.float32(1))
+                moments[name].add(rows / unit)
     return moments
 
 
@@ -248,7 +314,30 @@ def _rounded(node: ir.Node, data: LayerData, kind: str, moments: Moments) -> Wei
     scales = channel_scales(data.weights(matrix), axis, kind)
     by_group = scales.reshape(data.groups, -1)
     parts = [
-        round_layer(matrix[:, :, piece], by_group, moments.covariance(index), kind, moments.count)
+        round_layer(
+            matrix[:, :, piece], by_group, moments.covariance(index), partial(to_grid, kind=kind), moments.count
+        )
         for index, piece in enumerate(moments.pieces)
     ]
     return Weights(data.weights(np.concatenate(parts, axis=2)), scales)
+
+
+def _rounded_groups(node: ir.Node, bits: int, moments: Moments) -> GroupedWeights:
+    matrix = matrix_of(node)
+    group = group_of(matrix.shape[1], bits)
+    seconds = [moments.second(index) for index in range(len(moments.pieces))]
+    importance = np.concatenate([np.diagonal(each[0]) for each in seconds])
+    scales = scales_of(matrix, bits, importance / max(importance.max(), SMALLEST))
+    sections = np.arange(matrix.shape[1]) // (group or matrix.shape[1])
+    parts = [
+        round_layer(
+            matrix[None, :, piece],
+            scales.reshape(1, -1, len(matrix)).astype(np.float32),
+            seconds[index],
+            partial(to_integers, bits=bits),
+            moments.count,
+            sections[piece],
+        )
+        for index, piece in enumerate(moments.pieces)
+    ]
+    return stored(np.concatenate(parts, axis=2)[0], bits, scales)

@@ -12,6 +12,9 @@ Rules, each of which gives the reason that a layer stays at the base precision:
 - What `quantise.eligible` refuses: products of two activations, operators that are no plugin of ours, shapes that the
   kernel does not take, sums of int8 that its int32 has no room for.
 
+Where weights alone are quantised, no input is rounded, and the first layer is one as all others. The last has 8 bits
+where others have 4: it moves the logits directly.
+
 Activations of layers joined by operators that quantisation commutes with (`output_scales.MOVED`) get one scale, the
 largest of theirs, so that one step serves all.
 """
@@ -22,7 +25,9 @@ from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
+from tilewright.kernels.device import Device
 from tilewright.tuner.model.graph import fused_nodes, is_constant, is_fused, op_of, plugin_inputs, plugin_settings
+from tilewright.tuner.model.precision.grouped import refused
 from tilewright.tuner.model.precision.kept import MOVING
 from tilewright.tuner.model.precision.output_scales import MOVED, PRODUCERS, shiftable
 from tilewright.tuner.model.precision.quantise import ACTIVATIONS, QUANTISED, LayerPrecision, can_have_zero, eligible
@@ -189,6 +194,23 @@ def default_plan(
             {name: shared[_root(value, QUANTISED[kind])] for name, value in given.items()},
             {name: LOWEST for name, value in given.items() if value.name in shifted},
         )
+    return plan, reasons
+
+
+def weight_plan(model: ir.Model, kind: str, device: Device | None) -> tuple[dict[str, LayerPrecision], dict[str, str]]:
+    """The plan of a kind whose weights alone are quantised, and the reason of each fused node that stays at the base
+    precision: all products of constant weights that `device` has a kernel for, the last ones with 8 bits at the least.
+    """
+    last = last_layers(model)
+    plan, reasons = {}, {}
+    for node in fused_nodes(model):
+        name = node.name or ""
+        own = "w8a16" if name in last else kind
+        reason = refused(node, own, device)
+        if reason is None:
+            plan[name] = LayerPrecision(own)
+        else:
+            reasons[name] = reason
     return plan, reasons
 
 

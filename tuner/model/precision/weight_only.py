@@ -9,27 +9,23 @@ before, and the numbers are not rounded to half precision any more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from tilewright.kernels import pack_int4
 from tilewright.kernels.device import Device
-from tilewright.kernels.ops.gemm.problem import GROUP_SIZES
 from tilewright.tuner.model.edit import Editor
-from tilewright.tuner.model.fuse.opening import refusal
 from tilewright.tuner.model.graph import (
     constant,
     dtype_name,
     fused_nodes,
-    make_fused,
     op_of,
     plugin_inputs,
     plugin_settings,
     static_shape,
 )
+from tilewright.tuner.model.precision.grouped import LARGEST_GROUP, GroupedWeights, constants, put
 from tilewright.tuner.model.precision.half import HALVES
 from tilewright.tuner.model.precision.steps import quantised_constant
 
@@ -43,25 +39,12 @@ _STORED = {
 }
 """Bits of a weight, and what is added to it: int8 and 0 to 15 is what kernels have."""
 
-LARGEST_GROUP = max(GROUP_SIZES)
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """Quantised weights of a product, K rows of N columns: scales · (values - zeros)."""
-
-    values: Array  # (K, N), int8, or 0 to 15 of 4 bits
-    bits: int
-    group: int  # rows that share a scale; 0: all
-    scales: Array  # (⌈K/group⌉, N), (N,) or ()
-    zeros: Array | None  # as scales; None: 0, or 8 of 4 bits
-
 
 def take_integers(model: ir.Model, device: Device | None) -> None:
     """Lets products in half precision read the integers of their weights, in place, where a kernel does; `device` is
     the one that it must have a kernel for, None any."""
     edit = Editor(model)
-    known: dict[tuple[ir.Node, bool], tuple[_Weights, dict[str, ir.Value]] | None] = {}
+    known: dict[tuple[ir.Node, bool], tuple[GroupedWeights, dict[str, ir.Value]] | None] = {}
     for node in fused_nodes(model):
         inputs = plugin_inputs(node)
         if op_of(node) != "gemm" or dtype_name(inputs["a"]) not in HALVES or {"a_scale", "b_scale"} & set(inputs):
@@ -72,42 +55,15 @@ def take_integers(model: ir.Model, device: Device | None) -> None:
         step, turned = origin
         key = step, turned ^ bool(plugin_settings(node)["trans_b"])
         if key not in known:  # products may share them
-            weights = _weights_of(*key)
-            known[key] = None if weights is None else (weights, _constants(edit, step, weights))
+            weights, base = _weights_of(*key), f"{step.outputs[0].name}_weights"
+            known[key] = None if weights is None else (weights, constants(edit, weights, base))
         found = known[key]
         if found is not None:
-            _replace(edit, node, *found, device)
+            put(edit, node, *found, device)
     edit.tidy()
 
 
-def _constants(edit: Editor, step: ir.Node, weights: _Weights) -> dict[str, ir.Value]:
-    """What the plugin reads in place of a step's result."""
-    columns = pack_int4(weights.values).T if weights.bits == 4 else weights.values.T
-    # TensorRT has packed weights as int8 as well.
-    given = {"b": columns.view(np.int8), "b_scale": weights.scales}
-    if weights.zeros is not None:
-        given["b_zero"] = weights.zeros.astype(np.int8)
-    base = f"{step.outputs[0].name}_weights"
-    return {name: edit.constant(np.ascontiguousarray(array), base) for name, array in given.items()}
-
-
-def _replace(edit: Editor, node: ir.Node, weights: _Weights, made: dict[str, ir.Value], device: Device | None) -> None:
-    """Puts a product of the integers in a product's place, if there is a kernel for it."""
-    settings = {**plugin_settings(node), "trans_b": 1, "group_size": weights.group}
-    if weights.bits == 4:
-        settings["weights"] = "int4"
-    if settings["out_dtype"] == "default":
-        settings["out_dtype"] = dtype_name(node.outputs[0])
-    known = plugin_inputs(node)
-    inputs = {"a": known["a"], **made, **{name: value for name, value in known.items() if name not in ("a", "b")}}
-    if refusal("gemm", inputs, settings, device) is not None:
-        return
-    fused = make_fused("gemm", inputs, settings, name=node.name or "")
-    fused.metadata_props.update(node.metadata_props)
-    edit.replace(node, fused)
-
-
-def _weights_of(node: ir.Node, turned: bool) -> _Weights | None:
+def _weights_of(node: ir.Node, turned: bool) -> GroupedWeights | None:
     """The integers that a step dequantises to a product's B, as (N, K) if it is `turned`; None if no kernel has them in
     that way."""
     integers, scale, zero = [*node.inputs, None][:3]
@@ -142,7 +98,7 @@ def _weights_of(node: ir.Node, turned: bool) -> _Weights | None:
     if not block:  # of groups as of columns, there is one for each
         zeros = np.broadcast_to(zeros.reshape(-1), columns.shape[:1])
     plain = bool((zeros == neutral).all())
-    return _Weights(values, bits, block, scales, None if plain else zeros)
+    return GroupedWeights(values, bits, block, scales, None if plain else zeros)
 
 
 def _rows(array: Array, turned: bool) -> Array:

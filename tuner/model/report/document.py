@@ -148,17 +148,20 @@ class LayerPlan:
     """The precision of one fused node."""
 
     node: str
-    kind: str  # fp32 fp16 bf16 int8 fp8
+    kind: str  # fp32 fp16 bf16 int8 fp8 w8a16 w4a16
     reason: str  # the rule or the search that decided it
+
+
+ROUNDING = "rounding"
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationPart:
-    """What scales were taken from."""
+    """What scales were taken from, or what weights that alone are quantised were rounded by."""
 
     origin: str  # the file or folder, or `random`
     samples: int
-    methods: tuple[str, ...]
+    methods: tuple[str, ...]  # of scales; `ROUNDING` where there are none
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +179,7 @@ class ParetoPoint:
 class PrecisionPart:
     """What precision each layer has, and why."""
 
-    requested: str  # fp16 bf16 int8 fp8 auto
+    requested: str  # fp16 bf16 int8 fp8 w8a16 w4a16 auto
     base: str  # data type of what has no plan
     layers: tuple[LayerPlan, ...]
     calibration: CalibrationPart | None

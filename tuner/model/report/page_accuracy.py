@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tilewright.tuner.model.report.document import ErrorPart, PrecisionPart
+from tilewright.tuner.model.report.document import ROUNDING, ErrorPart, PrecisionPart
 from tilewright.tuner.model.report.page_parts import Cell, digits_of, folded, name, number, table, text, timed
 from tilewright.tuner.model.report.svg import Point, scatter
 from tilewright.tuner.model.report.svg import escaped as esc
@@ -24,8 +24,11 @@ def precision_section(part: PrecisionPart | None) -> str:
     words.append(f"everything else {esc(part.base)}.</p>")
     if part.calibration is not None:
         given = part.calibration
-        methods = ", ".join(given.methods)
-        words.append(f"<p>Scales from {given.samples} samples ({esc(given.origin)}), by {esc(methods)}.</p>")
+        samples, methods = f"{given.samples} samples ({esc(given.origin)})", ", ".join(given.methods)
+        if methods == ROUNDING:
+            words.append(f"<p>Weights rounded by what {samples} multiply them by.</p>")
+        else:
+            words.append(f"<p>Scales from {samples}, by {esc(methods)}.</p>")
         if given.origin == "random":
             words.append(
                 '<p class="note-box failed"><b>Calibrated on random numbers.</b> Ranges of real data differ: give '

@@ -99,6 +99,28 @@ def test_kinds_between_the_fewest_and_the_most_bits_are_tried():
     assert found.chosen.plan == {"a": "fp8"}
 
 
+@pytest.mark.parametrize("budget", [0.1, 0.055, 0.02, 0.0101, 0.0031, 0.0006])
+def test_where_the_next_bits_will_do_no_layer_has_more(budget):
+    """Weights of 4 and of 8 bits: the noise of 8 is a fiftieth."""
+    asked = []
+
+    def evaluate(plan):
+        asked.append(plan)
+        error = math.hypot(
+            FLOOR, *(NOISE[layer] * {"w4": 1, "w8": 0.02, "fp16": 0}[kind] for layer, kind in plan.items())
+        )
+        time = sum(TIMES[layer] * {"w4": 1, "w8": 2, "fp16": 4}[kind] for layer, kind in plan.items())
+        return Evaluation(time, error, error <= budget)
+
+    found = search(dict.fromkeys(NOISE, ("w4", "w8", "fp16")), TIMES, evaluate)
+    assert found.met
+    if budget > 0.002:
+        assert {kind for plan in asked for kind in plan.values()} <= {"w4", "w8"}
+    two = [dict(zip(NOISE, kinds, strict=True)) for kinds in itertools.product(("w4", "w8"), repeat=len(NOISE))]
+    best = min((each.time_us for each in map(evaluate, two) if each.within), default=math.inf)
+    assert found.chosen.evaluation.time_us <= best
+
+
 @pytest.mark.parametrize("wild", [("a",), ("a", "c"), tuple(NOISE)])
 def test_layers_that_make_infinities_stay_in_more_bits(wild):
     model = Model(0.04)

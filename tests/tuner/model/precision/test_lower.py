@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx import helper
 
 from tests.tuner.model.fused_nets import dtypes
+from tests.tuner.model.graphs import model_of, normal
 from tests.tuner.model.networks import written
 from tests.tuner.model.qdq import quantised
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model.calibration.data import load_data
 from tilewright.tuner.model.folding.fold import fold
 from tilewright.tuner.model.fuse import fuse
-from tilewright.tuner.model.graph import copy_of, fused_nodes, plugin_inputs
+from tilewright.tuner.model.graph import copy_of, fused_nodes, plugin_inputs, plugin_settings
 from tilewright.tuner.model.precision import lower as module
 from tilewright.tuner.model.precision.lower import GIVEN, Lowered, error_of, kinds_for, lower
 from tilewright.tuner.model.reading.read import read_model
@@ -27,10 +30,15 @@ DEVICE = resolve_device("sm_86")
 
 
 class Case:
-    """The network of the example, fused, with data for calibration and for errors."""
+    """The network of the example, or another, fused, with data for calibration and for errors."""
 
-    def __init__(self, folder: Path, dtype: str | None = None) -> None:
-        model, data = written(folder)
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str | None = None,
+        files: Callable[[Path], tuple[Path, Path]] = written,
+    ) -> None:
+        model, data = files(folder)
         if dtype is not None:
             made = onnx.load(model)
             onnx.save(quantised(made, {"image": np.load(data)["image"][:2]}, dtype=dtype), model)
@@ -166,8 +174,10 @@ def test_ranges_that_were_moved_wrongly_are_left_out(case, monkeypatch):
 
 
 def test_kinds_of_devices():
-    assert kinds_for("auto", DEVICE) == ("int8", "fp16", "fp32")
-    assert kinds_for("auto", resolve_device("sm_90")) == ("int8", "fp8", "fp16", "fp32")
+    assert kinds_for("auto", DEVICE) == ("int8", "w4a16", "w8a16", "fp16", "fp32")
+    assert kinds_for("auto", resolve_device("sm_90")) == ("int8", "fp8", "w4a16", "w8a16", "fp16", "fp32")
+    assert kinds_for("auto", resolve_device("sm_75")) == ("int8", "fp16", "fp32")
+    assert kinds_for("w4a16", DEVICE) == ("w4a16", "w8a16", "fp16", "fp32")
     assert kinds_for("bf16", DEVICE) == ("bf16", "fp32")
 
 
@@ -221,3 +231,90 @@ def test_steps_of_a_type_that_the_device_has_not_stay(tmp_path: Path) -> None:
     assert set(kinds(found).values()) == {"fp16"}
     found, _ = case.lower("fp16", device="sm_89")
     assert set(kinds(found).values()) == {"fp8"}
+
+
+def products(folder: Path, width: int = 512) -> tuple[Path, Path]:
+    """Four layers of products of few rows, whose inputs are much alike, as files."""
+    nodes = []
+    for index, name in enumerate(("first", "second", "third", "head")):
+        nodes.append(helper.make_node("MatMul", [f"h{index}", f"w{index}"], [f"m{index}"], name=name))
+        if name != "head":
+            nodes.append(helper.make_node("Relu", [f"m{index}"], [f"h{index + 1}"], name=f"relu{index}"))
+    weights = {f"w{index}": normal(index, width, width) / np.float32(np.sqrt(width)) for index in range(3)}
+    weights["w3"] = normal(3, width, 64) / np.float32(np.sqrt(width))
+    patterns = normal(4, 24, 2, 8) @ normal(5, 8, width) / np.float32(np.sqrt(8))
+    ir.save(model_of(nodes, {"h0": (2, width)}, ["m3"], weights), folder / "products.onnx")
+    np.savez(folder / "rows.npz", h0=patterns.reshape(48, width))
+    return folder / "products.onnx", folder / "rows.npz"
+
+
+@pytest.mark.parametrize("kind", ["w8a16", "w4a16"])
+def test_weights_alone_are_quantised_in_all_products(tmp_path: Path, kind: str) -> None:
+    case = Case(tmp_path, files=products)
+    found, error = case.lower(kind)
+    assert kinds(found) == {"first": kind, "second": kind, "third": kind, "head": "w8a16"}
+    assert found.part.base == "fp16"
+    assert found.part.calibration.methods == ("rounding",)
+    assert f"{kind}: 4 of 4 layers" in case.lines
+    assert {plugin_settings(node)["weights"] for node in fused_nodes(found.model) if node.name != "head"} == {
+        "int4" if kind == "w4a16" else "none"
+    }
+    assert 1e-4 < error < {"w8a16": 0.01, "w4a16": 0.1}[kind]
+    again = Case(tmp_path, files=products)
+    _, repeated = again.lower(kind)
+    assert repeated == error
+
+
+def test_weights_are_rounded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(tmp_path, files=products)
+    _, error = case.lower("w4a16")
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(module, "round_groups", forbidden)
+    _, again = case.lower("w4a16")
+    assert again == error
+
+
+def test_a_bound_between_4_and_8_bits_raises_the_weights_that_cost_most(tmp_path: Path) -> None:
+    case = Case(tmp_path, files=products)
+    (_, four), (_, eight) = case.lower("w4a16"), case.lower("w8a16")
+    assert eight < four / 4
+    found, error = case.lower("w4a16", str(four * 0.8), "l4")  # of little bandwidth
+    assert error <= four * 0.8
+    assert set(kinds(found).values()) == {"w4a16", "w8a16"}
+    found, error = case.lower("w4a16", str(eight * 0.7), "l4")
+    assert error <= eight * 0.7
+    assert "fp16" in kinds(found).values()
+
+
+def test_no_weights_are_unpacked_to_fp32(tmp_path: Path) -> None:
+    case = Case(tmp_path, files=products)
+    found, error = case.lower("w8a16", "1e-5")
+    assert set(kinds(found).values()) == {"fp32"}
+    assert error <= 1e-5
+
+
+def test_auto_takes_weights_alone_where_that_is_faster(tmp_path: Path) -> None:
+    found, _ = Case(tmp_path, files=products).lower("auto", "0.5", "l4")
+    assert list(kinds(found).values()).count("w4a16") == 3
+
+
+def test_auto_rounds_no_weights_alone_where_that_is_slower(case: Case) -> None:
+    found, _ = case.lower("auto", "0.5")
+    assert "w4a16" not in kinds(found).values()
+    assert not any(line.startswith("w4a16") for line in case.lines)
+
+
+def test_what_comes_near_the_range_keeps_its_weights(tmp_path: Path) -> None:
+    case = Case(tmp_path, files=products)
+    second = next(node for node in fused_nodes(case.fused) if node.name == "second")
+    weights = plugin_inputs(second)["b"]
+    weights.const_value = ir.tensor(weights.const_value.numpy() * 1e5, name=weights.name)
+    case.original = copy_of(case.fused)
+    found, error = case.lower("w4a16")
+    reasons = {layer.node: layer.reason for layer in found.part.layers}
+    assert kinds(found) == {"first": "w4a16", "second": "w4a16", "third": "fp32", "head": "fp32"}
+    assert "fp16 ends at 6.55e+04" in reasons["third"]
+    assert error < 0.1

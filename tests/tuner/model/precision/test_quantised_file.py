@@ -15,6 +15,8 @@ from tilewright.tuner.model.fuse import fuse
 from tilewright.tuner.model.precision.post_training import quantise
 from tilewright.tuner.model.precision.quantise import apply_precision
 from tilewright.tuner.model.precision.quantised_file import Quantised
+from tilewright.tuner.model.precision.rounding import round_groups
+from tilewright.tuner.model.precision.rules import weight_plan
 from tilewright.tuner.model.precision.zeros import LOWEST
 from tilewright.tuner.model.reading.read import read_model
 
@@ -106,3 +108,25 @@ def test_damaged_files_are_none(found, tmp_path, name, content):
 def test_another_key_is_another_thing(found, tmp_path):
     found.save(tmp_path / "kept.npz", "key")
     assert Quantised.load(tmp_path / "kept.npz", "another") is None
+
+
+@pytest.mark.parametrize("kind", ["w8a16", "w4a16"])
+def test_weights_alone_come_back_without_a_second_model(tmp_path, kind):
+    model = perceptron(160)
+    plan, reasons = weight_plan(model, kind, None)
+    grouped = round_groups(model, plan, [{"x": normal(0, 8, 160)}])
+    found = Quantised(kind, model, plan, reasons, "rounding", 0.0, {}, {}, grouped)
+    found.save(tmp_path / "kept.npz", "key")
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.npz"}
+    back = Quantised.load(tmp_path / "kept.npz", "key", model)
+    assert back is not None
+    assert back.model is model
+    assert (back.kind, dict(back.plan), back.grouped.keys()) == (kind, plan, grouped.keys())
+    for name, weights in grouped.items():
+        assert (back.grouped[name].bits, back.grouped[name].group) == (weights.bits, weights.group)
+        for one, two in zip(
+            (weights.values, weights.scales), (back.grouped[name].values, back.grouped[name].scales), strict=True
+        ):
+            assert one.dtype == two.dtype
+            np.testing.assert_array_equal(one, two)
+    assert Quantised.load(tmp_path / "kept.npz", "key") is None

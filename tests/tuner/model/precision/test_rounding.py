@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -16,8 +18,18 @@ from tilewright.tuner.model.precision.quantise import (
     channel_scales,
     dequantised,
     quantise_weights,
+    to_grid,
 )
-from tilewright.tuner.model.precision.rounding import FLOOR, Moments, pieces_of, round_layer, round_weights
+from tilewright.tuner.model.precision.rounding import (
+    FLOOR,
+    Moments,
+    pieces_of,
+    round_groups,
+    round_layer,
+    round_weights,
+)
+
+INT8 = partial(to_grid, kind="int8")
 
 
 def correlated(seed: int, count: int, depth: int) -> np.ndarray:
@@ -37,7 +49,7 @@ def test_errors_that_inputs_see_are_smaller(kind: str, groups: int) -> None:
     centred = train - train.mean(axis=1, keepdims=True)
     covariance = centred.swapaxes(1, 2).astype(np.float64) @ centred / train.shape[1]
     scales = channel_scales(w.reshape(-1, depth), 0, kind).reshape(groups, -1)
-    found = round_layer(w, scales, covariance, kind, train.shape[1])
+    found = round_layer(w, scales, covariance, partial(to_grid, kind=kind), train.shape[1])
     assert found.shape == w.shape
     nearest = quantise_weights(w.reshape(-1, depth), 0, kind).values.reshape(w.shape)
     exact = other @ w.swapaxes(1, 2)
@@ -69,15 +81,15 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     w, rows = normal(0, 1, 8, 40), correlated(1, 500, 40)
     covariance = np.cov(rows.T)[None]
     scales = channel_scales(w[0], 0, "int8")[None]
-    whole = round_layer(w, scales, covariance, "int8", 500)
+    whole = round_layer(w, scales, covariance, INT8, 500)
     monkeypatch.setattr(rounding, "BLOCK", 7)
-    assert (round_layer(w, scales, covariance, "int8", 500) == whole).mean() > 0.99  # sums in another order
+    assert (round_layer(w, scales, covariance, INT8, 500) == whole).mean() > 0.99  # sums in another order
 
 
 def test_inputs_that_never_vary_leave_weights_at_the_nearest() -> None:
     w = normal(0, 1, 8, 10)
     scales = channel_scales(w[0], 0, "int8")[None]
-    found = round_layer(w, scales, np.zeros((1, 10, 10)), "int8", 50)
+    found = round_layer(w, scales, np.zeros((1, 10, 10)), INT8, 50)
     np.testing.assert_array_equal(found[0], quantise_weights(w[0], 0, "int8").values)
 
 
@@ -99,7 +111,7 @@ def test_inputs_that_hardly_vary(varying: float, groups: int) -> None:
     w = normal(1, groups, 8, depth)
     scales = channel_scales(w.reshape(-1, depth), 0, "int8").reshape(groups, -1)
     nearest = quantise_weights(w.reshape(-1, depth), 0, "int8").values.reshape(w.shape)
-    assert (round_layer(w, scales, found, "int8", moments.count) == nearest).mean() > 0.99
+    assert (round_layer(w, scales, found, INT8, moments.count) == nearest).mean() > 0.99
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -107,7 +119,7 @@ def test_what_is_no_covariance_leaves_weights_at_the_nearest(groups: int) -> Non
     w = normal(0, groups, 8, 4)
     scales = channel_scales(w.reshape(-1, 4), 0, "int8").reshape(groups, -1)
     indefinite = np.tile(np.diag([1, 1, 1, -1e9]) + 1e6, (groups, 1, 1))
-    found = round_layer(w, scales, indefinite, "int8", 50)
+    found = round_layer(w, scales, indefinite, INT8, 50)
     np.testing.assert_array_equal(found.reshape(-1, 4), quantise_weights(w.reshape(-1, 4), 0, "int8").values)
 
 
@@ -168,3 +180,27 @@ def test_only_quantised_matrices_are_rounded() -> None:
     assert round_weights(model, {"layer": LayerPrecision("int8", {"a": 0.1})}, feeds) == {}
     other = single("gemm", {"a": normal(0, 5, 7), "b": normal(1, 7, 4)}, ("a",))
     assert round_weights(other, {"layer": LayerPrecision("fp16")}, [{"a": normal(0, 5, 7)}]) == {}
+
+
+@pytest.mark.parametrize("kind", ["w8a16", "w4a16"])
+@pytest.mark.parametrize("pieces", [4096, 150])
+def test_weights_alone_are_rounded_by_their_inputs_too(kind: str, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "LARGEST_DEPTH", pieces)  # groups of 128 go on over the edge of a piece
+    b, shift = normal(0, 300, 24), 3 * normal(5, 300)
+    feeds = [{"a": correlated(index, 50, 300) + shift} for index in range(10)]
+    model = single("gemm", {"a": feeds[0]["a"], "b": b}, ("a",))
+    plan = {"layer": LayerPrecision(kind)}
+    weights = round_groups(model, plan, feeds)
+    assert weights["layer"].values.shape == (300, 24)
+    assert weights["layer"].bits == {"w8a16": 8, "w4a16": 4}[kind]
+    other = normal(0, 50, 6) @ normal(1, 6, 300) + shift
+    errors = [
+        np.square(output(apply_precision(model, plan, base="fp16", grouped=given), {"a": other}) - other @ b).sum()
+        for given in (weights, {})
+    ]
+    assert errors[0] < 0.3 * errors[1]
+
+
+def test_layers_of_no_such_plan_are_left_out() -> None:
+    model = perceptron()
+    assert round_groups(model, {"middle": LayerPrecision("fp32")}, [{"x": normal(0, 8, 32)}]) == {}

@@ -16,6 +16,7 @@ from tilewright.tuner.model.precision.rules import (
     last_layers,
     layers_to_quantise,
     values_to_calibrate,
+    weight_plan,
 )
 from tilewright.tuning_db.errors import UsageError
 
@@ -143,6 +144,16 @@ def test_scales_must_be_there() -> None:
     with pytest.raises(UsageError, match="node 'middle' reads 'h0', which has no scale"):
         default_plan(model, "int8", {})
     assert default_plan(model, "int8", {"h0": 1.0})[0].keys() == {"middle"}
+
+
+@pytest.mark.parametrize(("kind", "last"), [("w4a16", "w8a16"), ("w8a16", "w8a16")])
+def test_weights_alone_are_those_of_all_products_and_of_the_last_in_8_bits(kind: str, last: str) -> None:
+    plan, reasons = weight_plan(perceptron(), kind, None)
+    assert {name: each.kind for name, each in plan.items()} == {"first": kind, "middle": kind, "last": last}
+    assert reasons == {}
+    plan, reasons = weight_plan(convolutions(), kind, None)
+    assert {name: each.kind for name, each in plan.items()} == {"classifier": last}
+    assert set(reasons.values()) == {"only matrix products have weights that alone are quantised"}
 
 
 def test_a_model_without_layers_has_an_empty_plan() -> None:

@@ -69,6 +69,14 @@ def test_random_data_is_warned_of() -> None:
     assert "Calibrated on random numbers." not in precision_section(from_file)
 
 
+def test_weights_that_were_rounded_have_no_scales_of_activations() -> None:
+    calibration = precision().calibration
+    assert calibration is not None
+    part = replace(precision(), calibration=replace(calibration, methods=("rounding",), samples=32))
+    assert "<p>Weights rounded by what 32 samples (random) multiply them by.</p>" in precision_section(part)
+    assert "Calibrated on random numbers." in precision_section(part)
+
+
 def test_plans_that_were_weighed() -> None:
     page = Page(precision_section(precision()))
     marks = [attributes["class"] for tag, attributes in page.elements if tag == "circle"]
