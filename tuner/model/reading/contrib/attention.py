@@ -25,6 +25,7 @@ LARGEST_MASK = 1 << 28
 _MIDDLE = [0, 2, 1, 3]  # (B, S, H, D) ↔ (B, H, S, D)
 _FLOAT, _BOOL = int(ir.DataType.FLOAT), int(ir.DataType.BOOL)
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_NUMBERS = (*_HALF, ir.DataType.FLOAT, ir.DataType.DOUBLE)
 _LOWEST = float(np.finfo(np.float32).min)
 
 
@@ -61,15 +62,23 @@ def attend(
     v: Heads,
     *,
     softcap: float = 0.0,
-    seen: Array | str | None = None,
     added: Sequence[str] = (),
+    seen: Array | str | None = None,
+    never: bool = False,
 ) -> str:
     """softmax(masks(q · kᵀ · scale)) · v as (B, S, H·D), of keys and values with a divisor of the heads of queries.
 
-    `seen`: which keys queries see, of (S, T) as a constant, or a value of booleans that broadcasts. `added`: values
-    that broadcast and are added after that, of fp32 or of the queries' type.
+    `added`: values that broadcast and are added to the scores, of fp32 or of the queries' type. `seen`: which keys
+    queries see, of (S, T) as a constant, or a value of booleans that broadcasts. That comes last: what is added, as of
+    padding, may be as low as what is put for hidden keys, and would bring them back. With `never` they have no part
+    even in rows whose other scores are -∞, which give 0.
+
+    Raises:
+        UnsupportedError: queries are no floats.
     """
     kind = write.dtype(write.input(0))
+    if kind not in _NUMBERS:
+        raise UnsupportedError(f"its query is of {kind.name.lower()}")
     scale = float(write.attribute("scale", 0.0)) or 1 / math.sqrt(q.shape[3])
     times = q.shape[1] // k.shape[1]
     scaled = write("Mul", q.name, write.array(np.array(scale, kind.numpy())))
@@ -80,12 +89,14 @@ def attend(
     if softcap:
         cap = write.array(np.array(softcap, numbers))
         scores = write("Mul", write("Tanh", write("Div", scores, cap)), cap)
-    if seen is not None:
-        shown = seen if isinstance(seen, str) else write.shared(seen, f"seen_{'x'.join(map(str, seen.shape))}")
-        scores = write("Where", shown, scores, write.array(np.array(_LOWEST, numbers)))
     for each in added:
         scores = write("Add", scores, each)
+    if seen is not None:
+        shown = seen if isinstance(seen, str) else write.shared(seen, f"seen_{'x'.join(map(str, seen.shape))}")
+        scores = write("Where", shown, scores, write.array(np.array(-math.inf if never else _LOWEST, numbers)))
     weights = write("Softmax", scores, axis=-1)
+    if never and added:
+        weights = write("Where", write("IsNaN", weights), write.array(np.zeros((), numbers)), weights)
     if kind in _HALF:
         weights = write("Cast", weights, to=int(kind))
     out = write("Transpose", write("MatMul", weights, _repeated(write, v, times)), perm=_MIDDLE)
@@ -172,6 +183,8 @@ def multi_head_attention(write: Writer) -> list[str | None]:
     pasts = write.optional(6), write.optional(7)
     if (pasts[0] is None) != (pasts[1] is None):
         raise UnsupportedError("it has one of past_key and past_value, and not the other")
+    if pasts[0] is not None and not write.wants(1):
+        raise UnsupportedError("it has a past and gives no present: ONNX Runtime's own kernel leaves the past out then")
     k, v = joined(write, pasts[0], k), joined(write, pasts[1], v)
     if k.length != v.length:
         raise UnsupportedError(f"it has {k.length} keys and {v.length} values")

@@ -6,10 +6,12 @@ lengths of several sequences differ, one new place of each is put where its sequ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_ir as ir
 
 from tilewright.tuner.model.reading.contrib.attention import (
     Array,
@@ -96,10 +98,24 @@ def group_query_attention(write: Writer) -> list[str | None]:
     else:
         asked = [_cached(write, past, cache[2], each, lengths) for past, each in zip(pasts, (k, v), strict=True)]
         present = [_padded(write, each, lengths.buffer) for each in asked]
-        shown = seen
+        shown = seen if is_causal else _counted(write, batch, lengths)
     softcap = float(write.attribute("softcap", 0.0))
-    out = attend(write, q, *asked, softcap=softcap, seen=shown, added=[bias] if bias else [])
+    out = attend(write, q, *asked, softcap=softcap, added=[bias] if bias else [], seen=shown, never=True)
     return [out, *(each.name for each in present)]
+
+
+def _counted(write: Writer, batch: int, lengths: Lengths) -> str | None:
+    """Which keys all queries of a sequence see, as (B, 1, 1, T): as many as it has; None if that is all.
+
+    Raises:
+        UnsupportedError: its number is not one for each sequence.
+    """
+    counted = write.constant_or_none(write.input(5))
+    if lengths.past or (counted is not None and (counted == lengths.total - 1).all()):
+        return None
+    if math.prod(write.shape(write.input(5))) != batch:
+        raise UnsupportedError(f"its seqlens_k has the shape {write.shape(write.input(5))}, in a batch of {batch}")
+    return _shown(write, lengths, write("Reshape", write.input(5), write.integers(batch, 1, 1, 1)), 0)
 
 
 def _known_parts(write: Writer) -> None:
@@ -162,7 +178,7 @@ def _lengths(write: Writer, batch: int, length: int, past: int) -> Lengths:
     """
     counted, name = write.constant_or_none(write.input(5)), write.input(6)
     found = write.constant_or_none(name)
-    if found is None or found.size != 1:
+    if found is None or found.size != 1 or found.dtype.kind != "i":
         raise UnsupportedError(
             f"its total_sequence_length {name!r} is not known before it runs: it must be a constant, or follow from "
             f"shapes, as that of attention_mask, with --shape total_sequence_length=..."
@@ -209,8 +225,11 @@ def _angles(write: Writer, shapes: Sequence[Shape], lengths: Lengths, dim: int) 
     given = write.optional(9)
     if given is not None:
         shape = write.shape(given)
-        if shape != (batch, length):
-            raise UnsupportedError(f"its position_ids have the shape {shape}: they must be {(batch, length)}")
+        if shape != (batch, length) or write.dtype(given) != ir.DataType.INT64:
+            kind = write.dtype(given).name.lower()
+            raise UnsupportedError(
+                f"its position_ids are of {kind} with the shape {shape}: they must be int64 of {(batch, length)}"
+            )
         # Of a prompt the first number counts, for all sequences.
         places = consecutive(write, given, length) if length == lengths.total else given
     elif lengths.ends is not None:

@@ -27,6 +27,8 @@ def skip_layer_norm(write: Writer) -> list[str | None]:
 def rms_norm(write: Writer) -> list[str | None]:
     """`SimplifiedLayerNormalization`: x / √(mean(x²) + epsilon) · scale over the axes from `axis` on."""
     x, scale = write.input(0), write.input(1)
+    if write.rank(x) == 0:
+        raise UnsupportedError("its input is a scalar")
     return [_rms_norm(write, x, scale, write.attribute("axis", -1), write.attribute("epsilon", 1e-5))]
 
 
@@ -57,7 +59,8 @@ def embed_layer_norm(write: Writer) -> list[str | None]:
     counts = None
     if write.wants(1):
         if mask is not None:
-            kept = write("Cast", write("Cast", mask, to=int(onnx.TensorProto.BOOL)), to=int(onnx.TensorProto.INT32))
+            kept = write("Equal", mask, write.array(np.array(1, np.int32)))
+            kept = write("Cast", kept, to=int(onnx.TensorProto.INT32))
             counts = write("ReduceSum", kept, write.integers(1), keepdims=0)
         else:
             rows = write("Shape", words, start=0, end=1)

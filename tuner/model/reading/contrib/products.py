@@ -14,6 +14,9 @@ def fused_matmul(write: Writer) -> list[str]:
     """`FusedMatMul`: alpha · A' @ B', each transposed in its last two axes where `transA`, `transB` say so."""
     if write.attribute("transBatchA", 0) or write.attribute("transBatchB", 0):
         raise UnsupportedError("it transposes batch dimensions")
+    ranks = [write.rank(write.input(place)) for place in (0, 1)]
+    if min(ranks) == 1 and max(ranks) > 1 and (write.attribute("transA", 0) or write.attribute("transB", 0)):
+        raise UnsupportedError("it transposes, and one of its operands is a vector: ONNX Runtime has no one rule there")
     a, b = (_transposed(write, write.input(place), f"trans{which}") for place, which in ((0, "A"), (1, "B")))
     product = write("MatMul", a, b)
     alpha = write.attribute("alpha", 1.0)

@@ -83,6 +83,8 @@ def average_pool(write: Writer) -> list[str]:
     _channels_first(write)
     kinds = {"auto_pad": str, "ceil_mode": int, "count_include_pad": int, "kernel_shape": list, "pads": list}
     given = {name: write.attribute(name, None, kind) for name, kind in (kinds | {"strides": list}).items()}
+    if given["ceil_mode"] and given["count_include_pad"]:
+        raise UnsupportedError("it counts what lies beyond its padding (ceil_mode with count_include_pad)")
     return [_integers(write, write("AveragePool", _number(write, 0), **given), 3)]
 
 
@@ -160,9 +162,11 @@ def _bias(write: Writer, bias: str, x_scale: int, w_scale: int) -> str:
         scale = (scales[0] * scales[1]).astype(np.float32)
     if not np.isfinite(scale).all():
         raise UnsupportedError("the scale of its bias, that of x times that of w, is past fp32")
-    several = len(scale) > 1
+    several, shape = len(scale) > 1, write.shape(bias)
+    if several and shape[-1:] != scale.shape:
+        bias = write("Expand", bias, write.integers(*shape[:-1], len(scale)))
     given = write.array(scale if several else scale.reshape(()))
-    axis = write.rank(bias) - 1 if several else None
+    axis = max(0, len(shape) - 1) if several else None
     return str(write("DequantizeLinear", bias, given, axis=axis))
 
 

@@ -12,6 +12,9 @@ from tilewright.tuner.model.reading.contrib.writer import UnsupportedError, Writ
 
 Array = np.ndarray[Any, Any]
 
+LARGEST_TABLE = 1 << 25
+"""Cosines that become a constant of their own, as of 131072 places in heads of 256: more are gathered at every run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Angles:
@@ -79,7 +82,7 @@ def angles(
             rows = write("Gather", cache, positions)
         else:
             table = write.constant_or_none(cache)
-            if table is not None:
+            if table is not None and positions.size * width <= LARGEST_TABLE:
                 picked = table[positions]
                 whole = np.expand_dims(picked if interleaved else np.concatenate([picked] * 2, -1), heads_axis)
                 made.append(write.shared(whole, f"{cache}_at_{'_'.join(map(str, positions[0, [0, -1]]))}"))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.tuner.model.graphs import normal
-from tests.tuner.model.reading.contrib.operators import Operator, held, left
+from tests.tuner.model.graphs import normal, results
+from tests.tuner.model.reading.contrib.operators import Operator, compare, held, left
 from tilewright.tuner.model.graph import plugin_settings
 
 BATCH, LENGTH, HEADS, DIM = 2, 6, 2, 16
@@ -152,6 +152,15 @@ def test_attention_is_its_projection_and_one_fused_node(changes: dict[str, Any],
     assert names[0].startswith("FusedGemmBias")
 
 
+@pytest.mark.parametrize("fill", [-10000.0, float(np.finfo(np.float32).min)])
+def test_rows_that_see_padding_alone_see_as_much_of_what_is_hidden(fill: float, tmp_path: Path) -> None:
+    """Padding in front, as of a batch of prompts: its own rows are those."""
+    mask = np.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]], np.int32)
+    for operator in (multi_head, projected):
+        case = operator(mask=mask, unidirectional=1, mask_filter_value=fill)
+        compare(results(case.read(tmp_path), case.feeds), case.wanted(), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -163,3 +172,14 @@ def test_attention_is_its_projection_and_one_fused_node(changes: dict[str, Any],
 )
 def test_what_of_a_projection_has_no_form_stays(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     assert message in left(projected(**changes), tmp_path)
+
+
+def test_queries_that_are_no_floats_stay(tmp_path: Path) -> None:
+    assert left(multi_head(dtype=np.uint8), tmp_path) == "its query is of uint8"
+
+
+def test_a_past_without_a_present_stays(tmp_path: Path) -> None:
+    operator = multi_head(past=3)
+    del operator.proto.graph.node[-1].output[1:]
+    del operator.proto.graph.output[1:]
+    assert left(operator, tmp_path).startswith("it has a past and gives no present")

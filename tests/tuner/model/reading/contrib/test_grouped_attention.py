@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from tests.tuner.model.graphs import normal
 from tests.tuner.model.reading.contrib.operators import Operator, held, left
@@ -18,7 +18,8 @@ HEADS, GROUPS, DIM = 4, 2, 16
 
 def grouped(
     *, batch: int = 1, length: int = 1, past: int = 0, total: int = 0, ends: list[int] | None = None,
-    packed: bool = False, rotary: bool = False, dtype: Any = np.float32, counted: bool = False, **settings: Any,
+    packed: bool = False, rotary: bool = False, dtype: Any = np.float32, counted: bool = False,
+    added: np.ndarray | None = None, **settings: Any,
 ) -> Operator:  # fmt: skip
     """`ends`: seqlens_k as an input, or that of sequences of one length. `counted`: both lengths from a mask, as the
     builders of language models write it."""
@@ -43,7 +44,11 @@ def grouped(
         name: array.astype(dtype) if array is not None and array.dtype == np.float32 else array
         for name, array in given.items()
     }
-    constants = [name for name in ("total", "cos", "sin", *([] if ends else ["seqlens_k"])) if name in given]
+    if added is not None:
+        given |= {name: given.get(name) for name in ("cos", "sin", "positions")} | {"added": added.astype(dtype)}
+    constants = [
+        name for name in ("total", "cos", "sin", *([] if ends else ["seqlens_k"])) if given.get(name) is not None
+    ]
     settings = {"num_heads": HEADS, "kv_num_heads": GROUPS} | settings
     outputs = ("out", "present_key", "present_value")
     if not counted:
@@ -93,6 +98,28 @@ def test_prompts_are_causal(changes: dict[str, Any], tmp_path: Path) -> None:
     assert plugin_settings(node)["causal"] == 1
 
 
+@pytest.mark.parametrize("fill", [-np.inf, -10000.0])
+def test_rows_whose_keys_are_all_padding_see_nothing_that_is_hidden(fill: float, tmp_path: Path) -> None:
+    added = np.zeros((1, 1, 6, 6), np.float32)
+    added[..., 0] = fill
+    (node,) = held(grouped(length=6, added=added), tmp_path)
+    assert plugin_settings(node)["causal"] == 1
+
+
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("ends", [[5, 5], [5, 2], [1, 3]])
+def test_of_a_prompt_without_a_direction_each_sequence_has_its_own_length(
+    ends: list[int], constant: bool, tmp_path: Path
+) -> None:
+    operator = grouped(length=6, batch=2, ends=ends, causal=0)
+    if constant:
+        graph = operator.proto.graph
+        graph.initializer.append(numpy_helper.from_array(operator.feeds.pop("seqlens_k"), "seqlens_k"))
+        del graph.input[next(index for index, each in enumerate(graph.input) if each.name == "seqlens_k")]
+    (node,) = held(operator, tmp_path)
+    assert ("Bias" in node.op_type) == (not constant or ends != [5, 5])
+
+
 def test_half_precision(tmp_path: Path) -> None:
     (node,) = held(grouped(past=5, length=3, dtype=np.float16), tmp_path, within=3e-3)
     assert node.op_type.startswith("FusedAttention")
@@ -110,6 +137,7 @@ def test_half_precision(tmp_path: Path) -> None:
             "give --shape past_sequence_length=6, or 8 for a buffer that all fit in",
         ),
         ({"past": 5, "batch": 2, "length": 3, "ends": [7, 5]}, "give --shape batch_size=1"),
+        ({"length": 6, "batch": 2, "ends": [5], "causal": 0}, "its seqlens_k has the shape (1,), in a batch of 2"),
     ],
 )
 def test_what_has_no_form_stays(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -90,7 +90,13 @@ def test_embeddings(given: str, tmp_path: Path) -> None:
     rows = {name: rng.integers(0, ranges[name], (2, 5), dtype=np.int32) for name in ["words", *given.split()]}
     if "mask" in rows:  # padding is behind a sequence
         rows["mask"] = -np.sort(-rows["mask"], axis=1)
+        rows["mask"][0, 0] = 2  # 1 alone lets through
     assert_same(written(text, **tables), rows, tmp_path)
+
+
+def test_a_scalar_has_no_rms_norm(tmp_path: Path) -> None:
+    text = "(float x) => (float y) { y = SimplifiedLayerNormalization<axis: int = 0>(x, g) }"
+    assert reason(written(text, g=np.float32(1)), tmp_path) == "its input is a scalar"
 
 
 def group_normed(x: np.ndarray, groups: int, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:

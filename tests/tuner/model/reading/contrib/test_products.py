@@ -35,6 +35,12 @@ def test_batch_dimensions_that_are_transposed_stay(tmp_path: Path) -> None:
     assert reason(written(text), tmp_path) == "it transposes batch dimensions"
 
 
+def test_vectors_that_are_transposed_stay(tmp_path: Path) -> None:
+    text = """(float[2, 5, 3] x, float[5] z) => (float[N, M] y)
+    { y = com.microsoft.FusedMatMul<transA: int = 1>(x, z) }"""
+    assert reason(written(text), tmp_path).startswith("it transposes, and one of its operands is a vector")
+
+
 ACTIVATIONS = [
     ("Relu", []),
     ("Tanh", []),

@@ -61,6 +61,14 @@ def test_products(kind: str, columns: bool, tmp_path: Path) -> None:
     assert_steps(call, (5, 16), (5, 8), kind, tmp_path, **more)
 
 
+@pytest.mark.parametrize("shape", [(1,), (5, 1), (1, 8), (5, 8)])
+def test_one_number_of_a_bias_for_several_columns(shape: tuple[int, ...], tmp_path: Path) -> None:
+    scales = np.linspace(0.002, 0.004, 8).astype(np.float32)
+    more = {"w": integers(16, 8), "ws": scales, "wz": np.zeros(8, np.int8)}
+    more["c"] = RNG.integers(-500, 500, shape).astype(np.int32)
+    assert_steps("com.microsoft.QGemm(q, xs, xz, w, ws, wz, c, ys, yz)", (5, 16), (5, 8), "uint8", tmp_path, **more)
+
+
 def test_a_product_of_integers_that_gives_floats(tmp_path: Path) -> None:
     text = """(float[5, 16] x) => (float[5, 8] y)
     { q = QuantizeLinear(x, xs, xz)  y = com.microsoft.QGemm<alpha: float = 0.5>(q, xs, xz, w, ws, wz) }"""
@@ -121,6 +129,11 @@ def test_pools_and_concatenation(call: str, shape: tuple[int, ...], tmp_path: Pa
         ("QLinearSoftmax<axis: int = 1, opset: int = 11>(q, xs, xz, ys, yz)", "it is over all axes from 1 on"),
         ("QGemm<alpha: float = 2.0>(q, xs, xz, w, ws, wz, c, ys, yz)", "its alpha is 2"),
         ("QLinearConcat<axis: int = 1>(ys, yz, q, xs)", "it has 4 inputs"),
+        (
+            "QLinearAveragePool<kernel_shape: ints = [2, 2], ceil_mode: int = 1, count_include_pad: int = 1>"
+            "(q, xs, xz, ys, yz)",
+            "it counts what lies beyond its padding (ceil_mode with count_include_pad)",
+        ),
         ("QLinearAdd(q, two, xz, q, xs, xz, ys, yz)", "its scale 'two' has the shape [2]"),
         ("QLinearAdd(q, two, two_zeros, q, xs, xz, ys, yz)", "its scale 'two' has the shape [2]"),
         ("QLinearAdd(q, xs, xz, q, xs, xz, two, three)", "its scale and its zero point have the shapes [2] and [3]"),

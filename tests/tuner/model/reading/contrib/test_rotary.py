@@ -66,6 +66,14 @@ def test_positions_that_are_known_are_constants(tmp_path: Path) -> None:
     assert "Gather" not in [node.op_type for node in model.graph]
 
 
+def test_tables_that_would_be_large_are_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tilewright.tuner.model.reading.contrib.rotary.LARGEST_TABLE", 40)
+    operator = rotary(np.array([[0, 1, 2], [3, 5, 7]]), constant=True)
+    model = operator.read(tmp_path)
+    assert "Gather" in [node.op_type for node in model.graph]
+    compare(results(model, operator.feeds), operator.wanted(), 1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -74,6 +82,7 @@ def test_positions_that_are_known_are_constants(tmp_path: Path) -> None:
             {"positions": np.array([[0, 1, 12], [0, 1, 2]])},
             "its positions, up to 12, are not all in",
         ),
+        ({"positions": np.array([[0.0, 1, 2], [3, 5, 7]])}, "its positions are of type DOUBLE"),
         ({"positions": np.array([0, 1])}, "its positions have the shape (2,), neither (1) nor (2, 3)"),
         ({"num_heads": 0, "rotary_embedding_dim": 4, "width": 4}, "has no 0 heads (num_heads)"),
         ({"num_heads": 2, "rotary_embedding_dim": 4}, "don't go together"),
