@@ -9,8 +9,8 @@ when it is started again: tuned configurations are in the device's database, sca
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tilewright.tuner.model.precision.given import Given, given_layers
 from tilewright.tuner.model.precision.lower import lower
 from tilewright.tuner.model.prepare import READING_ERROR, Prepared, check_fusing, check_reading, prepare
 from tilewright.tuner.model.report import document as parts
-from tilewright.tuner.model.report.estimate import estimate
+from tilewright.tuner.model.report.estimate import Estimate, OperatorTime, estimate, not_fused
 from tilewright.tuner.model.report.html import write_page
 from tilewright.tuner.model.report.readme import write_readme
 from tilewright.tuner.model.request import Request
@@ -46,6 +46,9 @@ MOST_EVALUATION = 128
 """And at the most, of many a quarter, unless a bound on top-1 agreement takes more to tell: every plan tried runs on
 each."""
 
+LONGEST = 5
+"""Operators that a dry run names of those that are not fused."""
+
 LARGE_ERROR = 0.1
 """Relative error of an output from which on it is warned of, where no budget bounds it."""
 
@@ -60,6 +63,12 @@ class Planned:
     data: Samples
     defaults: list[str]  # inputs of the file that become constants
     given: Given  # the layers that are in 8 bits already
+    time: Estimate  # of the fused model, before it is lowered
+
+    @property
+    def rest(self) -> list[OperatorTime]:
+        """What is not fused, by operator, and takes time."""
+        return not_fused(self.time, {layer.node for layer in self.workloads.layers})
 
     def lines(self) -> list[str]:
         """For people."""
@@ -69,6 +78,7 @@ class Planned:
         return [
             f"{nodes[0]} nodes become {nodes[1]}, of which {len(found.layers)} are fused, "
             f"with {found.coverage:.1%} of the model's operations",
+            _rest_line(self.rest),
             *([_default_line(request, self.defaults)] if self.defaults else []),
             *(f"not fused: {legible(left.operator)} {quoted(left.node)}: {left.reason}" for left in found.unsupported),
             f"precision: {request.precision}{budget}, on {len(self.data)} inputs ({self.data.origin})",
@@ -93,7 +103,12 @@ class Planned:
             "fusion": self.fusion.to_dict(),
             "defaults": self.defaults,
             "before_lowering": self.before_lowering,
+            "given": {
+                "layers": {name: layer.kind for name, layer in self.given.plan.items()},
+                "reasons": dict(self.given.reasons),
+            },
             **self.workloads.to_dict(),
+            "rest": [asdict(row) for row in self.rest],
             "files": self.request.files,
         }
 
@@ -144,6 +159,16 @@ def _nothing(_: Any) -> None:
     """For those who don't listen."""
 
 
+def _rest_line(rest: Sequence[OperatorTime]) -> str:
+    """What the nodes beside the fused ones take."""
+    if not rest:
+        return "what is not fused takes no time of its own"
+    shown = [f"{legible(row.operator)} {row.share:.1%} ({row.count})" for row in rest[:LONGEST]]
+    more = f", {len(rest) - LONGEST} other operators" if len(rest) > LONGEST else ""
+    share = sum(row.share for row in rest)
+    return f"what is not fused takes {share:.1%} of the predicted time: {', '.join(shown)}{more}"
+
+
 def plan(request: Request, tell: Callable[[str], None] = _nothing) -> Planned:
     """What `optimise` would do; nothing is written.
 
@@ -154,7 +179,8 @@ def plan(request: Request, tell: Callable[[str], None] = _nothing) -> Planned:
     data = load_data(request.calibration, prepared.original, count=request.samples)
     data.split(_evaluation(request, data))
     given = Given() if request.precision == "fp32" else given_layers(prepared.fused, request.device)
-    return Planned(request, prepared.workloads, prepared.fusion, data, prepared.defaults, given)
+    time = estimate(prepared.fused, request.device)
+    return Planned(request, prepared.workloads, prepared.fusion, data, prepared.defaults, given, time)
 
 
 def optimise(

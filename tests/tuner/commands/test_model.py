@@ -71,6 +71,11 @@ def test_a_dry_run_says_what_came_quantised(autotune, tmp_path: Path) -> None:
     status, out, _ = autotune("--device", "sm_86", "--model", model, "--calibration", data, "--dry-run")
     assert status == 0
     assert "the model came quantised: 4 of 4 layers are in 8 bits, and no other gets them" in out.splitlines()
+    _, out, _ = autotune("--device", "sm_86", "--model", model, "--calibration", data, "--dry-run", "--json", "--quiet")
+    assert json.loads(out)["given"] == {
+        "layers": dict.fromkeys(("stem", "block", "hidden", "head"), "int8"),
+        "reasons": {},
+    }
 
 
 def test_a_dry_run_says_what_would_be_done(autotune, tmp_path: Path) -> None:
@@ -88,7 +93,7 @@ def test_a_dry_run_says_what_would_be_done(autotune, tmp_path: Path) -> None:
         (ROOT / "docs" / "command-line.md").read_text(),
         re.DOTALL,
     )
-    for key in keys(json.loads(out), beneath=("patterns", "layers", "ends", "problem")):
+    for key in keys(json.loads(out), beneath=("patterns", "layers", "reasons", "ends", "problem")):
         assert f'"{key}"' in documented
     assert json.loads(out)["fusion"]["patterns"] == {
         "conv2d + activation": 2, "conv2d + residual": 1, "gemm + activation": 1,

@@ -548,6 +548,18 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert planned.to_dict()["coverage"] == 1
     assert any("4 distinct workloads" in line for line in planned.lines())
     assert any("model.int8.onnx" in line for line in planned.lines())
+    assert {row.operator for row in planned.rest} == {"GlobalAveragePool", "Softmax"}
+    (line,) = [line for line in planned.lines() if line.startswith("what is not fused")]
+    whole = sum(row.share for row in planned.rest)
+    assert line.startswith(f"what is not fused takes {whole:.1%} of the predicted time: GlobalAveragePool ")
+    assert line.endswith("% (1)")
+
+
+def test_a_dry_run_of_fused_nodes_alone_says_so(tmp_path):
+    graph = proto([node("MatMul", "x w", "y")], inputs=[value("x", (2, 3))], tensors=[tensor("w", normal(0, 3, 16))])
+    planned = plan(request(saved(graph, tmp_path / "m.onnx"), None))
+    assert "what is not fused takes no time of its own" in planned.lines()
+    assert planned.to_dict()["rest"] == []
 
 
 @pytest.mark.parametrize(("precision", "before"), [("fp32", False), ("fp16", True), ("int8", True)])

@@ -6,9 +6,10 @@ weights take to be read, so these make it two and four times as fast at the most
 kernel unpacks the integers on the way to its registers. What comes quantised in this form is read so
 (`weight_only.py`), and what does not is put into it here.
 
-Scales are such that the squared error of a group is least, each weight's counted as often as its input is large: the
-largest magnitude over 7, or less, which cuts off what is beyond. In 4 bits the integers are -8 to 7, without zero
-points. (Groups: Frantar et al., arXiv:2210.17323; cutting off, counted by the inputs: Lin et al., arXiv:2306.00978.)
+In 4 bits the integers are -8 to 7, without zero points: a scale may be negative, by which -8 is what the number of the
+largest magnitude becomes, whatever its sign. Scales are such that the squared error of a group is least, each weight's
+counted as its input is large: that magnitude over 8, or less, which cuts off what is beyond. (Groups: Frantar et al.,
+arXiv:2210.17323; cutting off, counted by the inputs: Lin et al., arXiv:2306.00978.)
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ WEIGHT_ONLY: Mapping[str, int] = {"w8a16": 8, "w4a16": 4}
 LARGEST_GROUP = max(GROUP_SIZES)
 
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-"""Parts of a group's largest magnitude that become the largest integer, to choose from. At 7/8 it is -8 that a negative
-one becomes."""
+"""Parts of a group's largest magnitude that become the largest integer, to choose from."""
 
-_ENDS = {8: (-127, 127), 4: (-8, 7)}
+ENDS = {8: (-127, 127), 4: (-8, 7)}
+"""The least and the largest integer."""
+
 _SMALLEST_HALF = 2.0**-13
 """From here on a scale in fp16 has all its digits, and so has one half as large."""
 
@@ -126,7 +128,7 @@ def scales_of(matrix: Array, bits: int, importance: Array | None = None) -> Arra
     """The scales of a matrix (N, K): (⌈K/group⌉, N) in fp16 if that has room for them, else fp32; of one for a column
     (N,) in fp32. `importance` (K,) is how much a squared error counts."""
     columns, depth = matrix.shape
-    group, (low, high) = group_of(depth, bits) or depth, _ENDS[bits]
+    group, (low, high) = group_of(depth, bits) or depth, ENDS[bits]
     count = -(-depth // group)
     weights = np.ones(depth, np.float32) if importance is None else importance.astype(np.float32)
     weights = np.pad(weights, (0, count * group - depth)).reshape(count, group)
@@ -135,7 +137,9 @@ def scales_of(matrix: Array, bits: int, importance: Array | None = None) -> Arra
     for start in range(0, columns, step):
         part = matrix[start : start + step]
         blocks = np.pad(part, ((0, 0), (0, count * group - depth))).reshape(len(part), count, group)
-        whole = np.maximum(np.abs(blocks).max(axis=2) / np.float32(high), SMALLEST)
+        largest = _largest(blocks)
+        whole = (largest if bits == 4 else -np.abs(largest)) / np.float32(low)
+        whole = np.where(np.abs(whole) < SMALLEST, np.copysign(np.float32(SMALLEST), whole), whole)
         best, least = whole, np.full(whole.shape, np.inf, np.float32)
         for ratio in RATIOS if bits == 4 else ():
             scales = whole * np.float32(ratio)
@@ -144,16 +148,23 @@ def scales_of(matrix: Array, bits: int, importance: Array | None = None) -> Arra
             errors = (blocks / whole[:, :, None] - integers * np.float32(ratio)) ** 2
             errors = np.einsum("ncg,cg->nc", errors, weights)
             best, least = np.where(errors < least, scales, best), np.minimum(errors, least)
-        found[start : start + step] = np.where(whole == SMALLEST, 1.0, best)
+        found[start : start + step] = np.where(np.abs(whole) == SMALLEST, 1.0, best)
     if not group_of(depth, bits):
         return found[:, 0]
-    fits = found.min() >= _SMALLEST_HALF and found.max() <= np.finfo(np.float16).max
+    sizes = np.abs(found)
+    fits = sizes.min() >= _SMALLEST_HALF and sizes.max() <= np.finfo(np.float16).max
     return np.ascontiguousarray(found.T.astype(np.float16 if fits else np.float32))
+
+
+def _largest(blocks: Array) -> Array:
+    """Of each group along the last axis the element of the largest magnitude."""
+    places = np.abs(blocks).argmax(axis=-1)
+    return np.asarray(np.take_along_axis(blocks, places[..., None], -1)[..., 0])
 
 
 def to_integers(over: Array, bits: int) -> Array:
     """Weights over their scales, to nearest even, in int8."""
-    return np.clip(np.rint(over), *_ENDS[bits]).astype(np.int8)
+    return np.clip(np.rint(over), *ENDS[bits]).astype(np.int8)
 
 
 def quantise_matrix(matrix: Array, bits: int) -> GroupedWeights:

@@ -16,7 +16,7 @@ subgraphs only inputs and outputs are in it: `workloads` lists the former.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,17 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class OperatorTime:
+    """What the nodes of one operator take."""
+
+    operator: str
+    count: int
+    time_us: float
+    share: float  # of the model's time
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Roofs:
     """The limits that a roofline plot has: min(peak, intensity · bandwidth)."""
 
@@ -149,6 +160,26 @@ def estimate(model: ir.Model, device: Device, tuned: Mapping[str, tuple[float, s
     nodes = tuple(NodeTime(**row, share=row["time_us"] / total if total else 0.0) for row in rows)
     proven = bool(nodes) and all(node.provenance in (MEASURED, FREE) for node in nodes) and total > 0
     return Estimate(device.key, total, MEASURED if proven else PREDICTED, nodes)
+
+
+def not_fused(found: Estimate, fused: Collection[str]) -> list[OperatorTime]:
+    """What the nodes that are not fused take, by operator, the longest first. `fused` are the names of those that are.
+    Nodes that take no time are left out."""
+    rows: dict[str, list[NodeTime]] = {}
+    for row in found.nodes:
+        if row.node not in fused and row.provenance != FREE:
+            rows.setdefault(row.op, []).append(row)
+    times = (
+        OperatorTime(
+            op,
+            len(nodes),
+            math.fsum(row.time_us for row in nodes),
+            math.fsum(row.share for row in nodes),
+            sum(row.bytes for row in nodes),
+        )
+        for op, nodes in rows.items()
+    )
+    return sorted(times, key=lambda row: (-row.time_us, row.operator))
 
 
 def predicted_us(problem: Problem, device: Device) -> float | None:

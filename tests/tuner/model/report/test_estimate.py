@@ -17,7 +17,7 @@ from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.prediction import predict, roofline_us
 from tilewright.tuner.model.bodies import attach_bodies
 from tilewright.tuner.model.graph import make_fused
-from tilewright.tuner.model.report.estimate import NodeTime, estimate, launch_us, memory_us, pairing, roofs
+from tilewright.tuner.model.report.estimate import NodeTime, estimate, launch_us, memory_us, not_fused, pairing, roofs
 from tilewright.tuning_db.errors import UsageError
 
 DEVICE = resolve_device("rtx3090")
@@ -86,6 +86,19 @@ def test_shares_add_up() -> None:
     assert found.provenance == "predicted"
     assert found.flops == 2 * 256 * 1024 * 512
     assert found.by_provenance().keys() == {"predicted", "roofline"}
+
+
+def test_what_is_not_fused_is_summed_by_operator() -> None:
+    found = estimate(layer(), DEVICE)
+    rest = not_fused(found, set())
+    times = {row.node: row for row in found.nodes}
+    assert [row.time_us for row in rest] == sorted((row.time_us for row in rest), reverse=True)
+    by_operator = {row.operator: row for row in rest}
+    assert by_operator["Relu"].bytes == times["relu"].bytes
+    assert by_operator["Relu"].share == pytest.approx(times["relu"].share)
+    assert not_fused(found, set(times)) == []
+    twice = replace(found, nodes=(*found.nodes, times["relu"]))
+    assert {row.operator: row.count for row in not_fused(twice, set())}["Relu"] == 2
 
 
 def test_fusing_saves_what_passes_through_memory() -> None:
