@@ -4,7 +4,7 @@
 each (`activations.py`), lets products take in what follows them (`epilogue.py`), or puts it before them where it moves
 their rows (`rows.py`), and closes them: each is then a plugin of ours and a model-local function in one
 (`tilewright.tuner.model.bodies`). So is an RMS norm (`rms_norms.py`); layer norms become one node of ONNX's
-(`norms.py`). The rules are `onnxscript.rewriter`'s.
+(`norms.py`), and an `Einsum` that is a matrix product one (`einsums.py`). The rules are `onnxscript.rewriter`'s.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tilewright.tuner.model import bodies
 from tilewright.tuner.model.fuse import (
     activations,
     attention,
+    einsums,
     epilogue,
     halves,
     norms,
@@ -51,6 +52,7 @@ def fuse(model: ir.Model) -> FusionReport:
     rms_norms.apply(model, log)
     attention.apply(model, log)
     packed.unpack(model)
+    einsums.to_products(model)
     for rules in (
         pattern.RewriteRuleSet([rule.rule(log) for rule in (OpenMatMul, OpenGemm, OpenConv)]),
         *activations.rules(),
