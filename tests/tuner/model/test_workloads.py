@@ -77,6 +77,15 @@ def test_products_inside_control_flow_are_listed():
     assert found.coverage == 0
 
 
+@pytest.mark.parametrize("operator", ["DecoderMaskedMultiHeadAttention", "QOrderedMatMul", "SparseAttention"])
+def test_products_of_onnx_runtime_are_listed(operator):
+    model = model_of([make("MatMul", ["x", "w"], ["y"])], {"x": (4, 4)}, ["y"], {"w": normal(0, 4, 4)})
+    fuse(model)
+    model.graph.append(ir.Node("com.microsoft", operator, [model.graph.outputs[0]], name="own"))
+    (left,) = workloads(model).unsupported
+    assert (left.node, left.operator, left.flops) == ("own", operator, None)
+
+
 def test_a_model_without_products_is_covered():
     model = model_of([make("Relu", ["x"], ["y"])], {"x": (4,)}, ["y"], {})
     fuse(model)
