@@ -8,6 +8,7 @@ of the plugin's attributes and two more that TensorRT's parser looks for; its do
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -150,17 +151,30 @@ def make_fused(
     return ir.node(operator, ordered, attributes, domain=NAMESPACE, name=name, outputs=list(outputs or ()) or None)
 
 
-def unique_names(model: ir.Model) -> None:
-    """Gives every node a name of its own, and leaves those that have one: names are how layers are spoken of."""
-    taken: set[str] = set()
-    for node in model.graph:
-        base = node.name or "_".join([node.op_type, *(str(value.name) for value in node.outputs[:1])])
-        name, count = base, 1
-        while name in taken:
+@dataclass(slots=True)
+class Names:
+    """Names that are taken. A name that many ask for is told apart by a number, which goes on where it stood: to count
+    from the start each time would be quadratic."""
+
+    taken: set[str] = field(default_factory=set)
+    _counts: dict[str, int] = field(default_factory=dict)
+
+    def free(self, base: str) -> str:
+        """A name that is free, and now taken: `base`, or `base_2`, `base_3`, …"""
+        name, count = base, self._counts.get(base, 1)
+        while name in self.taken:
             count += 1
             name = f"{base}_{count}"
-        node.name = name
-        taken.add(name)
+        self._counts[base] = count
+        self.taken.add(name)
+        return name
+
+
+def unique_names(model: ir.Model) -> None:
+    """Gives every node a name of its own, and leaves those that have one: names are how layers are spoken of."""
+    names = Names()
+    for node in model.graph:
+        node.name = names.free(node.name or "_".join([node.op_type, *(str(value.name) for value in node.outputs[:1])]))
 
 
 def plugin_tensors(node: ir.Node) -> dict[str, Tensor]:

@@ -91,3 +91,20 @@ def test_nodes_without_outputs_get_names_too():
     node.name = None
     graph.unique_names(model)
     assert node.name == "Gelu"
+
+
+def test_a_name_that_many_ask_for_is_not_counted_from_the_start_each_time():
+    class Counted(set[str]):
+        asked = 0
+
+        def __contains__(self, name: object) -> bool:
+            self.asked += 1
+            return super().__contains__(name)
+
+    names = graph.Names(Counted({"a_3"}))
+    assert [names.free("a") for _ in range(4)] == ["a", "a_2", "a_4", "a_5"]
+    for _ in range(100):
+        names.free("a")
+    assert names.taken.asked < 400
+    names.taken.discard("a")
+    assert (names.free("a"), names.free("b")) == ("a", "b")
