@@ -55,7 +55,7 @@ def check_functions(model: onnx.ModelProto) -> None:
             raise ModelError(f"two functions are called {quoted(function.name)} of domain {quoted(function.domain)}")
         functions[key] = function
     calls = {
-        key: [called for node in _all_nodes(function.node) if (called := _key(node)) in functions]
+        key: [called for node in all_nodes(function.node) if (called := _key(node)) in functions]
         for key, function in functions.items()
     }
     try:
@@ -66,8 +66,8 @@ def check_functions(model: onnx.ModelProto) -> None:
     # Nodes of each once inlined: a chain of functions that call the next one twice doubles at every step.
     sizes: dict[_FunctionKey, int] = {}
     for key in order:
-        sizes[key] = sum(sizes.get(_key(node), 1) for node in _all_nodes(functions[key].node))
-    total = sum(sizes.get(_key(node), 1) for node in _all_nodes(model.graph.node))
+        sizes[key] = sum(sizes.get(_key(node), 1) for node in all_nodes(functions[key].node))
+    total = sum(sizes.get(_key(node), 1) for node in all_nodes(model.graph.node))
     if total > LARGEST_GRAPH:
         raise ModelError(f"the model has {total:.6g} nodes with its functions inlined: it may have {LARGEST_GRAPH}")
 
@@ -92,11 +92,11 @@ def put_in_order(model: onnx.ModelProto) -> None:
                 defined[name] = place
     needs: list[list[int]] = []
     for node in graph.node:
-        used = list(_used(node))
-        for name in used:
+        names = list(used(node))
+        for name in names:
             if name not in defined:
                 raise ModelError(f"{_called(node)} uses the value {quoted(name)}, which is never defined")
-        needs.append([defined[name] for name in used if defined[name] >= 0])
+        needs.append([defined[name] for name in names if defined[name] >= 0])
     for output in graph.output:
         if output.name not in defined:
             raise ModelError(f"the output {quoted(output.name)} is never defined")
@@ -118,7 +118,7 @@ def check_operators(model: onnx.ModelProto) -> None:
     Raises:
         ModelError: with the first node's name, operator and domain.
     """
-    for node in _all_nodes(model.graph.node):
+    for node in all_nodes(model.graph.node):
         domain = "" if node.domain == "ai.onnx" else node.domain
         node.domain = domain
         if domain and (domain, node.op_type) not in _runtime_operators():
@@ -144,27 +144,28 @@ def _called(node: onnx.NodeProto) -> str:
     return f"node {quoted(node.name or node.op_type)}"
 
 
-def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs in a node's attributes, without those inside them."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
         yield from attribute.graphs
 
 
-def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     """With those of subgraphs. Protobuf's parser has bounded how deep these nest."""
     for node in nodes:
         yield node
-        for graph in _subgraphs(node):
-            yield from _all_nodes(graph.node)
+        for graph in subgraphs(node):
+            yield from all_nodes(graph.node)
 
 
-def _used(node: onnx.NodeProto) -> Iterator[str]:
+def used(node: onnx.NodeProto) -> Iterator[str]:
     """The values of the graph around that a node uses, itself or in its subgraphs."""
     yield from (name for name in node.input if name)
-    for graph in _subgraphs(node):
+    for graph in subgraphs(node):
         own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
         own |= {name for inner in graph.node for name in inner.output}
         for inner in graph.node:
-            yield from (name for name in _used(inner) if name not in own)
+            yield from (name for name in used(inner) if name not in own)
         yield from (value.name for value in graph.output if value.name not in own)

@@ -91,7 +91,7 @@ def read_model(
     check(light)
     light = converted(light)
     otherwise = rounds_otherwise(light)
-    left = rewrite(light, weights)
+    light, left = rewrite(light, weights)
     light = infer_shapes(light)
     typed_casts(light)
     try:

@@ -38,12 +38,9 @@ def matmul_nbits(write: Writer) -> list[str]:
     if order is not None and not (len(order) == k and np.array_equal(order, np.arange(k) // block)):
         raise UnsupportedError("its rows are in an order of their own (g_idx)")
     scales = _sized(write.constant(write.input(2)), n * blocks, "scales").reshape(n, blocks)
-    inputs = [
-        write.weight(_integers(write, k, n, bits, blocks * block)),
-        write.weight(ir.tensor(np.ascontiguousarray(scales))),
-        write.weight(_zeros(write, n, blocks, bits)),
-    ]
-    weights = write("DequantizeLinear", *inputs, axis=1, block_size=block)
+    zeros = _zeros(write, n, blocks, bits)  # first, for they may be what is not known, and the integers are large
+    parts = [_integers(write, k, n, bits, blocks * block), ir.tensor(np.ascontiguousarray(scales)), zeros]
+    weights = write("DequantizeLinear", *map(write.weight, parts), axis=1, block_size=block)
     product = write("MatMul", write.input(0), write("Transpose", weights, perm=[1, 0]))
     bias = write.optional(5)
     return [write("Add", product, bias) if bias else product]
@@ -51,7 +48,9 @@ def matmul_nbits(write: Writer) -> list[str]:
 
 def _integers(write: Writer, k: int, n: int, bits: int, padded: int) -> ir.TensorProtocol:
     """The weights (N, K)."""
-    stored = _sized(write.constant(write.input(1)), n * padded * bits // 8, "B").view(np.uint8)
+    stored = _sized(write.constant(write.input(1)), n * padded * bits // 8, "B")
+    if stored.dtype != np.uint8:
+        raise UnsupportedError(f"its B is of {stored.dtype}: it must be of uint8")
     if bits == 8:
         return ir.Tensor(np.ascontiguousarray(stored.reshape(n, padded)[:, :k]), dtype=_KINDS[bits])
     if padded != k:
@@ -70,6 +69,8 @@ def _zeros(write: Writer, n: int, blocks: int, bits: int) -> ir.TensorProtocol:
     else:
         given = write.constant(name)
         if given.dtype != np.uint8:
+            if np.iscomplexobj(given):
+                raise UnsupportedError(f"its zero_points are of {given.dtype}")
             # As numbers, one for each block: they are integers more often than not.
             given = _sized(given, n * blocks, "zero_points").astype(np.float64)
             if not (np.array_equal(given, np.rint(given)) and given.min() >= 0 and given.max() < 1 << bits):

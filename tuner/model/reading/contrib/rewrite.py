@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 
 import onnx
 import onnx.shape_inference
 import onnx_ir as ir
 
+from tilewright.tuner.model.graph import Names
 from tilewright.tuner.model.messages import fault, quiet
 from tilewright.tuner.model.reading.contrib import (
     attention,
@@ -19,8 +21,9 @@ from tilewright.tuner.model.reading.contrib import (
     quantised,
     rotary,
 )
-from tilewright.tuner.model.reading.contrib.writer import Surroundings, UnsupportedError, Writer
-from tilewright.tuner.model.reading.names import LARGEST_GRAPH
+from tilewright.tuner.model.reading.contrib.inference import Inference, constants_of, types_of
+from tilewright.tuner.model.reading.contrib.writer import Shared, Surroundings, UnsupportedError, Writer
+from tilewright.tuner.model.reading.names import LARGEST_GRAPH, all_nodes, subgraphs
 from tilewright.tuner.model.reading.shapes import fold_for_shapes
 from tilewright.tuning_db.errors import ModelError
 
@@ -60,6 +63,7 @@ FORMS: dict[str, Callable[[Writer], Sequence[str | None]]] = {
     "SkipGroupNorm": norms.skip_group_norm,
     "SkipLayerNormalization": norms.skip_layer_norm,
     "SkipSimplifiedLayerNormalization": norms.skip_rms_norm,
+    "TransposeMatMul": products.fused_matmul,  # its older name
 }
 """The operators, and what writes each in standard ones."""
 
@@ -72,13 +76,18 @@ _STANDARD: dict[str, int | None] = {
 """Of those, what is found among the standard operators, and the opset from which it stays what it is: ONNX Runtime has
 two of its own there."""
 
+_LEAST_ROUNDS = 10
+"""How often a model is inferred, however large it is. Most need two: one in which all operators get their forms, those
+that wait for others behind them, and one that finds none left."""
+
 
 def set_apart(model: onnx.ModelProto) -> None:
     """Gives standard operators that have a form here ONNX Runtime's domain, in place, until they get it: of what is its
     own among them onnx's checker knows nothing."""
     version = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     known = {name for name, since in _STANDARD.items() if since is None or version < since}
-    found = [node for node in model.graph.node if node.domain in ("", "ai.onnx") and node.op_type in known]
+    nodes = all_nodes(model.graph.node)
+    found = [node for node in nodes if node.domain in ("", "ai.onnx") and node.op_type in known]
     for node in found:
         node.domain = DOMAIN
     if found and DOMAIN not in {entry.domain for entry in model.opset_import}:
@@ -95,61 +104,111 @@ def rounds_otherwise(model: onnx.ModelProto) -> bool:
     return coarse or any(node.op_type.startswith("Q") and node.op_type != "QuickGelu" for node in found)
 
 
-def rewrite(model: onnx.ModelProto, weights: MutableMapping[str, ir.TensorProtocol]) -> dict[str, str]:
-    """Puts standard operators in the place of ONNX Runtime's own in the main graph, in place.
+def rewrite(
+    model: onnx.ModelProto, weights: MutableMapping[str, ir.TensorProtocol]
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """Puts standard operators in the place of ONNX Runtime's own in the main graph; the model given may be changed.
 
     `weights` are the tensors that graph inputs stand in for (`weights.take_weights`); some are put in another form.
 
     Returns:
-        By the name of a node that stays, why it does.
+        The model, and by the name of a node that stays, why it does.
 
     Raises:
         ModelError: its shapes don't go together.
     """
-    graph = model.graph
     reasons: dict[str, str] = {}
     read: set[str] = set()
+    shared = Shared()
     folded = False
-    for _ in range(max(10, LARGEST_GRAPH * 10 // len(graph.node))):
-        if not any(map(_has_form, graph.node)):
+    _give_back(_inner_nodes(model.graph))
+    rounds = max(_LEAST_ROUNDS, LARGEST_GRAPH * 10 // max(1, len(model.graph.node)))
+    for _ in range(rounds):
+        if not any(map(_has_form, model.graph.node)):
             break
-        around = _surroundings(model, weights)
+        around = _surroundings(model, weights, shared)
         nodes: list[onnx.NodeProto] = []
-        reasons, before = {}, len(read)
-        for node in graph.node:
-            if not _has_form(node):
-                nodes.append(node)
-                continue
-            node.name = node.name or around.name(node.op_type)
-            try:
-                nodes += _written(node, around)
-            except UnsupportedError as error:
-                reasons[node.name] = str(error)
-                nodes.append(node)
-            else:
-                read |= {*node.input, node.name}
-        if len(read) == before:
-            if folded:
-                break
+        reasons, progress = {}, False
+        for node in model.graph.node:
+            written: list[onnx.NodeProto] | None = None
+            if _has_form(node):
+                node.name = node.name or around.names.free(node.op_type)
+                try:
+                    written = _written(node, around)
+                except UnsupportedError as error:
+                    reasons[node.name] = str(error)
+                else:
+                    read |= {*node.input, node.name}
+                    progress = True
+            around.values.passed(written or [node], written=written is not None)
+            nodes += [node] if written is None else written
+        if progress:
+            model, folded = _with_nodes(model, nodes, around.added), False
+        elif folded:
+            break
+        else:
             # What they wait for may follow from the arithmetic of shapes, which inference doesn't do.
-            known = onnx.shape_inference.infer_shapes(model, check_type=True)
-            with quiet():
-                worked = ir.from_proto(known)
-            fold_for_shapes(worked)
-            model.CopyFrom(ir.to_proto(worked))
-            graph = model.graph
-            folded = True
-            continue
-        folded = False
-        rest = onnx.GraphProto(node=nodes)  # copies: what a field is cleared of is gone
-        graph.ClearField("node")
-        graph.node.extend(rest.node)
-        graph.input.extend(around.added)
+            model, folded = _folded(model), True
+            set_apart(model)  # the branch of an `If` that was taken is part of the main graph now
+            _give_back(_inner_nodes(model.graph))
+    else:
+        limit = f"after {rounds} rounds of inference, the most for a model of its size"
+        reasons = {name: f"{reason}, {limit}" for name, reason in reasons.items()}
     _drop_unused(model, weights, read)
+    _give_back(model.graph.node)
+    return model, reasons | _inside_others(model.graph)
+
+
+def _inner_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Those inside of control flow."""
     for node in graph.node:
+        for inner in subgraphs(node):
+            yield from all_nodes(inner.node)
+
+
+def _give_back(nodes: Iterable[onnx.NodeProto]) -> None:
+    """Undoes `set_apart` for nodes that stay: what onnx knows of them is known again."""
+    for node in nodes:
         if node.domain == DOMAIN and node.op_type in _STANDARD:
             node.domain = ""
-    return reasons
+
+
+def _inside_others(graph: onnx.GraphProto) -> dict[str, str]:
+    """Why those stay that are inside of control flow, by names of their own, which they get."""
+    # Of a converted model, an operator that stays what it is from some opset on is a standard one.
+    strange = {name for name, since in _STANDARD.items() if since is None}
+    found = [node for node in _inner_nodes(graph) if _has_form(node) or (not node.domain and node.op_type in strange)]
+    if not found:
+        return {}
+    named = Counter(node.name for node in all_nodes(graph.node))
+    names = Names(set(named))
+    for node in found:
+        if not node.name or named[node.name] > 1:
+            node.name = names.free(node.name or node.op_type)
+    return {node.name: "it is inside a control-flow node" for node in found}
+
+
+def _with_nodes(
+    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], inputs: Sequence[onnx.ValueInfoProto]
+) -> onnx.ModelProto:
+    """A model with other nodes, and more inputs."""
+    rest = onnx.GraphProto(node=nodes)  # copies: what a field is cleared of is gone
+    model.graph.ClearField("node")
+    model.graph.node.extend(rest.node)
+    model.graph.input.extend(inputs)
+    # A message keeps the memory of what it was cleared of.
+    made = onnx.ModelProto()
+    made.ParseFromString(model.SerializeToString())
+    return made
+
+
+def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model whose shapes are known where they follow from constants."""
+    known = onnx.shape_inference.infer_shapes(model, check_type=True)
+    with quiet():
+        worked = ir.from_proto(known)
+    fold_for_shapes(worked)
+    return ir.to_proto(worked)
 
 
 def _has_form(node: onnx.NodeProto) -> bool:
@@ -159,6 +218,15 @@ def _has_form(node: onnx.NodeProto) -> bool:
 def _written(node: onnx.NodeProto, around: Surroundings) -> list[onnx.NodeProto]:
     """The nodes in place of one, that give what it gave by the same names."""
     write = Writer(node, around)
+    try:
+        return _nodes(write)
+    except UnsupportedError:
+        write.withdraw()
+        raise
+
+
+def _nodes(write: Writer) -> list[onnx.NodeProto]:
+    node = write.node
     made = list(FORMS[node.op_type](write))
     made += [None] * (len(node.output) - len(made))
     for place, name in enumerate(node.output):
@@ -181,27 +249,17 @@ def _written(node: onnx.NodeProto, around: Surroundings) -> list[onnx.NodeProto]
     return [*write.nodes, *copies]
 
 
-def _surroundings(model: onnx.ModelProto, weights: MutableMapping[str, ir.TensorProtocol]) -> Surroundings:
-    graph = model.graph
+def _surroundings(
+    model: onnx.ModelProto, weights: MutableMapping[str, ir.TensorProtocol], shared: Shared
+) -> Surroundings:
     try:
         # With types checked, for of operators that are functions, such as GroupNormalization, nothing is inferred else.
         inferred = onnx.shape_inference.infer_shapes(model, check_type=True).graph
     except Exception as error:  # noqa: BLE001 - the C++ code raises several
         raise ModelError(f"the model's shapes don't go together: {fault(error)}") from None
-    types = {}
-    for value in (*inferred.input, *inferred.value_info, *inferred.output):
-        tensor = value.type.tensor_type
-        if tensor.elem_type:
-            dims = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim)
-            types[value.name] = tensor.elem_type, dims if tensor.HasField("shape") else None
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    types |= {name: (tensor.data_type, tuple(tensor.dims)) for name, tensor in constants.items()}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.domain == "" and node.attribute[0].name == "value":
-            constants[node.output[0]] = node.attribute[0].t
-    taken = set(_names(graph))
+    values = Inference(types_of(inferred), constants_of(model.graph), model.opset_import)
     opset = next(int(entry.version) for entry in model.opset_import if entry.domain == "")
-    return Surroundings(types, weights, constants, taken, opset)
+    return Surroundings(values, weights, Names(set(_names(model.graph))), opset, shared)
 
 
 def _names(graph: onnx.GraphProto) -> Iterator[str]:
@@ -219,11 +277,12 @@ def _drop_unused(model: onnx.ModelProto, weights: MutableMapping[str, ir.TensorP
     """Lets go of those weights and constants that nothing reads any more, now that they are in another form."""
     graph = model.graph
     idle = names - set(_names(onnx.GraphProto(node=graph.node))) - {value.name for value in graph.output}
+    gone = idle & weights.keys()
     rest = onnx.GraphProto(
-        input=[value for value in graph.input if value.name not in idle & set(weights)],
+        input=[value for value in graph.input if value.name not in gone],
         initializer=[tensor for tensor in graph.initializer if tensor.name not in idle],
     )
-    for name in idle & set(weights):
+    for name in gone:
         del weights[name]
     for field in ("input", "initializer"):
         graph.ClearField(field)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import hashlib
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,14 @@ import onnx
 import onnx_ir as ir
 from onnx import helper, numpy_helper
 
+from tilewright.tuner.model.graph import Names
+from tilewright.tuner.model.reading.contrib.inference import Inference
+
 Array = np.ndarray[Any, Any]
+
+MOST_SHARED = 1 << 31
+"""Bytes of the masks and angles that forms add, 2 GiB as for what folding adds: a few bytes of a file can ask for the
+largest mask again and again, each with another window."""
 
 
 class UnsupportedError(Exception):
@@ -19,33 +27,37 @@ class UnsupportedError(Exception):
 
 
 @dataclass(slots=True)
+class Shared:
+    """Weights that forms have added and others may use.
+
+    Attributes:
+        names: by type, shape and a digest of what is in them.
+        left: bytes that may still be added.
+    """
+
+    names: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
+    left: int = MOST_SHARED
+
+
+@dataclass(slots=True)
 class Surroundings:
     """The model around a node.
 
     Attributes:
-        types: of the values that inference has found: the data type, and a shape where that is known, with None for a
-            dimension that is not.
+        values: what is known of those in the model.
         weights: tensors that are taken out of the model; forms may add some.
-        constants: the tensors that are in it.
-        taken: names of values.
+        names: of values and nodes.
         opset: of the standard operators.
+        shared: weights that forms have added and others may use.
+        added: the graph inputs that stand in for weights that forms have added.
     """
 
-    types: Mapping[str, tuple[int, tuple[int | None, ...] | None]]
+    values: Inference
     weights: MutableMapping[str, ir.TensorProtocol]
-    constants: Mapping[str, onnx.TensorProto]
-    taken: set[str]
+    names: Names
     opset: int
+    shared: Shared = field(default_factory=Shared)
     added: list[onnx.ValueInfoProto] = field(default_factory=list)
-
-    def name(self, base: str) -> str:
-        """A name that is free, and now taken."""
-        name, count = base, 1
-        while name in self.taken:
-            count += 1
-            name = f"{base}_{count}"
-        self.taken.add(name)
-        return name
 
 
 class Writer:
@@ -61,13 +73,27 @@ class Writer:
         self._inputs = list(node.input)
         self._attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
         self._base = next(filter(None, node.output), node.op_type)
+        self._names: list[str] = []
+        self._added_before = len(around.added)
+        self._shared: list[tuple[str, tuple[int, ...], bytes]] = []
 
     def __call__(self, operator: str, *inputs: str | None, outputs: int = 1, **attributes: Any) -> Any:
-        names = [self.around.name(f"{self._base}/{operator}") for _ in range(outputs)]
+        names = [self._free(f"{self._base}/{operator}") for _ in range(outputs)]
         given = {key: value for key, value in attributes.items() if value is not None}
         name = f"{self.node.name or self._base}/{operator}"
         self.nodes.append(helper.make_node(operator, [each or "" for each in inputs], names, name=name, **given))
         return names[0] if outputs == 1 else tuple(names)
+
+    def withdraw(self) -> None:
+        """Takes back what has been added to the surroundings, when the form can't be written after all: a weight would
+        stay in the model, read by nothing, or be thought to be there when it isn't."""
+        for key in self._shared:
+            self.around.shared.left += self.around.weights[self.around.shared.names.pop(key)].nbytes
+        for name in self._names:
+            self.around.names.taken.discard(name)
+            self.around.weights.pop(name, None)
+            self.around.values.types.pop(name, None)
+        del self.around.added[self._added_before :]
 
     def input(self, place: int) -> str:
         """The name of an input.
@@ -134,9 +160,10 @@ class Writer:
         Raises:
             UnsupportedError: it isn't known.
         """
-        if name not in self.around.types:
+        found = self.around.values.type_of(name)
+        if found is None:
             raise UnsupportedError(f"the data type of {name!r} is not known")
-        return ir.DataType(self.around.types[name][0])
+        return ir.DataType(found[0])
 
     def constant(self, name: str) -> Array:
         """The array behind a weight or another constant.
@@ -144,19 +171,21 @@ class Writer:
         Raises:
             UnsupportedError: it is computed, or an input of the model.
         """
-        if name in self.around.weights:
-            return np.asarray(self.around.weights[name].numpy())
-        if name in self.around.constants:
-            return np.asarray(numpy_helper.to_array(self.around.constants[name]))
-        raise UnsupportedError(f"{name!r} is not a constant")
+        array = self.constant_or_none(name)
+        if array is None:
+            raise UnsupportedError(f"{name!r} is not a constant")
+        return array
 
     def constant_or_none(self, name: str) -> Array | None:
         """The array behind a weight or another constant, or None where it is none."""
-        return self.constant(name) if name in self.around.weights or name in self.around.constants else None
+        if name in self.around.weights:
+            return np.asarray(self.around.weights[name].numpy())
+        found = self.around.values.constant(name)
+        return None if found is None else np.asarray(numpy_helper.to_array(found))
 
     def array(self, array: Array) -> str:
         """A small constant of its own data type."""
-        name = self.around.name(f"{self._base}/constant")
+        name = self._free(f"{self._base}/constant")
         self.nodes.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array)))
         return name
 
@@ -170,23 +199,42 @@ class Writer:
 
     def weight(self, tensor: ir.TensorProtocol) -> str:
         """A new weight, of whatever size."""
-        name = self.around.name(tensor.name or f"{self._base}/weight")
+        name = self._free(tensor.name or f"{self._base}/weight")
         tensor.name = name
         self.around.weights[name] = tensor
-        shape = [int(dim) for dim in tensor.shape.numpy()]
+        shape = tuple(int(dim) for dim in tensor.shape.numpy())
+        self.around.values.types[name] = int(tensor.dtype), shape
         self.around.added.append(helper.make_tensor_value_info(name, int(tensor.dtype), shape))
         return name
 
     def shared(self, array: Array, base: str) -> str:
-        """A weight that other nodes may have made already: it is one for all of them."""
-        found = self.around.weights.get(base)
-        alike = found is not None and found.dtype == ir.DataType.from_numpy(array.dtype) and found.shape == array.shape
-        if found is not None and alike and np.array_equal(found.numpy(), array):
-            return base
-        return self.weight(ir.Tensor(np.ascontiguousarray(array), name=base))
+        """A weight that other nodes may have made already, by whatever name: it is one for all of them. Nodes with the
+        same `base` may have different ones, as layers with and without a window have.
+
+        Raises:
+            UnsupportedError: all of them would be too large.
+        """
+        array = np.ascontiguousarray(array)
+        key = str(array.dtype), array.shape, hashlib.blake2b(array.reshape(-1).view(np.uint8).data).digest()
+        shared = self.around.shared
+        if key not in shared.names:
+            if array.nbytes > shared.left:
+                raise UnsupportedError(
+                    f"its constant {base!r} has {array.nbytes} bytes: of the {MOST_SHARED} for such constants of all "
+                    f"operators {shared.left} are left"
+                )
+            shared.names[key] = self.weight(ir.Tensor(array, name=base))
+            shared.left -= array.nbytes
+            self._shared.append(key)
+        return shared.names[key]
+
+    def _free(self, base: str) -> str:
+        name = self.around.names.free(base)
+        self._names.append(name)
+        return name
 
     def _known(self, name: str) -> tuple[int | None, ...]:
-        found = self.around.types.get(name)
+        found = self.around.values.type_of(name)
         if found is None or found[1] is None:
             raise UnsupportedError(f"the rank of {name!r} is not known")
         return found[1]

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from tests.tuner.model.contrib import assert_same, reason, written
+from tests.tuner.model.contrib import assert_same, read, reason, written
 from tests.tuner.model.graphs import normal
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model.fuse import fuse
@@ -89,6 +89,8 @@ def test_the_kernel_reads_the_integers(bits: int, tmp_path: Path) -> None:
         ({"K": 0}, "its attributes are K=0, N=8, bits=4, block_size=32"),
         ({"N": 9}, "its scales has 16 elements: 18 belong to its attributes"),
         ({"z": np.full(16, 7.5, np.float32)}, "its zero points are no integers"),
+        ({"z": np.ones(16, np.complex64)}, "its zero_points are of complex64"),
+        ({"B": np.zeros((8, 2, 16), np.int32)}, "its B is of int32: it must be of uint8"),
         ({"z": np.zeros(3, np.uint8)}, "its zero_points has 3 elements: 8 belong to its attributes"),
         ({"order": np.arange(64, dtype=np.int32) % 2}, "its rows are in an order of their own (g_idx)"),
         ({"opset": 20}, "the model has opset 20: blocks are from 21 on"),
@@ -124,3 +126,11 @@ def test_weights_that_are_computed_stay(computed: bool, tmp_path: Path) -> None:
     made.graph.input.append(onnx.helper.make_tensor_value_info("s", scale.data_type, scale.dims))
     made.graph.initializer.remove(scale)
     assert reason(made, tmp_path) == "'t' is not a constant"
+
+
+def test_of_what_stays_nothing_is_added(tmp_path: Path) -> None:
+    """Though another operator gets its form in the same round."""
+    made = model(64, 8, 4, 32, weights(64, 8, 4, 32, "") | {"z": np.full(16, 7.5, np.float32)})
+    made.graph.node.append(onnx.helper.make_node("QuickGelu", ["y"], ["g"], domain="com.microsoft"))
+    made.graph.output[0].name = "g"
+    assert sorted(read(made, tmp_path).graph.initializers) == ["B", "s", "z"]

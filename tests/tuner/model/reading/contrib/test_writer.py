@@ -10,18 +10,21 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tilewright.tuner.model.graph import Names
+from tilewright.tuner.model.reading.contrib.inference import Inference, Type
 from tilewright.tuner.model.reading.contrib.writer import Surroundings, UnsupportedError, Writer
 
 
 def around(**more: Any) -> Surroundings:
-    types: dict[str, tuple[int, tuple[int | None, ...] | None]] = {
+    types: dict[str, Type] = {
         "x": (TensorProto.FLOAT16, (2, None)),
         "w": (TensorProto.FLOAT, (3, 4)),
         "unranked": (TensorProto.FLOAT, None),
     }
     weights: dict[str, ir.TensorProtocol] = {"w": ir.tensor(np.ones((3, 4), np.float32))}
     constants = {"c": numpy_helper.from_array(np.arange(3), "c")}
-    return Surroundings(types, weights, constants, {"x", "w", "c", "y", "y/Add"}, 21, **more)
+    values = Inference(types, constants, [helper.make_opsetid("", 21)])
+    return Surroundings(values, weights, Names({"x", "w", "c", "y", "y/Add"}), 21, **more)
 
 
 def writer(*inputs: str, **attributes: Any) -> Writer:
@@ -95,3 +98,45 @@ def test_constants_and_weights() -> None:
     assert write.around.weights[name].shape == (5, 2)
     (added,) = write.around.added
     assert (added.name, added.type.tensor_type.elem_type) == (name, TensorProto.INT8)
+
+
+def test_what_is_withdrawn_is_as_if_it_had_not_been() -> None:
+    surroundings = around()
+    kept = Writer(helper.make_node("Gelu", ["x"], ["k"]), surroundings)
+    stays = kept.weight(ir.tensor(np.zeros(2, np.float32)))
+    gone = Writer(helper.make_node("Gelu", ["x"], ["y"]), surroundings)
+    gone("Add", "x", "x")
+    gone.shared(np.ones(3, np.float32), "part")
+    gone.withdraw()
+    assert set(surroundings.weights) == {"w", stays}
+    assert [value.name for value in surroundings.added] == [stays]
+    assert surroundings.names.taken == {"x", "w", "c", "y", "y/Add", stays}
+    with pytest.raises(UnsupportedError):
+        kept.rank("part")
+    # Shared again, it is made again.
+    assert kept.shared(np.ones(3, np.float32), "part") in surroundings.weights
+
+
+def test_weights_are_shared_by_what_is_in_them() -> None:
+    """Whatever the first one of their name is."""
+    write = writer("x")
+    arrays = [np.arange(6, dtype=np.float32), np.ones(6, np.float32), np.ones((2, 3), np.float32), np.ones(6, np.int32)]
+    first = [write.shared(array, "part") for array in arrays]
+    assert first == ["part", "part_2", "part_3", "part_4"]
+    assert [write.shared(array.copy(), "other") for array in arrays] == first
+    assert len(write.around.added) == 4
+
+
+def test_what_is_shared_is_bounded_in_all() -> None:
+    surroundings = around()
+    surroundings.shared.left = 100
+    for round_ in range(2):  # what is withdrawn is free again
+        write = Writer(helper.make_node("Gelu", ["x"], ["y"]), surroundings)
+        write.shared(np.ones(15, np.float32), "mask")
+        with pytest.raises(UnsupportedError, match=re.escape("'mask' has 44 bytes: of the 2147483648 for such")):
+            write.shared(np.ones(11, np.float32), "mask")
+        write.shared(np.ones(15, np.float32), "mask")
+        assert surroundings.shared.left == 40
+        if not round_:
+            write.withdraw()
+    assert (surroundings.shared.left, len(surroundings.added)) == (40, 1)
