@@ -4,7 +4,7 @@ In this order: size and format; text; every tensor checked and the weights taken
 checked; sizes of the inputs bound; functions inlined, the model checked by onnx and its opset converted (`convert.py`);
 ONNX Runtime's own operators written in standard ones (`contrib`); shapes inferred; the weights put back. Nothing in a
 file is executed, nothing outside the file's folder is read, and what a file can ask for in time and memory is bounded:
-`LARGEST_FILE`, `names.LARGEST_GRAPH`, `shapes.LARGEST_VALUE`, `constants.LARGEST_FOLDED`.
+`LARGEST_FILE`, `names.LARGEST_GRAPH`, `shapes.LARGEST_VALUE`, `constants.LARGEST_FOLDED`, `writer.MOST_SHARED`.
 """
 
 from __future__ import annotations

@@ -83,8 +83,8 @@ def test_what_onnx_does_not_know_may_be_inside_of_control_flow(
 
 def test_shapes_behind_control_flow_with_quantised_operators_are_known(tmp_path: Path) -> None:
     text = """(uint8[2, 3] x, bool c, float[2, 5] w) => (float[3, 5] z)
-    { y = If(c) <then_branch = t () => (uint8[A, B] a) { a = QLinearMatMul(x, s, o, m, s, o, s, o) },
-        else_branch = e () => (uint8[A, B] b) { b = QLinearMatMul(x, s, o, m, s, o, s, o) }>
+    { y = If(c) <then_branch = t () => (uint8[] a) { a = QLinearMatMul(x, s, o, m, s, o, s, o) },
+        else_branch = e () => (uint8[] b) { b = QLinearMatMul(x, s, o, m, s, o, s, o) }>
       f = Cast<to = 1>(y)  z = com.microsoft.FusedMatMul<transA: int = 1>(f, w) }"""
     scale, zero = np.array(0.1, np.float32), np.array(3, np.uint8)
     made = read(written(text, m=np.ones((3, 3), np.uint8), s=scale, o=zero), tmp_path)
