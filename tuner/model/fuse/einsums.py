@@ -86,6 +86,8 @@ def _product(node: ir.Node) -> _Product | None:
         return None
     if set(out) - set(first) - set(second) or (set(first) ^ set(second)) - set(out):
         return None  # one operand alone is summed over
+    if not found.own(0) and not found.own(1):
+        return None  # each result is a product of two vectors: there are no matrices
     return found
 
 

@@ -31,6 +31,7 @@ from tilewright.tuner.model.precision.grouped import (
     GroupedWeights,
     group_of,
     matrix_of,
+    quantise_matrix,
     scales_of,
     stored,
     to_integers,
@@ -302,8 +303,15 @@ def _observe(model: ir.Model, layers: Layers, feeds: Sequence[Feed], seed: int) 
                     rows = layer_input(rows, data.op, precision)
                     unit = np.float32(precision.scales[ACTIVATIONS[data.op][0]])
                 else:
+                    # What is infinite or NaN, as of a mask, says nothing of rounding.
                     rows = rows.astype(np.float32)
-                    unit = units.setdefault(name, np.abs(rows).max() / 128 or np.float32(1))
+                    rows = rows[:, np.isfinite(rows).all(axis=(0, 2))]
+                    if not rows.size:
+                        continue
+                    largest = np.abs(rows).max()
+                    if largest:
+                        units.setdefault(name, largest / 128)
+                    unit = units.get(name, np.float32(1))
                 moments[name].add(rows / unit)
     return moments
 
@@ -324,6 +332,8 @@ def _rounded(node: ir.Node, data: LayerData, kind: str, moments: Moments) -> Wei
 
 def _rounded_groups(node: ir.Node, bits: int, moments: Moments) -> GroupedWeights:
     matrix = matrix_of(node)
+    if moments.sums is None:  # nothing that was seen is finite
+        return quantise_matrix(matrix, bits)
     group = group_of(matrix.shape[1], bits)
     seconds = [moments.second(index) for index in range(len(moments.pieces))]
     importance = np.concatenate([np.diagonal(each[0]) for each in seconds])

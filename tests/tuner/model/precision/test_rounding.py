@@ -9,8 +9,10 @@ import pytest
 
 from tests.tuner.model.fused_nets import convolutions, decibels, every_layer, output, perceptron, single
 from tests.tuner.model.graphs import normal
+from tilewright.tuner.model.graph import fused_nodes
 from tilewright.tuner.model.precision import rounding
 from tilewright.tuner.model.precision.correction import measure_shifts
+from tilewright.tuner.model.precision.grouped import matrix_of, quantise_matrix
 from tilewright.tuner.model.precision.quantise import (
     LayerPrecision,
     Weights,
@@ -199,6 +201,26 @@ def test_weights_alone_are_rounded_by_their_inputs_too(kind: str, pieces: int, m
         for given in (weights, {})
     ]
     assert errors[0] < 0.3 * errors[1]
+
+
+@pytest.mark.parametrize("spoilt", [[0], [2], [0, 1, 2, 3]])
+@pytest.mark.parametrize("kind", ["w8a16", "w4a16"])
+def test_inputs_that_are_not_finite_say_nothing(kind: str, spoilt: list[int]) -> None:
+    model = single("gemm", {"a": normal(0, 50, 160), "b": normal(1, 160, 8)}, ("a",))
+    feeds = [{"a": correlated(index, 50, 160)} for index in range(4)]
+    feeds[0]["a"][:] = 0  # by whose size rows are not to be measured either
+    for index in spoilt:
+        feeds[index]["a"][7, 5] = -np.inf
+        if len(spoilt) == 4:
+            feeds[index]["a"][:, 3] = np.nan
+    plan = {"layer": LayerPrecision(kind)}
+    found = round_groups(model, plan, feeds)["layer"]
+    nearest = quantise_matrix(matrix_of(next(iter(fused_nodes(model)))), found.bits)
+    if len(spoilt) == 4:
+        np.testing.assert_array_equal(found.values, nearest.values)
+    else:
+        assert 0.3 < (found.values == nearest.values).mean() < 1
+        assert np.abs(found.values.astype(int) - nearest.values).max() < 20
 
 
 def test_layers_of_no_such_plan_are_left_out() -> None:
