@@ -3,18 +3,20 @@
 A file of a few bytes can ask for terabytes (`ConstantOfShape`, `Expand`, `Range`, `Tile`) or for hours (`Loop`, a
 convolution of constants). So a node is folded only if its operator's work is in proportion to what it reads and
 writes, its output's size is known beforehand, and that is within `LARGEST_FOLDED`, or not more than its inputs'. All
-that a model grows by is within `MOST_FOLDED`.
+that a model grows by is within `MOST_FOLDED`. Products of constants are bounded in multiply-adds, each and all
+together: that is a bound on work, from which time follows on the processor at hand.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import optimizer
 
 from tilewright.tuner.model.folding.quantised import constant_steps
-from tilewright.tuner.model.graph import static_shape
+from tilewright.tuner.model.graph import constant, is_constant, static_shape
 from tilewright.tuner.model.messages import fault, quiet
 from tilewright.tuning_db.errors import ModelError
 
@@ -24,9 +26,10 @@ LARGEST_FOLDED = 1 << 29
 MOST_FOLDED = 1 << 31
 """Bytes that a model grows by, 2 GiB."""
 
-_MOST_WORK = 1 << 30  # multiply-adds of one constant matrix product: a tenth of a second
+_MOST_WORK = 1 << 30  # multiply-adds of one constant matrix product: a fraction of a second, on a processor of today
 _MOST_WORK_IN_ALL = 1 << 33
-_SLOWER = 32  # how much so NumPy multiplies what is not fp32 or fp64, without a library
+_SLOWER = 32  # what one counts as of other types than fp32 and fp64, without a library, and of subnormal numbers
+_PIECE = 1 << 20  # elements that are looked at at a time
 _MOST_LOOPED = 1 << 16  # elements of what onnx's reference implementation goes through one by one
 
 # Work in proportion to inputs and output, in NumPy, whatever the attributes and values. GatherElements isn't: an index
@@ -148,6 +151,25 @@ def _is_cheap(node: ir.Node, read: int, written: int, budget: Budget) -> bool:
         inner, outer = static_shape(node.inputs[0]), static_shape(node.outputs[0])
         if not inner or outer is None:
             return False
-        fast = node.inputs[0].dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+        fast = node.inputs[0].dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE) and not _is_subnormal(node)
         return budget.allows_work(math.prod(outer) * inner[-1] * (1 if fast else _SLOWER))
     return False
+
+
+def _is_subnormal(node: ir.Node) -> bool:
+    """Whether a product of two constants has, or may make, numbers below the normal range, for which processors take
+    tens of times as long. Weights of other products are not looked at."""
+    if not all(map(is_constant, node.inputs)):
+        return False
+    arrays = [array for array in map(constant, node.inputs) if array is not None]
+    smallest = [_smallest(array) for array in arrays]
+    return any(min(*smallest, math.prod(smallest)) < np.finfo(array.dtype).tiny for array in arrays)
+
+
+def _smallest(array: np.ndarray) -> float:
+    """The smallest magnitude but 0; infinity of zeros."""
+    flat, least = array.reshape(-1), math.inf
+    for start in range(0, flat.size, _PIECE):
+        piece = np.abs(flat[start : start + _PIECE])
+        least = min(least, float(piece.min(where=piece > 0, initial=np.inf)))
+    return least

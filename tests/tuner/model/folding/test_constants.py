@@ -81,6 +81,30 @@ def test_products_of_weights_are_bounded(name: str, most: int, left: int, monkey
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "left"),
+    [
+        (1e-30, 1e-5, []),
+        (1e-39, 0.5, ["MatMul"]),
+        (0.5, 1e-39, ["MatMul"]),
+        (1e-20, 1e-20, ["MatMul"]),
+        (0.0, 1e-30, []),
+    ],
+    ids=["small", "subnormal", "the second", "their product", "zeros"],
+)
+def test_products_of_subnormal_numbers_count_for_more(
+    first: float, second: float, left: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processors take tens of times as long for them."""
+    monkeypatch.setattr(constants, "_MOST_WORK", 31 * 8 * 8 * 8)
+    monkeypatch.setattr(constants, "_PIECE", 7)
+    arrays = {"a": np.ones((8, 8), np.float32), "b": np.ones((8, 8), np.float32)}
+    arrays["a"][3, 3], arrays["b"][5, 0] = first, second
+    model = model_of([node("MatMul", "a b", "c"), node("Add", "x c", "y")], {"x": (1,)}, ["y"], arrays)
+    fold(model)
+    assert [each.op_type for each in model.graph] == [*left, "Add"]
+
+
+@pytest.mark.parametrize(
     "nodes",
     [
         [node("ConstantOfShape", "shape", "big"), node("Slice", "big one two", "part"), node("Add", "x part", "y")],
