@@ -203,8 +203,25 @@ class _Lowering:
         self._stream = stays | self._wide
         self._absorbing = {value for found in self._kept.values() for value in found.absorbing}
         for node in nodes:
-            self._convert(node, self._kinds[node])
+            self._convert(node, "fp32" if self._is_before_steps(node) else self._kinds[node])
         self._outputs()
+
+    def _is_before_steps(self, node: ir.Node) -> bool:
+        """Whether a node does nothing but move what is fp32 to steps that quantise it: casts there and back would round
+        it, and cost more than they save."""
+        out, source = node.outputs[0], node.inputs[0] if node.inputs else None
+        if node.domain != "" or node.op_type not in MOVING or source is None or out.is_graph_output():
+            return False
+        users = [user for user, _ in out.uses()]
+        steps = [
+            user for user in users if user.op_type == "QuantizeLinear" or self.targets.get(user.name or "") == "fp32"
+        ]
+        moved = node.inputs if node.op_type == "Concat" else [source]
+        return (
+            len(node.outputs) == 1
+            and 0 < len(users) == len(steps)
+            and all(value is not None and self._home.get(value) == "fp32" for value in moved)
+        )
 
     def _stays_wide(self, value: ir.Value) -> bool:
         """Whether a layer's result is read by nodes that stay fp32, or is a sum that norms read, or part of one; and by

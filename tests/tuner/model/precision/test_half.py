@@ -411,3 +411,20 @@ def test_a_pad_of_bf16_is_one_of_opset_21(opset: int, kept: str) -> None:
     (pad,) = [each for each in model.graph if each.op_type == "Pad"]
     assert dtype_name(pad.outputs[0]) == kept
     np.testing.assert_array_equal(results(model, {"x": np.ones((2, 3), np.float32)})[0][0], [0, 1, 1, 1, 0])
+
+
+def test_what_is_only_moved_to_steps_stays_fp32() -> None:
+    """Casts there and back would round it before it is quantised."""
+    nodes = [
+        node("Reshape", ["x", "shape"], ["r"], name="move"),
+        node("QuantizeLinear", ["r", "scale", "zero"], ["q"], name="quantise"),
+        node("DequantizeLinear", ["q", "scale", "zero"], ["y"], name="dequantise"),
+    ]
+    arrays = {"shape": np.int64([4, 4]), "scale": np.float32(0.01), "zero": np.int8(0)}
+    model = model_of(nodes, {"x": (2, 8)}, ["y"], arrays)
+    lower(model, {}, "fp16")
+    assert operators(model) == ["Reshape", "QuantizeLinear", "DequantizeLinear"]
+    read = [node("Neg", ["r"], ["z"], name="read")]
+    model = model_of([*nodes, *read], {"x": (2, 8)}, ["y", "z"], arrays)
+    lower(model, {}, "fp16")
+    assert dtypes(model)["r"] == "fp16"
