@@ -9,6 +9,8 @@ their rows (`rows.py`), and closes them: each is then a plugin of ours and a mod
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript.rewriter import pattern
@@ -27,7 +29,9 @@ from tilewright.tuner.model.fuse import (
     rms_norms,
     rows,
 )
+from tilewright.tuner.model.fuse.layout import RESHAPES, Maker
 from tilewright.tuner.model.fuse.moved_activations import move_activations
+from tilewright.tuner.model.fuse.one_row import OneRow
 from tilewright.tuner.model.fuse.opening import OpenConv, OpenGemm, OpenMatMul, close, is_open, register_constants
 from tilewright.tuner.model.fuse.outcome import FusionReport, Log, Match, Miss
 from tilewright.tuner.model.graph import fused_nodes, is_fused, unique_names
@@ -43,7 +47,8 @@ def fuse(model: ir.Model) -> FusionReport:
     """
     unique_names(model)
     before = len(model.graph)
-    log = Log()
+    log, copies, rows_of_one = Log(), Maker(), OneRow(model)
+    given = {node.name for node in model.graph}
     activations.constants_last(model)
     ranks.lower_constants(model)
     halves.join_slices(model)
@@ -53,6 +58,7 @@ def fuse(model: ir.Model) -> FusionReport:
     attention.apply(model, log)
     packed.unpack(model)
     einsums.to_products(model)
+    rows_of_one.convolutions(log)
     for rules in (
         pattern.RewriteRuleSet([rule.rule(log) for rule in (OpenMatMul, OpenGemm, OpenConv)]),
         *activations.rules(),
@@ -62,7 +68,8 @@ def fuse(model: ir.Model) -> FusionReport:
     growing = True
     while growing:
         # All, each time: what one does makes room for another.
-        growing = any([rows.move_before(model), move_activations(model), epilogue.rules(log).apply_to_model(model)])
+        moved = [rows.move_before(model), rows_of_one.move_sums(log), move_activations(model)]
+        growing = any([*moved, epilogue.rules(log, copies).apply_to_model(model)])
         register_constants(model)
         # What nobody reads any more would count as a use of what it reads, and end a chain.
         passes.RemoveUnusedNodesPass()(model)
@@ -71,7 +78,8 @@ def fuse(model: ir.Model) -> FusionReport:
     activations.spell_out(model)
     rms_norms.take_sums(model, log)
     log.settle()
-    ends = {node.name or "": _end(node) for node in model.graph if is_open(node) or is_fused(node)}
+    rows_of_one.name_steps()
+    ends = {node.name or "": _end(node, given) for node in model.graph if is_open(node) or is_fused(node)}
     close(model)
     bodies.attach_bodies(model)
     for clean in (passes.RemoveUnusedNodesPass(), passes.RemoveUnusedOpsetsPass()):
@@ -80,13 +88,16 @@ def fuse(model: ir.Model) -> FusionReport:
     return FusionReport(tuple(log.matches), tuple(log.misses.values()), before, len(model.graph), layers, ends)
 
 
-def _end(node: ir.Node) -> str:
-    """Why the chain of a node goes no further."""
+def _end(node: ir.Node, given: Collection[str | None]) -> str:
+    """Why the chain of a node goes no further. Moves that fusing has made are no nodes of the user's, whose names are
+    `given`: of those it says what comes behind."""
     value = node.outputs[0]
-    if value.is_graph_output():
-        return "its result is an output of the model"
-    uses = value.uses()
-    if len(uses) != 1:
-        return f"its result is used {len(uses)} times"
-    (user, _), *_ = uses
-    return f"its result goes to {user.op_type} {user.name!r}"
+    while not value.is_graph_output():
+        uses = value.uses()
+        if len(uses) != 1:
+            return f"its result is used {len(uses)} times"
+        ((user, _),) = uses
+        if user.name in given or user.domain != "" or user.op_type not in (*RESHAPES, "Transpose"):
+            return f"its result goes to {user.op_type} {user.name!r}"
+        value = user.outputs[0]
+    return "its result is an output of the model"

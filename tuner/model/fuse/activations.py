@@ -215,7 +215,11 @@ class _OneOperator(RewriteRuleClassBase):
         node = out.producer()
         assert node is not None
         name = activation_name(self._name_of(node))
-        return op.Activation(node.inputs[0], activation=name, _domain=OPEN)  # type: ignore[no-any-return]
+        made: ir.Value = op.Activation(node.inputs[0], activation=name, _domain=OPEN)
+        maker = made.producer()
+        assert maker is not None
+        maker.name = node.name  # it may stay a node of its own
+        return made
 
 
 def _clip(node: ir.Node) -> str | None:
@@ -348,7 +352,8 @@ def spell_out(model: ir.Model) -> None:
         kind = dtype_name(source)
         value = bodies.activate(op, source, node.attributes["activation"].as_string(), kind)
         for index, each in enumerate(op.nodes):
-            each.name = f"{node.name}_{each.op_type}_{index}" if node.name else None
+            alone = len(op.nodes) == 1
+            each.name = node.name if alone or not node.name else f"{node.name}_{each.op_type}_{index}"
             for made in each.outputs:
                 made.name = f"{node.outputs[0].name}_{each.op_type}_{index}"
                 made.type = made.type or source.type

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase, RewriteRuleSet, Var
 
-from tilewright.tuner.model.fuse.layout import RESHAPES, typed
+from tilewright.tuner.model.fuse.layout import RESHAPES, Maker, row_before, typed
 from tilewright.tuner.model.fuse.opening import (
     FLOATS,
     OPEN,
@@ -59,13 +59,16 @@ class _Step(RewriteRuleClassBase):
     def check(self, context: Any, product: ir.Value, **bound: ir.Value) -> MatchResult:
         node = product.producer()
         assert node is not None
-        grown = self._grown(node, **bound)
+        reason = self.refusal(node, context.root, **bound)
+        return MatchResult() if reason is None else MatchResult().fail(reason)
+
+    def refusal(self, product: ir.Node, after: ir.Node, **bound: ir.Value) -> str | None:
+        """None, or why an open product can't take in `after`, which is logged."""
+        grown = self._grown(product, **bound)
         reason = grown if isinstance(grown, str) else refusal(self._kind, *grown)
-        if reason is None:
-            return MatchResult()
-        if reason != A_RESIDUAL:
-            self._log.miss(self.name, node.name or "", reason, after=context.root)
-        return MatchResult().fail(reason)
+        if reason is not None and reason != A_RESIDUAL:
+            self._log.miss(self.name, product.name or "", reason, after=after)
+        return reason
 
     def rewrite(self, op: Any, product: ir.Value, **bound: ir.Value) -> ir.Value:
         node = product.producer()
@@ -163,6 +166,13 @@ class Residual(_Step):
         return {**inputs, "residual": other}, settings
 
 
+def takes_sum(log: Log, product: ir.Node, other: ir.Value, after: ir.Node) -> bool:
+    """Whether an open product can take in a sum, `after`, of its result and another value, which may be a stand-in; if
+    it can't, why is logged."""
+    steps = [step(log, product.op_type, True) for step in (Bias, Residual)]
+    return any(step.refusal(product, after, other=other) is None for step in steps)
+
+
 class Activate(_Step):
     """An activation."""
 
@@ -184,9 +194,9 @@ class Activate(_Step):
 class Gate(_Step):
     """act(x·Wg + bg) · (x·Wu + bu): one product of [Wg | Wu], "halves"."""
 
-    def __init__(self, log: Log, first: bool) -> None:
+    def __init__(self, log: Log, copies: Maker, first: bool) -> None:
         super().__init__(log, "gemm", "gate")
-        self._first = first
+        self._copies, self._first = copies, first
 
     def pattern(self, op: Any) -> Any:
         gate, up = self._product(op), self._product(op, "up")
@@ -208,11 +218,13 @@ class Gate(_Step):
             return f"weights of shapes {inputs['b'].shape} and {inputs_up['b'].shape}"
         axis = 0 if settings.get("trans_b", 0) else 1
         if is_constant(inputs["b"]) and is_constant(inputs_up["b"]):
-            weights = _joined(inputs["b"], inputs_up["b"], axis)
-        elif (pair := Pair.of(inputs["b"], inputs_up["b"], axis)) is not None:
-            weights = pair.stand_in()  # `rewrite` makes it
+            both = inputs["b"], inputs_up["b"]
+            weights = self._copies.once(("joined", *both, axis), lambda: _joined(*both, axis))
         else:
-            return "weights that are no constants"
+            pair = Pair.of(inputs["b"], inputs_up["b"], axis)
+            if isinstance(pair, str):
+                return pair
+            weights = pair.stand_in()  # `rewrite` makes it
         joined = {"a": inputs["a"], "b": weights}
         if "bias" in inputs or "bias" in inputs_up:
             biases = [one.get("bias") for one in (inputs, inputs_up)]
@@ -229,8 +241,8 @@ class Gate(_Step):
         assert not isinstance(grown, str)
         inputs, settings = grown
         pair = Pair.of(inputs_of(node)["b"], inputs_of(up)["b"], 0 if settings.get("trans_b", 0) else 1)
-        if pair is not None:
-            inputs["b"] = pair.make(op)
+        if isinstance(pair, Pair):
+            inputs["b"] = pair.make(op, self._copies)
         self._log.match(self.name, node.name or "")
         return opened(op, self._kind, inputs, settings, node.name or "")
 
@@ -239,9 +251,9 @@ class SplitGate(_Step):
     """act(g) · u of the two halves of one product's columns; `second`: g is the second, as diffusers' GEGLU and torch's
     `glu` have it. Kernels have g first, so then the columns of the weights change places."""
 
-    def __init__(self, log: Log, first: bool, plain: bool, second: bool) -> None:
+    def __init__(self, log: Log, copies: Maker, first: bool, plain: bool, second: bool) -> None:
         super().__init__(log, "gemm", "gate")
-        self._first, self._plain, self._second = first, plain, second
+        self._copies, self._first, self._plain, self._second = copies, first, plain, second
 
     def pattern(self, op: Any) -> Any:
         names = ["other", "half"] if self._second else ["half", "other"]
@@ -267,7 +279,9 @@ class SplitGate(_Step):
             if not all(is_constant(value) for name, value in inputs.items() if name != "a"):
                 return "its second half has the activation, and weights or a bias that are no constants can't be turned"
             axes = {"b": -2 if settings.get("trans_b", 0) else -1, "bias": -1}
-            inputs |= {name: _turned(inputs[name], axis) for name, axis in axes.items() if name in inputs}
+            for name, axis in axes.items():
+                if (value := inputs.get(name)) is not None:
+                    inputs[name] = self._copies.once(("turned", value, axis), lambda v=value, a=axis: _turned(v, a))  # type: ignore[misc]
         return inputs, {**settings, "gated": "halves", ACTIVATION: node.attributes[ACTIVATION].as_string()}
 
 
@@ -281,7 +295,8 @@ def note_gates(model: ir.Model, log: Log) -> None:
         split, activated = parts
         source = split.inputs[0]
         assert source is not None
-        product = source.producer()
+        row = row_before(source)
+        product = (source if row is None else row).producer()
         if product is None or not is_open(product) or product.op_type not in KINDS:
             log.miss("gemm + gate", node.name or "", f"what is split, {source.name!r}, is not the result of a product")
             continue
@@ -373,13 +388,14 @@ def _joined_biases(biases: list[ir.Value | None], weights: ir.Value, axis: int) 
     )
 
 
-def rules(log: Log) -> RewriteRuleSet:
-    """The steps, in the order in which a chain can take them."""
+def rules(log: Log, copies: Maker) -> RewriteRuleSet:
+    """The steps, in the order in which a chain can take them. What is made of weights that several layers share is made
+    once, and kept in `copies`."""
     found = []
     for kind in KINDS:
         found += [Bias.rule(log, kind, first) for first in (True, False)]
-    found += [Gate.rule(log, first) for first in (True, False)]
-    found += [SplitGate.rule(log, *form) for form in itertools.product((True, False), repeat=3)]
+    found += [Gate.rule(log, copies, first) for first in (True, False)]
+    found += [SplitGate.rule(log, copies, *form) for form in itertools.product((True, False), repeat=3)]
     for kind in KINDS:
         found += [Residual.rule(log, kind, first) for first in (True, False)]
         found.append(Activate.rule(log, kind))

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
 from tilewright.tuner.model.edit import Editor
-from tilewright.tuner.model.fuse.opening import FLOATS, new_constant
+from tilewright.tuner.model.fuse.opening import FLOATS, new_constant, with_row
 from tilewright.tuner.model.graph import constant, dtype_name, is_constant, scalar, static_shape
 
 Factor = tuple[int, int]
@@ -26,9 +26,19 @@ Dim = tuple[Factor, ...]
 Layout = tuple[Dim, ...]
 Shape = tuple[int, ...]
 View = Callable[[Layout], Layout | None]
+Made = TypeVar("Made")
 
 RESHAPES = ("Reshape", "Unsqueeze", "Squeeze", "Flatten")
 _LONGEST = 12  # nodes between a product and what its operand is made of; exporters have up to 7
+
+
+def row_before(value: ir.Value) -> ir.Value | None:
+    """The images of one row, (N, C, 1, L), that a reshape makes a value (N, C, L) of; None of any other value."""
+    node = value.producer()
+    if node is None or node.domain != "" or node.op_type not in RESHAPES or node.inputs[0] is None:
+        return None
+    shape, row = static_shape(value), static_shape(node.inputs[0])
+    return node.inputs[0] if shape is not None and len(shape) == 3 and row == with_row(shape) else None
 
 
 def plain(shape: Sequence[int]) -> Layout:
@@ -308,13 +318,14 @@ class Maker:
     """Makes what plans say, each thing once: layers share their masks."""
 
     def __init__(self) -> None:
-        self._made: dict[Any, ir.Value] = {}
+        self._made: dict[Any, Any] = {}
 
-    def once(self, key: Any, make: Callable[[], ir.Value]) -> ir.Value:
+    def once(self, key: Any, make: Callable[[], Made]) -> Made:
         """What was made under a key, or is now."""
         if key not in self._made:
             self._made[key] = make()
-        return self._made[key]
+        made: Made = self._made[key]
+        return made
 
     def follow(self, op: Any, source: ir.Value, steps: Sequence[Step], name: str) -> ir.Value:
         """The value that steps make of another; of a constant a constant."""

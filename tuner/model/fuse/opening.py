@@ -10,7 +10,7 @@ A node is opened, and a chain is grown, only as far as the plugin takes what com
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -213,12 +213,17 @@ class OpenGemm(_Opening):
 
 
 class OpenConv(_Opening):
-    """`Conv` in two dimensions → conv2d; in one, as that of images of one row."""
+    """`Conv` in two dimensions → conv2d. Those in one have become such of one row before, where a plugin takes them
+    (`one_row.py`); of the others this says why not."""
 
     title = "Conv"
 
     def pattern(self, op: Any) -> Any:
         return op.Conv(_allow_other_inputs=True, _allow_other_attributes=True, _outputs=["out"])
+
+    def takes(self, node: ir.Node) -> bool:
+        """Whether a convolution in one or two dimensions, of the model's own graph, can be opened."""
+        return self._reason(node) is None
 
     def _spec(self, node: ir.Node) -> str | tuple[str, dict[str, ir.Value], dict[str, Any]]:
         x, w = node.inputs[:2]
@@ -231,8 +236,13 @@ class OpenConv(_Opening):
         if spatial not in (1, 2):
             return f"{spatial} spatial dimensions; the plugin takes 1 and 2"
         if spatial == 1:
-            x, w = _one_row(x, x_shape), _one_row(w, w_shape)  # `rewrite` makes them
-            x_shape, w_shape = (*x_shape[:2], 1, x_shape[2]), (*w_shape[:2], 1, w_shape[2])
+            if static_shape(node.outputs[0]) is None:
+                return "the shape of its result is not known"
+            x_shape, w_shape = with_row(x_shape), with_row(w_shape)
+            x, w = (
+                ir.Value(name=value.name, type=value.type, shape=ir.Shape(shape))  # to ask with
+                for value, shape in ((x, x_shape), (w, w_shape))
+            )
         missing = [1] * (2 - spatial)
         strides = [*missing, *node.attributes.get_ints("strides", [1] * spatial)]
         dilations = [*missing, *node.attributes.get_ints("dilations", [1] * spatial)]
@@ -249,23 +259,6 @@ class OpenConv(_Opening):
         if len(node.inputs) > 2 and node.inputs[2] is not None:
             inputs["bias"] = node.inputs[2]
         return "conv2d", inputs, settings
-
-    def rewrite(self, op: Any, out: ir.Value, **_: Any) -> ir.Value:
-        node = out.producer()
-        assert node is not None
-        spec = self._spec(node)
-        assert not isinstance(spec, str)
-        kind, inputs, settings = spec
-        name, shape = node.name or "", static_shape(out)
-        if node.inputs[0] is inputs["x"] or shape is None:
-            return opened(op, kind, inputs, settings, name)
-        for which, value in (("x", node.inputs[0]), ("w", node.inputs[1])):
-            assert value is not None
-            if not is_constant(inputs[which]):
-                inputs[which] = _reshaped(op, value, static_shape(inputs[which]) or (), f"{name}_{which}_Reshape")
-        row = opened(op, kind, inputs, settings, name)
-        row.type, row.shape = out.type, ir.Shape((*shape[:2], 1, shape[2]))
-        return _reshaped(op, row, shape, f"{name}_Reshape")
 
     def _pads(
         self,
@@ -293,23 +286,9 @@ class OpenConv(_Opening):
         return begins + ends
 
 
-def _one_row(value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
-    """(N, C, L) as (N, C, 1, L): of a constant a new one, of anything else a value to ask with."""
-    whole, name = (*shape[:2], 1, shape[2]), f"{value.name}_as_one_row"
-    array = constant(value)
-    if array is not None:
-        return new_constant(array.reshape(whole), name)
-    return ir.Value(name=name, type=value.type, shape=ir.Shape(whole))
-
-
-def _reshaped(op: Any, value: ir.Value, shape: tuple[int, ...], name: str) -> ir.Value:
-    """A `Reshape` by a rule's `op`, which gets the name."""
-    made: ir.Value = op.Reshape(value, new_constant(np.array(shape, np.int64), f"{name}_shape"))
-    made.type, made.shape = value.type, ir.Shape(shape)
-    node = made.producer()
-    assert node is not None
-    node.name = name
-    return made
+def with_row(shape: Sequence[int]) -> tuple[int, ...]:
+    """(…, L) as (…, 1, L)."""
+    return (*shape[:-1], 1, *shape[-1:])
 
 
 def scaled(value: ir.Value, factor: float) -> ir.Value:

@@ -13,9 +13,9 @@ from typing import Any, Self
 import numpy as np
 import onnx_ir as ir
 
-from tilewright.tuner.model.fuse.layout import typed
+from tilewright.tuner.model.fuse.layout import Maker, typed
 from tilewright.tuner.model.fuse.opening import new_constant
-from tilewright.tuner.model.graph import constant, is_constant, static_shape
+from tilewright.tuner.model.graph import constant, dtype_name, is_constant, static_shape
 
 _TURN = [1, 0]
 
@@ -63,6 +63,11 @@ class StepWeights:
         return array
 
     @property
+    def others(self) -> set[str]:
+        """Attributes of the step that no pair knows."""
+        return set(self.step.attributes) - {"axis", "block_size", "output_dtype"}
+
+    @property
     def zeros(self) -> np.ndarray[Any, Any] | None:
         given = self.step.inputs[2] if len(self.step.inputs) > 2 else None
         return None if given is None else constant(given)
@@ -77,18 +82,21 @@ class Pair:
     axis: int
 
     @classmethod
-    def of(cls, first: ir.Value, second: ir.Value, axis: int) -> Self | None:
-        """Of two values; None where they are no matrices of one form."""
+    def of(cls, first: ir.Value, second: ir.Value, axis: int) -> Self | str:
+        """Of two values; why not, where they are no matrices of one form."""
         one, other = StepWeights.of(first), StepWeights.of(second)
-        if one is None or other is None or one.turned != other.turned or one.block != other.block:
-            return None
+        if one is None or other is None:
+            constants = is_constant(first) or one is not None, is_constant(second) or other is not None
+            if not all(constants):
+                return "weights that are no constants"
+            return f"weights of two forms: {_form(first, one)} and {_form(second, other)}"
         pair = cls(one, other, axis)
-        kinds = [(each.integers.dtype, each.step.outputs[0].dtype, each.scales.dtype) for each in (one, other)]
-        if kinds[0] != kinds[1] or (one.block and {one.axis, other.axis} - {1 - pair.stored_axis}):
-            return None
-        # One of rows can't be of the other's rows as well.
-        if not one.block and {one.axis, other.axis} - {None, pair.stored_axis}:
-            return None
+        if _form(first, one) != _form(second, other) or {*one.others, *other.others}:
+            return f"weights of two forms: {_form(first, one)} and {_form(second, other)}"
+        # Blocks go along the rows of the product; and a scale for each row is no scale of the other's rows.
+        fitting = {1 - pair.stored_axis} if one.block else {None, pair.stored_axis}
+        if {one.axis, other.axis} - fitting:
+            return "weights whose scales don't lie side by side as they do"
         return pair
 
     @property
@@ -102,21 +110,15 @@ class Pair:
             name=self._name("weights"), type=self.first.step.outputs[0].type, shape=ir.Shape(self._shape(turned=True))
         )
 
-    def make(self, op: Any) -> ir.Value:
-        """The nodes, by a rule's `op`, and the value that they give."""
-        integers = _beside(self.first.integers, self.second.integers, self.stored_axis, self._name("integers"))
-        parts = [self._spread(each) for each in (self.first, self.second)]
+    def make(self, op: Any, copies: Maker) -> ir.Value:
+        """The nodes, by a rule's `op`, and the value that they give; the constants are kept in `copies`."""
         block = self.first.block
-        axis = self.stored_axis if block else 0
-        scales = new_constant(np.concatenate([scales for scales, _ in parts], axis), self._name("scales"))
-        given = [integers, scales]
-        if any(zeros is not None for _, zeros in parts):
-            kind = self.first.integers.dtype
-            assert kind is not None
-            filled = [np.zeros(scales.shape, kind.numpy()) if zeros is None else zeros for scales, zeros in parts]
-            given.append(new_constant(np.concatenate(filled, axis), self._name("zeros")))
+        key = "side by side", *self.first.step.inputs, *self.second.step.inputs, self.stored_axis, block
+        given = copies.once(key, self._constants)
         settings = {"axis": 1 - self.stored_axis, "block_size": block} if block else {"axis": self.stored_axis}
         out = self.first.step.outputs[0]
+        if out.dtype is not None and out.dtype != given[1].dtype:  # by an attribute of opset 23 and up
+            settings["output_dtype"] = int(out.dtype)
         value = typed(
             op.DequantizeLinear(*given, **settings), out.type, self._shape(turned=False), self._name("DequantizeLinear")
         )
@@ -124,6 +126,20 @@ class Pair:
             return value
         turned = op.Transpose(value, perm=_TURN)
         return typed(turned, out.type, self._shape(turned=True), self._name("Transpose"))
+
+    def _constants(self) -> list[ir.Value]:
+        """The integers, the scales and, if there are any, the zero points."""
+        integers = _beside(self.first.integers, self.second.integers, self.stored_axis, self._name("integers"))
+        parts = [self._spread(each) for each in (self.first, self.second)]
+        axis = self.stored_axis if self.first.block else 0
+        scales = new_constant(np.concatenate([scales for scales, _ in parts], axis), self._name("scales"))
+        made = [integers, scales]
+        if any(zeros is not None for _, zeros in parts):
+            kind = self.first.integers.dtype
+            assert kind is not None
+            filled = [np.zeros(scales.shape, kind.numpy()) if zeros is None else zeros for scales, zeros in parts]
+            made.append(new_constant(np.concatenate(filled, axis), self._name("zeros")))
+        return made
 
     def _spread(self, half: StepWeights) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
         """Scales and zero points; of one for all, one for each column."""
@@ -146,6 +162,18 @@ class Pair:
     def _name(self, what: str) -> str:
         names = [each.integers.name for each in (self.first, self.second)]
         return f"{names[0]}_and_{names[1]}_{what}"
+
+
+def _form(value: ir.Value, weights: StepWeights | None) -> str:
+    """What must be the same in both of a pair, in words."""
+    if weights is None:
+        return f"{dtype_name(value)} without a step"
+    scales = weights.step.inputs[1]
+    assert scales is not None
+    blocks = f" with scales of blocks of {weights.block}" if weights.block else ""
+    turned = " behind a transpose" if weights.turned else ""
+    kinds = f"{dtype_name(weights.integers)}, scales of {dtype_name(scales)}, as {dtype_name(value)}"
+    return f"{kinds}{blocks}{turned}"
 
 
 def _is(node: ir.Node, operator: str) -> bool:

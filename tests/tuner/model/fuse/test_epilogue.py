@@ -418,3 +418,21 @@ def test_what_is_a_residual_is_not_called_a_bias_that_does_not_fit():
         [product(), make("Relu", ["p"], ["q"]), make("Add", ["q", "r"], ["y"])], {**X, "r": (6, 24)}, {"w": W}
     )
     assert [miss.reason for miss in report.misses] == ["it is added after the activation"]
+
+
+def test_weights_of_gates_that_layers_share_lie_side_by_side_once():
+    """And those of a split whose second half is activated are turned once."""
+    nodes = []
+    for x, y in (("x", "a"), ("z", "b")):
+        nodes += [product(f"g{y}", "w", x), product(f"u{y}", "v", x), make("Relu", [f"g{y}"], [f"r{y}"])]
+        nodes += [make("Mul", [f"r{y}", f"u{y}"], [y])]
+    _, both, model = fused(nodes, X | {"z": (6, 16)}, {"w": W, "v": V}, ("a", "b"))
+    assert plugin_inputs(both[0])["b"] is plugin_inputs(both[1])["b"]
+    assert len(model.graph.initializers) == 1
+    nodes = []
+    for x, y in (("x", "a"), ("z", "b")):
+        nodes += [product(f"p{y}", "w", x), make("Split", [f"p{y}"], [f"u{y}", f"g{y}"], axis=-1, num_outputs=2)]
+        nodes += [make("Relu", [f"g{y}"], [f"r{y}"]), make("Mul", [f"r{y}", f"u{y}"], [y])]
+    _, both, model = fused(nodes, X | {"z": (6, 16)}, {"w": W}, ("a", "b"))
+    assert plugin_inputs(both[0])["b"] is plugin_inputs(both[1])["b"]
+    assert len(model.graph.initializers) == 1

@@ -7,8 +7,7 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
-from tests.tuner.model.graphs import model_of, normal, relative_error, results, value
-from tilewright.tuner.model.fuse import fuse
+from tests.tuner.model.graphs import model_of, normal, value
 from tilewright.tuner.model.fuse.opening import (
     OPEN,
     as_vector,
@@ -107,41 +106,3 @@ def test_open_nodes_are_closed_into_plugins():
     (closed,) = fused_nodes(model)
     assert (closed.name, closed.op_type, closed.outputs[0].name) == ("layer", "FusedGemm", "y")
     assert plugin_settings(closed)["activation"] == "relu"
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"strides": [2], "pads": [1, 2]},
-        {"dilations": [3], "pads": [4, 0]},
-        {"auto_pad": "SAME_UPPER", "strides": [2]},
-        {"auto_pad": "SAME_LOWER"},
-        {"auto_pad": "VALID"},
-        {"group": 2},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("computed", [True, False], ids=["filters are computed", "filters are constant"])
-def test_a_convolution_in_one_dimension_is_that_of_one_row(settings, computed):
-    """Of a convolution and a GELU, twice, as Whisper begins."""
-    make = helper.make_node
-    channels = 16 // settings.get("group", 1)
-    nodes = [
-        make("Conv", ["x", "v" if computed else "f", "b"], ["c"], name="first", **settings),
-        make("Gelu", ["c"], ["d"]),
-        make("Conv", ["d", "g"], ["e"], name="second", pads=[1, 1]),
-        make("Relu", ["e"], ["y"]),
-    ]
-    filters = normal(1, 16, channels, 3) / 8
-    constants = {"b": normal(2, 16), "g": normal(3, 8, 16, 3) / 8} | ({} if computed else {"f": filters})
-    inputs = {"x": (2, 16, 21)} | ({"v": filters.shape} if computed else {})
-    model = model_of(nodes, inputs, ["y"], constants)
-    feeds = {"x": normal(0, 2, 16, 21), "v": filters}
-    feeds = {name: array for name, array in feeds.items() if name in inputs}
-    (wanted,) = results(model, feeds)
-    fuse(model)
-    assert [plugin_settings(node)["activation"] for node in fused_nodes(model)] == ["gelu_erf", "relu"]
-    assert {node.op_type for node in model.graph} == {"Reshape", "FusedConv2dBias", "FusedConv2d"}
-    (got,) = results(model, feeds)
-    assert relative_error(got, wanted) < 1e-5

@@ -46,7 +46,7 @@ def step(name: str, kind: str, block: int, zero: bool, turned: bool, seed: int, 
     return {"tensors": tensors, "node": node}
 
 
-def pair(steps: list[dict[str, Any]], form: str) -> ir.Model:
+def pair(steps: list[dict[str, Any]], form: str, *, kind: int = TensorProto.FLOAT, opset: int = 21) -> ir.Model:
     """silu(x · Wg) · (x · Wu), with weights by rows, or turned by a transpose or by `Gemm`."""
     nodes = [each["node"] for each in steps]
     for name in ("g", "u"):
@@ -62,9 +62,9 @@ def pair(steps: list[dict[str, Any]], form: str) -> ir.Model:
         helper.make_node("Mul", ["a", "u"], ["y"]),
     ]
     shape = (8, K)
-    values = [helper.make_tensor_value_info("x", 1, shape), helper.make_tensor_value_info("y", 1, None)]
+    values = [helper.make_tensor_value_info(name, kind, each) for name, each in (("x", shape), ("y", None))]
     graph = helper.make_graph(nodes, "m", values[:1], values[1:], [each for one in steps for each in one["tensors"]])
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     return ir.from_proto(onnx.shape_inference.infer_shapes(made, strict_mode=True, data_prop=True))
 
 
@@ -119,9 +119,47 @@ def test_weights_of_two_forms_stay_two_products(first: tuple[str, int], second: 
         for seed, (name, (kind, block)) in enumerate(zip("gu", (first, second), strict=True))
     ]
     wanted = results(pair(steps, "rows"), FEED)[0]
-    model = fused(pair(steps, "rows"))
+    model = pair(steps, "rows")
+    fold(model)
+    reasons = [miss.reason for miss in fuse(model).misses]
     assert len(fused_nodes(model)) == 2
     assert relative_error(output(model, FEED), wanted) < 1e-6
+    assert any(reason.startswith("weights of two forms: ") for reason in reasons)
+
+
+@pytest.mark.parametrize("block", [0, 32])
+def test_the_type_that_steps_give_is_kept(block: int) -> None:
+    """As an attribute says it, from opset 23 on."""
+    steps = [step(name, "int8", block, False, False, seed) for seed, name in enumerate("gu")]
+    for each in steps:
+        each["node"].attribute.append(helper.make_attribute("output_dtype", TensorProto.FLOAT16))
+    feed = {"x": FEED["x"].astype(np.float16)}
+    wanted = results(pair(steps, "rows", kind=TensorProto.FLOAT16, opset=23), feed)[0]
+    model = fused(pair(steps, "rows", kind=TensorProto.FLOAT16, opset=23))
+    assert operators(model) == ["DequantizeLinear", "FusedGemm"]
+    assert relative_error(results(model, feed)[0], wanted) < 2e-3
+
+
+def test_integers_of_a_pair_that_layers_share_lie_side_by_side_once() -> None:
+    steps = [step(name, "int8", 0, False, False, seed) for seed, name in enumerate("gu")]
+    nodes = [each["node"] for each in steps]
+    for x, y in (("x", "a"), ("z", "b")):
+        nodes += [
+            helper.make_node("MatMul", [x, "g_d"], [f"g{y}"]),
+            helper.make_node("MatMul", [x, "u_d"], [f"u{y}"]),
+            helper.make_node("Relu", [f"g{y}"], [f"r{y}"]),
+            helper.make_node("Mul", [f"r{y}", f"u{y}"], [y]),
+        ]
+    values = [
+        helper.make_tensor_value_info(name, 1, (8, size)) for name, size in zip("xzab", (K, K, N, N), strict=True)
+    ]
+    graph = helper.make_graph(nodes, "m", values[:2], values[2:], [each for one in steps for each in one["tensors"]])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    model = fused(ir.from_proto(onnx.shape_inference.infer_shapes(made)))
+    assert [plugin_settings(node)["gated"] for node in fused_nodes(model)] == ["halves", "halves"]
+    assert [value.shape for value in model.graph.initializers.values() if value.dtype == ir.DataType.INT8] == [
+        (K, 2 * N)
+    ]
 
 
 def test_weights_of_4_bits_stay_packed() -> None:
