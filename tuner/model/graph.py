@@ -7,7 +7,7 @@ of the plugin's attributes and two more that TensorRT's parser looks for; its do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,11 @@ DTYPES: Mapping[str, ir.DataType] = {
 
 TYPED_FROM = 21
 """The opset that brought `output_dtype` of `QuantizeLinear`: before, a zero point says the type."""
+
+_MOVES = frozenset(
+    "Reshape Unsqueeze Squeeze Flatten Transpose Identity Cast QuantizeLinear DequantizeLinear".split()  # noqa: SIM905
+)
+"""Operators that change the order, shape or type of the elements of their first input alone."""
 
 _NAMES = {kind: name for name, kind in DTYPES.items()}
 _MARKS = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
@@ -175,6 +180,23 @@ def unique_names(model: ir.Model) -> None:
     names = Names()
     for node in model.graph:
         node.name = names.free(node.name or "_".join([node.op_type, *(str(value.name) for value in node.outputs[:1])]))
+
+
+def known_behind(value: ir.Value, known: Collection[str | None]) -> tuple[ir.Value | None, list[ir.Node]]:
+    """The first value with a known name from a value on, through moves, casts and steps that alone read the one before,
+    and those nodes; None if there is none. Of a convolution in one dimension, or a product whose activation came behind
+    a transpose, only that has a name that the model had before it was fused."""
+    passed: list[ir.Node] = []
+    while value.name not in known:
+        uses = value.uses()
+        if len(uses) != 1 or value.is_graph_output():
+            return None, []
+        ((user, index),) = uses
+        if user.domain != "" or user.op_type not in _MOVES or index != 0 or len(user.outputs) != 1:
+            return None, []
+        passed.append(user)
+        value = user.outputs[0]
+    return value, passed
 
 
 def plugin_tensors(node: ir.Node) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from tilewright.tuner.model.calibration.data import Samples
 from tilewright.tuner.model.folding.fold import FoldingReport, fold
 from tilewright.tuner.model.fuse import FusionReport, fuse
 from tilewright.tuner.model.fuse.norms import LAYER_NORM
-from tilewright.tuner.model.graph import copy_of, dtype_name, fused_nodes
+from tilewright.tuner.model.graph import copy_of, dtype_name, fused_nodes, known_behind
 from tilewright.tuner.model.messages import quoted
 from tilewright.tuner.model.reading.read import DEFAULTS, FILE_OPSET, LEFT, OTHERWISE, read_model
 from tilewright.tuner.model.reading.source import Source
@@ -59,9 +59,19 @@ class Prepared:
     @property
     def shared_names(self) -> dict[str, str]:
         """Results of `checked` nodes that the original has as well: fusing keeps the names of values."""
+        return {name: name for name in self.known_results}
+
+    @property
+    def known_results(self) -> dict[str, ir.Node]:
+        """The `checked` nodes, by the name that the original has for their results, or for what moves behind them make
+        of those."""
         known = {value.name for node in self.original.graph for value in node.outputs}
-        names = [node.outputs[0].name for node in self.checked]
-        return {name: name for name in names if name is not None and name in known}
+        found: dict[str, ir.Node] = {}
+        for node in self.checked:
+            value, _ = known_behind(node.outputs[0], known)
+            if value is not None and value.name is not None:
+                found[value.name] = node
+        return found
 
     @property
     def checked(self) -> list[ir.Node]:
@@ -140,7 +150,7 @@ def check_fusing(request: Request, prepared: Prepared, reference: Judge) -> Comp
     wrong = f"{request.model}: its fused form computes something else, which is a defect of Tilewright: "
     found = reference.compare(prepared.fused, layers=prepared.shared_names, lowered=False)
     apart = {row.value: row for row in found.layers if row.bad_changed or row.error > READING_ERROR}
-    nodes = {node.outputs[0].name: node for node in prepared.checked}
+    nodes = prepared.known_results
     # Behind those whatever differs may differ for what they give.
     for name, row in itertools.islice(apart.items(), JUDGED):
         before = reference.compare(prepared.fused, layers=_known_before(nodes[name], prepared), lowered=False).layers

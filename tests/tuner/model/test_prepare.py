@@ -16,7 +16,14 @@ from tests.tuner.model.networks import written
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model.flow import optimise
 from tilewright.tuner.model.graph import fused_nodes, plugin_inputs
-from tilewright.tuner.model.prepare import COARSE_READING_ERROR, READING_ERROR, _known_before, check_fusing, prepare
+from tilewright.tuner.model.prepare import (
+    COARSE_READING_ERROR,
+    READING_ERROR,
+    Prepared,
+    _known_before,
+    check_fusing,
+    prepare,
+)
 from tilewright.tuner.model.request import Request
 from tilewright.tuner.model.verify.judge import Judge
 from tilewright.tuning_db.errors import ModelError, RunError
@@ -28,6 +35,39 @@ def test_results_of_fused_nodes_keep_their_names(tmp_path):
     prepared = prepare(Request.parse(model, None, resolve_device("sm_86")), lines.append)
     assert prepared.shared_names == {name: name for name in ("r1", "r2", "r3", "logits")}
     assert [line.split()[0] for line in lines] == ["read", "fused:"]
+
+
+def moving(folder: Path) -> Prepared:
+    """A convolution in one dimension, and a product with a transpose before its activation."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        node("Conv", "x f", "c", pads=[1, 1]),
+        node("Relu", "c", "a"),
+        node("Transpose", "a", "t", perm=[0, 2, 1]),
+        node("MatMul", "t w", "p"),
+        node("Transpose", "p", "u", perm=[0, 2, 1]),
+        node("Sigmoid", "u", "y"),
+    ]
+    weights = {"f": rng.normal(size=(8, 4, 3)), "w": rng.normal(size=(8, 8))}
+    tensors = [tensor(name, array.astype(np.float32)) for name, array in weights.items()]
+    x, y = (onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in (("x", (2, 4, 9)), ("y", (2, 8, 9))))
+    saved(proto(nodes, inputs=[x], outputs=[y], tensors=tensors), folder / "moving.onnx")
+    return prepare(Request.parse(folder / "moving.onnx", None, resolve_device("sm_86")), lambda _: None)
+
+
+def test_layers_are_compared_by_what_moves_behind_them_give(tmp_path: Path) -> None:
+    prepared = moving(tmp_path)
+    assert prepared.shared_names == {"a": "a", "y": "y"}
+    assert [node.op_type for node in prepared.known_results.values()] == ["FusedConv2d", "FusedGemm"]
+    feed = {"x": np.random.default_rng(1).normal(size=(2, 4, 9)).astype(np.float32)}
+    with Judge(prepared.original, [feed], fused=prepared.fused) as judge:
+        request = Request.parse(tmp_path / "moving.onnx", None, resolve_device("sm_86"))
+        assert [row.value for row in check_fusing(request, prepared, judge).layers] == ["a", "y"]
+        layer = fused_nodes(prepared.fused)[0]
+        weight = plugin_inputs(layer)["w"]
+        weight.const_value = ir.tensor(-weight.const_value.numpy(), name=weight.name)
+        with pytest.raises(RunError, match="'a' differs by"):
+            check_fusing(request, prepared, judge)
 
 
 def test_values_before_a_fused_node_are_the_nearest_that_the_original_has(tmp_path):

@@ -34,7 +34,7 @@ from tilewright.kernels.prediction import (
 )
 from tilewright.kernels.problem import Problem
 from tilewright.kernels.registry import find_kernel
-from tilewright.tuner.model.graph import dtype_name, is_constant, is_fused
+from tilewright.tuner.model.graph import dtype_name, is_constant, is_fused, known_behind
 from tilewright.tuner.model.report.memory import is_view, known_bytes
 from tilewright.tuner.model.report.node_problem import problem_of
 from tilewright.tuner.model.workloads import flops_of
@@ -223,7 +223,8 @@ def pairing(original: ir.Model, changed: ir.Model) -> dict[str, tuple[str, ...]]
     """Of each node of a changed model, by name, the nodes of the original that it stands for, in their order.
 
     They are found by the values' names: what lies between the values that the changed model's nodes make, in the
-    original. A node that makes nothing that the original has, such as a cast, stands for none.
+    original. A node that makes nothing that the original has, such as a cast, stands for none; but a fused one for what
+    moves behind it give, less those moves that the original has too, by their names.
     """
     makers = {value.name: node for node in original.graph for value in node.outputs if value.name}
     place = {node: index for index, node in enumerate(original.graph)}
@@ -231,14 +232,23 @@ def pairing(original: ir.Model, changed: ir.Model) -> dict[str, tuple[str, ...]]
     taken: set[ir.Node] = set()
     found: dict[str, tuple[str, ...]] = {}
     for node in changed.graph:
-        mine: set[ir.Node] = set()
+        if node.name in found:
+            continue
+        mine, moves = set[ir.Node](), set[tuple[str | None, str]]()
         waiting = [makers[value.name] for value in node.outputs if value.name in makers]
+        if not waiting and is_fused(node):
+            value, passed = known_behind(node.outputs[0], makers)
+            waiting = [makers[value.name]] if value is not None and value.name else []
+            moves = {(each.name, each.op_type) for each in passed}
         while waiting:
             maker = waiting.pop()
             if maker in taken:
                 continue
             taken.add(maker)
-            mine.add(maker)
+            if (maker.name, maker.op_type) in moves:
+                found[maker.name or ""] = (maker.name or "",)
+            else:
+                mine.add(maker)
             sources = (value.name for value in maker.inputs if value is not None)
             waiting += [makers[name] for name in sources if name in makers and name not in kept]
         found[node.name or ""] = tuple(each.name or "" for each in sorted(mine, key=place.__getitem__))

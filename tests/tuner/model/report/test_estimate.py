@@ -16,6 +16,7 @@ from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.prediction import predict, roofline_us
 from tilewright.tuner.model.bodies import attach_bodies
+from tilewright.tuner.model.fuse import fuse
 from tilewright.tuner.model.graph import make_fused
 from tilewright.tuner.model.report.estimate import NodeTime, estimate, launch_us, memory_us, not_fused, pairing, roofs
 from tilewright.tuning_db.errors import UsageError
@@ -221,6 +222,18 @@ def test_roofs_are_of_the_units_in_use() -> None:
 
 def test_a_fused_node_stands_for_the_nodes_it_replaced() -> None:
     assert pairing(layer(), fused()) == {"layer": ("matmul", "add", "relu")}
+
+
+def test_a_fused_node_stands_for_what_moves_behind_it_give() -> None:
+    """But for the moves that were there before."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"], "product"),
+        helper.make_node("Transpose", ["p"], ["t"], "turn", perm=[1, 0]),
+        helper.make_node("Relu", ["t"], ["y"], "relu"),
+    ]
+    original, changed = (model_of(nodes, {"x": (4, 8)}, ["y"], {"w": np.ones((8, 6), np.float32)}) for _ in range(2))
+    fuse(changed)
+    assert pairing(original, changed) == {"product": ("product", "relu"), "turn": ("turn",)}
 
 
 def test_nodes_that_stay_stand_for_themselves_and_new_ones_for_none() -> None:
