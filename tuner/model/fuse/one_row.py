@@ -114,7 +114,8 @@ class OneRow:
         return made
 
     def name_steps(self) -> None:
-        """Gives steps of one row the names of those that they have taken the place of."""
+        """Gives steps of one row the names of those that they have taken the place of. Their results, of another shape,
+        keep names of their own."""
         for copy, step in self._copies.items():
             if step.graph is None:
                 copy.name = step.name

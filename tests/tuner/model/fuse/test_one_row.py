@@ -20,6 +20,7 @@ from tilewright.tuner.model.precision.quantise import apply_precision
 
 make = helper.make_node
 FILTERS, OTHERS = normal(1, 16, 16, 3) / 8, normal(2, 16, 16, 1) / 4
+STEPS = ("QuantizeLinear", "DequantizeLinear")
 CONSTANTS = {"f": FILTERS, "g": OTHERS, "b": normal(3, 16, 1)}
 
 
@@ -199,8 +200,7 @@ def test_steps_stand_right_in_front_of_the_layer(kind: str, zero: int, opset: in
     (wanted,) = results(model, feeds)
     fold(model)
     fuse(model)
-    steps = ["QuantizeLinear", "DequantizeLinear"]
-    assert kinds(model) == [*steps, "FusedConv2d", *steps, "FusedConv2dResidual"]
+    assert kinds(model) == [*STEPS, "FusedConv2d", *STEPS, "FusedConv2dResidual"]
     for node in model.graph:
         if node.op_type == "DequantizeLinear":
             assert {user.op_type for user, _ in node.outputs[0].uses()} <= {"FusedConv2d", "FusedConv2dResidual"}
@@ -222,6 +222,8 @@ def test_layers_that_came_quantised_read_integers(kind: str, zero: int) -> None:
     fold(model)
     report = fuse(model)
     assert report.ends["layer1"] == "its result goes to QuantizeLinear 'quantise2'"
+    names = [node.name for node in model.graph if node.op_type in STEPS]
+    assert names == ["quantise1", "dequantise1", "quantise2", "dequantise2"]
     given = given_layers(model, device)
     assert list(given.plan) == ["layer1", "layer2"]
     half = apply_precision(model, given.plan, base="fp16", device=device, weights=given.weights)
