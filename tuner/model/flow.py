@@ -264,7 +264,7 @@ def _optimised(way: _Way, output: OutputFolder, listener: _Listener) -> Made:
     results = _tune(request, lowered.model, listener.progress)
     errors = [parts.ErrorPart(fused.name, origin, None, (), way.fused_errors)]
     if request.precision != "fp32":
-        comparison = reference.compare(lowered.model, layers=prepared.shared_names)
+        comparison = reference.compare(lowered.model, layers=prepared.shared_numbers(lowered.model))
         errors.append(_error_part(request, final.name, origin, comparison))
     else:
         final = fused

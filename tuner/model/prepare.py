@@ -12,6 +12,7 @@ from tilewright.tuner.model.calibration.data import Samples
 from tilewright.tuner.model.folding.fold import FoldingReport, fold
 from tilewright.tuner.model.fuse import FusionReport, fuse
 from tilewright.tuner.model.fuse.norms import LAYER_NORM
+from tilewright.tuner.model.fuse.opening import FLOATS
 from tilewright.tuner.model.graph import copy_of, dtype_name, fused_nodes, known_behind
 from tilewright.tuner.model.messages import quoted
 from tilewright.tuner.model.reading.read import DEFAULTS, FILE_OPSET, LEFT, OTHERWISE, read_model
@@ -60,6 +61,11 @@ class Prepared:
     def shared_names(self) -> dict[str, str]:
         """Results of `checked` nodes that the original has as well: fusing keeps the names of values."""
         return {name: name for name in self.known_results}
+
+    def shared_numbers(self, lowered: ir.Model) -> dict[str, str]:
+        """The `shared_names` of what a lowered model gives as numbers: integers of a grid are in other units."""
+        floats = {value.name for node in lowered.graph for value in node.outputs if dtype_name(value) in FLOATS}
+        return {name: original for name, original in self.shared_names.items() if name in floats}
 
     @property
     def known_results(self) -> dict[str, ir.Node]:

@@ -15,7 +15,7 @@ from tests.tuner.model.fuse.forms import LEAST, B, Graph, S, attend, scores, tri
 from tests.tuner.model.networks import written
 from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model.flow import optimise
-from tilewright.tuner.model.graph import fused_nodes, plugin_inputs
+from tilewright.tuner.model.graph import copy_of, fused_nodes, plugin_inputs
 from tilewright.tuner.model.prepare import (
     COARSE_READING_ERROR,
     READING_ERROR,
@@ -59,6 +59,10 @@ def test_layers_are_compared_by_what_moves_behind_them_give(tmp_path: Path) -> N
     prepared = moving(tmp_path)
     assert prepared.shared_names == {"a": "a", "y": "y"}
     assert [node.op_type for node in prepared.known_results.values()] == ["FusedConv2d", "FusedGemm"]
+    lowered = copy_of(prepared.fused)
+    (value,) = [each for node in lowered.graph for each in node.outputs if each.name == "a"]
+    value.dtype = ir.DataType.INT8  # the layer gives integers, which are no numbers to compare
+    assert prepared.shared_numbers(lowered) == {"y": "y"}
     feed = {"x": np.random.default_rng(1).normal(size=(2, 4, 9)).astype(np.float32)}
     with Judge(prepared.original, [feed], fused=prepared.fused) as judge:
         request = Request.parse(tmp_path / "moving.onnx", None, resolve_device("sm_86"))

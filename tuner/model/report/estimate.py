@@ -224,9 +224,10 @@ def pairing(original: ir.Model, changed: ir.Model) -> dict[str, tuple[str, ...]]
 
     They are found by the values' names: what lies between the values that the changed model's nodes make, in the
     original. A node that makes nothing that the original has, such as a cast, stands for none; but a fused one for what
-    moves behind it give, less those moves that the original has too, by their names.
+    moves behind it give, less those moves that the original has too, and any other for a node of its name and operator.
     """
     makers = {value.name: node for node in original.graph for value in node.outputs if value.name}
+    named = {(node.name, node.op_type): node for node in original.graph if node.name}
     place = {node: index for index, node in enumerate(original.graph)}
     kept = {value.name for node in changed.graph for value in node.outputs}
     taken: set[ir.Node] = set()
@@ -240,6 +241,8 @@ def pairing(original: ir.Model, changed: ir.Model) -> dict[str, tuple[str, ...]]
             value, passed = known_behind(node.outputs[0], makers)
             waiting = [makers[value.name]] if value is not None and value.name else []
             moves = {(each.name, each.op_type) for each in passed}
+        elif not waiting and (same := named.get((node.name or "", node.op_type))) is not None:
+            waiting = [same]
         while waiting:
             maker = waiting.pop()
             if maker in taken:

@@ -236,6 +236,23 @@ def test_a_fused_node_stands_for_what_moves_behind_it_give() -> None:
     assert pairing(original, changed) == {"product": ("product", "relu"), "turn": ("turn",)}
 
 
+def test_a_step_of_another_shape_stands_for_that_of_its_name() -> None:
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], "quantise"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "dequantise"),
+        helper.make_node("Conv", ["d", "f"], ["c"], "layer"),
+        helper.make_node("Relu", ["c"], ["y"], "relu"),
+    ]
+    constants = {"s": np.float32(0.1), "z": np.int8(0), "f": np.ones((16, 16, 3), np.float32)}
+    original, changed = (model_of(nodes, {"x": (1, 16, 21)}, ["y"], constants) for _ in range(2))
+    fuse(changed)
+    assert {name: stands_for for name, stands_for in pairing(original, changed).items() if stands_for} == {
+        "quantise": ("quantise",),
+        "dequantise": ("dequantise",),
+        "layer": ("layer", "relu"),
+    }
+
+
 def test_nodes_that_stay_stand_for_themselves_and_new_ones_for_none() -> None:
     original = layer()
     changed = layer()
