@@ -115,7 +115,7 @@ def kinds_for(kind: str, device: Device) -> tuple[str, ...]:
         "bf16": ("bf16", "fp32"),
         "fp32": ("fp32",),
     }[kind]
-    needs = {"fp8": "fp8e4m3", "w8a16": "int8", "w4a16": "int4"}
+    needs = {"int8": "int8", "fp8": "fp8e4m3", "w8a16": "int8", "w4a16": "int4"}
     return tuple(each for each in known if device.arch >= dtype(needs.get(each, "fp16")).min_arch)
 
 

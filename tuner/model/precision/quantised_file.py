@@ -26,7 +26,7 @@ from tilewright.tuner.model.write import write_model
 from tilewright.tuning_db.atomic import whole_file
 
 Array = np.ndarray[Any, Any]
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ class Quantised:
             "method": self.method,
             "decibel": self.decibel,
             "reasons": dict(self.reasons),
+            "layers": [sorted(each) for each in (self.weights, self.grouped, self.shifts)],
             "plan": {name: [layer.kind, dict(layer.scales), dict(layer.zeros)] for name, layer in self.plan.items()},
         }
         arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
@@ -112,6 +113,8 @@ class Quantised:
                         )
                     elif word == "shifted":
                         shifts[arrays[name].tobytes().decode()] = arrays[f"shift.{index}"]
+            if [sorted(each) for each in (weights, grouped, shifts)] != about["layers"]:
+                return None
             model = fused if about["kind"] in WEIGHT_ONLY else ir.load(_model_file(file))
             if model is None:
                 return None
@@ -119,8 +122,8 @@ class Quantised:
             plan = {name: LayerPrecision(kind, scales, zeros) for name, (kind, scales, zeros) in plans}
             words = about["reasons"], about["method"], about["decibel"]
             return cls(about["kind"], model, plan, *words, weights, shifts, grouped)
-        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, AttributeError):
-            return None
+        except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, RuntimeError):
+            return None  # a `RuntimeError`, as `NotImplementedError` is: of an archive that says it is of another kind
 
 
 def _known_by(file: Path) -> str | int:

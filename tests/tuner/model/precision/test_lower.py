@@ -176,7 +176,7 @@ def test_ranges_that_were_moved_wrongly_are_left_out(case, monkeypatch):
 def test_kinds_of_devices():
     assert kinds_for("auto", DEVICE) == ("int8", "w4a16", "w8a16", "fp16", "fp32")
     assert kinds_for("auto", resolve_device("sm_90")) == ("int8", "fp8", "w4a16", "w8a16", "fp16", "fp32")
-    assert kinds_for("auto", resolve_device("sm_75")) == ("int8", "fp16", "fp32")
+    assert kinds_for("auto", resolve_device("sm_75")) == ("fp16", "fp32")
     assert kinds_for("w4a16", DEVICE) == ("w4a16", "w8a16", "fp16", "fp32")
     assert kinds_for("bf16", DEVICE) == ("bf16", "fp32")
 

@@ -105,6 +105,28 @@ def test_damaged_files_are_none(found, tmp_path, name, content):
     assert Quantised.load(tmp_path / "kept.npz", "key") is None
 
 
+def test_an_archive_that_has_lost_a_layer_is_none(tmp_path):
+    """Nothing but the directory of an archive says which arrays it has."""
+    file, model = tmp_path / "kept.npz", perceptron(160)
+    plan, reasons = weight_plan(model, "w4a16", None)
+    grouped = round_groups(model, plan, [{"x": normal(0, 8, 160)}])
+    Quantised("w4a16", model, plan, reasons, "rounding", 0.0, {}, {}, grouped).save(file, "key")
+    with np.load(file) as arrays:
+        left = {name: arrays[name] for name in arrays.files if not name.endswith(".1")}
+    np.savez(file, **left)
+    assert Quantised.load(file, "key", model) is None
+
+
+def test_an_archive_of_an_unknown_kind_is_none(found, tmp_path):
+    file = tmp_path / "kept.npz"
+    found.save(file, "key")
+    content = bytearray(file.read_bytes())
+    entry = content.rindex(b"PK\x01\x02")
+    content[entry + 10] = 77  # its way of compression
+    file.write_bytes(content)
+    assert Quantised.load(file, "key") is None
+
+
 def test_another_key_is_another_thing(found, tmp_path):
     found.save(tmp_path / "kept.npz", "key")
     assert Quantised.load(tmp_path / "kept.npz", "another") is None
