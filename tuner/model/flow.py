@@ -78,7 +78,7 @@ class Planned:
         return [
             f"{nodes[0]} nodes become {nodes[1]}, of which {len(found.layers)} are fused, "
             f"with {found.coverage:.1%} of the model's operations",
-            _rest_line(self.rest),
+            _rest_line(self.rest) + (" (before layers are lowered)" if self.before_lowering and self.rest else ""),
             *([_default_line(request, self.defaults)] if self.defaults else []),
             *(f"not fused: {legible(left.operator)} {quoted(left.node)}: {left.reason}" for left in found.unsupported),
             f"precision: {request.precision}{budget}, on {len(self.data)} inputs ({self.data.origin})",

@@ -20,6 +20,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
+from tilewright.tuner.model.fuse import einsums
 from tilewright.tuner.model.fuse.attention_operator import Operator
 from tilewright.tuner.model.fuse.call import OP, Call, Operand, Question, call, finish
 from tilewright.tuner.model.fuse.layout import (
@@ -102,12 +103,10 @@ def product(node: ir.Node) -> Product:
     ranks = [len(shape) for shape in shapes if shape is not None]
     if node.op_type == "Einsum":
         text = (node.attributes.get_string("equation", "") or "").replace(" ", "")
-        terms, arrow, out = text.partition("->")
-        named = [tuple(term) for term in terms.split(",")]
-        whole = all(len(set(each)) == len(each) for each in (*named, tuple(out)))
-        if not arrow or "." in text or not whole or [len(each) for each in named] != ranks:
+        found = einsums.labels(text, (ranks[0], ranks[1]))
+        if found is None or any(len(set(each)) != len(each) for each in found):
             raise UnmatchedError(f"Einsum {node.name!r}, {text}, does not name every axis of two operands once")
-        labels, result = (named[0], named[1]), tuple(out)
+        labels, result = found[:2], found[2]
     else:
         if min(ranks) < 2:
             raise UnmatchedError(f"MatMul {node.name!r} is of a vector")

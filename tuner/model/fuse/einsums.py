@@ -72,17 +72,17 @@ def _product(node: ir.Node) -> _Product | None:
         return None
     if any(value is None or dtype_name(value) not in FLOATS for value in node.inputs):
         return None
-    named = _labels(node.attributes.get_string("equation", "") or "", (len(shapes[0]), len(shapes[1])))
+    named = labels(node.attributes.get_string("equation", "") or "", (len(shapes[0]), len(shapes[1])))
     if named is None:
         return None
     first, second, out = named
     sizes: dict[str, int] = {}
-    for labels, shape in ((first, shapes[0]), (second, shapes[1])):
-        for label, size in zip(labels, shape, strict=True):
+    for axes, shape in ((first, shapes[0]), (second, shapes[1])):
+        for label, size in zip(axes, shape, strict=True):
             if sizes.setdefault(label, size) != size:
                 return None  # an axis of one place that is broadcast
     found = _Product((first, second), out, sizes)
-    if any(len(set(labels)) != len(labels) for labels in named) or not found.summed or 0 in sizes.values():
+    if any(len(set(axes)) != len(axes) for axes in named) or not found.summed or 0 in sizes.values():
         return None
     if set(out) - set(first) - set(second) or (set(first) ^ set(second)) - set(out):
         return None  # one operand alone is summed over
@@ -91,7 +91,7 @@ def _product(node: ir.Node) -> _Product | None:
     return found
 
 
-def _labels(equation: str, ranks: tuple[int, int]) -> tuple[Labels, Labels, Labels] | None:
+def labels(equation: str, ranks: tuple[int, int]) -> tuple[Labels, Labels, Labels] | None:
     """Of an equation the labels of both operands' axes and of the result's; an ellipsis stands for one each, the same
     from the last on. None of one that has no such form."""
     terms, arrow, out = "".join(equation.split()).partition("->")
@@ -104,11 +104,11 @@ def _labels(equation: str, ranks: tuple[int, int]) -> tuple[Labels, Labels, Labe
     spread = [rank - len(term.replace("...", "")) for term, rank in zip(operands, ranks, strict=True)]
     most = max((count for term, count in zip(operands, spread, strict=True) if "..." in term), default=0)
     made = []
-    for term, count in ((operands[0], spread[0]), (operands[1], spread[1]), (out, most)):
+    for place, (term, count) in enumerate(((operands[0], spread[0]), (operands[1], spread[1]), (out, most))):
         before, dots, after = term.partition("...")
-        if "." in before + after or count < 0 or (not dots and count and term is not out):
+        if "." in before + after or count < 0 or (not dots and count and place < 2):
             return None
-        many = tuple(f".{place}" for place in range(count, 0, -1)) if dots else ()
+        many = tuple(f".{axis}" for axis in range(count, 0, -1)) if dots else ()
         made.append((*before, *many, *after))
     return made[0], made[1], made[2]
 

@@ -155,7 +155,8 @@ def search(
         allowed = math.sqrt(max(least, most * 1e-3) * most)
     if floor.within:
         raised = sorted(
-            (layer for layer in free if plan[layer] == high[layer]), key=lambda layer: -saved_us.get(layer, 0.0)
+            (layer for layer in free if plan[layer] == high[layer] != low[layer]),
+            key=lambda layer: -saved_us.get(layer, 0.0),
         )
         for layer in raised[:MOST_RETURNS]:
             kinds = layers[layer]

@@ -179,6 +179,8 @@ class _Chooser:
             choices = {
                 layer: [*_kinds_of(layer, quantised), "fp32" if layer in stays else base] for layer in self._layers
             }
+            if quantised.kind in WEIGHT_ONLY:
+                choices = self._faster(choices, quantised, base)
 
         def evaluate(plan: Plan) -> Evaluation:
             model = self._made(_precisions(plan, quantised, base), base, quantised)
@@ -333,22 +335,39 @@ class _Chooser:
             self._reasons[key] = {node.name or "": reasons[node] for node in fused_nodes(model) if node in reasons}
         return self._reasons[key]
 
+    def _faster(self, choices: Mapping[str, list[str]], quantised: Quantised, base: str) -> dict[str, list[str]]:
+        """The kinds of each layer without those that are no faster than one of more bits: integers have to be unpacked,
+        which only pays where few rows are multiplied."""
+        times = [
+            self._times({layer: kinds[min(rank, len(kinds) - 1)] for layer, kinds in choices.items()}, quantised, base)
+            for rank in range(max(map(len, choices.values())))
+        ]
+        found = {}
+        for layer, kinds in choices.items():
+            mine = [times[rank].get(layer, 0.0) for rank in range(len(kinds))]
+            found[layer] = [
+                kind for rank, kind in enumerate(kinds) if all(mine[rank] < other for other in mine[rank + 1 :])
+            ]
+        return found
+
+    def _times(self, plan: Plan, quantised: Quantised | None, base: str) -> dict[str, float]:
+        """The prediction of each layer's problem, in µs, without rounding weights for it."""
+        nearest = None if quantised is None else replace(quantised, grouped={})
+        known: dict[Any, float] = {}
+        times = {}
+        for layer in workloads(self._made(_precisions(plan, quantised, base), base, nearest)).layers:
+            if layer.problem not in known:
+                known[layer.problem] = predicted_us(layer.problem, self._device) or 0.0
+            times[layer.node] = known[layer.problem]
+        return times
+
     def _saved_us(
         self, choices: Mapping[str, Sequence[str]], quantised: Quantised | None, base: str
     ) -> dict[str, float]:
         """What each layer's fewest bits save against its most, by the prediction of its problem in both."""
-        ends = []
-        for end in (0, -1):
-            plan = {layer: kinds[end] for layer, kinds in choices.items()}
-            model = self._made(_precisions(plan, quantised, base), base, quantised)
-            known: dict[Any, float] = {}
-            times = {}
-            for layer in workloads(model).layers:
-                if layer.problem not in known:
-                    known[layer.problem] = predicted_us(layer.problem, self._device) or 0.0
-                times[layer.node] = known[layer.problem]
-            ends.append(times)
-        low, high = ends
+        low, high = (
+            self._times({layer: kinds[end] for layer, kinds in choices.items()}, quantised, base) for end in (0, -1)
+        )
         return {layer: high.get(layer, 0.0) - low.get(layer, 0.0) for layer in choices}
 
     def _part(

@@ -24,7 +24,7 @@ import onnx_ir as ir
 import scipy.linalg
 
 from tilewright.tuner.model.calibration.feeds import Feed
-from tilewright.tuner.model.graph import fused_nodes, op_of
+from tilewright.tuner.model.graph import fused_nodes, op_of, plugin_inputs, plugin_settings
 from tilewright.tuner.model.precision.grouped import (
     SMALLEST,
     WEIGHT_ONLY,
@@ -51,8 +51,16 @@ from tilewright.tuner.model.session import run
 
 Array = np.ndarray[Any, Any]
 
+MUCH = 256
+"""How often a unit that rows are measured in goes into the next."""
+
 DAMPING = 0.01
 """Part of H's mean diagonal added to it, as in GPTQ."""
+
+LEAST_DAMPING = 0.001
+"""The same for an H that was shrunk."""
+
+ALIKE = 2
 
 FLOOR = 1e-6
 """Part of the inputs' mean square that H's diagonal has at the least: less is what sums in fp32 rounded."""
@@ -108,6 +116,14 @@ class Moments:
             small = part.shape[2] <= SMALL
             product += np.einsum("gna,gnb->gab", part, part) if small else part.swapaxes(1, 2) @ part
 
+    def rescale(self, factor: np.float32) -> None:
+        """As if all rows had been so many times as large."""
+        if self.sums is not None and self.origin is not None:
+            self.sums *= factor
+            self.origin = self.origin * factor
+            for product in self.products:
+                product *= factor * factor
+
     def second(self, index: int) -> Array:
         """Of one piece, in float64: E[x xᵀ], and `FLOOR`."""
         assert self.sums is not None
@@ -134,6 +150,24 @@ def pieces_of(depth: int) -> tuple[slice, ...]:
     return tuple(slice(start, end) for start, end in itertools.pairwise(edges))
 
 
+def shrunk(covariance: Array, count: int) -> Array:
+    """Moments (groups, depth, depth) of so many rows, with less of what lies beside the diagonal: of few rows, or of
+    inputs that are independent, that is chance, and rounding by it is worse than to nearest. How much less is what
+    brings a sample covariance of Gaussian rows nearest to that of all (the oracle approximating shrinkage of Chen et
+    al., arXiv:0907.4698, of correlations); rows of one input are alike, so that `ALIKE` of them count as one."""
+    depth, rows = covariance.shape[1], count / ALIKE
+    result = covariance.copy()
+    for moments in result if depth > 1 else ():
+        diagonal = np.diagonal(moments).copy()
+        deviations = np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
+        squares = float(np.square(moments / deviations[:, None] / deviations).sum())
+        excess = squares - depth
+        part = ((1 - 2 / depth) * squares + depth**2) / ((rows + 1 - 2 / depth) * excess) if excess > 0 else 1.0
+        moments *= 1 - min(1.0, part)
+        np.fill_diagonal(moments, diagonal)
+    return result
+
+
 def round_layer(
     matrix: Array,
     scales: Array,
@@ -141,10 +175,12 @@ def round_layer(
     to_nearest: Callable[[Array], Array],
     count: int,
     sections: Array | None = None,
+    damping: float = DAMPING,
 ) -> Array:
     """Weights on the grid, for one H: `matrix` (groups, channels, depth), `covariance` (groups, depth, depth) of
     `count` rows, and `scales` (groups, channels); or (groups, sections, channels), and `sections` (depth,) says which
-    is whose. `to_nearest` rounds weights over their scales. The result has the shape of `matrix`."""
+    is whose. `to_nearest` rounds weights over their scales. `damping` is the part of H's mean diagonal that is added to
+    it. The result has the shape of `matrix`."""
     depth = matrix.shape[2]
     diagonal = np.diagonal(covariance, axis1=1, axis2=2)
     level = diagonal.mean(axis=1)
@@ -152,8 +188,8 @@ def round_layer(
     order = np.argsort(-diagonal, axis=1, kind="stable")
     h = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), order[:, None, :], 2)
     # Rows fewer than weights say nothing of most directions: there errors should stay where they are made.
-    damping = (DAMPING * (1 + depth / count) * level)[:, None, None] * np.eye(depth)
-    upper = _inverse_factors(h, damping).astype(np.float32)
+    added = (damping * (1 + depth / count) * level)[:, None, None] * np.eye(depth)
+    upper = _inverse_factors(h, added).astype(np.float32)
     w = np.take_along_axis(matrix.astype(np.float32), order[:, None, :], 2)
     if sections is None:
         scales, sections = scales[:, None], np.zeros(depth, np.intp)
@@ -253,16 +289,23 @@ def round_groups(
         ModelError, RunError: see `session.run`.
     """
     layers = {}
+    shared: dict[Any, list[str]] = {}  # those that have one matrix, in one kind
     for node in fused_nodes(model):
-        precision = plan.get(node.name or "")
+        name = node.name or ""
+        precision = plan.get(name)
         if precision is not None and precision.kind in WEIGHT_ONLY:
-            layers[node.name or ""] = (node, LayerData(node), precision)
+            layers[name] = (node, LayerData(node), precision)
+            key = plugin_inputs(node)["b"], plugin_settings(node)["trans_b"], precision.kind
+            shared.setdefault(key, []).append(name)
+    others = {names[0]: names for names in shared.values()}
     result: dict[str, GroupedWeights] = {}
-    for group in _groups(layers):
-        moments = _observe(model, {name: layers[name] for name in group}, feeds, seed)
-        for name in group:
-            node, _, precision = layers[name]
-            result[name] = _rounded_groups(node, WEIGHT_ONLY[precision.kind], moments.pop(name))
+    for group in _groups({name: layers[name] for name in others}):
+        of = {name: first for first in group for name in others[first]}
+        moments = _observe(model, {name: layers[name] for name in of}, feeds, seed, of)
+        for first in group:
+            node, _, precision = layers[first]
+            weights = _rounded_groups(node, WEIGHT_ONLY[precision.kind], moments.pop(first))
+            result |= dict.fromkeys(others[first], weights)
             progress(len(result), len(layers))
     return result
 
@@ -284,9 +327,12 @@ def _groups(layers: Layers) -> list[list[str]]:
     return groups
 
 
-def _observe(model: ir.Model, layers: Layers, feeds: Sequence[Feed], seed: int) -> dict[str, Moments]:
-    """Moments of the quantised inputs of some layers."""
-    moments = {name: Moments(pieces_of(data.depth)) for name, (_, data, _) in layers.items()}
+def _observe(
+    model: ir.Model, layers: Layers, feeds: Sequence[Feed], seed: int, of: Mapping[str, str] | None = None
+) -> dict[str, Moments]:
+    """Moments of the quantised inputs of some layers; `of` names those that have theirs together, by one of them."""
+    of = {name: name for name in layers} if of is None else of
+    moments = {of[name]: Moments(pieces_of(data.depth)) for name, (_, data, _) in layers.items()}
     readers: dict[str, list[str]] = {}
     for name, (node, _, _) in layers.items():
         readers.setdefault(activation_of(node).name or "", []).append(name)
@@ -308,12 +354,18 @@ def _observe(model: ir.Model, layers: Layers, feeds: Sequence[Feed], seed: int) 
                     rows = rows[:, np.isfinite(rows).all(axis=(0, 2))]
                     if not rows.size:
                         continue
-                    largest = np.abs(rows).max()
-                    if largest:
-                        units.setdefault(name, largest / 128)
-                    unit = units.get(name, np.float32(1))
-                moments[name].add(rows / unit)
+                    unit = _unit(units.get(of[name]), np.abs(rows).max() / 128)
+                    moments[of[name]].rescale(units.get(of[name], unit) / unit)
+                    units[of[name]] = unit
+                moments[of[name]].add(rows / unit)
     return moments
+
+
+def _unit(known: np.float32 | None, step: np.float32) -> np.float32:
+    """What rows are measured in: the steps of those before, or of these where they are much larger."""
+    if known is None or step > MUCH * known:
+        return step if step > 0 else known or np.float32(SMALLEST)
+    return known
 
 
 def _rounded(node: ir.Node, data: LayerData, kind: str, moments: Moments) -> Weights:
@@ -332,10 +384,10 @@ def _rounded(node: ir.Node, data: LayerData, kind: str, moments: Moments) -> Wei
 
 def _rounded_groups(node: ir.Node, bits: int, moments: Moments) -> GroupedWeights:
     matrix = matrix_of(node)
-    if moments.sums is None:  # nothing that was seen is finite
-        return quantise_matrix(matrix, bits)
+    seconds = [] if moments.sums is None else [moments.second(index) for index in range(len(moments.pieces))]
+    if not seconds or not all(np.isfinite(each).all() for each in seconds):
+        return quantise_matrix(matrix, bits)  # nothing that was seen, or not enough of it, is finite
     group = group_of(matrix.shape[1], bits)
-    seconds = [moments.second(index) for index in range(len(moments.pieces))]
     importance = np.concatenate([np.diagonal(each[0]) for each in seconds])
     scales = scales_of(matrix, bits, importance / max(importance.max(), SMALLEST))
     sections = np.arange(matrix.shape[1]) // (group or matrix.shape[1])
@@ -343,10 +395,11 @@ def _rounded_groups(node: ir.Node, bits: int, moments: Moments) -> GroupedWeight
         round_layer(
             matrix[None, :, piece],
             scales.reshape(1, -1, len(matrix)).astype(np.float32),
-            seconds[index],
+            shrunk(seconds[index], moments.count),
             partial(to_integers, bits=bits),
             moments.count,
             sections[piece],
+            LEAST_DAMPING,
         )
         for index, piece in enumerate(moments.pieces)
     ]

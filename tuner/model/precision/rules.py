@@ -198,9 +198,9 @@ def default_plan(
 
 
 def weight_plan(model: ir.Model, kind: str, device: Device | None) -> tuple[dict[str, LayerPrecision], dict[str, str]]:
-    """The plan of a kind whose weights alone are quantised, and the reason of each fused node that stays at the base
-    precision: all products of constant weights that `device` has a kernel for, the last ones with 8 bits at the least.
-    """
+    """The plan of a kind whose weights alone are quantised, and the reason of each fused node that has another or stays
+    at the base precision: all products of constant weights that `device` has a kernel for, the last ones with 8 bits at
+    the least."""
     last = last_layers(model)
     plan, reasons = {}, {}
     for node in fused_nodes(model):
@@ -209,8 +209,8 @@ def weight_plan(model: ir.Model, kind: str, device: Device | None) -> tuple[dict
         reason = refused(node, own, device)
         if reason is None:
             plan[name] = LayerPrecision(own)
-        else:
-            reasons[name] = reason
+        if reason is not None or own != kind:
+            reasons[name] = reason or LAST
     return plan, reasons
 
 

@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from tests.tuner.model.fused_nets import convolutions, decibels, every_layer, output, perceptron, single
+from tests.tuner.model.fused_nets import convolutions, decibels, every_layer, fused, node, output, perceptron, single
 from tests.tuner.model.graphs import normal
-from tilewright.tuner.model.graph import fused_nodes
+from tilewright.tuner.model.graph import fused_nodes, plugin_inputs
 from tilewright.tuner.model.precision import rounding
 from tilewright.tuner.model.precision.correction import measure_shifts
 from tilewright.tuner.model.precision.grouped import matrix_of, quantise_matrix
@@ -29,6 +29,7 @@ from tilewright.tuner.model.precision.rounding import (
     round_groups,
     round_layer,
     round_weights,
+    shrunk,
 )
 
 INT8 = partial(to_grid, kind="int8")
@@ -221,6 +222,71 @@ def test_inputs_that_are_not_finite_say_nothing(kind: str, spoilt: list[int]) ->
     else:
         assert 0.3 < (found.values == nearest.values).mean() < 1
         assert np.abs(found.values.astype(int) - nearest.values).max() < 20
+
+
+def test_inputs_of_any_size_are_seen() -> None:
+    """The first ones may be next to nothing beside those that come after."""
+    model = single("gemm", {"a": normal(0, 50, 160), "b": normal(1, 160, 8)}, ("a",))
+    feeds = [{"a": correlated(index, 50, 160)} for index in range(4)]
+    plan = {"layer": LayerPrecision("w4a16")}
+    found = round_groups(model, plan, feeds)["layer"]
+    for first in (0.0, 1e-18):
+        small = round_groups(model, plan, [{"a": np.float32(first) * feeds[0]["a"]}, *feeds])["layer"]
+        assert (small.values == found.values).mean() > 0.8
+    moments, alike = Moments(pieces_of(24)), Moments(pieces_of(24))
+    rows = [correlated(index, 50, 24)[None] for index in range(2)]
+    moments.add(rows[0])
+    moments.rescale(np.float32(0.25))
+    moments.add(rows[1] / 4)
+    for each in rows:
+        alike.add(each / 4)
+    np.testing.assert_allclose(moments.second(0), alike.second(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [40, 128, 2000])
+def test_independent_inputs_do_no_harm(count: int) -> None:
+    """What few rows say of their correlation is chance."""
+    b = normal(0, 256, 32)
+    model = single("gemm", {"a": normal(0, count, 256), "b": b}, ("a",))
+    plan = {"layer": LayerPrecision("w4a16")}
+    found = round_groups(model, plan, [{"a": normal(1, count, 256)}])
+    other = normal(9, count, 256)
+    errors = [
+        np.square(output(apply_precision(model, plan, base="fp16", grouped=given), {"a": other}) - other @ b).sum()
+        for given in (found, {})
+    ]
+    assert errors[0] < 1.05 * errors[1]
+
+
+def test_the_more_rows_the_less_is_shrunk() -> None:
+    parts = []
+    for count in (20, 200, 2000):
+        rows = correlated(3, count, 24)
+        second = (rows.T @ rows / count).astype(np.float64)[None]
+        less = shrunk(second, count)
+        np.testing.assert_array_equal(np.diagonal(less[0]), np.diagonal(second[0]))
+        beside = ~np.eye(24, dtype=bool)
+        ratios = less[0][beside] / second[0][beside]
+        np.testing.assert_allclose(ratios, ratios[0])
+        parts.append(ratios[0])
+    assert 0 < parts[0] < parts[1] < parts[2] < 1
+    assert parts[2] > 0.98
+    np.testing.assert_array_equal(shrunk(np.full((2, 1, 1), 3.0), 5), np.full((2, 1, 1), 3.0))
+    np.testing.assert_array_equal(shrunk(np.eye(4)[None], 5), np.eye(4)[None])
+
+
+def test_products_of_one_matrix_have_one_set_of_integers() -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["m"], name="one"),
+        node("Relu", ["m"], ["r"], name="relu"),
+        node("MatMul", ["r", "w"], ["y"], name="two"),
+    ]
+    model = fused(nodes, {"x": (50, 160)}, ["y"], {"w": normal(0, 160, 160) / 12})
+    plan = dict.fromkeys(("one", "two"), LayerPrecision("w4a16"))
+    found = round_groups(model, plan, [{"x": correlated(index, 50, 160)} for index in range(4)])
+    assert found["one"] is found["two"]
+    mixed = apply_precision(model, plan, base="fp16", grouped=found)
+    assert len({id(plugin_inputs(each)["b"]) for each in fused_nodes(mixed)}) == 1
 
 
 def test_layers_of_no_such_plan_are_left_out() -> None:
