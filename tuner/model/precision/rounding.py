@@ -60,7 +60,7 @@ DAMPING = 0.01
 LEAST_DAMPING = 0.001
 """The same for an H that was shrunk."""
 
-ALIKE = 2
+ALIKE, AS_THE_MEAN = 2, 16
 
 FLOOR = 1e-6
 """Part of the inputs' mean square that H's diagonal has at the least: less is what sums in fp32 rounded."""
@@ -154,7 +154,8 @@ def shrunk(covariance: Array, count: int) -> Array:
     """Moments (groups, depth, depth) of so many rows, with less of what lies beside the diagonal: of few rows, or of
     inputs that are independent, that is chance, and rounding by it is worse than to nearest. How much less is what
     brings a sample covariance of Gaussian rows nearest to that of all (the oracle approximating shrinkage of Chen et
-    al., arXiv:0907.4698, of correlations); rows of one input are alike, so that `ALIKE` of them count as one."""
+    al., arXiv:0907.4698, of correlations); rows of one input are alike, so that `ALIKE` of them count as one. And what
+    was seen of each place alone counts beside `AS_THE_MEAN` rows as large as the mean."""
     depth, rows = covariance.shape[1], count / ALIKE
     result = covariance.copy()
     for moments in result if depth > 1 else ():
@@ -164,7 +165,7 @@ def shrunk(covariance: Array, count: int) -> Array:
         excess = squares - depth
         part = ((1 - 2 / depth) * squares + depth**2) / ((rows + 1 - 2 / depth) * excess) if excess > 0 else 1.0
         moments *= 1 - min(1.0, part)
-        np.fill_diagonal(moments, diagonal)
+        np.fill_diagonal(moments, (rows * diagonal + AS_THE_MEAN * diagonal.mean()) / (rows + AS_THE_MEAN))
     return result
 
 
@@ -388,6 +389,7 @@ def _rounded_groups(node: ir.Node, bits: int, moments: Moments) -> GroupedWeight
     if not seconds or not all(np.isfinite(each).all() for each in seconds):
         return quantise_matrix(matrix, bits)  # nothing that was seen, or not enough of it, is finite
     group = group_of(matrix.shape[1], bits)
+    seconds = [shrunk(each, moments.count) for each in seconds]
     importance = np.concatenate([np.diagonal(each[0]) for each in seconds])
     scales = scales_of(matrix, bits, importance / max(importance.max(), SMALLEST))
     sections = np.arange(matrix.shape[1]) // (group or matrix.shape[1])
@@ -395,7 +397,7 @@ def _rounded_groups(node: ir.Node, bits: int, moments: Moments) -> GroupedWeight
         round_layer(
             matrix[None, :, piece],
             scales.reshape(1, -1, len(matrix)).astype(np.float32),
-            shrunk(seconds[index], moments.count),
+            seconds[index],
             partial(to_integers, bits=bits),
             moments.count,
             sections[piece],

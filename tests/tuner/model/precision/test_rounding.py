@@ -243,19 +243,21 @@ def test_inputs_of_any_size_are_seen() -> None:
     np.testing.assert_allclose(moments.second(0), alike.second(0), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [40, 128, 2000])
-def test_independent_inputs_do_no_harm(count: int) -> None:
-    """What few rows say of their correlation is chance."""
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("count", [4, 40, 128, 2000])
+def test_independent_inputs_do_no_harm(count: int, sparse: bool) -> None:
+    """What few rows say of their correlation is chance, and so is which places they leave empty."""
     b = normal(0, 256, 32)
     model = single("gemm", {"a": normal(0, count, 256), "b": b}, ("a",))
     plan = {"layer": LayerPrecision("w4a16")}
-    found = round_groups(model, plan, [{"a": normal(1, count, 256)}])
-    other = normal(9, count, 256)
+    kept = [np.random.default_rng(seed).random((count, 256)) < (0.05 if sparse else 1) for seed in (1, 9)]
+    found = round_groups(model, plan, [{"a": normal(1, count, 256) * kept[0]}])
+    other = normal(9, count, 256) * kept[1]
     errors = [
         np.square(output(apply_precision(model, plan, base="fp16", grouped=given), {"a": other}) - other @ b).sum()
         for given in (found, {})
     ]
-    assert errors[0] < 1.05 * errors[1]
+    assert errors[0] < (1.3 if count == 4 else 1.1) * errors[1]
 
 
 def test_the_more_rows_the_less_is_shrunk() -> None:
@@ -264,7 +266,8 @@ def test_the_more_rows_the_less_is_shrunk() -> None:
         rows = correlated(3, count, 24)
         second = (rows.T @ rows / count).astype(np.float64)[None]
         less = shrunk(second, count)
-        np.testing.assert_array_equal(np.diagonal(less[0]), np.diagonal(second[0]))
+        own = np.diagonal(second[0])
+        np.testing.assert_allclose(np.diagonal(less[0]), (count * own / 2 + 16 * own.mean()) / (count / 2 + 16))
         beside = ~np.eye(24, dtype=bool)
         ratios = less[0][beside] / second[0][beside]
         np.testing.assert_allclose(ratios, ratios[0])
