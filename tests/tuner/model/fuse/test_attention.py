@@ -114,6 +114,12 @@ def einsum(g: Graph) -> str:
     return g("Einsum", g("Softmax", product, axis=-1), v, equation="bhqk,bkhd->bqhd")
 
 
+def einsum_with_an_ellipsis(g: Graph) -> str:
+    q, k, v = (heads(g, name) for name in "qkv")
+    product = g("Mul", g("Einsum", q, k, equation="...qd,...kd->...qk"), g.array(SCALE))
+    return g("Einsum", g("Softmax", product, axis=-1), v, equation="...qk,...kd->...qd")
+
+
 def einsum_keys_first(g: Graph) -> str:
     k, q, v = (heads(g, name) for name in "kqv")
     product = g("Mul", g("Einsum", k, q, equation="bhjd,bhid->bhij"), g.array(SCALE))
@@ -158,6 +164,7 @@ PLAIN = {
     values_first: (4, {}),
     two_dimensions: (0, {}),
     einsum: (4, {}),
+    einsum_with_an_ellipsis: (3, {}),
     einsum_keys_first: (3, {}),
     guarded_against_nan: (3, {}),
     less_the_largest: (3, {}),
