@@ -164,11 +164,9 @@ class _Chooser:
         if not self._layers:
             base = self._base([kind for kind in kinds if kind in FLOATS], budget)
             return Lowered(self._made({}, base, None), self._part({}, base, None, None), None)
-        quantised = self._fastest(self._candidates())
         floats = [kind for kind in kinds if kind in FLOATS]
         base = self._base(floats, budget)
-        if quantised is not None and quantised.kind in WEIGHT_ONLY and base not in HALVES:
-            quantised = None  # kernels unpack integers to half precision
+        quantised = self._fastest(self._candidates(base))
         if quantised is None:
             # Between float types layers are told apart as well: those that need the most bits keep them.
             choices = {
@@ -209,12 +207,13 @@ class _Chooser:
             self._tell(f"{kind} alone is outside the error budget: what is no layer has more bits")
         return floats[-1]
 
-    def _candidates(self) -> list[Quantised]:
-        """All that layers may be quantised to. Where the kind asked for is left open, weights alone are only where that
-        takes less time than 8-bit layers, and than none, as for products of few rows."""
+    def _candidates(self, base: str) -> list[Quantised]:
+        """All that layers may be quantised to. Weights alone are where the base is what kernels unpack them to; and
+        where the kind asked for is left open, only where that takes less time than 8-bit layers, and than none, as for
+        products of few rows."""
         found = [self._quantised(kind) for kind in self._kinds if kind in QUANTISED]
         lightest = next((kind for kind in self._kinds if kind in WEIGHT_ONLY), None)
-        if lightest is None:
+        if lightest is None or base not in HALVES:
             return found
         if found:
             plain = self._weight_only(lightest, rounding=False)
