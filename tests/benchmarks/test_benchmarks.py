@@ -39,6 +39,7 @@ OF_A_TEST_FILE = {
     "profiling",
     "performance",
     "quantisation",
+    "weight_only",
 }
 """Those that need more than a file of figures: `test_gpu.py` and its siblings."""
 

@@ -60,7 +60,7 @@ DAMPING = 0.01
 LEAST_DAMPING = 0.001
 """The same for an H that was shrunk."""
 
-ALIKE, AS_THE_MEAN = 2, 16
+ALIKE, AS_THE_MEAN = 2, 8
 
 FLOOR = 1e-6
 """Part of the inputs' mean square that H's diagonal has at the least: less is what sums in fp32 rounded."""
@@ -154,8 +154,8 @@ def shrunk(covariance: Array, count: int) -> Array:
     """Moments (groups, depth, depth) of so many rows, with less of what lies beside the diagonal: of few rows, or of
     inputs that are independent, that is chance, and rounding by it is worse than to nearest. How much less is what
     brings a sample covariance of Gaussian rows nearest to that of all (the oracle approximating shrinkage of Chen et
-    al., arXiv:0907.4698, of correlations); rows of one input are alike, so that `ALIKE` of them count as one. And what
-    was seen of each place alone counts beside `AS_THE_MEAN` rows as large as the mean."""
+    al., arXiv:0907.4698, of correlations); rows of one input are alike, so that `ALIKE` of them count as one. And of
+    rows as few as `AS_THE_MEAN` a place that they leave empty may be as large as the mean."""
     depth, rows = covariance.shape[1], count / ALIKE
     result = covariance.copy()
     for moments in result if depth > 1 else ():
@@ -165,7 +165,8 @@ def shrunk(covariance: Array, count: int) -> Array:
         excess = squares - depth
         part = ((1 - 2 / depth) * squares + depth**2) / ((rows + 1 - 2 / depth) * excess) if excess > 0 else 1.0
         moments *= 1 - min(1.0, part)
-        np.fill_diagonal(moments, (rows * diagonal + AS_THE_MEAN * diagonal.mean()) / (rows + AS_THE_MEAN))
+        unseen = (AS_THE_MEAN / (rows + AS_THE_MEAN)) ** 2
+        np.fill_diagonal(moments, (1 - unseen) * diagonal + unseen * diagonal.mean())
     return result
 
 

@@ -257,7 +257,7 @@ def test_independent_inputs_do_no_harm(count: int, sparse: bool) -> None:
         np.square(output(apply_precision(model, plan, base="fp16", grouped=given), {"a": other}) - other @ b).sum()
         for given in (found, {})
     ]
-    assert errors[0] < (1.3 if count == 4 else 1.1) * errors[1]
+    assert errors[0] < (1.05 if count == 2000 else 1.25) * errors[1]
 
 
 def test_the_more_rows_the_less_is_shrunk() -> None:
@@ -267,7 +267,8 @@ def test_the_more_rows_the_less_is_shrunk() -> None:
         second = (rows.T @ rows / count).astype(np.float64)[None]
         less = shrunk(second, count)
         own = np.diagonal(second[0])
-        np.testing.assert_allclose(np.diagonal(less[0]), (count * own / 2 + 16 * own.mean()) / (count / 2 + 16))
+        unseen = (8 / (count / 2 + 8)) ** 2
+        np.testing.assert_allclose(np.diagonal(less[0]), (1 - unseen) * own + unseen * own.mean())
         beside = ~np.eye(24, dtype=bool)
         ratios = less[0][beside] / second[0][beside]
         np.testing.assert_allclose(ratios, ratios[0])
