@@ -18,6 +18,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from tilewright.tuning_db.atomic import whole_file
 from tilewright.tuning_db.version import installed_version
 
 Row = tuple[str, float]
@@ -117,6 +118,32 @@ def finish(
         document = {"environment": where, "unit": unit, "results": dict(rows), **columns_too, **more}
         json_file.write_text(json.dumps(document, indent=2) + "\n")
         console.print(f"written to {json_file}")
+
+
+def kept(
+    names: Sequence[str], key: str, file: Path | None, measure: Callable[[str, Callable[[str], None]], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """What is measured of each name, which a file keeps under a key from one run to the next.
+
+    Args:
+        names: of what is measured, one after the other.
+        key: what figures depend on, in words.
+        file: JSON, written after each; what it has is not measured again. None: nothing is kept.
+        measure: gives the figures of a name, and may tell what it is doing.
+    """
+    stored: dict[str, dict[str, dict[str, Any]]] = {}
+    if file is not None and file.exists():
+        stored = json.loads(file.read_text())
+    results = stored.setdefault(key, {})
+    for name in names:
+        if name in results:
+            continue
+        with Console().status(name) as status:
+            results[name] = measure(name, lambda line, name=name: status.update(f"{name}: {line}"))  # type: ignore[misc]
+        if file is not None:
+            with whole_file(file) as stream:
+                stream.write(json.dumps(stored, indent=1).encode() + b"\n")
+    return {name: results[name] for name in names}
 
 
 def lines(path: str) -> list[str]:

@@ -24,7 +24,6 @@ With `--json`, results are kept in that file and models that it has are not done
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import tempfile
@@ -42,10 +41,9 @@ import numpy as np
 import onnx_ir as ir
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, quantize_static
 from rich.console import Console
-from rich.status import Status
 from rich.table import Table
 
-from benchmarks.measuring import environment, revision
+from benchmarks.measuring import environment, kept, revision
 from benchmarks.models import ARCHITECTURES, architecture, samples, write
 from tilewright.tuner.model.folding.fold import fold
 from tilewright.tuner.model.fuse import fuse
@@ -54,7 +52,6 @@ from tilewright.tuner.model.precision.quantise import apply_precision
 from tilewright.tuner.model.reading.read import read_model, write_model
 from tilewright.tuner.model.session import run
 from tilewright.tuner.model.workloads import workloads
-from tilewright.tuning_db.atomic import whole_file
 
 Array = np.ndarray[Any, Any]
 Feeds = Sequence[Mapping[str, Array]]
@@ -334,10 +331,6 @@ def markdown(results: Mapping[str, Figures]) -> str:
     return "\n".join(lines)
 
 
-def _teller(status: Status, name: str) -> Say:
-    return lambda line: status.update(f"{name}: {line}")
-
-
 @click.command()
 @click.option(
     "--model",
@@ -367,21 +360,10 @@ def _teller(status: Status, name: str) -> Say:
 def main(names: tuple[str, ...], count: int, calibration: int, small: bool, file: Path | None) -> None:
     """Compares int8 models, ours and ONNX Runtime's, with fp32."""
     calibration -= calibration % STRIDE
-    console = Console()
     key = f"{count} samples, {calibration} for calibration" + (", small" if small else "")
-    stored: dict[str, dict[str, Figures]] = {}
-    if file is not None and file.exists():
-        stored = json.loads(file.read_text())
-    results = stored.setdefault(key, {})
-    wanted = names or MODELS
-    for name in wanted:
-        if name not in results:
-            with console.status(name) as status:
-                results[name] = measure(name, count, calibration, _teller(status, name), small=small)
-            if file is not None:
-                with whole_file(file) as stream:
-                    stream.write(json.dumps(stored, indent=1).encode() + b"\n")
-    console.print(table({name: results[name] for name in wanted}))
+    results = kept(names or MODELS, key, file, lambda name, say: measure(name, count, calibration, say, small=small))
+    console = Console()
+    console.print(table(results))
     console.print(f"{key}; {os.cpu_count()} cores; ahead: of ONNX Runtime's better form; top-1, theirs: asymmetric")
 
 

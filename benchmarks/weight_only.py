@@ -14,7 +14,6 @@ With `--json`, results are kept in that file and models that it has are not done
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -28,7 +27,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import environment, revision
+from benchmarks.measuring import environment, kept, revision
 from benchmarks.models import architecture, samples, write
 from benchmarks.quantisation import CALIBRATION_SEED, SAMPLE_SEED, TRANSFORMERS, Logits, silence
 from tilewright.tuner.model.folding.fold import fold
@@ -44,7 +43,6 @@ from tilewright.tuner.model.precision.grouped import (
 from tilewright.tuner.model.precision.rounding import round_groups
 from tilewright.tuner.model.precision.rules import weight_plan
 from tilewright.tuner.model.reading.read import read_model, write_model
-from tilewright.tuning_db.atomic import whole_file
 
 Figures = dict[str, Any]
 
@@ -179,21 +177,10 @@ def table(results: Mapping[str, Figures]) -> Table:
 )
 def main(names: tuple[str, ...], count: int, calibration: int, small: bool, file: Path | None) -> None:
     """Compares models of 4-bit weights, ours and ONNX Runtime's, with fp32."""
-    console = Console()
     key = f"{count} samples, {calibration} for calibration" + (", small" if small else "")
-    stored: dict[str, dict[str, Figures]] = {}
-    if file is not None and file.exists():
-        stored = json.loads(file.read_text())
-    results = stored.setdefault(key, {})
-    wanted = names or MODELS
-    for name in wanted:
-        if name not in results:
-            with console.status(name):
-                results[name] = measure(name, count, calibration, small=small)
-            if file is not None:
-                with whole_file(file) as stream:
-                    stream.write(json.dumps(stored, indent=1).encode() + b"\n")
-    console.print(table({name: results[name] for name in wanted}))
+    results = kept(names or MODELS, key, file, lambda name, _: measure(name, count, calibration, small=small))
+    console = Console()
+    console.print(table(results))
     console.print(key)
 
 

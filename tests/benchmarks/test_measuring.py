@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks.measuring import board_environment, environment
+from benchmarks.measuring import board_environment, environment, kept
 from tilewright.tuning_db.version import NOT_INSTALLED
 
 
@@ -59,3 +62,24 @@ def test_without_nvml_or_its_library_nothing_is_known(monkeypatch: pytest.Monkey
     library.nvmlInit = absent
     monkeypatch.setitem(sys.modules, "pynvml", library)
     assert board_environment(0) == {}
+
+
+def test_figures_are_kept_one_by_one(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def measured(name: str, say: Callable[[str], None]) -> dict[str, Any]:
+        say("at work")
+        asked.append(name)
+        if name == "c":
+            raise KeyboardInterrupt
+        return {"name": name}
+
+    file = tmp_path / "found.json"
+    with pytest.raises(KeyboardInterrupt):
+        kept(["a", "b", "c"], "once", file, measured)
+    assert kept(["b"], "once", file, measured) == {"b": {"name": "b"}}
+    assert asked == ["a", "b", "c"]
+    assert kept(["b"], "another", file, measured) == {"b": {"name": "b"}}
+    assert json.loads(file.read_text()).keys() == {"once", "another"}
+    assert kept(["a"], "once", None, measured) == {"a": {"name": "a"}}
+    assert asked == ["a", "b", "c", "b", "a"]

@@ -45,6 +45,7 @@ def test_results_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return {"products": 12, **{form: {"db": 20.0, "top1": 0.9} for form in weight_only.FORMS}}
 
     monkeypatch.setattr(weight_only, "measure", measured)
+    monkeypatch.setenv("COLUMNS", "200")
     for _ in range(2):
         result = CliRunner().invoke(main, ["--model", "gpt_opset17", "--json", str(tmp_path / "found.json")])
         assert result.exit_code == 0, result.output
