@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from tilewright.tuner.model.graph import Names
+
 Array = np.ndarray[Any, Any]
 
 
@@ -16,24 +18,18 @@ class Editor:
 
     def __init__(self, model: ir.Model) -> None:
         self.graph = model.graph
-        self._taken: set[str] = set()
+        taken: set[str] = set()
         for node in model.graph.all_nodes():
-            self._taken.update(
-                value.name for value in (*node.inputs, *node.outputs) if value is not None and value.name
-            )
+            taken.update(value.name for value in (*node.inputs, *node.outputs) if value is not None and value.name)
             if node.name:
-                self._taken.add(node.name)
-        self._taken.update(value.name for value in model.graph.inputs if value.name)
-        self._taken.update(model.graph.initializers)
+                taken.add(node.name)
+        taken.update(value.name for value in model.graph.inputs if value.name)
+        taken.update(model.graph.initializers)
+        self._names = Names(taken)
 
     def name(self, base: str) -> str:
         """A name that is free, and now taken: `base`, or that and a number."""
-        name, count = base, 1
-        while name in self._taken:
-            count += 1
-            name = f"{base}_{count}"
-        self._taken.add(name)
-        return name
+        return self._names.free(base)
 
     def constant(self, array: Array, base: str, dtype: ir.DataType | None = None) -> ir.Value:
         """A new initializer."""
