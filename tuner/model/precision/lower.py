@@ -278,7 +278,10 @@ class _Chooser:
         with Judge(self._fused, list(self._calibration.feeds[:CHECKED])) as reference:
             return error_of(reference.compare(model))
 
-    def _made(self, plan: Mapping[str, LayerPrecision], base: str, quantised: Quantised | None) -> ir.Model:
+    def _made(
+        self, plan: Mapping[str, LayerPrecision], base: str, quantised: Quantised | None, *, timed: bool = False
+    ) -> ir.Model:
+        """A model of a plan; only to be `timed`, no weights are rounded by their inputs for it."""
         seen, given = self._seen(quantised), self._given
         if quantised is None:
             return apply_precision(
@@ -294,7 +297,7 @@ class _Chooser:
             plan,
             base=base,
             weights=quantised.weights,
-            grouped=self._grouped(plan, quantised),
+            grouped=quantised.grouped if timed else self._grouped(plan, quantised),
             shifts=quantised.shifts,
             extremes=seen,
             device=self._device,
@@ -350,11 +353,10 @@ class _Chooser:
         return found
 
     def _times(self, plan: Plan, quantised: Quantised | None, base: str) -> dict[str, float]:
-        """The prediction of each layer's problem, in µs, without rounding weights for it."""
-        nearest = None if quantised is None else replace(quantised, grouped={})
+        """The prediction of each layer's problem, in µs."""
         known: dict[Any, float] = {}
         times = {}
-        for layer in workloads(self._made(_precisions(plan, quantised, base), base, nearest)).layers:
+        for layer in workloads(self._made(_precisions(plan, quantised, base), base, quantised, timed=True)).layers:
             if layer.problem not in known:
                 known[layer.problem] = predicted_us(layer.problem, self._device) or 0.0
             times[layer.node] = known[layer.problem]
