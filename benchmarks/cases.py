@@ -188,6 +188,7 @@ def as_convolution(case: Case) -> Conv2dProblem | None:
         bias=problem.bias,
         residual=problem.residual,
         activation=problem.activation,
+        residual_last=problem.residual_last,
     )
 
 

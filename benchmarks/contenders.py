@@ -159,6 +159,7 @@ def _our_gemm(torch: Any, problem: GemmProblem, config: Any) -> Call:
             bias=arrays.get("bias"),
             residual=arrays.get("residual"),
             activation=problem.activation,
+            residual_last=problem.residual_last,
             gated=problem.gated,
             out_dtype=problem.output_dtype,
             group_size=problem.group_size or None,
@@ -273,6 +274,7 @@ def _elementwise(torch: Any, problem: Any) -> Callable[[Any, Arrays], Any]:
         half = problem.N // 2
         return lambda y, arrays: swiglu(y[:, :half], y[:, half:])
     if problem.residual:
+        assert not problem.residual_last
         if name == "none":
             return lambda y, arrays: y.add_(arrays["residual"])
         assert name == "relu"
@@ -406,6 +408,7 @@ def _our_convolution(torch: Any, problem: Conv2dProblem, config: Any) -> Call:
             bias=arrays.get("bias"),
             residual=arrays.get("residual"),
             activation=problem.activation,
+            residual_last=problem.residual_last,
             stride=stride,
             padding=padding,
             dilation=dilation,

@@ -2,7 +2,11 @@
 
     y = activation(alpha · scales · x + bias + residual)
 
-or, of pairs of columns, with the residual last so that it skips the gate:
+or, with `residual_last`, as the blocks of YOLO and Darknet have it:
+
+    y = activation(alpha · scales · x + bias) + residual
+
+or, of pairs of columns, where the residual is always last, so that it skips the gate:
 
     [g | u] = alpha · scales · x + bias,    y = activation(g) · u + residual
 
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -55,14 +59,18 @@ def sums_dtype(operands: str, fused: bool) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusedProblem(Problem):
-    """A problem with the common epilogue. `bias` and `residual` are the dtype of that array, or None for none.
+    """A problem with the common epilogue. `bias` and `residual` are the dtype of that array, or None for none;
+    `residual_last` says that the residual is added behind an activation, not before it.
 
     An op's own class says what `out_dtype` is when left out, and which of these it does not take.
     """
 
+    ADDED: ClassVar[tuple[str, ...]] = ("residual_last",)
+
     out_dtype: str | None = None
     bias: str | None = None
     residual: str | None = None
+    residual_last: bool = False
     activation: str = "none"
     alpha: bool = False  # whether a factor other than 1 is applied
     out_scale: bool = False  # whether the result is quantised with a scale
@@ -82,6 +90,10 @@ class FusedProblem(Problem):
         for name, kind in (("bias", self.bias), ("residual", self.residual)):
             if kind is not None and kind not in FLOATS:
                 raise refused(name, kind, self.op, FLOATS)
+        if self.residual_last and self.residual is None:
+            raise ProblemError("residual_last needs a residual")
+        if self.activation == "none":
+            put(self, "residual_last", False)  # the same sum
         if self.out_scale and self.out_dtype not in QUANTISED:
             raise ProblemError(f"out_scale is for a result of {', '.join(QUANTISED)}, not out_dtype={self.out_dtype!r}")
         if self.out_dtype == "int8" and not self.out_scale:
@@ -121,7 +133,7 @@ def epilogue_reference(
     extra = 0.0 if residual is None else residual.astype(np.float64)
     function = activation(problem.activation)
     if gated is None:
-        y = function(x + extra)
+        y = function(x) + extra if problem.residual_last else function(x + extra)
     else:
         half = x.shape[-1] // 2
         gate, up = (x[..., :half], x[..., half:]) if gated == "halves" else (x[..., 0::2], x[..., 1::2])
@@ -204,11 +216,18 @@ def to_output(y, out_scale_ptr, kind: tl.constexpr):
 
 
 @triton.jit
-def finish(x, residual, ACTIVATION: tl.constexpr, out_scale_ptr, kind: tl.constexpr):
-    """activation(x + residual) of an fp32 tile, quantised and cast; the residual is a tile, or None."""
-    if residual is not None:
-        x += residual.to(tl.float32)
-    return to_output(activate(x, ACTIVATION), out_scale_ptr, kind)
+def finish(
+    x, residual, ACTIVATION: tl.constexpr, RESIDUAL_LAST: tl.constexpr, out_scale_ptr, kind: tl.constexpr
+):  # fmt: skip
+    """activation(x + residual) of an fp32 tile, or activation(x) + residual, quantised and cast; the residual is a
+    tile, or None."""
+    if residual is None:
+        y = activate(x, ACTIVATION)
+    elif RESIDUAL_LAST:
+        y = activate(x, ACTIVATION) + residual.to(tl.float32)
+    else:
+        y = activate(x + residual.to(tl.float32), ACTIVATION)
+    return to_output(y, out_scale_ptr, kind)
 
 
 @triton.jit

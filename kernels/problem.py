@@ -24,6 +24,9 @@ class _Value:
     """A frozen dataclass of plain values with one canonical JSON text. Base of `Problem` and `Config`."""
 
     __slots__ = ()
+    ADDED: ClassVar[tuple[str, ...]] = ()
+    """Fields that came when results were on record already. At their default they are not in the text, so what it is
+    found under stays what it was."""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, in the order a person writes them."""
@@ -45,7 +48,11 @@ class _Value:
 
     def to_json(self) -> str:
         """Canonical JSON: equal values give equal texts, in every process."""
-        return canonical_json(self.to_dict())
+        values = self.to_dict()
+        for name, default in _added(type(self)):  # type: ignore[arg-type]  # a class is hashable
+            if values[name] == default:
+                del values[name]
+        return canonical_json(values)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -171,6 +178,12 @@ class Problem(_Value, ABC):
 def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
     """The fields of a dataclass: its positional ones, which are an op's own, before the keywords that ops share."""
     return tuple(sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only)))
+
+
+@cache
+def _added(cls: type) -> tuple[tuple[str, Any], ...]:
+    """The `ADDED` fields, each with its default."""
+    return tuple((field.name, field.default) for field in _fields(cls) if field.name in cls.ADDED)  # type: ignore[attr-defined]
 
 
 @cache

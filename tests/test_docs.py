@@ -118,8 +118,15 @@ def test_what_torch_has_is_what_the_table_says() -> None:
     shapes = {"x": (4, 32), "weight": (16, 32), "bias": (16,), "gate_up": (48, 32)}
     scope = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     rows = dict(re.findall(r"^\| `(F\..*?)` \| `(.*?)`", README, re.MULTILINE))
-    assert [call.partition("(")[0] for call in rows.values()] == ["gemm", "gemm", "conv2d", "attention", "rmsnorm"]
-    linear, gated, convolution, attention, norm = rows.values()
+    assert [call.partition("(")[0] for call in rows.values()] == [
+        "gemm",
+        "gemm",
+        "conv2d",
+        "conv2d",
+        "attention",
+        "rmsnorm",
+    ]
+    linear, gated, convolution, skipped, attention, norm = rows.values()
     exec("from tilewright.kernels import attention, conv2d, gemm, rmsnorm", scope)
 
     h = scope["x"] @ scope["weight"].T + scope["bias"]
@@ -134,6 +141,9 @@ def test_what_torch_has_is_what_the_table_says() -> None:
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
     sums = np.einsum("ncpqrs,kcrs->nkpq", windows, image["w"]) + scope["bias"][:, None, None] + scope["r"]
     np.testing.assert_allclose(eval(convolution, scope), np.maximum(sums, 0), rtol=1e-4, atol=1e-4)
+    bare = sums - scope["r"]
+    wanted = bare / (1 + np.exp(-bare)) + scope["r"]
+    np.testing.assert_allclose(eval(skipped, scope), wanted, rtol=1e-4, atol=1e-4)
     assert f"o = {attention}" in SNIPPETS[0]  # whose values another test looks at
     scope |= {"x": rng.standard_normal((4, 32), np.float32), "weight": rng.standard_normal(32, np.float32)}
     wanted = scope["x"] / np.sqrt((scope["x"] ** 2).mean(-1, keepdims=True) + 1e-5) * scope["weight"]

@@ -20,6 +20,7 @@ from tilewright.kernels.tensorrt.operation import (
     check_fp32,
     check_rank,
     check_shape,
+    flag,
 )
 from tilewright.kernels.tensorrt.types import LINEAR, channels_last
 from tilewright.tuning_db.errors import ProblemError, UsageError
@@ -46,6 +47,7 @@ class Conv2dPlugin(PluginOperation):
     optional = (("bias",), ("residual",), ("x_scale",), ("w_scale",), ("out_scale",))
     attributes = (
         Attribute("activation", "none", "a name of the epilogue's activations, with its parameters"),
+        Attribute("residual_last", 0, "1: the residual is added behind the activation, not before it"),
         Attribute("stride_h", 1, "rows from one output pixel's window to the next"),
         Attribute("stride_w", 1, "columns likewise"),
         Attribute("pad_top", 0, "zero rows around x"),
@@ -191,6 +193,7 @@ class Conv2dPlugin(PluginOperation):
             "precision": None if attributes["precision"] == "default" else attributes["precision"],
             "out_dtype": None if attributes["out_dtype"] == "default" else attributes["out_dtype"],
             "activation": attributes["activation"],
+            "residual_last": flag(attributes, "residual_last"),
             "out_scale": "out_scale" in tensors,
             **kinds,
         }

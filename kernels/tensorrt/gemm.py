@@ -51,6 +51,7 @@ class GemmPlugin(PluginOperation):
     needs: ClassVar[Mapping[str, str]] = {"b_zero": "b_scale"}
     attributes = (
         Attribute("activation", "none", "a name of the epilogue's activations, with its parameters"),
+        Attribute("residual_last", 0, "1: the residual is added behind the activation, not before it"),
         Attribute("gated", "none", "halves or interleaved: how the columns of gate and up lie in N"),
         Attribute("trans_a", 0, "1: a is (…, K, M)"),
         Attribute("trans_b", 0, "1: b is (…, N, K)"),
@@ -202,6 +203,7 @@ class GemmPlugin(PluginOperation):
             "precision": None if attributes["precision"] == "default" else attributes["precision"],
             "out_dtype": None if attributes["out_dtype"] == "default" else attributes["out_dtype"],
             "activation": attributes["activation"],
+            "residual_last": flag(attributes, "residual_last"),
             "out_scale": "out_scale" in tensors,
             **kinds,
         }

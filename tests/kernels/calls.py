@@ -46,6 +46,7 @@ def run_gemm(problem: Any, arrays: Arrays, out: Any = None, config: Any = None) 
     options = {name: arrays.get(name) for name in ("a_scale", "b_scale", "b_zero", "bias", "residual")}
     options |= {name: float(arrays[name][0]) for name in ("alpha", "out_scale") if name in arrays}
     options |= {name: getattr(problem, name) for name in ("bias_axis", "activation", "gated", "precision", "out_dtype")}
+    options["residual_last"] = problem.residual_last
     options |= {"group_size": problem.group_size or None, "out": out, "config": config}
     a = arrays["a"]
     if problem.groups:
@@ -78,6 +79,7 @@ def run_conv2d(problem: Any, arrays: Arrays, out: Any = None, config: Any = None
         **{name: arrays.get(name) for name in ("x_scale", "w_scale", "bias", "residual", "out_scale")},
         alpha=arrays.get("alpha", 1.0),
         activation=problem.activation,
+        residual_last=problem.residual_last,
         stride=(problem.stride_h, problem.stride_w),
         padding=(problem.pad_top, problem.pad_left, problem.pad_bottom, problem.pad_right),
         dilation=(problem.dilation_h, problem.dilation_w),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import ml_dtypes
@@ -62,12 +62,21 @@ class Elementwise(FusedProblem):
 
 
 @triton.jit
-def plain_kernel(x_ptr, residual_ptr, out_scale_ptr, out_ptr, ACTIVATION: tl.constexpr, SIZE: tl.constexpr):
+def plain_kernel(
+    x_ptr,
+    residual_ptr,
+    out_scale_ptr,
+    out_ptr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL_LAST: tl.constexpr,
+    SIZE: tl.constexpr,
+):
     at = tl.arange(0, SIZE)
     residual = None
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + at)
-    tl.store(out_ptr + at, finish(tl.load(x_ptr + at), residual, ACTIVATION, out_scale_ptr, out_ptr.dtype.element_ty))
+    y = finish(tl.load(x_ptr + at), residual, ACTIVATION, RESIDUAL_LAST, out_scale_ptr, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, y)
 
 
 @triton.jit
@@ -95,11 +104,20 @@ SIZE = 512
 @pytest.mark.parametrize("gated", [None, "halves"])
 def test_device_code_is_the_reference(out_dtype, residual, gated):
     random = np.random.default_rng(0)
-    for activation, quantised in itertools.product(ACTIVATION_NAMES, (False, True)):
+    for activation, quantised, last in itertools.product(ACTIVATION_NAMES, (False, True), (False, True)):
         if (out_dtype == "int8" and not quantised) or (quantised and out_dtype not in QUANTISED):
             continue
+        if last and (residual is None or gated is not None):
+            continue
         problem = Elementwise(
-            1, SIZE, out_dtype=out_dtype, residual=residual, activation=activation, out_scale=quantised, gated=gated
+            1,
+            SIZE,
+            out_dtype=out_dtype,
+            residual=residual,
+            residual_last=last,
+            activation=activation,
+            out_scale=quantised,
+            gated=gated,
         )
         x = random.standard_normal((1, 2 * SIZE if gated else SIZE), np.float32)
         extra = residual and random.standard_normal((1, SIZE)).astype(dtype(residual).numpy)
@@ -107,8 +125,8 @@ def test_device_code_is_the_reference(out_dtype, residual, gated):
         expected = epilogue_reference(problem, x.astype(np.float64), scalars, residual=extra, gated=gated)
         out = np.zeros((1, SIZE), dtype(out_dtype).numpy)
         arrays = {"x_ptr": x, "residual_ptr": extra, "out_scale_ptr": scalars.get("out_scale"), "out_ptr": out}
-        kernel = gated_kernel if gated else plain_kernel
-        interpret(kernel, (1, 1, 1), {**arrays, "ACTIVATION": activation, "SIZE": SIZE})
+        kernel, own = (gated_kernel, {}) if gated else (plain_kernel, {"RESIDUAL_LAST": last})
+        interpret(kernel, (1, 1, 1), {**arrays, "ACTIVATION": activation, **own, "SIZE": SIZE})
         assert_close(out, expected, rounded(problem, 2.0**-20, gated=gated is not None))
 
 
@@ -173,6 +191,9 @@ def test_the_order_of_the_reference():
     bias, residual = np.array([1.0, 30.0]), np.array([[-1.0, -40.0]])
     y = epilogue_reference(problem, x, arrays, scales=(np.array([3.0]),), bias=bias, residual=residual)
     assert y.tolist() == [[(10 * 2 * 3 + 1 - 1) / 0.5, 0.0]]
+    last = replace(problem, residual_last=True)
+    y = epilogue_reference(last, x, arrays, scales=(np.array([3.0]),), bias=bias, residual=residual)
+    assert y.tolist() == [[(10 * 2 * 3 + 1 - 1) / 0.5, -40 / 0.5]]
     halves = epilogue_reference(problem, np.array([[1.0, -2.0, 3.0, 4.0]]), arrays, residual=residual, gated="halves")
     assert halves.tolist() == [[(2 * 6 - 1) / 0.5, -40 / 0.5]]
     pairs = epilogue_reference(
@@ -193,6 +214,7 @@ def test_the_order_of_the_reference():
             {"out_scale": True},
         ),
         (ProblemError, "out_dtype='int8' needs out_scale", {"out_dtype": "int8"}),
+        (ProblemError, "residual_last needs a residual", {"residual_last": True, "activation": "relu"}),
         (UsageError, "unknown activation 'swosh'", {"activation": "swosh"}),
     ],
 )
@@ -209,6 +231,8 @@ def test_spellings_are_canonical():
     assert problem == Elementwise(1, 1, activation="clamp:0.0:6.0", out_dtype="fp32")
     assert str(problem) == "rows=1,columns=1,activation=clamp:0:6"
     assert Elementwise.parse(str(problem)) == problem
+    # Without an activation there is nothing to be behind.
+    assert not Elementwise(1, 1, residual="fp16", residual_last=True).residual_last
 
 
 def test_a_tolerance_grows_with_what_the_epilogue_multiplies():

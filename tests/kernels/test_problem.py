@@ -61,6 +61,17 @@ def test_the_text_of_a_problem_in_a_database_is_what_it_was():
     )
 
 
+def test_a_field_that_came_later_is_in_the_text_where_it_says_something():
+    plain = GemmProblem(16, 32, 64, residual="fp16", activation="silu")
+    last = replace(plain, residual_last=True)
+    assert "residual_last" not in plain.to_json()
+    assert '"residual_last":true' in last.to_json()
+    assert GemmProblem.from_json(last.to_json()) == last
+    assert GEMM.distance(plain, last) is None
+    # Of gated columns the residual is always last.
+    assert replace(last, gated="halves") == replace(plain, gated="halves")
+
+
 def test_what_is_left_out_follows_from_the_rest():
     assert str(GemmProblem(1, 2, 3)) == "M=1,N=2,K=3"
     assert GemmProblem(1, 2, 3).out_dtype == "fp16"

@@ -210,9 +210,7 @@ def _gemm(body: _Body, kind: str) -> ir.Value:
         y = op("Add", y, body.extra("bias"))
     activation = activation_name(settings["activation"])
     if settings["gated"] == "none":
-        if "residual" in body.given:
-            y = op("Add", y, body.extra("residual"))
-        return body.finish(activate(op, y, activation), kind)
+        return _end(body, y, kind)
     if settings["gated"] == "halves":
         gate, up = op("Split", y, outputs=2, axis=-1, num_outputs=2)
     else:
@@ -239,9 +237,18 @@ def _conv2d(body: _Body, kind: str) -> ir.Value:
         dilations=[settings["dilation_h"], settings["dilation_w"]],
         group=settings["groups"],
     )
-    if "residual" in body.given:
+    return _end(body, y, kind)
+
+
+def _end(body: _Body, y: ir.Value, kind: str) -> ir.Value:
+    """What comes behind the sums and the bias, where there is no gate."""
+    op, activation, last = body.op, activation_name(body.settings["activation"]), body.settings["residual_last"]
+    if "residual" in body.given and not last:
         y = op("Add", y, body.extra("residual"))
-    return body.finish(activate(op, y, activation_name(settings["activation"])), kind)
+    y = activate(op, y, activation)
+    if "residual" in body.given and last:
+        y = op("Add", y, body.extra("residual"))
+    return body.finish(y, kind)
 
 
 def _attention(body: _Body, kind: str) -> ir.Value:

@@ -16,6 +16,7 @@ from tilewright.tuner.suites.sdxl import SDXL
 from tilewright.tuner.suites.vit import VIT_B
 from tilewright.tuner.suites.whisper import WHISPER
 from tilewright.tuner.suites.workload import Workload, distinct
+from tilewright.tuner.suites.yolo import YOLOV8S
 from tilewright.tuning_db.errors import UnknownSuiteError
 from tilewright.tuning_db.text import did_you_mean
 
@@ -25,6 +26,7 @@ MODELS: dict[str, tuple[Workload, ...]] = {
     "resnet50": RESNET50,
     "mobilenet-v2": MOBILENET_V2,
     "convnext-t": CONVNEXT_T,
+    "yolov8s": YOLOV8S,
     "sdxl": SDXL,
     "bert-base": BERT_BASE,
     "bert-large": BERT_LARGE,

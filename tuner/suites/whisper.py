@@ -7,16 +7,20 @@ default.
 
 from __future__ import annotations
 
+from typing import Any
+
 from tilewright.tuner.suites.workload import attention, conv, distinct, linear
 
 LAYERS, WIDTH, MLP, HEADS = 32, 1280, 5120, 20
 SOUND, TEXT, VOCABULARY, BEAMS = 1500, 448, 51866, 5
 
+POSITIONS: dict[str, Any] = {"residual": "fp16", "residual_last": True}
+
 WHISPER = distinct(
     (
-        # 1-D: one row of 3000 frames. The positions are added after the activation, so they are no residual.
+        # 1-D: one row of 3000 frames. The positions are added behind the second's activation.
         conv("whisper conv1", 1, (1, 2 * SOUND), 128, WIDTH, (1, 3), activation="gelu_erf"),
-        conv("whisper conv2", 1, (1, 2 * SOUND), WIDTH, WIDTH, (1, 3), stride=2, activation="gelu_erf"),
+        conv("whisper conv2", 1, (1, 2 * SOUND), WIDTH, WIDTH, (1, 3), stride=2, activation="gelu_erf", **POSITIONS),
         # Keys have no bias: zeros, in a projection of all three.
         linear("whisper encoder qkv", SOUND, WIDTH, 3 * WIDTH, count=LAYERS, bias="fp16"),
         attention("whisper encoder attention", 1, HEADS, SOUND, SOUND, WIDTH // HEADS, count=LAYERS),

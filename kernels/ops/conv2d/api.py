@@ -27,7 +27,7 @@ from tilewright.kernels.ops.conv2d.problem import INPUT_DTYPES, LAYOUTS, Conv2dP
 from tilewright.kernels.ops.conv2d.space import Conv2dConfig
 from tilewright.kernels.ops.gemm.launch import GEMM
 from tilewright.kernels.ops.gemm.space import GemmConfig
-from tilewright.kernels.options import factor, integer
+from tilewright.kernels.options import factor, flag, integer
 from tilewright.kernels.problem import Output
 from tilewright.kernels.runtime import Plan
 from tilewright.tuning_db.errors import ProblemError, UnsupportedProblemError, UsageError
@@ -38,6 +38,7 @@ SCALARS = ("x_scale", "alpha", "out_scale")
 
 OPTIONS = {
     "activation": "str?",
+    "residual_last": "bool",
     **dict.fromkeys(("stride", "padding", "dilation"), "ints"),
     "groups": "int?",
     "layout": "str",
@@ -54,6 +55,7 @@ def conv2d(
     w_scale: Any = None,
     bias: Any = None,
     residual: Any = None,
+    residual_last: bool = False,
     activation: str | None = None,
     alpha: Any = 1.0,
     out_scale: Any = None,
@@ -69,12 +71,12 @@ def conv2d(
 ) -> Any:
     """Fused convolution: `activation(alpha · x_scale · w_scale · (x ∗ w) + bias + residual)`, `/ out_scale`.
 
-    As deep learning has it: w is not flipped, and x is zero outside its bounds. Sums are taken in fp32, of int8 in
-    int32. What is read and written is told from strides: any of x, w, residual and out may lie in NHWC or NCHW memory
-    (torch's channels_last), whatever the order of its dimensions, if x, residual and out do so alike. One tap with
-    stride 1, no padding and one group is a GEMM, and runs as one. The configuration is the tuned one for this problem
-    on this GPU, where there is one; see docs/tuning-database.md. The call returns as soon as the work is on the
-    caller's current stream.
+    With `residual_last`, `activation(… + bias) + residual`. As deep learning has it: w is not flipped, and x is zero
+    outside its bounds. Sums are taken in fp32, of int8 in int32. What is read and written is told from strides: any of
+    x, w, residual and out may lie in NHWC or NCHW memory (torch's channels_last), whatever the order of its dimensions,
+    if x, residual and out do so alike. One tap with stride 1, no padding and one group is a GEMM, and runs as one. The
+    configuration is the tuned one for this problem on this GPU, where there is one; see docs/tuning-database.md. The
+    call returns as soon as the work is on the caller's current stream.
 
     Args:
         x: (N, H, W, C), or (N, C, H, W) with `layout="nchw"`, of fp16, fp32, (sm_80 on) bf16, int8, fp8e5m2, or
@@ -84,6 +86,7 @@ def conv2d(
         w_scale: likewise, or one for each output channel, fp32 (K,).
         bias: (K,), of fp16, bf16, fp32 or fp8.
         residual: of the result's shape, of any of these.
+        residual_last: the residual is added behind the activation, not before it.
         activation: a name of docs/epilogue.md, with its parameters: "silu", "leaky_relu:0.1", "clamp:0:6".
         alpha: factor on the sums: a number, or an fp32 array of one element on the GPU; None is 1.
         out_scale: scale of a quantised result (int8, fp8): a number above 0, or such an array, which is not looked at.
@@ -116,7 +119,7 @@ def conv2d(
     arrays = (x, w, x_scale, w_scale, bias, residual, factor(alpha), out_scale)
     window = (_whole("stride", stride, 2), _whole("padding", padding, 2, 4), _whole("dilation", dilation, 2))
     rest = integer("groups", groups), layout, precision, wanted_dtype(out_dtype), _checked(config)
-    return _CONV2D.run(arrays, (out,), (activation, *window, *rest))[0]
+    return _CONV2D.run(arrays, (out,), (activation, flag("residual_last", residual_last), *window, *rest))[0]
 
 
 def conv1d(
@@ -127,6 +130,7 @@ def conv1d(
     w_scale: Any = None,
     bias: Any = None,
     residual: Any = None,
+    residual_last: bool = False,
     activation: str | None = None,
     alpha: Any = 1.0,
     out_scale: Any = None,
@@ -153,7 +157,7 @@ def conv1d(
     arrays = (x, w, x_scale, w_scale, bias, residual, factor(alpha), out_scale)
     window = (_whole("stride", stride, 1), _whole("padding", padding, 2), _whole("dilation", dilation, 1))
     rest = integer("groups", groups), layout, precision, wanted_dtype(out_dtype), _checked(config)
-    return _CONV1D.run(arrays, (out,), (activation, *window, *rest))[0]
+    return _CONV1D.run(arrays, (out,), (activation, flag("residual_last", residual_last), *window, *rest))[0]
 
 
 def _whole(name: str, option: Any, *lengths: int) -> Any:
@@ -219,7 +223,7 @@ class Described(NamedTuple):
 
 def _image(views: dict[str, View], options: tuple[Any, ...]) -> Described:
     """A call of `conv2d`."""
-    _, stride, padding, dilation, groups, layout, *_ = options
+    _, _, stride, padding, dilation, groups, layout, *_ = options
     if layout not in LAYOUTS:
         raise ProblemError(f"layout={layout!r} must be nhwc or nchw")
     stride_h, stride_w = numbers("stride", stride, (2,))
@@ -231,7 +235,7 @@ def _image(views: dict[str, View], options: tuple[Any, ...]) -> Described:
 
 def _row(views: dict[str, View], options: tuple[Any, ...]) -> Described:
     """A call of `conv1d`, as one of images of one row."""
-    _, stride, padding, dilation, groups, layout, *_ = options
+    _, _, stride, padding, dilation, groups, layout, *_ = options
     if layout not in ("nlc", "ncl"):
         raise ProblemError(f"layout={layout!r} must be nlc or ncl")
     (stride_w,), (dilation_w,) = numbers("stride", stride, (1,)), numbers("dilation", dilation, (1,))
@@ -293,12 +297,13 @@ Describe = Callable[[dict[str, View], tuple[Any, ...]], Described]
 
 def _prepare(describe: Describe, views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
     """Everything about a call that its arrays' signatures decide."""
-    activation, _, _, _, groups, _, precision, out_dtype, config = options
+    activation, residual_last, _, _, _, groups, _, precision, out_dtype, config = options
     call = describe(views, options)
     views, whole, layout, *_ = call
     fields = call.sizes | call.window | dtypes_of(views, out_dtype)
     # What never goes together is said before what these arrays' strides don't allow.
-    made = Conv2dProblem(**fields, groups=groups, activation=activation_name(activation), precision=precision)
+    fields |= {"activation": activation_name(activation), "residual_last": residual_last}
+    made = Conv2dProblem(**fields, groups=groups, precision=precision)
     result = (made.N, made.P, made.Q, made.K)
     for name in ("residual", "out"):
         if name in views and views[name].shape != result:
@@ -308,7 +313,6 @@ def _prepare(describe: Describe, views: dict[str, View], options: tuple[Any, ...
     problem = Conv2dProblem(
         **fields,
         groups=groups,
-        activation=activation_name(activation),
         precision=precision,
         layout=memory,
         w_layout=w_layout,

@@ -86,6 +86,7 @@ def depthwise_kernel(
     SUM: tl.constexpr,
     W_SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    RESIDUAL_LAST: tl.constexpr,
     EVEN_P: tl.constexpr,  # whether ROWS divides P
     UNROLL: tl.constexpr,  # columns of taps at once
     BLOCK_M: tl.constexpr,
@@ -170,5 +171,5 @@ def depthwise_kernel(
         store_tile(
             sums[out_row], bias_ptr, residual_ptr, x_scale_ptr, w_scale_ptr, alpha_ptr, out_scale_ptr, out_ptr,
             across(out_pixels, NHWC) + beside(out_filters, NHWC), filters, filters < K,
-            mask_out, mask_n, NHWC, W_SCALE, ACTIVATION,
+            mask_out, mask_n, NHWC, W_SCALE, ACTIVATION, RESIDUAL_LAST,
         )  # fmt: skip

@@ -56,5 +56,8 @@ FEATURES: dict[str, Conv2dProblem | Variant[Conv2dProblem, Conv2dConfig]] = {
     "alpha, bias, residual, activation": Conv2dProblem(
         **TAPS, alpha=True, bias="fp32", residual="fp16", activation="silu"
     ),
+    "residual behind the activation": Conv2dProblem(
+        **TAPS, bias="fp16", residual="fp16", residual_last=True, activation="silu"
+    ),
     "fp8e4m3 result": Conv2dProblem(**TAPS, out_dtype="fp8e4m3", out_scale=True),
 }

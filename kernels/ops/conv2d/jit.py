@@ -101,6 +101,7 @@ def conv2d_kernel(
     FP8_SUM: tl.constexpr,  # fp8 products that tensor cores may add up before the sum goes to fp32; 0 for other types
     W_SCALE: tl.constexpr,  # "channel" or "tensor"
     ACTIVATION: tl.constexpr,
+    RESIDUAL_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr,  # pixels
     BLOCK_N: tl.constexpr,  # output channels
     BLOCK_K: tl.constexpr,
@@ -242,13 +243,13 @@ def conv2d_kernel(
             store_tile(
                 accumulator, bias_ptr, residual_ptr, x_scale_ptr, w_scale_ptr, alpha_ptr, out_scale_ptr, out_ptr,
                 across(out_pixels, NHWC) + beside(out_filters, NHWC), group * K + filters, filters < K,
-                mask_m, mask_n, NHWC, W_SCALE, ACTIVATION,
+                mask_m, mask_n, NHWC, W_SCALE, ACTIVATION, RESIDUAL_LAST,
             )  # fmt: skip
     else:
         store_tile(
             accumulator, bias_ptr, residual_ptr, x_scale_ptr, w_scale_ptr, alpha_ptr, out_scale_ptr, out_ptr,
             across(out_pixels, NHWC) + beside(out_filters, NHWC), group * K + filters, filters < K,
-            mask_m, mask_n, NHWC, W_SCALE, ACTIVATION,
+            mask_m, mask_n, NHWC, W_SCALE, ACTIVATION, RESIDUAL_LAST,
         )  # fmt: skip
 
 
@@ -300,6 +301,7 @@ def store_tile(
     NHWC: tl.constexpr,
     W_SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    RESIDUAL_LAST: tl.constexpr,
 ):
     """The epilogue of one tile and its only store."""
     mask = mask_n
@@ -323,7 +325,7 @@ def store_tile(
         residual = None
         if residual_ptr is not None:
             residual = load(residual_ptr + offsets, mask)
-        y = finish(x, residual, ACTIVATION, out_scale_ptr, out_ptr.dtype.element_ty)
+        y = finish(x, residual, ACTIVATION, RESIDUAL_LAST, out_scale_ptr, out_ptr.dtype.element_ty)
     if mask is None:
         tl.store(out_ptr + offsets, y)
     else:

@@ -74,6 +74,7 @@ def launches(problem: Conv2dProblem, config: Conv2dConfig) -> tuple[Launch, ...]
         ("SUM", tl.int32 if integers else tl.float32),
         ("W_SCALE", problem.w_scale or "tensor"),
         ("ACTIVATION", problem.activation),
+        ("RESIDUAL_LAST", problem.residual_last),
     )
     tile = (("BLOCK_M", config.BLOCK_M), ("BLOCK_N", config.BLOCK_N))
     grid = (tiles, config.SPLIT_K if split else 1, 1)

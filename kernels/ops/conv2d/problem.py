@@ -383,7 +383,7 @@ def as_gemm(problem: Conv2dProblem) -> GemmProblem:
         raise ProblemError(f"{problem} is no GEMM: that takes one tap, stride 1, no padding and one group")
     p = problem
     fields: dict[str, Any] = {name: getattr(p, name) for name in ("dtype", "precision", "aligned", "bias", "residual")}
-    fields |= {name: getattr(p, name) for name in ("activation", "alpha", "out_scale", "out_dtype")}
+    fields |= {name: getattr(p, name) for name in ("activation", "residual_last", "alpha", "out_scale", "out_dtype")}
     fields["end_aligned"] = p.aligned
     x_scale = "tensor" if p.x_scale else None
     if p.layout == "nhwc":

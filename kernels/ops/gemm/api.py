@@ -26,7 +26,7 @@ from tilewright.kernels.ops.gemm.operands import (
 )
 from tilewright.kernels.ops.gemm.problem import INPUT_DTYPES, OPERANDS, SCALE_DTYPES, GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
-from tilewright.kernels.options import factor, integer
+from tilewright.kernels.options import factor, flag, integer
 from tilewright.kernels.problem import Output
 from tilewright.tuning_db.errors import ProblemError, UnsupportedError, UnsupportedProblemError, UsageError
 
@@ -61,6 +61,7 @@ def gemm(
     bias: Any = None,
     bias_axis: str = "n",
     residual: Any = None,
+    residual_last: bool = False,
     activation: str | None = None,
     gated: str | None = None,
     alpha: Any = 1.0,
@@ -72,9 +73,10 @@ def gemm(
 ) -> Any:
     """Fused matrix product: `activation(alpha · a_scale · b_scale · (A·B) + bias + residual)`, `/ out_scale`.
 
-    With `gated`, `[g|u] = alpha · a_scale · b_scale · (A·B) + bias` and `activation(g) · u + residual`. Sums are taken
-    in fp32, of int8 in int32. The configuration is the tuned one for these shapes on this GPU, where there is one; see
-    docs/tuning-database.md. The call returns as soon as the work is on the caller's current stream.
+    With `residual_last`, `activation(… + bias) + residual`. With `gated`, `[g|u] = alpha · a_scale · b_scale · (A·B) +
+    bias` and `activation(g) · u + residual`. Sums are taken in fp32, of int8 in int32. The configuration is the tuned
+    one for these shapes on this GPU, where there is one; see docs/tuning-database.md. The call returns as soon as the
+    work is on the caller's current stream.
 
     Args:
         a: (..., M, K), of fp16, fp32, (sm_80 on) bf16, int8, fp8e5m2, or (sm_89 on) fp8e4m3. Rows or columns
@@ -91,6 +93,7 @@ def gemm(
         group_size: rows of int8 or int4 weights that share a scale: 32, 64 or 128.
         bias: (N,), or with `bias_axis="m"` (M,), of fp16, bf16, fp32 or fp8.
         residual: (..., M, N), gated (..., M, N/2), of any of these, its leading dimensions broadcast to the result's.
+        residual_last: the residual is added behind the activation, not before it. Gated it always is.
         activation: a name of docs/epilogue.md, with its parameters: "gelu", "leaky_relu:0.1", "clamp:0:6".
         gated: pairs of columns: "halves", all g before all u, or "interleaved", g, u, g, u, …. SwiGLU, GEGLU and ReGLU
             have the activations silu, gelu and relu.
@@ -122,7 +125,8 @@ def gemm(
     if group_size is not None:
         group_size = integer("group_size", group_size)
     arrays = (a, b, a_scale, b_scale, b_zero, bias, residual, factor(alpha), out_scale)
-    options = (group_size, bias_axis, activation, gated, precision, wanted_dtype(out_dtype), config)
+    last = flag("residual_last", residual_last)
+    options = (group_size, bias_axis, activation, last, gated, precision, wanted_dtype(out_dtype), config)
     return _GEMM.run(arrays, (out,), options)[0]
 
 
@@ -166,11 +170,11 @@ class LoopedCall:
 
 def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
     """Everything about a call that its arrays' signatures decide."""
-    group_size, bias_axis, activation, gated, precision, out_dtype, config = options
+    group_size, bias_axis, activation, residual_last, gated, precision, out_dtype, config = options
     m, k, n, batch = shapes_of(views, gated=gated, bias_axis=bias_axis)
     fields: dict[str, Any] = dtypes_of(views, out_dtype) | scales_of(views, n, group_size)
     fields |= {"bias_axis": bias_axis, "gated": gated, "precision": precision}
-    fields["activation"] = activation_name(activation)
+    fields |= {"activation": activation_name(activation), "residual_last": residual_last}
     fields |= {name: name in views for name in SCALARS}
     # The result's dtype; and what never goes together is said before what these arrays' strides don't allow.
     result = GemmProblem(M=m, N=n, K=k, **fields)
@@ -236,7 +240,7 @@ def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
 
 
 def _results(views: dict[str, View], options: tuple[Any, ...]) -> tuple[New, ...]:
-    _, bias_axis, activation, gated, _, out_dtype, _ = options
+    _, bias_axis, activation, _, gated, _, out_dtype, _ = options
     m, _, n, batch = shapes_of(views, gated=gated, bias_axis=bias_axis)
     return (New((*batch, m, n // 2 if gated else n), result_dtype(views, activation, gated, out_dtype)),)
 
@@ -278,7 +282,9 @@ def alignments(views: dict[str, View], strides: dict[str, int]) -> dict[str, Any
 OPTIONS = {
     "group_size": "int?",
     "bias_axis": "str",
-    **dict.fromkeys(("activation", "gated", "precision", "out_dtype"), "str?"),
+    "activation": "str?",
+    "residual_last": "bool",
+    **dict.fromkeys(("gated", "precision", "out_dtype"), "str?"),
     "config": "config",
 }
 

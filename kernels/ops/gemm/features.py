@@ -72,6 +72,7 @@ FEATURES: dict[str, GemmProblem | Variant[GemmProblem, GemmConfig]] = {
     "alpha, bias, residual, activation": GemmProblem(
         **SMALL, alpha=True, bias="fp32", residual="fp16", activation="gelu_erf"
     ),
+    "residual behind the activation": GemmProblem(**SMALL, residual="fp16", residual_last=True, activation="silu"),
     "bias along M": GemmProblem(**SMALL, bias="fp16", bias_axis="m"),
     "scales of any dtype": GemmProblem(**SMALL, a_scale="row", b_scale="column"),
     "gated halves (SwiGLU)": GemmProblem(**SMALL, gated="halves", activation="silu"),

@@ -32,7 +32,7 @@ from tilewright.kernels.ops.gemm.operands import (
 )
 from tilewright.kernels.ops.gemm.problem import GemmProblem
 from tilewright.kernels.ops.gemm.space import GemmConfig
-from tilewright.kernels.options import factor, integer
+from tilewright.kernels.options import factor, flag, integer
 from tilewright.tuning_db.errors import ProblemError
 
 
@@ -48,6 +48,7 @@ def grouped_gemm(
     bias: Any = None,
     bias_axis: str = "n",
     residual: Any = None,
+    residual_last: bool = False,
     activation: str | None = None,
     gated: str | None = None,
     alpha: Any = 1.0,
@@ -69,7 +70,7 @@ def grouped_gemm(
         b_zero: (G, N), or with `group_size` (G, ⌈K/group_size⌉, N).
         bias: (G, N), or with `bias_axis="m"` (M,).
         residual: (M, N), gated (M, N/2).
-        group_size, activation, gated, alpha, out_scale, precision, out_dtype, config: as in `gemm`.
+        group_size, residual_last, activation, gated, alpha, out_scale, precision, out_dtype, config: as in `gemm`.
         out: (M, N), gated (M, N/2), to write to; it may be `residual`, but not overlap another input.
 
     Returns:
@@ -82,13 +83,14 @@ def grouped_gemm(
     check_config(config)
     arrays = (a, b, a_scale, b_scale, b_zero, bias, residual, factor(alpha), out_scale, offsets)
     group_size = integer("group_size", group_size)
-    options = (group_size, bias_axis, activation, gated, precision, wanted_dtype(out_dtype), config)
+    last = flag("residual_last", residual_last)
+    options = (group_size, bias_axis, activation, last, gated, precision, wanted_dtype(out_dtype), config)
     return _GROUPED.run(arrays, (out,), options)[0]
 
 
 def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
     """Everything about a call that its arrays' signatures decide."""
-    group_size, bias_axis, activation, gated, precision, out_dtype, config = options
+    group_size, bias_axis, activation, residual_last, gated, precision, out_dtype, config = options
     m, k, n, groups = _sizes(views)
     check_ends(n, gated, bias_axis)
     shape = (m, n // 2 if gated is not None else n)
@@ -130,6 +132,7 @@ def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
         bias_axis=bias_axis,
         gated=gated,
         activation=activation_name(activation),
+        residual_last=residual_last,
         precision=precision,
         strided=strided,
         **(fields | alignments(views, strides)),
@@ -138,7 +141,7 @@ def _prepare(views: dict[str, View], options: tuple[Any, ...]) -> Prepared:
 
 
 def _results(views: dict[str, View], options: tuple[Any, ...]) -> tuple[New, ...]:
-    _, _, activation, gated, _, out_dtype, _ = options
+    _, _, activation, _, gated, _, out_dtype, _ = options
     m, _, n, _ = _sizes(views)
     return (New((m, n // 2 if gated else n), result_dtype(views, activation, gated, out_dtype)),)
 

@@ -99,6 +99,7 @@ def gemm_kernel(
     BIAS_AXIS: tl.constexpr,
     GATED: tl.constexpr,  # halves, interleaved or None
     ACTIVATION: tl.constexpr,
+    RESIDUAL_LAST: tl.constexpr,  # behind the activation; of gated pairs it always is
     WEIGHTS: tl.constexpr,  # int8 or int4 under wider activations, or None
     GROUP_SIZE: tl.constexpr,  # rows of B that share a scale; 0 for all
     GROUPS: tl.constexpr,  # of rows, each with a B of its own; 0 for none
@@ -116,8 +117,9 @@ def gemm_kernel(
     PIECES: tl.constexpr,  # of a tile's columns, for the epilogue: see `store_in_pieces`
     PAIRS: tl.constexpr,  # weights are unpacked two at a time, by inline PTX
 ):
-    """out = activation(alpha · scales · (A·B) + bias + residual); with GATED, [g|u] = alpha · scales · (A·B) + bias and
-    out = activation(g) · u + residual. One output tile, or one split of its K, a program."""
+    """out = activation(alpha · scales · (A·B) + bias + residual), with RESIDUAL_LAST activation(… + bias) + residual;
+    with GATED, [g|u] = alpha · scales · (A·B) + bias and out = activation(g) · u + residual. One output tile, or one
+    split of its K, a program."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_m = M // BLOCK_M + GROUPS if GROUPS > 0 else tl.cdiv(M, BLOCK_M)
     if PERSISTENT:
@@ -140,8 +142,8 @@ def gemm_kernel(
                 residual_stride, a_batch_stride, b_batch_stride, residual_batch_stride, out_stride, out_batch_stride,
                 out_ptr, workspace_ptr, counters_ptr, A_COLUMN_MAJOR, B_COLUMN_MAJOR, A_BROADCAST, B_BROADCAST,
                 RESIDUAL_BROADCAST, EVEN_M, EVEN_N, EVEN_K, PRECISION, FP8_SUM, A_SCALE, B_SCALE, BIAS_AXIS, GATED,
-                ACTIVATION, WEIGHTS, GROUP_SIZE, GROUPS, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, TMA,
-                WARP_SPECIALIZE, PIECES, PAIRS,
+                ACTIVATION, RESIDUAL_LAST, WEIGHTS, GROUP_SIZE, GROUPS, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                SPLIT_K, TMA, WARP_SPECIALIZE, PIECES, PAIRS,
             )  # fmt: skip
     else:
         gemm_tile(
@@ -149,8 +151,8 @@ def gemm_kernel(
             bias_ptr, residual_ptr, alpha_ptr, out_scale_ptr, offsets_ptr, M, N, K, a_stride, b_stride, residual_stride,
             a_batch_stride, b_batch_stride, residual_batch_stride, out_stride, out_batch_stride, out_ptr,
             workspace_ptr, counters_ptr, A_COLUMN_MAJOR, B_COLUMN_MAJOR, A_BROADCAST, B_BROADCAST, RESIDUAL_BROADCAST,
-            EVEN_M, EVEN_N, EVEN_K, PRECISION, FP8_SUM, A_SCALE, B_SCALE, BIAS_AXIS, GATED, ACTIVATION, WEIGHTS,
-            GROUP_SIZE, GROUPS, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, TMA, False, PIECES, PAIRS,
+            EVEN_M, EVEN_N, EVEN_K, PRECISION, FP8_SUM, A_SCALE, B_SCALE, BIAS_AXIS, GATED, ACTIVATION, RESIDUAL_LAST,
+            WEIGHTS, GROUP_SIZE, GROUPS, SLOTS, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, TMA, False, PIECES, PAIRS,
         )  # fmt: skip
 
 
@@ -200,6 +202,7 @@ def gemm_tile(
     BIAS_AXIS: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    RESIDUAL_LAST: tl.constexpr,
     WEIGHTS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -314,11 +317,11 @@ def gemm_tile(
             store_in_pieces(
                 x, second, offsets_m, column, end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr, bias_ptr,
                 residual_base, residual_ld, out_scale_ptr, out_base, out_ld, A_SCALE, B_SCALE, BIAS_AXIS, GATED,
-                EVEN_M, EVEN_N, ACTIVATION, PIECES,
+                EVEN_M, EVEN_N, ACTIVATION, RESIDUAL_LAST, PIECES,
             )  # fmt: skip
     else:
         store_in_pieces(
             x, second, offsets_m, column, end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, residual_base,
             residual_ld, out_scale_ptr, out_base, out_ld, A_SCALE, B_SCALE, BIAS_AXIS, GATED, EVEN_M, EVEN_N,
-            ACTIVATION, PIECES,
+            ACTIVATION, RESIDUAL_LAST, PIECES,
         )  # fmt: skip

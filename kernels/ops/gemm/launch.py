@@ -98,6 +98,7 @@ def launches(problem: GemmProblem, config: GemmConfig) -> tuple[Launch, ...]:
                 ("BIAS_AXIS", problem.bias_axis),
                 ("GATED", problem.gated),
                 ("ACTIVATION", problem.activation),
+                ("RESIDUAL_LAST", problem.residual_last),
                 ("WEIGHTS", problem.b_dtype),
                 ("GROUP_SIZE", problem.group_size),
                 ("GROUPS", problem.groups),

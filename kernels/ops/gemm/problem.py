@@ -178,6 +178,8 @@ class GemmProblem(FusedProblem):
         # What is absent: None or False, or the activation "none" (however it is spelled).
         parts = (self.a_scale, self.b_scale, self.bias, self.residual, self.alpha, self.out_scale, self.gated)
         fused = any(parts) or activation_name(self.activation) != "none"
+        if self.gated and self.residual is not None:
+            object.__setattr__(self, "residual_last", False)  # there it always is, and needs no word
         self.check_epilogue(sums_dtype(self.dtype, fused))
         if self.out_dtype == "int32" and (self.dtype != "int8" or fused):
             raise ProblemError(

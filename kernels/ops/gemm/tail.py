@@ -69,6 +69,7 @@ def store_tile(
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    RESIDUAL_LAST: tl.constexpr,
 ):
     """The epilogue of one tile and its only store."""
     kind: tl.constexpr = out_base.dtype.element_ty
@@ -99,7 +100,7 @@ def store_tile(
     if kind == tl.int32:
         y = x
     elif GATED is None:
-        y = finish(x, residual, ACTIVATION, out_scale_ptr, kind)
+        y = finish(x, residual, ACTIVATION, RESIDUAL_LAST, out_scale_ptr, kind)
     else:
         y = finish_gated(x, second, residual, ACTIVATION, out_scale_ptr, kind)
     out_pointers = tile_pointers(out_base, rows, out_columns, out_ld, False)
@@ -139,6 +140,7 @@ def store_in_pieces(
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    RESIDUAL_LAST: tl.constexpr,
     PIECES: tl.constexpr,  # 1, 2 or 4 pieces of the columns, one after the other; of gated halves 1
 ):
     """As `store_tile`, piece by piece: what an epilogue needs beside the sums, it needs for one piece at a time."""
@@ -146,17 +148,17 @@ def store_in_pieces(
         store_tile(
             x, second, rows, column, end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, residual_base,
             residual_ld, out_scale_ptr, out_base, out_ld, A_SCALE, B_SCALE, BIAS_AXIS, GATED, EVEN_M, EVEN_N,
-            ACTIVATION,
+            ACTIVATION, RESIDUAL_LAST,
         )  # fmt: skip
     else:
         left, right = halved(x)
         store_in_pieces(
             left, left, rows, column, end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr, bias_ptr,
             residual_base, residual_ld, out_scale_ptr, out_base, out_ld, A_SCALE, B_SCALE, BIAS_AXIS, GATED, EVEN_M,
-            EVEN_N, ACTIVATION, PIECES // 2,
+            EVEN_N, ACTIVATION, RESIDUAL_LAST, PIECES // 2,
         )  # fmt: skip
         store_in_pieces(
             right, right, rows, column + left.shape[1], end_m, end_n, alpha_ptr, a_scale_ptr, b_scale_ptr,
             bias_ptr, residual_base, residual_ld, out_scale_ptr, out_base, out_ld, A_SCALE, B_SCALE, BIAS_AXIS, GATED,
-            EVEN_M, EVEN_N, ACTIVATION, PIECES // 2,
+            EVEN_M, EVEN_N, ACTIVATION, RESIDUAL_LAST, PIECES // 2,
         )  # fmt: skip

@@ -70,6 +70,8 @@ class RmsNormProblem(FusedProblem):
                 raise refused(name, kind, "rmsnorm", INPUT_DTYPES)
         # Frozen: the canonical spelling is set once, here.
         object.__setattr__(self, "out_scale", self.out_scale or self.row_scale)
+        if self.residual_last:
+            raise ProblemError("residual_last=True: rmsnorm adds its residual first")
         self.check_epilogue(self.dtype)
         if self.out_dtype == "int32":
             raise ProblemError("out_dtype='int32' is for sums of int8, not for rmsnorm")

@@ -44,6 +44,7 @@ def gemm_problems(draw, size, batches):
             "residual": residual,
             "residual_broadcast": batch > 1 and residual is not None and draw(st.booleans()),
             "gated": draw(one_of(None, None, "halves", "interleaved")),
+            "residual_last": residual is not None and draw(st.booleans()),
             "activation": draw(one_of(*ACTIVATION_NAMES)),
             "alpha": draw(st.booleans()),
             "out_dtype": out_dtype,

@@ -49,6 +49,7 @@ AXES = {
     "activation": ACTIVATION_NAMES,
     "bias": (None, "same", "fp32", "bf16"),
     "residual": (None, "same", "fp32", "fp8e5m2"),
+    "residual_last": (False, True),
     "alpha": (False, True),
     "out_dtype": (None, *FLOATS),
     "a_layout": ("row", "col"),
@@ -68,6 +69,7 @@ def problem_of(row):
     kind, precision = (row["dtype"], None) if row["dtype"] != "tf32" else ("fp32", "tf32")
     for name in ("bias", "residual"):
         fields[name] = kind if row[name] == "same" else row[name]
+    fields["residual_last"] = row["residual_last"] and fields["residual"] is not None
     if row["batch"] != "one":
         fields["batch"] = 2
         broadcast = ("a", "b", "residual") if row["batch"] == "all" else row["batch"].split()

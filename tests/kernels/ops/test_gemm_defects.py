@@ -28,6 +28,7 @@ DEFECTS = {
         "tl.store(out_pointers, y, mask=mask_n)",
     ),
     "activation skipped": ("finish(x, residual, ACTIVATION,", 'finish(x, residual, "none",'),
+    "residual before the activation": ("ACTIVATION, RESIDUAL_LAST, out_scale_ptr", "ACTIVATION, False, out_scale_ptr"),
     "bias skipped": (
         "other=0.0).to(tl.float32)[None, :]\n    return x",
         "other=0.0).to(tl.float32)[None, :] * 0\n    return x",
@@ -120,7 +121,10 @@ DEFECTS = {
 
 SMALL = GemmConfig(16, 32, 32)
 EXPOSING = (
-    (GemmProblem(33, 33, 33, dtype="fp32", activation="relu"), GemmConfig(16, 16, 32)),
+    (
+        GemmProblem(33, 33, 33, dtype="fp32", activation="relu", residual="fp32", residual_last=True),
+        GemmConfig(16, 16, 32),
+    ),
     (
         GemmProblem(
             33,

@@ -26,6 +26,7 @@ from tilewright.tuning_db.errors import ProblemError, UnsupportedError
         ({"row_scale": True}, "out_scale is for a result of int8, fp8e4m3, fp8e5m2, not out_dtype='fp16'"),
         ({"out_dtype": "int8"}, "needs out_scale"),
         ({"out_dtype": "int32"}, "out_dtype='int32' is for sums of int8"),
+        ({"residual": "fp16", "residual_last": True}, "residual_last=True: rmsnorm adds its residual first"),
         ({"bias": "fp16"}, "bias='fp16': rmsnorm has no bias"),
         ({"activation": "relu"}, "activation='relu': rmsnorm has no activation"),
         ({"alpha": True}, "alpha=True: rmsnorm has no alpha"),

@@ -125,6 +125,7 @@ GEMM = {"M": 33, "N": 48, "K": 64, "dtype": "fp32"}
         ({"b_layout": "col", "batch": 3}, {"trans_b": 1}),
         ({"gated": "halves", "activation": "silu", "bias": "fp32", "residual": "fp32"}, {}),
         ({"gated": "interleaved", "activation": "gelu_tanh"}, {}),
+        ({"residual": "fp32", "residual_last": True, "activation": "relu"}, {"residual_last": 1}),
         ({"bias": "fp32", "bias_axis": "m"}, {}),
     ],
     ids=str,
@@ -216,18 +217,19 @@ def test_forms_of_attention(fields, settings):
     check(model, problem)
 
 
-def test_convolution_with_everything_else():
+@pytest.mark.parametrize("last", [0, 1])
+def test_convolution_with_everything_else(last):
     from tilewright.kernels import Conv2dProblem
 
     fields = {"stride_h": 2, "stride_w": 1, "pad_top": 1, "pad_left": 2, "pad_bottom": 0, "pad_right": 1}
     fields |= {"dilation_h": 1, "dilation_w": 2, "groups": 4}
     problem = Conv2dProblem(
         N=2, H=11, W=13, C=16, K=24, R=3, S=3, dtype="fp32", layout="nchw", bias="fp32", residual="fp32",
-        activation="hardswish", **fields,
+        residual_last=bool(last), activation="hardswish", **fields,
     )  # fmt: skip
     arrays = problem.inputs(0)
     inputs = {name: value(name, array.shape) for name, array in arrays.items()}
-    check(alone("conv2d", inputs, {}, activation="hardswish", **fields), problem)
+    check(alone("conv2d", inputs, {}, activation="hardswish", residual_last=last, **fields), problem)
 
 
 def test_a_norm_with_constants_of_its_own():

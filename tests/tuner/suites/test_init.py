@@ -29,7 +29,7 @@ def test_the_default_suite_has_every_op_and_is_small() -> None:
 @pytest.mark.smoke
 def test_all_is_every_distinct_problem_of_the_models() -> None:
     # Half an hour on 2 cores, 12 trials each.
-    assert 150 <= len(SUITES["all"]) <= 250
+    assert 150 <= len(SUITES["all"]) <= 260
     assert {w.problem for w in SUITES["all"]} == {w.problem for model in MODELS for w in SUITES[model]}
     for model in MODELS:
         assert {w.op for w in SUITES[model]} <= {kernel.name for kernel in KERNELS}

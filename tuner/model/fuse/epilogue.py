@@ -1,5 +1,6 @@
-"""What follows a product becomes its end, in the order that `kernels/epilogue.py` has: bias, residual, activation; and
-two products of one input, one the gate of the other, become one product of pairs of columns.
+"""What follows a product becomes its end, in the order that `kernels/epilogue.py` has: bias, residual, activation,
+or bias, activation, residual; and two products of one input, one the gate of the other, become one product of pairs of
+columns.
 
 A chain grows by one step at a time, while the product's result goes nowhere else.
 """
@@ -143,7 +144,7 @@ class Bias(_Step):
 
 
 class Residual(_Step):
-    """+ another tensor of the result's shape."""
+    """+ another tensor of the result's shape, before or behind the activation."""
 
     def __init__(self, log: Log, kind: str, first: bool) -> None:
         super().__init__(log, kind, "residual")
@@ -162,7 +163,7 @@ class Residual(_Step):
         if "residual" in inputs:
             return "there is a residual already"
         if settings.get(ACTIVATION, "none") != "none" and "gated" not in settings:
-            return "it is added after the activation"
+            settings["residual_last"] = 1
         return {**inputs, "residual": other}, settings
 
 

@@ -229,13 +229,13 @@ def _layers(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def shiftable(node: ir.Node, scale: float) -> bool:
     """Whether a layer can give its result shifted by 128 steps of a scale: behind ReLU, or a clamp that ends where the
-    integers do, and with a constant bias or none."""
+    integers do, with nothing added to that, and with a constant bias or none."""
     settings = plugin_settings(node)
     if "activation" not in settings:
         return False  # a norm
     word, *parameters = activation_name(settings["activation"]).split(":")
     cut = word == "clamp" and float(parameters[0]) == 0 and float(parameters[1]) >= 255 * scale * (1 - 2.0**-20)
-    if settings.get("gated", "none") != "none" or not (word == "relu" or cut):
+    if settings.get("gated", "none") != "none" or settings.get("residual_last", 0) or not (word == "relu" or cut):
         return False
     return can_shift(node)
 

@@ -413,11 +413,36 @@ def test_the_report_is_plain():
     }
 
 
+def test_a_residual_behind_the_activation_stays_behind_it():
+    inputs = {**X, "r": (6, 24)}
+    sums = (make("Add", ["q", "r"], ["y"]), make("Add", ["r", "q"], ["y"]))
+    for added in sums:
+        report, (node,), _ = fused([product(), make("Relu", ["p"], ["q"]), added], inputs, {"w": W})
+        assert node.op_type == "FusedGemmResidual"
+        assert (plugin_settings(node)["activation"], plugin_settings(node)["residual_last"]) == ("relu", 1)
+        assert not report.misses
+    # A second one finds no place, and an activation behind it none either.
+    report, nodes, _ = fused(
+        [product(), make("Add", ["p", "r"], ["s"]), make("Relu", ["s"], ["q"]), make("Add", ["q", "r"], ["y"])],
+        inputs,
+        {"w": W},
+    )
+    assert [miss.reason for miss in report.misses] == ["there is a residual already"]
+    assert plugin_settings(nodes[0])["residual_last"] == 0
+    _, nodes, model = fused(
+        [product(), make("Relu", ["p"], ["q"]), make("Add", ["q", "r"], ["s"]), make("Relu", ["s"], ["y"])],
+        inputs,
+        {"w": W},
+    )
+    assert plugin_settings(nodes[0])["residual_last"] == 1
+    assert [node.op_type for node in model.graph] == ["FusedGemmResidual", "Relu"]
+
+
 def test_what_is_a_residual_is_not_called_a_bias_that_does_not_fit():
     report, _, _ = fused(
-        [product(), make("Relu", ["p"], ["q"]), make("Add", ["q", "r"], ["y"])], {**X, "r": (6, 24)}, {"w": W}
+        [product(), make("Add", ["p", "r"], ["q"]), make("Add", ["q", "r"], ["y"])], {**X, "r": (6, 24)}, {"w": W}
     )
-    assert [miss.reason for miss in report.misses] == ["it is added after the activation"]
+    assert [miss.reason for miss in report.misses] == ["there is a residual already"]
 
 
 def test_weights_of_gates_that_layers_share_lie_side_by_side_once():

@@ -125,6 +125,22 @@ def test_other_activations_leave_the_step_to_the_graph() -> None:
     np.testing.assert_array_equal(output(mixed, feed), output(plain, feed))
 
 
+def test_what_is_added_behind_relu_is_not_cut_off_by_saturation() -> None:
+    nodes = [
+        node("MatMul", ["x", "w0"], ["m0"], name="first"),
+        node("Relu", ["m0"], ["r"], name="act"),
+        node("Add", ["r", "x"], ["s"], name="skip"),
+        node("MatMul", ["s", "w1"], ["y"], name="second"),
+    ]
+    model = fused(nodes, {"x": (4, 32)}, ["y"], {f"w{index}": normal(index, 32, 32) for index in range(2)})
+    assert plugin_settings(fused_nodes(model)[0])["residual_last"] == 1
+    assert values_to_shift(model) == []
+    feed = {"x": normal(9, 4, 32)}
+    for plan in (shifted("second", 0.1, "a"), {"second": LayerPrecision("int8", {"a": 0.2})}):
+        folded, apart = (apply_precision(model, plan, base="fp32", fold=fold) for fold in (True, False))
+        np.testing.assert_allclose(output(folded, feed), output(apart, feed), atol=0.3)
+
+
 def test_means_and_roundings_know_of_the_shift() -> None:
     arrays = {"a": np.abs(normal(0, 64, 48)), "b": normal(1, 48, 24)}
     model = single("gemm", arrays, ("a",))
