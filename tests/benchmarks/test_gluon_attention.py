@@ -129,7 +129,7 @@ JOBS = [
     pytest.param(
         {"op": "attention", "kind": kind, "dim": dim, "causal": causal, "config": asdict(config)},
         id=f"{kind}-{dim}-{'causal' if causal else 'all'}-{label(config)}",
-        marks=() if place == 0 and (kind == "bf16") == causal else pytest.mark.slow,
+        marks=() if place == 0 and (kind == "bf16") == causal == (dim == 128) else pytest.mark.slow,
     )
     for dim in (64, 128)
     for place, config in enumerate(ATTENTION_CONFIGS)

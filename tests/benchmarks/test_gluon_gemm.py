@@ -122,7 +122,7 @@ def test_a_defect_of_the_protocol_is_seen(tmp_path: Path, old: str, new: str, co
         for place, config in enumerate(GEMM_CONFIGS)
     ],
 )
-@pytest.mark.parametrize(("kind", "act"), [("bf16", "gelu_tanh"), ("fp16", "none")])
+@pytest.mark.parametrize(("kind", "act"), [("bf16", "gelu_tanh"), pytest.param("fp16", "none", marks=pytest.mark.slow)])
 def test_it_compiles_for_sm_90(config: GluonGemmConfig, kind: str, act: str) -> None:
     job = {"op": "gemm", "kind": kind, "bias": act != "none", "activation": act, "config": asdict(config)}
     command = [sys.executable, "-m", "tests.benchmarks.gluon_compile", json.dumps(job)]

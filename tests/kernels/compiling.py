@@ -19,9 +19,9 @@ from tilewright.tuning_db.env import compiling_environment
 
 
 def archs(*wanted: int, smoke: Collection[int] = ()) -> list[Any]:
-    """Parameters of a test for archs: those whose tensor cores are reached by `mma.sync`, as those of sm_86 are, and
-    are not sm_86, are marked slow."""
-    marks = {arch: [pytest.mark.slow] for arch in (80, 89, 120)} | {arch: [pytest.mark.smoke] for arch in smoke}
+    """Parameters of a test for archs: all but sm_86 and sm_90 are marked slow, those whose tensor cores are reached by
+    `mma.sync` as those of sm_86 are, and sm_100, of which features of every op are compiled always."""
+    marks = {arch: [pytest.mark.slow] for arch in (80, 89, 100, 120)} | {arch: [pytest.mark.smoke] for arch in smoke}
     return [pytest.param(arch, marks=marks.get(arch, [])) for arch in wanted]
 
 

@@ -89,12 +89,11 @@ def test_the_specialization_leaves_out_grid_and_values(kernel: Kernel[Any, Any],
 
 
 @pytest.mark.parametrize("device", CATALOGUE, ids=lambda device: device.board)
-@pytest.mark.parametrize(("kernel", "problem"), CASES, ids=NAMES)
-def test_the_default_fits_on_every_board_that_can_run_the_problem(
-    kernel: Kernel[Any, Any], problem: Any, device: Any
-) -> None:
-    if kernel.supported(problem, device) is None:
-        kernel.space.check(problem, kernel.default(problem, device), device)
+def test_the_default_fits_on_the_board_for_every_problem_that_it_can_run(device: Any) -> None:
+    for kernel, problem in CASES:
+        if kernel.supported(problem, device) is None:
+            # It raises what breaks a limit, with the values.
+            kernel.space.check(problem, kernel.default(problem, device), device)
 
 
 SMALL = [(kernel, problem) for kernel, problem in CASES if problem.flops() < 1e8]

@@ -109,8 +109,8 @@ def test_a_frozen_program_launches_and_does_nothing_else(pack: Path) -> None:
 
 def test_choices_are_the_same_bytes_in_every_process(pack: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
-        done = list(pool.map(lambda seed: frozen(pack, "calls", PYTHONHASHSEED=str(seed)), range(8)))
-    assert [each.returncode for each in done] == [0] * 8, done[0].stderr
+        done = list(pool.map(lambda seed: frozen(pack, "calls", PYTHONHASHSEED=str(seed)), range(3)))
+    assert [each.returncode for each in done] == [0] * 3, done[0].stderr
     assert len({each.stdout for each in done}) == 1
 
 

@@ -406,7 +406,7 @@ def test_the_default_fits_whatever_the_problem_and_the_board(case, board):
     assert occupancy(ATTENTION.work(problem, config), resources, board) >= 1
 
 
-@settings(max_examples=6, deadline=None)  # each looks at the whole product of the axes
+@settings(max_examples=3, deadline=None)  # each looks at the whole product of the axes
 @given(cases(), st.sampled_from(CATALOGUE))
 def test_narrower_axes_lose_nothing_useful(case, board):
     problem, _ = case
@@ -516,7 +516,7 @@ def test_what_is_not_worth_trying_says_why():
     assert "no warp group" in SPACE.useful(LLAMA, AttentionConfig(64, 64, num_warps=2), BOARDS["h200"])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(cases(), st.integers(0, 1))
 def test_a_ragged_problem_is_small_cut_and_right(case, seed):
     problem, config = case

@@ -95,7 +95,7 @@ def test_weights_are_copied_as_they_are_and_become_operands_in_registers(arch):
 @pytest.mark.parametrize("arch", SMOKE)
 def test_eight_rows_take_half_the_products_of_sixteen(arch):
     problems = [
-        *(GemmProblem(8, 4096, 4096, b_layout="col", **fields) for fields in WEIGHTS),
+        *(GemmProblem(8, 4096, 4096, b_layout="col", **fields) for fields in WEIGHTS[arch == 86 :: 2]),
         GemmProblem(8, 4096, 4096, dtype="bf16", b_layout="col"),
         GemmProblem(8, 4096, 4096, dtype="int8", b_layout="col"),
     ]
@@ -138,6 +138,8 @@ def test_descriptors_are_the_tensor_memory_accelerator_from_sm_90_on(arch):
         (SQUARE, replace(tile, PERSISTENT=True)),
         (SQUARE, replace(tile, num_warps=4, BLOCK_N=64, PERSISTENT=True)),
     ]
+    if arch < 90:
+        jobs = jobs[::3]  # where there is none, they are loads like others
     for reply in replies(arch, jobs):
         found = reply["instructions"]
         assert "error" not in reply, (described(reply), reply["error"])
@@ -245,7 +247,9 @@ def test_large_defaults_of_hopper_do_not_spill(kind):
     problems = [square, scaled, replace(scaled, bias="fp32"), replace(scaled, bias="fp32", activation="gelu_tanh")]
     problems += [replace(square, a_scale="tensor", b_scale="tensor", out_dtype="bf16", bias="fp16")]
     problems += [replace(scaled, a_scale="row", bias="fp32", gated="halves", activation="silu")]
-    assert_clean(replies(90, [(problem, None) for problem in problems + [replace(each, K=1024) for each in problems]]))
+    # Of little depth another default, of which bf16's stands for all.
+    problems += [replace(each, K=1024) for each in problems[: 3 if kind == "bf16" else 1]]
+    assert_clean(replies(90, [(problem, None) for problem in problems]))
 
 
 @pytest.mark.parametrize("arch", [86, 90, 100, 120])
@@ -329,8 +333,8 @@ def estimates_hold(arch, count, seed, **of):
 
 @pytest.mark.parametrize("arch", [86, 90])
 def test_estimated_shared_memory_is_never_over_the_real(arch):
-    estimates_hold(arch, 7, seed=0)
-    estimates_hold(arch, 5, seed=0, rows=(FLAT,))
+    estimates_hold(arch, 4, seed=0)
+    estimates_hold(arch, 3, seed=0, rows=(FLAT,))
 
 
 @pytest.mark.slow

@@ -120,11 +120,35 @@ DEFECTS = {
 }
 
 SMALL = GemmConfig(16, 32, 32)
+# In the order in which defects are seen soonest: most of them need but one or two of these.
 EXPOSING = (
+    (GemmProblem(17, 32, 32, dtype="fp32", a_scale="tensor", b_scale="tensor", bias="fp32"), SMALL),
+    (GemmProblem(17, 48, 49, dtype="bf16", b_dtype="int4", b_layout="col", out_dtype="fp32"), GemmConfig(16, 32, 64)),
+    (
+        GemmProblem(17, 48, 65, dtype="fp32", gated="halves", bias="fp32", activation="silu"),
+        GemmConfig(16, 32, 32, SPLIT_K=2),
+    ),
+    (GemmProblem(17, 64, 32, dtype="fp32", batch=2, gated="halves"), GemmConfig(16, 32, 32, TMA=True)),
+    (
+        GemmProblem(57, 48, 33, dtype="fp32", groups=5, b_scale="column", bias="fp32"),
+        GemmConfig(16, 32, 32, PERSISTENT=True),
+    ),
+    (
+        GemmProblem(5, 48, 160, b_layout="col", b_dtype="int4", b_scale="group", group_size=32, out_dtype="fp32"),
+        GemmConfig(8, 16, 32, num_warps=2, SPLIT_K=2),
+    ),
+    (GemmProblem(32, 32, 33, dtype="fp16", out_dtype="fp32", batch=2, alpha=True, bias="fp16"), GemmConfig(32, 16, 16)),
+    (GemmProblem(17, 80, 33, dtype="fp32", gated="interleaved", activation="silu"), SMALL),
+    (
+        GemmProblem(33, 48, 65, dtype="int8", batch=2, a_scale="row", b_scale="column", bias="fp32", bias_axis="m"),
+        GemmConfig(16, 32, 32),
+    ),
     (
         GemmProblem(33, 33, 33, dtype="fp32", activation="relu", residual="fp32", residual_last=True),
         GemmConfig(16, 16, 32),
     ),
+    (GemmProblem(33, 64, 32, dtype="fp32", batch=3), GemmConfig(16, 32, 32, PERSISTENT=True)),
+    (GemmProblem(33, 33, 150, dtype="fp32", strided=True, aligned=False), GemmConfig(16, 32, 16, GROUP_M=4, SPLIT_K=4)),
     (
         GemmProblem(
             33,
@@ -140,33 +164,10 @@ EXPOSING = (
         ),
         GemmConfig(16, 16, 16, GROUP_M=2),
     ),
-    (GemmProblem(33, 33, 150, dtype="fp32", strided=True, aligned=False), GemmConfig(16, 32, 16, GROUP_M=4, SPLIT_K=4)),
-    (GemmProblem(32, 32, 33, dtype="fp16", out_dtype="fp32", batch=2, alpha=True, bias="fp16"), GemmConfig(32, 16, 16)),
-    (
-        GemmProblem(33, 48, 65, dtype="int8", batch=2, a_scale="row", b_scale="column", bias="fp32", bias_axis="m"),
-        GemmConfig(16, 32, 32),
-    ),
-    (GemmProblem(17, 32, 32, dtype="fp32", a_scale="tensor", b_scale="tensor", bias="fp32"), SMALL),
-    (
-        GemmProblem(17, 48, 65, dtype="fp32", gated="halves", bias="fp32", activation="silu"),
-        GemmConfig(16, 32, 32, SPLIT_K=2),
-    ),
-    (GemmProblem(17, 80, 33, dtype="fp32", gated="interleaved", activation="silu"), SMALL),
     (
         GemmProblem(17, 48, 165, b_dtype="int4", b_scale="group", group_size=32, b_zero=True, out_dtype="fp32"),
         SMALL,
     ),
-    (GemmProblem(17, 48, 49, dtype="bf16", b_dtype="int4", b_layout="col", out_dtype="fp32"), GemmConfig(16, 32, 64)),
-    (
-        GemmProblem(5, 48, 160, b_layout="col", b_dtype="int4", b_scale="group", group_size=32, out_dtype="fp32"),
-        GemmConfig(8, 16, 32, num_warps=2, SPLIT_K=2),
-    ),
-    (
-        GemmProblem(57, 48, 33, dtype="fp32", groups=5, b_scale="column", bias="fp32"),
-        GemmConfig(16, 32, 32, PERSISTENT=True),
-    ),
-    (GemmProblem(33, 64, 32, dtype="fp32", batch=3), GemmConfig(16, 32, 32, PERSISTENT=True)),
-    (GemmProblem(17, 64, 32, dtype="fp32", batch=2, gated="halves"), GemmConfig(16, 32, 32, TMA=True)),
 )
 
 

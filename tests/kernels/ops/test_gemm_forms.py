@@ -177,7 +177,7 @@ def test_any_problem_with_any_configuration(data):
     conforms(problem, config, seed=data.draw(st.integers(0, 2**32 - 1)))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_problem_in_tiles_of_eight_rows(data):
     drawn = data.draw(gemm_problems(st.integers(2, 40), st.integers(1, 3)))  # one column lies as a row does
