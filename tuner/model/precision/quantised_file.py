@@ -2,7 +2,8 @@
 
 The file is NumPy's `.npz`, written whole: weights and shifts as arrays, the rest as JSON; and the model itself, whose
 ranges were moved between layers, as ONNX beside it. Where weights alone are quantised no ranges are, and there is no
-second copy of it. Nothing in it is unpickled. It counts only under the key that it was written with.
+second copy of it; what layers share is written once, and shared again by those of the run that reads it. Nothing in it
+is unpickled. It counts only under the key that it was written with.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tilewright.tuner.model.write import write_model
 from tilewright.tuning_db.atomic import whole_file
 
 Array = np.ndarray[Any, Any]
-FORMAT = 5
+FORMAT = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +77,8 @@ class Quantised:
             arrays[f"name.{index}"] = np.frombuffer(name.encode(), np.uint8)
             arrays[f"values.{index}"] = weights.values.view(np.uint8)
             arrays[f"scales.{index}"] = weights.scales
-        for index, (name, each) in enumerate(self.grouped.items()):
-            arrays[f"grouped.{index}"] = np.frombuffer(name.encode(), np.uint8)
+        for index, (names, each) in enumerate(_shared(self.grouped)):
+            arrays[f"grouped.{index}"] = np.frombuffer(json.dumps(names).encode(), np.uint8)
             arrays[f"integers.{index}"] = each.values  # int8 of 8 bits, uint8 of 4
             arrays[f"steps.{index}"] = each.scales
         for index, (name, shift) in enumerate(self.shifts.items()):
@@ -99,7 +100,8 @@ class Quantised:
                     return None
                 if any(_known_by(file.with_name(name)) != known for name, known in about["model"].items()):
                     return None
-                weights, shifts, grouped = {}, {}, {}
+                weights, shifts = {}, {}
+                grouped: dict[str, GroupedWeights] = {}
                 for name in arrays.files:
                     word, _, index = name.partition(".")
                     if word == "name":
@@ -108,9 +110,8 @@ class Quantised:
                     elif word == "grouped":
                         values = arrays[f"integers.{index}"]
                         bits = 4 if values.dtype == np.uint8 else 8
-                        grouped[arrays[name].tobytes().decode()] = GroupedWeights(
-                            values, bits, group_of(len(values), bits), arrays[f"steps.{index}"]
-                        )
+                        each = GroupedWeights(values, bits, group_of(len(values), bits), arrays[f"steps.{index}"])
+                        grouped |= dict.fromkeys(json.loads(arrays[name].tobytes()), each)
                     elif word == "shifted":
                         shifts[arrays[name].tobytes().decode()] = arrays[f"shift.{index}"]
             if [sorted(each) for each in (weights, grouped, shifts)] != about["layers"]:
@@ -124,6 +125,14 @@ class Quantised:
             return cls(about["kind"], model, plan, *words, weights, shifts, grouped)
         except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, RuntimeError):
             return None  # a `RuntimeError`, as `NotImplementedError` is: of an archive that says it is of another kind
+
+
+def _shared(grouped: Mapping[str, GroupedWeights]) -> list[tuple[list[str], GroupedWeights]]:
+    """Weights, each once, with the names of the layers that have them: the model has one constant for these."""
+    found: dict[int, tuple[list[str], GroupedWeights]] = {}
+    for name, weights in grouped.items():
+        found.setdefault(id(weights), ([], weights))[0].append(name)
+    return list(found.values())
 
 
 def _known_by(file: Path) -> str | int:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from examples.model import images, network
-from tests.tuner.model.fused_nets import perceptron
+from tests.tuner.model.fused_nets import fused, node, perceptron
 from tests.tuner.model.graphs import normal, relative_error, results
 from tilewright.tuner.model.fuse import fuse
 from tilewright.tuner.model.precision.post_training import quantise
@@ -152,3 +152,26 @@ def test_weights_alone_come_back_without_a_second_model(tmp_path, kind):
             assert one.dtype == two.dtype
             np.testing.assert_array_equal(one, two)
     assert Quantised.load(tmp_path / "kept.npz", "key") is None
+
+
+@pytest.mark.parametrize("kind", ["w8a16", "w4a16"])
+def test_weights_that_layers_share_are_shared_when_they_come_back(tmp_path, kind):
+    """As a model has them that uses a layer again and again: it would be larger by a copy for each."""
+    nodes = []
+    for index in range(3):
+        nodes.append(node("MatMul", [f"h{index}", "w"], [f"m{index}"], name=f"layer{index}"))
+        nodes.append(node("Tanh", [f"m{index}"], [f"h{index + 1}"]))
+    model = fused(nodes, {"h0": (4, 160)}, ["h3"], {"w": normal(0, 160, 160) / 12})
+    plan, reasons = weight_plan(model, kind, None)
+    feeds = [{"h0": normal(1, 4, 160)}]
+    found = Quantised(kind, model, plan, reasons, "rounding", 0.0, {}, {}, round_groups(model, plan, feeds))
+    found.save(tmp_path / "kept.npz", "key")
+    back = Quantised.load(tmp_path / "kept.npz", "key", model)
+    assert back is not None
+    assert back.grouped.keys() == found.grouped.keys() == {"layer0", "layer1", "layer2"}
+    made = [
+        apply_precision(model, plan, base="fp16", grouped=each.grouped).graph.initializers for each in (found, back)
+    ]
+    sizes = [sorted(value.const_value.nbytes for value in each.values()) for each in made]
+    assert sizes[0] == sizes[1]
+    assert len({id(weights) for weights in back.grouped.values()}) == len(set(map(id, found.grouped.values())))
