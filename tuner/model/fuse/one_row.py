@@ -164,11 +164,15 @@ def _two_dimensional(node: ir.Node) -> dict[str, ir.Attr]:
 
 
 def _step_of_all(node: ir.Node | None) -> ir.Node | None:
-    """A quantise or dequantise step with one scale for a whole tensor; None of any other node."""
+    """A quantise or dequantise step with one scale for a whole tensor; None of any other node, and of a step whose one
+    scale is that of a block, which has as many axes as the tensor."""
     if node is None or node.domain != "" or node.op_type not in _STEPS or None in node.inputs[:2]:
         return None
+    scales = [value for value in node.inputs[1:] if value is not None]
+    if node.attributes.get_int("block_size", 0) or any(len(value.shape or ()) > 1 for value in scales):
+        return None
     shape = static_shape(node.inputs[0])  # type: ignore[arg-type]
-    one = all(value is None or elements(value) == 1 for value in node.inputs[1:])
+    one = all(elements(value) == 1 for value in scales)
     return node if one and shape and shape == static_shape(node.outputs[0]) else None
 
 

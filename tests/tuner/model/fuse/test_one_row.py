@@ -210,6 +210,29 @@ def test_steps_stand_right_in_front_of_the_layer(kind: str, zero: int, opset: in
     assert relative_error(session.run(None, feeds)[0], wanted) < 2e-2  # a number between two integers may become either
 
 
+@pytest.mark.parametrize("on", ["filters", "input"])
+def test_steps_whose_one_scale_is_that_of_a_block_stay(on: str) -> None:
+    """The scale has three axes, as what it is for; of a tensor with four, no runtime takes it."""
+    shapes = {"x": (1, 1, 16), "f": (1, 1, 4)}
+    constants: dict[str, np.ndarray] = {"s": np.float32([[[0.02]]]), "z": np.zeros((1, 1, 1), np.int8)}
+    if on == "filters":
+        constants["q"] = np.int8([[[-100, 3, 50, 127]]])
+        nodes = [make("DequantizeLinear", ["q", "s", "z"], ["w"], axis=2, block_size=4)]
+        nodes.append(make("Conv", ["x", "w"], ["y"], name="layer"))
+    else:
+        constants["f"] = normal(1, *shapes["f"])
+        nodes = [
+            make("QuantizeLinear", ["x", "s", "z"], ["x_q"], axis=2, block_size=16),
+            make("DequantizeLinear", ["x_q", "s", "z"], ["x_dq"], axis=2, block_size=16),
+            make("Conv", ["x_dq", "f"], ["y"], name="layer"),
+        ]
+    model, feeds = model_of(nodes, {"x": shapes["x"]}, ["y"], constants, opset=21), {"x": normal(0, *shapes["x"])}
+    (wanted,) = results(model, feeds)
+    fuse(model)
+    assert [node.op_type for node in fused_nodes(model)] == ["FusedConv2d"]
+    assert relative_error(results(model, feeds)[0], wanted) < 1e-5
+
+
 @pytest.mark.parametrize(("kind", "zero"), [("int8", 0), ("uint8", 128)])
 def test_layers_that_came_quantised_read_integers(kind: str, zero: int) -> None:
     """In opset 21 too, where steps of uint8 in front of what moves numbers would have to stay."""
