@@ -386,10 +386,15 @@ class _Chooser:
         stays = self._kept(quantised, half)
         plan = {**plan, **given.plan}
         kinds = {name: plan[name].kind if name in plan else base for name in self._all}
-        layers = tuple(
-            LayerPlan(name, kind, stays[name] if kind == "fp32" and name in stays else rules.get(name, chosen_for))
-            for name, kind in kinds.items()
-        )
+        ruled = {} if quantised is None else {name: precision.kind for name, precision in quantised.plan.items()}
+
+        def reason(name: str, kind: str) -> str:
+            if kind == "fp32" and name in stays:
+                return stays[name]
+            # A rule says why a layer has the kind that it gives it, or has none of fewer bits; not why it has another.
+            return rules.get(name, chosen_for) if ruled.get(name, kind) == kind else chosen_for
+
+        layers = tuple(LayerPlan(name, kind, reason(name, kind)) for name, kind in kinds.items())
         calibration = None
         if quantised is not None and quantised.method:
             methods = (quantised.method,)

@@ -22,6 +22,7 @@ from tilewright.tuner.model.fuse import fuse
 from tilewright.tuner.model.graph import copy_of, fused_nodes, plugin_inputs, plugin_settings
 from tilewright.tuner.model.precision import lower as module
 from tilewright.tuner.model.precision.lower import GIVEN, Lowered, error_of, kinds_for, lower
+from tilewright.tuner.model.precision.rules import LAST
 from tilewright.tuner.model.reading.read import read_model
 from tilewright.tuner.model.verify.compare import Reference
 from tilewright.tuner.model.verify.error_budget import Budget
@@ -294,6 +295,28 @@ def test_no_weights_are_unpacked_to_fp32(tmp_path: Path) -> None:
     found, error = case.lower("w8a16", "1e-5")
     assert set(kinds(found).values()) == {"fp32"}
     assert error <= 1e-5
+
+
+def many_rows(folder: Path) -> tuple[Path, Path]:
+    """Two products of many rows, which weights of fewer bits make no faster, as files."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w0"], ["m"], name="first"),
+        helper.make_node("Relu", ["m"], ["h"], name="relu"),
+        helper.make_node("MatMul", ["h", "w1"], ["y"], name="head"),
+    ]
+    weights = {"w0": normal(1, 256, 64) / 16, "w1": normal(2, 64, 48) / 8}
+    ir.save(model_of(nodes, {"x": (512, 256)}, ["y"], weights), folder / "rows.onnx")
+    np.savez(folder / "rows.npz", x=normal(3, 12 * 512, 256))
+    return folder / "rows.onnx", folder / "rows.npz"
+
+
+def test_a_rule_is_no_reason_for_a_kind_that_it_does_not_give(tmp_path: Path) -> None:
+    """It would give the last layer 8 bits."""
+    found, _ = Case(tmp_path, files=many_rows).lower("w4a16", "0.5")
+    assert kinds(found) == {"first": "fp16", "head": "fp16"}
+    assert LAST not in {layer.reason for layer in found.part.layers}
+    found, _ = Case(tmp_path, files=many_rows).lower("w4a16")
+    assert [(layer.kind, layer.reason) for layer in found.part.layers][-1] == ("w8a16", LAST)
 
 
 def test_auto_takes_weights_alone_where_that_is_faster(tmp_path: Path) -> None:
