@@ -31,6 +31,7 @@ from tilewright.tuner.model.graph import (
     DTYPES,
     constant,
     dtype_name,
+    fused_nodes,
     is_constant,
     is_fused,
     make_fused,
@@ -184,6 +185,28 @@ def stored(integers: Array, bits: int, scales: Array) -> GroupedWeights:
     """Integers (N, K) around 0 as a kernel has them."""
     values = (integers + np.int8(8)).view(np.uint8) if bits == 4 else integers
     return GroupedWeights(values.T, bits, group_of(integers.shape[1], bits), scales)
+
+
+def blank(model: ir.Model, kinds: Mapping[str, str]) -> dict[str, GroupedWeights]:
+    """Weights that are all 0 for those products that `kinds`, by node name, has in a kind of `WEIGHT_ONLY`; products of
+    one form share theirs. How long a model takes depends on no more of them."""
+    made: dict[tuple[int, int, int], GroupedWeights] = {}
+    found = {}
+    for node in fused_nodes(model):
+        name = node.name or ""
+        bits = WEIGHT_ONLY.get(kinds.get(name, ""))
+        if bits is None:
+            continue
+        shape = static_shape(plugin_inputs(node)["b"])
+        assert shape is not None
+        columns, depth = shape if plugin_settings(node)["trans_b"] else shape[::-1]
+        form = columns, depth, bits
+        if form not in made:
+            group = group_of(depth, bits)
+            scales = np.ones((-(-depth // group), columns), np.float16) if group else np.ones(columns, np.float32)
+            made[form] = stored(np.zeros((columns, depth), np.int8), bits, scales)
+        found[name] = made[form]
+    return found
 
 
 def constants(edit: Editor, weights: GroupedWeights, base: str) -> dict[str, ir.Value]:

@@ -22,7 +22,7 @@ from tilewright.tuner.model.calibration.data import Samples
 from tilewright.tuner.model.graph import copy_of, fused_nodes
 from tilewright.tuner.model.precision.budget import Evaluation, Outcome, Plan, search
 from tilewright.tuner.model.precision.given import Given, given_layers
-from tilewright.tuner.model.precision.grouped import WEIGHT_ONLY, GroupedWeights
+from tilewright.tuner.model.precision.grouped import WEIGHT_ONLY, GroupedWeights, blank
 from tilewright.tuner.model.precision.half import HALVES
 from tilewright.tuner.model.precision.kept import kept
 from tilewright.tuner.model.precision.post_training import STEPS, quantise
@@ -49,6 +49,8 @@ CHECKED = 2
 """Calibration inputs on which that is checked."""
 
 GIVEN = "the model came with it in 8 bits"
+
+SLOWER = "weights of fewer bits are predicted to save it no time"
 
 MEASURE = "largest error of an output over its largest value"
 
@@ -153,7 +155,8 @@ class _Chooser:
         base = self._kind if self._kind in FLOATS else "fp16"
         quantised = None
         if self._kind in self._kinds and self._kind not in FLOATS:
-            quantised = self._weight_only(self._kind) if self._kind in WEIGHT_ONLY else self._quantised(self._kind)
+            alone = self._kind in WEIGHT_ONLY
+            quantised = self._rounded(self._weight_only(self._kind)) if alone else self._quantised(self._kind)
         plan = {} if quantised is None else dict(quantised.plan)
         plan |= {layer: LayerPrecision("fp32") for layer in self._kept(quantised, base) if layer not in plan}
         return Lowered(self._made(plan, base, quantised), self._part(plan, base, quantised, None), None)
@@ -179,6 +182,7 @@ class _Chooser:
             }
             if quantised.kind in WEIGHT_ONLY:
                 choices = self._faster(choices, quantised, base)
+                quantised = self._rounded(_left(quantised, choices))
 
         def evaluate(plan: Plan) -> Evaluation:
             model = self._made(_precisions(plan, quantised, base), base, quantised)
@@ -210,27 +214,30 @@ class _Chooser:
     def _candidates(self, base: str) -> list[Quantised]:
         """All that layers may be quantised to. Weights alone are where the base is what kernels unpack them to; and
         where the kind asked for is left open, only where that takes less time than 8-bit layers, and than none, as for
-        products of few rows."""
+        products of few rows. They are not rounded yet."""
         found = [self._quantised(kind) for kind in self._kinds if kind in QUANTISED]
         lightest = next((kind for kind in self._kinds if kind in WEIGHT_ONLY), None)
         if lightest is None or base not in HALVES:
             return found
+        alone = self._weight_only(lightest)
         if found:
-            plain = self._weight_only(lightest, rounding=False)
-            models = [self._made({}, "fp16", None), *(self._made(each.plan, "fp16", each) for each in (plain, *found))]
-            half, alone, *others = (estimate(model, self._device).time_us for model in models)
-            if alone * SAME > min(half, *others):
+            half = estimate(self._made({}, "fp16", None), self._device).time_us
+            if self._time_us(alone) * SAME > min(half, *map(self._time_us, found)):
                 return found
-        return [*found, self._weight_only(lightest)]
+        return [*found, alone]
 
     def _fastest(self, found: Sequence[Quantised]) -> Quantised | None:
         """The kind whose model takes the least time with all layers in it; of equal ones that of the least error. One
         model has one kind: each moves ranges between layers in its own way."""
         if len(found) < 2:
             return found[0] if found else None
-        times = {each.kind: estimate(self._made(each.plan, "fp16", each), self._device).time_us for each in found}
+        times = {each.kind: self._time_us(each) for each in found}
         best = min(times.values())
         return max((each for each in found if times[each.kind] <= best * SAME), key=lambda each: each.decibel)
+
+    def _time_us(self, quantised: Quantised) -> float:
+        """The prediction of the model with all layers of a kind in it."""
+        return estimate(self._made(quantised.plan, "fp16", quantised, timed=True), self._device).time_us
 
     def _quantised(self, kind: str) -> Quantised:
         """All that 8-bit layers of one kind need, from the calibration data, or as an earlier run left it."""
@@ -249,29 +256,29 @@ class _Chooser:
         self._tell(f"{kind}: {len(known.plan)} of {len(self._all)} layers")
         return known
 
-    def _weight_only(self, kind: str, *, rounding: bool = True) -> Quantised:
-        """The layers whose weights alone are quantised, and with `rounding` those by what they are multiplied by, from
-        the calibration data, or as an earlier run left them."""
+    def _weight_only(self, kind: str) -> Quantised:
+        """The layers whose weights alone may be quantised; none are rounded yet."""
         plan, reasons = weight_plan(self._fused, kind, self._device)
         stays = self._kept(None, "fp16")
         plan = {layer: precision for layer, precision in plan.items() if layer not in stays}
-        found = Quantised(kind, self._fused, plan, reasons, "", 0.0, {}, {})
-        if not rounding:
-            return found
-        file = self._resume / f"{kind}.npz"
+        return Quantised(kind, self._fused, plan, reasons, "", 0.0, {}, {})
+
+    def _rounded(self, found: Quantised) -> Quantised:
+        """The same with the weights of its layers rounded by what they are multiplied by, from the calibration data, or
+        as an earlier run left them."""
+        kind, file = found.kind, self._resume / f"{found.kind}.npz"
         known = Quantised.load(file, self._key, self._fused)
-        if known is None:
+        if known is None or known.plan != found.plan:
 
             def progress(done: int, most: int) -> None:
                 if done % STEPS == 0:
                     self._tell(f"{kind}: {done} of {most} layers rounded")
 
-            weights = round_groups(self._fused, plan, self._calibration.feeds, progress=progress)
+            weights = round_groups(self._fused, found.plan, self._calibration.feeds, progress=progress)
             known = replace(found, method=ROUNDING if weights else "", grouped=weights)
             known.save(file, self._key)
-        found = known
-        self._tell(f"{kind}: {len(plan)} of {len(self._all)} layers")
-        return found
+        self._tell(f"{kind}: {len(found.plan)} of {len(self._all)} layers")
+        return replace(found, method=known.method, grouped=known.grouped)
 
     def _changed(self, model: ir.Model) -> float:
         """The error of a model, whose ranges were moved, before anything is rounded to 8 bits."""
@@ -281,7 +288,7 @@ class _Chooser:
     def _made(
         self, plan: Mapping[str, LayerPrecision], base: str, quantised: Quantised | None, *, timed: bool = False
     ) -> ir.Model:
-        """A model of a plan; only to be `timed`, no weights are rounded by their inputs for it."""
+        """A model of a plan. One that is only to be `timed` has no numbers where weights alone are quantised."""
         seen, given = self._seen(quantised), self._given
         if quantised is None:
             return apply_precision(
@@ -297,7 +304,7 @@ class _Chooser:
             plan,
             base=base,
             weights=quantised.weights,
-            grouped=quantised.grouped if timed else self._grouped(plan, quantised),
+            grouped=blank(quantised.model, _kinds(plan)) if timed else self._grouped(plan, quantised),
             shifts=quantised.shifts,
             extremes=seen,
             device=self._device,
@@ -305,15 +312,13 @@ class _Chooser:
 
     def _grouped(self, plan: Mapping[str, LayerPrecision], quantised: Quantised) -> Mapping[str, GroupedWeights]:
         """The weights of layers whose weights alone are quantised, of those that have 8 bits instead of 4 as well."""
-        raised = [
-            layer
-            for layer, precision in plan.items()
-            if precision.kind == "w8a16" and quantised.grouped and quantised.plan[layer].kind == "w4a16"
-        ]
+        four = [layer for layer, precision in quantised.plan.items() if precision.kind == "w4a16"]
+        raised = [layer for layer in four if layer in plan and plan[layer].kind == "w8a16"]
         if not raised:
             return quantised.grouped
         if self._eight is None:
-            self._eight = self._weight_only("w8a16")
+            eight = dict.fromkeys(four, LayerPrecision("w8a16"))
+            self._eight = self._rounded(replace(quantised, kind="w8a16", plan=eight))
         return {**quantised.grouped, **{layer: self._eight.grouped[layer] for layer in raised}}
 
     def _seen(self, quantised: Quantised | None) -> dict[str, tuple[float, float]]:
@@ -384,9 +389,13 @@ class _Chooser:
         rules = {**rules, **dict.fromkeys(given.plan, GIVEN)}
         half = next((kind for kind in self._kinds if kind in HALVES), "fp32")
         stays = self._kept(quantised, half)
+        calibration = None
+        if quantised is not None and quantised.method and set(_kinds(plan).values()) - set(FLOATS):
+            methods = (quantised.method,)
+            calibration = CalibrationPart(self._calibration.origin, len(self._calibration), methods)
         plan = {**plan, **given.plan}
         kinds = {name: plan[name].kind if name in plan else base for name in self._all}
-        ruled = {} if quantised is None else {name: precision.kind for name, precision in quantised.plan.items()}
+        ruled = {} if quantised is None else _kinds(quantised.plan)
 
         def reason(name: str, kind: str) -> str:
             if kind == "fp32" and name in stays:
@@ -395,10 +404,6 @@ class _Chooser:
             return rules.get(name, chosen_for) if ruled.get(name, kind) == kind else chosen_for
 
         layers = tuple(LayerPlan(name, kind, reason(name, kind)) for name, kind in kinds.items())
-        calibration = None
-        if quantised is not None and quantised.method:
-            methods = (quantised.method,)
-            calibration = CalibrationPart(self._calibration.origin, len(self._calibration), methods)
         front, chosen = (outcome.front, outcome.chosen) if outcome is not None else ((), None)
         points = tuple(
             ParetoPoint(
@@ -424,6 +429,18 @@ def _kinds_of(layer: str, quantised: Quantised) -> list[str]:
     """The quantised kinds that a layer may have, the fewest bits first."""
     own = quantised.plan[layer].kind if layer in quantised.plan else None
     return [] if own is None else [own, "w8a16"] if own == "w4a16" else [own]
+
+
+def _left(quantised: Quantised, choices: Mapping[str, Sequence[str]]) -> Quantised:
+    """What is left where weights of so few bits are no choice of a layer: those of more, or its own in a float type."""
+    fewest = {layer: choices[layer][0] for layer in quantised.plan}
+    plan = {layer: LayerPrecision(kind) for layer, kind in fewest.items() if kind in WEIGHT_ONLY}
+    reasons = {layer: SLOWER for layer, kind in _kinds(quantised.plan).items() if fewest[layer] != kind}
+    return replace(quantised, plan=plan, reasons={**quantised.reasons, **reasons})
+
+
+def _kinds(plan: Mapping[str, LayerPrecision]) -> dict[str, str]:
+    return {layer: precision.kind for layer, precision in plan.items()}
 
 
 def _precisions(plan: Plan, quantised: Quantised | None, base: str) -> dict[str, LayerPrecision]:

@@ -14,6 +14,7 @@ from tilewright.kernels.devices import resolve_device
 from tilewright.tuner.model.graph import fused_nodes, plugin_inputs, plugin_settings, plugin_tensors
 from tilewright.tuner.model.precision.grouped import (
     GroupedWeights,
+    blank,
     matrix_of,
     quantise_matrix,
     refused,
@@ -21,6 +22,7 @@ from tilewright.tuner.model.precision.grouped import (
     to_integers,
 )
 from tilewright.tuner.model.precision.quantise import LayerPrecision, apply_precision
+from tilewright.tuner.model.workloads import workloads
 from tilewright.tuning_db.errors import ModelError, UsageError
 
 
@@ -191,3 +193,17 @@ def test_infinite_weights_are_refused() -> None:
     model = single("gemm", {"a": A, "b": b}, ("a",))
     with pytest.raises(ModelError, match="node 'layer': its weights 'b' have infinite or NaN elements"):
         matrix_of(layer(model))
+
+
+@pytest.mark.parametrize("kind", ["w8a16", "w4a16"])
+def test_a_model_of_blank_weights_has_the_problems_of_one_of_real_ones(kind: str) -> None:
+    """So that its time is predicted without rounding any."""
+    model = perceptron(160)
+    kinds = dict.fromkeys(("first", "middle", "last"), kind)
+    plan = {name: LayerPrecision(kind) for name in kinds}
+    empty = blank(model, kinds)
+    assert empty["first"] is empty["middle"] is not empty["last"]
+    timed, real = (apply_precision(model, plan, base="fp16", grouped=grouped) for grouped in (empty, {}))
+    assert [each.problem for each in workloads(timed).layers] == [each.problem for each in workloads(real).layers]
+    assert not output(timed, {"x": normal(0, 8, 160)}).any()
+    assert blank(model, {"first": "int8", "middle": "fp32"}) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tilewright.tuner.model.folding.fold import fold
 from tilewright.tuner.model.fuse import fuse
 from tilewright.tuner.model.graph import copy_of, fused_nodes, plugin_inputs, plugin_settings
 from tilewright.tuner.model.precision import lower as module
-from tilewright.tuner.model.precision.lower import GIVEN, Lowered, error_of, kinds_for, lower
+from tilewright.tuner.model.precision.lower import GIVEN, SLOWER, Lowered, error_of, kinds_for, lower
 from tilewright.tuner.model.precision.rules import LAST
 from tilewright.tuner.model.reading.read import read_model
 from tilewright.tuner.model.verify.compare import Reference
@@ -297,16 +298,17 @@ def test_no_weights_are_unpacked_to_fp32(tmp_path: Path) -> None:
     assert error <= 1e-5
 
 
-def many_rows(folder: Path) -> tuple[Path, Path]:
-    """Two products of many rows, which weights of fewer bits make no faster, as files."""
+def many_rows(folder: Path, rows: int = 512, width: int = 64) -> tuple[Path, Path]:
+    """Two products of many rows, the second of which weights of fewer bits make no faster, nor the first of a width of
+    64, as files."""
     nodes = [
         helper.make_node("MatMul", ["x", "w0"], ["m"], name="first"),
         helper.make_node("Relu", ["m"], ["h"], name="relu"),
         helper.make_node("MatMul", ["h", "w1"], ["y"], name="head"),
     ]
-    weights = {"w0": normal(1, 256, 64) / 16, "w1": normal(2, 64, 48) / 8}
-    ir.save(model_of(nodes, {"x": (512, 256)}, ["y"], weights), folder / "rows.onnx")
-    np.savez(folder / "rows.npz", x=normal(3, 12 * 512, 256))
+    weights = {"w0": normal(1, 256, width) / 16, "w1": normal(2, width, 48) / np.float32(np.sqrt(width))}
+    ir.save(model_of(nodes, {"x": (rows, 256)}, ["y"], weights), folder / "rows.onnx")
+    np.savez(folder / "rows.npz", x=normal(3, 12 * rows, 256))
     return folder / "rows.onnx", folder / "rows.npz"
 
 
@@ -314,9 +316,48 @@ def test_a_rule_is_no_reason_for_a_kind_that_it_does_not_give(tmp_path: Path) ->
     """It would give the last layer 8 bits."""
     found, _ = Case(tmp_path, files=many_rows).lower("w4a16", "0.5")
     assert kinds(found) == {"first": "fp16", "head": "fp16"}
-    assert LAST not in {layer.reason for layer in found.part.layers}
+    assert {layer.reason for layer in found.part.layers} == {SLOWER}
     found, _ = Case(tmp_path, files=many_rows).lower("w4a16")
     assert [(layer.kind, layer.reason) for layer in found.part.layers][-1] == ("w8a16", LAST)
+
+
+@pytest.fixture
+def rounded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """The kinds of the layers that were rounded, for each time that any are."""
+    true, plans = module.round_groups, []
+
+    def noted(model, plan, *rest, **options):
+        plans.append({layer: precision.kind for layer, precision in plan.items()})
+        return true(model, plan, *rest, **options)
+
+    monkeypatch.setattr(module, "round_groups", noted)
+    return plans
+
+
+def test_layers_that_it_makes_no_faster_are_not_rounded(tmp_path: Path, rounded: list[dict[str, str]]) -> None:
+    found, _ = Case(tmp_path, files=many_rows).lower("w4a16", "0.5")
+    assert set(kinds(found).values()) == {"fp16"}
+    assert not any(rounded)
+    assert found.part.calibration is None
+
+
+def test_8_bits_are_rounded_of_the_layers_that_may_have_them_instead_of_4(
+    tmp_path: Path, rounded: list[dict[str, str]]
+) -> None:
+    case = Case(tmp_path, files=partial(many_rows, rows=2048, width=256))
+    found, _ = case.lower("w4a16", "0.05")
+    assert kinds(found) == {"first": "w8a16", "head": "fp16"}
+    assert rounded == [{"first": "w4a16"}, {"first": "w8a16"}]
+    assert found.part.calibration.methods == ("rounding",)
+
+
+def test_what_was_rounded_for_other_layers_is_made_anew(tmp_path: Path, rounded: list[dict[str, str]]) -> None:
+    case = Case(tmp_path, files=many_rows)
+    case.lower("w8a16")
+    next(iter(fused_nodes(case.fused))).name = "another"
+    found, _ = case.lower("w8a16")
+    assert [list(plan) for plan in rounded] == [["first", "head"], ["another", "head"]]
+    assert kinds(found) == {"another": "w8a16", "head": "w8a16"}
 
 
 def test_auto_takes_weights_alone_where_that_is_faster(tmp_path: Path) -> None:
