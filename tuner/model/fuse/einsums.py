@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tilewright.tuner.model.edit import Editor
+from tilewright.tuner.model.fuse.layout import Maker
 from tilewright.tuner.model.fuse.opening import FLOATS
 from tilewright.tuner.model.graph import DTYPES, constant, dtype_name, is_constant, static_shape
 
@@ -55,11 +56,11 @@ class _Product:
 def to_products(model: ir.Model) -> None:
     """Puts a `MatMul` in the place of each `Einsum` of the main graph that is a matrix product of two floats of known
     shapes; what the model computes stays the same, up to rounding."""
-    edit = Editor(model)
+    edit, copies = Editor(model), Maker()
     for node in [node for node in model.graph if node.op_type == "Einsum" and node.domain == ""]:
         found = _product(node)
         if found is not None:
-            _replace(edit, node, found)
+            _replace(edit, copies, node, found)
     edit.tidy()
 
 
@@ -113,7 +114,7 @@ def labels(equation: str, ranks: tuple[int, int]) -> tuple[Labels, Labels, Label
     return made[0], made[1], made[2]
 
 
-def _replace(edit: Editor, node: ir.Node, product: _Product) -> None:
+def _replace(edit: Editor, copies: Maker, node: ir.Node, product: _Product) -> None:
     operands = [value for value in node.inputs if value is not None]
     ahead = product.out[len(product.batch) : len(product.batch) + 1]
     columns_first = product.own(0) != () and ahead == product.own(1)[:1]
@@ -149,8 +150,13 @@ def _replace(edit: Editor, node: ir.Node, product: _Product) -> None:
             return reshaped(transposed(value, axes, order), product.shape(order), shape)
         if axes == order and array.shape == shape:
             return value
-        moved = np.ascontiguousarray(array.transpose([axes.index(label) for label in order])).reshape(shape)
-        return edit.constant(moved, f"{value.name}_matrix", DTYPES[dtype_name(value)])
+        turn = tuple(axes.index(label) for label in order)
+
+        def moved() -> ir.Value:
+            matrix = np.ascontiguousarray(array.transpose(turn)).reshape(shape)
+            return edit.constant(matrix, f"{value.name}_matrix", DTYPES[dtype_name(value)])
+
+        return copies.once((value, turn, shape), moved)  # layers may share it
 
     given = [matrix(0, rows, summed), matrix(1, summed, columns)]
     shape = (*product.shape(batch), product.size(rows), product.size(columns))

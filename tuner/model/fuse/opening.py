@@ -179,6 +179,10 @@ class OpenGemm(_Opening):
 
     title = "Gemm"
 
+    def __init__(self, log: Log) -> None:
+        super().__init__(log)
+        self._scaled: dict[tuple[ir.Value, float], ir.Value] = {}  # layers may share it, and each is asked about twice
+
     def pattern(self, op: Any) -> Any:
         return op.Gemm(_allow_other_inputs=True, _allow_other_attributes=True, _outputs=["out"])
 
@@ -194,12 +198,12 @@ class OpenGemm(_Opening):
         }
         if alpha != 1 and not is_constant(b):
             return f"{alpha=} of a B that is no constant"
-        inputs = {"a": a, "b": b if alpha == 1 else scaled(b, alpha)}
+        inputs = {"a": a, "b": self._times(b, alpha)}
         if c is None or beta == 0:
             return "gemm", inputs, settings
         if beta != 1 and not is_constant(c):
             return f"{beta=} of a C that is no constant"
-        c = c if beta == 1 else scaled(c, beta)
+        c = self._times(c, beta)
         shape_a, shape_b = static_shape(a), static_shape(b)
         if shape_a is None or shape_b is None:
             return "the shapes of its operands are not known"
@@ -210,6 +214,14 @@ class OpenGemm(_Opening):
         if static_shape(c) == (rows, columns):
             return "gemm", {**inputs, "residual": c}, settings
         return f"C of shape {static_shape(c)} is neither a bias of {columns} nor a residual of {(rows, columns)}"
+
+    def _times(self, value: ir.Value, factor: float) -> ir.Value:
+        """A value itself times 1, or a constant times another factor."""
+        if factor == 1:
+            return value
+        if (value, factor) not in self._scaled:
+            self._scaled[value, factor] = scaled(value, factor)
+        return self._scaled[value, factor]
 
 
 class OpenConv(_Opening):

@@ -120,3 +120,17 @@ def test_it_is_fused_with_what_follows() -> None:
     assert [node.op_type for node in nodes] == ["FusedGemm", "FusedGemmBias"]
     assert "Transpose" not in operators(model)
     assert [ir.Shape(plugin_inputs(node)["b"].shape or ()) for node in nodes] == [[32, 64], [64, 32]]
+
+
+def test_weights_that_layers_share_are_moved_once() -> None:
+    """And again where they are read another way."""
+    g = Graph()
+    weights = g.array(np.random.default_rng(0).normal(size=(16, 16)) / 4)
+    value = g.input("x", 2, 3, 16)
+    for equation in ("abc,dc->abd", "...c,dc->...d", "abc,cd->abd", "abd,cd->abc"):
+        value = g("Tanh", g("Einsum", value, weights, equation=equation))
+    model, _ = fused(g, value)
+    first, second, third, fourth = (plugin_inputs(node)["b"] for node in fused_nodes(model))
+    assert first is second is fourth
+    assert first is not third
+    assert sum(value.const_value.nbytes for value in model.graph.initializers.values()) == 2 * 4 * 16 * 16

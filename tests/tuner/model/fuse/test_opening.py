@@ -7,7 +7,8 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
-from tests.tuner.model.graphs import model_of, normal, value
+from tests.tuner.model.graphs import model_of, normal, relative_error, results, value
+from tilewright.tuner.model.fuse import fuse
 from tilewright.tuner.model.fuse.opening import (
     OPEN,
     as_vector,
@@ -20,7 +21,7 @@ from tilewright.tuner.model.fuse.opening import (
     scaled,
     settings_of,
 )
-from tilewright.tuner.model.graph import constant, fused_nodes, plugin_settings
+from tilewright.tuner.model.graph import constant, fused_nodes, plugin_inputs, plugin_settings
 
 
 def given(*shape: int, seed: int = 0) -> ir.Value:
@@ -66,6 +67,23 @@ def test_scaled_is_a_new_constant():
     before = constant(array).copy()
     assert np.array_equal(constant(scaled(array, 0.5)), before * np.float32(0.5))
     assert np.array_equal(constant(array), before)
+
+
+def test_constants_that_layers_share_are_scaled_once():
+    """And once more for another factor."""
+    nodes, factors = [], (0.5, 0.5, 0.25, 1.0)
+    for index, alpha in enumerate(factors):
+        nodes.append(helper.make_node("Gemm", [f"h{index}", "w", "c"], [f"m{index}"], alpha=alpha, beta=0.5))
+        nodes.append(helper.make_node("Tanh", [f"m{index}"], [f"h{index + 1}"]))
+    constants = {"w": normal(0, 8, 8), "c": normal(1, 4, 8)}
+    model, feeds = model_of(nodes, {"h0": (4, 8)}, ["h4"], constants), {"h0": normal(2, 4, 8)}
+    (wanted,) = results(model, feeds)
+    fuse(model)
+    assert relative_error(results(model, feeds)[0], wanted) < 1e-6
+    given = [plugin_inputs(node) for node in fused_nodes(model)]
+    assert len({each["residual"] for each in given}) == 1
+    assert given[0]["b"] is given[1]["b"]
+    assert len({each["b"] for each in given}) == 3
 
 
 def test_a_plugin_is_asked_whether_it_takes_a_node():
