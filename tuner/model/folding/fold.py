@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -63,11 +64,11 @@ def fold(model: ir.Model) -> FoldingReport:
         found["constant"] += _fold_constants(model, budget)
         found["auto_pad"] += _explicit_pads(model)
         found["sum"] += _sums(model)
-        found["no_op"] += _lost(model, RewritePass(list(_RULES)), common.IdentityEliminationPass())
+        found["no_op"] += _lost(model, RewritePass(list(_RULES)), _Identities())
         found["unused"] += _lost(model, common.RemoveUnusedNodesPass())
         _run(model, common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
         found.update(fold_affine(model, budget))
-        _run(model, common.IdentityEliminationPass())
+        _run(model, _Identities())
         if found.total() == found_before:
             break
     found["common"] += _lost(model, common.DeduplicateInitializersPass(), common.CommonSubexpressionEliminationPass())
@@ -87,6 +88,44 @@ _RULES = (
     no_op_expand_rule,
     fuse_pad_into_conv_rule,
 )
+
+
+class _Identities(ir.passes.InPlacePass):
+    """`IdentityEliminationPass`, but it leaves those by which a subgraph gives a value from around it: a subgraph may
+    only give what it makes itself (onnx, IR specification), and no outer value may take the name of its output."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        held = []
+        for graph in model.graph.subgraphs():
+            for value in graph.outputs:
+                node, source = value.producer(), _behind_identities(value).producer()
+                if _is_identity(node) and (source is None or source.graph is not graph):
+                    held.append(node)
+        for node in held:
+            node.domain = _HELD
+        result = common.IdentityEliminationPass()(model)
+        for node in held:
+            node.domain = ""
+        return result
+
+
+_HELD = "tilewright.held"
+"""The domain of an `Identity` that a pass is not to see."""
+
+
+def _is_identity(node: ir.Node | None) -> TypeGuard[ir.Node]:
+    if node is None or node.op_type != "Identity" or node.domain != "":
+        return False
+    return len(node.inputs) == 1 and node.inputs[0] is not None
+
+
+def _behind_identities(value: ir.Value) -> ir.Value:
+    """The value that another is the same as."""
+    while _is_identity(node := value.producer()):
+        source = node.inputs[0]
+        assert source is not None
+        value = source
+    return value
 
 
 def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:
@@ -140,7 +179,7 @@ def _fold_constants(model: ir.Model, budget: Budget) -> int:
     fold_constants(model, budget)
     if fold_norms(model, budget):
         fold_constants(model, budget)
-    _run(model, common.IdentityEliminationPass(), common.RemoveUnusedNodesPass())
+    _run(model, _Identities(), common.RemoveUnusedNodesPass())
     return before - len(model.graph)
 
 

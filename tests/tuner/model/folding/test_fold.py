@@ -120,6 +120,68 @@ def test_an_output_that_is_listed_twice_or_an_input_or_a_weight_is_left(tmp_path
     assert report.nodes_after == 1
 
 
+def branch(*nodes: onnx.NodeProto, output: str = "o") -> onnx.GraphProto:
+    return helper.make_graph(list(nodes), "branch", [], [helper.make_tensor_value_info(output, 1, None)])
+
+
+def chosen(then: onnx.GraphProto, other: onnx.GraphProto, out: str = "q") -> onnx.NodeProto:
+    return node("If", "yes", out, then_branch=then, else_branch=other)
+
+
+THROUGH = {
+    "Identity": [node("Identity", "g", "o")],
+    "Dropout": [node("Dropout", "g", "o")],
+    "Cast": [node("Cast", "g", "o", to=1)],
+    "Transpose": [node("Transpose", "g", "o", perm=[0, 1])],
+    "two": [node("Transpose", "g", "a", perm=[1, 0]), node("Transpose", "a", "o", perm=[1, 0])],
+    "chain": [node("Identity", "g", "a"), node("Cast", "a", "b", to=1), node("Identity", "b", "o")],
+}
+
+
+@pytest.mark.parametrize("other", ["Sigmoid", "Identity"])
+@pytest.mark.parametrize("then", THROUGH)
+def test_a_branch_that_passes_an_outer_value_through_gives_it_by_an_identity(then: str, other: str) -> None:
+    """It may not give the value itself, which is an output of the model as well, and keeps its name."""
+    branches = branch(*THROUGH[then]), branch(node(other, "g", "o"))
+    nodes = [
+        node("Relu", "x", "g"),
+        node("ReduceSum", "x", "sum", keepdims=0),
+        node("Greater", "sum zero", "yes"),
+        chosen(*branches),
+        node("Add", "q g", "y"),
+    ]
+    left, _, model = folded(nodes, (2, 3), {"zero": np.float32(0)}, outputs=("y", "g"))
+    assert left == ["Relu", "ReduceSum", "Greater", "If", "Add"]
+    found = [[each.op_type for each in graph] for graph in model.graph.subgraphs()]
+    assert sorted(found) == sorted([["Identity"], [other]])
+    assert {value.name for graph in model.graph.subgraphs() for each in graph for value in each.inputs} == {"g"}
+
+
+def test_a_value_of_the_branch_around_is_an_outer_one() -> None:
+    inner = chosen(branch(node("Identity", "b", "p"), output="p"), branch(node("Identity", "g", "p"), output="p"), "k")
+    around = branch(node("Sigmoid", "g", "b"), inner, node("Add", "k b", "o"))
+    nodes = [
+        node("Relu", "x", "g"),
+        node("ReduceSum", "x", "sum", keepdims=0),
+        node("Greater", "sum zero", "yes"),
+        chosen(around, branch(node("Identity", "g", "o"))),
+        node("Exp", "q", "y"),
+    ]
+    folded(nodes, (2, 3), {"zero": np.float32(0)})
+
+
+def test_what_a_loop_alone_passes_through_is_still_made() -> None:
+    bodies = helper.make_graph(
+        [node("Identity", "go", "on"), node("Identity", "g", "v"), node("Identity", "last", "next")],
+        "body",
+        [helper.make_tensor_value_info(*each) for each in (("i", 7, []), ("go", 9, []), ("last", 1, [2, 3]))],
+        [helper.make_tensor_value_info(*each) for each in (("on", 9, []), ("next", 1, [2, 3]), ("v", 1, [2, 3]))],
+    )
+    nodes = [node("Exp", "x", "g"), node("Loop", "count go_on x", "kept y", body=bodies)]
+    left, _, _ = folded(nodes, (2, 3), {"count": np.int64(3), "go_on": np.bool_(True)})
+    assert left == ["Exp", "Loop"]
+
+
 def test_quantisation_is_kept() -> None:
     arrays = {"w": np.int8([[1, 2], [3, 4]]), "s": np.float32(0.1)}
     nodes = [node("DequantizeLinear", "w s", "d"), node("MatMul", "x d", "y")]
