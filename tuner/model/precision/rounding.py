@@ -150,24 +150,22 @@ def pieces_of(depth: int) -> tuple[slice, ...]:
     return tuple(slice(start, end) for start, end in itertools.pairwise(edges))
 
 
-def shrunk(covariance: Array, count: int) -> Array:
-    """Moments (groups, depth, depth) of so many rows, with less of what lies beside the diagonal: of few rows, or of
-    inputs that are independent, that is chance, and rounding by it is worse than to nearest. How much less is what
-    brings a sample covariance of Gaussian rows nearest to that of all (the oracle approximating shrinkage of Chen et
-    al., arXiv:0907.4698, of correlations); rows of one input are alike, so that `ALIKE` of them count as one. And of
-    rows as few as `AS_THE_MEAN` a place that they leave empty may be as large as the mean."""
+def shrink(covariance: Array, count: int) -> None:
+    """Leaves less, in place, of what lies beside the diagonal of moments (groups, depth, depth) of so many rows: of few
+    rows, or of inputs that are independent, that is chance, and rounding by it is worse than to nearest. How much less
+    is what brings a sample covariance of Gaussian rows nearest to that of all (the oracle approximating shrinkage of
+    Chen et al., arXiv:0907.4698, of correlations); rows of one input are alike, so that `ALIKE` of them count as one.
+    And of rows as few as `AS_THE_MEAN` a place that they leave empty may be as large as the mean."""
     depth, rows = covariance.shape[1], count / ALIKE
-    result = covariance.copy()
-    for moments in result if depth > 1 else ():
+    for moments in covariance if depth > 1 else ():
         diagonal = np.diagonal(moments).copy()
-        deviations = np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
-        squares = float(np.square(moments / deviations[:, None] / deviations).sum())
+        scale = 1 / np.where(diagonal > 0, diagonal, 1.0)
+        squares = float(scale @ (np.square(moments) @ scale))  # of the correlations
         excess = squares - depth
         part = ((1 - 2 / depth) * squares + depth**2) / ((rows + 1 - 2 / depth) * excess) if excess > 0 else 1.0
         moments *= 1 - min(1.0, part)
         unseen = (AS_THE_MEAN / (rows + AS_THE_MEAN)) ** 2
         np.fill_diagonal(moments, (1 - unseen) * diagonal + unseen * diagonal.mean())
-    return result
 
 
 def round_layer(
@@ -386,11 +384,17 @@ def _rounded(node: ir.Node, data: LayerData, kind: str, moments: Moments) -> Wei
 
 def _rounded_groups(node: ir.Node, bits: int, moments: Moments) -> GroupedWeights:
     matrix = matrix_of(node)
-    seconds = [] if moments.sums is None else [moments.second(index) for index in range(len(moments.pieces))]
-    if not seconds or not all(np.isfinite(each).all() for each in seconds):
-        return quantise_matrix(matrix, bits)  # nothing that was seen, or not enough of it, is finite
+    if moments.sums is None:
+        return quantise_matrix(matrix, bits)  # nothing that was seen is finite
+    seconds = []
+    for index in range(len(moments.pieces)):
+        second = moments.second(index)
+        if not np.isfinite(second).all():
+            return quantise_matrix(matrix, bits)
+        moments.products[index] = second[:0]  # a deep layer's take hundreds of megabytes: each is held once
+        shrink(second, moments.count)
+        seconds.append(second)
     group = group_of(matrix.shape[1], bits)
-    seconds = [shrunk(each, moments.count) for each in seconds]
     importance = np.concatenate([np.diagonal(each[0]) for each in seconds])
     scales = scales_of(matrix, bits, importance / max(importance.max(), SMALLEST))
     sections = np.arange(matrix.shape[1]) // (group or matrix.shape[1])

@@ -29,7 +29,7 @@ from tilewright.tuner.model.precision.rounding import (
     round_groups,
     round_layer,
     round_weights,
-    shrunk,
+    shrink,
 )
 
 INT8 = partial(to_grid, kind="int8")
@@ -258,6 +258,12 @@ def test_independent_inputs_do_no_harm(count: int, sparse: bool) -> None:
         for given in (found, {})
     ]
     assert errors[0] < (1.05 if count == 2000 else 1.25) * errors[1]
+
+
+def shrunk(moments: np.ndarray, count: int) -> np.ndarray:
+    found = moments.copy()
+    shrink(found, count)
+    return found
 
 
 def test_the_more_rows_the_less_is_shrunk() -> None:
