@@ -34,7 +34,7 @@ def test_attributes():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"activate": "relu"}, "FusedGemm has no attribute 'activate'; it has activation, gated"),
+        ({"activate": "relu"}, "FusedGemm has no attribute 'activate'; it has activation, residual_last, gated"),
         ({"activation": 3}, "FusedGemm: activation=3 must be str, not int"),
         ({"trans_a": 1.0}, "FusedGemm: trans_a=1.0 must be int, not float"),
         ({"trans_a": True}, "FusedGemm: trans_a=True must be int, not bool"),
