@@ -254,7 +254,7 @@ def test_packed_fp8_with_slopes_does_not_spill_on_sm_120():
     assert_clean(attention_on(120, defaults(120, [("varlen", SHAPES[0], 72, "fp8e4m3")])), scratch=False)
 
 
-@pytest.mark.parametrize("arch", [86, 90])
+@pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.slow), 90])
 def test_the_default_compiles_without_spills(arch):
     rows = [
         ("every term", SHAPES[0], 128, "fp16"),

@@ -199,7 +199,7 @@ def supported(arch: int, rows: Iterable[dict[str, Any]]) -> Iterator[Conv2dProbl
                 yield problem
 
 
-@pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.smoke), 90])
+@pytest.mark.parametrize("arch", archs(86, 90, smoke=(86,)))
 def test_the_default_compiles_without_spills(arch: int) -> None:
     # Every shape, dtype, layout and epilogue occurs; more of their combinations are a slow test.
     problems = supported(arch, every_value(matrix_of(arch), seed=arch))

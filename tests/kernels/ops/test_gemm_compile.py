@@ -240,7 +240,7 @@ def distinct(arch, rows):
             yield problem, None
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp8e4m3", "fp8e5m2", "int8"])
+@pytest.mark.parametrize("kind", ["bf16", "fp8e4m3", pytest.param("fp8e5m2", marks=pytest.mark.slow), "int8"])
 def test_large_defaults_of_hopper_do_not_spill(kind):
     square = GemmProblem(4096, 4096, 4096, dtype=kind, b_layout="col")
     scaled = replace(square, a_scale="tensor", b_scale="column", out_dtype="bf16")
@@ -281,7 +281,7 @@ def test_large_defaults_of_crowded_ends_do_not_spill(arch):
     assert_clean(replies(arch, [(problem, None) for problem in problems]))
 
 
-@pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.smoke), 90])
+@pytest.mark.parametrize("arch", archs(86, 90, smoke=(86,)))
 def test_defaults_of_forms_compile_without_spills(arch):
     assert_clean(replies(arch, list(distinct(arch, every_value(MATRIX, seed=arch)))))
 

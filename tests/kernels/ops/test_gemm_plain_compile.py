@@ -192,7 +192,7 @@ def supported(arch, rows):
                 yield problem
 
 
-@pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.smoke), 90])
+@pytest.mark.parametrize("arch", archs(86, 90, smoke=(86,)))
 def test_the_default_compiles_without_spills(arch):
     # Every shape, dtype, layout and epilogue occurs; all of their combinations are a slow test.
     problems = supported(arch, every_value(MATRIX, seed=arch))

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests.kernels.compiling import assert_clean, compiled, described
+from tests.kernels.compiling import archs, assert_clean, compiled, described
 from tests.kernels.conformance import every_value, pairwise
 from tests.kernels.ops.rmsnorm_cases import LLAMA, RESULTS
 from tilewright.kernels import RmsNormConfig, RmsNormProblem, resolve_device
@@ -74,7 +74,7 @@ def matrix(arch, rows):
                 yield problem
 
 
-@pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.smoke), 89])
+@pytest.mark.parametrize("arch", archs(86, 90, smoke=(86,)))
 def test_the_default_compiles_without_spills(arch):
     # Every value occurs; more of their combinations are a slow test.
     problems = matrix(arch, every_value(MATRIX, seed=arch))

@@ -24,7 +24,7 @@ LAYER = jobs.gemm("fp16")
 
 
 @needs_bindings
-@pytest.mark.parametrize("arch", archs(*ARCHS))
+@pytest.mark.parametrize("arch", [*archs(80, 89, 120), pytest.param(86, marks=pytest.mark.slow), 90])
 def test_the_contract(arch, tmp_path):
     """Every op, with data types that change from arch to arch, and some tactics of each."""
     chosen = jobs.some(arch)
@@ -77,7 +77,7 @@ def test_the_contract_of_layers_whose_best_takes_memory(arch, tmp_path):
 
 
 @needs_bindings
-@pytest.mark.parametrize("arch", [86, 90])
+@pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.slow), 90])
 def test_an_aligned_gemm_copies_in_width(arch, tmp_path):
     """Static sizes that 16 divides are told to the compiler: rows may be any number."""
     inputs = [((jobs.ROWS, 512), "fp16"), ((512, 768), "fp16")]
