@@ -35,6 +35,10 @@ if "triton" in sys.modules and "TRITON_INTERPRET" not in os.environ:
 gpu_wanted = for_a_gpu([*shlex.split(os.environ.get("PYTEST_ADDOPTS", "")), *sys.argv[1:]])
 os.environ.setdefault("TRITON_INTERPRET", "0" if gpu_wanted else "1")
 
+# Arrays are small, and there is a worker for every core: more threads would only take turns.
+for library in ("OPENBLAS", "OMP", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
 # Answers must not hang on what is shipped for a board; the tests of shipped records name a folder of their own.
 os.environ["TILEWRIGHT_SHIPPED"] = "0"
 

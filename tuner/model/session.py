@@ -390,6 +390,8 @@ def _default_options(weights: int) -> Any:
 def _sparing(options: Any, weights: int) -> Any:
     """Options for weights that take so many bytes in fp32, which log nothing."""
     options.log_severity_level = 4  # fatal; what is an error is raised as well
+    # Threads that wait for work by running in circles take the cores that other processes need.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if weights > PREPACK_BYTES:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False  # which keeps twice what is needed at a time, and gives nothing back
