@@ -54,12 +54,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int | None:
-    """One more than there are cores: many a test waits for processes that it started, or for a time to be up."""
-    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else len(os.sched_getaffinity(0)) + 1
-
-
 def pytest_collection_finish() -> None:
     """Fifteen thousand tests and the libraries under them live to the end: the garbage collector, which took a tenth of
     the time to look through them again and again, leaves them out."""

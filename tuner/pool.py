@@ -56,6 +56,9 @@ START_ATTEMPTS = 2
 KILL_SECONDS = 30.0
 """How long a killed process may take to die: the driver first waits for, or resets, what runs on the GPU."""
 
+END_SECONDS = 5.0
+"""How long a process whose pipes have ended may take to end itself: a second is too short on a busy machine."""
+
 STDERR_BYTES = 16384
 """How much of a worker's latest stderr is kept, to say why it died."""
 
@@ -280,7 +283,7 @@ class Worker:
     def _obituary(self) -> tuple[str, str]:
         """Buries the process; how it ended, as in `aborted (SIGABRT)`, and the reason it printed, "" without one."""
         # Its pipes end a moment before itself, and it is to end by its own cause and not by our signal.
-        patience = time.monotonic() + 1.0
+        patience = time.monotonic() + END_SECONDS
         while not self._ended() and time.monotonic() < patience:
             time.sleep(0.005)
         self._drain_stderr()

@@ -151,7 +151,7 @@ def estimates_hold(arch, count, seed):
     return exact / count
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", archs(80, 90))
 def test_estimated_shared_memory_is_never_over_the_real(arch):
     assert estimates_hold(arch, 3, seed=0) > 0.5
 

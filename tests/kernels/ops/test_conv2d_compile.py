@@ -261,7 +261,7 @@ def estimates_hold(arch: int, count: int, seed: int, most: int) -> None:
         assert reply["estimate"] <= reply["resources"]["shared_bytes"], described(reply)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", archs(80, 90))
 def test_estimated_shared_memory_is_never_over_the_real(arch: int) -> None:
     estimates_hold(arch, 3, seed=0, most=512)
 
@@ -274,7 +274,7 @@ def test_estimated_shared_memory_is_never_over_the_real_in_a_larger_sample(arch:
     estimates_hold(arch, 50, seed, most=2048)
 
 
-@pytest.mark.parametrize("arch", [86, 90])
+@pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.slow), 90])
 def test_estimated_shared_memory_is_exact_where_copies_are_asynchronous(arch: int) -> None:
     jobs = [
         ("conv2d", TAPS, WIDE),

@@ -331,7 +331,7 @@ def estimates_hold(arch, count, seed, **of):
             assert reply["estimate"] >= reply["resources"]["shared_bytes"] / 4, described(reply)
 
 
-@pytest.mark.parametrize("arch", [86, 90])
+@pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.slow), 90])
 def test_estimated_shared_memory_is_never_over_the_real(arch):
     estimates_hold(arch, 4, seed=0)
     estimates_hold(arch, 3, seed=0, rows=(FLAT,))

@@ -117,7 +117,7 @@ def estimates_hold(arch, count, seed):
     return exact / count
 
 
-@pytest.mark.parametrize("arch", [86, 90])
+@pytest.mark.parametrize("arch", [pytest.param(86, marks=pytest.mark.slow), 90])
 def test_estimated_shared_memory_is_never_over_the_real(arch):
     # Nor is it a poor one: most of the time it is the real figure.
     assert estimates_hold(arch, 8, seed=0) > 0.5
