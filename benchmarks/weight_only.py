@@ -155,15 +155,6 @@ def table(results: Mapping[str, Figures]) -> Table:
     return shown
 
 
-def markdown(results: Mapping[str, Figures]) -> str:
-    """The table of `docs/models.md`."""
-    lines = [f"| model | products | {' | '.join(FORMS.values())} |", f"|---|---|{'---|' * len(FORMS)}"]
-    for name in (name for name in MODELS if name in results):
-        cells = (f"{results[name][form]['db']:.1f}, {results[name][form]['top1']:.1%}" for form in FORMS)
-        lines.append(f"| {name} | {results[name]['products']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 @click.command()
 @click.option("--model", "names", multiple=True, type=click.Choice(MODELS), help="Repeatable; all if left out.")
 @click.option(
