@@ -108,8 +108,6 @@ def test_a_run_that_is_killed_after_every_trial_ends_as_one_that_is_not(tmp_path
 
 TIMEOUT_S = 3.0
 TRIAL_TIMEOUT_S = 2.0
-SLACK_S = 10.0
-"""For processes that start and end on a machine with other work; all trials would take four times as long together."""
 
 
 @pytest.mark.parametrize("fault", ["", "endless kernel", "compiler hang"])
@@ -125,9 +123,9 @@ def test_the_time_is_overrun_by_one_trial_at_most(tmp_path: Path, monkeypatch: p
         start = time.monotonic()
         results = autotune(BOARD, problems=[PROBLEM], trials=25, timeout=allowed, jobs=8, db=tmp_path / "db")
         elapsed = time.monotonic() - start
-    assert elapsed < allowed + TRIAL_TIMEOUT_S + SLACK_S
+    assert elapsed < allowed + TRIAL_TIMEOUT_S + 2.0
     if fault:
-        # One after the other, the trials would have taken many times as long.
+        # One after the other, the trials would have taken ten times as long, and more.
         assert results.results[0].trials < 15
     else:
         assert results.results[0].trials == 25
