@@ -23,7 +23,7 @@ EVERY_DAY = (75, 86, 90)
 def archs(*wanted: int, smoke: Collection[int] = ()) -> list[Any]:
     """Parameters of a test for archs. Marked slow are those whose tensor cores are reached by `mma.sync` as those of
     sm_86 are, and sm_100, of which features of every op are compiled always. What is asked of sm_86 in the selection on
-    the oldest Triton is asked there alone, and of sm_90 on the newest."""
+    the oldest Triton is asked there alone."""
     marks: dict[int, list[Any]] = {arch: [] if arch in EVERY_DAY else [pytest.mark.slow] for arch in wanted}
     for arch in smoke:
         marks[arch] = [pytest.mark.smoke, *([pytest.mark.slow] if arch == 86 else [])]

@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[Workload, ...]] = {
     "whisper": WHISPER,
 }
 
-# At 12 trials each some 20 minutes on 2 cores.
+# Tens of minutes on 2 cores, at 12 trials each.
 ALL = distinct(workload for suite in MODELS.values() for workload in suite)
 
 # Few enough for 5 minutes on 2 cores, of every op what its forms differ by most, and nothing that sm_75 can't run.
